@@ -1,0 +1,92 @@
+"""The input contract: what an ONNX file does not say about the pixels it wants and the numbers it returns.
+
+Frozen values and their JSON; reading them from options, metadata and files is ``contract_io``'s work.
+Needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+Method = Literal["none", "scale", "dtype", "minmax", "percentile", "zscore", "fixed"]
+Scope = Literal["image", "channel", "slice"]
+Task = Literal["binary", "multiclass", "multilabel", "regression"]
+OutputIs = Literal["logits", "probabilities", "values"]
+Border = Literal["mirror", "edge", "constant"]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How raw pixels become the network's input: ``(clip(x, *clip) - offset) / divisor``, per channel.
+
+    Attributes:
+        method: Where offset and divisor come from.
+            ``none``: 0 and 1. ``scale``: 0 and ``scale``. ``dtype``: 0 and the largest value of the integer dtype.
+            ``minmax``, ``percentile``, ``zscore``: statistics of the whole image, never of a tile.
+            ``fixed``: ``mean * scale`` and ``std * scale`` (``imagenet`` is one of these).
+        scope: What a statistic is taken over: ``image`` (all planes and channels together), ``channel`` (per channel,
+            all planes) or ``slice`` (per channel and plane).
+        scale: Divisor in grey levels.
+        percentiles: (low, high) in percent.
+        mean, std: One number, or one per channel, in units of ``scale``.
+        clip: (low, high) in raw grey levels, applied first; None for no clipping.
+        eps: Added to a measured divisor, so that a flat image does not divide by zero.
+    """
+
+    method: Method
+    scope: Scope = "channel"
+    scale: float = 1.0
+    percentiles: tuple[float, float] = (1.0, 99.8)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    clip: tuple[float, float] | None = None
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the network expects and returns. ``None`` (or an empty tuple) means: not declared.
+
+    Attributes:
+        axes: Axes of the graph input, e.g. ``"NCYX"``, ``"NYXC"``, ``"NCZYX"``.
+        channels: Channel names in the network's order; their number is the number of input channels.
+        value_range: (lowest, highest) raw pixel seen or expected, in grey levels.
+        normalization: How raw pixels become the input.
+        task: What the output means.
+        output_is: Whether the output has yet to pass a softmax or sigmoid.
+        classes: Class names in channel order.
+        threshold: One number in [0, 1], or one per channel, for binary and multilabel tasks.
+        pixel_size_um: Pixel size the network was trained at, per spatial axis, in micrometres.
+        trained_tile: Tile size in pixels, per spatial axis, that the network was trained with.
+        border: How pixels beyond the image are made: ``mirror`` is the paper's.
+    """
+
+    axes: str | None = None
+    channels: tuple[str, ...] = ()
+    value_range: tuple[float, float] | None = None
+    normalization: Normalization | None = None
+    task: Task | None = None
+    output_is: OutputIs | None = None
+    classes: tuple[str, ...] = ()
+    threshold: tuple[float, ...] = ()
+    pixel_size_um: tuple[float, ...] = ()
+    trained_tile: tuple[int, ...] = ()
+    border: Border = "mirror"
+
+    def over(self, other: Contract) -> Contract:
+        """This contract, with everything it does not declare taken from ``other``."""
+        unset = Contract()
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(unset, f.name)}
+        return replace(other, **given)
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None and value != ()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Contract:
+        """Inverse of :meth:`to_json`. Raises ContractError for unknown keys and values of the wrong kind."""
+        from .contract_io import contract_from_json
+
+        return contract_from_json(data)

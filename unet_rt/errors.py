@@ -1,0 +1,43 @@
+"""Errors of unet-rt. Every message states the fact, the value and the way out.
+
+The command line turns each of these into exit code 2 (wrong use), except
+:class:`ParityError` (exit code 1: the work was done and the answer is no).
+"""
+
+from __future__ import annotations
+
+
+class UnetRtError(Exception):
+    """Base of every error that unet-rt raises on purpose."""
+
+
+class ContractError(UnetRtError):
+    """The input contract (axes, channels, normalisation, task, ...) is missing, ambiguous or contradicted."""
+
+
+class GraphError(UnetRtError):
+    """The ONNX graph cannot be read, or cannot do what was asked of it."""
+
+
+class ImageError(UnetRtError):
+    """An image cannot be read, does not fit the contract, or holds values that cannot be predicted."""
+
+
+class OutputError(UnetRtError):
+    """An output cannot be written."""
+
+
+class TileError(UnetRtError):
+    """A tile, halo, step or overlap that the network or the image does not allow."""
+
+
+class EngineError(UnetRtError):
+    """An engine folder that is corrupt, foreign, stale or unproven."""
+
+
+class BackendError(UnetRtError):
+    """A backend or device that is missing, broken, or refuses the graph."""
+
+
+class ParityError(UnetRtError):
+    """The measured difference to the baseline is outside the budget."""
