@@ -1,0 +1,188 @@
+"""From tile outputs to finished bands of the result: place or blend, then decide (softmax, argmax, threshold).
+
+Bands are handed on in order along the first spatial axis; nothing of an earlier band is kept, so memory does not grow
+with the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import kernels
+from .contract import Contract
+from .errors import ContractError
+from .tiles import Ints, TileGrid
+
+OutputKind = Literal["mask", "probability", "raw"]
+Blend = Literal["gaussian", "constant"]
+Op = Literal["copy", "softmax", "sigmoid", "argmax", "threshold"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of the network's numbers.
+
+    Attributes:
+        op: The kernel's operation.
+        channels: Channels of the result; 0 where it has no channel axis.
+        dtype: Of the result.
+        threshold: Per channel, on the network's own values (a probability of 0.5 is the logit 0).
+        values: uint8 value of every class in a mask.
+    """
+
+    op: Op
+    channels: int
+    dtype: np.dtype[Any]
+    threshold: tuple[float, ...] = ()
+    values: tuple[int, ...] = ()
+
+
+def default_output(contract: Contract) -> OutputKind:
+    """Masks for classes, the values themselves for regression."""
+    return "raw" if contract.task == "regression" else "mask"
+
+
+def decide(
+    contract: Contract, channels: int, output: OutputKind | None = None, mask_values: tuple[int, ...] = ()
+) -> Decision:
+    """The decision for an output of ``channels`` channels.
+
+    Args:
+        contract: Its task, output_is and threshold must be declared.
+        channels: Channels of the network's output.
+        output: ``mask`` (uint8), ``probability`` (float32) or ``raw`` (float32). None: by the task.
+        mask_values: Value per class (multiclass), or (off, on); empty: 0, 1, 2, ...
+
+    Raises:
+        ContractError: A mask or probability of a regression, a mask of more than 256 classes, or the wrong number of
+            mask values or thresholds.
+    """
+    task, kind = contract.task, output or default_output(contract)
+    if task is None or (contract.output_is is None and task != "regression"):
+        raise ContractError("the task of the network is not declared; pass --task and --output-is")
+    if kind == "raw":
+        return Decision("copy", channels, np.dtype(np.float32))
+    if task == "regression":
+        raise ContractError(f"a regression has no {kind}; use --output raw")
+    logits = contract.output_is == "logits"
+    if kind == "probability":
+        op: Op = "copy" if not logits else "softmax" if task == "multiclass" else "sigmoid"
+        return Decision(op, channels, np.dtype(np.float32))
+    labels = channels if task == "multiclass" else 2
+    if labels > 256:
+        raise ContractError(f"{labels} classes do not fit a uint8 mask; use --output raw and take the argmax yourself")
+    values = mask_values or tuple(range(labels))
+    if len(values) != labels or not all(0 <= v <= 255 for v in values):
+        raise ContractError(f"--mask-values {','.join(map(str, values))} must be {labels} numbers of 0 to 255, one per label")
+    if task == "multiclass":
+        return Decision("argmax", 0, np.dtype(np.uint8), values=values)
+    threshold = contract.threshold or (0.5,)
+    threshold = threshold * channels if len(threshold) == 1 else threshold
+    if len(threshold) != channels:
+        raise ContractError(f"{len(threshold)} thresholds for {channels} channels; pass one, or one per channel")
+    raw = tuple(_logit(t) if logits else float(t) for t in threshold)
+    return Decision("threshold", channels if task == "multilabel" else 0, np.dtype(np.uint8), raw, values)
+
+
+def _logit(p: float) -> float:
+    if not 0 < p < 1:
+        raise ContractError(f"threshold {p} is not between 0 and 1 (exclusive), as probabilities are")
+    return log(p / (1 - p))
+
+
+def blend_weight(shape: tuple[int, ...], blend: Blend) -> npt.NDArray[np.float32]:
+    """Weight of every sample of a tile's output, float32, never zero.
+
+    ``gaussian``: sigma = an eighth of the tile per axis, as nnU-Net and MONAI weigh tiles; smallest weights are raised to
+    1e-3 of the largest, so that a corner that one tile alone covers is divided by a sound number.
+    """
+    weight = np.ones(shape, dtype=np.float64)
+    if blend == "gaussian":
+        for k, n in enumerate(shape):
+            profile = np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2)
+            weight *= profile.reshape([-1 if j == k else 1 for j in range(len(shape))])
+        weight = np.maximum(weight, 1e-3 * weight.max())
+    return weight.astype(np.float32)
+
+
+class BandStitcher:
+    """Collects the tiles of one tile row after another and returns the finished band of each.
+
+    Use per plane and output: for every row, ``begin(k)``, ``add(tiles, index)`` any number of times, ``finish()``.
+    """
+
+    def __init__(self, grid: TileGrid, output: int, decision: Decision, blend: Blend = "gaussian", threads: int = 0):
+        self._grid, self._output, self._decision, self._threads = grid, output, decision, threads
+        self._width = grid.out_shape(output)[1:]
+        self._row = 0
+        self._band: npt.NDArray[Any] | None = None
+        if grid.blended:
+            tile = grid.tile_out_shape(output)
+            self._weight = blend_weight(tile, blend)
+            rows = min(tile[0], grid.out_shape(output)[0])
+            channels = grid.outputs[output].channels
+            self._total = np.zeros((channels, rows, *self._width), dtype=np.float32)
+            self._weights = np.zeros((rows, *self._width), dtype=np.float32)
+            self._top = 0  # row of the result that the accumulators' first row stands for
+
+    def begin(self, row: int) -> None:
+        self._row = row
+        start, stop = self._grid.band(row, self._output)
+        if not self._grid.blended:
+            self._band = self._new_band(stop - start)
+
+    def add(self, tiles: npt.NDArray[Any], index: Ints) -> None:
+        """``tiles`` (N, K, *tile_out) are the outputs of the tiles at grid indices ``index`` (N, axes) of this row."""
+        place = self._grid.placement(index, self._output)
+        target = place.target.copy()
+        if self._grid.blended:
+            target[:, 0] -= self._top
+            kernels.tile_blend(
+                tiles, place.source, target, place.size, self._weight, self._total, self._weights, threads=self._threads
+            )
+        else:
+            target[:, 0] -= self._grid.band(self._row, self._output)[0]
+            kernels.tile_stitch(
+                tiles, place.source, target, place.size, self._band, threads=self._threads, **self._arguments()
+            )
+
+    def finish(self) -> tuple[int, npt.NDArray[Any]]:
+        """(first row of the band in the result, band). Shape ([channels,] rows, ...); an empty band has 0 rows."""
+        start, stop = self._grid.band(self._row, self._output)
+        if not self._grid.blended:
+            band, self._band = self._band, None
+            assert band is not None  # begin() made it
+        else:
+            rows = stop - start
+            band = self._new_band(rows)
+            if rows:
+                total = np.ascontiguousarray(self._total[:, :rows])
+                kernels.blend_finish(total, self._weights[:rows], band, threads=self._threads, **self._arguments())
+                self._shift(rows)
+            self._top = stop
+        return start, band[0] if self._decision.channels == 0 and band.ndim > 1 + len(self._width) else band
+
+    def _new_band(self, rows: int) -> npt.NDArray[Any]:
+        # argmax has no channel axis; a binary threshold has one of length 1 until finish() takes it away
+        lead = () if self._decision.op == "argmax" else (max(self._decision.channels, 1),)
+        return np.empty((*lead, rows, *self._width), dtype=self._decision.dtype)
+
+    def _shift(self, rows: int) -> None:
+        """Moves the unfinished rows of the accumulators to the front."""
+        for buffer, axis in ((self._total, 1), (self._weights, 0)):
+            moved = np.moveaxis(buffer, axis, 0)
+            moved[:-rows or None] = moved[rows:].copy() if rows < len(moved) else moved[:0]
+            moved[len(moved) - rows :] = 0
+
+    def _arguments(self) -> dict[str, Any]:
+        d = self._decision
+        return {
+            "op": d.op,
+            "threshold": np.array(d.threshold, dtype=np.float32) if d.threshold else None,
+            "values": np.array(d.values, dtype=np.uint8) if d.values else None,
+        }

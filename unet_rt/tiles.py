@@ -1,0 +1,359 @@
+"""Which tiles cover an image, and which samples of each tile's output are kept. Integers only, never pixels.
+
+Worked example (one axis, one output, scale 1): image 1000 px, a same-padded network with stride 16 and halo 94, tile 512.
+The canvas is 1008 px (the next multiple of 16; nothing in front). A tile keeps 512 - 94 - 94 = 324 samples, rounded down to
+the stride: step 320. Tiles start at 0, 320 and 496 (the last is moved back to end with the canvas). Cores, in canvas
+samples: [0, 418), [414, 738), [590, 1008). A sample belongs to the lowest tile whose core holds it, so tile 1 owns
+[418, 738) and tile 2 [738, 1000), cropped to the image.
+
+The paper's network (shrink 92 + 92, halo 0, stride 16, sizes 12 mod 16), image 1000 px: the canvas starts 92 px before
+the image and is 1196 px long (1000 + 184 = 1184, next size that is 12 mod 16); tile 572 -> 388, step 384.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from math import ceil, lcm, prod
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract import Border
+from .errors import TileError
+from .field import AxisField, OutputField, TileSizes
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The padded image along one axis: ``before`` pixels in front of it, ``size`` pixels in all."""
+
+    image: int
+    before: int
+    size: int
+
+
+def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField]) -> Canvas:
+    """The canvas of one axis: the shrink of every output added on both sides, then grown to a size the graph accepts.
+
+    It depends on the image and the graph only, never on the tile: the network on the canvas, cropped to the image, is what
+    "the whole-image result" means. Fixed-size graphs need a canvas of at least their size, congruent to it modulo the
+    stride.
+    """
+    if image < 1:
+        raise TileError(f"an image axis of {image} px cannot be tiled; it needs at least 1 px")
+    grid = lcm(*(f.scale.denominator for f in fields))
+    before = max(0, *(ceil(f.shrink[0] / f.scale) for f in fields))
+    before += -before % grid  # the image's first pixel has to meet an output sample
+    need = max(before + ceil((ceil(image * f.scale) + f.shrink[1]) / f.scale) for f in fields)
+    need = max(need, before + image)
+    if sizes.fixed is None:
+        size = sizes.at_least(need)
+    else:
+        size = sizes.fixed + max(0, -(-(need - sizes.fixed) // sizes.stride)) * sizes.stride
+    return Canvas(image, before, size)
+
+
+def exact_step(tile: int, stride: int, fields: Sequence[AxisField]) -> int:
+    """Distance of tile origins in pixels: what a tile keeps between its halos, rounded down to the stride; may be <= 0."""
+    kept = min((f.out_size(tile) - sum(f.halo)) / f.scale for f in fields)
+    return int(kept // stride) * stride
+
+
+def smallest_tile(sizes: TileSizes, fields: Sequence[AxisField]) -> int:
+    """Smallest accepted tile size along one axis that keeps at least one stride of samples."""
+    tile = sizes.at_least(1)
+    if sizes.fixed is None:
+        while exact_step(tile, sizes.stride, fields) <= 0:
+            tile += sizes.stride
+    return tile
+
+
+@dataclass(frozen=True)
+class AxisTiles:
+    """Tiles along one axis.
+
+    Attributes:
+        canvas: The padded image.
+        tile: Tile size in pixels.
+        starts: Origins in canvas pixels, increasing; multiples of the stride.
+    """
+
+    canvas: Canvas
+    tile: int
+    starts: tuple[int, ...]
+
+    def owned(self, field: AxisField) -> list[tuple[int, int, int]]:
+        """Per tile (first sample in the tile's output, first sample in the image's output, number of samples).
+
+        The samples of the image's output are covered once each; the number is 0 for tiles that own none of them.
+        """
+        out_image = ceil(self.canvas.image * field.scale)
+        first = self.canvas.before * field.scale - field.shrink[0]  # image sample 0 in the canvas's output
+        size = field.out_size(self.tile)
+        end = int(first)
+        owned = []
+        for k, start in enumerate(self.starts):
+            origin = int(start * field.scale)
+            last = k == len(self.starts) - 1
+            lo = max(origin + (field.halo[0] if k else 0), end)
+            hi = min(origin + size - (0 if last else field.halo[1]), int(first) + out_image)
+            if k and lo > end and hi > lo:
+                raise TileError(f"tile {self.tile} px leaves samples {end} to {lo} uncovered; use a larger tile")
+            count = max(0, hi - lo)
+            owned.append((lo - origin, lo - int(first), count))
+            end = max(end, lo + count)
+        return owned
+
+
+def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int) -> AxisTiles:
+    last = canvas.size - tile
+    if last % stride:
+        raise TileError(f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}")
+    return AxisTiles(canvas, tile, tuple(sorted({min(start, last) for start in range(0, last + step, step)})))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the kept samples of some tiles come from and go to, for one output: arrays of shape (tiles, axes), int64."""
+
+    source: Ints
+    target: Ints
+    size: Ints
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """All tiles of one image.
+
+    Attributes:
+        axes: One :class:`AxisTiles` per spatial axis.
+        outputs: The output fields, halos as used (exact, measured or given).
+        blended: Tiles overlap and are averaged with weights (networks that cannot be tiled exactly); halos play no role.
+    """
+
+    axes: tuple[AxisTiles, ...]
+    outputs: tuple[OutputField, ...]
+    blended: bool = False
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Number of tiles per axis."""
+        return tuple(len(axis.starts) for axis in self.axes)
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        return tuple(axis.tile for axis in self.axes)
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def computed_px(self) -> int:
+        return self.count * prod(self.tile)
+
+    def out_shape(self, output: int) -> tuple[int, ...]:
+        """Spatial shape of the image's output."""
+        fields = self.outputs[output].field
+        return tuple(ceil(axis.canvas.image * f.scale) for axis, f in zip(self.axes, fields, strict=True))
+
+    def tile_out_shape(self, output: int) -> tuple[int, ...]:
+        """Spatial shape of one tile's output."""
+        fields = self.outputs[output].field
+        return tuple(f.out_size(axis.tile) for axis, f in zip(self.axes, fields, strict=True))
+
+    def origins(self, index: npt.ArrayLike) -> Ints:
+        """Origins in image pixels, (tiles, axes), of the tiles with grid indices ``index`` (tiles, axes)."""
+        index = np.asarray(index)
+        columns = [np.array(a.starts)[index[:, k]] - a.canvas.before for k, a in enumerate(self.axes)]
+        return np.stack(columns, axis=1).astype(np.int64)
+
+    def row(self, k: int) -> Ints:
+        """Grid indices (tiles, axes) of all tiles in the row ``k`` of the first axis, in row-major order."""
+        rest = [range(n) for n in self.shape[1:]]
+        return np.array([(k, *index) for index in itertools.product(*rest)], dtype=np.int64)
+
+    def rows(self) -> Iterator[Ints]:
+        for k in range(self.shape[0]):
+            yield self.row(k)
+
+    @cached_property
+    def _owned(self) -> list[list[Ints]]:
+        """Per output and axis an array (tiles along the axis, 3): source, target, size."""
+        return [
+            [np.array(axis.owned(f), dtype=np.int64) for axis, f in self._paired(output)] for output in self.outputs
+        ]
+
+    @cached_property
+    def _covered(self) -> list[list[Ints]]:
+        """As ``_owned``, but all a tile covers of the image, for blending."""
+        return [[np.array(list(_covered(axis, f)), dtype=np.int64) for axis, f in self._paired(o)] for o in self.outputs]
+
+    def _paired(self, output: OutputField) -> Iterator[tuple[AxisTiles, AxisField]]:
+        return zip(self.axes, output.field, strict=True)
+
+    def placement(self, index: npt.ArrayLike, output: int) -> Placement:
+        """What the tiles at grid indices ``index`` contribute to an output, in samples of the image's output."""
+        index = np.asarray(index)
+        table = (self._covered if self.blended else self._owned)[output]
+        parts = np.stack([table[k][index[:, k]] for k in range(len(self.axes))], axis=1)  # (tiles, axes, 3)
+        source, target, size = (np.ascontiguousarray(parts[..., j]) for j in range(3))
+        return Placement(source, target, size)
+
+    def band(self, k: int, output: int) -> tuple[int, int]:
+        """[start, stop) along the first axis that is final once tile row ``k`` is done, and was not before it."""
+        if not self.blended:
+            _, target, size = self._owned[output][0][k]
+            return int(target), int(target + size)
+        table = self._covered[output][0]
+        start = int(table[k][1]) if k else 0
+        stop = int(table[k + 1][1]) if k + 1 < len(table) else self.out_shape(output)[0]
+        return start, stop
+
+
+def _covered(axis: AxisTiles, field: AxisField) -> Iterator[tuple[int, int, int]]:
+    out_image = ceil(axis.canvas.image * field.scale)
+    first = int(axis.canvas.before * field.scale - field.shrink[0])
+    size = field.out_size(axis.tile)
+    for start in axis.starts:
+        origin = int(start * field.scale) - first
+        lo, hi = max(origin, 0), min(origin + size, out_image)
+        yield lo - origin, lo, max(0, hi - lo)
+
+
+def tile_grid(
+    image: Sequence[int],
+    tile: Sequence[int],
+    sizes: Sequence[TileSizes],
+    outputs: Sequence[OutputField],
+    *,
+    overlap: Sequence[int] | None = None,
+) -> TileGrid:
+    """The tiles of an image.
+
+    Args:
+        image: Spatial shape in pixels.
+        tile: Tile size in pixels per axis. Larger than the canvas: taken down to it (the smallest that holds the image).
+        sizes: Accepted sizes per axis.
+        outputs: What the outputs depend on, halos as they are to be used.
+        overlap: Pixels shared by neighbouring tiles, per axis, for tiles that are blended. None: exact tiles, whose
+            overlap follows from the halo.
+
+    Raises:
+        TileError: A tile that the graph does not accept or that keeps nothing; an overlap outside [0, tile).
+    """
+    if not len(image) == len(tile) == len(sizes):
+        raise TileError(f"image {_by(image)} and tile {_by(tile)} do not both have the network's {len(sizes)} spatial axes")
+    axes = []
+    for k, (n, t, s) in enumerate(zip(image, tile, sizes, strict=True)):
+        fields = [output.field[k] for output in outputs]
+        c = canvas(n, s, fields)
+        if not s.accepts(t):
+            raise TileError(_not_accepted(t, s))
+        t = min(t, c.size)
+        if overlap is not None:
+            if not 0 <= overlap[k] < t:
+                if t < tile[k] and 0 <= overlap[k] < tile[k]:
+                    axes.append(AxisTiles(c, t, (0,)))  # the whole canvas is one tile: nothing to overlap
+                    continue
+                raise TileError(f"overlap {overlap[k]} px is outside 0 to {tile[k] - 1} px, the tile being {tile[k]} px")
+            step = max(s.stride, (t - overlap[k]) // s.stride * s.stride)
+        else:
+            step = exact_step(t, s.stride, fields)
+            if step <= 0:
+                if t < c.size:
+                    halo = max((sum(f.halo) for f in fields), default=0)
+                    hint = "build again with --halo measured" if s.fixed else f"use {smallest_tile(s, fields)} px or more"
+                    raise TileError(f"a tile of {t} px keeps nothing: its halo takes {halo} samples; {hint}")
+                step = s.stride
+        axes.append(_axis_tiles(c, t, step, s.stride))
+    return TileGrid(tuple(axes), tuple(outputs), blended=overlap is not None)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _not_accepted(tile: int, sizes: TileSizes) -> str:
+    if sizes.fixed is not None:
+        return f"tile {tile} px is not the graph's fixed size; use {sizes.fixed}"
+    if tile < sizes.minimum:
+        return f"tile {tile} px is below the smallest size {sizes.at_least(1)} px that the graph accepts"
+    low, high = sizes.at_most(tile), sizes.at_least(tile)
+    rule = f"a multiple of stride {sizes.stride}" if sizes.remainder == 0 else f"{sizes.remainder} modulo stride {sizes.stride}"
+    return f"tile {tile} px is not {rule}; use {low} or {high}"
+
+
+def with_halo(output: OutputField, halo: int) -> OutputField:
+    """The output with a halo of at most ``halo`` samples on every side."""
+    cut = tuple(replace(f, halo=(min(f.halo[0], halo), min(f.halo[1], halo))) for f in output.field)
+    return replace(output, field=cut)
+
+
+def choose_tile(
+    image: Sequence[int], sizes: Sequence[TileSizes], outputs: Sequence[OutputField], max_px: int
+) -> tuple[int, ...]:
+    """The tile of at most ``max_px`` pixels that computes the fewest pixels for this image; rectangles are welcome.
+
+    A tile as wide as the canvas has no halo at its sides. Ties go to the longer last axis (contiguous rows). Where no
+    tile that keeps anything fits into ``max_px``, the smallest that does is returned.
+    """
+    options = []  # per axis: (tile, tiles along the axis)
+    for k, (n, s) in enumerate(zip(image, sizes, strict=True)):
+        fields = [output.field[k] for output in outputs]
+        c = canvas(n, s, fields)
+        if s.fixed is not None:
+            step = max(exact_step(s.fixed, s.stride, fields), s.stride)
+            options.append([(s.fixed, 1 + -(-(c.size - s.fixed) // step))])
+            continue
+        best: dict[int, int] = {}  # number of tiles -> smallest tile that does with it
+        for t in range(min(smallest_tile(s, fields), c.size), c.size + 1, s.stride):
+            step = exact_step(t, s.stride, fields)
+            if t == c.size or step > 0:
+                best.setdefault(1 if t == c.size else 1 + -(-(c.size - t) // step), t)
+        options.append([(t, count) for count, t in best.items()])
+    fitting = []
+    for choice in itertools.product(*options):
+        tile = tuple(t for t, _ in choice)
+        fitting.append((prod(tile) > max_px, prod(t * count for t, count in choice), tile[::-1], tile))
+    over = [entry for entry in fitting if entry[0]]
+    inside = [entry for entry in fitting if not entry[0]]
+    if inside:
+        return min(inside, key=lambda e: (e[1], tuple(-t for t in e[2])))[3]
+    return min(over, key=lambda e: (prod(e[3]), e[1]))[3]
+
+
+def cost_ratio(tile: Sequence[int], sizes: Sequence[TileSizes], outputs: Sequence[OutputField]) -> float | None:
+    """Computed over kept pixels of inner tiles; None where the tile keeps nothing."""
+    ratio = Fraction(1)
+    for k, (t, s) in enumerate(zip(tile, sizes, strict=True)):
+        step = exact_step(t, s.stride, [output.field[k] for output in outputs])
+        if step <= 0:
+            return None
+        ratio *= Fraction(t, step)
+    return float(ratio)
+
+
+def border_window(start: int, stop: int, size: int, border: Border) -> tuple[int, int]:
+    """[first, last + 1) of the image pixels that ``[start, stop)`` needs when the border rule fills what lies outside.
+
+    Empty (0, 0) where a constant border needs none.
+    """
+    if start >= 0 and stop <= size:
+        return start, stop
+    if border == "constant":
+        return min(max(start, 0), size), max(min(stop, size), min(max(start, 0), size))
+    index = np.arange(start, stop)
+    if border == "edge" or size == 1:
+        index = np.clip(index, 0, size - 1)
+    else:
+        period = 2 * (size - 1)
+        index = np.abs(index) % period
+        index = np.minimum(index, period - index)
+    return int(index.min()), int(index.max()) + 1
