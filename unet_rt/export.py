@@ -1,0 +1,376 @@
+"""A PyTorch module becomes an ONNX graph: free batch and spatial axes, BatchNorm folded, the contract in its metadata.
+
+Needs torch and onnx (``pip install unet-rt[torch]``); ONNX Runtime checks the result. Nothing is written unless the
+graph gives what the module gives, on realistic pixels, at two sizes and two batch sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor, nn
+
+from .contract import Contract
+from .errors import BackendError, ContractError, GraphError
+
+Exporter = Literal["auto", "trace", "dynamo"]
+Array = npt.NDArray[np.float32]
+
+METADATA_KEY = "unet_rt.contract"
+OPSET = 18  # Resize with antialias, ReduceX with axes as input; the highest that both exporters write without conversion
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written and how it was checked.
+
+    Attributes:
+        path: The ONNX file.
+        exporter: ``trace`` (TorchScript) or ``dynamo`` (torch.export).
+        opset: ONNX operator set.
+        parameters: Numbers in the graph's initialisers of floating type.
+        sizes: Input sizes (spatial axes) at which graph and module were compared.
+        max_error: Largest absolute difference of an output between ONNX Runtime and torch, over both sizes.
+        tolerance: What was allowed: from the module's own float32 rounding, measured against float64.
+        notes: Decisions worth knowing, one sentence each.
+    """
+
+    path: Path
+    exporter: str
+    opset: int
+    parameters: int
+    sizes: tuple[tuple[int, ...], ...]
+    max_error: float
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    module: nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    contract: Contract | None = None,
+    sizes: Sequence[int | Sequence[int]] | None = None,
+    pixels: npt.ArrayLike | None = None,
+    exporter: Exporter = "auto",
+    opset: int = OPSET,
+) -> Export:
+    """Write ``module`` to ``out`` as ONNX and check it against the module.
+
+    Args:
+        module: Any network that takes one tensor ``(N, C, *spatial)`` and returns a tensor or a sequence of them.
+            It is exported in evaluation mode and left as it was.
+        out: The ``.onnx`` file; written whole or not at all.
+        contract: Stored in the metadata under ``unet_rt.contract``. Its axes and channels shape the example input.
+        sizes: Two input sizes to compare at; a number stands for all spatial axes. Default: from the U-Net's
+            architecture, else the contract's trained tile (or 256 px) and 64 px more.
+        pixels: ``(C, *spatial)`` or ``(*spatial)``: the network's input (already normalised) to compare on. Default:
+            microscopy drawn by :mod:`unet_rt.synthetic`.
+        exporter: ``trace`` is fast and writes small graphs; ``dynamo`` follows more Python. ``auto`` traces, and
+            takes the other one if the traced graph cannot be made or does not equal the module at both sizes.
+        opset: ONNX operator set.
+
+    Raises:
+        GraphError: no exporter gives a graph that equals the module.
+        ContractError: the module's channels cannot be told, or contradict the contract.
+        BackendError: ONNX Runtime is missing, so that the graph cannot be checked.
+    """
+    contract = contract or Contract()
+    spatial, channels = _input_of(module, contract)
+    tiles = _tiles(module, contract, sizes, spatial)
+    frozen = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
+    inputs = [_pixels(tile, channels, pixels) for tile in tiles]
+    wanted = [_run_torch(frozen, x) for x in inputs]
+    tolerance = _tolerance(frozen, inputs, wanted)
+
+    ways: dict[str, Callable[..., bytes]] = {"trace": _trace, "dynamo": _dynamo}
+    tried = ["trace", "dynamo"] if exporter == "auto" else [exporter]
+    notes: list[str] = []
+    for name in tried:
+        try:
+            model = onnx.load_model_from_string(ways[name](frozen, inputs[0], len(wanted[0]), opset))
+        except Exception as error:  # exporters raise anything; what they say goes into the message below
+            notes.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+            continue
+        _tidy(model)
+        model.producer_name, model.producer_version = "unet-rt", ""
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(contract.to_json())})
+        onnx.checker.check_model(model, full_check=True)
+        errors = _errors(model, inputs, wanted)
+        if all(isinstance(e, float) and e <= tolerance for e in errors):
+            _write(model, Path(out))
+            return Export(
+                path=Path(out),
+                exporter=name,
+                opset=opset,
+                parameters=_parameters(model),
+                sizes=tuple(tiles),
+                max_error=max(e for e in errors if isinstance(e, float)),
+                tolerance=tolerance,
+                notes=tuple(notes),
+            )
+        for tile, e in zip(tiles, errors, strict=True):
+            size = "x".join(map(str, tile))
+            if isinstance(e, str):
+                notes.append(f"{name}: at {size} px the graph fails: {e}")
+            elif e > tolerance:
+                notes.append(f"{name}: at {size} px the graph is off by {e:.3g}, {tolerance:.3g} are allowed")
+    raise GraphError(
+        "no ONNX graph equals the module:\n  " + "\n  ".join(notes) + "\n"
+        "Look for sizes taken as Python numbers in forward() (pass tensors' shapes on), or give sizes=[...] that the "
+        "network accepts."
+    )
+
+
+def _input_of(module: nn.Module, contract: Contract) -> tuple[int, int]:
+    """Number of spatial axes and channels."""
+    spec = getattr(module, "spec", None)
+    kinds: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    first = next((m for m in module.modules() if type(m) in kinds), None)
+    if contract.axes is not None:
+        if not contract.axes.startswith("NC"):
+            raise ContractError(
+                f"contract axes are {contract.axes!r}, but PyTorch modules take channels first; use NCYX or NCZYX"
+            )
+        spatial = len(contract.axes) - 2
+    elif hasattr(spec, "dims"):
+        spatial = int(spec.dims)
+    elif first is not None:
+        spatial = kinds[type(first)]
+    else:
+        raise ContractError("the module holds no convolution; declare Contract(axes='NCYX', channels=...)")
+    known = getattr(spec, "in_channels", None) or getattr(first, "in_channels", None)
+    if contract.channels and known and len(contract.channels) != known:
+        raise ContractError(
+            f"the contract names {len(contract.channels)} channels {contract.channels}, the module takes {known}"
+        )
+    channels = len(contract.channels) or known
+    if not channels:
+        raise ContractError("the module's input channels are unknown; declare Contract(channels=('...',))")
+    return spatial, int(channels)
+
+
+def _tiles(
+    module: nn.Module, contract: Contract, sizes: Sequence[int | Sequence[int]] | None, spatial: int
+) -> list[tuple[int, ...]]:
+    """Two tile sizes; the second one is not square, so that mixed-up axes show."""
+    if sizes is not None:
+        tiles = [(s,) * spatial if isinstance(s, int) else tuple(int(k) for k in s) for s in sizes]
+        if len(tiles) < 2 or any(len(t) != spatial for t in tiles):
+            raise GraphError(f"sizes {sizes} are not two sizes over {spatial} spatial axes; use e.g. [256, 320]")
+        return tiles
+    spec = getattr(module, "spec", None)
+    start = 256 if spatial == 2 else 48
+    if hasattr(spec, "size_at_least"):
+        a = spec.size_at_least(min(start, *contract.trained_tile) if contract.trained_tile else start)
+        b = spec.size_at_least(a + 1)
+        return [(a,) * spatial, (*(a,) * (spatial - 1), b)]
+    a_tile = contract.trained_tile or (start,) * spatial
+    return [tuple(a_tile), (*a_tile[:-1], a_tile[-1] + 64)]
+
+
+def _pixels(tile: tuple[int, ...], channels: int, pixels: npt.ArrayLike | None) -> Array:
+    """(2, C, *tile) of normalised pixels: two different windows, mirrored where the image is smaller."""
+    if pixels is None:
+        from .synthetic import microscopy
+
+        drawn = [microscopy(tile[-2:] if len(tile) > 1 else (32, *tile), seed=seed).image for seed in (1, 2)]
+        planes = [np.asarray(image, np.float32) for image in drawn]
+        planes = [(p - p.min()) / np.float32(max(float(np.ptp(p)), 1.0)) for p in planes]
+        if len(tile) == 1:
+            planes = [p[0] for p in planes]
+        # Deeper planes are dimmer: a volume whose planes differ.
+        for size in reversed(tile[:-2]):
+            fade = np.linspace(1, 0.5, size, dtype=np.float32)
+            planes = [fade.reshape(-1, *(1,) * p.ndim) * p for p in planes]
+        return np.stack([np.stack([p * np.float32(0.9**c) for c in range(channels)]) for p in planes])
+    given = np.asarray(pixels, np.float32)
+    given = given[None] if given.ndim == len(tile) else given
+    if given.ndim != len(tile) + 1 or given.shape[0] != channels:
+        raise ContractError(f"pixels are {given.shape}; the module takes ({channels}, *spatial) with {len(tile)} axes")
+    grow = [(0, 0)] + [(0, max(0, t - s)) for t, s in zip(tile, given.shape[1:], strict=True)]
+    given = np.pad(given, grow, mode="reflect")
+    low = given[(slice(None), *(slice(0, t) for t in tile))]
+    high = given[(slice(None), *(slice(s - t, s) for t, s in zip(tile, given.shape[1:], strict=True)))]
+    return np.ascontiguousarray(np.stack([low, np.flip(high, -1)]))
+
+
+def _run_torch(module: nn.Module, x: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    with torch.no_grad():
+        y = module(torch.from_numpy(x))
+    outputs = [y] if isinstance(y, Tensor) else list(y.values()) if isinstance(y, dict) else list(y)
+    if not outputs or not all(isinstance(t, Tensor) for t in outputs):
+        raise GraphError(f"the module returns {type(y).__name__}; export takes modules that return tensors")
+    return [t.numpy() for t in outputs]
+
+
+def _tolerance(module: nn.Module, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]) -> float:
+    """Eight times the module's own float32 rounding error: another order of summation is allowed, another result not.
+
+    Seen: graph and module differ by 0.5 to 2 times that error, folded BatchNorm included.
+    """
+    precise = copy.deepcopy(module).double()
+    own = scale = 0.0
+    for x, y32 in zip(inputs, wanted, strict=True):
+        for a, b in zip(_run_torch(precise, x.astype(np.float64)), y32, strict=True):
+            own = max(own, float(np.max(np.abs(a - b), initial=0.0)))
+            scale = max(scale, float(np.max(np.abs(a), initial=0.0)))
+    if not np.isfinite(scale):
+        raise GraphError("the module's output is not finite on realistic pixels; train it, or look for a wrong scale")
+    return max(8 * own, 8 * float(np.finfo(np.float32).eps) * scale)
+
+
+def _names(x: Array, outputs: int) -> tuple[list[str], dict[str, dict[int, str]]]:
+    names = ["output"] if outputs == 1 else [f"output_{k}" for k in range(outputs)]
+    spatial = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}[x.ndim - 2]
+    axes = {"input": {0: "batch", **{2 + k: name for k, name in enumerate(spatial)}}}
+    for name in names:
+        axes[name] = {0: "batch", **{2 + k: f"{name}_{axis}" for k, axis in enumerate(spatial)}}
+    return names, axes
+
+
+def _trace(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
+    names, axes = _names(x, outputs)
+    buffer = io.BytesIO()
+    with _quiet():
+        torch.onnx.export(
+            module,
+            (torch.from_numpy(x),),
+            buffer,
+            input_names=["input"],
+            output_names=names,
+            dynamic_axes=axes,
+            opset_version=opset,
+            dynamo=False,
+        )
+    return buffer.getvalue()
+
+
+def _dynamo(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
+    names, axes = _names(x, outputs)
+    free = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            (torch.from_numpy(x),),
+            input_names=["input"],
+            output_names=names,
+            dynamic_shapes=({axis: free for axis in axes["input"]},),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise GraphError("torch.onnx.export returned nothing")
+    serialized: bytes = program.model_proto.SerializeToString()
+    return serialized
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Deprecations and progress inside torch's exporters are not the user's business; their errors are."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _tidy(model: onnx.ModelProto) -> None:
+    """Drop the Identity nodes by which the tracer shares equal initialisers, and the names of source lines."""
+    graph = model.graph
+    initializers = {t.name for t in graph.initializer}
+    results = {o.name for o in graph.output}
+    same = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Identity" and node.input[0] in initializers and node.output[0] not in results
+    }
+    kept = [node for node in graph.node if not (node.op_type == "Identity" and node.output[0] in same)]
+    for node in kept:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        for k, name in enumerate(node.input):
+            node.input[k] = same.get(name, name)
+    del graph.node[:]
+    graph.node.extend(kept)
+    del graph.value_info[:]
+    graph.doc_string = model.doc_string = ""
+    del graph.metadata_props[:]
+
+
+def _errors(
+    model: onnx.ModelProto, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]
+) -> list[float | str]:
+    """Per input: the largest difference to torch, or what ONNX Runtime said."""
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            "onnxruntime is missing, so the graph cannot be checked; pip install unet-rt[cpu]"
+        ) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # failures come back as exceptions
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own, all derived from Exception
+        return [_first_line(error)] * len(inputs)
+    name = session.get_inputs()[0].name
+    found: list[float | str] = []
+    for x, ys in zip(inputs, wanted, strict=True):
+        worst = 0.0
+        try:
+            # Two images at once and one alone: a baked batch size shows here.
+            for batch in (slice(0, 2), slice(1, 2)):
+                for got, y in zip(session.run(None, {name: x[batch]}), ys, strict=True):
+                    if got.shape != y[batch].shape:
+                        raise GraphError(f"output is {got.shape}, torch gives {y[batch].shape}")
+                    worst = max(worst, float(np.max(np.abs(got.astype(np.float64) - y[batch]), initial=0.0)))
+            found.append(worst)
+        except Exception as error:
+            found.append(_first_line(error))
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _parameters(model: onnx.ModelProto) -> int:
+    floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+    return sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type in floating)
+
+
+def _write(model: onnx.ModelProto, out: Path) -> None:
+    """Whole or not at all: a temporary file in the same folder, renamed."""
+    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, out)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
