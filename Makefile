@@ -1,0 +1,95 @@
+# The one menu; CI calls the same targets. `make` alone lists them.
+#
+# Needs Python 3.11 or newer with venv, and a C++ compiler. Environments (.venv-*) are made when they are missing and
+# made anew when pyproject.toml or constraints/ change; the package in them is installed anew when its sources change.
+
+PYTHON ?= python3
+# Options for pytest, e.g. `make test ARGS="-k tiles -x"`, or for the demo, the benchmarks.
+ARGS ?=
+# Tests for these may not be skipped here: their libraries belong to the environment that this file makes.
+UNET_RT_REQUIRE ?= torch,onnxruntime,openvino
+# Without the directory of `python -c` and `python -m` on sys.path, the source tree cannot shadow the installed package.
+export PYTHONSAFEPATH = 1
+export UNET_RT_REQUIRE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc unet_rt -type f \
+	-not -name '*.so' -not -name '*.pyd' -not -name '*.pyc' 2>/dev/null)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+TEST := .venv-test/bin
+DEMO := .venv-demo/bin
+BENCH := .venv-bench/bin
+# The build of the test environment is kept between installs, so that only what changed is compiled.
+KEEP_BUILD := --no-build-isolation --config-settings=build-dir=build/{wheel_tag}
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench docs wheels clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+demo: .venv-demo/.installed  ## install without torch, build an engine, predict a large image, verify; report in demo-output/
+	$(DEMO)/unet-rt demo --out demo-output $(ARGS)
+
+test: .venv-test/.installed  ## install with everything that tests need, and run all tests
+	$(TEST)/pytest $(ARGS)
+
+lint: .venv-test/.made  ## ruff, mypy, clang-format, codespell
+	$(TEST)/ruff check .
+	$(TEST)/ruff format --check .
+	$(TEST)/mypy
+	$(if $(CPP),$(TEST)/clang-format --dry-run -Werror $(CPP))
+	$(TEST)/codespell
+
+format: .venv-test/.made  ## rewrite sources in the project's style
+	$(TEST)/ruff check --fix-only --exit-zero --quiet .
+	$(TEST)/ruff format .
+	$(if $(CPP),$(TEST)/clang-format -i $(CPP))
+
+docs: .venv-test/.installed  ## run every code block of README.md and docs/
+	$(TEST)/pytest tests/test_docs.py $(ARGS)
+
+bench: .venv-bench/.installed  ## run the benchmarks; the method is in benchmarks/README.md
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BENCH)/python $$script $(ARGS); done
+
+wheels: .venv-test/.made  ## source distribution, and the wheel for this machine, in dist/
+	$(TEST)/pip install -q --group wheels
+	$(TEST)/python -m build --outdir dist
+
+clean:  ## remove environments, builds and caches
+	rm -rf .venv-test .venv-demo .venv-bench build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# `--group` needs pip 25.1; an environment starts with whatever pip its Python ships.
+define new_environment
+	@echo "creating $(@D) with $$($(PYTHON) --version)"
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install -q --upgrade 'pip>=25.1'
+endef
+
+.venv-test/.made: pyproject.toml constraints/test.txt
+	$(new_environment)
+	@echo "installing build tools, linters and test tools"
+	@$(@D)/bin/pip install -q --group build --group lint --group test
+	@echo "installing unet-rt[cpu,torch,tiff] and what it needs (torch is large)"
+	@$(@D)/bin/pip install -q $(KEEP_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff]'
+	@touch $@
+
+.venv-test/.installed: .venv-test/.made $(SOURCES)
+	@echo "installing unet-rt into $(@D)"
+	@$(@D)/bin/pip install -q $(KEEP_BUILD) --no-deps --force-reinstall .
+	@touch $@
+
+# As a user would: nothing kept, nothing but the extra.
+.venv-demo/.installed: $(SOURCES) constraints/test.txt
+	$(new_environment)
+	@echo "installing unet-rt[cpu]"
+	@$(@D)/bin/pip install -q --constraint constraints/test.txt '.[cpu]'
+	@touch $@
+
+.venv-bench/.installed: $(SOURCES) constraints/test.txt
+	$(new_environment)
+	@echo "installing unet-rt[cpu,torch,tiff] and the benchmarks' tools (torch is large)"
+	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group bench '.[cpu,torch,train,tiff]'
+	@touch $@

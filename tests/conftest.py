@@ -1,0 +1,100 @@
+"""What all tests share: markers for optional libraries and devices, and the folder of real data.
+
+A test whose library, device or data is missing is skipped with the reason. ``UNET_RT_REQUIRE`` names, separated by
+commas, what may not be missing (``gpu``, a library's marker, ``shared``): there a skip is a failure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Generator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+LIBRARIES = {
+    "torch": ("torch",),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt_rtx"),
+}
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def required() -> set[str]:
+    """What ``UNET_RT_REQUIRE`` names; an unknown name is an error, so that a typing slip does not switch it off."""
+    names = {name.strip() for name in os.environ.get("UNET_RT_REQUIRE", "").split(",")} - {""}
+    known = {*LIBRARIES, "gpu", "shared"}
+    if unknown := names - known:
+        raise pytest.UsageError(f"UNET_RT_REQUIRE names {sorted(unknown)}; known are {sorted(known)}")
+    return names
+
+
+@cache
+def gpu_missing() -> str | None:
+    """Why there is no CUDA device, asked of the driver itself; None if there is one."""
+    name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return f"no CUDA driver ({name} cannot be loaded)"
+    if code := driver.cuInit(0):
+        return f"the CUDA driver does not start (cuInit returned {code})"
+    count = ctypes.c_int(0)
+    if code := driver.cuDeviceGetCount(ctypes.byref(count)):
+        return f"the CUDA driver does not count its devices (cuDeviceGetCount returned {code})"
+    return None if count.value else "the CUDA driver sees no device"
+
+
+def missing(marker: str) -> str | None:
+    """Why a test with this marker cannot run here; None if it can."""
+    if marker == "gpu":
+        return gpu_missing()
+    modules = LIBRARIES[marker]
+    if any(find_spec(module) for module in modules):
+        return None
+    return f"{' or '.join(modules)} is not installed"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check ``UNET_RT_REQUIRE`` before anything runs."""
+    required()
+
+
+def pytest_report_header() -> str:
+    """Say which unet_rt is tested: the installed one, or a source tree on the path."""
+    spec = find_spec("unet_rt")
+    where = "not found" if spec is None else spec.origin or "a folder without __init__.py"
+    return f"unet_rt: {where}; required: {', '.join(sorted(required())) or 'nothing'}; shared data: {SHARED.is_dir()}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here."""
+    for marker in ("gpu", *LIBRARIES):
+        if item.get_closest_marker(marker) and (reason := missing(marker)):
+            pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a skip of something required into a failure."""
+    report = yield
+    needs = {marker for marker in ("gpu", *LIBRARIES) if item.get_closest_marker(marker)}
+    if "shared" in getattr(item, "fixturenames", ()):
+        needs.add("shared")
+    if report.skipped and not hasattr(report, "wasxfail") and (must := needs & required()):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"skipped although UNET_RT_REQUIRE names {', '.join(sorted(must))}: {reason}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real images and trained networks beside the repository: ``data/`` and ``models/``."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data: {SHARED} does not exist")
+    return SHARED

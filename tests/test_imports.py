@@ -1,0 +1,159 @@
+"""What may import what, what importing costs, and what an installed package holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import unet_rt
+
+PACKAGE = Path(unet_rt.__file__).parent
+
+# The image line and what `unet-rt predict` loads: NumPy and the standard library, nothing else.
+IMAGE_LINE = [
+    "contract",
+    "contract_io",
+    "engine",
+    "errors",
+    "field",
+    "image",
+    "kernels",
+    "machine",
+    "normalize",
+    "output",
+    "predict",
+    "stitch",
+    "tiles",
+]
+
+# The files (relative to the package) that may import a library at all, at module level or in a function.
+MAY_IMPORT = {
+    "onnx": ("graph.py", "propagate.py", "free.py", "passes/*.py", "export.py", "build.py", "backends/*.py"),
+    "onnxruntime": ("backends/onnxruntime.py",),
+    "openvino": ("backends/openvino.py",),
+    "tensorrt": ("backends/tensorrt.py",),
+    "tensorrt_rtx": ("backends/tensorrt.py",),
+    "torch": ("backends/eager.py", "export.py", "models/*.py", "training/*.py"),
+}
+# The ones among them that may do so at module level: nothing imports these before they are asked for.
+AT_MODULE_LEVEL = {
+    "onnx": ("graph.py", "propagate.py", "free.py", "passes/*.py"),
+    "torch": ("models/*.py", "training/*.py"),
+}
+# Never at module level: `import unet_rt` pays for NumPy alone.
+LAZY = {"PIL", "imagecodecs", "scipy", "skimage", "tifffile", "tqdm", "yaml", *MAY_IMPORT}
+
+SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(top-level package, whether at run time at module level, line) of each import in a file."""
+    pending: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), True)]
+    while pending:
+        node, top = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], top, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0], top, node.lineno
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue  # not at run time
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        pending.extend((child, top and not inside) for child in ast.iter_child_nodes(node))
+
+
+def allowed(name: str, source: str, table: dict[str, tuple[str, ...]]) -> bool:
+    return any(fnmatch(source, pattern) for pattern in table.get(name, ()))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_library_is_imported_in_its_place(source: str) -> None:
+    wrong = []
+    for name, top, line in imports(PACKAGE / source):
+        if name in MAY_IMPORT and not allowed(name, source, MAY_IMPORT):
+            wrong.append(f"{source}:{line}: imports {name}, which belongs to {', '.join(MAY_IMPORT[name])}")
+        if top and name in LAZY and not allowed(name, source, AT_MODULE_LEVEL):
+            wrong.append(f"{source}:{line}: imports {name} at module level; import it in the function that needs it")
+    assert not wrong, "\n".join(wrong)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages in ``sys.modules`` of a new interpreter after a statement, and not before it."""
+    # The interpreter itself may load a package at start (a .pth file), which is not our doing.
+    code = f"import json, sys; before = set(sys.modules); {statement}; print(json.dumps([*set(sys.modules) - before]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_importing_the_package_loads_numpy_alone() -> None:
+    assert not loaded_by("import unet_rt") & LAZY
+
+
+@pytest.mark.parametrize("module", IMAGE_LINE)
+def test_the_image_line_needs_neither_torch_nor_onnx(module: str) -> None:
+    assert not loaded_by(f"import unet_rt.{module}") & LAZY
+
+
+def test_the_command_line_starts_without_libraries() -> None:
+    assert not loaded_by("import unet_rt.cli") & LAZY
+
+
+def test_the_police_sees_what_it_should(tmp_path: Path) -> None:
+    path = tmp_path / "sample.py"
+    path.write_text(
+        "import torch.nn\n"
+        "from onnx import helper\n"
+        "if TYPE_CHECKING:\n    import openvino\n"
+        "try:\n    import tifffile\nexcept ImportError:\n    pass\n"
+        "def f():\n    from yaml import safe_load\n"
+        "class C:\n    import tqdm\n"
+        "from . import onnxruntime\n",
+        encoding="utf-8",
+    )
+    found = {(name, top) for name, top, _ in imports(path)}
+    assert found == {("torch", True), ("onnx", True), ("tifffile", True), ("yaml", False), ("tqdm", True)}
+
+
+def test_all_public_names_exist() -> None:
+    assert unet_rt.__all__
+    assert len(set(unet_rt.__all__)) == len(unet_rt.__all__)
+    for name in unet_rt.__all__:
+        assert getattr(unet_rt, name) is not None
+        assert name in dir(unet_rt)
+
+
+@pytest.fixture
+def installed() -> importlib.metadata.Distribution:
+    """The distribution that the tested package came with; a source tree on the path has none."""
+    try:
+        distribution = importlib.metadata.distribution("unet-rt")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("unet-rt is not installed")
+    if Path(str(distribution.locate_file("unet_rt"))).resolve() != PACKAGE.resolve():
+        pytest.skip(f"unet_rt is imported from {PACKAGE}, not from the installed package")
+    return distribution
+
+
+def test_the_version_is_the_distribution_s(installed: importlib.metadata.Distribution) -> None:
+    assert unet_rt.__version__ == installed.version
+
+
+def test_the_wheel_holds_what_it_should(installed: importlib.metadata.Distribution) -> None:
+    names = {file.as_posix() for file in installed.files or () if "__pycache__" not in file.parts}
+    inside = {name for name in names if name.startswith("unet_rt/")}
+    assert {"unet_rt/py.typed", "unet_rt/_cpu.pyi"} <= inside
+    assert any(fnmatch(name, "unet_rt/data/*.onnx") for name in inside)
+    assert sum(fnmatch(name, "unet_rt/_cpu.*.so") or fnmatch(name, "unet_rt/_cpu.*.pyd") for name in inside) == 1
+    # Apart from the package, its metadata and the console script, nothing is installed.
+    info = f"unet_rt-{installed.version}.dist-info/"
+    others = {name for name in names - inside if not name.startswith(info)}
+    assert {Path(name).stem for name in others} == {"unet-rt"}
+    assert not {name for name in inside if name.endswith((".cpp", ".h", ".cu")) or "test" in Path(name).parts}
