@@ -174,10 +174,10 @@ class BandStitcher:
 
     def _shift(self, rows: int) -> None:
         """Moves the unfinished rows of the accumulators to the front."""
-        for buffer, axis in ((self._total, 1), (self._weights, 0)):
-            moved = np.moveaxis(buffer, axis, 0)
-            moved[:-rows or None] = moved[rows:].copy() if rows < len(moved) else moved[:0]
-            moved[len(moved) - rows :] = 0
+        for rows_first in (np.moveaxis(self._total, 1, 0), self._weights):
+            left = len(rows_first) - rows
+            rows_first[:left] = rows_first[rows:].copy()
+            rows_first[left:] = 0
 
     def _arguments(self) -> dict[str, Any]:
         d = self._decision

@@ -1,0 +1,451 @@
+"""The engine: a graph built for one backend and precision, with all that tiling, decisions and proof need.
+
+The two lines of data meet here: ``build.py`` writes engine folders, ``predict.py`` runs engines. Reading one needs neither
+torch nor onnx.
+
+An engine folder holds ``spec.json`` and files named by content, which ``spec.json`` lists with their SHA-256::
+
+    spec.json              what this module's EngineSpec holds; written last, so that a reader sees a whole engine or none
+    model-<hash>.onnx      the FP32 graph as given: baseline of ``verify``, source of every rebuild
+    graph-<hash>.onnx      the graph as built
+    parity-<hash>.json     what was measured, on what, against what, with which versions
+    exam-<hash>.npz        a few real tiles and the baseline's outputs (absent with ``--no-exam``)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract import Contract
+from .errors import EngineError, OutputError, TileError
+from .field import OutputField, TileSizes
+from .stitch import Blend
+from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
+
+if TYPE_CHECKING:
+    from .backends import Session
+
+Precision = Literal["fp32", "bf16"]
+SCHEMA = (1, 0)  # (major, minor): a reader accepts its own major and any minor
+FileKind = Literal["model", "graph", "parity", "exam"]
+_SUFFIX = {"model": ".onnx", "graph": ".onnx", "parity": ".json", "exam": ".npz"}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One graph input: its name, axes (``"NCYX"``), number of channels and dtype (a NumPy name)."""
+
+    name: str
+    axes: str
+    channels: int
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What travels with an engine.
+
+    Attributes:
+        contract: The input contract, complete.
+        inputs: Graph inputs; a sample's channels are dealt to them in order.
+        outputs: What the outputs depend on, with the halos computed from the graph.
+        sizes: Accepted tile sizes per spatial axis.
+        batch: The batch size the graph is fixed to, or None.
+        halo: ``exact``, ``measured`` or ``given``.
+        halo_limit: Samples that the halo is cut to where it is not exact, else None.
+        tile: The tile chosen by build, in pixels. For exact networks of free size a bound on the tile's area.
+        overlap: Pixels shared by neighbouring tiles where tiles are blended (not exact networks), else None.
+        blend: Weights of blended tiles.
+        precision, backend, device: As built.
+        bytes_per_px: Memory that running takes per tile pixel, as measured by build (0: unknown).
+        made_on: Machine and library versions at build.
+        options: Everything else that decided the result.
+    """
+
+    contract: Contract
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputField, ...]
+    sizes: tuple[TileSizes, ...]
+    batch: int | None
+    halo: Literal["exact", "measured", "given"]
+    halo_limit: int | None
+    tile: tuple[int, ...]
+    overlap: tuple[int, ...] | None
+    blend: Blend
+    precision: Precision
+    backend: str
+    device: str
+    bytes_per_px: float = 0.0
+    made_on: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether tiles placed side by side equal whole-image inference (with the halo in use: by proof or measurement)."""
+        return self.overlap is None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the image: those of all inputs together."""
+        return sum(i.channels for i in self.inputs)
+
+    @property
+    def spatial(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def free_size(self) -> bool:
+        return all(s.fixed is None for s in self.sizes)
+
+    def used_outputs(self) -> tuple[OutputField, ...]:
+        """The outputs with the halo in use."""
+        if self.halo_limit is None:
+            return self.outputs
+        return tuple(with_halo(o, self.halo_limit) for o in self.outputs)
+
+    def grid(
+        self, image: Sequence[int], tile: Sequence[int] | None = None, max_px: int | None = None
+    ) -> TileGrid:
+        """The tiles for an image of spatial shape ``image``.
+
+        Args:
+            image: Pixels per axis.
+            tile: Tile size per axis. None: for exact networks the rectangle of at most ``max_px`` pixels (default: the
+                area of the built tile) that computes least for this image; the built tile otherwise.
+            max_px: Bound on the tile's pixels.
+
+        Raises:
+            TileError: A tile that the graph does not accept, keeps nothing, or that would change the answer (networks
+                that cannot be tiled exactly have one tile: it is part of the model).
+        """
+        outputs = self.used_outputs()
+        if self.overlap is not None:
+            if tile is not None and tuple(tile) != self.tile:
+                raise TileError(
+                    f"tile {_by(tile)} px differs from the engine's {_by(self.tile)}: this network cannot be tiled exactly, "
+                    "so its tile is part of the model; build again with --tile"
+                )
+            return tile_grid(image, self.tile, self.sizes, outputs, overlap=self.overlap)
+        if tile is None:
+            tile = choose_tile(image, self.sizes, outputs, max_px or prod(self.tile))
+        return tile_grid(image, tile, self.sizes, outputs)
+
+    def canvas_shape(self, image: Sequence[int]) -> tuple[int, ...]:
+        """Size in pixels of the canvas that whole-image inference runs on."""
+        axes = enumerate(zip(image, self.sizes, strict=True))
+        return tuple(canvas(n, s, [o.field[k] for o in self.outputs]).size for k, (n, s) in axes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "contract": self.contract.to_json(),
+            "inputs": [vars(i) for i in self.inputs],
+            "outputs": [o.to_json() for o in self.outputs],
+            "sizes": [vars(s) for s in self.sizes],
+            "batch": self.batch,
+            "halo": self.halo,
+            "halo_limit": self.halo_limit,
+            "tile": list(self.tile),
+            "overlap": None if self.overlap is None else list(self.overlap),
+            "blend": self.blend,
+            "precision": self.precision,
+            "backend": self.backend,
+            "device": self.device,
+            "bytes_per_px": self.bytes_per_px,
+            "made_on": dict(self.made_on),
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EngineSpec:
+        return cls(
+            contract=Contract.from_json(data["contract"]),
+            inputs=tuple(InputSpec(**i) for i in data["inputs"]),
+            outputs=tuple(OutputField.from_json(o) for o in data["outputs"]),
+            sizes=tuple(TileSizes(**s) for s in data["sizes"]),
+            batch=data["batch"],
+            halo=data["halo"],
+            halo_limit=data["halo_limit"],
+            tile=tuple(data["tile"]),
+            overlap=None if data["overlap"] is None else tuple(data["overlap"]),
+            blend=data["blend"],
+            precision=data["precision"],
+            backend=data["backend"],
+            device=data["device"],
+            bytes_per_px=data["bytes_per_px"],
+            made_on=data["made_on"],
+            options=data["options"],
+        )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+class Engine:
+    """A loaded engine: ``spec``, ``run``, ``close``. Use it in a ``with`` block; one thread runs it at a time."""
+
+    def __init__(self, spec: EngineSpec, session: Session, folder: EngineFolder | None = None):
+        self.spec = spec
+        self.folder = folder
+        self._session = session
+
+    def run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
+        """Runs tiles through the network.
+
+        Args:
+            batch: (N, C, *tile), normalised pixels; any N (graphs of a fixed batch are padded and trimmed).
+
+        Returns:
+            One float32 array (N, K, *tile_out) per output, whatever axes the graph itself uses.
+        """
+        n, fixed = len(batch), self.spec.batch
+        if fixed is None or n == fixed:
+            return self._run(batch)
+        parts = []
+        for k in range(0, n, fixed):
+            part = batch[k : k + fixed]
+            short = fixed - len(part)
+            if short:
+                part = np.concatenate([part, np.repeat(part[-1:], short, axis=0)])
+            parts.append([out[: fixed - short] for out in self._run(part)])
+        return [np.concatenate(outs) for outs in zip(*parts, strict=True)]
+
+    def _run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
+        inputs, first = [], 0
+        for spec in self.spec.inputs:
+            x = batch[:, first : first + spec.channels]
+            first += spec.channels
+            x = _to_axes(x, spec.axes)
+            inputs.append(np.ascontiguousarray(x, dtype=spec.dtype))
+        outputs = self._session.run(inputs)
+        return [_from_axes(y, o.axes) for y, o in zip(outputs, self.spec.outputs, strict=True)]
+
+    def close(self) -> None:
+        self._session.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _to_axes(x: npt.NDArray[Any], axes: str) -> npt.NDArray[Any]:
+    """(N, C, *spatial) to the order of ``axes``; a graph without N or C gets its single sample or channel."""
+    spatial = [a for a in axes if a not in "NC"]
+    order = ["N", "C", *spatial]
+    for axis in "CN":
+        if axis not in axes:
+            x = x.take(0, axis=order.index(axis))
+            order.remove(axis)
+    return x.transpose([order.index(a) for a in axes])
+
+
+def _from_axes(y: npt.NDArray[Any], axes: str) -> npt.NDArray[np.float32]:
+    spatial = [a for a in axes if a not in "NC"]
+    order = [a for a in ("N", "C", *spatial) if a in axes]
+    y = y.transpose([axes.index(a) for a in order])
+    for position, axis in enumerate("NC"):
+        if axis not in axes:
+            y = np.expand_dims(y, position)
+    return y.astype(np.float32, copy=False)
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """An engine folder that was read and whose files were checked against their hashes."""
+
+    path: Path
+    spec: EngineSpec
+    files: Mapping[str, Mapping[str, Any]]
+    parity: Mapping[str, Any] | None
+
+    def file(self, kind: FileKind) -> Path:
+        return self.path / self.files[kind]["name"]
+
+    def exam(self) -> dict[str, npt.NDArray[Any]] | None:
+        """Arrays of the exam: ``input`` and ``output_0``, ``output_1``, ...; None where the engine has none."""
+        if "exam" not in self.files:
+            return None
+        with np.load(self.file("exam"), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
+
+def write_folder(folder: Path, spec: EngineSpec, files: Mapping[FileKind, Path], *, overwrite: bool = False) -> EngineFolder:
+    """Writes an engine folder; a reader sees the old one, or the new one, never a mixture.
+
+    Args:
+        folder: Where. A new folder appears by one rename; an existing engine is replaced by its ``spec.json``.
+        spec: The spec.
+        files: Files to move in (same file system preferred), by kind.
+        overwrite: Replace an existing engine.
+
+    Raises:
+        OutputError: The folder exists and holds something else, or cannot be written.
+    """
+    check_target(folder, overwrite=overwrite)
+    entries: dict[str, dict[str, Any]] = {}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        for kind, path in files.items():
+            digest = sha256(path)
+            name = f"{kind}-{digest[:12]}{_SUFFIX[kind]}"
+            entries[kind] = {"name": name, "sha256": digest, "bytes": path.stat().st_size}
+            shutil.copyfile(path, staging / name)
+        document = {"schema": list(SCHEMA), "files": entries, **spec.to_json()}
+        document["key"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        text = json.dumps(document, indent=2) + "\n"
+        (staging / "spec.json").write_text(text, encoding="utf-8")
+        for path in staging.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        staging.chmod(0o755)
+        if folder.exists() and any(folder.iterdir()):
+            old = {p.name for p in folder.iterdir()} - {"spec.json"}
+            for entry in entries.values():
+                os.replace(staging / entry["name"], folder / entry["name"])
+            os.replace(staging / "spec.json", folder / "spec.json")
+            for name in old - {entry["name"] for entry in entries.values()}:
+                if name.split("-")[0] in _SUFFIX:
+                    (folder / name).unlink()
+        else:
+            os.replace(staging, folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: the engine cannot be written ({error.strerror}); choose another --out") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return read_folder(folder)
+
+
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raises OutputError where an engine must not be written: asked before any work is done."""
+    if not folder.exists():
+        parent = next(p for p in folder.absolute().parents if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise OutputError(f"{folder}: {parent} is not writable; choose another --out")
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file, and an engine is a folder; choose another --out")
+    names = {p.name for p in folder.iterdir()}
+    if names and "spec.json" not in names:
+        raise OutputError(f"{folder} exists and is not an engine; choose another --out")
+    if names and not overwrite:
+        raise OutputError(f"{folder} exists; pass --overwrite to replace it, or choose another --out")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder} is not writable; choose another --out")
+
+
+def read_folder(folder: str | Path) -> EngineFolder:
+    """Reads and checks an engine folder; nothing in it is executed or unpickled.
+
+    Raises:
+        EngineError: Not an engine, a newer schema, or files that are missing or not those that were written.
+    """
+    folder = Path(folder)
+    path = folder / "spec.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        what = "does not exist" if not folder.exists() else "is not an engine folder (it has no spec.json)"
+        raise EngineError(f"{folder} {what}; make one with: unet-rt build model.onnx --out {folder}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path} cannot be read ({error}); build the engine again") from error
+    try:
+        document = json.loads(text)
+        major, minor = (int(v) for v in document["schema"])
+        files = {str(kind): dict(entry) for kind, entry in document["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
+    if major != SCHEMA[0]:
+        raise EngineError(
+            f"{folder} has schema {major}.{minor}, and this version reads {SCHEMA[0]}.x; "
+            + ("upgrade unet-rt" if major > SCHEMA[0] else "build the engine again")
+        )
+    for kind in ("model", "graph"):
+        if kind not in files:
+            raise EngineError(f"{path} names no {kind}; build the engine again")
+    for entry in files.values():
+        file = folder / Path(str(entry.get("name", ""))).name
+        if not file.is_file():
+            raise EngineError(f"{file} is missing from the engine; copy the folder whole, or build again")
+        if sha256(file) != entry.get("sha256"):
+            raise EngineError(f"{file} is not the file that was built (its SHA-256 differs); copy it again, or build again")
+    try:
+        spec = EngineSpec.from_json(document)
+        parity = json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise EngineError(f"{path} is damaged ({type(error).__name__}: {error}); build the engine again") from error
+    return EngineFolder(folder, spec, files, parity)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    accept_unverified: bool = False,
+) -> Engine:
+    """Loads an engine folder.
+
+    The record of parity must be there, belong to these bytes, and be inside the budget it names. On another processor or
+    library version than recorded the engine sits its exam again first; it is never assumed that parity has travelled.
+
+    Args:
+        folder: The engine folder; may be read-only.
+        device: ``"cpu"`` or ``"cuda:N"``; None: the one it was built for.
+        threads: Threads of the backend; None: as many as affinity and quota allow.
+        accept_unverified: Load although the record is missing or cannot be renewed here.
+
+    Raises:
+        EngineError: Damaged, foreign or unproven engines, and precisions that the backend did not keep.
+        BackendError: The backend or device is missing.
+        ParityError: The exam was failed on this machine.
+    """
+    from . import backends, exam
+
+    opened = read_folder(folder)
+    spec = opened.spec
+    if device is not None and device != spec.device:
+        raise EngineError(f"{folder} was built for {spec.device}, not {device}; build again with --device {device}")
+    if not accept_unverified:
+        exam.check_record(opened)
+    session = backends.get(spec.backend).load(
+        opened.file("graph"), precision=spec.precision, device=spec.device, threads=threads or 0
+    )
+    engine = Engine(spec, session, opened)
+    try:
+        if session.precision != spec.precision:
+            raise EngineError(
+                f"{folder} is {spec.precision}, but {spec.backend} runs it in {session.precision} on this machine; build again here"
+            )
+        if not accept_unverified:
+            exam.sit_if_elsewhere(engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+

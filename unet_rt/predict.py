@@ -1,0 +1,445 @@
+"""The image line in one function: windows of an image, tiles, engine, stitched bands, output.
+
+Three threads form a pipeline: one reads windows and gathers tiles, the caller's runs the engine, one stitches and writes.
+Queues between them are short, so that memory is bounded by a few tile rows whatever the image.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import kernels, machine
+from .engine import Engine, EngineSpec
+from .errors import BackendError, ContractError, ImageError
+from .normalize import Affine, Affines, affine
+from .stitch import BandStitcher, Decision, OutputKind, decide
+from .tiles import Ints, TileGrid, border_window
+
+if TYPE_CHECKING:
+    from .image import Source
+
+Progress = Callable[[int, int], None]
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles
+
+
+@dataclass
+class RunReport:
+    """What one prediction did.
+
+    Attributes:
+        image: Name of the image.
+        reading: How it was read, in a sentence.
+        backend, precision, device: Where it ran.
+        tile, halo: Tile in pixels and the halo used, in samples (before, after) per axis.
+        tiles: Tiles computed.
+        mpx: Megapixels of the image, all planes.
+        seconds: Wall time; ``stages`` are seconds busy per stage (they overlap): read, gather, infer, stitch, write.
+        peak_rss_bytes: Peak resident memory of the process so far.
+        class_share: Share of pixels per label (masks only).
+        outside_range: Share of pixels outside the value range seen at build, where that is known.
+        non_finite: NaN and infinite pixels read (a prediction with any is refused).
+        notes: What else is worth saying.
+    """
+
+    image: str
+    reading: str
+    backend: str
+    precision: str
+    device: str
+    tile: tuple[int, ...] = ()
+    halo: tuple[tuple[int, int], ...] | None = None
+    tiles: int = 0
+    mpx: float = 0.0
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    class_share: dict[str, float] = field(default_factory=dict)
+    outside_range: float | None = None
+    non_finite: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def mpx_per_s(self) -> float:
+        return self.mpx / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "mpx_per_s": self.mpx_per_s}
+
+
+def predict(
+    engine: Engine,
+    image: Any,
+    *,
+    out: str | Path | None = None,
+    output: OutputKind | None = None,
+    axes: str | None = None,
+    channels: Sequence[int] | None = None,
+    tile: Sequence[int] | None = None,
+    batch: int = 1,
+    threads: int = 0,
+    mask_values: Sequence[int] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    report: Callable[[RunReport], None] | None = None,
+) -> Array | Path:
+    """Predicts one image of any size.
+
+    Args:
+        engine: From :func:`unet_rt.load`.
+        image: NumPy or DLPack array (``(Y, X)``, ``(C, Y, X)``, ``(Y, X, C)``, ``(Z, Y, X)``, ...), or a path.
+        out: File to write (``.tif``, ``.png``, ``.npy``); None: an array is returned.
+        output: ``"mask"`` (uint8), ``"probability"`` or ``"raw"`` (float32). None: a mask, or raw for a regression.
+        axes: Axes of the image, where they cannot be told from the file.
+        channels: Which channels of the image, in the network's order.
+        tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area.
+        batch: Tiles per run.
+        threads: Threads of the kernels; 0: as many as affinity and quota allow.
+        mask_values: Value of every label in a mask, e.g. ``(0, 255)``.
+        overwrite: Replace an existing ``out``.
+        progress: Called with (tiles done, tiles in all).
+        report: Called with the :class:`RunReport` at the end.
+
+    Returns:
+        The path written, or an array: planes of a stack first, then channels where the output has them, then space:
+        ``(Y, X)`` for the mask of a 2-D image, ``(K, Y, X)`` for its probabilities.
+
+    Raises:
+        ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
+    """
+    from .image import open_image
+    from .output import open_output
+
+    spec = engine.spec
+    with open_image(image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial) as source:
+        check_source(spec, source)
+        decision = decide(spec.contract, spec.outputs[0].channels, output, tuple(mask_values))
+        grid = plan(spec, source, tile=tile, batch=batch)
+        shape = grid.out_shape(0)
+        if out is None:
+            lead = (decision.channels,) if decision.channels else ()
+            result = np.empty((source.planes, *lead, *shape), dtype=decision.dtype)
+
+            def keep(plane: int, start: int, band: Array) -> None:
+                view = result[plane] if not lead else np.moveaxis(result[plane], 1, 0)
+                rows = band if not lead else np.moveaxis(band, 1, 0)
+                view[start : start + len(rows)] = rows
+
+            finished = run(engine, source, grid, decision, keep, batch=batch, threads=threads, progress=progress)
+            if report is not None:
+                report(finished)
+            return result.reshape(*source.plane_shape, *lead, *shape)
+        with open_output(
+            out,
+            shape=shape,
+            planes=source.planes,
+            plane_shape=source.plane_shape,
+            plane_axes=source.plane_axes,
+            channels=decision.channels,
+            dtype=decision.dtype,
+            source=source,
+            overwrite=overwrite,
+        ) as sink:
+
+            def write(plane: int, start: int, band: Array) -> None:
+                sink.write(plane, (start,) + (0,) * (len(shape) - 1), band)
+
+            finished = run(engine, source, grid, decision, write, batch=batch, threads=threads, progress=progress)
+            sink.commit()
+        if report is not None:
+            report(finished)
+        return Path(out)
+
+
+def check_source(spec: EngineSpec, source: Source) -> None:
+    """Raises where the image does not fit the contract."""
+    if source.channels != spec.channels:
+        raise ContractError(
+            f"{source.name} has {source.channels} channels and the network takes {spec.channels}; "
+            f"choose them with --channels, e.g. --channels {','.join(str(k % max(source.channels, 1)) for k in range(spec.channels))}"
+        )
+
+
+def plan(spec: EngineSpec, source: Source, *, tile: Sequence[int] | None = None, batch: int = 1) -> TileGrid:
+    """The tiles for an image, no larger than the memory that is free allows."""
+    if batch < 1:
+        raise ContractError(f"a batch of {batch} tiles cannot be run; use 1 or more")
+    max_px = prod(spec.tile)
+    if spec.bytes_per_px and spec.exact:
+        fits = int(MEMORY_SHARE * machine.memory_bytes() / (spec.bytes_per_px * batch))
+        max_px = min(max_px, fits)
+    return spec.grid(source.shape, tile, max_px)
+
+
+@dataclass
+class _Batch:
+    """Some tiles of one tile row on their way through the pipeline; ``last`` closes the row."""
+
+    plane: int
+    row: int
+    index: Ints
+    tiles: Array
+    first: bool
+    last: bool
+
+
+class _Clock:
+    """Seconds busy per stage; each stage belongs to one thread."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("read", "gather", "infer", "stitch", "write"), 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+class _Stop(Exception):
+    """Another stage of the pipeline has ended early."""
+
+
+class _Channel:
+    """A short queue between two threads that ends for both when ``stop`` is set."""
+
+    def __init__(self, size: int, stop: threading.Event):
+        self._queue: queue.Queue[Any] = queue.Queue(size)
+        self._stop = stop
+
+    def put(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        raise _Stop
+
+    def __iter__(self) -> Iterator[Any]:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            yield item
+        raise _Stop
+
+
+def run(
+    engine: Engine,
+    source: Source,
+    grid: TileGrid,
+    decision: Decision,
+    write: Callable[[int, int, Array], None],
+    *,
+    output: int = 0,
+    batch: int = 1,
+    threads: int = 0,
+    progress: Progress | None = None,
+    normalized: Affines | None = None,
+) -> RunReport:
+    """Runs all planes of a source; ``write(plane, first row, band)`` receives finished bands in order.
+
+    Args:
+        engine: Runs tiles (N, C, *tile).
+        source: The image.
+        grid: Its tiles.
+        decision: What becomes of output ``output``.
+        write: Called from one thread, bands of a plane from top to bottom, planes in order.
+        output: Which output of the graph.
+        batch: Tiles per run.
+        threads: Of the kernels.
+        progress: Called from the caller's thread with (tiles done, tiles in all).
+        normalized: Statistics already taken, else they are taken first.
+    """
+    spec = engine.spec
+    begun = time.perf_counter()
+    clock, stop, errors = _Clock(), threading.Event(), list[BaseException]()
+    with clock("read"):
+        affines = normalized or affine(_normalization(spec), source)
+    gathered, outputs = _Channel(2, stop), _Channel(2, stop)
+    watch = _RangeWatch(spec.contract.value_range)
+    shares = np.zeros(256, dtype=np.int64)
+
+    def guarded(work: Callable[[], None]) -> Callable[[], None]:
+        def body() -> None:
+            try:
+                work()
+            except _Stop:
+                pass
+            except BaseException as error:  # handed to the caller's thread, which raises it
+                errors.append(error)
+                stop.set()
+
+        return body
+
+    def gather() -> None:
+        for plane in range(source.planes):
+            for item in _gather_plane(spec, source, grid, plane, affines.plane(plane), batch, threads, clock, watch):
+                gathered.put(item)
+        gathered.put(None)
+
+    def stitch() -> None:
+        stitcher = BandStitcher(grid, output, decision, spec.blend, threads)
+        for item in outputs:
+            with clock("stitch"):
+                if item.first:
+                    if item.row == 0:
+                        stitcher = BandStitcher(grid, output, decision, spec.blend, threads)
+                    stitcher.begin(item.row)
+                stitcher.add(item.tiles, item.index)
+                if not item.last:
+                    continue
+                start, band = stitcher.finish()
+                if decision.dtype == np.uint8:
+                    shares[:] += np.bincount(band.reshape(-1), minlength=256)
+            if band.size:
+                with clock("write"):
+                    write(item.plane, start, band)
+
+    workers = [threading.Thread(target=guarded(work), name=work.__name__) for work in (gather, stitch)]
+    for worker in workers:
+        worker.start()
+    done, total = 0, source.planes * grid.count
+    if progress is not None:
+        progress(0, total)
+    try:
+        for item in gathered:
+            with clock("infer"):
+                results = engine.run(item.tiles)
+            expected = grid.tile_out_shape(output)
+            if results[output].shape[2:] != expected:
+                raise BackendError(
+                    f"the engine returned {results[output].shape[2:]} samples for a tile of {grid.tile}, and the graph says {expected}; "
+                    "the engine does not belong to its spec: build it again"
+                )
+            item.tiles = results[output]
+            done += len(item.index)
+            outputs.put(item)
+            if progress is not None:
+                progress(done, total)
+        outputs.put(None)
+    except _Stop:
+        pass
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        for worker in workers:
+            worker.join()
+    if errors:
+        raise errors[0]
+    return RunReport(
+        image=source.name,
+        reading=source.reading,
+        backend=spec.backend,
+        precision=spec.precision,
+        device=spec.device,
+        tile=grid.tile,
+        halo=None if grid.blended else tuple(f.halo for f in grid.outputs[output].field),
+        tiles=total,
+        mpx=source.planes * prod(source.shape) / 1e6,
+        seconds=time.perf_counter() - begun,
+        stages={name: round(s, 4) for name, s in clock.seconds.items()},
+        peak_rss_bytes=machine.peak_rss_bytes(),
+        class_share=_class_share(shares, decision, spec),
+        outside_range=watch.share(),
+    )
+
+
+def _normalization(spec: EngineSpec) -> Any:
+    if spec.contract.normalization is None:
+        raise ContractError("the engine's contract declares no normalisation; build it again with --normalize")
+    return spec.contract.normalization
+
+
+def _class_share(shares: npt.NDArray[np.int64], decision: Decision, spec: EngineSpec) -> dict[str, float]:
+    total = int(shares.sum())
+    if not total:
+        return {}
+    names = spec.contract.classes if decision.op == "argmax" else ("off", "on")
+    values = decision.values
+    return {
+        (names[k] if k < len(names) else str(k)): float(shares[value] / total)
+        for k, value in enumerate(values)
+        if values.index(value) == k
+    }
+
+
+class _RangeWatch:
+    """Counts pixels outside the value range that build saw."""
+
+    def __init__(self, value_range: tuple[float, float] | None):
+        self._range, self._seen, self._outside = value_range, 0, 0
+
+    def __call__(self, pixels: Array) -> None:
+        if self._range is not None:
+            low, high = self._range
+            self._outside += int(np.count_nonzero((pixels < low) | (pixels > high)))
+            self._seen += pixels.size
+
+    def share(self) -> float | None:
+        return self._outside / self._seen if self._seen else None
+
+
+def _gather_plane(
+    spec: EngineSpec,
+    source: Source,
+    grid: TileGrid,
+    plane: int,
+    numbers: Affine,
+    batch: int,
+    threads: int,
+    clock: _Clock,
+    watch: _RangeWatch,
+) -> Iterator[_Batch]:
+    border = spec.contract.border
+    seen = 0  # rows of the image that were looked at already
+    for row in range(grid.shape[0]):
+        index = grid.row(row)
+        origins = grid.origins(index)
+        rows = border_window(int(origins[0, 0]), int(origins[0, 0]) + grid.tile[0], source.shape[0], border)
+        window_start = (rows[0], *(0,) * (len(source.shape) - 1))
+        with clock("read"):
+            window = source.read(plane, window_start, (rows[1], *source.shape[1:]))
+            watch(window[:, max(seen - rows[0], 0) :])
+            seen = max(seen, rows[1])
+        for k in range(0, len(index), batch):
+            part = slice(k, min(k + batch, len(index)))
+            tiles = np.empty((part.stop - part.start, spec.channels, *grid.tile), dtype=np.float32)
+            with clock("gather"):
+                bad = kernels.tile_gather(
+                    window,
+                    origins[part],
+                    tiles,
+                    image_shape=source.shape,
+                    window_start=window_start,
+                    border=border,
+                    offset=numbers.offset,
+                    divisor=numbers.divisor,
+                    clip=numbers.clip,
+                    threads=threads,
+                )
+            if bad:
+                raise ImageError(
+                    f"{source.name}: NaN or infinite pixels in plane {plane}, rows {rows[0]} to {rows[1]} ({bad} read); "
+                    "a network spreads them over its whole reach: replace them first"
+                )
+            yield _Batch(plane, row, index[part], tiles, first=k == 0, last=part.stop == len(index))
