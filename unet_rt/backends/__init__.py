@@ -1,0 +1,94 @@
+"""The libraries that run graphs, one module each: :mod:`onnxruntime`, :mod:`openvino`, :mod:`eager`.
+
+Every module has the three functions of :class:`unet_rt.backends.session.Backend`; none of the libraries is imported
+before one of them is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from unet_rt import machine
+from unet_rt.backends.session import Backend, Session
+from unet_rt.errors import BackendError
+
+__all__ = ["Backend", "Session", "device", "get", "install_line", "names", "require", "usable"]
+
+# Engines, the baseline first; a tie in speed goes to the first.
+_ENGINES = ("onnxruntime", "openvino")
+
+# Baselines: they run a module or a checkpoint, and no engine folder.
+_BASELINES = ("eager",)
+
+
+def names() -> tuple[str, ...]:
+    """Backends that an engine can be built for, in order of preference."""
+    return _ENGINES
+
+
+def get(name: str) -> Backend:
+    """Module of a backend.
+
+    Raises:
+        BackendError: No backend of this name.
+    """
+    if name not in (*_ENGINES, *_BASELINES):
+        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join((*_ENGINES, *_BASELINES))}")
+    return cast(Backend, importlib.import_module(f"unet_rt.backends.{name}"))
+
+
+def usable(device: str = "cpu") -> list[str]:
+    """Names of the backends that are installed and run on ``device``.
+
+    Raises:
+        BackendError: An installation that is broken.
+    """
+    return [name for name in _ENGINES if get(name).missing(device) is None]
+
+
+def require(device: str = "cpu") -> list[str]:
+    """:func:`usable`, with an error where nothing is.
+
+    Raises:
+        BackendError: No backend; the message says why and holds the one line that installs one on this machine.
+    """
+    found = usable(device)
+    if found:
+        return found
+    driver = machine.cuda().missing
+    if device != "cpu" and driver is not None:
+        raise BackendError(f"{device} was asked: {driver}; install the driver, or use --device cpu")
+    reasons = "; ".join(f"{name}: {get(name).missing(device)}" for name in _ENGINES)
+    line = install_line() if device == "cpu" else 'pip install "unet-rt[gpu]"'
+    raise BackendError(f"no backend runs on {device} here ({reasons}). To install one: {line}")
+
+
+def install_line() -> str:
+    """The command that installs the backends for this machine."""
+    return f'pip install "unet-rt[{"gpu" if machine.cuda().devices else "cpu"}]"'
+
+
+def device(name: str = "auto") -> str:
+    """``"cpu"`` or ``"cuda:N"`` for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    ``auto`` is the first GPU if a backend can use it, else the CPU. Anything else is what it says, or an error.
+
+    Raises:
+        BackendError: An unknown name, or a GPU that is not there.
+    """
+    if name == "cpu":
+        return "cpu"
+    if name == "auto":
+        return "cuda:0" if machine.cuda().devices and usable("cuda:0") else "cpu"
+    kind, colon, number = name.partition(":")
+    if kind != "cuda" or (colon and not number.isdecimal()):
+        raise BackendError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N")
+    index, cuda = int(number or 0), machine.cuda()
+    if cuda.missing is not None:
+        raise BackendError(f"{name} was asked: {cuda.missing}; install the driver, or use --device cpu")
+    if index >= len(cuda.devices):
+        raise BackendError(
+            f"{name} was asked, the driver lists {len(cuda.devices)} GPU(s), the last is cuda:{len(cuda.devices) - 1}"
+        )
+    return f"cuda:{index}"

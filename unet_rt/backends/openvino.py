@@ -1,0 +1,322 @@
+"""OpenVINO on CPUs: FP32 everywhere, BF16 where the CPU computes in it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from unet_rt import machine
+from unet_rt.backends.onnx_file import copy_graph, precision_of
+from unet_rt.backends.session import Array, Port, arrays_for
+from unet_rt.errors import BackendError
+
+# Hint that is asked for -> runtime precision that layers report.
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+# Layers where the arithmetic is, by the names of OpenVINO's runtime graph.
+_HEAVY = frozenset(
+    {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "GroupConvolution", "GroupDeconvolution"}
+)
+
+# BF16 engines may keep a few layers in FP32 (a first convolution of one channel, say); an engine with fewer than half
+# of its layers in BF16 is not one.
+_BF16_SHARE = 0.5
+
+# Compiled shapes that are kept: the tile, a short last batch, a small image, a whole one. Each holds its own copy of
+# the weights (124 MB for the paper's U-Net); activations are held for the last used one only.
+_SHAPES = 4
+
+
+def missing(device: str = "cpu") -> str | None:
+    """None if usable on ``device``; else what is missing and how to get it."""
+    if device != "cpu":
+        return f"OpenVINO does not run on {device} (NVIDIA GPUs are not its devices); use --device cpu"
+    if importlib.util.find_spec("openvino") is None:
+        return "OpenVINO is not installed; pip install openvino"
+    _core()
+    return None
+
+
+def _import() -> Any:
+    try:
+        import openvino
+    except (ImportError, OSError, AttributeError) as error:
+        raise BackendError(
+            f"OpenVINO is installed but cannot be imported ({error}); pip install --force-reinstall openvino"
+        ) from error
+    return openvino
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's registry of devices: one per process, it loads the CPU plugin."""
+    openvino = _import()
+    core = openvino.Core()
+    try:
+        devices = core.available_devices
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO cannot list its devices ({error}); pip install --force-reinstall openvino"
+        ) from error
+    if "CPU" not in devices:
+        raise BackendError(
+            f"OpenVINO has no CPU device here (it has: {', '.join(devices) or 'none'}); "
+            "pip install --force-reinstall openvino, or --backend onnxruntime"
+        )
+    return core
+
+
+def _capabilities() -> frozenset[str]:
+    """What OpenVINO says this CPU computes in: ``FP32``, ``INT8``, ``BF16``, ..."""
+    return frozenset(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def _require_precision(precision: str) -> None:
+    if precision not in _HINTS:
+        raise BackendError(f"OpenVINO has no {precision} here; use --precision {' or '.join(_HINTS)}")
+    # Asked for BF16 without the instructions, OpenVINO emulates it (convolutions named jit_avx512_bf16 on a CPU with
+    # AVX-512 but without avx512_bf16): the rounding of BF16, slower than FP32, and no word about it.
+    if precision == "bf16" and "BF16" not in _capabilities():
+        raise BackendError(
+            f"{machine.cpu_name()} has no BF16 instructions (avx512_bf16, amx_bf16 or ARM bf16), "
+            "OpenVINO would emulate them; use --precision fp32"
+        )
+
+
+def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
+    """Copy the FP32 ``model`` to ``graph``: BF16 is a setting of the compiler, read back from every compiled shape.
+
+    Raises:
+        BackendError: A precision that this CPU lacks, a graph that is not FP32, or one that OpenVINO cannot read.
+    """
+    reason = missing(device)
+    if reason is not None:
+        raise BackendError(reason)
+    _require_precision(precision)
+    found = precision_of(model)
+    if found != "fp32":
+        raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
+    _read(model)
+    copy_graph(model, graph)
+
+
+def _read(graph: Path) -> Any:
+    try:
+        return _core().read_model(str(graph))
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO cannot read {graph}: {_last_line(error)}; use --backend onnxruntime") from error
+
+
+def _last_line(error: Exception) -> str:
+    """What OpenVINO's exceptions end with: the fact, below the places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def load(
+    graph: Path, *, precision: str, device: str = "cpu", threads: int, cache: Path | None = None
+) -> OpenVinoSession:
+    """Session with ``threads`` threads. Shapes are compiled when first run.
+
+    Args:
+        graph: What ``build`` wrote.
+        precision: ``"fp32"`` or ``"bf16"``.
+        device: ``"cpu"``.
+        threads: Threads to compute with.
+        cache: Folder where OpenVINO may keep compiled shapes for the next process; nothing is written if None.
+    """
+    reason = missing(device)
+    if reason is not None:
+        raise BackendError(reason)
+    _require_precision(precision)
+    return OpenVinoSession(Path(graph), precision, threads, cache)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The graph compiled for one set of input shapes."""
+
+    model: Any
+    request: Any
+    outputs: tuple[tuple[tuple[int, ...], np.dtype[Any]] | None, ...]  # shape, dtype; None: known only after a run
+
+
+class OpenVinoSession:
+    """A graph in OpenVINO, compiled per input shape (static shapes compute faster, and tiles have few shapes)."""
+
+    def __init__(self, graph: Path, precision: str, threads: int, cache: Path | None) -> None:
+        if threads < 1:
+            raise BackendError(f"{threads} threads asked; pass 1 or more")
+        self._library = _import()
+        self._graph, self._asked, self._threads = graph, precision, threads
+        self._model: Any = _read(graph)
+        self._ports = tuple(_port(port) for port in self._model.inputs)
+        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
+        self._layers: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._config: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            # One stream: all threads work on one tile. More would multiply the memory of activations.
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            # Always said: the default is BF16 on CPUs that have it.
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            # Weights may be stored small; activations are not to be quantised behind anybody's back (default 32).
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            # Pinned threads of two engines or processes share the first cores while others idle.
+            "ENABLE_CPU_PINNING": False,
+        }
+        if cache is not None:
+            self._config["CACHE_DIR"] = str(cache)
+        if all(size is not None for port in self._ports for size in port.shape):
+            with self._lock:
+                self._for_shapes(tuple(tuple(size or 0 for size in port.shape) for port in self._ports))
+
+    @property
+    def precision(self) -> str:
+        """Read back from the compiled layers, and equal to what was asked (anything else was refused).
+
+        Raises:
+            BackendError: Nothing is compiled yet: a graph of free size is compiled when it first runs.
+        """
+        if not self._layers:
+            raise BackendError(f"{self._graph.name} has free sizes and was not compiled yet; run it once")
+        return self._asked
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """Number of compute layers by runtime precision in the last compiled shape, e.g. ``{"bf16": 18}``."""
+        return dict(self._layers)
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @property
+    def version(self) -> str:
+        # "2026.4.1-22982-e213a147257-releases/2026/4"
+        return f"openvino {self._library.__version__.partition('-')[0]}"
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Outputs for ``inputs``, both in graph order; the caller owns what is returned."""
+        with self._lock:
+            if self._model is None:
+                raise BackendError("this OpenVINO session is closed; load it again")
+            arrays = arrays_for(self._ports, inputs)
+            compiled = self._for_shapes(tuple(array.shape for array in arrays))
+            try:
+                return self._run(compiled, arrays)
+            except (RuntimeError, MemoryError) as error:
+                shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
+                raise BackendError(
+                    f"OpenVINO fails on an input of {shapes}: {_last_line(error)}; "
+                    "if memory is short, use a smaller --tile or --batch"
+                ) from error
+
+    def _run(self, compiled: _Compiled, arrays: list[Array]) -> list[Array]:
+        tensor = self._library.Tensor
+        request = compiled.request
+        # Inputs are read where they are and outputs are written into arrays of the caller: no copies. OpenVINO wants
+        # writable memory even to read from.
+        arrays = [array if array.flags.writeable else array.copy() for array in arrays]
+        for index, array in enumerate(arrays):
+            request.set_input_tensor(index, tensor(array, shared_memory=True))
+        outputs: list[Array | None] = []
+        for index, known in enumerate(compiled.outputs):
+            output = None if known is None else np.empty(*known)
+            outputs.append(output)
+            if output is not None:
+                request.set_output_tensor(index, tensor(output, shared_memory=True))
+        request.infer(share_outputs=True)
+        return [
+            request.get_output_tensor(index).data.copy() if output is None else output
+            for index, output in enumerate(outputs)
+        ]
+
+    def _for_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> _Compiled:
+        found = self._compiled.get(shapes)
+        last = next(reversed(self._compiled), None)
+        if last is not None and last != shapes:
+            # Activations of a shape that is not running are given back (1024-px tile of a small U-Net: 375 to
+            # 119 MB); running it again allocates them anew.
+            self._compiled[last].model.release_memory()
+        if found is None:
+            while len(self._compiled) >= _SHAPES:
+                self._compiled.popitem(last=False)
+            found = self._compiled[shapes] = self._compile(shapes)
+        self._compiled.move_to_end(shapes)
+        return found
+
+    def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> _Compiled:
+        text = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        try:
+            model = self._model.clone()
+            partial = self._library.PartialShape
+            model.reshape({model.input(k): partial(list(shape)) for k, shape in enumerate(shapes)})
+            compiled = _core().compile_model(model, "CPU", self._config)
+            request = compiled.create_infer_request()
+        except (RuntimeError, MemoryError) as error:
+            raise BackendError(
+                f"OpenVINO cannot compile {self._graph} for an input of {text}: {_last_line(error)}; "
+                "use another --tile, or --backend onnxruntime"
+            ) from error
+        self._layers = _layers(compiled)
+        self._check_precision()
+        outputs = tuple(
+            (tuple(port.shape), port.element_type.to_dtype()) if port.partial_shape.is_static else None
+            for port in compiled.outputs
+        )
+        return _Compiled(compiled, request, outputs)
+
+    def _check_precision(self) -> None:
+        """Hold the runtime precision of the layers against what was asked."""
+        wanted, total = _HINTS[self._asked], sum(self._layers.values())
+        share = self._layers[wanted] / total if total else 1.0
+        if share >= (1.0 if self._asked == "fp32" else _BF16_SHARE):
+            return
+        found = ", ".join(f"{count} in {kind}" for kind, count in sorted(self._layers.items()))
+        raise BackendError(
+            f"{self._asked} was asked, OpenVINO compiled {found} of {total} compute layers of {self._graph.name}; "
+            "use another --precision, or --backend onnxruntime"
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._compiled.clear()
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _layers(compiled: Any) -> Counter[str]:
+    """Runtime precision of each compute layer of a compiled model."""
+    found: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if info["layerType"].astype(str) in _HEAVY:
+            found[info["runtimePrecision"].astype(str)] += 1
+    return found
+
+
+def _port(port: Any) -> Port:
+    shape = tuple(size.get_length() if size.is_static else None for size in port.partial_shape)
+    return Port(port.any_name, shape, port.element_type.to_dtype())
