@@ -1,0 +1,371 @@
+"""Windows of an image, whatever its storage: arrays, npy, TIFF, PNG, JPEG.
+
+``open_image`` reads the header and decides how the axes and channels are meant (``axes``); pixels are read by windows,
+as they are needed where the format allows it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .axes import Choice, Layout, choose_channels, parse_channels, read_axes, size_text
+from .contract import Contract
+from .errors import ContractError, ImageError
+from .pixels import Array, ArrayPixels, MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".btf", ".tf8", ".npy")
+BAND_SAMPLES = 2**22  # samples read at a time where a whole image is gone through: 8 MiB of uint16
+
+_FOREIGN = (  # first bytes of what people try, and what to do about it
+    (b"\x89HDF", "an HDF5 file", "open it with h5py and pass the array, or save it as .npy"),
+    (b"PK\x03\x04", "a zip archive (npz?)", "save the array as .npy"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"%PDF", "a PDF", "export the picture as PNG"),
+    (b"\x00\x00\x00\x0cjP", "JPEG 2000", "convert it to TIFF or PNG"),
+    (b"GIF8", "a GIF", "convert it to PNG"),
+    (b"RIFF", "WebP or AVI", "convert it to PNG"),
+    (b"<", "text (HTML or XML)", "check what was downloaded"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the picture", "run `git lfs pull`"),
+)
+
+
+class Source:
+    """An opened image: ``planes`` pictures (or volumes) of ``channels`` channels and the same spatial shape.
+
+    Attributes:
+        name: For messages: the file's name, or ``"array"``.
+        path: The file, None for arrays.
+        axes: Axes as stored, e.g. ``"TCZYX"``.
+        shape: (Y, X) or (Z, Y, X).
+        channels: Channels that the network gets.
+        dtype: Of the pixels that ``read`` returns.
+        planes: Pictures in the image.
+        plane_shape, plane_axes: The plane axes that ``planes`` flattens (last one fastest), e.g. (12, 31) and "TZ".
+        reading: One line: how axes and channels were read.
+        pixel_size_um: Micrometres per pixel along the spatial axes; None where not known for all of them.
+        metadata: Where the pixels come from, for the output.
+    """
+
+    def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: Choice) -> None:
+        self.name = name
+        self.path = path
+        self.axes = layout.axes
+        self.shape = layout.space
+        self.channels = 1 if choice.luma else len(choice.channels)
+        self.dtype = np.dtype("uint8") if stored.pixels.dtype == np.bool_ else stored.pixels.dtype
+        self.planes = layout.plane_count
+        self.plane_shape = layout.plane_shape
+        self.plane_axes = layout.plane_axes
+        self.metadata = stored.origin
+        sizes = [stored.pixel_size_um.get("ZYX"[-len(self.shape):][i]) for i in range(len(self.shape))]
+        self.pixel_size_um = tuple(s for s in sizes if s is not None) if None not in sizes else None
+        self._pixels = stored.pixels
+        self._layout = layout
+        self._choice = choice
+        notes = "; ".join((*layout.notes, *stored.notes))
+        self.reading = (
+            f"{name} {layout.axes} {size_text(layout.shape)} {stored.pixels.dtype.name}: {choice.text}, "
+            f"{len(self.shape)}-D network over {self.planes} plane{'s' if self.planes != 1 else ''}"
+            f"{f' ({notes})' if notes else ''}"
+        )
+
+    def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
+        """Pixels [start, stop) of one plane: (C, *spatial), any strides; possibly a view, so do not write into it.
+
+        Called from one thread at a time.
+        """
+        if not 0 <= plane < self.planes:
+            raise ImageError(f"{self.name}: plane {plane} does not exist; the image has {self.planes}")
+        if any(not 0 <= a <= b <= n for a, b, n in zip(start, stop, self.shape, strict=True)):
+            raise ImageError(
+                f"{self.name}: window {tuple(start)} to {tuple(stop)} is not inside the image ({size_text(self.shape)})"
+            )
+        window = [slice(0, 1)] * len(self._layout.shape)
+        for position, index in zip(self._layout.planes, np.unravel_index(plane, self.plane_shape or (1,)), strict=False):
+            window[position] = slice(int(index), int(index) + 1)
+        for position, low, high in zip(self._layout.spatial, start, stop, strict=True):
+            window[position] = slice(int(low), int(high))
+        if self._choice.luma:
+            return _luma(self._channels(window, (0, 1, 2)))[None]
+        return self._channels(window, self._choice.channels)
+
+    def _channels(self, window: list[slice], wanted: tuple[int, ...]) -> Array:
+        """The wanted stored channels of a window, (C, *spatial)."""
+        position = self._layout.channel
+        if position is None:
+            pixels = self._arrange(self._pixels.read(tuple(window)))
+            return np.broadcast_to(pixels, (len(wanted), *pixels.shape[1:]))
+        step = wanted[1] - wanted[0] if len(wanted) > 1 else 1
+        if list(wanted) == [wanted[0] + i * step for i in range(len(wanted))] and abs(step) == 1:
+            window[position] = slice(min(wanted), max(wanted) + 1)
+            return self._arrange(self._pixels.read(tuple(window)))[::step]
+        distinct = {}
+        for channel in sorted(set(wanted)):
+            window[position] = slice(channel, channel + 1)
+            distinct[channel] = self._arrange(self._pixels.read(tuple(window)))[0]
+        if len(distinct) == 1:
+            only = distinct[wanted[0]]
+            return np.broadcast_to(only, (len(wanted), *only.shape))
+        return np.stack([distinct[channel] for channel in wanted])
+
+    def _arrange(self, pixels: Array) -> Array:
+        """All stored axes -> (C, *spatial), without copying."""
+        layout = self._layout
+        front = layout.planes if layout.channel is None else (*layout.planes, layout.channel)
+        moved = pixels.transpose(*front, *layout.spatial)
+        for _ in layout.planes:
+            moved = moved[0]
+        if layout.channel is None:
+            moved = moved[None]
+        return moved.view(np.uint8) if moved.dtype == np.bool_ else moved
+
+    def bands(self, samples: int = BAND_SAMPLES) -> Iterator[tuple[int, int, int]]:
+        """(plane, start, stop) of bands along the first spatial axis that together are the whole image."""
+        rows = max(1, samples // max(1, math.prod(self.shape[1:]) * self.channels))
+        for plane in range(self.planes):
+            for start in range(0, self.shape[0], rows):
+                yield plane, start, min(start + rows, self.shape[0])
+
+    def read_band(self, plane: int, start: int, stop: int) -> Array:
+        """Rows [start, stop) of the first spatial axis, all of the others: (C, rows, ...)."""
+        rest = self.shape[1:]
+        return self.read(plane, (start, *(0 for _ in rest)), (stop, *rest))
+
+    def close(self) -> None:
+        self._pixels.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Source {self.reading}>"
+
+
+def open_image(
+    image: Any,
+    contract: Contract,
+    *,
+    axes: str | None = None,
+    channels: Sequence[int] | str | None = None,
+    spatial: int = 2,
+    network_channels: int | None = None,
+    name: str | None = None,
+) -> Source:
+    """Opens an image for a network.
+
+    Args:
+        image: A path, a NumPy array, or anything with DLPack (on the CPU), ``__array_interface__`` or a buffer.
+        contract: Its channel names and their number are used.
+        axes: The user's declaration, one letter per stored axis.
+        channels: The user's choice: indices, names, or ``"luma"``; text is parsed.
+        spatial: Spatial axes of the network, 2 or 3.
+        network_channels: Channels of the network; default: as many as the contract names, else whatever the image has.
+        name: For messages, where ``image`` is an array.
+
+    Raises:
+        ImageError: It cannot be read.
+        ContractError: It can be read in two ways, or in none that fits the network.
+    """
+    path: Path | None = None
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        name = path.name or str(path)
+        stored = _open_path(path, name)
+    else:
+        name = name or "array"
+        stored = Stored(ArrayPixels(_as_array(image, name)), None, Origin("array"))
+    try:
+        check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
+        wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
+        return _arranged(name, path, stored, contract, axes, channels, spatial, wanted)
+    except BaseException:
+        stored.pixels.close()
+        raise
+
+
+def _arranged(
+    name: str,
+    path: Path | None,
+    stored: Stored,
+    contract: Contract,
+    axes: str | None,
+    channels: Sequence[int] | str | None,
+    spatial: int,
+    wanted: int | None,
+) -> Source:
+    selection = parse_channels(channels) if isinstance(channels, str) else channels
+    least = 0
+    if selection is not None:
+        least = (3 if selection == "luma" else 2) if isinstance(selection, str) else max(selection, default=0) + 1
+    # A choice of channel 0 alone repeats grey; it does not say that there is a channel axis.
+    layout = read_axes(
+        stored.pixels.shape,
+        name=name,
+        spatial=spatial,
+        found=stored.axes,
+        given=axes,
+        wanted=wanted if least <= 1 and selection is None else (1 if least <= 1 else None),
+        least=least if least > 1 else 0,
+    )
+    choice = choose_channels(
+        layout,
+        name=name,
+        wanted=wanted,
+        selection=selection,
+        names=stored.names if len(stored.names) == layout.channels else (),
+        wanted_names=contract.channels,
+        alpha=stored.alpha if layout.channel is not None else None,
+    )
+    source = Source(name, path, stored, layout, choice)
+    if choice.check:
+        _check_dropped(source, choice, stored.alpha)
+    return source
+
+
+def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
+    """ContractError if a channel that is dropped by rule carries something."""
+    stored = source._layout.channels
+    integer = source.dtype.kind in "iu"
+    opaque: float = float(np.iinfo(source.dtype).max) if integer else 1.0
+    whole = Source(
+        source.name, source.path, Stored(source._pixels, None, source.metadata), source._layout,
+        Choice(tuple(range(stored)), ""),
+    )
+    for plane, start, stop in whole.bands():
+        band = whole.read_band(plane, start, stop)
+        if alpha is not None and not bool((band[alpha] == opaque).all()):
+            raise ContractError(
+                f"{source.name}: the alpha channel is not opaque everywhere (lowest {band[alpha].min()}), so that dropping "
+                f"it would change the picture; use --channels {','.join(str(i) for i in choice.channels)} to do so anyway"
+            )
+        if "equal" in choice.check:
+            colours = [i for i in range(stored) if i != alpha]
+            if any(not np.array_equal(band[colours[0]], band[i]) for i in colours[1:]):
+                raise ContractError(
+                    f"{source.name}: a colour image ({source.axes} {size_text(source._layout.shape)}) for a network of 1 "
+                    "channel; use --channels 0 (or 1, 2) for one colour, or --channels luma for their luminance"
+                )
+
+
+def _luma(colours: Array) -> Array:
+    """(3, ...) -> (...): ITU-R 601 luminance in the pixels' dtype; integers by the usual 16-bit fixed-point weights."""
+    red, green, blue = colours
+    if colours.dtype in (np.uint8, np.uint16):
+        mixed = 19595 * red.astype(np.uint32) + 38470 * green.astype(np.uint32)
+        mixed += 7471 * blue.astype(np.uint32) + np.uint32(1 << 15)
+        return (mixed >> 16).astype(colours.dtype)
+    if colours.dtype.kind != "f":
+        raise ContractError(f"luma of {colours.dtype} colours is not defined; choose one with --channels 0, 1 or 2")
+    mixed = 0.299 * red.astype(np.float64) + 0.587 * green.astype(np.float64) + 0.114 * blue.astype(np.float64)
+    return mixed.astype(colours.dtype)
+
+
+def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files and the images in folders (sorted by name, known suffixes), each once.
+
+    Raises:
+        ImageError: A path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+            )
+            if not inside:
+                raise ImageError(f"{path}: the folder holds no image; files ending in {', '.join(SUFFIXES)} are read")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f"{path}: no such file or folder; check the path")
+    if not found:
+        raise ImageError("no image given; name files or folders")
+    return list(dict.fromkeys(found))
+
+
+def _open_path(path: Path, name: str) -> Stored:
+    try:
+        if path.is_dir():
+            raise ImageError(f"{path}: a folder, not an image; name the files, or let list_images find them")
+        with path.open("rb") as stream:
+            head = stream.read(32)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    if not head:
+        raise ImageError(f"{name}: the file is empty (0 bytes); copy it again from its source")
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        from .image_tiff import open_tiff
+
+        return open_tiff(path, name)
+    if head[:6] == b"\x93NUMPY":
+        return _open_npy(path, name)
+    if head[:8] == b"\x89PNG\r\n\x1a\n" or head[:2] in (b"\xff\xd8", b"BM"):
+        from .image_raster import open_raster
+
+        return open_raster(path, name)
+    for magic, what, way in _FOREIGN:
+        if head.startswith(magic):
+            raise ImageError(f"{name}: {what}; {way}")
+    raise ImageError(
+        f"{name}: not an image that is read here (first bytes {head[:8]!r}); PNG, JPEG, BMP, TIFF and npy are"
+    )
+
+
+def _open_npy(path: Path, name: str) -> Stored:
+    try:
+        with path.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+            offset = stream.tell()
+    except (ValueError, OSError, EOFError) as error:
+        raise ImageError(f"{name}: not a readable npy file ({error}); save it again with numpy.save") from error
+    if dtype.hasobject:
+        raise ImageError(
+            f"{name}: holds pickled objects, which are never loaded; save a numeric array with numpy.save"
+        )
+    check_pixels(shape, dtype.newbyteorder("="), name)
+    mapped = MappedPixels(MappedFile(path, name), offset, shape, dtype, name, "F" if fortran else "C")
+    return Stored(mapped, None, Origin("array"))
+
+
+def _as_array(image: Any, name: str) -> Array:
+    """Any array on the CPU as a NumPy array, without copying where possible."""
+    if isinstance(image, np.ma.MaskedArray):
+        if np.ma.is_masked(image):
+            raise ImageError(
+                f"{name}: {int(np.ma.count_masked(image))} pixels are masked; say what they are worth, e.g. image.filled(0)"
+            )
+        image = image.data
+    if isinstance(image, np.ndarray):
+        array: Array = np.asarray(image)
+    elif hasattr(image, "__dlpack__"):
+        device = image.__dlpack_device__()[0]
+        if int(device) != 1:  # kDLCPU
+            raise ImageError(f"{name}: the array lives on another device (DLPack type {int(device)}); move it to the CPU")
+        try:
+            array = np.from_dlpack(image)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise ImageError(f"{name}: cannot be shared by DLPack ({error}); pass a plain NumPy array") from error
+    elif hasattr(image, "__array_interface__") or isinstance(image, (memoryview, bytearray)) or hasattr(image, "__array__"):
+        array = np.asarray(image)
+    else:
+        raise ImageError(f"{name}: {type(image).__name__} is no image; pass a path or an array")
+    check_pixels(array.shape, array.dtype.newbyteorder("="), name)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Source", "list_images", "open_image"]
