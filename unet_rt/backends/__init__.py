@@ -13,7 +13,7 @@ from unet_rt import machine
 from unet_rt.backends.session import Backend, Session
 from unet_rt.errors import BackendError
 
-__all__ = ["Backend", "Session", "device", "get", "install_line", "names", "require", "usable"]
+__all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable"]
 
 # Engines, the baseline first; a tie in speed goes to the first.
 _ENGINES = ("onnxruntime", "openvino")
@@ -51,17 +51,22 @@ def require(device: str = "cpu") -> list[str]:
     """:func:`usable`, with an error where nothing is.
 
     Raises:
-        BackendError: No backend; the message says why and holds the one line that installs one on this machine.
+        BackendError: No backend; the message is :func:`advice`.
     """
     found = usable(device)
-    if found:
-        return found
+    if not found:
+        raise BackendError(advice(device))
+    return found
+
+
+def advice(device: str = "cpu") -> str:
+    """Why no backend runs on ``device``, and the one line that installs one on this machine."""
     driver = machine.cuda().missing
     if device != "cpu" and driver is not None:
-        raise BackendError(f"{device} was asked: {driver}; install the driver, or use --device cpu")
+        return f"{device} was asked: {driver}; install the driver, or use --device cpu"
     reasons = "; ".join(f"{name}: {get(name).missing(device)}" for name in _ENGINES)
     line = install_line() if device == "cpu" else 'pip install "unet-rt[gpu]"'
-    raise BackendError(f"no backend runs on {device} here ({reasons}). To install one: {line}")
+    return f"no backend runs on {device} here ({reasons}). To install one: {line}"
 
 
 def install_line() -> str:

@@ -16,7 +16,7 @@ _QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "Co
 def _read(model: Path) -> Any:
     """ModelProto without its external data."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         return onnx.load(str(model), load_external_data=False)
@@ -27,7 +27,7 @@ def _read(model: Path) -> Any:
 
 
 def precision_of(model: Path) -> str:
-    """The lowest arithmetic among a graph's heavy layers: ``"int8"``, ``"fp16"``, ``"bf16"``, ``"fp32"`` or ``"fp64"``."""
+    """The lowest arithmetic among a graph's heavy layers: ``int8``, ``fp16``, ``bf16``, ``fp32`` or ``fp64``."""
     from onnx import TensorProto
 
     graph = _read(model).graph

@@ -14,7 +14,7 @@ import numpy as np
 
 from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, arrays_for
+from unet_rt.backends.session import Array, Port, arrays_for, thread_count
 from unet_rt.errors import BackendError
 
 # Distributions that install into the one folder onnxruntime/ and overwrite each other there.
@@ -126,8 +126,8 @@ def _require_precision(precision: str, device: str) -> None:
         raise BackendError(f"ONNX Runtime has no {precision} on {device}; use --precision fp32, or --backend openvino")
 
 
-def load(graph: Path, *, precision: str, device: str = "cpu", threads: int) -> OnnxRuntimeSession:
-    """Session on ``device`` with ``threads`` threads."""
+def load(graph: Path, *, precision: str, device: str = "cpu", threads: int = 0) -> OnnxRuntimeSession:
+    """Session on ``device`` with ``threads`` threads; 0: as many as affinity and quota allow."""
     _require_precision(precision, device)
     return OnnxRuntimeSession(Path(graph), precision, device, threads)
 
@@ -139,8 +139,7 @@ class OnnxRuntimeSession:
         reason = missing(device)
         if reason is not None:
             raise BackendError(reason)
-        if threads < 1:
-            raise BackendError(f"{threads} threads asked; pass 1 or more")
+        threads = thread_count(threads)
         self._library = _import()
         self._errors = _errors(self._library)
         self._lock = threading.Lock()

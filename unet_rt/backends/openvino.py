@@ -16,7 +16,7 @@ import numpy as np
 
 from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, arrays_for
+from unet_rt.backends.session import Array, Port, arrays_for, thread_count
 from unet_rt.errors import BackendError
 
 # Hint that is asked for -> runtime precision that layers report.
@@ -123,15 +123,15 @@ def _last_line(error: Exception) -> str:
 
 
 def load(
-    graph: Path, *, precision: str, device: str = "cpu", threads: int, cache: Path | None = None
+    graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, cache: Path | None = None
 ) -> OpenVinoSession:
-    """Session with ``threads`` threads. Shapes are compiled when first run.
+    """Session of a graph that ``build`` wrote. Shapes are compiled when they are first run.
 
     Args:
         graph: What ``build`` wrote.
         precision: ``"fp32"`` or ``"bf16"``.
         device: ``"cpu"``.
-        threads: Threads to compute with.
+        threads: Threads to compute with; 0: as many as affinity and quota allow.
         cache: Folder where OpenVINO may keep compiled shapes for the next process; nothing is written if None.
     """
     reason = missing(device)
@@ -154,8 +154,7 @@ class OpenVinoSession:
     """A graph in OpenVINO, compiled per input shape (static shapes compute faster, and tiles have few shapes)."""
 
     def __init__(self, graph: Path, precision: str, threads: int, cache: Path | None) -> None:
-        if threads < 1:
-            raise BackendError(f"{threads} threads asked; pass 1 or more")
+        threads = thread_count(threads)
         self._library = _import()
         self._graph, self._asked, self._threads = graph, precision, threads
         self._model: Any = _read(graph)
@@ -183,19 +182,28 @@ class OpenVinoSession:
 
     @property
     def precision(self) -> str:
-        """Read back from the compiled layers, and equal to what was asked (anything else was refused).
-
-        Raises:
-            BackendError: Nothing is compiled yet: a graph of free size is compiled when it first runs.
-        """
-        if not self._layers:
-            raise BackendError(f"{self._graph.name} has free sizes and was not compiled yet; run it once")
+        """Read back from the compiled layers, and equal to what was asked (anything else is refused)."""
+        self._read_layers()
         return self._asked
 
     @property
     def layers(self) -> Mapping[str, int]:
         """Number of compute layers by runtime precision in the last compiled shape, e.g. ``{"bf16": 18}``."""
+        self._read_layers()
         return dict(self._layers)
+
+    def _read_layers(self) -> None:
+        with self._lock:
+            if self._layers or self._model is None:
+                return
+            # Free sizes, and nothing has run yet: compiled once for any size (0.1 s), for this answer alone.
+            try:
+                compiled = _core().compile_model(self._model, "CPU", self._config)
+            except RuntimeError as error:
+                raise BackendError(
+                    f"OpenVINO cannot compile {self._graph}: {_last_line(error)}; use --backend onnxruntime"
+                ) from error
+            self._check_precision(_layers(compiled))
 
     @property
     def device(self) -> str:
@@ -273,21 +281,21 @@ class OpenVinoSession:
                 f"OpenVINO cannot compile {self._graph} for an input of {text}: {_last_line(error)}; "
                 "use another --tile, or --backend onnxruntime"
             ) from error
-        self._layers = _layers(compiled)
-        self._check_precision()
+        self._check_precision(_layers(compiled))
         outputs = tuple(
             (tuple(port.shape), port.element_type.to_dtype()) if port.partial_shape.is_static else None
             for port in compiled.outputs
         )
         return _Compiled(compiled, request, outputs)
 
-    def _check_precision(self) -> None:
+    def _check_precision(self, layers: Counter[str]) -> None:
         """Hold the runtime precision of the layers against what was asked."""
-        wanted, total = _HINTS[self._asked], sum(self._layers.values())
-        share = self._layers[wanted] / total if total else 1.0
+        wanted, total = _HINTS[self._asked], sum(layers.values())
+        share = layers[wanted] / total if total else 1.0
         if share >= (1.0 if self._asked == "fp32" else _BF16_SHARE):
+            self._layers = layers
             return
-        found = ", ".join(f"{count} in {kind}" for kind, count in sorted(self._layers.items()))
+        found = ", ".join(f"{count} in {kind}" for kind, count in sorted(layers.items()))
         raise BackendError(
             f"{self._asked} was asked, OpenVINO compiled {found} of {total} compute layers of {self._graph.name}; "
             "use another --precision, or --backend onnxruntime"

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from unet_rt import machine
 from unet_rt.errors import BackendError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -59,8 +60,8 @@ class Backend(Protocol):
     def build(self, model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
         """Write ``graph``, the form this backend runs, from the FP32 ONNX file ``model``."""
 
-    def load(self, graph: Path, *, precision: str, device: str = "cpu", threads: int) -> Session:
-        """Session of a graph that ``build`` wrote."""
+    def load(self, graph: Path, *, precision: str, device: str = "cpu", threads: int = 0) -> Session:
+        """Session of a graph that ``build`` wrote; 0 threads: as many as affinity and quota allow."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Port:
     name: str
     shape: tuple[int | None, ...]
     dtype: np.dtype[Any]
+
+
+def thread_count(threads: int) -> int:
+    """Threads to compute with: what is asked, or what affinity and quota allow for 0."""
+    if threads < 0:
+        raise BackendError(f"{threads} threads asked; pass 1 or more, or 0 for as many as this process may use")
+    return threads or machine.threads()
 
 
 def arrays_for(ports: Sequence[Port], inputs: Sequence[Array]) -> list[Array]:
