@@ -1,0 +1,356 @@
+// CPU kernel. Work is cut into bands of rows of one tile and channel. A row is [left border | image | right border]:
+// the image part is converted straight from the window where its pixels are adjacent, everything else goes through a
+// small buffer of raw pixels, so that one vectorised function per pixel type does all arithmetic.
+#include "tile_gather.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace unet_rt {
+namespace gather {
+
+constexpr int64_t kBandRows = 32;
+// Pixels per step through the buffer: 8 kB of the widest pixel type stay in the first-level cache.
+constexpr int64_t kBlock = 1024;
+// Where neighbours along a row are further apart than a cache line (a transposed image), a band is walked in blocks of
+// columns, so that lines fetched for its first row are still there for the others.
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kColumnBlock = 128;
+
+template <class T>
+struct Pixel {
+    using Compute = float;
+    static constexpr bool kMayBeNonFinite = false;
+    static UNET_RT_HD float value(T x) { return static_cast<float>(x); }
+    static UNET_RT_HD uint32_t non_finite(T) { return 0; }
+};
+template <>
+struct Pixel<uint32_t> : Pixel<uint8_t> {
+    using Compute = double;
+    static UNET_RT_HD double value(uint32_t x) { return static_cast<double>(x); }
+    static UNET_RT_HD uint32_t non_finite(uint32_t) { return 0; }
+};
+template <>
+struct Pixel<int32_t> : Pixel<uint8_t> {
+    using Compute = double;
+    static UNET_RT_HD double value(int32_t x) { return static_cast<double>(x); }
+    static UNET_RT_HD uint32_t non_finite(int32_t) { return 0; }
+};
+template <>
+struct Pixel<half> {
+    using Compute = float;
+    static constexpr bool kMayBeNonFinite = true;
+    static UNET_RT_HD float value(half x) { return float_of_half(x); }
+    static UNET_RT_HD uint32_t non_finite(half x) { return (x.bits & 0x7c00u) == 0x7c00u ? 1 : 0; }
+};
+template <>
+struct Pixel<float> {
+    using Compute = float;
+    static constexpr bool kMayBeNonFinite = true;
+    static UNET_RT_HD float value(float x) { return x; }
+    static UNET_RT_HD uint32_t non_finite(float x) {
+        return (bits_as<uint32_t>(x) & 0x7f800000u) == 0x7f800000u ? 1 : 0;
+    }
+};
+template <>
+struct Pixel<double> {
+    using Compute = double;
+    static constexpr bool kMayBeNonFinite = true;
+    static UNET_RT_HD double value(double x) { return x; }
+    static UNET_RT_HD uint64_t non_finite(double x) {
+        return (bits_as<uint64_t>(x) & 0x7ff0000000000000u) == 0x7ff0000000000000u ? 1 : 0;
+    }
+};
+
+struct Affine {
+    double low, high, offset, divisor;
+};
+
+UNET_RT_HD void store(float value, float* out) { *out = value; }
+UNET_RT_HD void store(float value, half* out) { *out = half_of_float(value); }
+
+// `count` adjacent pixels (of any alignment) to adjacent values; returns the number of non-finite ones.
+template <class T, class Out, bool kAffine>
+UNET_RT_SIMD int64_t convert_row(const char* pixels, int64_t count, const Affine& affine, char* values) {
+    using Compute = typename Pixel<T>::Compute;
+    const auto low = static_cast<Compute>(affine.low);
+    const auto high = static_cast<Compute>(affine.high);
+    const auto offset = static_cast<Compute>(affine.offset);
+    const auto divisor = static_cast<Compute>(affine.divisor);
+    auto* out = reinterpret_cast<Out*>(values);
+    int64_t bad = 0;
+    decltype(Pixel<T>::non_finite(T{})) sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        T pixel;
+        memcpy(&pixel, pixels + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+        Compute value = Pixel<T>::value(pixel);
+        if (kAffine) value = normalised(value, low, high, offset, divisor);
+        store(static_cast<float>(value), out + i);
+        if (Pixel<T>::kMayBeNonFinite) sum += Pixel<T>::non_finite(pixel);
+    }
+    bad += static_cast<int64_t>(sum);
+    return bad;
+}
+
+using ConvertRow = int64_t (*)(const char*, int64_t, const Affine&, char*);
+
+template <class T>
+ConvertRow choose_for(DType out, bool affine) {
+    if (out == DType::f16) return affine ? convert_row<T, half, true> : convert_row<T, half, false>;
+    return affine ? convert_row<T, float, true> : convert_row<T, float, false>;
+}
+
+ConvertRow choose(DType pixel, DType out, bool affine) {
+    switch (pixel) {
+        case DType::u8:
+            return choose_for<uint8_t>(out, affine);
+        case DType::i8:
+            return choose_for<int8_t>(out, affine);
+        case DType::u16:
+            return choose_for<uint16_t>(out, affine);
+        case DType::i16:
+            return choose_for<int16_t>(out, affine);
+        case DType::u32:
+            return choose_for<uint32_t>(out, affine);
+        case DType::i32:
+            return choose_for<int32_t>(out, affine);
+        case DType::f16:
+            return choose_for<half>(out, affine);
+        case DType::f32:
+            return choose_for<float>(out, affine);
+        default:
+            return choose_for<double>(out, affine);
+    }
+}
+
+// Pixels that are not adjacent, into the buffer. Channels-last images have strides of 2, 3 or 4 pixels; with the factor
+// known the compiler turns the loop into vector shuffles.
+template <int kBytes, int kStep>
+UNET_RT_SIMD void pack_step(const char* pixels, int64_t stride, int64_t count, char* buffer) {
+    for (int64_t i = 0; i < count; ++i)
+        memcpy(buffer + i * kBytes, pixels + i * (kStep ? kStep * kBytes : stride), kBytes);
+}
+
+template <int kBytes>
+void pack(const char* pixels, int64_t stride, int64_t count, char* buffer) {
+    if (stride == 2 * kBytes) return pack_step<kBytes, 2>(pixels, stride, count, buffer);
+    if (stride == 3 * kBytes) return pack_step<kBytes, 3>(pixels, stride, count, buffer);
+    if (stride == 4 * kBytes) return pack_step<kBytes, 4>(pixels, stride, count, buffer);
+    if (stride == -kBytes) return pack_step<kBytes, -1>(pixels, stride, count, buffer);
+    return pack_step<kBytes, 0>(pixels, stride, count, buffer);
+}
+
+template <int kBytes>
+void pack_table(const char* pixels, const int64_t* offsets, int64_t count, char* buffer) {
+    for (int64_t i = 0; i < count; ++i) memcpy(buffer + i * kBytes, pixels + offsets[i], kBytes);
+}
+
+void pack_any(int64_t bytes, const char* pixels, int64_t stride, int64_t count, char* buffer) {
+    if (bytes == 1) return pack<1>(pixels, stride, count, buffer);
+    if (bytes == 2) return pack<2>(pixels, stride, count, buffer);
+    if (bytes == 4) return pack<4>(pixels, stride, count, buffer);
+    return pack<8>(pixels, stride, count, buffer);
+}
+
+void pack_table_any(int64_t bytes, const char* pixels, const int64_t* offsets, int64_t count, char* buffer) {
+    if (bytes == 1) return pack_table<1>(pixels, offsets, count, buffer);
+    if (bytes == 2) return pack_table<2>(pixels, offsets, count, buffer);
+    if (bytes == 4) return pack_table<4>(pixels, offsets, count, buffer);
+    return pack_table<8>(pixels, offsets, count, buffer);
+}
+
+// One call's constants and the state of one worker.
+class Gatherer {
+  public:
+    Gatherer(const TileGather& call, int64_t* columns)
+        : call_(call),
+          convert_(choose(call.window.dtype, call.out.dtype, call.affine)),
+          pixel_bytes_(item_bytes(call.window.dtype)),
+          value_bytes_(item_bytes(call.out.dtype)),
+          columns_(columns) {}
+
+    // Rows [row, row_end) of plane z of channel c of tile n.
+    int64_t band(int64_t n, int64_t c, int64_t z, int64_t row, int64_t row_end) {
+        if (n != tile_) enter_tile(n);
+        const Array& w = call_.window;
+        const Array& o = call_.out;
+        const Affine affine{call_.low[c], call_.high[c], call_.offset[c], call_.divisor[c]};
+        const int64_t width = o.shape[4];
+        const int64_t plane = border_index(call_.starts[3 * n] + z, call_.image_shape[0], call_.border);
+        const char* const source = w.data + c * w.stride[0] + (plane - call_.window_start[0]) * w.stride[1];
+        char* const target = o.data + n * o.stride[0] + c * o.stride[1] + z * o.stride[2];
+        const bool scattered = std::abs(w.stride[3]) > kCacheLine;
+        const int64_t block = scattered ? kColumnBlock : width;
+        int64_t bad = 0;
+        for (int64_t x = 0; x < width; x += block) {
+            const int64_t x_end = std::min(width, x + block);
+            for (int64_t y = row; y < row_end; ++y) {
+                const int64_t line = border_index(call_.starts[3 * n + 1] + y, call_.image_shape[1], call_.border);
+                char* const values = target + y * o.stride[3];
+                if (plane < 0 || line < 0) {
+                    fill(x, x_end, affine, values);
+                } else {
+                    const char* const pixels = source + (line - call_.window_start[1]) * w.stride[2];
+                    bad += row_part(pixels, x, x_end, affine, values);
+                }
+            }
+        }
+        return bad;
+    }
+
+  private:
+    void enter_tile(int64_t n) {
+        tile_ = n;
+        const int64_t start = call_.starts[3 * n + 2];
+        const int64_t width = call_.out.shape[4];
+        const int64_t size = call_.image_shape[2];
+        inside_ = std::clamp<int64_t>(-start, 0, width);
+        inside_end_ = std::clamp<int64_t>(size - start, inside_, width);
+        first_ = (start + inside_ - call_.window_start[2]) * call_.window.stride[3];
+        for (int64_t x = 0; x < width; ++x) {
+            if (x == inside_) x = inside_end_;
+            if (x == width) break;
+            columns_[x] =
+                (border_index(start + x, size, call_.border) - call_.window_start[2]) * call_.window.stride[3];
+        }
+    }
+
+    int64_t row_part(const char* pixels, int64_t x, int64_t x_end, const Affine& affine, char* values) {
+        int64_t bad = border_part(pixels, x, std::min(x_end, inside_), affine, values);
+        const int64_t begin = std::max(x, inside_);
+        const int64_t end = std::min(x_end, inside_end_);
+        if (begin < end) {
+            const int64_t stride = call_.window.stride[3];
+            const char* const from = pixels + first_ + (begin - inside_) * stride;
+            if (stride == pixel_bytes_) {
+                bad += emit(from, begin, end - begin, affine, values);
+            } else {
+                for (int64_t i = begin; i < end; i += kBlock) {
+                    const int64_t count = std::min(kBlock, end - i);
+                    pack_any(pixel_bytes_, from + (i - begin) * stride, stride, count, buffer_);
+                    bad += emit(buffer_, i, count, affine, values);
+                }
+            }
+        }
+        return bad + border_part(pixels, std::max(x, inside_end_), x_end, affine, values);
+    }
+
+    int64_t border_part(const char* pixels, int64_t x, int64_t x_end, const Affine& affine, char* values) {
+        if (x >= x_end) return 0;
+        if (call_.border == Border::constant) {
+            fill(x, x_end, affine, values);
+            return 0;
+        }
+        int64_t bad = 0;
+        for (int64_t i = x; i < x_end; i += kBlock) {
+            const int64_t count = std::min(kBlock, x_end - i);
+            pack_table_any(pixel_bytes_, pixels, columns_ + i, count, buffer_);
+            bad += emit(buffer_, i, count, affine, values);
+        }
+        return bad;
+    }
+
+    int64_t emit(const char* pixels, int64_t x, int64_t count, const Affine& affine, char* values) {
+        const int64_t stride = call_.out.stride[4];
+        if (stride == value_bytes_) return convert_(pixels, count, affine, values + x * stride);
+        int64_t bad = 0;
+        for (int64_t i = 0; i < count; i += kBlock) {
+            const int64_t part = std::min(kBlock, count - i);
+            bad += convert_(pixels + i * pixel_bytes_, part, affine, results_);
+            for (int64_t j = 0; j < part; ++j)
+                memcpy(values + (x + i + j) * stride, results_ + j * value_bytes_, static_cast<size_t>(value_bytes_));
+        }
+        return bad;
+    }
+
+    void fill(int64_t x, int64_t x_end, const Affine& affine, char* values) {
+        const float value = constant_value(affine);
+        const half small = half_of_float(value);
+        const int64_t stride = call_.out.stride[4];
+        for (int64_t i = x; i < x_end; ++i) {
+            if (call_.out.dtype == DType::f16)
+                memcpy(values + i * stride, &small, sizeof(half));
+            else
+                memcpy(values + i * stride, &value, sizeof(float));
+        }
+    }
+
+    float constant_value(const Affine& a) const {
+        if (!call_.affine) return static_cast<float>(call_.constant);
+        const DType dtype = call_.window.dtype;
+        if (dtype == DType::u32 || dtype == DType::i32 || dtype == DType::f64)
+            return static_cast<float>(normalised(call_.constant, a.low, a.high, a.offset, a.divisor));
+        return normalised(static_cast<float>(call_.constant), static_cast<float>(a.low), static_cast<float>(a.high),
+                          static_cast<float>(a.offset), static_cast<float>(a.divisor));
+    }
+
+    const TileGather& call_;
+    const ConvertRow convert_;
+    const int64_t pixel_bytes_;
+    const int64_t value_bytes_;
+    int64_t* const columns_;  // window offsets of the columns outside the image
+    int64_t tile_ = -1;
+    int64_t inside_ = 0;  // columns [inside_, inside_end_) of the tile lie in the image
+    int64_t inside_end_ = 0;
+    int64_t first_ = 0;  // window offset of column inside_
+    alignas(64) char buffer_[kBlock * 8];
+    alignas(64) char results_[kBlock * 4];
+};
+
+}  // namespace gather
+
+GatherGap find_gap(const TileGather& call) {
+    const int64_t* held = call.window.shape + 1;
+    const int64_t* tile = call.out.shape + 2;
+    for (int64_t n = 0; n < call.out.shape[0]; ++n) {
+        for (int axis = 0; axis < 3; ++axis) {
+            const int64_t start = call.starts[3 * n + axis];
+            const int64_t size = call.image_shape[axis];
+            int64_t first = std::max<int64_t>(start, 0);
+            int64_t last = std::min(start + tile[axis], size) - 1;
+            if (first > last) first = size, last = -1;
+            const auto include = [&](int64_t i) {
+                const int64_t pixel = border_index(i, size, call.border);
+                if (pixel < 0) return;
+                first = std::min(first, pixel);
+                last = std::max(last, pixel);
+            };
+            const int64_t stop = start + tile[axis];
+            for (int64_t i = start; i < std::min<int64_t>(stop, 0); ++i) include(i);
+            for (int64_t i = std::max(start, size); i < stop; ++i) include(i);
+            const int64_t begin = call.window_start[axis];
+            if (first <= last && (first < begin || last >= begin + held[axis])) return {true, n, axis, first, last};
+        }
+    }
+    return {};
+}
+
+int64_t tile_gather(const TileGather& call, int threads) {
+    const int64_t* shape = call.out.shape;
+    const int64_t bands = (shape[3] + gather::kBandRows - 1) / gather::kBandRows;
+    const int64_t items = shape[0] * shape[1] * shape[2] * bands;
+    if (items == 0 || shape[4] == 0) return 0;
+    const int workers = worker_count(items * std::min(shape[3], gather::kBandRows) * shape[4], threads);
+    const auto columns = std::make_unique<int64_t[]>(static_cast<size_t>(workers * shape[4]));
+    std::atomic<int64_t> bad{0};
+    parallel_for(items, workers, [&](int worker, int64_t begin, int64_t end) {
+        gather::Gatherer gatherer(call, columns.get() + worker * shape[4]);
+        int64_t found = 0;
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t row = item % bands * gather::kBandRows;
+            const int64_t plane = item / bands;
+            const int64_t z = plane % shape[2];
+            const int64_t c = plane / shape[2] % shape[1];
+            const int64_t n = plane / shape[2] / shape[1];
+            found += gatherer.band(n, c, z, row, std::min(shape[3], row + gather::kBandRows));
+        }
+        bad += found;
+    });
+    return bad;
+}
+
+}  // namespace unet_rt

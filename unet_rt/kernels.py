@@ -1,0 +1,489 @@
+"""The pixel work of the image line: tiles out of images, network outputs to their places.
+
+Each function fills arrays that the caller owns, checks its arguments once, and runs compiled code without the
+interpreter lock, on the device where the arrays live. Arrays are NumPy arrays, or anything that speaks DLPack (PyTorch,
+CuPy, ...), of any strides. The results are the same bits for every tile, thread count, alignment and machine.
+
+``threads=0`` means :func:`default_threads`; small calls use one thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unet_rt.errors import BackendError, ContractError, ImageError, OutputError, TileError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Border = Literal["mirror", "edge", "constant"]
+Op = Literal["copy", "softmax", "sigmoid", "argmax", "threshold"]
+Size = Sequence[int]
+
+_BORDERS = {"mirror": 0, "edge": 1, "constant": 2}  # as in csrc/geometry.h
+_OPS = {"copy": 0, "softmax": 1, "sigmoid": 2, "argmax": 3, "threshold": 4}  # as in csrc/tile_stitch.h
+_PIXELS = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64", "bool")
+_FLOATS = ("float32", "float16")
+_FARTHEST_PX = 1 << 48  # sums of coordinates stay far from overflow
+_DLPACK_ON_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+def default_threads() -> int:
+    """Threads that this process may use: affinity and cgroup quota."""
+    from unet_rt import machine
+
+    return machine.threads()
+
+
+def cuda_status() -> str:
+    """``"built"``, or the reason why this installation has no CUDA kernels."""
+    return str(_cpu().build_info["cuda"])
+
+
+def tile_gather(
+    window: Any,
+    starts: ArrayLike,
+    out: Any,
+    *,
+    image_shape: Size | None = None,
+    window_start: Size | None = None,
+    border: Border = "mirror",
+    constant: float = 0.0,
+    offset: ArrayLike | None = None,
+    divisor: ArrayLike | None = None,
+    clip: tuple[ArrayLike, ArrayLike] | None = None,
+    threads: int = 0,
+) -> int:
+    """Cut tiles out of a window of an image, with border rule and normalisation.
+
+    A value is ``(min(max(x, clip[0]), clip[1]) - offset[c]) / divisor[c]``, computed in float32 (from int32, uint32 and
+    float64 pixels in float64 and rounded to float32 once), with true division. NaN passes the clip.
+
+    Args:
+        window: (C, \\*spatial) pixels of integers up to 32 bits, floats or bools; one to three spatial axes.
+        starts: (N, D) integer tile origins in image pixels; tiles may reach beyond the image, on any side.
+        out: (N, C, \\*tile) float32 or float16, filled.
+        image_shape: Pixels of the whole image; the border rule applies at its edges. Default: the window's.
+        window_start: Image pixel of the window's first pixel. Default: 0.
+        border: ``mirror`` (NumPy's ``reflect``, repeated as needed), ``edge`` or ``constant``.
+        constant: Raw pixel value of the constant border; it is normalised like every pixel.
+        offset: Number or (C,) numbers to subtract.
+        divisor: Number or (C,) numbers to divide by; not 0.
+        clip: Lowest and highest raw value, numbers or (C,).
+        threads: Most threads to use.
+
+    Returns:
+        How many NaN and infinite pixels were read. A pixel counts as often as the tiles hold it.
+
+    Raises:
+        ImageError: The window's dtype cannot be gathered.
+        TileError: Shapes do not fit, or a tile needs pixels that the window does not hold.
+        ContractError: A normalisation that cannot be applied.
+    """
+    native, (window, out) = _arrays(window=window, out=out)
+    _check_dtype("window", window, _PIXELS)
+    axes = window.ndim - 1
+    _check_spatial("window", window, axes)
+    channels = window.shape[0]
+    begin = _table("starts", starts, axes)
+    _check_output(out, _FLOATS)
+    if out.ndim != axes + 2 or out.shape[:2] != (len(begin), channels):
+        raise TileError(
+            f"out is {_shape(out)}, but {len(begin)} tiles of {channels} channels and {axes} spatial axes need "
+            f"({len(begin)}, {channels}, ...); allocate it so"
+        )
+    held = np.array(window.shape[1:], np.int64)
+    image = held if image_shape is None else _sizes("image_shape", image_shape, axes)
+    first = np.zeros(axes, np.int64) if window_start is None else _sizes("window_start", window_start, axes)
+    if (image < 1).any() or (held < 1).any() or channels < 1:
+        raise TileError(f"an image of {image.tolist()} px, window {_shape(window)}, holds no pixel to gather")
+    if (first < 0).any() or (first + held > image).any():
+        raise TileError(
+            f"the window of {held.tolist()} px at {first.tolist()} is not inside the image of {image.tolist()} px; "
+            "windows hold pixels of the image only, the border rule adds the rest"
+        )
+    low, high = (-np.inf, np.inf) if clip is None else clip
+    lows = _per_channel("clip[0]", low, channels)
+    highs = _per_channel("clip[1]", high, channels)
+    if not (lows <= highs).all():
+        raise ContractError(f"clip {clip} has a lower bound above its upper bound, or NaN; give (lowest, highest)")
+    offsets = _per_channel("offset", 0.0 if offset is None else offset, channels)
+    divisors = _per_channel("divisor", 1.0 if divisor is None else divisor, channels)
+    with np.errstate(over="ignore", under="ignore"):
+        singles = np.stack([offsets, divisors]).astype(np.float32)
+    if not np.isfinite(singles).all() or (singles[1] == 0).any():
+        raise ContractError(
+            f"offset {offsets.tolist()} and divisor {divisors.tolist()} do not normalise: in float32, offsets must be "
+            "finite and divisors neither 0 nor infinite; a constant channel needs a divisor such as 1"
+        )
+    found: int = native.tile_gather(
+        window,
+        begin,
+        out,
+        image,
+        first,
+        _choice("border", border, _BORDERS, TileError),
+        float(constant),
+        not (offset is None and divisor is None and clip is None),
+        offsets,
+        divisors,
+        lows,
+        highs,
+        _threads(threads),
+    )
+    return found
+
+
+def tile_stitch(
+    tiles: Any,
+    source_start: ArrayLike,
+    target_start: ArrayLike,
+    size: ArrayLike,
+    out: Any,
+    *,
+    op: Op = "copy",
+    threshold: ArrayLike | None = None,
+    values: ArrayLike | None = None,
+    threads: int = 0,
+) -> None:
+    """Put parts of tiles to their places: ``out[target + j] = op(tiles[n, source + j])`` for ``j < size``.
+
+    Args:
+        tiles: (N, K, \\*tile) float32 or float16 network outputs.
+        source_start: (N, D) first sample of each tile that is kept.
+        target_start: (N, D) its place in ``out``. Targets of one call must not overlap.
+        size: (N, D) samples kept.
+        out: ``copy``, ``softmax`` (over K), ``sigmoid``: (K, \\*spatial) float32. ``argmax``: (\\*spatial) uint8.
+            ``threshold``: (K, \\*spatial) uint8.
+        op: What is done to the K values of a sample, in float32. ``argmax`` takes the first maximum, or the first NaN.
+        threshold: Number or (K,); met by raw values above it (0 for logits means probability 0.5), never by NaN.
+        values: uint8 value of each class, (K,), default 0, 1, ...; for ``threshold`` (below, above), default (0, 1).
+        threads: Most threads to use.
+
+    Raises:
+        TileError: Shapes do not fit, or a part lies outside its tile or the output.
+        ContractError: An operation whose threshold, values or number of channels is missing or impossible.
+    """
+    native, (tiles, out) = _arrays(tiles=tiles, out=out)
+    axes = _check_tiles(tiles)
+    channels = tiles.shape[1]
+    code = _choice("op", op, _OPS, ContractError)
+    spatial = _check_target(out, op, channels, axes)
+    source, target, extent = _parts(source_start, target_start, size, tiles, spatial)
+    bounds, labels = _labels(op, channels, threshold, values)
+    native.tile_stitch(tiles, source, target, extent, out, code, bounds, labels, _threads(threads))
+
+
+def tile_blend(
+    tiles: Any,
+    source_start: ArrayLike,
+    target_start: ArrayLike,
+    size: ArrayLike,
+    weight: Any,
+    total: Any,
+    weight_total: Any,
+    *,
+    threads: int = 0,
+) -> None:
+    """Add weighted tiles to a total: ``total += weight * tile``, ``weight_total += weight``, tile after tile.
+
+    Targets may overlap; every sample adds its tiles in order, in float32, whatever the number of threads.
+
+    Args:
+        tiles: (N, K, \\*tile) float32 or float16 network outputs.
+        source_start: (N, D) first sample of each tile that is used.
+        target_start: (N, D) its place in ``total``.
+        size: (N, D) samples used.
+        weight: (\\*tile) float32.
+        total: (K, \\*spatial) float32, added to.
+        weight_total: (\\*spatial) float32, added to.
+        threads: Most threads to use.
+
+    Raises:
+        TileError: Shapes do not fit, or a part lies outside its tile or the total.
+    """
+    native, (tiles, weight, total, weight_total) = _arrays(
+        tiles=tiles, weight=weight, total=total, weight_total=weight_total
+    )
+    axes = _check_tiles(tiles)
+    _check_dtype("weight", weight, ("float32",))
+    if weight.shape != tiles.shape[2:]:
+        raise TileError(f"weight is {_shape(weight)}, tiles are {_shape(tiles)}; a weight has the tile's spatial shape")
+    _check_output(total, ("float32",), "total")
+    _check_output(weight_total, ("float32",), "weight_total")
+    if total.ndim != axes + 1 or total.shape != (tiles.shape[1], *weight_total.shape):
+        raise TileError(
+            f"total is {_shape(total)} and weight_total {_shape(weight_total)}; {tiles.shape[1]} channels need "
+            f"(K, *spatial) and (*spatial)"
+        )
+    source, target, extent = _parts(source_start, target_start, size, tiles, weight_total.shape)
+    native.tile_blend(tiles, source, target, extent, weight, total, weight_total, _threads(threads))
+
+
+def blend_finish(
+    total: Any,
+    weight_total: Any,
+    out: Any,
+    *,
+    op: Op = "copy",
+    threshold: ArrayLike | None = None,
+    values: ArrayLike | None = None,
+    threads: int = 0,
+) -> int:
+    """Finish a blended total: ``out = op(total / weight_total)``.
+
+    Args:
+        total: (K, \\*spatial) float32 from :func:`tile_blend`.
+        weight_total: (\\*spatial) float32 from :func:`tile_blend`.
+        out: As for :func:`tile_stitch`.
+        op: As for :func:`tile_stitch`.
+        threshold: As for :func:`tile_stitch`, compared with the quotient.
+        values: As for :func:`tile_stitch`.
+        threads: Most threads to use.
+
+    Returns:
+        The number of samples that no tile covered (weight 0). They are NaN in a float output, and the first class or
+        the value below the threshold in a mask: a caller who did not expect them has to raise.
+
+    Raises:
+        TileError: Shapes do not fit.
+        ContractError: As for :func:`tile_stitch`.
+    """
+    native, (total, weight_total, out) = _arrays(total=total, weight_total=weight_total, out=out)
+    _check_dtype("total", total, ("float32",))
+    _check_dtype("weight_total", weight_total, ("float32",))
+    axes = total.ndim - 1
+    _check_spatial("total", total, axes)
+    if total.shape[1:] != weight_total.shape:
+        raise TileError(f"total is {_shape(total)} and weight_total {_shape(weight_total)}; spatial shapes must agree")
+    channels = total.shape[0]
+    code = _choice("op", op, _OPS, ContractError)
+    spatial = _check_target(out, op, channels, axes)
+    if spatial != weight_total.shape:
+        raise TileError(f"out is {_shape(out)} for a total of {_shape(total)}; spatial shapes must agree")
+    bounds, labels = _labels(op, channels, threshold, values)
+    uncovered: int = native.blend_finish(total, weight_total, out, code, bounds, labels, _threads(threads))
+    return uncovered
+
+
+def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, threads: int = 0) -> None:
+    """The skip connection of a U-Net: a window of ``skip`` and all of ``up``, one after the other along channels.
+
+    Args:
+        skip: (N, C1, \\*spatial) float32, float16, int8 or uint8, at least as large as ``up`` along every spatial axis.
+        up: (N, C2, \\*spatial), same dtype.
+        out: (N, C1 + C2, \\*spatial of up), same dtype, filled.
+        offset: First sample of the window in ``skip``. Default: centred, odd differences rounded down.
+        threads: Most threads to use.
+
+    Raises:
+        TileError: Shapes or dtypes do not fit.
+    """
+    native, (skip, up, out) = _arrays(skip=skip, up=up, out=out)
+    axes = up.ndim - 2
+    dtypes = ("float32", "float16", "int8", "uint8")
+    _check_dtype("skip", skip, dtypes)
+    _check_spatial("up", up, axes)
+    if up.dtype != skip.dtype or out.dtype != skip.dtype:
+        raise TileError(f"skip is {skip.dtype}, up {up.dtype}, out {out.dtype}; give all three the same dtype")
+    _check_output(out, dtypes)
+    expected = (up.shape[0], skip.shape[1] + up.shape[1], *up.shape[2:]) if skip.ndim == up.ndim else None
+    if expected is None or skip.shape[0] != up.shape[0] or out.shape != expected:
+        raise TileError(
+            f"skip {_shape(skip)} and up {_shape(up)} do not concatenate into out {_shape(out)}; "
+            "needed are (N, C1, ...), (N, C2, ...) and (N, C1 + C2, ... of up)"
+        )
+    room = np.subtract(skip.shape[2:], up.shape[2:])
+    if (room < 0).any():
+        raise TileError(f"skip {_shape(skip)} is smaller than up {_shape(up)}; nothing can be cropped")
+    start = room // 2 if offset is None else _sizes("offset", offset, axes)
+    if (start < 0).any() or (start > room).any():
+        raise TileError(f"offset {start.tolist()} leaves skip {_shape(skip)}; it may be 0 to {room.tolist()}")
+    native.crop_concat(skip, up, out, start, _threads(threads))
+
+
+@functools.cache
+def _cpu() -> Any:
+    try:
+        module: ModuleType = importlib.import_module("unet_rt._cpu")
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"the compiled kernels are missing ({error}); install the package (pip install unet-rt), or build them in "
+            "a source tree with a C++ compiler: pip install --no-build-isolation -e ."
+        ) from error
+    except ImportError as error:
+        raise BackendError(
+            f"the compiled kernels cannot be loaded ({error}); reinstall the package for this Python and machine: "
+            "pip install --force-reinstall unet-rt"
+        ) from error
+    return module
+
+
+def _arrays(**named: Any) -> tuple[Any, tuple[NDArray[Any], ...]]:
+    """The module of the device where the arrays live, and the arrays in the form it takes."""
+    return _cpu(), tuple(_on_cpu(name, array) for name, array in named.items())
+
+
+def _on_cpu(name: str, array: Any) -> NDArray[Any]:
+    if isinstance(array, np.ndarray):
+        return array
+    speaks_dlpack = hasattr(array, "__dlpack__")
+    if hasattr(array, "__cuda_array_interface__") or (
+        speaks_dlpack and array.__dlpack_device__()[0] in _DLPACK_ON_CUDA
+    ):
+        raise BackendError(
+            f"{name} lives on a CUDA device and this installation has no CUDA kernels ({cuda_status()}); "
+            "pass it as a host array, e.g. tensor.cpu()"
+        )
+    if not speaks_dlpack:
+        raise ImageError(f"{name} is {type(array).__name__}, not an array; pass a NumPy array or a DLPack tensor")
+    try:
+        return np.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ImageError(
+            f"{name} ({type(array).__name__}) cannot be shared through DLPack: {error}; pass a NumPy array"
+        ) from error
+
+
+def _shape(array: NDArray[Any]) -> str:
+    return "x".join(map(str, array.shape)) or "scalar"
+
+
+def _check_dtype(name: str, array: NDArray[Any], allowed: tuple[str, ...]) -> None:
+    if not array.dtype.isnative:
+        raise ImageError(
+            f"{name} has dtype {array.dtype.str}, which is not this machine's byte order; "
+            "convert it: array.astype(array.dtype.newbyteorder('='))"
+        )
+    if array.dtype.name not in allowed:
+        raise ImageError(f"{name} has dtype {array.dtype}; convert it to one of {', '.join(allowed)}")
+
+
+def _check_output(out: NDArray[Any], allowed: tuple[str, ...], name: str = "out") -> None:
+    if not out.dtype.isnative or out.dtype.name not in allowed:
+        raise OutputError(f"{name} has dtype {out.dtype.str}; allocate it as {' or '.join(allowed)}")
+    if not out.flags.writeable:
+        raise OutputError(f"{name} ({_shape(out)} {out.dtype}) is read-only; pass an array that can be written")
+
+
+def _check_spatial(name: str, array: NDArray[Any], axes: int) -> None:
+    if not 1 <= axes <= 3:
+        raise TileError(f"{name} is {_shape(array)}, with {axes} spatial axes; kernels take 1, 2 or 3")
+
+
+def _check_tiles(tiles: NDArray[Any]) -> int:
+    _check_dtype("tiles", tiles, _FLOATS)
+    axes = tiles.ndim - 2
+    _check_spatial("tiles", tiles, axes)
+    if tiles.shape[1] < 1:
+        raise TileError(f"tiles are {_shape(tiles)}, without a channel; pass (N, K, *tile) with K of at least 1")
+    return axes
+
+
+def _check_target(out: NDArray[Any], op: str, channels: int, axes: int) -> tuple[int, ...]:
+    """The output's spatial shape."""
+    _check_output(out, ("uint8",) if op in ("argmax", "threshold") else ("float32",))
+    lead = () if op == "argmax" else (channels,)
+    if out.ndim != len(lead) + axes or out.shape[: len(lead)] != lead:
+        form = "(*spatial)" if op == "argmax" else f"({channels}, *spatial)"
+        raise TileError(f"out is {_shape(out)}; {op} of {channels} channels and {axes} spatial axes needs {form}")
+    return out.shape[len(lead) :]
+
+
+def _integers(name: str, value: ArrayLike) -> NDArray[np.int64]:
+    table = np.asarray(value)
+    if table.size == 0:
+        return table.astype(np.int64)
+    if table.dtype.kind not in "iu":
+        raise TileError(f"{name} has dtype {table.dtype}; coordinates are whole numbers")
+    if int(table.min()) < -_FARTHEST_PX or int(table.max()) > _FARTHEST_PX:
+        raise TileError(f"{name} reaches from {table.min()} to {table.max()}; coordinates must stay within 2^48")
+    return np.ascontiguousarray(table, np.int64)
+
+
+def _table(name: str, value: ArrayLike, axes: int) -> NDArray[np.int64]:
+    table = _integers(name, value)
+    if table.ndim != 2 or table.shape[1] != axes:
+        raise TileError(f"{name} is {_shape(table)}; one row per tile and one column per spatial axis: (N, {axes})")
+    return table
+
+
+def _sizes(name: str, value: Size, axes: int) -> NDArray[np.int64]:
+    sizes = _integers(name, value)
+    if sizes.shape != (axes,):
+        raise TileError(f"{name} is {list(value)}; {axes} spatial axes need {axes} numbers")
+    return sizes
+
+
+def _parts(
+    source_start: ArrayLike, target_start: ArrayLike, size: ArrayLike, tiles: NDArray[Any], spatial: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    axes = len(spatial)
+    source = _table("source_start", source_start, axes)
+    target = _table("target_start", target_start, axes)
+    extent = _table("size", size, axes)
+    if not len(source) == len(target) == len(extent) == len(tiles):
+        raise TileError(
+            f"{len(tiles)} tiles, but {len(source)} source_start, {len(target)} target_start and {len(extent)} size; "
+            "one row per tile"
+        )
+    for name, start, whole in (("tile", source, tiles.shape[2:]), ("output", target, spatial)):
+        outside = ((start < 0) | (extent < 0) | (start + extent > whole)).any(axis=1)
+        if outside.any():
+            n = int(outside.argmax())
+            raise TileError(
+                f"tile {n}: {extent[n].tolist()} samples at {start[n].tolist()} leave the {name} of {list(whole)}; "
+                "parts must lie inside"
+            )
+    return source, target, extent
+
+
+def _labels(
+    op: str, channels: int, threshold: ArrayLike | None, values: ArrayLike | None
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Thresholds (K,) and label values as the kernels take them; empty where the operation has none."""
+    if op != "threshold" and threshold is not None:
+        raise ContractError(f"threshold {threshold} given for op {op!r}, which has none; leave it out")
+    if op not in ("argmax", "threshold"):
+        if values is not None:
+            raise ContractError(f"values given for op {op!r}, which writes no labels; leave them out")
+        return np.empty(0, np.float32), np.empty(0, np.uint8)
+    bounds = np.empty(0, np.float32)
+    count = 2
+    if op == "threshold":
+        if threshold is None:
+            raise ContractError("op 'threshold' without a threshold; give one number, or one per channel")
+        bounds = _per_channel("threshold", threshold, channels).astype(np.float32)
+    else:
+        count = channels
+        if channels > 256:
+            raise ContractError(f"argmax over {channels} channels does not fit uint8; at most 256 classes do")
+    table = np.arange(count) if values is None else np.asarray(values)
+    if table.shape != (count,) or table.dtype.kind not in "iu" or (table < 0).any() or (table > 255).any():
+        raise ContractError(f"values {table.tolist()}: op {op!r} needs {count} whole numbers from 0 to 255")
+    return bounds, table.astype(np.uint8)
+
+
+def _per_channel(name: str, value: ArrayLike, channels: int) -> NDArray[np.float64]:
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "iufb" or numbers.shape not in ((), (1,), (channels,)):
+        raise ContractError(f"{name} is {value!r}; give one number, or one per channel ({channels})")
+    return np.ascontiguousarray(np.broadcast_to(numbers.astype(np.float64), (channels,)))
+
+
+def _choice(name: str, value: str, table: dict[str, int], error: type[Exception]) -> int:
+    if value not in table:
+        raise error(f"{name} {value!r} is unknown; choose one of {', '.join(table)}")
+    return table[value]
+
+
+def _threads(threads: int) -> int:
+    if threads < 0:
+        raise BackendError(f"threads is {threads}; give 0 for this machine's default, or a positive number")
+    return threads or default_threads()
