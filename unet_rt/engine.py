@@ -202,6 +202,11 @@ class Engine:
         self.folder = folder
         self._session = session
 
+    @property
+    def session_version(self) -> str:
+        """Version of the backend's library."""
+        return self._session.version
+
     def run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
         """Runs tiles through the network.
 

@@ -1,0 +1,85 @@
+"""Measuring: interleaved runs, warm-up, medians with spread, resident memory while running. Returns numbers only."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import machine
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one contender.
+
+    Attributes:
+        median_s: Median seconds of a run.
+        low_s, high_s: Fastest and slowest run.
+        runs: Runs counted (the warm-up is not).
+        peak_bytes: Resident memory above that before the first run; 0 where it did not grow.
+    """
+
+    median_s: float
+    low_s: float
+    high_s: float
+    runs: int
+    peak_bytes: int
+
+
+class MemoryWatch:
+    """Largest resident memory of the process while the ``with`` block runs, sampled every 10 ms."""
+
+    def __enter__(self) -> MemoryWatch:
+        self.before = machine.rss_bytes()
+        self.peak = self.before
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.peak = max(self.peak, machine.rss_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.peak = max(self.peak, machine.rss_bytes())
+
+    @property
+    def grown(self) -> int:
+        return max(0, self.peak - self.before)
+
+
+def interleave(
+    contenders: Sequence[Callable[[], object]], *, runs: int = 5, seconds: float = 30.0, warm_up: int = 1
+) -> list[Timing]:
+    """Runs contenders in turn, so that what disturbs the machine disturbs all of them alike.
+
+    Args:
+        contenders: Functions without arguments.
+        runs: Rounds counted; fewer where ``seconds`` are used up, but at least two.
+        seconds: For all rounds together, warm-up included.
+        warm_up: Rounds that are not counted (compilation, allocation, first touch of memory).
+    """
+    begun = time.perf_counter()
+    peaks = [0] * len(contenders)
+    times: list[list[float]] = [[] for _ in contenders]
+    for turn in range(warm_up + runs):
+        if turn >= warm_up + 2 and time.perf_counter() - begun > seconds:
+            break
+        for k, contender in enumerate(contenders):
+            if turn == 0:
+                with MemoryWatch() as watch:
+                    contender()
+                peaks[k] = watch.grown
+                continue
+            start = time.perf_counter()
+            contender()
+            spent = time.perf_counter() - start
+            if turn >= warm_up:
+                times[k].append(spent)
+    return [Timing(statistics.median(t), min(t), max(t), len(t), p) for t, p in zip(times, peaks, strict=True)]

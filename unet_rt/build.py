@@ -1,0 +1,690 @@
+"""The model line in one function: candidates are measured, held against FP32 on real pixels, and one becomes the engine."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import backends, bench, exam, kernels, machine, parity
+from .contract import Contract
+from .engine import Engine, EngineSpec, Precision, check_target, write_folder
+from .errors import BackendError, ContractError, ImageError, ParityError, TileError
+from .model import (
+    Model,
+    baseline_engine,
+    baseline_name,
+    blended_spec,
+    kept_share,
+    keeps,
+    largest_halo,
+    open_model,
+    square_tile,
+    untiled_spec,
+)
+from .parity import Budget, ImageParity, Verdict
+from .predict import MEMORY_SHARE, run
+from .samples import OnePlane, Sample, draw, synthetic
+from .stitch import Blend, Decision
+from .tiles import TileGrid, tile_grid
+
+log = logging.getLogger("unet_rt")
+Array = npt.NDArray[Any]
+Say = Callable[[str], None]
+
+PROBE_PX = 512 * 512  # tile area at which backends and precisions are compared
+TILE_AREAS = (512**2, 1024**2, 1536**2, 2048**2)  # tile areas tried with the winner
+LARGEST_RUN_S = 45.0  # a tile that is expected to take longer is not tried
+EXACT_COST = 1.5  # computed over kept pixels up to which the exact halo is the default
+EXAM_TILES = 8
+SECONDS_FOR_PARITY = 120.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One measured way to run the model; ``verdict`` is None and ``note`` says why where it could not be tried."""
+
+    backend: str
+    precision: Precision
+    tile: tuple[int, ...]
+    latency_ms: float | None = None
+    spread_ms: tuple[float, float] | None = None
+    kept_mpx_per_s: float | None = None
+    peak_mb: float | None = None
+    verdict: Verdict | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        data = {key: value for key, value in vars(self).items() if key != "verdict"}
+        return {**data, "tile": list(self.tile), "verdict": None if self.verdict is None else self.verdict.to_json()}
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What build did and why.
+
+    Attributes:
+        folder: The engine folder.
+        spec: Its spec.
+        candidates: The measured table; ``chosen`` is the index of the engine in it.
+        samples: How many windows parity was judged on; ``kind`` is ``samples`` or ``synthetic``.
+        first: What the first sample looks like to the network: range, mean, deviation after normalisation, class shares.
+        seams: Seam error per halo that was tried, where the halo was measured.
+        whole_mismatch: For networks that cannot be tiled exactly: the difference to the whole image (reported, not judged).
+        notes: Decisions, in sentences.
+        warnings: What should be looked at.
+        advice: The exact command that would make it faster or safer; "" where there is none.
+    """
+
+    folder: Path
+    spec: EngineSpec
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    kind: Literal["samples", "synthetic"]
+    samples: int
+    first: dict[str, Any]
+    seams: dict[int, float] = field(default_factory=dict)
+    whole_mismatch: ImageParity | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    advice: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "spec": self.spec.to_json(),
+            "candidates": [c.to_json() for c in self.candidates],
+            "chosen": self.chosen,
+            "kind": self.kind,
+            "samples": self.samples,
+            "first": self.first,
+            "seams": {str(k): v for k, v in self.seams.items()},
+            "whole_mismatch": None if self.whole_mismatch is None else self.whole_mismatch.to_json(),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "advice": self.advice,
+        }
+
+
+def build(
+    model: str | Path,
+    *,
+    samples: Any = None,
+    out: str | Path | None = None,
+    budget: Budget | None = None,
+    contract: Contract | str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    tile: Sequence[int] | None = None,
+    halo: str | int = "auto",
+    overlap: Sequence[int] | None = None,
+    blend: Blend = "gaussian",
+    threads: int = 0,
+    axes: str | None = None,
+    channels: Sequence[int] | None = None,
+    keep_exam: bool = True,
+    overwrite: bool = False,
+    say: Say | None = None,
+    report: Callable[[BuildReport], None] | None = None,
+) -> Engine:
+    """Builds an engine folder and returns the loaded engine.
+
+    Args:
+        model: ONNX file, bioimage.io package or ``rdf.yaml``.
+        samples: A path, several paths, or arrays: images like those the network will see. None: generated ones, which
+            prove FP32 only.
+        out: The folder; default: the model's name with ``.urt``.
+        budget: What may differ from FP32.
+        contract: A :class:`Contract` (wins over the model's metadata), or the path of its JSON.
+        backend: ``auto`` or a backend's name.
+        device: ``auto`` or ``cpu``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        tile: Tile in pixels per axis; None: measured (exact networks), trained tile (others).
+        halo: ``auto``, ``exact``, ``measured``, or a number of samples.
+        overlap: Pixels shared by blended tiles per axis; default half a tile. Not for exact networks.
+        blend: Weights of blended tiles.
+        threads: Of backend and kernels; 0: by affinity and quota.
+        axes, channels: How samples are to be read.
+        keep_exam: Whether a few tiles travel with the engine.
+        overwrite: Replace an existing engine.
+        say: Receives progress in sentences.
+        report: Receives the :class:`BuildReport`.
+
+    Raises:
+        ParityError: No candidate is inside the budget.
+        GraphError, ContractError, TileError, ImageError, BackendError, OutputError: see their messages.
+    """
+    from .engine import load
+
+    say = say or log.info
+    path = Path(model)
+    folder = Path(out) if out is not None else Path(path.name).with_suffix(".urt")
+    check_target(folder, overwrite=overwrite)
+    names = _backends(backend, device)
+    precisions = _precisions(precision)
+    with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as temporary:
+        work = Path(temporary)
+        options = contract if isinstance(contract, Contract) else None
+        file = Path(contract) if isinstance(contract, str | Path) else None
+        opened = open_model(path, work, options=options, contract=file)
+        if samples is None and "fp32" not in precisions:
+            raise ContractError(f"precision {precision} needs samples to prove parity on; pass --samples IMAGES")
+        if samples is None:
+            precisions = ("fp32",)
+        builder = _Build(opened, work, budget or Budget(), threads, say)
+        builder.read_samples(samples, axes, channels)
+        builder.resolve_task()
+        builder.choose_tiling(tile, halo, overlap, blend)
+        builder.try_candidates(names, precisions, explicit=backend != "auto" or precision != "auto")
+        builder.choose(tile)
+        result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=f"unet-rt build {path}")
+    if report is not None:
+        report(result)
+    return load(folder, threads=threads or None)
+
+
+def _backends(backend: str, device: str) -> list[str]:
+    if device not in ("auto", "cpu"):
+        reason = machine.cuda()
+        raise BackendError(
+            f"device {device}: this version builds engines for the CPU only"
+            + (f" (and {reason.reason})" if not reason.devices else "")
+            + "; use --device cpu"
+        )
+    if backend == "auto":
+        names = backends.usable("cpu")
+        if not names:
+            raise BackendError(backends.advice())
+        return [name for name in names if name != "eager"]
+    missing = backends.get(backend).missing()
+    if missing is not None:
+        raise BackendError(missing)
+    return [backend]
+
+
+def _precisions(precision: str) -> tuple[Precision, ...]:
+    if precision == "auto":
+        return ("fp32", "bf16")
+    if precision == "fp32":
+        return ("fp32",)
+    if precision == "bf16":
+        return ("bf16",)
+    raise ContractError(f"precision {precision!r} is not one of auto, fp32, bf16")
+
+
+class _Build:
+    """The steps of one build, in the order in which ``build`` calls them; each fills in what the next needs."""
+
+    def __init__(self, model: Model, work: Path, budget: Budget, threads: int, say: Say):
+        self.model, self.work, self.budget, self.threads, self.say = model, work, budget, threads, say
+        self.spec = untiled_spec(model)
+        self.baseline = baseline_engine(model, self.spec, threads=threads)
+        self.notes: list[str] = [f"{what} made free" for what in model.freed]
+        self.notes += [f"size stays fixed: {why}" for why in model.fixed]
+        self.warnings: list[str] = []
+        self.seams: dict[int, float] = {}
+        self.whole: list[Array] = []
+        self.mismatch: ImageParity | None = None
+        self.first: dict[str, Any] = {}
+
+    # 1 ---------------------------------------------------------------------------------------------------------------
+
+    def read_samples(self, samples: Any, axes: str | None, channels: Sequence[int] | None) -> None:
+        contract = self.model.contract
+        self.kind: Literal["samples", "synthetic"] = "synthetic" if samples is None else "samples"
+        spatial, wanted = self.model.spatial, self.model.channels
+        if samples is None:
+            self.samples = synthetic(contract, wanted, spatial)
+            self.value_range = None
+            return
+        images = _images(samples)
+        if contract.normalization is None:
+            self._without_normalization(images, axes, channels)
+        contract = self.model.contract
+        self.samples = draw(images, contract, spatial=spatial, axes=axes, channels=channels)
+        lows, highs = zip(*((float(s.pixels.min()), float(s.pixels.max())) for s in self.samples), strict=True)
+        self.value_range = (min(lows), max(highs))
+        for s in self.samples[:1]:
+            if s.pixels.shape[0] != wanted:
+                raise ContractError(
+                    f"{s.name} has {s.pixels.shape[0]} channels and the network takes {wanted}; choose them with --channels"
+                )
+        if len({s.path for s in self.samples}) < 3:
+            self.notes.append(f"parity rests on {len({s.path for s in self.samples})} image(s); three or more prove more")
+        self.say(f"samples: {len(self.samples)} windows; {self.samples[0].reading}")
+
+    def _without_normalization(self, images: Sequence[Any], axes: str | None, channels: Sequence[int] | None) -> None:
+        from .contract import Normalization
+        from .contract_io import missing_normalization
+        from .image import open_image
+
+        with open_image(images[0], self.model.contract, axes=axes, channels=channels, spatial=self.model.spatial) as source:
+            if source.dtype.kind in "iu":
+                raise missing_normalization(source)
+        self.model = replace(self.model, contract=replace(self.model.contract, normalization=Normalization("none")))
+        self.notes.append("no normalisation is declared and the samples are floating point: used as they are")
+
+    # 2 ---------------------------------------------------------------------------------------------------------------
+
+    def resolve_task(self) -> None:
+        from .contract_io import resolve_task
+
+        output = self.model.report.outputs[0]
+        tile = square_tile(self.spec.sizes, self.spec.outputs, 256 * 256)
+        values = [self.baseline.run(_tile_of(s, self.spec, tile, self.threads))[0] for s in self.samples[:4]]
+        contract = resolve_task(self.model.contract, output.channels, self.model.report.final_ops[0], np.concatenate(values))
+        if self.value_range is not None and contract.value_range is None:
+            contract = replace(contract, value_range=self.value_range)
+        self.spec = replace(self.spec, contract=contract)
+        self.baseline.spec = replace(self.baseline.spec, contract=contract)
+        x = _tile_of(self.samples[0], self.spec, tile, self.threads)
+        self.first = {
+            "name": self.samples[0].name,
+            "input_range": [float(x.min()), float(x.max())],
+            "input_mean": float(x.mean()),
+            "input_std": float(x.std()),
+        }
+        self._first_output(values[0][0])
+
+    def _first_output(self, raw: Array) -> None:
+        contract = self.spec.contract
+        if contract.task == "regression":
+            self.first["output_range"] = [float(raw.min()), float(raw.max())]
+            if raw.max() == raw.min():
+                self.warnings.append(f"the output is constant ({raw.max():g}): check --normalize first, then --channels")
+            return
+        masks = parity.labels(raw, contract)
+        names = contract.classes
+        if contract.task == "multiclass":
+            shares = {names[k] if k < len(names) else str(k): float((masks[0] == k).mean()) for k in range(len(raw))}
+        else:
+            shares = {names[k] if k < len(names) else str(k): float(masks[k].mean()) for k in range(len(masks))}
+        self.first["class_share"] = shares
+        if masks.min() == masks.max():
+            self.warnings.append(
+                f"the mask of {self.samples[0].name} is constant ({int(masks.max())} everywhere): most often the normalisation "
+                "is not the one of the training; check --normalize first, then --channels, --task and --output-is"
+            )
+
+    # 3 ---------------------------------------------------------------------------------------------------------------
+
+    def choose_tiling(self, tile: Sequence[int] | None, halo: str | int, overlap: Sequence[int] | None, blend: Blend) -> None:
+        if not self.model.exact:
+            if halo not in ("auto",):
+                raise TileError(
+                    f"--halo {halo}: this network cannot be tiled exactly ({self.model.reasons[0]}); its tiles are blended"
+                )
+            self.spec = blended_spec(self.spec, tile, self.model.given, blend=blend)
+            if overlap is not None:
+                self.spec = replace(self.spec, overlap=tuple(overlap))
+            self.notes.append(
+                f"not exact: {self.model.reasons[0]}; tile {_by(self.spec.tile)} px is part of the model, "
+                f"blended ({blend}) with overlap {_by(self.spec.overlap or ())} px"
+            )
+        else:
+            if overlap is not None:
+                raise TileError("--overlap is for networks that cannot be tiled exactly; this one needs none")
+            probe = tuple(tile) if tile is not None else square_tile(self.spec.sizes, self.spec.outputs, PROBE_PX)
+            self._check_tile(probe)
+            self.spec = replace(self.spec, tile=probe)
+            self._choose_halo(halo, fixed_tile=tile is not None)
+        self.baseline.spec = replace(self.spec, backend=self.baseline.spec.backend)
+        self._whole_results()
+
+    def _check_tile(self, tile: Sequence[int]) -> None:
+        tile_grid(tile, tile, self.spec.sizes, self.spec.outputs)  # raises for sizes that the graph does not accept
+
+    def _choose_halo(self, halo: str | int, *, fixed_tile: bool) -> None:
+        exact = largest_halo(self.spec)
+        if isinstance(halo, int) or halo.isdigit():
+            limit = int(halo)
+            self.spec = replace(self.spec, halo="given", halo_limit=limit) if limit < exact else self.spec
+            self.notes.append(f"halo {min(limit, exact)} samples as given; {exact} would be exact")
+        elif halo == "measured":
+            self._measure_halo()
+        elif halo in ("auto", "exact"):
+            largest = self.spec.tile if fixed_tile or not self.spec.free_size else square_tile(
+                self.spec.sizes, self.spec.outputs, TILE_AREAS[-1]
+            )
+            share = kept_share(self.spec, largest)
+            cost = f"{1 / share:.2f} times the work" if share else "more than such a tile holds"
+            if halo == "exact" or (share and 1 / share <= EXACT_COST):
+                self.notes.append(f"exact halo ({exact} samples): {cost} at tiles of {_by(largest)} px")
+            elif self.kind == "synthetic":
+                self.notes.append(
+                    f"exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px; "
+                    "with --samples a smaller one is measured"
+                )
+            else:
+                self.notes.append(f"the exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px, so it was measured")
+                self._measure_halo()
+        else:
+            raise TileError(f"--halo {halo!r} is not exact, measured or a number of samples")
+        if not keeps(self.spec, self.spec.tile):
+            tile = square_tile(self.spec.sizes, self.spec.used_outputs(), PROBE_PX)
+            if fixed_tile:
+                raise TileError(f"a tile of {_by(self.spec.tile)} px keeps nothing beside its halo; use {_by(tile)} or more, or --halo measured")
+            self.spec = replace(self.spec, tile=tile)
+
+    def _measure_halo(self) -> None:
+        """The smallest halo, in steps of 8 samples, whose seams change no more labels than the seam budget allows."""
+        if self.kind == "synthetic":
+            raise ContractError("--halo measured needs images to measure on; pass --samples IMAGES")
+        self._whole_results()
+        exact = largest_halo(self.spec)
+        low, high = 0, -(-exact // 8)  # in steps of 8 samples; the exact halo is the end of the range
+        self.say(f"measuring the halo on {len(self.samples)} samples")
+
+        def seam(limit: int) -> float:
+            spec = replace(self.spec, halo="measured", halo_limit=limit)
+            outputs = spec.used_outputs()
+            error = 0.0
+            tiled = 0
+            for sample, whole in zip(self.samples, self.whole, strict=True):
+                tile = square_tile(spec.sizes, outputs, 1)
+                tile = tuple(max(t, s.at_least(256)) for t, s in zip(tile, spec.sizes, strict=True))
+                grid = tile_grid(sample.shape, tile, spec.sizes, outputs)
+                tiled += grid.count > 1
+                result = raw_result(self.baseline, sample, grid, self.threads)
+                found = parity.compare(whole, result, spec.contract, sample.name)
+                error = max(error, found.relative if found.label_change is None else found.label_change)
+            if not tiled:
+                raise ImageError(
+                    f"the samples are no larger than one tile of {_by(tile)} px, so seams cannot be measured; pass larger images or --halo exact"
+                )
+            self.seams[limit] = error
+            return error
+
+        while low < high:
+            middle = (low + high) // 2
+            if seam(middle * 8) <= self.budget.seam:
+                high = middle
+            else:
+                low = middle + 1
+        limit = high * 8
+        if limit >= exact:
+            self.notes.append(f"no halo below the exact {exact} samples is inside the seam budget {self.budget.seam:g}: exact it is")
+            return
+        self.spec = replace(self.spec, halo="measured", halo_limit=limit)
+        self.notes.append(
+            f"measured halo {limit} samples (exact: {exact}): seams change {self.seams.get(limit, 0.0):.2e} of labels on the worst sample, "
+            f"budget {self.budget.seam:g}"
+        )
+
+    def _whole_results(self) -> None:
+        """The baseline on every sample: whole where the network can be tiled exactly, in the same tiles otherwise."""
+        if self.whole:
+            return
+        kept, spent = [], 0.0
+        for k, sample in enumerate(self.samples):
+            whole = self.spec.exact and self.spec.free_size
+            grid = whole_grid(self.spec, sample.shape) if whole else self.spec.grid(sample.shape, self.spec.tile)
+            with _Stopwatch() as watch:
+                self.whole.append(raw_result(self.baseline, sample, grid, self.threads))
+            kept.append(sample)
+            spent += watch.seconds
+            self.say(f"baseline {k + 1}/{len(self.samples)}: {sample.name}")
+            if spent > SECONDS_FOR_PARITY and k + 1 < len(self.samples):
+                self.notes.append(f"parity is judged on {k + 1} of {len(self.samples)} samples, to keep the search short")
+                break
+        self.samples = kept
+        if not self.spec.exact and self.spec.free_size:
+            sample = self.samples[0]
+            grid = whole_grid(replace(self.spec, overlap=None), sample.shape)
+            whole = raw_result(self.baseline, sample, grid, self.threads)
+            self.mismatch = parity.compare(whole, self.whole[0], self.spec.contract, sample.name)
+
+    # 4 ---------------------------------------------------------------------------------------------------------------
+
+    def try_candidates(self, names: Sequence[str], precisions: Sequence[Precision], *, explicit: bool) -> None:
+        self.candidates: list[Candidate] = []
+        engines: list[Engine] = []
+        tile = self.spec.tile
+        for name in names:
+            for precision in precisions:
+                graph = self.work / f"{name}-{precision}.onnx"
+                spec = replace(self.spec, backend=name, precision=precision)
+                try:
+                    backends.get(name).build(self.model.graph, graph, precision=precision, device="cpu")
+                    session = backends.get(name).load(graph, precision=precision, device="cpu", threads=self.threads)
+                except BackendError as error:
+                    if explicit and len(names) * len(precisions) == 1:
+                        raise
+                    self.candidates.append(Candidate(name, precision, tile, note=str(error)))
+                    continue
+                engines.append(Engine(spec, session))
+                self.candidates.append(Candidate(name, precision, tile))
+        if not engines:
+            raise BackendError("no candidate could be built: " + "; ".join(c.note for c in self.candidates))
+        self.engines = {(e.spec.backend, e.spec.precision): e for e in engines}
+        x = _tile_of(self.samples[0], self.spec, tile, self.threads)
+        self.say(f"measuring {len(engines)} candidates at tile {_by(tile)}")
+        contenders = [_runner(engine, x) for engine in engines]
+        timings = dict(zip(self.engines, bench.interleave(contenders), strict=True))
+        for k, candidate in enumerate(self.candidates):
+            timing = timings.get((candidate.backend, candidate.precision))
+            if timing is None:
+                continue
+            self.say(f"parity of {candidate.backend} {candidate.precision}")
+            verdict = self._verdict(self.engines[candidate.backend, candidate.precision])
+            self.candidates[k] = self._measured(candidate, tile, timing, verdict)
+
+    def _measured(self, candidate: Candidate, tile: tuple[int, ...], timing: bench.Timing, verdict: Verdict | None) -> Candidate:
+        return replace(
+            candidate,
+            tile=tile,
+            latency_ms=timing.median_s * 1e3,
+            spread_ms=(timing.low_s * 1e3, timing.high_s * 1e3),
+            kept_mpx_per_s=prod(tile) * kept_share(self.spec, tile) / timing.median_s / 1e6,
+            peak_mb=timing.peak_bytes / 1e6,
+            verdict=verdict,
+        )
+
+    def _verdict(self, engine: Engine) -> Verdict:
+        images = []
+        for sample, whole in zip(self.samples, self.whole, strict=True):
+            tile = self.spec.tile
+            if self.spec.exact and self.spec.free_size:  # tiles smaller than the sample, so that seams are part of the exam
+                half = square_tile(self.spec.sizes, self.spec.used_outputs(), max(prod(sample.shape) // 4, 1))
+                tile = tuple(min(a, b) for a, b in zip(half, tile, strict=True))
+                tile = tile if keeps(self.spec, tile) else self.spec.tile
+            result = raw_result(engine, sample, self.spec.grid(sample.shape, tile), self.threads)
+            images.append(parity.compare(whole, result, self.spec.contract, sample.name))
+        return parity.judge(images, self.budget)
+
+    # 5 ---------------------------------------------------------------------------------------------------------------
+
+    def choose(self, tile: Sequence[int] | None) -> None:
+        accepted = [c for c in self.candidates if c.verdict is not None and c.verdict.accepted]
+        if not accepted:
+            tried = [c for c in self.candidates if c.verdict is not None]
+            reasons = "; ".join(f"{c.backend} {c.precision}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
+            raise ParityError(f"no candidate is inside the budget: {reasons}; allow more with --budget, or pass --precision fp32")
+        best = min(accepted, key=lambda c: c.latency_ms or 0.0)
+        engine = self.engines[best.backend, best.precision]
+        px, latency = prod(best.tile), best.latency_ms or 0.0
+        bytes_per_px = (best.peak_mb or 0.0) * 1e6 / px
+        estimate = self.model.report.activation_bytes(best.tile) / px
+        bytes_per_px = max(bytes_per_px, estimate)
+        if tile is None and self.spec.exact and self.spec.free_size:
+            for area in TILE_AREAS:
+                larger = square_tile(self.spec.sizes, self.spec.used_outputs(), area)
+                grown = prod(larger) / px
+                if prod(larger) <= prod(best.tile):
+                    continue
+                if latency * grown / 1e3 > LARGEST_RUN_S:
+                    self.notes.append(f"tiles above {_by(best.tile)} px were not tried: one would take {latency * grown / 1e3:.0f} s")
+                    break
+                if bytes_per_px * prod(larger) > MEMORY_SHARE * machine.memory_bytes():
+                    self.notes.append(f"tiles above {_by(best.tile)} px were not tried: too little memory is free")
+                    break
+                self.say(f"measuring tile {_by(larger)}")
+                x = _tile_of(self.samples[0], self.spec, larger, self.threads)
+                (timing,) = bench.interleave([_runner(engine, x)], runs=3, seconds=20)
+                found = self._measured(best, larger, timing, best.verdict)
+                self.candidates.append(found)
+                bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger))
+                if (found.kept_mpx_per_s or 0.0) > (best.kept_mpx_per_s or 0.0):
+                    best = found
+        self.chosen = self.candidates.index(best)
+        fp32 = [c for c in accepted if c.precision == "fp32"]
+        self.notes.append(
+            f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px: {best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of "
+            f"{len(accepted)} candidates inside the budget" + ("" if len(fp32) else " (none of them FP32)")
+        )
+        self.best_engine = engine
+        self.spec = replace(
+            self.spec,
+            backend=best.backend,
+            precision=best.precision,
+            tile=best.tile,
+            bytes_per_px=bytes_per_px,
+            made_on=machine.describe(),
+            options={"threads": self.threads, "sample_sha256": [s.sha256 for s in self.samples], "kind": self.kind},
+        )
+
+    # 6 ---------------------------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path, *, keep_exam: bool, overwrite: bool, command: str) -> BuildReport:
+        from .engine import sha256
+
+        best = self.candidates[self.chosen]
+        verdict = best.verdict
+        if verdict is None:
+            raise ParityError("the chosen candidate was not judged")
+        graph = self.work / f"{best.backend}-{best.precision}.onnx"
+        record = {
+            "schema": 1,
+            "kind": self.kind,
+            "budget": vars(self.budget),
+            "graph_sha256": sha256(graph),
+            "model_sha256": sha256(self.model.given),
+            "baseline": {"backend": baseline_name(), "precision": "fp32", "whole": self.spec.exact and self.spec.free_size},
+            "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, "cpu"),
+            "machine": machine.describe(),
+            "batch": [1],
+            "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
+            "verdict": verdict.to_json(),
+            "seams": {str(k): v for k, v in self.seams.items()},
+            "candidates": [c.to_json() for c in self.candidates],
+        }
+        parity_file = self.work / "parity.json"
+        parity_file.write_text(exam.record_json(record), encoding="utf-8")
+        files: dict[Any, Path] = {"model": self.model.given, "graph": graph, "parity": parity_file}
+        if keep_exam:
+            files["exam"] = self.work / "exam.npz"
+            np.savez_compressed(files["exam"], allow_pickle=False, **self._exam())
+        for engine in (*self.engines.values(), self.baseline):
+            engine.close()
+        write_folder(folder, self.spec, files, overwrite=overwrite)
+        advice = ""
+        if self.kind == "synthetic":
+            advice = f"{command} --samples YOUR_IMAGES --out {folder} --overwrite"
+        return BuildReport(
+            folder,
+            self.spec,
+            tuple(self.candidates),
+            self.chosen,
+            self.kind,
+            len(self.samples),
+            self.first,
+            self.seams,
+            self.mismatch,
+            tuple(self.notes),
+            tuple(self.warnings),
+            advice,
+        )
+
+    def _exam(self) -> dict[str, Array]:
+        """A few tiles as the network gets them and the baseline's outputs, float32."""
+        if self.spec.exact and self.spec.free_size:
+            tile = square_tile(self.spec.sizes, self.spec.outputs, 192**2 if self.model.spatial == 2 else 32**3)
+        else:
+            tile = self.spec.tile
+        picked = self.samples[:: max(1, len(self.samples) // EXAM_TILES)][:EXAM_TILES]
+        inputs = np.concatenate([_tile_of(s, self.spec, tile, self.threads) for s in picked])
+        outputs = [self.baseline.run(x[None]) for x in inputs]
+        arrays = {"input": inputs}
+        for k in range(len(outputs[0])):
+            arrays[f"output_{k}"] = np.concatenate([out[k] for out in outputs])
+        return arrays
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Stopwatch:
+    def __enter__(self) -> _Stopwatch:
+        import time
+
+        self._clock = time.perf_counter
+        self._start = self._clock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = self._clock() - self._start
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _runner(engine: Engine, x: Array) -> Callable[[], object]:
+    return lambda: engine.run(x)
+
+
+def _images(samples: Any) -> list[Any]:
+    """Files of paths and folders; arrays as they are."""
+    from .image import list_images
+
+    if isinstance(samples, str | Path):
+        samples = [samples]
+    if isinstance(samples, np.ndarray) or not isinstance(samples, Sequence):
+        samples = [samples]
+    if all(isinstance(s, str | Path) for s in samples):
+        return list(list_images(samples))
+    return list(samples)
+
+
+def _tile_of(sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int) -> Array:
+    """(1, C, *tile): the sample's middle as the network gets it, continued by the border rule where it is smaller."""
+    starts = np.array([[max(0, (n - t) // 2) for n, t in zip(sample.shape, tile, strict=True)]], dtype=np.int64)
+    out = np.empty((1, spec.channels, *tile), dtype=np.float32)
+    kernels.tile_gather(
+        sample.pixels,
+        starts,
+        out,
+        border=spec.contract.border,
+        offset=sample.numbers.offset,
+        divisor=sample.numbers.divisor,
+        clip=sample.numbers.clip,
+        threads=threads,
+    )
+    return out
+
+
+def whole_grid(spec: EngineSpec, shape: Sequence[int]) -> TileGrid:
+    """One tile: the whole canvas."""
+    return tile_grid(shape, spec.canvas_shape(shape), spec.sizes, spec.outputs)
+
+
+def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
+    """The network's own values (K, *spatial), float32, of a sample."""
+    channels = engine.spec.outputs[output].channels
+    result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)
+
+    def keep(plane: int, start: int, band: Array) -> None:
+        result[:, start : start + band.shape[1]] = band
+
+    decision = Decision("copy", channels, np.dtype(np.float32))
+    with sample.source(engine.spec.contract) as source:
+        run(engine, source, grid, decision, keep, output=output, threads=threads, normalized=OnePlane(sample.numbers))
+    return result

@@ -1,0 +1,106 @@
+"""The proof that travels with an engine: its record of parity, and the exam that renews it on other machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import machine, parity
+from .errors import EngineError, ParityError
+
+if TYPE_CHECKING:
+    from .contract import Contract
+    from .engine import Engine, EngineFolder
+
+log = logging.getLogger("unet_rt")
+Array = npt.NDArray[Any]
+
+
+def fingerprint(backend: str, version: str, device: str) -> dict[str, Any]:
+    """What a result may depend on besides the engine's bytes: library version, processor, device."""
+    return {
+        "backend": backend,
+        "version": version,
+        "device": device,
+        "cpu": machine.cpu_name(),
+        "features": sorted(machine.cpu_features()),
+    }
+
+
+def check_record(folder: EngineFolder) -> None:
+    """Raises EngineError where the record of parity is missing, belongs to other bytes, or misses its own budget."""
+    record = folder.parity
+    way_out = "build the engine again with --samples, or load it with --accept-unverified"
+    if record is None:
+        raise EngineError(f"{folder.path} carries no record of parity; {way_out}")
+    try:
+        graph, accepted, kind = record["graph_sha256"], record["verdict"]["accepted"], record["kind"]
+        budget, verdict = parity.Budget(**record["budget"]), record["verdict"]
+    except (KeyError, TypeError) as error:
+        raise EngineError(f"{folder.path}: the record of parity is damaged ({error}); {way_out}") from error
+    if graph != folder.files["graph"]["sha256"]:
+        raise EngineError(f"{folder.path}: the record of parity belongs to another graph; {way_out}")
+    change, dice = verdict.get("label_change"), verdict.get("dice")
+    missed = (change is not None and change > budget.label_change) or (dice is not None and dice < budget.dice)
+    if not accepted or missed:
+        raise EngineError(f"{folder.path}: the recorded parity misses its budget; {way_out}")
+    if kind == "synthetic" and folder.spec.precision != "fp32":
+        raise EngineError(f"{folder.path}: parity on synthetic tiles is accepted for fp32 only; {way_out}")
+
+
+def sit_if_elsewhere(engine: Engine) -> None:
+    """Sits the exam where processor, device or library version differ from those on record."""
+    folder = engine.folder
+    if folder is None or folder.parity is None:
+        return
+    here = fingerprint(engine.spec.backend, engine.session_version, engine.spec.device)
+    there = folder.parity.get("fingerprint")
+    if here == there:
+        return
+    changed = ", ".join(key for key in here if not isinstance(there, Mapping) or there.get(key) != here[key])
+    exam = folder.exam()
+    if exam is None:
+        if engine.spec.precision == "fp32":
+            log.warning("%s: built elsewhere (%s differs) and carries no exam; run unet-rt verify on images of yours", folder.path, changed)
+            return
+        raise EngineError(
+            f"{folder.path}: built elsewhere ({changed} differs) and carries no exam; build it here, or load it with --accept-unverified"
+        )
+    verdict = sit(engine, exam)
+    if not verdict.accepted:
+        raise ParityError(f"{folder.path}: fails its exam on this machine: {'; '.join(verdict.reasons)}; build it again here")
+    log.info("%s: built elsewhere (%s differs); passed its exam here", folder.path, changed)
+
+
+def sit(engine: Engine, exam: Mapping[str, Array]) -> parity.Verdict:
+    """Runs the exam's tiles one by one and judges them by the budget on record."""
+    folder = engine.folder
+    budget = parity.Budget(**folder.parity["budget"]) if folder is not None and folder.parity is not None else parity.Budget()
+    contract: Contract = engine.spec.contract
+    results = []
+    for k, tile in enumerate(exam["input"]):
+        outputs = engine.run(tile[None])
+        results.append(parity.compare(exam["output_0"][k], outputs[0][0], contract, f"exam tile {k}"))
+    return parity.judge(results, budget)
+
+
+def record_json(record: Mapping[str, Any]) -> str:
+    """The record as it is written; non-finite numbers are not JSON and are written as text."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not np.isfinite(value):
+            return str(value)
+        return value
+
+    return json.dumps(clean(record), indent=2, allow_nan=False) + "\n"

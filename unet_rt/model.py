@@ -1,0 +1,231 @@
+"""A model as the model line sees it: the ONNX file as given, its graph with sizes freed, its contract, its spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract import Contract
+from .engine import Engine, EngineSpec, InputSpec
+from .errors import BackendError, ContractError, TileError
+from .field import OutputField, TileSizes
+from .stitch import Blend
+from .tiles import cost_ratio, exact_step, smallest_tile
+
+if TYPE_CHECKING:
+    import onnx
+
+    from .graph import GraphReport
+
+BASELINES = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model.
+
+    Attributes:
+        given: The ONNX file as given.
+        graph: FP32 graph with free spatial sizes and batch where that is provably the same network.
+        report: What ``inspect`` says of ``graph``.
+        contract: Options over contract file over the model's metadata; task and thresholds not yet resolved.
+        freed: What was made free.
+        fixed: Why something could not be.
+    """
+
+    given: Path
+    graph: Path
+    report: GraphReport
+    contract: Contract
+    freed: tuple[str, ...]
+    fixed: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        return all(o.exact for o in self.report.outputs)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(reason for o in self.report.outputs for reason in o.reasons))
+
+    @property
+    def spatial(self) -> int:
+        return len(self.report.sizes)
+
+    @property
+    def channels(self) -> int:
+        return sum(i.channels for i in self.input_specs())
+
+    def input_specs(self) -> tuple[InputSpec, ...]:
+        specs = []
+        for i in self.report.inputs:
+            channels = i.shape[i.axes.index("C")] if "C" in i.axes else 1
+            if channels is None:
+                raise ContractError(
+                    f"input {i.name} of {self.given.name} leaves its number of channels open; export it with a fixed number"
+                )
+            specs.append(InputSpec(i.name, i.axes, channels, i.dtype))
+        return tuple(specs)
+
+
+def open_model(path: str | Path, work: Path, *, options: Contract | None = None, contract: Path | None = None) -> Model:
+    """Opens an ONNX file, a bioimage.io package or its ``rdf.yaml``.
+
+    Args:
+        path: The file.
+        work: Folder for the freed graph (it lives as long as the model is used).
+        options: What the user says of the input; wins over everything else.
+        contract: JSON file of the contract; wins over the model's metadata.
+
+    Raises:
+        GraphError, ContractError: see their messages.
+    """
+    import onnx
+
+    from . import contract_io
+    from .free import free_spatial
+    from .graph import inspect, read_model
+
+    given = Path(path)
+    declared = Contract()
+    if given.suffix.lower() in (".yaml", ".yml", ".zip") or given.is_dir():
+        declared, given = contract_io.contract_from_rdf(given)
+    proto = read_model(given)
+    declared = declared.over(contract_io.contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
+    if contract is not None:
+        declared = contract_io.contract_from_file(contract).over(declared)
+    if options is not None:
+        declared = options.over(declared)
+    runner = _runner()
+    freed_proto, fixed = free_spatial(proto, runner)
+    graph = work / "graph.onnx"
+    onnx.save_model(freed_proto, str(graph))
+    report = inspect(graph)
+    declared = replace(declared, axes=report.inputs[0].axes)
+    return Model(given, graph, report, declared, report.freed, fixed)
+
+
+def _runner() -> Any:
+    """A function (model, inputs) -> outputs that runs a graph once with the first baseline that is installed."""
+    import tempfile
+
+    import onnx
+
+    from . import backends
+
+    backend = backends.get(baseline_name())
+
+    def run(model: onnx.ModelProto, inputs: Any) -> list[npt.NDArray[Any]]:
+        arrays = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        with tempfile.TemporaryDirectory(prefix="unet-rt-") as folder:
+            path = Path(folder) / "graph.onnx"
+            onnx.save_model(model, str(path))
+            session = backend.load(path, precision="fp32", device="cpu", threads=0)
+            try:
+                return [np.array(y) for y in session.run(arrays)]
+            finally:
+                session.close()
+
+    return run
+
+
+def baseline_name() -> str:
+    """The backend that computes FP32 baselines here."""
+    from . import backends
+
+    for name in BASELINES:
+        if backends.get(name).missing() is None:
+            return name
+    raise BackendError(backends.advice())
+
+
+def baseline_engine(model: Model, spec: EngineSpec, *, threads: int = 0) -> Engine:
+    """The model in FP32 on the CPU: what every engine is compared with. Same contract, halo and overlap as ``spec``."""
+    from . import backends
+
+    name = baseline_name()
+    session = backends.get(name).load(model.graph, precision="fp32", device="cpu", threads=threads)
+    return Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session)
+
+
+def square_tile(sizes: Sequence[TileSizes], outputs: Sequence[OutputField], area: int) -> tuple[int, ...]:
+    """The accepted tile nearest to a square (cube) of ``area`` pixels that keeps something."""
+    side = round(area ** (1 / len(sizes)))
+    tile = []
+    for k, s in enumerate(sizes):
+        smallest = smallest_tile(s, [o.field[k] for o in outputs])
+        low, high = max(s.at_most(side), smallest), max(s.at_least(side), smallest)
+        tile.append(low if side - low <= high - side else high)
+    return tuple(tile)
+
+
+def untiled_spec(model: Model) -> EngineSpec:
+    """The spec of a model before anything is decided: FP32, exact halo, smallest tile."""
+    report = model.report
+    return EngineSpec(
+        contract=model.contract,
+        inputs=model.input_specs(),
+        outputs=report.outputs,
+        sizes=report.sizes,
+        batch=report.batch,
+        halo="exact",
+        halo_limit=None,
+        tile=square_tile(report.sizes, report.outputs, 1),
+        overlap=None,
+        blend="gaussian",
+        precision="fp32",
+        backend=baseline_name(),
+        device="cpu",
+    )
+
+
+def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, blend: Blend = "gaussian") -> EngineSpec:
+    """The spec of a network that cannot be tiled exactly: its tile is the user's, the trained one, or the graph's own.
+
+    Neighbouring tiles share half a tile, as nnU-Net's and MONAI's users expect.
+
+    Raises:
+        TileError: No tile is declared anywhere, or the graph does not accept it.
+    """
+    fixed = tuple(s.fixed for s in spec.sizes if s.fixed is not None)
+    chosen = tuple(tile or spec.contract.trained_tile or (fixed if len(fixed) == len(spec.sizes) else ()))
+    if not chosen:
+        raise TileError(
+            f"{given.name} cannot be tiled exactly ({spec.outputs[0].reasons[0]}), so the tile size changes its answer; "
+            "pass the tile it was trained with: --tile HxW"
+        )
+    if len(chosen) != spec.spatial:
+        raise TileError(f"tile {'x'.join(map(str, chosen))} needs {spec.spatial} numbers, one per spatial axis")
+    for t, s in zip(chosen, spec.sizes, strict=True):
+        if not s.accepts(t):
+            raise TileError(f"tile {t} px is not accepted by the graph; use {s.at_most(t)} or {s.at_least(t)}")
+    return replace(spec, tile=chosen, overlap=tuple(t // 2 for t in chosen), blend=blend)
+
+
+def kept_share(spec: EngineSpec, tile: Sequence[int]) -> float:
+    """Kept over computed pixels of inner tiles; 0 where the tile keeps nothing."""
+    if spec.overlap is not None:
+        steps = [max(s.stride, (t - o) // s.stride * s.stride) for t, o, s in zip(tile, spec.overlap, spec.sizes, strict=True)]
+        return prod(steps) / prod(tile)
+    ratio = cost_ratio(tile, spec.sizes, spec.used_outputs())
+    return 0.0 if ratio is None else 1 / ratio
+
+
+def largest_halo(spec: EngineSpec) -> int:
+    """The largest halo of any output and axis, in samples."""
+    return max((max(f.halo) for o in spec.outputs for f in o.field), default=0)
+
+
+def keeps(spec: EngineSpec, tile: Sequence[int]) -> bool:
+    """Whether tiles of this size keep anything."""
+    outputs = spec.used_outputs()
+    return all(
+        exact_step(t, s.stride, [o.field[k] for o in outputs]) > 0
+        for k, (t, s) in enumerate(zip(tile, spec.sizes, strict=True))
+    )

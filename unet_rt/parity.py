@@ -1,0 +1,203 @@
+"""Agreement of two results of the same network: numbers, budgets, verdicts. A judge: it returns, it never prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract import Contract
+from .errors import ContractError
+from .stitch import decide
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows an engine to differ from its FP32 baseline, judged on the worst image.
+
+    Attributes:
+        label_change: Share of pixels whose label changes.
+        dice: Lowest Dice of any class against the baseline's mask, classes of at least ``class_px`` pixels there.
+        error: For regression: largest error over the 1st to 99th percentile range of the baseline's output.
+        seam: Share of labels that a measured halo may change (regression: the same ratio as ``error``).
+        class_px: Classes smaller than this in the baseline's mask are not judged by Dice.
+    """
+
+    label_change: float = 1e-3
+    dice: float = 0.99
+    error: float = 1e-2
+    seam: float = 1e-5
+    class_px: int = 100
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("label_change", 0, 1), ("dice", 0, 1), ("error", 0, float("inf")), ("seam", 0, 1)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ContractError(f"budget {name}={value} is outside {low} to {high}")
+
+
+@dataclass(frozen=True)
+class ImageParity:
+    """Agreement on one image.
+
+    Attributes:
+        name: Of the image.
+        pixels: Samples compared (per channel).
+        label_change: Share of pixels whose label differs (in any channel, for multilabel); None for regression.
+        dice: Per class name, of the classes present in either mask.
+        class_px: Per class name, pixels in the baseline's mask.
+        max_abs, mean_abs: Error of the network's own values.
+        relative: ``max_abs`` over the 1st to 99th percentile range of the baseline's values.
+    """
+
+    name: str
+    pixels: int
+    label_change: float | None
+    dice: Mapping[str, float]
+    class_px: Mapping[str, int]
+    max_abs: float
+    mean_abs: float
+    relative: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def labels(raw: Array, contract: Contract) -> Array:
+    """Labels (uint8) of the network's own values ``raw`` (K, *spatial): (1 or K, *spatial). NumPy, for judging only."""
+    decision = decide(contract, len(raw), "mask")
+    if decision.op == "argmax":
+        return np.argmax(raw, axis=0).astype(np.uint8)[None]
+    limits = np.array(decision.threshold, dtype=np.float32).reshape(-1, *[1] * (raw.ndim - 1))
+    return (raw > limits).astype(np.uint8)
+
+
+def dice(a: Array, b: Array) -> float:
+    """Dice (1945) coefficient of two boolean masks; 1 where both are empty."""
+    total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
+    return 1.0 if total == 0 else 2.0 * int(np.count_nonzero(a & b)) / total
+
+
+def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "") -> ImageParity:
+    """Compares the network's own values (K, *spatial) of one image."""
+    if baseline.shape != candidate.shape:
+        raise ContractError(f"{name}: results of shapes {baseline.shape} and {candidate.shape} cannot be compared")
+    error = np.abs(candidate.astype(np.float64) - baseline)
+    low, high = np.percentile(baseline, (1, 99))
+    relative = float(error.max() / (high - low)) if high > low else float("inf" if error.max() else 0.0)
+    change, scores, counts = None, dict[str, float](), dict[str, int]()
+    if contract.task != "regression":
+        a, b = labels(baseline, contract), labels(candidate, contract)
+        change = float(np.count_nonzero((a != b).any(axis=0)) / a[0].size)
+        for key, left, right in _class_masks(a, b, contract, len(baseline)):
+            if left.any() or right.any():
+                scores[key], counts[key] = dice(left, right), int(np.count_nonzero(left))
+    return ImageParity(
+        name, int(baseline[0].size), change, scores, counts, float(error.max()), float(error.mean()), relative
+    )
+
+
+def _class_masks(a: Array, b: Array, contract: Contract, channels: int) -> list[tuple[str, Array, Array]]:
+    names = contract.classes
+    if contract.task == "multiclass":
+        return [(names[k] if k < len(names) else str(k), a[0] == k, b[0] == k) for k in range(channels)]
+    offset = max(0, len(names) - channels)  # ("background", "nucleus") may name a binary network's one channel
+    keys = [names[k + offset] if k + offset < len(names) else str(k) for k in range(channels)]
+    return [(key, a[k] > 0, b[k] > 0) for k, key in enumerate(keys)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether all images are inside the budget, and what is outside.
+
+    Attributes:
+        accepted: Yes or no.
+        reasons: One sentence per bound that is missed (the worst image).
+        label_change, dice, relative: The worst image's numbers (``None`` where they do not apply).
+        mean_label_change: Over all images.
+    """
+
+    accepted: bool
+    reasons: tuple[str, ...]
+    label_change: float | None
+    dice: float | None
+    relative: float
+    max_abs: float
+    mean_label_change: float | None = None
+    images: tuple[ImageParity, ...] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        data = {key: value for key, value in asdict(self).items() if key != "images"}
+        return {**data, "reasons": list(self.reasons), "images": [image.to_json() for image in self.images]}
+
+
+def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
+    """Holds the worst image against the budget."""
+    if not images:
+        raise ContractError("no image to judge parity on; pass --images or --samples")
+    reasons = []
+    worst_relative = max(images, key=lambda i: i.relative)
+    changes = [i.label_change for i in images if i.label_change is not None]
+    worst_dice = None
+    if not changes:
+        if worst_relative.relative > budget.error:
+            reasons.append(
+                f"{worst_relative.name}: largest error {worst_relative.relative:.2e} of the output's range, "
+                f"budget {budget.error:.2e}"
+            )
+    else:
+        worst = max((i for i in images if i.label_change is not None), key=lambda i: i.label_change or 0.0)
+        if (worst.label_change or 0.0) > budget.label_change:
+            reasons.append(f"{worst.name}: {worst.label_change:.3%} of labels change, budget {budget.label_change:.3%}")
+        judged = [
+            (score, key, image)
+            for image in images
+            for key, score in image.dice.items()
+            if image.class_px[key] >= budget.class_px
+        ]
+        if judged:
+            worst_dice, key, image = min(judged, key=lambda entry: entry[0])
+            if worst_dice < budget.dice:
+                reasons.append(f"{image.name}: Dice {worst_dice:.4f} of class {key}, budget {budget.dice}")
+    return Verdict(
+        not reasons,
+        tuple(reasons),
+        max(changes) if changes else None,
+        worst_dice,
+        worst_relative.relative,
+        max(i.max_abs for i in images),
+        float(np.mean(changes)) if changes else None,
+        tuple(images),
+    )
+
+
+def constant_reason(array: Array) -> str | None:
+    """Why an array of pixels proves nothing about a trained network, or None where it may.
+
+    Constants (zeros among them) and white noise, told by neighbours that have nothing to do with each other, exercise
+    none of what a network was trained on.
+    """
+    if array.size == 0:
+        return "it is empty"
+    low, high = float(array.min()), float(array.max())
+    if low == high:
+        return f"every pixel is {low:g}"
+    plane = array.reshape(-1, *array.shape[-2:])[:1].astype(np.float64)
+    if min(plane.shape[-2:]) < 8:
+        return None
+    centred = plane - plane.mean()
+    power = float((centred**2).mean())
+    if power == 0.0:
+        return None
+    along = float((centred[..., :, 1:] * centred[..., :, :-1]).mean()) / power
+    down = float((centred[..., 1:, :] * centred[..., :-1, :]).mean()) / power
+    # the correlation of n independent pairs is 0 +- 1/sqrt(n); five of these deviations
+    bound = 5 / np.sqrt(plane.size)
+    if abs(along) < bound and abs(down) < bound:
+        return f"it is noise (neighbouring pixels correlate by {along:.3f} and {down:.3f})"
+    return None

@@ -1,0 +1,185 @@
+"""Real pixels for build and verify: windows of the user's images, with statistics of the whole image they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract import Contract
+from .errors import ImageError
+from .normalize import Affine, affine
+from .parity import constant_reason
+
+if TYPE_CHECKING:
+    from .image import Source
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A window of one plane of an image.
+
+    Attributes:
+        name: Image, plane and window, for messages.
+        path: The image's file; None for arrays.
+        pixels: (C, *spatial), raw.
+        numbers: Normalisation of the image (or plane) that the window was taken from.
+        start: The window's first pixel per axis.
+        plane: The plane it was taken from.
+        whole: Whether the window is the whole plane.
+        reading: How the image was read.
+        sha256: Of the raw pixels.
+    """
+
+    name: str
+    path: Path | None
+    pixels: Array
+    numbers: Affine
+    start: tuple[int, ...]
+    plane: int
+    whole: bool
+    reading: str
+    sha256: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pixels.shape[1:])
+
+    def source(self, contract: Contract) -> Source:
+        """The window as an image of its own (its statistics remain those of the whole: pass ``self`` as ``normalized``)."""
+        from .image import open_image
+
+        spatial = self.pixels.ndim - 1
+        return open_image(self.pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial)
+
+
+@dataclass(frozen=True)
+class OnePlane:
+    """The normalisation of a sample, in the form that ``predict.run`` asks for."""
+
+    numbers: Affine
+
+    def plane(self, plane: int) -> Affine:
+        return self.numbers
+
+
+def draw(
+    images: Sequence[Any],
+    contract: Contract,
+    *,
+    spatial: int,
+    axes: str | None = None,
+    channels: Sequence[int] | None = None,
+    count: int = 20,
+    max_px: int = 1024 * 1024,
+    check: bool = True,
+) -> list[Sample]:
+    """Draws at most ``count`` windows of at most ``max_px`` pixels, spread over images and their planes.
+
+    Of a larger image, the window with the highest variance among up to 25 is taken: foreground, not only background.
+
+    Raises:
+        ImageError: No image, or one that proves nothing (constant or noise) when ``check`` is set.
+    """
+    from .image import open_image
+
+    if not images:
+        raise ImageError("no sample images; pass files or a folder with --samples")
+    chosen = [images[round(k * (len(images) - 1) / max(1, min(count, len(images)) - 1))] for k in range(min(count, len(images)))]
+    samples = []
+    for position, image in enumerate(chosen):
+        with open_image(image, contract, axes=axes, channels=channels, spatial=spatial) as source:
+            share = count // len(chosen) + (position < count % len(chosen))
+            planes = sorted({round(p) for p in np.linspace(0, source.planes - 1, max(1, min(share, source.planes)))})
+            normalization = contract.normalization
+            numbers = None if normalization is None else affine(normalization, source)
+            for plane in planes:
+                start, stop = _window(source, plane, max_px)
+                pixels = np.array(source.read(plane, start, stop))
+                name = source.name + (f" plane {plane}" if source.planes > 1 else "")
+                whole = stop == tuple(source.shape) and not any(start)
+                if not whole:
+                    name += " [" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
+                reason = constant_reason(pixels) if check else None
+                if reason is not None:
+                    raise ImageError(
+                        f"{name} proves nothing about a trained network: {reason}; pass images like those the network will see"
+                    )
+                if not np.isfinite(pixels).all():
+                    raise ImageError(f"{name} holds NaN or infinite pixels; replace them first")
+                samples.append(
+                    Sample(
+                        name,
+                        source.path,
+                        pixels,
+                        numbers.plane(plane) if numbers is not None else unscaled(source.channels),
+                        start,
+                        plane,
+                        whole,
+                        source.reading,
+                        hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
+                    )
+                )
+    return samples
+
+
+def unscaled(channels: int) -> Affine:
+    """Pixels as they are."""
+    return Affine(np.zeros(channels, np.float32), np.ones(channels, np.float32), None)
+
+
+def _window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if prod(source.shape) <= max_px:
+        return (0,) * len(source.shape), tuple(source.shape)
+    side = round(max_px ** (1 / len(source.shape)))
+    size = tuple(min(side, n) for n in source.shape)
+    grids = [sorted({int(v) for v in np.linspace(0, n - s, 5)}) for n, s in zip(source.shape, size, strict=True)]
+    places = list(itertools.product(*grids))
+    places = places[:: -(-len(places) // 25)]
+
+    def variance(start: tuple[int, ...]) -> float:
+        middle = tuple(a + s // 2 for a, s in zip(start, size, strict=True))
+        half = tuple(min(s // 2, 96) for s in size)
+        low = tuple(m - h for m, h in zip(middle, half, strict=True))
+        high = tuple(m + max(h, 1) for m, h in zip(middle, half, strict=True))
+        return float(np.var(source.read(plane, low, high).astype(np.float64)))
+
+    start = max(places, key=variance)
+    return start, tuple(a + s for a, s in zip(start, size, strict=True))
+
+
+def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512) -> list[Sample]:
+    """Generated microscopy for builds without samples: enough to compare backends in FP32, no proof of anything else."""
+    from .synthetic import microscopy
+
+    samples = []
+    for seed in range(count):
+        size = side if spatial == 2 else 96
+        layers = []
+        for c in range(channels):
+            picture = microscopy((size, size), seed=seed * 100 + c).image
+            layers.append(picture if spatial == 2 else np.stack([np.roll(picture, 2 * z, axis=1) for z in range(size)]))
+        pixels = np.stack(layers)
+        if contract.normalization is not None and contract.normalization.method in ("scale", "dtype", "fixed"):
+            pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * 255).astype(np.uint8)
+        from .image import open_image
+
+        with open_image(pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial) as source:
+            if contract.normalization is None:
+                mean, std = float(pixels.mean()), float(pixels.std())
+                numbers = Affine(np.full(channels, mean, np.float32), np.full(channels, std, np.float32), None)
+            else:
+                numbers = affine(contract.normalization, source).plane(0)
+        name = f"synthetic {seed}"
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        samples.append(Sample(name, None, pixels, numbers, (0,) * spatial, 0, True, name, digest))
+    return samples
