@@ -107,6 +107,12 @@ def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
     )
 
 
+def precisions(device: str = "cpu") -> tuple[str, ...]:
+    """Precisions this backend computes in on ``device``: that of the graph."""
+    # The CPU provider has no bfloat16 convolution, and no setting that would make FP32 graphs run in it.
+    return ("fp32",)
+
+
 def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
     """Copy ``model`` to ``graph``: ONNX Runtime computes in the types of the graph.
 
@@ -121,8 +127,7 @@ def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> N
 
 
 def _require_precision(precision: str, device: str) -> None:
-    if precision != "fp32":
-        # The CPU provider has no bfloat16 convolution, and no setting that would make FP32 graphs run in it.
+    if precision not in precisions(device):
         raise BackendError(f"ONNX Runtime has no {precision} on {device}; use --precision fp32, or --backend openvino")
 
 

@@ -80,12 +80,17 @@ def _capabilities() -> frozenset[str]:
     return frozenset(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
+def precisions(device: str = "cpu") -> tuple[str, ...]:
+    """Precisions this backend computes in on this CPU."""
+    return ("fp32", "bf16") if "BF16" in _capabilities() else ("fp32",)
+
+
 def _require_precision(precision: str) -> None:
     if precision not in _HINTS:
         raise BackendError(f"OpenVINO has no {precision} here; use --precision {' or '.join(_HINTS)}")
     # Asked for BF16 without the instructions, OpenVINO emulates it (convolutions named jit_avx512_bf16 on a CPU with
     # AVX-512 but without avx512_bf16): the rounding of BF16, slower than FP32, and no word about it.
-    if precision == "bf16" and "BF16" not in _capabilities():
+    if precision not in precisions():
         raise BackendError(
             f"{machine.cpu_name()} has no BF16 instructions (avx512_bf16, amx_bf16 or ARM bf16), "
             "OpenVINO would emulate them; use --precision fp32"
@@ -160,7 +165,7 @@ class OpenVinoSession:
         self._model: Any = _read(graph)
         self._ports = tuple(_port(port) for port in self._model.inputs)
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
-        self._layers: Counter[str] = Counter()
+        self._layers: Counter[str] | None = None
         self._lock = threading.Lock()
         self._config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -190,11 +195,11 @@ class OpenVinoSession:
     def layers(self) -> Mapping[str, int]:
         """Number of compute layers by runtime precision in the last compiled shape, e.g. ``{"bf16": 18}``."""
         self._read_layers()
-        return dict(self._layers)
+        return dict(self._layers or {})
 
     def _read_layers(self) -> None:
         with self._lock:
-            if self._layers or self._model is None:
+            if self._layers is not None or self._model is None:
                 return
             # Free sizes, and nothing has run yet: compiled once for any size (0.1 s), for this answer alone.
             try:

@@ -57,6 +57,9 @@ class Backend(Protocol):
         A broken installation raises :class:`BackendError`.
         """
 
+    def precisions(self, device: str = "cpu") -> tuple[str, ...]:
+        """Precisions that this backend computes in on ``device`` of this machine, FP32 first."""
+
     def build(self, model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
         """Write ``graph``, the form this backend runs, from the FP32 ONNX file ``model``."""
 

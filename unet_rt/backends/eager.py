@@ -1,0 +1,161 @@
+"""Eager PyTorch: the baseline where the module itself is at hand. It runs modules, not graphs, so no engine uses it."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from unet_rt import machine
+from unet_rt.backends.session import Array, thread_count
+from unet_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def missing(device: str = "cpu") -> str | None:
+    """None if usable on ``device``; else what is missing and how to get it."""
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed; pip install torch"
+    if device != "cpu":
+        reason = machine.cuda().missing
+        if reason is not None:
+            return f"PyTorch cannot use {device}: {reason}; use --device cpu"
+        if not _import().cuda.is_available():
+            return f"PyTorch cannot use {device}: this is a build without CUDA; install torch with CUDA"
+    return None
+
+
+def precisions(device: str = "cpu") -> tuple[str, ...]:
+    """Precisions this backend computes in on ``device``."""
+    return ("fp32",)
+
+
+def _import() -> Any:
+    try:
+        import torch
+    except (ImportError, OSError, AttributeError) as error:
+        raise BackendError(
+            f"PyTorch is installed but cannot be imported ({error}); pip install --force-reinstall torch"
+        ) from error
+    return torch
+
+
+def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
+    """Nothing can be built: a graph has no module.
+
+    Raises:
+        BackendError: Always.
+    """
+    raise BackendError(
+        f"eager PyTorch runs modules, not graphs such as {model.name}; use --backend onnxruntime or openvino, "
+        "or pass the module where a baseline is asked for"
+    )
+
+
+def load(graph: Path | nn.Module, *, precision: str = "fp32", device: str = "cpu", threads: int = 0) -> EagerSession:
+    """Session of a module in evaluation mode.
+
+    Args:
+        graph: The module. Paths are refused: what they hold cannot be run without the module's code.
+        precision: ``"fp32"``.
+        device: ``"cpu"`` or ``"cuda:N"``; the module is used where it is, and must be there.
+        threads: Threads to compute with; 0: as many as affinity and quota allow.
+    """
+    reason = missing(device)
+    if reason is not None:
+        raise BackendError(reason)
+    if isinstance(graph, str | Path):
+        raise BackendError(f"eager PyTorch cannot run {graph}: pass the module itself, with its weights loaded")
+    if precision != "fp32":
+        raise BackendError(f"eager PyTorch is the FP32 baseline, {precision} was asked; use --precision fp32")
+    return EagerSession(graph, device, threads)
+
+
+class EagerSession:
+    """A module as a session."""
+
+    def __init__(self, module: nn.Module, device: str, threads: int) -> None:
+        torch = self._torch = _import()
+        if any(part.training for part in module.modules()):
+            raise BackendError(f"{type(module).__name__} is in training mode; call its eval() before it is a baseline")
+        tensors = [*module.parameters(), *module.buffers()]
+        places = {str(tensor.device) for tensor in tensors}
+        if places and places != {device}:
+            raise BackendError(
+                f"{type(module).__name__} is on {', '.join(sorted(places))}, {device} was asked; use its to({device!r})"
+            )
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if kinds - {torch.float32}:
+            found = ", ".join(sorted(str(kind) for kind in kinds))
+            raise BackendError(f"{type(module).__name__} has {found} weights, fp32 was asked; use its float()")
+        self._module: nn.Module | None = module
+        self._device, self._threads = device, thread_count(threads)
+        self._lock = threading.Lock()
+
+    @property
+    def precision(self) -> str:
+        """``"fp32"``: the dtype of the module's weights."""
+        return "fp32"
+
+    @property
+    def device(self) -> str:
+        return self._device
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @property
+    def version(self) -> str:
+        return f"torch {self._torch.__version__}"
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Outputs of the module in the order it returns them; the caller owns them."""
+        torch = self._torch
+        with self._lock:
+            if self._module is None:
+                raise BackendError("this PyTorch session is closed; load it again")
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._threads)  # a setting of the whole process
+            try:
+                # TF32 is not FP32: ten bits of mantissa (CUDA only; nothing changes on a CPU).
+                with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+                    tensors = [torch.from_numpy(np.array(array, order="C")).to(self._device) for array in inputs]
+                    tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
+                    found = self._module(*tensors)
+                    return [np.array(tensor.cpu().numpy()) for tensor in _tensors(found)]
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
+                raise BackendError(
+                    f"{type(self._module).__name__} fails on an input of {shapes}: {error}; pass what the module takes"
+                ) from error
+            finally:
+                torch.set_num_threads(before)
+
+    def close(self) -> None:
+        with self._lock:
+            self._module = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _tensors(found: Any) -> list[Any]:
+    """Tensors that a module returned: one, a sequence, or a mapping (in its order)."""
+    if isinstance(found, Mapping):
+        found = list(found.values())
+    if not isinstance(found, Sequence):
+        return [found]
+    return [tensor for part in found for tensor in _tensors(part)]

@@ -1,0 +1,126 @@
+"""What unet-rt finds on this machine: backends, devices, CPU, native modules, and what stands in the way."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from unet_rt import backends, machine
+from unet_rt._version import __version__
+from unet_rt.errors import UnetRtError
+
+_ALL = (*backends.names(), "eager")
+_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",), "eager": ("torch",)}
+
+
+def collect() -> dict[str, Any]:
+    """Facts as JSON values. A broken installation is a fact too: nothing is raised.
+
+    Keys: ``unet_rt``, ``python``, ``os``, ``cpu`` (name, features, cores, threads), ``memory`` (bytes), ``devices``
+    (GPUs, driver, why none), ``backends`` (per name: version, precisions, why not per device), ``native`` (modules and
+    why absent), ``versions`` (installed packages), ``conflicts`` (sentences), ``advice`` (what to do next, or None).
+    """
+    record = machine.describe()
+    cuda = machine.cuda()
+    devices = ["cpu", *(f"cuda:{index}" for index in range(len(cuda.devices)))]
+    found = {name: _backend(name, devices) for name in _ALL}
+    usable = [name for name in backends.names() if found[name]["missing"]["cpu"] is None]
+    return {
+        "unet_rt": __version__,
+        "python": record["python"],
+        "os": record["os"],
+        "cpu": {
+            "name": record["cpu"],
+            "features": record["features"],
+            "cores": record["cores"],
+            "threads": record["threads"],
+        },
+        "memory": {"physical_bytes": record["memory_bytes"], "available_bytes": record["available_bytes"]},
+        "devices": {"cuda": list(cuda.devices), "driver": cuda.driver, "missing": cuda.missing},
+        "backends": found,
+        "native": _native(),
+        "versions": record["versions"],
+        "conflicts": conflicts(),
+        "advice": None if usable else f"no backend is usable; install one: {backends.install_line()}",
+    }
+
+
+def conflicts() -> list[str]:
+    """Installed distributions that cannot live together, one sentence each."""
+    from unet_rt.backends import onnxruntime
+
+    clash = onnxruntime.conflict()
+    return [] if clash is None else [clash]
+
+
+def _backend(name: str, devices: list[str]) -> dict[str, Any]:
+    backend = backends.get(name)
+    versions = (machine.package_version(package) for package in _PACKAGES[name])
+    missing: dict[str, str | None] = {}
+    precisions: dict[str, list[str]] = {}
+    for device in devices:
+        try:
+            missing[device] = backend.missing(device)
+            if missing[device] is None:
+                precisions[device] = list(backend.precisions(device))
+        except UnetRtError as error:
+            missing[device] = f"broken: {error}"
+    return {
+        "version": next((version for version in versions if version is not None), None),
+        "missing": missing,
+        "precisions": precisions,
+    }
+
+
+def _native() -> dict[str, Any]:
+    """State of the compiled modules: for each, whether it is there and why not."""
+    from unet_rt import kernels
+
+    try:
+        cuda = kernels.cuda_status()
+        from unet_rt import _cpu
+
+        cpu, compiler = None, str(_cpu.build_info["compiler"])
+    except (UnetRtError, ImportError, AttributeError) as error:
+        cpu, compiler, cuda = str(error), "", "unknown: the CPU module that records it cannot be loaded"
+    if importlib.util.find_spec("unet_rt._cuda") is not None:
+        state = None
+    else:
+        state = cuda
+    return {"_cpu": {"missing": cpu, "compiler": compiler}, "_cuda": {"missing": state}}
+
+
+def format(report: dict[str, Any]) -> str:
+    """A report of :func:`collect` for people."""
+    cpu, memory, devices = report["cpu"], report["memory"], report["devices"]
+    lines = [
+        ("unet-rt", f"{report['unet_rt']}, Python {report['python']}, {report['os']}"),
+        ("CPU", f"{cpu['name']}, {cpu['threads']} of {cpu['cores']} threads usable"),
+        ("", " ".join(cpu["features"]) or "no vector features known"),
+        (
+            "memory",
+            f"{memory['available_bytes'] / 2**30:.1f} of {memory['physical_bytes'] / 2**30:.1f} GiB available",
+        ),
+        *(("GPU", f"cuda:{index} {name}, driver for CUDA {devices['driver']}") for index, name in _numbered(devices)),
+    ]
+    if devices["missing"]:
+        lines.append(("GPU", f"none: {devices['missing']}"))
+    for name, backend in report["backends"].items():
+        for device, reason in backend["missing"].items():
+            if reason is None:
+                what = f"{backend['version']} on {device}: {', '.join(backend['precisions'][device])}"
+            else:
+                what = f"not on {device}: {reason}"
+            lines.append((name, what))
+    native = report["native"]
+    lines.append(("_cpu", native["_cpu"]["missing"] or f"built with {native['_cpu']['compiler']}"))
+    lines.append(("_cuda", "built" if native["_cuda"]["missing"] is None else f"absent: {native['_cuda']['missing']}"))
+    lines.append(("packages", ", ".join(f"{name} {version}" for name, version in report["versions"].items())))
+    lines.extend(("CONFLICT", sentence) for sentence in report["conflicts"])
+    if report["advice"]:
+        lines.append(("ADVICE", report["advice"]))
+    return "\n".join(f"{head:<12} {text}".rstrip() for head, text in lines)
+
+
+def _numbered(devices: dict[str, Any]) -> list[tuple[int, str]]:
+    return list(enumerate(devices["cuda"]))
