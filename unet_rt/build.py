@@ -245,7 +245,7 @@ class _Build:
             self.samples = synthetic(contract, wanted, spatial)
             self.value_range = None
             return
-        images = _images(samples)
+        images = sample_images(samples)
         if contract.normalization is None:
             self._without_normalization(images, axes, channels)
         contract = self.model.contract
@@ -641,7 +641,7 @@ def _runner(engine: Engine, x: Array) -> Callable[[], object]:
     return lambda: engine.run(x)
 
 
-def _images(samples: Any) -> list[Any]:
+def sample_images(samples: Any) -> list[Any]:
     """Files of paths and folders; arrays as they are."""
     from .image import list_images
 

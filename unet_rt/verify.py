@@ -1,0 +1,299 @@
+"""An engine against its own ``model.onnx``: FP32, whole image, on the user's pixels. A judge: it returns, it never prints."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import exam, parity, pictures
+from .build import raw_result, sample_images, whole_grid
+from .engine import Engine, EngineSpec, load
+from .errors import BackendError, EngineError, ImageError
+from .model import Model, baseline_engine, keeps, open_model, square_tile
+from .parity import Budget, ImageParity, Verdict
+from .samples import Sample, draw
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Agreement with labels: Dice and IoU of the foreground (or mean over classes), for engine and baseline."""
+
+    engine_dice: float
+    engine_iou: float
+    baseline_dice: float
+    baseline_iou: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What ``verify`` measured.
+
+    Attributes:
+        engine: The folder.
+        kind: ``exam`` (the tiles that travel with the engine) or ``images``.
+        verdict: Inside the budget or not, with the worst image's numbers and every image's.
+        budget: What was allowed.
+        seams: Largest difference of the tiled FP32 baseline to the whole-image one: what tiling alone does; None where
+            not measured (exam; networks that cannot be tiled exactly).
+        growth: Largest label change between the canvas and the bare image, for networks that run on any size: what
+            growing the image to an accepted size does, apart from tiling; None where it does not apply.
+        truth: Agreement with labels, where they were given.
+        picture: The worst tile, where something differed.
+    """
+
+    engine: Path
+    kind: str
+    verdict: Verdict
+    budget: Budget
+    seams: ImageParity | None = None
+    growth: float | None = None
+    truth: Truth | None = None
+    picture: Path | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def accepted(self) -> bool:
+        return self.verdict.accepted
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "engine": str(self.engine),
+            "kind": self.kind,
+            "accepted": self.accepted,
+            "verdict": self.verdict.to_json(),
+            "budget": vars(self.budget),
+            "seams": None if self.seams is None else self.seams.to_json(),
+            "growth": self.growth,
+            "truth": None if self.truth is None else vars(self.truth),
+            "picture": None if self.picture is None else str(self.picture),
+            "notes": list(self.notes),
+        }
+
+
+def verify(
+    engine: str | Path,
+    images: Any = None,
+    *,
+    labels: Any = None,
+    baseline: str | Path | None = None,
+    budget: Budget | None = None,
+    axes: str | None = None,
+    channels: Sequence[int] | None = None,
+    count: int = 20,
+    tile: Sequence[int] | None = None,
+    picture: str | Path | None = None,
+    threads: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> VerifyReport:
+    """Holds an engine against its FP32 graph.
+
+    Args:
+        engine: Engine folder.
+        images: Files, folders or arrays; None: the exam that travels with the engine.
+        labels: Masks, files of the same names as the images (or a folder of them).
+        baseline: ONNX file to compare with; None: the engine's own ``model.onnx``.
+        budget: What is allowed; None: the budget on record.
+        axes, channels: How images are to be read.
+        count: At most so many windows are compared.
+        tile: Tile for the engine; None: smaller than the window, so that seams are part of the comparison.
+        picture: Where to draw the window that differs most (PNG).
+        threads: Of backend and kernels.
+        say: Receives progress in sentences.
+
+    Raises:
+        EngineError, ImageError, ContractError, BackendError: see their messages. A missed budget is not an error: look
+        at ``accepted``.
+    """
+    say = say or (lambda _: None)
+    with load(engine, threads=threads or None, accept_unverified=True) as loaded:
+        folder = loaded.folder
+        if folder is None:
+            raise EngineError(f"{engine} is not a folder")
+        allowed = budget or (Budget(**folder.parity["budget"]) if folder.parity else Budget())
+        if images is None:
+            if labels is not None:
+                raise ImageError("labels without images; pass --images as well")
+            tiles = folder.exam()
+            if tiles is None:
+                raise EngineError(f"{folder.path} carries no exam; pass images with --images")
+            return VerifyReport(folder.path, "exam", _judged(exam.sit(loaded, tiles), allowed), allowed)
+        with tempfile.TemporaryDirectory(prefix="unet-rt-verify-") as work:
+            source = Path(baseline) if baseline is not None else folder.file("model")
+            model = open_model(source, Path(work), options=loaded.spec.contract)
+            reference = baseline_engine(model, loaded.spec, threads=threads)
+            try:
+                files = sample_images(images)
+                samples = draw(
+                    files, loaded.spec.contract, spatial=loaded.spec.spatial, axes=axes, channels=channels, count=count
+                )
+                return _verify_images(
+                    loaded, reference, model, samples, labels, allowed, tile, Path(picture) if picture else None, threads, say
+                )
+            finally:
+                reference.close()
+
+
+def _judged(verdict: Verdict, budget: Budget) -> Verdict:
+    return parity.judge(verdict.images, budget)
+
+
+def _verify_images(
+    engine: Engine,
+    reference: Engine,
+    model: Model,
+    samples: Sequence[Sample],
+    labels: Any,
+    budget: Budget,
+    tile: Sequence[int] | None,
+    picture: Path | None,
+    threads: int,
+    say: Callable[[str], None],
+) -> VerifyReport:
+    spec = engine.spec
+    whole_possible = spec.exact and spec.free_size
+    found, seams, growth, truths = [], [], [], []
+    worst: tuple[float, Sample, Array, Array] | None = None
+    for k, sample in enumerate(samples):
+        say(f"{k + 1}/{len(samples)}: {sample.name}")
+        small = spec.grid(sample.shape, tile or seam_tile(spec, sample.shape))
+        grid = whole_grid(spec, sample.shape) if whole_possible else small
+        wanted = raw_result(reference, sample, grid, threads)
+        got = raw_result(engine, sample, small, threads)
+        one = parity.compare(wanted, got, spec.contract, sample.name)
+        found.append(one)
+        if whole_possible:
+            seams.append(parity.compare(wanted, raw_result(reference, sample, small, threads), spec.contract, sample.name))
+            bare = _bare(reference, sample)
+            if bare is not None and bare.shape == wanted.shape:
+                grown = parity.compare(bare, wanted, spec.contract, sample.name)
+                growth.append(grown.relative if grown.label_change is None else grown.label_change)
+        badness = one.relative if one.label_change is None else one.label_change
+        if worst is None or badness > worst[0]:
+            worst = (badness, sample, wanted, got)
+        if labels is not None:
+            truths.append(_truth(sample, labels, wanted, got, spec))
+    drawn = None
+    if picture is not None and worst is not None and worst[0] > 0 and spec.spatial == 2:
+        drawn = _draw_worst(worst[1], worst[2], worst[3], spec, picture)
+    truth = None
+    if truths:
+        truth = Truth(*(float(np.mean([getattr(t, name) for t in truths])) for name in Truth.__dataclass_fields__))
+    return VerifyReport(
+        engine.folder.path if engine.folder else Path(),
+        "images",
+        parity.judge(found, budget),
+        budget,
+        max(seams, key=lambda s: s.max_abs) if seams else None,
+        max(growth) if growth else None,
+        truth,
+        drawn,
+        () if whole_possible else ("the baseline runs the same tiles: this network or graph has no whole-image result",),
+    )
+
+
+def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """A tile smaller than the image, so that it has seams; the engine's own where it is part of the model."""
+    if not (spec.exact and spec.free_size):
+        return spec.tile
+    tile = square_tile(spec.sizes, spec.used_outputs(), max(prod(shape) // 4, 1))
+    tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
+    return tile if keeps(spec, tile) else spec.tile
+
+
+def _bare(reference: Engine, sample: Sample) -> Array | None:
+    """The network on the image itself, without canvas; None where it does not run at that size, or where that is the canvas."""
+    spec = reference.spec
+    if spec.canvas_shape(sample.shape) == sample.shape or any(sum(f.shrink) for f in spec.outputs[0].field):
+        return None
+    numbers = sample.numbers
+    lead = (-1,) + (1,) * len(sample.shape)
+    x = sample.pixels.astype(np.float32)
+    if numbers.clip is not None:
+        x = np.clip(x, *numbers.clip)
+    x = (x - numbers.offset.reshape(lead)) / numbers.divisor.reshape(lead)
+    try:
+        return reference.run(x[None].astype(np.float32))[0][0]
+    except BackendError:
+        return None  # the graph does not run at this size: there is nothing to compare
+
+
+def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, spec: EngineSpec) -> Truth:
+    if spec.contract.task == "regression":
+        raise ImageError("labels are for segmentation; a regression is compared with --images only")
+    truth = _label_of(sample, labels)
+    window = tuple(slice(a, a + n) for a, n in zip(sample.start, sample.shape, strict=True))
+    truth = truth[window]
+    if truth.shape != wanted.shape[1:]:
+        raise ImageError(f"{sample.name}: the label is {truth.shape} and the result {wanted.shape[1:]}; they must be of one size")
+    channels = len(wanted)
+    multi = spec.contract.task == "multiclass" and channels > 2
+    scores = []
+    for raw in (got, wanted):
+        mask = parity.labels(raw, spec.contract)[0]
+        classes = range(1, channels) if multi else (1,)
+        reference = truth if multi else (truth > 0).astype(np.uint8)
+        dice = float(np.mean([parity.dice(mask == c, reference == c) for c in classes]))
+        iou = float(np.mean([_iou(mask == c, reference == c) for c in classes]))
+        scores += [dice, iou]
+    return Truth(*scores)
+
+
+def _iou(a: Array, b: Array) -> float:
+    union = int(np.count_nonzero(a | b))
+    return 1.0 if union == 0 else int(np.count_nonzero(a & b)) / union
+
+
+def _label_of(sample: Sample, labels: Any) -> Array:
+    from .contract import Contract
+    from .image import open_image
+
+    if sample.path is None:
+        raise ImageError("labels need images that are files, to be matched by name")
+    by_stem = {path.stem: path for path in sample_images(labels)}
+    path = by_stem.get(sample.path.stem)
+    if path is None:
+        raise ImageError(f"no label for {sample.path.name}; labels are matched by file name without suffix")
+    with open_image(path, Contract(), spatial=len(sample.shape)) as source:
+        stop = tuple(source.shape)
+        return np.array(source.read(min(sample.plane, source.planes - 1), (0,) * len(stop), stop))[0]
+
+
+def _draw_worst(sample: Sample, wanted: Array, got: Array, spec: EngineSpec, path: Path) -> Path:
+    if spec.contract.task == "regression":
+        error = np.abs(got[0] - wanted[0])
+        a = b = np.zeros(error.shape, np.uint8)
+        y, x = np.unravel_index(int(error.argmax()), error.shape)
+        diff = np.repeat((error / max(float(error.max()), 1e-12) * 255).astype(np.uint8)[..., None], 3, axis=2)
+    else:
+        a, b = parity.labels(wanted, spec.contract)[0], parity.labels(got, spec.contract)[0]
+        diff = pictures.difference(a, b)
+        counts = (a != b).astype(np.int64)
+        side = 64
+        blocks = np.add.reduceat(np.add.reduceat(counts, np.arange(0, a.shape[0], side), 0), np.arange(0, a.shape[1], side), 1)
+        y, x = (int(v) * side + side // 2 for v in np.unravel_index(int(blocks.argmax()), blocks.shape))
+    half = 160
+    rows = slice(max(0, int(y) - half), int(y) + half)
+    columns = slice(max(0, int(x) - half), int(x) + half)
+    image = pictures.grey(sample.pixels)
+    if image.shape[:2] != a.shape:
+        image = np.zeros((*a.shape, 3), np.uint8)
+    panels = [("image", image[rows, columns])]
+    if spec.contract.task != "regression":
+        panels += [
+            ("FP32, whole image", pictures.overlay(image, a)[rows, columns]),
+            ("engine, tiled", pictures.overlay(image, b)[rows, columns]),
+        ]
+    panels.append(("difference", diff[rows, columns]))
+    pictures.comparison(panels, path)
+    return path
+
+
