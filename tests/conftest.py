@@ -12,6 +12,7 @@ from collections.abc import Generator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -71,24 +72,30 @@ def pytest_report_header() -> str:
     return f"unet_rt: {where}; required: {', '.join(sorted(required())) or 'nothing'}; shared data: {SHARED.is_dir()}"
 
 
+def skip_or_fail(name: str, reason: str) -> NoReturn:
+    """Skip for want of something, or fail where it is required."""
+    if name in required():
+        pytest.fail(f"UNET_RT_REQUIRE names {name}, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here."""
     for marker in ("gpu", *LIBRARIES):
         if item.get_closest_marker(marker) and (reason := missing(marker)):
-            pytest.skip(reason)
+            skip_or_fail(marker, reason)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Turn a skip of something required into a failure."""
+    """Where a GPU is required, a GPU test that skips itself, for whatever reason, is a failure, too."""
     report = yield
-    needs = {marker for marker in ("gpu", *LIBRARIES) if item.get_closest_marker(marker)}
-    if "shared" in getattr(item, "fixturenames", ()):
-        needs.add("shared")
-    if report.skipped and not hasattr(report, "wasxfail") and (must := needs & required()):
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    no_data = "shared" in getattr(item, "fixturenames", ()) and not SHARED.is_dir()
+    if skipped and not no_data and item.get_closest_marker("gpu") and "gpu" in required():
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"
-        report.longrepr = f"skipped although UNET_RT_REQUIRE names {', '.join(sorted(must))}: {reason}"
+        report.longrepr = f"UNET_RT_REQUIRE names gpu, but the test was skipped: {reason}"
     return report
 
 
@@ -96,5 +103,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def shared() -> Path:
     """Folder of real images and trained networks beside the repository: ``data/`` and ``models/``."""
     if not SHARED.is_dir():
-        pytest.skip(f"no real data: {SHARED} does not exist")
+        skip_or_fail("shared", f"there is no real data: {SHARED} does not exist")
     return SHARED
