@@ -192,18 +192,11 @@ def build(
 
 
 def _backends(backend: str, device: str) -> list[str]:
-    if device not in ("auto", "cpu"):
-        reason = machine.cuda()
-        raise BackendError(
-            f"device {device}: this version builds engines for the CPU only"
-            + (f" (and {reason.reason})" if not reason.devices else "")
-            + "; use --device cpu"
-        )
+    where = backends.device(device)
+    if where != "cpu" and device != "auto":
+        raise BackendError(f"device {device}: this version builds engines for the CPU only; use --device cpu")
     if backend == "auto":
-        names = backends.usable("cpu")
-        if not names:
-            raise BackendError(backends.advice())
-        return [name for name in names if name != "eager"]
+        return backends.require("cpu")
     missing = backends.get(backend).missing()
     if missing is not None:
         raise BackendError(missing)

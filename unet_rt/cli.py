@@ -1,0 +1,545 @@
+"""The command line. The only module that prints; every verb is one function that calls the library.
+
+Exit codes: 0 good, 1 the answer is no (parity failed, budget missed), 2 wrong use, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import ContractError, OutputError, ParityError, UnetRtError
+
+if TYPE_CHECKING:
+    from .build import BuildReport
+    from .contract import Contract
+    from .parity import Budget
+    from .predict import RunReport
+
+Progress = Callable[[int, int], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.print_help()
+        return 2
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(args.run(args) or 0)
+    except ParityError as error:
+        return _failed(args, error, 1)
+    except UnetRtError as error:
+        return _failed(args, error, 2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 2
+    except (MemoryError, OSError) as error:
+        return _failed(args, error, 2)
+    except Exception as error:  # a defect of ours: say so in one line, and how to see more
+        return _failed(args, error, 2, "internal error, please report it with the output of --debug: ")
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)  # unwinds, so that every output that is open is removed
+
+
+def _failed(args: argparse.Namespace, error: BaseException, code: int, prefix: str = "") -> int:
+    if getattr(args, "debug", False):
+        traceback.print_exception(error)
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        text = f"out of memory ({text}); use a smaller --tile or --batch"
+    print(f"unet-rt: {prefix}{text}", file=sys.stderr)
+    return code
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unet-rt", description="Run trained U-Nets on images of any size, exactly.")
+    parser.add_argument("--version", action="version", version=f"unet-rt {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    p = _verb(verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs")
+    p.add_argument("model", metavar="MODEL.onnx")
+
+    p = _verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder")
+    p.add_argument("model", metavar="MODEL.onnx", help="ONNX file, bioimage.io package or rdf.yaml")
+    p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
+    p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt)")
+    p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime or openvino")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
+    p.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
+    p.add_argument("--halo", default="auto", metavar="exact|measured|N", help="samples discarded at inner tile edges")
+    p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
+    p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian")
+    p.add_argument("--budget", metavar="KEY=VALUE", nargs="+", default=[], help="label_change=1e-3 dice=0.99 error=1e-2 seam=1e-5")
+    p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
+    p.add_argument("--overwrite", action="store_true")
+    p.add_argument("--threads", type=int, default=0, metavar="N")
+    _contract_options(p)
+
+    p = _verb(verbs, "predict", _predict, "predict images of any size")
+    p.add_argument("engine", metavar="ENGINE")
+    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+")
+    p.add_argument("--out", metavar="PATH", required=True, help="a file, or a folder for several images")
+    p.add_argument("--output", choices=("mask", "probability", "raw"))
+    p.add_argument("--mask-values", type=_numbers, default=(), metavar="0,255", help="value of every label in a mask")
+    p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
+    p.add_argument("--tile", type=_shape, metavar="HxW")
+    p.add_argument("--batch", type=int, default=1, metavar="N", help="tiles per run")
+    p.add_argument("--threads", type=int, default=0, metavar="N")
+    p.add_argument("--device", help="must be the device that the engine was built for")
+    p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
+    p.add_argument("--overwrite", action="store_true")
+    p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
+    _reading_options(p)
+
+    p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph")
+    p.add_argument("engine", metavar="ENGINE")
+    p.add_argument("--images", metavar="PATH", nargs="+", help="images to compare on (default: the engine's exam)")
+    p.add_argument("--labels", metavar="PATH", nargs="+", help="masks of the same file names")
+    p.add_argument("--baseline", metavar="MODEL.onnx", help="another FP32 graph to compare with")
+    p.add_argument("--budget", metavar="KEY=VALUE", nargs="+", default=[])
+    p.add_argument("--tile", type=_shape, metavar="HxW")
+    p.add_argument("--picture", metavar="PNG", default="verify-worst.png", help="picture of the worst tile, drawn if something differs")
+    p.add_argument("--threads", type=int, default=0, metavar="N")
+    _reading_options(p)
+
+    p = _verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
+
+    p = _verb(verbs, "demo", _demo, "build, predict and verify the network that ships with unet-rt on a drawn image")
+    p.add_argument("--out", metavar="DIR", default="demo-output")
+    p.add_argument("--size", type=int, default=4096, metavar="PX", help="side of the image")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout; everything else on stderr")
+    parser.add_argument("--debug", action="store_true", help="tracebacks")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _reading_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("how images are read")
+    group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
+    group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
+
+
+def _contract_options(p: argparse.ArgumentParser) -> None:
+    _reading_options(p)
+    group = p.add_argument_group("the input contract (options win over --contract, which wins over the model's metadata)")
+    group.add_argument("--contract", metavar="FILE.json")
+    group.add_argument(
+        "--normalize",
+        metavar="HOW",
+        help="none | scale=255 | dtype | minmax | percentile=1,99.8 | zscore | imagenet | mean=..;std=..;scale=..;clip=..",
+    )
+    group.add_argument("--normalize-scope", choices=("image", "channel", "slice"))
+    group.add_argument("--task", choices=("auto", "binary", "multiclass", "multilabel", "regression"), default="auto")
+    group.add_argument("--output-is", choices=("auto", "logits", "probabilities"), default="auto")
+    group.add_argument("--threshold", metavar="0.5[,..]")
+    group.add_argument("--classes", metavar="NAME,..")
+    group.add_argument("--border", choices=("mirror", "edge", "constant"))
+
+
+def _shape(text: str) -> tuple[int, ...] | None:
+    if text == "auto":
+        return None
+    try:
+        shape = tuple(int(part) for part in text.lower().replace(",", "x").split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512x512") from None
+    if any(n < 1 for n in shape):
+        raise argparse.ArgumentTypeError(f"{text!r}: sizes are 1 or more")
+    return shape
+
+
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0,255") from None
+
+
+def _channels(args: argparse.Namespace) -> Any:
+    if args.channels is None:
+        return None
+    from .axes import parse_channels
+
+    return parse_channels(args.channels)
+
+
+def _contract(args: argparse.Namespace) -> Contract:
+    from .contract import Contract, Normalization
+    from .contract_io import parse_normalization
+
+    normalization: Normalization | None = None
+    if args.normalize is not None:
+        normalization = parse_normalization(args.normalize, args.normalize_scope)
+    elif args.normalize_scope is not None:
+        raise ContractError("--normalize-scope says what statistics are taken over; pass --normalize as well")
+    threshold: tuple[float, ...] = ()
+    if args.threshold is not None:
+        try:
+            threshold = tuple(float(part) for part in args.threshold.split(","))
+        except ValueError:
+            raise ContractError(f"--threshold {args.threshold!r} is not numbers such as 0.5") from None
+    found = Contract(
+        normalization=normalization,
+        task=None if args.task == "auto" else args.task,
+        output_is=None if args.output_is == "auto" else args.output_is,
+        threshold=threshold,
+        classes=tuple(args.classes.split(",")) if args.classes else (),
+    )
+    if args.border:
+        found = replace(found, border=args.border)
+    if args.contract is not None:
+        from .contract_io import contract_from_file
+
+        found = found.over(contract_from_file(Path(args.contract)))
+    return found
+
+
+def _budget(args: argparse.Namespace) -> Budget | None:
+    from .parity import Budget
+
+    if not args.budget:
+        return None
+    values: dict[str, Any] = {}
+    for part in args.budget:
+        key, _, text = part.partition("=")
+        try:
+            values[key] = int(text) if key == "class_px" else float(text)
+        except ValueError:
+            raise ContractError(f"--budget {part!r} is not KEY=NUMBER") from None
+    known = set(Budget.__dataclass_fields__)
+    if set(values) - known:
+        raise ContractError(f"--budget knows {', '.join(sorted(known))}, not {', '.join(sorted(set(values) - known))}")
+    return Budget(**values)
+
+
+# --- printing -------------------------------------------------------------------------------------------------------
+
+
+def _out(args: argparse.Namespace) -> Any:
+    return sys.stderr if args.json else sys.stdout
+
+
+def _say(args: argparse.Namespace) -> Callable[[str], None]:
+    """Progress in sentences, on stderr: one line that is overwritten on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda text: None
+    return lambda text: print(f"\r\033[K  {text[:110]}", end="", file=sys.stderr, flush=True)
+
+
+def _clear() -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+class _Bar:
+    """A tqdm bar for work of more than two seconds; silent where stderr is not a terminal."""
+
+    def __init__(self, name: str):
+        self._name, self._bar, self._done = name, None, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=self._name[:30], unit="tile", delay=2, leave=False)
+        self._bar.update(done - self._done)
+        self._done = done
+        if done == total:
+            self._bar.close()
+
+
+def _print_json(document: Any) -> None:
+    from .exam import record_json
+
+    print(record_json(document), end="")
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+# --- verbs ----------------------------------------------------------------------------------------------------------
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .graph import inspect
+    from .inspect_text import report_text
+
+    report = inspect(args.model)
+    if args.json:
+        _print_json(report.to_json())
+    else:
+        print(report_text(report))
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from .build import build
+
+    reports: list[BuildReport] = []
+    engine = build(
+        args.model,
+        samples=args.samples,
+        out=args.out,
+        budget=_budget(args),
+        contract=_contract(args),
+        backend=args.backend,
+        device=args.device,
+        precision=args.precision,
+        tile=args.tile,
+        halo=args.halo,
+        overlap=args.overlap,
+        blend=args.blend,
+        threads=args.threads,
+        axes=args.axes,
+        channels=_channels(args),
+        keep_exam=not args.no_exam,
+        overwrite=args.overwrite,
+        say=_say(args),
+        report=reports.append,
+    )
+    engine.close()
+    _clear()
+    if args.json:
+        _print_json(reports[0].to_json())
+    print(build_text(reports[0]), file=_out(args))
+    for warning in reports[0].warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return 0
+
+
+def build_text(report: BuildReport) -> str:
+    """What build did, for people."""
+    spec = report.spec
+    contract = spec.contract
+    lines = [
+        f"input   {contract.axes}, {spec.channels} channel(s), normalisation "
+        f"{contract.normalization.method if contract.normalization else 'not declared'}",
+        f"output  {spec.outputs[0].channels} channel(s): {contract.task}, {contract.output_is or 'values'}"
+        + (f", classes {', '.join(contract.classes)}" if contract.classes else ""),
+    ]
+    first = report.first
+    low, high = first["input_range"]
+    text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
+    if "class_share" in first:
+        text += "; " + ", ".join(f"{name} {share:.1%}" for name, share in first["class_share"].items())
+    lines += [text, ""]
+    rows = [("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", "labels changed", "lowest Dice", "")]
+    for k, c in enumerate(report.candidates):
+        v = c.verdict
+        mark = "->" if k == report.chosen else ""
+        if c.latency_ms is None:
+            rows.append((mark, c.backend, c.precision, "", "", "", "", "", "", f"not tried: {c.note}"))
+            continue
+        change = "-" if v is None or v.label_change is None else f"{v.label_change:.4%}"
+        dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
+        if v is not None and v.label_change is None:
+            change = f"error {v.relative:.1e}"
+        note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
+        rows.append(
+            (mark, c.backend, c.precision, _by(c.tile), f"{c.latency_ms:.0f}", f"{c.kept_mpx_per_s or 0:.3g}", f"{c.peak_mb or 0:.0f}", change, dice, note)
+        )
+    lines.append(_table(rows))
+    lines.append("")
+    lines += [f"  {note}" for note in report.notes]
+    if report.whole_mismatch is not None:
+        m = report.whole_mismatch
+        changed = f"{m.label_change:.3%} of labels" if m.label_change is not None else f"{m.relative:.2e} of the output's range"
+        lines.append(f"  tiles against the whole image: {changed} differ on {m.name} (reported, not judged)")
+    on = f"{report.samples} sample window(s)" if report.kind == "samples" else "synthetic tiles (a proof for fp32 only)"
+    lines += ["", f"{report.folder}: {spec.backend} {spec.precision}, parity on {on}"]
+    if report.advice:
+        lines.append(f"to prove it on your images, and to allow faster precisions: {report.advice}")
+    return "\n".join(lines)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from .contract_io import parse_normalization
+    from .engine import load
+    from .image import list_images
+    from .predict import predict
+
+    images = list_images(args.images)
+    targets = _targets(args, images)
+    reports: list[RunReport] = []
+    written: list[Path] = []
+    normalization = parse_normalization(args.normalize, None) if args.normalize else None
+    with load(args.engine, device=args.device, threads=args.threads or None, accept_unverified=args.accept_unverified) as engine:
+        if args.accept_unverified:
+            print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
+        for image, target in zip(images, targets, strict=True):
+            overlay = target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png") if args.overlay else None
+            predict(
+                engine,
+                image,
+                out=target,
+                output=args.output,
+                axes=args.axes,
+                channels=_channels(args),
+                tile=args.tile,
+                batch=args.batch,
+                threads=args.threads,
+                mask_values=args.mask_values,
+                normalization=normalization,
+                overlay=overlay,
+                overwrite=args.overwrite,
+                progress=_Bar(image.name),
+                report=reports.append,
+            )
+            written.append(target)
+            _print_run(args, reports[-1], target)
+    if args.json:
+        _print_json([{**r.to_json(), "out": str(t)} for r, t in zip(reports, written, strict=True)])
+    return 0
+
+
+def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
+    """One output per image: --out itself for one image, files in the folder --out for several."""
+    out = Path(args.out)
+    single = len(images) == 1 and not out.is_dir() and out.suffix != ""
+    if single:
+        return [out]
+    if out.is_file():
+        raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    suffix = ".tif"
+    targets = [out / (image.name.removesuffix(image.suffix).removesuffix(".ome") + suffix) for image in images]
+    doubles = {t for t in targets if targets.count(t) > 1}
+    if doubles:
+        raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
+    clash = [t for t, image in zip(targets, images, strict=True) if t.resolve() == image.resolve()]
+    if clash:
+        raise OutputError(f"{clash[0]} is the image itself; choose another --out")
+    if not args.overwrite:
+        existing = [t for t in targets if t.exists()]
+        if existing:
+            raise OutputError(f"{existing[0]} exists; pass --overwrite to replace it")
+    return targets
+
+
+def _print_run(args: argparse.Namespace, report: RunReport, target: Path) -> None:
+    stream = _out(args)
+    print(report.reading, file=stream)
+    halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
+    print(
+        f"  {report.backend} {report.precision} on {report.device}; {report.tiles} tiles of {_by(report.tile)} px, {halo}; "
+        f"{report.mpx:.3g} Mpx in {report.seconds:.2f} s ({report.mpx_per_s:.3g} Mpx/s; seconds busy: {stages}); "
+        f"peak memory {report.peak_rss_bytes / 1e6:.0f} MB",
+        file=stream,
+    )
+    if report.class_share:
+        print("  " + ", ".join(f"{name} {share:.2%}" for name, share in report.class_share.items()), file=stream)
+    if report.outside_range:
+        print(f"  {report.outside_range:.3%} of pixels lie outside the range seen at build", file=stream)
+    for note in report.notes:
+        print(f"  {note}", file=stream)
+    print(f"  -> {target}", file=stream)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .verify import verify
+
+    report = verify(
+        args.engine,
+        args.images,
+        labels=args.labels,
+        baseline=args.baseline,
+        budget=_budget(args),
+        axes=args.axes,
+        channels=_channels(args),
+        tile=args.tile,
+        picture=args.picture,
+        threads=args.threads,
+        say=_say(args),
+    )
+    _clear()
+    stream = _out(args)
+    if args.json:
+        _print_json(report.to_json())
+    v = report.verdict
+    on = "its exam" if report.kind == "exam" else f"{len(v.images)} window(s)"
+    print(f"{args.engine} on {on}: {'inside' if report.accepted else 'OUTSIDE'} the budget", file=stream)
+    if v.label_change is not None:
+        print(
+            f"  labels changed: worst {v.label_change:.4%}, mean {v.mean_label_change:.4%} (budget {report.budget.label_change:.4%}); "
+            + (f"lowest Dice {v.dice:.4f} (budget {report.budget.dice})" if v.dice is not None else "no class large enough for Dice"),
+            file=stream,
+        )
+    print(f"  largest error {v.max_abs:.3g}, {v.relative:.2e} of the output's range", file=stream)
+    if report.seams is not None:
+        equal = "tiled equals whole, bit for bit" if report.seams.max_abs == 0 else f"tiling alone changes values by {report.seams.max_abs:.2e}"
+        print(f"  {equal} (FP32)", file=stream)
+    if report.growth:
+        print(f"  growing images to accepted sizes changes {report.growth:.3%} of labels near their right and bottom edges", file=stream)
+    if report.truth is not None:
+        t = report.truth
+        print(
+            f"  against labels: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} (FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f})",
+            file=stream,
+        )
+    for line in (*v.reasons, *report.notes):
+        print(f"  {line}", file=stream)
+    if report.picture is not None:
+        print(f"  worst tile: {report.picture}", file=stream)
+    return 0 if report.accepted else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    found = doctor.collect()
+    if args.json:
+        _print_json(found)
+    else:
+        print(doctor.format(found))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import demo
+
+    begun = time.perf_counter()
+    result = demo(Path(args.out), size=args.size, say=lambda text: print(text, file=_out(args), flush=True), progress=_Bar("demo"))
+    if args.json:
+        _print_json(result)
+    print(f"done in {time.perf_counter() - begun:.0f} s; look at {Path(args.out) / 'report.md'}", file=_out(args))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
