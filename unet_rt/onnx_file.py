@@ -1,0 +1,307 @@
+"""An ONNX graph as plain values: nodes, constants, inputs and outputs, read once and without copying weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.external_data_helper
+import onnx.helper
+import onnx.inliner
+import onnx.numpy_helper
+import onnx.shape_inference
+from google.protobuf.message import DecodeError
+
+from unet_rt.errors import GraphError
+from unet_rt.shapes import MAX_ELEMENTS, Array
+
+# What people hand over by mistake, by its first bytes.
+_FOREIGN = (
+    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint or a package)"),
+    (b"\x80\x02", "a Python pickle (an old PyTorch checkpoint)"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x89HDF", "an HDF5 file (Keras weights)"),
+    (b"<?xml", "an OpenVINO IR"),
+    (b"\x89PNG", "a PNG image"),
+    (b"II*\x00", "a TIFF image"),
+    (b"MM\x00*", "a TIFF image"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself (git lfs pull)"),
+)
+_EXPORT = "give the .onnx file of the network (torch.onnx.export writes one)"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An initialiser; its value is read only when something needs it."""
+
+    shape: tuple[int, ...]
+    dtype: int
+    proto: onnx.TensorProto
+    folder: str | None
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def value(self) -> Array | None:
+        """The array, or None where it is too large to matter or not stored with the graph."""
+        if self.elements > MAX_ELEMENTS:
+            return None
+        proto = self.proto
+        if proto.data_location == onnx.TensorProto.EXTERNAL:
+            if self.folder is None:
+                return None
+            proto = onnx.TensorProto()
+            proto.CopyFrom(self.proto)
+            try:
+                onnx.external_data_helper.load_external_data_for_tensor(proto, self.folder)
+            except (OSError, ValueError, onnx.checker.ValidationError) as error:
+                raise GraphError(
+                    f"external data of initialiser {proto.name!r} cannot be read from {self.folder}: {error}; "
+                    "keep the .data file beside the .onnx it was exported with"
+                ) from error
+        try:
+            return np.asarray(onnx.numpy_helper.to_array(proto))
+        except (ValueError, TypeError) as error:
+            raise GraphError(
+                f"initialiser {proto.name!r} of shape {list(self.shape)} is damaged: {error}; export the network again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. ``name`` is never empty: unnamed nodes go by their first output."""
+
+    index: int
+    op: str
+    domain: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    proto: onnx.NodeProto = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.op} '{self.name}'"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A graph input or output as declared: ``shape`` holds None where a dimension is free."""
+
+    name: str
+    shape: tuple[int | None, ...] | None
+    dtype: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph in topological order. ``constants`` are its initialisers."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    constants: Mapping[str, Constant]
+    opset: int
+    opsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+    folder: str | None
+
+    def producers(self) -> dict[str, Node]:
+        return {name: node for node in self.nodes for name in node.outputs if name}
+
+
+def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read an ONNX file; external data stays where it is.
+
+    Raises:
+        GraphError: The file is missing, empty, cut off or something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise GraphError(f"{path} does not exist; {_EXPORT}")
+    if path.is_dir():
+        raise GraphError(f"{path} is a folder; {_EXPORT}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise GraphError(f"{path} cannot be read: {error}; check its permissions") from error
+    if not head:
+        raise GraphError(f"{path} is empty (0 bytes); {_EXPORT}")
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            raise GraphError(f"{path} is {what}, not an ONNX graph; {_EXPORT}")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError, UnicodeDecodeError) as error:
+        size = path.stat().st_size
+        raise GraphError(
+            f"{path} ({size} bytes) is no complete ONNX graph: {error}; it is cut off, damaged or another format: {_EXPORT}"
+        ) from error
+    except OSError as error:
+        raise GraphError(f"{path} cannot be read: {error}") from error
+    if not model.HasField("graph") or not model.graph.output:
+        raise GraphError(f"{path} holds no graph with outputs; it is damaged or another format: {_EXPORT}")
+    return model
+
+
+def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None) -> Graph:
+    """The graph of ``model`` with functions inlined. Weights are referred to, not copied.
+
+    Args:
+        model: The model.
+        folder: Where its external data lies.
+
+    Raises:
+        GraphError: It has no inputs or outputs, or a node uses what nothing produces.
+    """
+    opsets = {o.domain or "": o.version for o in model.opset_import}
+    graph = model.graph
+    place = None if folder is None else str(folder)
+    constants = {t.name: Constant(tuple(t.dims), t.data_type, t, place) for t in graph.initializer}
+    for sparse in graph.sparse_initializer:
+        t = sparse.values
+        constants[t.name] = Constant(tuple(sparse.dims), t.data_type, t, None)
+    nodes: Any = graph.node
+    if model.functions:
+        nodes = _inlined(model).graph.node
+    inputs = tuple(_value(v) for v in graph.input if v.name not in constants)
+    outputs = tuple(_value(v) for v in graph.output)
+    if not inputs or not outputs:
+        raise GraphError(f"the graph has {len(inputs)} inputs and {len(outputs)} outputs; {_EXPORT}")
+    known = {v.name for v in inputs} | set(constants)
+    ordered = tuple(_sorted(nodes, known))
+    produced = known | {name for node in ordered for name in node.outputs}
+    for value in outputs:
+        if value.name not in produced:
+            raise GraphError(f"nothing in the graph produces its output {value.name!r}; it is damaged: export it again")
+    metadata = {p.key: p.value for p in model.metadata_props}
+    return Graph(ordered, inputs, outputs, constants, opsets.get("", opsets.get("ai.onnx", 1)), opsets, metadata, place)
+
+
+def subgraph_nodes(proto: onnx.GraphProto, known: set[str]) -> tuple[Node, ...]:
+    """Nodes of the branch of an If."""
+    return tuple(_sorted(proto.node, known | {t.name for t in proto.initializer}))
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without functions and without the bytes of its weights."""
+    skeleton = onnx.ModelProto()
+    skeleton.ir_version = model.ir_version
+    skeleton.opset_import.extend(model.opset_import)
+    skeleton.functions.extend(model.functions)
+    g = skeleton.graph
+    g.name = model.graph.name or "graph"
+    g.node.extend(model.graph.node)
+    g.input.extend(model.graph.input)
+    g.output.extend(model.graph.output)
+    for t in model.graph.initializer:
+        declared = onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        if all(v.name != t.name for v in g.input):
+            g.input.append(declared)
+    return onnx.inliner.inline_local_functions(skeleton)
+
+
+def _value(proto: onnx.ValueInfoProto) -> Value:
+    tensor = proto.type.tensor_type
+    if not tensor.HasField("shape"):
+        return Value(proto.name, None, tensor.elem_type)
+    shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim)
+    return Value(proto.name, shape, tensor.elem_type)
+
+
+def _uses(proto: onnx.NodeProto) -> Iterator[str]:
+    yield from (name for name in proto.input if name)
+    for attribute in proto.attribute:
+        for g in [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else []:
+            inner = {n for node in g.node for n in node.output} | {t.name for t in g.initializer}
+            inner |= {v.name for v in g.input}
+            for node in g.node:
+                yield from (name for name in _uses(node) if name not in inner)
+            yield from (v.name for v in g.output if v.name not in inner)
+
+
+def _sorted(nodes: Any, known: set[str]) -> Iterator[Node]:
+    known = set(known)
+    waiting = list(enumerate(nodes))
+    while waiting:
+        later = []
+        for index, proto in waiting:
+            if any(name not in known for name in _uses(proto)):
+                later.append((index, proto))
+                continue
+            known.update(proto.output)
+            yield _node(index, proto)
+        if len(later) == len(waiting):
+            index, proto = later[0]
+            missing = next(name for name in _uses(proto) if name not in known)
+            raise GraphError(
+                f"node {proto.op_type} '{proto.name or index}' uses {missing!r}, which nothing produces; "
+                "the graph is damaged: export it again"
+            )
+        waiting = later
+
+
+def _node(index: int, proto: onnx.NodeProto) -> Node:
+    attributes: dict[str, Any] = {}
+    for a in proto.attribute:
+        value = onnx.helper.get_attribute_value(a)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        attributes[a.name] = value
+    domain = "" if proto.domain == "ai.onnx" else proto.domain
+    name = proto.name or (proto.output[0] if proto.output else str(index))
+    return Node(index, proto.op_type, domain, name, tuple(proto.input), tuple(proto.output), attributes, proto)
+
+
+def infer_shapes(
+    node: Node, inputs: list[tuple[int, tuple[int, ...], Array | None] | None], opsets: Mapping[str, int]
+) -> list[tuple[int, tuple[int, ...]] | None]:
+    """(dtype, shape) of a node's outputs by ONNX's own rule; None where it does not know.
+
+    Args:
+        node: The node.
+        inputs: Per input its dtype, shape and (small constants) its value; None where absent.
+        opsets: Versions by domain.
+    """
+    nothing: list[tuple[int, tuple[int, ...]] | None] = [None] * len(node.outputs)
+    values, tensors = [], []
+    for name, given in zip(node.inputs, inputs, strict=True):
+        if not name or given is None:
+            continue
+        dtype, shape, array = given
+        if array is not None:
+            tensors.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(shape), name))
+        else:
+            values.append(onnx.helper.make_tensor_value_info(name, dtype, shape))
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.outputs if name]
+    graph = onnx.helper.make_graph([node.proto], "node", values, outputs, initializer=tensors)
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    model = onnx.helper.make_model(graph, opset_imports=imports)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return nothing
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for v in [*inferred.graph.output, *inferred.graph.value_info]:
+        declared = _value(v)
+        if declared.shape is not None and all(d is not None for d in declared.shape):
+            found[v.name] = (declared.dtype, tuple(d for d in declared.shape if d is not None))
+    return [found.get(name) for name in node.outputs]
+
+
+def constant_attribute(node: Node) -> Array | None:
+    """Value of a Constant node; None for strings and sparse tensors."""
+    a = node.attributes
+    if "value" in a:
+        return np.asarray(onnx.numpy_helper.to_array(a["value"]))
+    for key, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64)):
+        if key in a:
+            return np.asarray(a[key], dtype=dtype)
+    return None
