@@ -1,6 +1,6 @@
 """A PyTorch module becomes an ONNX graph: free batch and spatial axes, BatchNorm folded, the contract in its metadata.
 
-Needs torch and onnx (``pip install unet-rt[torch]``); ONNX Runtime checks the result. Nothing is written unless the
+Needs torch (``pip install unet-rt[torch]``); ONNX Runtime checks the result. Nothing is written unless the
 graph gives what the module gives, on realistic pixels, at two sizes and two batch sizes.
 """
 
@@ -17,22 +17,24 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import torch
-from torch import Tensor, nn
 
 from .contract import Contract
 from .errors import BackendError, ContractError, GraphError
+
+if TYPE_CHECKING:
+    # Imported where they are used: `import unet_rt` names export() and must stay light.
+    import onnx
+    from torch import nn
 
 Exporter = Literal["auto", "trace", "dynamo"]
 Array = npt.NDArray[np.float32]
 
 METADATA_KEY = "unet_rt.contract"
-OPSET = 18  # Resize with antialias, ReduceX with axes as input; the highest that both exporters write without conversion
+OPSET = 18  # the highest that both exporters write without conversion
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,14 @@ def export(
         ContractError: the module's channels cannot be told, or contradict the contract.
         BackendError: ONNX Runtime is missing, so that the graph cannot be checked.
     """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise BackendError("torch is missing, which runs the module; pip install unet-rt[torch]") from error
+    import onnx
+
+    if not isinstance(module, torch.nn.Module):
+        raise GraphError(f"export takes a torch.nn.Module, not {type(module).__name__}")
     contract = contract or Contract()
     spatial, channels = _input_of(module, contract)
     tiles = _tiles(module, contract, sizes, spatial)
@@ -104,7 +114,7 @@ def export(
     for name in tried:
         try:
             model = onnx.load_model_from_string(ways[name](frozen, inputs[0], len(wanted[0]), opset))
-        except Exception as error:  # exporters raise anything; what they say goes into the message below
+        except Exception as error:  # noqa: BLE001 - exporters raise anything; what they say goes into the message
             notes.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
             continue
         _tidy(model)
@@ -140,6 +150,8 @@ def export(
 
 def _input_of(module: nn.Module, contract: Contract) -> tuple[int, int]:
     """Number of spatial axes and channels."""
+    from torch import nn
+
     spec = getattr(module, "spec", None)
     kinds: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
     first = next((m for m in module.modules() if type(m) in kinds), None)
@@ -149,7 +161,7 @@ def _input_of(module: nn.Module, contract: Contract) -> tuple[int, int]:
                 f"contract axes are {contract.axes!r}, but PyTorch modules take channels first; use NCYX or NCZYX"
             )
         spatial = len(contract.axes) - 2
-    elif hasattr(spec, "dims"):
+    elif spec is not None and hasattr(spec, "dims"):
         spatial = int(spec.dims)
     elif first is not None:
         spatial = kinds[type(first)]
@@ -177,7 +189,7 @@ def _tiles(
         return tiles
     spec = getattr(module, "spec", None)
     start = 256 if spatial == 2 else 48
-    if hasattr(spec, "size_at_least"):
+    if spec is not None and hasattr(spec, "size_at_least"):
         a = spec.size_at_least(min(start, *contract.trained_tile) if contract.trained_tile else start)
         b = spec.size_at_least(a + 1)
         return [(a,) * spatial, (*(a,) * (spatial - 1), b)]
@@ -212,10 +224,12 @@ def _pixels(tile: tuple[int, ...], channels: int, pixels: npt.ArrayLike | None) 
 
 
 def _run_torch(module: nn.Module, x: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    import torch
+
     with torch.no_grad():
         y = module(torch.from_numpy(x))
-    outputs = [y] if isinstance(y, Tensor) else list(y.values()) if isinstance(y, dict) else list(y)
-    if not outputs or not all(isinstance(t, Tensor) for t in outputs):
+    outputs = [y] if isinstance(y, torch.Tensor) else list(y.values()) if isinstance(y, dict) else list(y)
+    if not outputs or not all(isinstance(t, torch.Tensor) for t in outputs):
         raise GraphError(f"the module returns {type(y).__name__}; export takes modules that return tensors")
     return [t.numpy() for t in outputs]
 
@@ -246,13 +260,15 @@ def _names(x: Array, outputs: int) -> tuple[list[str], dict[str, dict[int, str]]
 
 
 def _trace(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
+    import torch
+
     names, axes = _names(x, outputs)
     buffer = io.BytesIO()
     with _quiet():
         torch.onnx.export(
             module,
             (torch.from_numpy(x),),
-            buffer,
+            buffer,  # type: ignore[arg-type] # the tracer takes any file object
             input_names=["input"],
             output_names=names,
             dynamic_axes=axes,
@@ -263,8 +279,10 @@ def _trace(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
 
 
 def _dynamo(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
+    import torch
+
     names, axes = _names(x, outputs)
-    free = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
+    free = torch.export.Dim.DYNAMIC
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -319,9 +337,7 @@ def _tidy(model: onnx.ModelProto) -> None:
     del graph.metadata_props[:]
 
 
-def _errors(
-    model: onnx.ModelProto, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]
-) -> list[float | str]:
+def _errors(model: onnx.ModelProto, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]) -> list[float | str]:
     """Per input: the largest difference to torch, or what ONNX Runtime said."""
     try:
         import onnxruntime as ort
@@ -333,7 +349,7 @@ def _errors(
     options.log_severity_level = 4  # failures come back as exceptions
     try:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises classes of its own, all derived from Exception
+    except Exception as error:  # noqa: BLE001 - onnxruntime's own classes share no other base
         return [_first_line(error)] * len(inputs)
     name = session.get_inputs()[0].name
     found: list[float | str] = []
@@ -347,7 +363,7 @@ def _errors(
                         raise GraphError(f"output is {got.shape}, torch gives {y[batch].shape}")
                     worst = max(worst, float(np.max(np.abs(got.astype(np.float64) - y[batch]), initial=0.0)))
             found.append(worst)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as above
             found.append(_first_line(error))
     return found
 
@@ -357,6 +373,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _parameters(model: onnx.ModelProto) -> int:
+    import onnx
+
     floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
     return sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type in floating)
 

@@ -11,6 +11,7 @@ the same on every machine with the same version of NumPy up to rounding in its t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ Pixels = npt.NDArray[Any]
 BLOCK_PX = 512
 ROAM_PX = 96  # how far a cluster that begins in a block may grow beyond it; far less than a block
 COARSE_PX = 8  # spacing of the lattice on which haze is summed
-EDGE_BLOCKS = 8  # more than the blocks outside the image that are asked for (4), so that streams have no negative key
+EDGE_BLOCKS = 8  # more than the blocks outside the image (1), so that the key of a random stream is not negative
 IDS_PER_BLOCK = 4096  # ids of nuclei are block number x 4096 + k: unique in every window, not consecutive
 CAMERA_OFFSET = 100.0  # grey levels of a dark pixel of a 16-bit camera
 CAMERA_GAIN = 2.0  # grey levels per electron
@@ -192,6 +193,9 @@ class _Nuclei:
         return float(self.radius[k] * self.stretch[k] * (1 + np.abs(self.wobble[k]).sum()) + 1.0)
 
 
+_NOTHING = _Nuclei(*(np.empty(0) for _ in range(5)), np.empty((0, 3), np.complex64), np.empty(0), np.empty((0, 2), int))
+
+
 class _World:
     """Everything that blocks share; nuclei of a block are computed once."""
 
@@ -199,7 +203,7 @@ class _World:
         if seed < 0:
             raise ImageError(f"seed {seed} is negative; use 0 or more")
         self.seed, self.scene, self.size = seed, scene, size
-        self.columns = -(-size[1] // BLOCK_PX)
+        self.rows, self.columns = -(-size[0] // BLOCK_PX), -(-size[1] // BLOCK_PX)
         self._nuclei: dict[tuple[int, int], _Nuclei] = {}
         self._texture = _texture(np.random.default_rng((seed, 1)))
         self._kernel = _gaussian(scene.blur_px)
@@ -214,7 +218,7 @@ class _World:
         margin = len(self._kernel) // 2
         side = BLOCK_PX + 2 * margin
         corner = (row * BLOCK_PX - margin, column * BLOCK_PX - margin)
-        light = np.zeros((side, side), np.float32)
+        light: F32 = np.zeros((side, side), np.float32)
         depth = np.zeros((side, side), np.float32)
         ids = np.zeros((side, side), np.int32)
         coarse_side = BLOCK_PX // COARSE_PX + 1
@@ -232,7 +236,8 @@ class _World:
         light = _blur(light, self._kernel)
         if scene.haze:
             up = _interpolation()
-            light = (1 - scene.haze) * light + np.float32(scene.haze) * (up @ haze @ up.T)
+            light *= np.float32(1 - scene.haze)
+            light += np.float32(scene.haze) * (up @ haze @ up.T)
         inner = slice(margin, margin + BLOCK_PX)
         electrons = (scene.signal_e * light + scene.background_e) * self._illumination(row, column)
         rng = np.random.default_rng((self.seed, 3, row, column))
@@ -250,6 +255,9 @@ class _World:
         if key in self._nuclei:
             return self._nuclei[key]
         scene = self.scene
+        # The world ends one block beyond the image: what begins farther away cannot be seen in it.
+        if not (-1 <= row <= self.rows and -1 <= column <= self.columns):
+            return _NOTHING
         around = [(row + dr, column + dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if dr or dc]
         near = [self.nuclei(r, c) for r, c in around if _colour(r, c) < _colour(row, column)]
         taken_y = np.concatenate([n.y for n in near] + [np.empty(0)])
@@ -264,27 +272,26 @@ class _World:
         placed = len(taken_y)
         ys[:placed], xs[:placed], rs[:placed] = taken_y, taken_x, taken_r
         own = placed
-        low = np.array([row, column]) * BLOCK_PX - ROAM_PX
-        high = low + BLOCK_PX + 2 * ROAM_PX
+        low, roam = (row * BLOCK_PX - ROAM_PX, column * BLOCK_PX - ROAM_PX), BLOCK_PX + 2 * ROAM_PX
         members: list[int] = []
         left_in_cluster = 0
         for _ in range(3 * wanted):
             if placed == capacity:
                 break
-            radius = scene.radius_px * np.exp(np.clip(rng.normal(0, scene.radius_spread), -0.8, 0.8))
+            radius = scene.radius_px * math.exp(min(max(scene.radius_spread * rng.standard_normal(), -0.8), 0.8))
             if left_in_cluster > 0 and members:
                 parent = members[int(rng.integers(len(members)))]
-                way, gap = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.12)
-                y = ys[parent] + gap * (rs[parent] + radius) * np.sin(way)
-                x = xs[parent] + gap * (rs[parent] + radius) * np.cos(way)
+                way, gap = 2 * math.pi * rng.random(), 0.85 + 0.27 * rng.random()
+                y = ys[parent] + gap * (rs[parent] + radius) * math.sin(way)
+                x = xs[parent] + gap * (rs[parent] + radius) * math.cos(way)
                 left_in_cluster -= 1
             else:
-                y, x = (np.array([row, column]) + rng.random(2)) * BLOCK_PX
+                y, x = (row + rng.random()) * BLOCK_PX, (column + rng.random()) * BLOCK_PX
                 members, left_in_cluster = [], int(rng.poisson(scene.cluster - 1))
-            if not (low[0] <= y < high[0] and low[1] <= x < high[1]):
+            if not (low[0] <= y < low[0] + roam and low[1] <= x < low[1] + roam):
                 continue
-            distance = (ys[:placed] - y) ** 2 + (xs[:placed] - x) ** 2
-            if np.any(distance < (0.82 * (rs[:placed] + radius)) ** 2):
+            room = (ys[:placed] - y) ** 2 + (xs[:placed] - x) ** 2 - (0.82 * (rs[:placed] + radius)) ** 2
+            if placed and room.min() < 0:
                 continue
             ys[placed], xs[placed], rs[placed] = y, x, radius
             members.append(placed)
@@ -354,7 +361,9 @@ class _World:
         period = self._texture.shape[0] // 2
         y = (y + int(nuclei.texture_at[k, 0])) % period
         x = (x + int(nuclei.texture_at[k, 1])) % period
-        return np.float32(1) + np.float32(self.scene.texture) * self._texture[y : y + shape[0], x : x + shape[1]]
+        grain = self._texture[y : y + shape[0], x : x + shape[1]]
+        out: F32 = np.float32(1) + np.float32(self.scene.texture) * grain
+        return out
 
     def _draw_debris(self, row: int, column: int, corner: tuple[int, int], light: F32) -> None:
         """Bright specks, a few px wide, up to 30 times as bright as a nucleus; some are short fibres."""
@@ -386,7 +395,8 @@ class _World:
         fall = ((y - center[0]) ** 2)[:, None] + ((x - center[1]) ** 2)[None, :]
         ripple = np.cos(5 * y + self._ripple[0])[:, None] * np.cos(4 * x + self._ripple[1])[None, :]
         dark = np.clip(1.6 * fall + 0.15 * (1 + ripple), 0, 1)
-        return (1 - self.scene.shading * dark).astype(np.float32)
+        out: F32 = (1 - self.scene.shading * dark).astype(np.float32)
+        return out
 
 
 def _colour(row: int, column: int) -> int:
@@ -436,14 +446,16 @@ def _gaussian(sigma: float) -> F32:
         return np.ones(1, np.float32)
     radius = int(np.ceil(3.5 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return (kernel / kernel.sum()).astype(np.float32)
+    out: F32 = (kernel / kernel.sum()).astype(np.float32)
+    return out
 
 
 def _blur(image: F32, kernel: F32) -> F32:
     """Separable convolution; the result has lost half the kernel at each side."""
     n = len(kernel)
     if n == 1:
-        return image * kernel[0]
+        sharp: F32 = image * kernel[0]
+        return sharp
     kept = image.shape[0] - n + 1
     rows = np.zeros((kept, image.shape[1]), np.float32)
     for k in range(n):
@@ -455,9 +467,11 @@ def _blur(image: F32, kernel: F32) -> F32:
 
 
 def _grey_levels(electrons: F32, scene: Scene, dtype: np.dtype[Any]) -> Pixels:
+    levels: Pixels
     if dtype == np.uint16:
-        levels = CAMERA_OFFSET + CAMERA_GAIN * electrons
-        return np.clip(np.rint(levels), 0, 65535).astype(np.uint16)
+        levels = np.clip(np.rint(CAMERA_OFFSET + CAMERA_GAIN * electrons), 0, 65535).astype(np.uint16)
+        return levels
     # As exported for viewing: black a little below the background, bright nuclei near 200.
     white = 200 / (2.5 * scene.signal_e + scene.background_e)
-    return np.clip(np.rint(3 + white * electrons), 0, 255).astype(np.uint8)
+    levels = np.clip(np.rint(3 + white * electrons), 0, 255).astype(np.uint8)
+    return levels

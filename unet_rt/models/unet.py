@@ -165,7 +165,7 @@ class UNet(nn.Module):
         return cls(values.pop("in_channels"), values.pop("classes"), **values)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        if not _being_exported():
             self._check(x.shape)
         skips: list[Tensor] = []
         depth = self.spec.depth
@@ -191,6 +191,11 @@ class UNet(nn.Module):
             spec.out_size(size)
 
 
+def _being_exported() -> bool:
+    """Under a tracer sizes are not numbers yet."""
+    return bool(torch._C._get_tracing_state()) or torch.compiler.is_compiling()
+
+
 def initialize(module: nn.Module) -> None:
     """He initialisation of every convolution: deviation sqrt(2 / fan-in), zero bias. Uses torch's global generator."""
     for m in module.modules():
@@ -214,9 +219,7 @@ def _block(spec: UNetSpec, channels_in: int, channels_out: int) -> nn.Sequential
     """Two 3 x 3 convolutions, each followed by (BatchNorm and) ReLU."""
     layers: list[nn.Module] = []
     for a in (channels_in, channels_out):
-        layers.append(
-            _conv(spec)(a, channels_out, 3, padding=int(spec.padding == "same"), bias=spec.norm == "none")
-        )
+        layers.append(_conv(spec)(a, channels_out, 3, padding=int(spec.padding == "same"), bias=spec.norm == "none"))
         if spec.norm == "batch":
             layers.append((nn.BatchNorm2d if spec.dims == 2 else nn.BatchNorm3d)(channels_out))
         layers.append(nn.ReLU(inplace=True))
