@@ -341,11 +341,11 @@ int64_t tile_gather(const TileGather& call, int threads) {
         gather::Gatherer gatherer(call, columns.get() + worker * shape[4]);
         int64_t found = 0;
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t row = item % bands * gather::kBandRows;
-            const int64_t plane = item / bands;
-            const int64_t z = plane % shape[2];
-            const int64_t c = plane / shape[2] % shape[1];
-            const int64_t n = plane / shape[2] / shape[1];
+            // Channels follow each other within a band: those of a channels-last image share cache lines.
+            const int64_t c = item % shape[1];
+            const int64_t row = item / shape[1] % bands * gather::kBandRows;
+            const int64_t z = item / shape[1] / bands % shape[2];
+            const int64_t n = item / shape[1] / bands / shape[2];
             found += gatherer.band(n, c, z, row, std::min(shape[3], row + gather::kBandRows));
         }
         bad += found;

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,14 +30,29 @@ Size = Sequence[int]
 
 _BORDERS = {"mirror": 0, "edge": 1, "constant": 2}  # as in csrc/geometry.h
 _OPS = {"copy": 0, "softmax": 1, "sigmoid": 2, "argmax": 3, "threshold": 4}  # as in csrc/tile_stitch.h
-_PIXELS = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64", "bool")
-_FLOATS = ("float32", "float16")
+# By their array-protocol names without byte order, which are quick to get: small calls matter.
+_DTYPES = {
+    "u1": "uint8",
+    "u2": "uint16",
+    "u4": "uint32",
+    "i1": "int8",
+    "i2": "int16",
+    "i4": "int32",
+    "f2": "float16",
+    "f4": "float32",
+    "f8": "float64",
+    "b1": "bool",
+}
+_PIXELS = tuple(_DTYPES)
+_FLOATS = ("f4", "f2")
 _FARTHEST_PX = 1 << 48  # sums of coordinates stay far from overflow
+_SMALLEST, _LARGEST = 2.0**-126, 3.4028234663852886e38  # normal float32 numbers
 _DLPACK_ON_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
+@functools.cache  # reading the cgroup's files takes longer than gathering a small tile
 def default_threads() -> int:
-    """Threads that this process may use: affinity and cgroup quota."""
+    """Threads that this process may use: affinity and cgroup quota, as found at the first call."""
     from unet_rt import machine
 
     return machine.threads()
@@ -92,35 +109,37 @@ def tile_gather(
     _check_spatial("window", window, axes)
     channels = window.shape[0]
     begin = _table("starts", starts, axes)
+    if begin.size and (begin.min() < -_FARTHEST_PX or begin.max() > _FARTHEST_PX):
+        raise TileError(f"starts reach from {begin.min()} to {begin.max()} px; they must stay within 2^48")
     _check_output(out, _FLOATS)
     if out.ndim != axes + 2 or out.shape[:2] != (len(begin), channels):
         raise TileError(
             f"out is {_shape(out)}, but {len(begin)} tiles of {channels} channels and {axes} spatial axes need "
             f"({len(begin)}, {channels}, ...); allocate it so"
         )
-    held = np.array(window.shape[1:], np.int64)
+    held = list(window.shape[1:])
     image = held if image_shape is None else _sizes("image_shape", image_shape, axes)
-    first = np.zeros(axes, np.int64) if window_start is None else _sizes("window_start", window_start, axes)
-    if (image < 1).any() or (held < 1).any() or channels < 1:
-        raise TileError(f"an image of {image.tolist()} px, window {_shape(window)}, holds no pixel to gather")
-    if (first < 0).any() or (first + held > image).any():
+    first = [0] * axes if window_start is None else _sizes("window_start", window_start, axes)
+    if channels < 1 or min(held) < 1:
+        raise TileError(f"window is {_shape(window)} and holds no pixel to gather from")
+    if any(not 0 <= f <= size - h for f, h, size in zip(first, held, image, strict=True)):
         raise TileError(
-            f"the window of {held.tolist()} px at {first.tolist()} is not inside the image of {image.tolist()} px; "
+            f"the window of {held} px at {first} is not inside the image of {image} px; "
             "windows hold pixels of the image only, the border rule adds the rest"
         )
-    low, high = (-np.inf, np.inf) if clip is None else clip
+    low, high = (-math.inf, math.inf) if clip is None else clip
     lows = _per_channel("clip[0]", low, channels)
     highs = _per_channel("clip[1]", high, channels)
-    if not (lows <= highs).all():
+    if not all(a <= b for a, b in zip(lows, highs, strict=True)):
         raise ContractError(f"clip {clip} has a lower bound above its upper bound, or NaN; give (lowest, highest)")
     offsets = _per_channel("offset", 0.0 if offset is None else offset, channels)
     divisors = _per_channel("divisor", 1.0 if divisor is None else divisor, channels)
-    with np.errstate(over="ignore", under="ignore"):
-        singles = np.stack([offsets, divisors]).astype(np.float32)
-    if not np.isfinite(singles).all() or (singles[1] == 0).any():
+    if not all(abs(value) <= _LARGEST for value in offsets):
+        raise ContractError(f"offset {offsets} does not normalise; give finite float32 numbers")
+    if not all(_SMALLEST <= abs(value) <= _LARGEST for value in divisors):
         raise ContractError(
-            f"offset {offsets.tolist()} and divisor {divisors.tolist()} do not normalise: in float32, offsets must be "
-            "finite and divisors neither 0 nor infinite; a constant channel needs a divisor such as 1"
+            f"divisor {divisors} does not normalise; give float32 numbers that are neither 0 nor subnormal nor "
+            "infinite (1 for a constant channel)"
         )
     found: int = native.tile_gather(
         window,
@@ -212,11 +231,11 @@ def tile_blend(
         tiles=tiles, weight=weight, total=total, weight_total=weight_total
     )
     axes = _check_tiles(tiles)
-    _check_dtype("weight", weight, ("float32",))
+    _check_dtype("weight", weight, ("f4",))
     if weight.shape != tiles.shape[2:]:
         raise TileError(f"weight is {_shape(weight)}, tiles are {_shape(tiles)}; a weight has the tile's spatial shape")
-    _check_output(total, ("float32",), "total")
-    _check_output(weight_total, ("float32",), "weight_total")
+    _check_output(total, ("f4",), "total")
+    _check_output(weight_total, ("f4",), "weight_total")
     if total.ndim != axes + 1 or total.shape != (tiles.shape[1], *weight_total.shape):
         raise TileError(
             f"total is {_shape(total)} and weight_total {_shape(weight_total)}; {tiles.shape[1]} channels need "
@@ -256,8 +275,8 @@ def blend_finish(
         ContractError: As for :func:`tile_stitch`.
     """
     native, (total, weight_total, out) = _arrays(total=total, weight_total=weight_total, out=out)
-    _check_dtype("total", total, ("float32",))
-    _check_dtype("weight_total", weight_total, ("float32",))
+    _check_dtype("total", total, ("f4",))
+    _check_dtype("weight_total", weight_total, ("f4",))
     axes = total.ndim - 1
     _check_spatial("total", total, axes)
     if total.shape[1:] != weight_total.shape:
@@ -287,7 +306,7 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
     """
     native, (skip, up, out) = _arrays(skip=skip, up=up, out=out)
     axes = up.ndim - 2
-    dtypes = ("float32", "float16", "int8", "uint8")
+    dtypes = ("f4", "f2", "i1", "u1")
     _check_dtype("skip", skip, dtypes)
     _check_spatial("up", up, axes)
     if up.dtype != skip.dtype or out.dtype != skip.dtype:
@@ -299,12 +318,12 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
             f"skip {_shape(skip)} and up {_shape(up)} do not concatenate into out {_shape(out)}; "
             "needed are (N, C1, ...), (N, C2, ...) and (N, C1 + C2, ... of up)"
         )
-    room = np.subtract(skip.shape[2:], up.shape[2:])
-    if (room < 0).any():
+    room = [s - u for s, u in zip(skip.shape[2:], up.shape[2:], strict=True)]
+    if min(room) < 0:
         raise TileError(f"skip {_shape(skip)} is smaller than up {_shape(up)}; nothing can be cropped")
-    start = room // 2 if offset is None else _sizes("offset", offset, axes)
-    if (start < 0).any() or (start > room).any():
-        raise TileError(f"offset {start.tolist()} leaves skip {_shape(skip)}; it may be 0 to {room.tolist()}")
+    start = [r // 2 for r in room] if offset is None else _sizes("offset", offset, axes)
+    if any(not 0 <= s <= r for s, r in zip(start, room, strict=True)):
+        raise TileError(f"offset {start} leaves skip {_shape(skip)}; it may be 0 to {room}")
     native.crop_concat(skip, up, out, start, _threads(threads))
 
 
@@ -356,20 +375,26 @@ def _shape(array: NDArray[Any]) -> str:
 
 
 def _check_dtype(name: str, array: NDArray[Any], allowed: tuple[str, ...]) -> None:
-    if not array.dtype.isnative:
+    dtype = array.dtype
+    if not dtype.isnative:
         raise ImageError(
-            f"{name} has dtype {array.dtype.str}, which is not this machine's byte order; "
+            f"{name} has dtype {dtype.str}, which is not this machine's byte order; "
             "convert it: array.astype(array.dtype.newbyteorder('='))"
         )
-    if array.dtype.name not in allowed:
-        raise ImageError(f"{name} has dtype {array.dtype}; convert it to one of {', '.join(allowed)}")
+    if dtype.str[1:] not in allowed:
+        raise ImageError(f"{name} has dtype {dtype}; convert it to one of {_names(allowed)}")
 
 
 def _check_output(out: NDArray[Any], allowed: tuple[str, ...], name: str = "out") -> None:
-    if not out.dtype.isnative or out.dtype.name not in allowed:
-        raise OutputError(f"{name} has dtype {out.dtype.str}; allocate it as {' or '.join(allowed)}")
+    dtype = out.dtype
+    if not dtype.isnative or dtype.str[1:] not in allowed:
+        raise OutputError(f"{name} has dtype {dtype.str}; allocate it as {_names(allowed)}")
     if not out.flags.writeable:
-        raise OutputError(f"{name} ({_shape(out)} {out.dtype}) is read-only; pass an array that can be written")
+        raise OutputError(f"{name} ({_shape(out)} {dtype}) is read-only; pass an array that can be written")
+
+
+def _names(dtypes: tuple[str, ...]) -> str:
+    return ", ".join(_DTYPES[dtype] for dtype in dtypes)
 
 
 def _check_spatial(name: str, array: NDArray[Any], axes: int) -> None:
@@ -388,7 +413,7 @@ def _check_tiles(tiles: NDArray[Any]) -> int:
 
 def _check_target(out: NDArray[Any], op: str, channels: int, axes: int) -> tuple[int, ...]:
     """The output's spatial shape."""
-    _check_output(out, ("uint8",) if op in ("argmax", "threshold") else ("float32",))
+    _check_output(out, ("u1",) if op in ("argmax", "threshold") else ("f4",))
     lead = () if op == "argmax" else (channels,)
     if out.ndim != len(lead) + axes or out.shape[: len(lead)] != lead:
         form = "(*spatial)" if op == "argmax" else f"({channels}, *spatial)"
@@ -396,28 +421,22 @@ def _check_target(out: NDArray[Any], op: str, channels: int, axes: int) -> tuple
     return out.shape[len(lead) :]
 
 
-def _integers(name: str, value: ArrayLike) -> NDArray[np.int64]:
+def _table(name: str, value: ArrayLike, axes: int) -> NDArray[np.int64]:
     table = np.asarray(value)
-    if table.size == 0:
-        return table.astype(np.int64)
-    if table.dtype.kind not in "iu":
+    if table.ndim != 2 or table.shape[1] != axes:
+        raise TileError(f"{name} is {_shape(table)}; one row per tile and one column per spatial axis: (N, {axes})")
+    if table.dtype.kind not in "iu" and table.size:
         raise TileError(f"{name} has dtype {table.dtype}; coordinates are whole numbers")
-    if int(table.min()) < -_FARTHEST_PX or int(table.max()) > _FARTHEST_PX:
-        raise TileError(f"{name} reaches from {table.min()} to {table.max()}; coordinates must stay within 2^48")
     return np.ascontiguousarray(table, np.int64)
 
 
-def _table(name: str, value: ArrayLike, axes: int) -> NDArray[np.int64]:
-    table = _integers(name, value)
-    if table.ndim != 2 or table.shape[1] != axes:
-        raise TileError(f"{name} is {_shape(table)}; one row per tile and one column per spatial axis: (N, {axes})")
-    return table
-
-
-def _sizes(name: str, value: Size, axes: int) -> NDArray[np.int64]:
-    sizes = _integers(name, value)
-    if sizes.shape != (axes,):
-        raise TileError(f"{name} is {list(value)}; {axes} spatial axes need {axes} numbers")
+def _sizes(name: str, value: Size, axes: int) -> list[int]:
+    try:
+        sizes = [operator.index(number) for number in value]
+    except TypeError as error:
+        raise TileError(f"{name} is {value!r}; {axes} spatial axes need {axes} whole numbers") from error
+    if len(sizes) != axes or not all(abs(number) <= _FARTHEST_PX for number in sizes):
+        raise TileError(f"{name} is {sizes}; {axes} spatial axes need {axes} whole numbers within 2^48")
     return sizes
 
 
@@ -434,9 +453,9 @@ def _parts(
             "one row per tile"
         )
     for name, start, whole in (("tile", source, tiles.shape[2:]), ("output", target, spatial)):
-        outside = ((start < 0) | (extent < 0) | (start + extent > whole)).any(axis=1)
+        outside = (start < 0) | (extent < 0) | (start > np.subtract(whole, extent))  # no sum that could overflow
         if outside.any():
-            n = int(outside.argmax())
+            n = int(outside.any(axis=1).argmax())
             raise TileError(
                 f"tile {n}: {extent[n].tolist()} samples at {start[n].tolist()} leave the {name} of {list(whole)}; "
                 "parts must lie inside"
@@ -446,35 +465,39 @@ def _parts(
 
 def _labels(
     op: str, channels: int, threshold: ArrayLike | None, values: ArrayLike | None
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+) -> tuple[list[float], list[int]]:
     """Thresholds (K,) and label values as the kernels take them; empty where the operation has none."""
     if op != "threshold" and threshold is not None:
         raise ContractError(f"threshold {threshold} given for op {op!r}, which has none; leave it out")
     if op not in ("argmax", "threshold"):
         if values is not None:
             raise ContractError(f"values given for op {op!r}, which writes no labels; leave them out")
-        return np.empty(0, np.float32), np.empty(0, np.uint8)
-    bounds = np.empty(0, np.float32)
+        return [], []
+    bounds: list[float] = []
     count = 2
     if op == "threshold":
         if threshold is None:
             raise ContractError("op 'threshold' without a threshold; give one number, or one per channel")
-        bounds = _per_channel("threshold", threshold, channels).astype(np.float32)
+        bounds = _per_channel("threshold", threshold, channels)
     else:
         count = channels
         if channels > 256:
             raise ContractError(f"argmax over {channels} channels does not fit uint8; at most 256 classes do")
-    table = np.arange(count) if values is None else np.asarray(values)
-    if table.shape != (count,) or table.dtype.kind not in "iu" or (table < 0).any() or (table > 255).any():
-        raise ContractError(f"values {table.tolist()}: op {op!r} needs {count} whole numbers from 0 to 255")
-    return bounds, table.astype(np.uint8)
+    if values is None:
+        return bounds, list(range(count))
+    table = np.asarray(values)
+    labels: list[int] = table.tolist() if table.ndim == 1 and table.dtype.kind in "iu" else []
+    if len(labels) != count or not all(0 <= label <= 255 for label in labels):
+        raise ContractError(f"values {values!r}: op {op!r} needs {count} whole numbers from 0 to 255")
+    return bounds, labels
 
 
-def _per_channel(name: str, value: ArrayLike, channels: int) -> NDArray[np.float64]:
+def _per_channel(name: str, value: ArrayLike, channels: int) -> list[float]:
     numbers = np.asarray(value)
     if numbers.dtype.kind not in "iufb" or numbers.shape not in ((), (1,), (channels,)):
         raise ContractError(f"{name} is {value!r}; give one number, or one per channel ({channels})")
-    return np.ascontiguousarray(np.broadcast_to(numbers.astype(np.float64), (channels,)))
+    listed = [float(number) for number in numbers.ravel().tolist()]
+    return listed if len(listed) == channels else listed * channels
 
 
 def _choice(name: str, value: str, table: dict[str, int], error: type[Exception]) -> int:
