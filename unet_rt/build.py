@@ -22,8 +22,8 @@ from .model import (
     baseline_engine,
     baseline_name,
     blended_spec,
-    kept_share,
     keeps,
+    kept_share,
     largest_halo,
     open_model,
     square_tile,
@@ -31,7 +31,7 @@ from .model import (
 )
 from .parity import Budget, ImageParity, Verdict
 from .predict import MEMORY_SHARE, run
-from .samples import OnePlane, Sample, draw, synthetic
+from .samples import Sample, draw, synthetic
 from .stitch import Blend, Decision
 from .tiles import TileGrid, tile_grid
 
@@ -242,16 +242,13 @@ class _Build:
         if contract.normalization is None:
             self._without_normalization(images, axes, channels)
         contract = self.model.contract
-        self.samples = draw(images, contract, spatial=spatial, axes=axes, channels=channels)
+        self.samples = draw(images, contract, spatial=spatial, network_channels=wanted, axes=axes, channels=channels)
         lows, highs = zip(*((float(s.pixels.min()), float(s.pixels.max())) for s in self.samples), strict=True)
         self.value_range = (min(lows), max(highs))
-        for s in self.samples[:1]:
-            if s.pixels.shape[0] != wanted:
-                raise ContractError(
-                    f"{s.name} has {s.pixels.shape[0]} channels and the network takes {wanted}; choose them with --channels"
-                )
         if len({s.path for s in self.samples}) < 3:
-            self.notes.append(f"parity rests on {len({s.path for s in self.samples})} image(s); three or more prove more")
+            self.notes.append(
+                f"parity rests on {len({s.path for s in self.samples})} image(s); three or more prove more"
+            )
         self.say(f"samples: {len(self.samples)} windows; {self.samples[0].reading}")
 
     def _without_normalization(self, images: Sequence[Any], axes: str | None, channels: Sequence[int] | None) -> None:
@@ -259,7 +256,14 @@ class _Build:
         from .contract_io import missing_normalization
         from .image import open_image
 
-        with open_image(images[0], self.model.contract, axes=axes, channels=channels, spatial=self.model.spatial) as source:
+        with open_image(
+            images[0],
+            self.model.contract,
+            axes=axes,
+            channels=channels,
+            spatial=self.model.spatial,
+            network_channels=self.model.channels,
+        ) as source:
             if source.dtype.kind in "iu":
                 raise missing_normalization(source)
         self.model = replace(self.model, contract=replace(self.model.contract, normalization=Normalization("none")))
@@ -273,7 +277,9 @@ class _Build:
         output = self.model.report.outputs[0]
         tile = square_tile(self.spec.sizes, self.spec.outputs, 256 * 256)
         values = [self.baseline.run(_tile_of(s, self.spec, tile, self.threads))[0] for s in self.samples[:4]]
-        contract = resolve_task(self.model.contract, output.channels, self.model.report.final_ops[0], np.concatenate(values))
+        contract = resolve_task(
+            self.model.contract, output.channels, self.model.report.final_ops[0], np.concatenate(values)
+        )
         if self.value_range is not None and contract.value_range is None:
             contract = replace(contract, value_range=self.value_range)
         self.spec = replace(self.spec, contract=contract)
@@ -292,7 +298,9 @@ class _Build:
         if contract.task == "regression":
             self.first["output_range"] = [float(raw.min()), float(raw.max())]
             if raw.max() == raw.min():
-                self.warnings.append(f"the output is constant ({raw.max():g}): check --normalize first, then --channels")
+                self.warnings.append(
+                    f"the output is constant ({raw.max():g}): check --normalize first, then --channels"
+                )
             return
         masks = parity.labels(raw, contract)
         names = contract.classes
@@ -309,7 +317,9 @@ class _Build:
 
     # 3 ---------------------------------------------------------------------------------------------------------------
 
-    def choose_tiling(self, tile: Sequence[int] | None, halo: str | int, overlap: Sequence[int] | None, blend: Blend) -> None:
+    def choose_tiling(
+        self, tile: Sequence[int] | None, halo: str | int, overlap: Sequence[int] | None, blend: Blend
+    ) -> None:
         if not self.model.exact:
             if halo not in ("auto",):
                 raise TileError(
@@ -344,8 +354,10 @@ class _Build:
         elif halo == "measured":
             self._measure_halo()
         elif halo in ("auto", "exact"):
-            largest = self.spec.tile if fixed_tile or not self.spec.free_size else square_tile(
-                self.spec.sizes, self.spec.outputs, TILE_AREAS[-1]
+            largest = (
+                self.spec.tile
+                if fixed_tile or not self.spec.free_size
+                else square_tile(self.spec.sizes, self.spec.outputs, TILE_AREAS[-1])
             )
             share = kept_share(self.spec, largest)
             cost = f"{1 / share:.2f} times the work" if share else "more than such a tile holds"
@@ -357,14 +369,18 @@ class _Build:
                     "with --samples a smaller one is measured"
                 )
             else:
-                self.notes.append(f"the exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px, so it was measured")
+                self.notes.append(
+                    f"the exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px, so it was measured"
+                )
                 self._measure_halo()
         else:
             raise TileError(f"--halo {halo!r} is not exact, measured or a number of samples")
         if not keeps(self.spec, self.spec.tile):
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), PROBE_PX)
             if fixed_tile:
-                raise TileError(f"a tile of {_by(self.spec.tile)} px keeps nothing beside its halo; use {_by(tile)} or more, or --halo measured")
+                raise TileError(
+                    f"a tile of {_by(self.spec.tile)} px keeps nothing beside its halo; use {_by(tile)} or more, or --halo measured"
+                )
             self.spec = replace(self.spec, tile=tile)
 
     def _measure_halo(self) -> None:
@@ -404,7 +420,9 @@ class _Build:
                 low = middle + 1
         limit = high * 8
         if limit >= exact:
-            self.notes.append(f"no halo below the exact {exact} samples is inside the seam budget {self.budget.seam:g}: exact it is")
+            self.notes.append(
+                f"no halo below the exact {exact} samples is inside the seam budget {self.budget.seam:g}: exact it is"
+            )
             return
         self.spec = replace(self.spec, halo="measured", halo_limit=limit)
         self.notes.append(
@@ -426,7 +444,9 @@ class _Build:
             spent += watch.seconds
             self.say(f"baseline {k + 1}/{len(self.samples)}: {sample.name}")
             if spent > SECONDS_FOR_PARITY and k + 1 < len(self.samples):
-                self.notes.append(f"parity is judged on {k + 1} of {len(self.samples)} samples, to keep the search short")
+                self.notes.append(
+                    f"parity is judged on {k + 1} of {len(self.samples)} samples, to keep the search short"
+                )
                 break
         self.samples = kept
         if not self.spec.exact and self.spec.free_size:
@@ -470,7 +490,9 @@ class _Build:
             verdict = self._verdict(self.engines[candidate.backend, candidate.precision])
             self.candidates[k] = self._measured(candidate, tile, timing, verdict)
 
-    def _measured(self, candidate: Candidate, tile: tuple[int, ...], timing: bench.Timing, verdict: Verdict | None) -> Candidate:
+    def _measured(
+        self, candidate: Candidate, tile: tuple[int, ...], timing: bench.Timing, verdict: Verdict | None
+    ) -> Candidate:
         return replace(
             candidate,
             tile=tile,
@@ -485,7 +507,9 @@ class _Build:
         images = []
         for sample, whole in zip(self.samples, self.whole, strict=True):
             tile = self.spec.tile
-            if self.spec.exact and self.spec.free_size:  # tiles smaller than the sample, so that seams are part of the exam
+            if (
+                self.spec.exact and self.spec.free_size
+            ):  # tiles smaller than the sample, so that seams are part of the exam
                 half = square_tile(self.spec.sizes, self.spec.used_outputs(), max(prod(sample.shape) // 4, 1))
                 tile = tuple(min(a, b) for a, b in zip(half, tile, strict=True))
                 tile = tile if keeps(self.spec, tile) else self.spec.tile
@@ -500,7 +524,9 @@ class _Build:
         if not accepted:
             tried = [c for c in self.candidates if c.verdict is not None]
             reasons = "; ".join(f"{c.backend} {c.precision}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
-            raise ParityError(f"no candidate is inside the budget: {reasons}; allow more with --budget, or pass --precision fp32")
+            raise ParityError(
+                f"no candidate is inside the budget: {reasons}; allow more with --budget, or pass --precision fp32"
+            )
         best = min(accepted, key=lambda c: c.latency_ms or 0.0)
         engine = self.engines[best.backend, best.precision]
         px, latency = prod(best.tile), best.latency_ms or 0.0
@@ -514,7 +540,9 @@ class _Build:
                 if prod(larger) <= prod(best.tile):
                     continue
                 if latency * grown / 1e3 > LARGEST_RUN_S:
-                    self.notes.append(f"tiles above {_by(best.tile)} px were not tried: one would take {latency * grown / 1e3:.0f} s")
+                    self.notes.append(
+                        f"tiles above {_by(best.tile)} px were not tried: one would take {latency * grown / 1e3:.0f} s"
+                    )
                     break
                 if bytes_per_px * prod(larger) > MEMORY_SHARE * machine.memory_bytes():
                     self.notes.append(f"tiles above {_by(best.tile)} px were not tried: too little memory is free")
@@ -560,7 +588,11 @@ class _Build:
             "budget": vars(self.budget),
             "graph_sha256": sha256(graph),
             "model_sha256": sha256(self.model.given),
-            "baseline": {"backend": baseline_name(), "precision": "fp32", "whole": self.spec.exact and self.spec.free_size},
+            "baseline": {
+                "backend": baseline_name(),
+                "precision": "fp32",
+                "whole": self.spec.exact and self.spec.free_size,
+            },
             "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, "cpu"),
             "machine": machine.describe(),
             "batch": [1],
@@ -574,7 +606,7 @@ class _Build:
         files: dict[Any, Path] = {"model": self.model.given, "graph": graph, "parity": parity_file}
         if keep_exam:
             files["exam"] = self.work / "exam.npz"
-            np.savez_compressed(files["exam"], allow_pickle=False, **self._exam())
+            np.savez_compressed(files["exam"], **self._exam())  # type: ignore[arg-type]
         for engine in (*self.engines.values(), self.baseline):
             engine.close()
         write_folder(folder, self.spec, files, overwrite=overwrite)
@@ -679,5 +711,5 @@ def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0,
 
     decision = Decision("copy", channels, np.dtype(np.float32))
     with sample.source(engine.spec.contract) as source:
-        run(engine, source, grid, decision, keep, output=output, threads=threads, normalized=OnePlane(sample.numbers))
+        run(engine, source, grid, decision, keep, sample.affines, output=output, threads=threads)
     return result

@@ -6,7 +6,6 @@ Exit codes: 0 good, 1 the answer is no (parity failed, budget missed), 2 wrong u
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -89,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--halo", default="auto", metavar="exact|measured|N", help="samples discarded at inner tile edges")
     p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
     p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian")
-    p.add_argument("--budget", metavar="KEY=VALUE", nargs="+", default=[], help="label_change=1e-3 dice=0.99 error=1e-2 seam=1e-5")
+    p.add_argument(
+        "--budget", metavar="KEY=VALUE", nargs="+", default=[], help="label_change=1e-3 dice=0.99 error=1e-2 seam=1e-5"
+    )
     p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
     p.add_argument("--overwrite", action="store_true")
     p.add_argument("--threads", type=int, default=0, metavar="N")
@@ -118,7 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--baseline", metavar="MODEL.onnx", help="another FP32 graph to compare with")
     p.add_argument("--budget", metavar="KEY=VALUE", nargs="+", default=[])
     p.add_argument("--tile", type=_shape, metavar="HxW")
-    p.add_argument("--picture", metavar="PNG", default="verify-worst.png", help="picture of the worst tile, drawn if something differs")
+    p.add_argument(
+        "--picture",
+        metavar="PNG",
+        default="verify-worst.png",
+        help="picture of the worst tile, drawn if something differs",
+    )
     p.add_argument("--threads", type=int, default=0, metavar="N")
     _reading_options(p)
 
@@ -146,7 +152,9 @@ def _reading_options(p: argparse.ArgumentParser) -> None:
 
 def _contract_options(p: argparse.ArgumentParser) -> None:
     _reading_options(p)
-    group = p.add_argument_group("the input contract (options win over --contract, which wins over the model's metadata)")
+    group = p.add_argument_group(
+        "the input contract (options win over --contract, which wins over the model's metadata)"
+    )
     group.add_argument("--contract", metavar="FILE.json")
     group.add_argument(
         "--normalize",
@@ -171,8 +179,6 @@ def _shape(text: str) -> tuple[int, ...] | None:
     if any(n < 1 for n in shape):
         raise argparse.ArgumentTypeError(f"{text!r}: sizes are 1 or more")
     return shape
-
-
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -262,7 +268,8 @@ class _Bar:
     """A tqdm bar for work of more than two seconds; silent where stderr is not a terminal."""
 
     def __init__(self, name: str):
-        self._name, self._bar, self._done = name, None, 0
+        self._name, self._done = name, 0
+        self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         if not sys.stderr.isatty():
@@ -283,32 +290,24 @@ def _print_json(document: Any) -> None:
     print(record_json(document), end="")
 
 
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return "\n".join("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 # --- verbs ----------------------------------------------------------------------------------------------------------
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from .graph import inspect
-    from .inspect_text import report_text
+    from .reports import inspect_text
 
     report = inspect(args.model)
     if args.json:
         _print_json(report.to_json())
     else:
-        print(report_text(report))
+        print(inspect_text(report))
     return 0
 
 
 def _build(args: argparse.Namespace) -> int:
     from .build import build
+    from .reports import build_text
 
     reports: list[BuildReport] = []
     engine = build(
@@ -342,67 +341,27 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_text(report: BuildReport) -> str:
-    """What build did, for people."""
-    spec = report.spec
-    contract = spec.contract
-    lines = [
-        f"input   {contract.axes}, {spec.channels} channel(s), normalisation "
-        f"{contract.normalization.method if contract.normalization else 'not declared'}",
-        f"output  {spec.outputs[0].channels} channel(s): {contract.task}, {contract.output_is or 'values'}"
-        + (f", classes {', '.join(contract.classes)}" if contract.classes else ""),
-    ]
-    first = report.first
-    low, high = first["input_range"]
-    text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
-    if "class_share" in first:
-        text += "; " + ", ".join(f"{name} {share:.1%}" for name, share in first["class_share"].items())
-    lines += [text, ""]
-    rows = [("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", "labels changed", "lowest Dice", "")]
-    for k, c in enumerate(report.candidates):
-        v = c.verdict
-        mark = "->" if k == report.chosen else ""
-        if c.latency_ms is None:
-            rows.append((mark, c.backend, c.precision, "", "", "", "", "", "", f"not tried: {c.note}"))
-            continue
-        change = "-" if v is None or v.label_change is None else f"{v.label_change:.4%}"
-        dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
-        if v is not None and v.label_change is None:
-            change = f"error {v.relative:.1e}"
-        note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
-        rows.append(
-            (mark, c.backend, c.precision, _by(c.tile), f"{c.latency_ms:.0f}", f"{c.kept_mpx_per_s or 0:.3g}", f"{c.peak_mb or 0:.0f}", change, dice, note)
-        )
-    lines.append(_table(rows))
-    lines.append("")
-    lines += [f"  {note}" for note in report.notes]
-    if report.whole_mismatch is not None:
-        m = report.whole_mismatch
-        changed = f"{m.label_change:.3%} of labels" if m.label_change is not None else f"{m.relative:.2e} of the output's range"
-        lines.append(f"  tiles against the whole image: {changed} differ on {m.name} (reported, not judged)")
-    on = f"{report.samples} sample window(s)" if report.kind == "samples" else "synthetic tiles (a proof for fp32 only)"
-    lines += ["", f"{report.folder}: {spec.backend} {spec.precision}, parity on {on}"]
-    if report.advice:
-        lines.append(f"to prove it on your images, and to allow faster precisions: {report.advice}")
-    return "\n".join(lines)
-
-
 def _predict(args: argparse.Namespace) -> int:
     from .contract_io import parse_normalization
     from .engine import load
     from .image import list_images
     from .predict import predict
+    from .reports import run_text
 
     images = list_images(args.images)
     targets = _targets(args, images)
     reports: list[RunReport] = []
     written: list[Path] = []
     normalization = parse_normalization(args.normalize, None) if args.normalize else None
-    with load(args.engine, device=args.device, threads=args.threads or None, accept_unverified=args.accept_unverified) as engine:
+    with load(
+        args.engine, device=args.device, threads=args.threads or None, accept_unverified=args.accept_unverified
+    ) as engine:
         if args.accept_unverified:
             print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
         for image, target in zip(images, targets, strict=True):
-            overlay = target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png") if args.overlay else None
+            overlay = (
+                target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png") if args.overlay else None
+            )
             predict(
                 engine,
                 image,
@@ -421,7 +380,7 @@ def _predict(args: argparse.Namespace) -> int:
                 report=reports.append,
             )
             written.append(target)
-            _print_run(args, reports[-1], target)
+            print(run_text(reports[-1], target), file=_out(args))
     if args.json:
         _print_json([{**r.to_json(), "out": str(t)} for r, t in zip(reports, written, strict=True)])
     return 0
@@ -451,27 +410,8 @@ def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
     return targets
 
 
-def _print_run(args: argparse.Namespace, report: RunReport, target: Path) -> None:
-    stream = _out(args)
-    print(report.reading, file=stream)
-    halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
-    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
-    print(
-        f"  {report.backend} {report.precision} on {report.device}; {report.tiles} tiles of {_by(report.tile)} px, {halo}; "
-        f"{report.mpx:.3g} Mpx in {report.seconds:.2f} s ({report.mpx_per_s:.3g} Mpx/s; seconds busy: {stages}); "
-        f"peak memory {report.peak_rss_bytes / 1e6:.0f} MB",
-        file=stream,
-    )
-    if report.class_share:
-        print("  " + ", ".join(f"{name} {share:.2%}" for name, share in report.class_share.items()), file=stream)
-    if report.outside_range:
-        print(f"  {report.outside_range:.3%} of pixels lie outside the range seen at build", file=stream)
-    for note in report.notes:
-        print(f"  {note}", file=stream)
-    print(f"  -> {target}", file=stream)
-
-
 def _verify(args: argparse.Namespace) -> int:
+    from .reports import verify_text
     from .verify import verify
 
     report = verify(
@@ -488,34 +428,9 @@ def _verify(args: argparse.Namespace) -> int:
         say=_say(args),
     )
     _clear()
-    stream = _out(args)
     if args.json:
         _print_json(report.to_json())
-    v = report.verdict
-    on = "its exam" if report.kind == "exam" else f"{len(v.images)} window(s)"
-    print(f"{args.engine} on {on}: {'inside' if report.accepted else 'OUTSIDE'} the budget", file=stream)
-    if v.label_change is not None:
-        print(
-            f"  labels changed: worst {v.label_change:.4%}, mean {v.mean_label_change:.4%} (budget {report.budget.label_change:.4%}); "
-            + (f"lowest Dice {v.dice:.4f} (budget {report.budget.dice})" if v.dice is not None else "no class large enough for Dice"),
-            file=stream,
-        )
-    print(f"  largest error {v.max_abs:.3g}, {v.relative:.2e} of the output's range", file=stream)
-    if report.seams is not None:
-        equal = "tiled equals whole, bit for bit" if report.seams.max_abs == 0 else f"tiling alone changes values by {report.seams.max_abs:.2e}"
-        print(f"  {equal} (FP32)", file=stream)
-    if report.growth:
-        print(f"  growing images to accepted sizes changes {report.growth:.3%} of labels near their right and bottom edges", file=stream)
-    if report.truth is not None:
-        t = report.truth
-        print(
-            f"  against labels: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} (FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f})",
-            file=stream,
-        )
-    for line in (*v.reasons, *report.notes):
-        print(f"  {line}", file=stream)
-    if report.picture is not None:
-        print(f"  worst tile: {report.picture}", file=stream)
+    print(verify_text(report), file=_out(args))
     return 0 if report.accepted else 1
 
 
@@ -534,7 +449,9 @@ def _demo(args: argparse.Namespace) -> int:
     from .demo import demo
 
     begun = time.perf_counter()
-    result = demo(Path(args.out), size=args.size, say=lambda text: print(text, file=_out(args), flush=True), progress=_Bar("demo"))
+    result = demo(
+        Path(args.out), size=args.size, say=lambda text: print(text, file=_out(args), flush=True), progress=_Bar("demo")
+    )
     if args.json:
         _print_json(result)
     print(f"done in {time.perf_counter() - begun:.0f} s; look at {Path(args.out) / 'report.md'}", file=_out(args))

@@ -116,9 +116,7 @@ class EngineSpec:
             return self.outputs
         return tuple(with_halo(o, self.halo_limit) for o in self.outputs)
 
-    def grid(
-        self, image: Sequence[int], tile: Sequence[int] | None = None, max_px: int | None = None
-    ) -> TileGrid:
+    def grid(self, image: Sequence[int], tile: Sequence[int] | None = None, max_px: int | None = None) -> TileGrid:
         """The tiles for an image of spatial shape ``image``.
 
         Args:
@@ -284,7 +282,7 @@ class EngineFolder:
     parity: Mapping[str, Any] | None
 
     def file(self, kind: FileKind) -> Path:
-        return self.path / self.files[kind]["name"]
+        return self.path / str(self.files[kind]["name"])
 
     def exam(self) -> dict[str, npt.NDArray[Any]] | None:
         """Arrays of the exam: ``input`` and ``output_0``, ``output_1``, ...; None where the engine has none."""
@@ -294,7 +292,9 @@ class EngineFolder:
             return {name: archive[name] for name in archive.files}
 
 
-def write_folder(folder: Path, spec: EngineSpec, files: Mapping[FileKind, Path], *, overwrite: bool = False) -> EngineFolder:
+def write_folder(
+    folder: Path, spec: EngineSpec, files: Mapping[FileKind, Path], *, overwrite: bool = False
+) -> EngineFolder:
     """Writes an engine folder; a reader sees the old one, or the new one, never a mixture.
 
     Args:
@@ -393,10 +393,14 @@ def read_folder(folder: str | Path) -> EngineFolder:
         if not file.is_file():
             raise EngineError(f"{file} is missing from the engine; copy the folder whole, or build again")
         if sha256(file) != entry.get("sha256"):
-            raise EngineError(f"{file} is not the file that was built (its SHA-256 differs); copy it again, or build again")
+            raise EngineError(
+                f"{file} is not the file that was built (its SHA-256 differs); copy it again, or build again"
+            )
     try:
         spec = EngineSpec.from_json(document)
-        parity = json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
+        parity = (
+            json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
+        )
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise EngineError(f"{path} is damaged ({type(error).__name__}: {error}); build the engine again") from error
     return EngineFolder(folder, spec, files, parity)
@@ -453,4 +457,3 @@ def load(
         engine.close()
         raise
     return engine
-

@@ -66,21 +66,31 @@ def sit_if_elsewhere(engine: Engine) -> None:
     exam = folder.exam()
     if exam is None:
         if engine.spec.precision == "fp32":
-            log.warning("%s: built elsewhere (%s differs) and carries no exam; run unet-rt verify on images of yours", folder.path, changed)
+            log.warning(
+                "%s: built elsewhere (%s differs) and carries no exam; run unet-rt verify on images of yours",
+                folder.path,
+                changed,
+            )
             return
         raise EngineError(
             f"{folder.path}: built elsewhere ({changed} differs) and carries no exam; build it here, or load it with --accept-unverified"
         )
     verdict = sit(engine, exam)
     if not verdict.accepted:
-        raise ParityError(f"{folder.path}: fails its exam on this machine: {'; '.join(verdict.reasons)}; build it again here")
+        raise ParityError(
+            f"{folder.path}: fails its exam on this machine: {'; '.join(verdict.reasons)}; build it again here"
+        )
     log.info("%s: built elsewhere (%s differs); passed its exam here", folder.path, changed)
 
 
 def sit(engine: Engine, exam: Mapping[str, Array]) -> parity.Verdict:
     """Runs the exam's tiles one by one and judges them by the budget on record."""
     folder = engine.folder
-    budget = parity.Budget(**folder.parity["budget"]) if folder is not None and folder.parity is not None else parity.Budget()
+    budget = (
+        parity.Budget(**folder.parity["budget"])
+        if folder is not None and folder.parity is not None
+        else parity.Budget()
+    )
     contract: Contract = engine.spec.contract
     results = []
     for k, tile in enumerate(exam["input"]):

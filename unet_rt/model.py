@@ -90,13 +90,16 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
 
     from . import contract_io
     from .free import free_spatial
-    from .graph import inspect, read_model
+    from .graph import inspect
+    from .onnx_file import load_model
 
     given = Path(path)
     declared = Contract()
     if given.suffix.lower() in (".yaml", ".yml", ".zip") or given.is_dir():
-        declared, given = contract_io.contract_from_rdf(given)
-    proto = read_model(given)
+        declared, given = contract_io.contract_from_rdf(
+            given, work, normalization=options.normalization if options else None
+        )
+    proto = load_model(given)
     declared = declared.over(contract_io.contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
     if contract is not None:
         declared = contract_io.contract_from_file(contract).over(declared)
@@ -211,7 +214,10 @@ def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, b
 def kept_share(spec: EngineSpec, tile: Sequence[int]) -> float:
     """Kept over computed pixels of inner tiles; 0 where the tile keeps nothing."""
     if spec.overlap is not None:
-        steps = [max(s.stride, (t - o) // s.stride * s.stride) for t, o, s in zip(tile, spec.overlap, spec.sizes, strict=True)]
+        steps = [
+            max(s.stride, (t - o) // s.stride * s.stride)
+            for t, o, s in zip(tile, spec.overlap, spec.sizes, strict=True)
+        ]
         return prod(steps) / prod(tile)
     ratio = cost_ratio(tile, spec.sizes, spec.used_outputs())
     return 0.0 if ratio is None else 1 / ratio

@@ -72,9 +72,11 @@ def labels(raw: Array, contract: Contract) -> Array:
     """Labels (uint8) of the network's own values ``raw`` (K, *spatial): (1 or K, *spatial). NumPy, for judging only."""
     decision = decide(contract, len(raw), "mask")
     if decision.op == "argmax":
-        return np.argmax(raw, axis=0).astype(np.uint8)[None]
+        winner: Array = np.argmax(raw, axis=0).astype(np.uint8)[None]
+        return winner
     limits = np.array(decision.threshold, dtype=np.float32).reshape(-1, *[1] * (raw.ndim - 1))
-    return (raw > limits).astype(np.uint8)
+    above: Array = (raw > limits).astype(np.uint8)
+    return above
 
 
 def dice(a: Array, b: Array) -> float:

@@ -20,7 +20,16 @@ RGB = npt.NDArray[np.uint8]
 
 # Okabe & Ito (2008): told apart by colour-blind readers; label 0 stays uncoloured
 COLOURS = np.array(
-    [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)],
+    [
+        (0, 0, 0),
+        (230, 159, 0),
+        (86, 180, 233),
+        (0, 158, 115),
+        (240, 228, 66),
+        (0, 114, 178),
+        (213, 94, 0),
+        (204, 121, 167),
+    ],
     dtype=np.uint8,
 )
 LONGEST_PX = 2048  # longer pictures are drawn from every k-th pixel

@@ -14,24 +14,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import kernels, machine
+from .contract import Normalization
 from .engine import Engine, EngineSpec
 from .errors import BackendError, ContractError, ImageError
-from .normalize import Affine, Affines, affine
+from .normalize import Affine, Affines, OnePlane, affine
+from .pictures import OverlayCollector
 from .stitch import BandStitcher, Decision, OutputKind, decide
 from .tiles import Ints, TileGrid, border_window
 
 if TYPE_CHECKING:
     from .image import Source
 
-Progress = Callable[[int, int], None]
 Array = npt.NDArray[Any]
-T = TypeVar("T")
+Progress = Callable[[int, int], None]  # (tiles done, tiles in all)
+Write = Callable[[int, int, Array], None]  # (plane, first row, band)
 
 MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles
 
@@ -87,11 +89,13 @@ def predict(
     out: str | Path | None = None,
     output: OutputKind | None = None,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int] | str | None = None,
     tile: Sequence[int] | None = None,
     batch: int = 1,
     threads: int = 0,
     mask_values: Sequence[int] = (),
+    normalization: Normalization | None = None,
+    overlay: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     report: Callable[[RunReport], None] | None = None,
@@ -109,6 +113,8 @@ def predict(
         batch: Tiles per run.
         threads: Threads of the kernels; 0: as many as affinity and quota allow.
         mask_values: Value of every label in a mask, e.g. ``(0, 255)``.
+        normalization: For engines whose contract declares none; any other engine has its own.
+        overlay: PNG of the mask drawn over the image, to be written as well (every k-th pixel of large images).
         overwrite: Replace an existing ``out``.
         progress: Called with (tiles done, tiles in all).
         report: Called with the :class:`RunReport` at the end.
@@ -124,53 +130,81 @@ def predict(
     from .output import open_output
 
     spec = engine.spec
-    with open_image(image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial) as source:
-        check_source(spec, source)
+    with open_image(
+        image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels
+    ) as source:
         decision = decide(spec.contract, spec.outputs[0].channels, output, tuple(mask_values))
+        if overlay is not None and decision.dtype != np.uint8:
+            raise ContractError("an overlay shows a mask; leave --overlay away, or use --output mask")
         grid = plan(spec, source, tile=tile, batch=batch)
+        affines = affine(normalization_of(spec, source, normalization), source)
         shape = grid.out_shape(0)
+        collector = None if overlay is None else OverlayCollector(shape)
+
+        def finish(write: Write) -> RunReport:
+            def both(plane: int, start: int, band: Array) -> None:
+                write(plane, start, band)
+                if collector is not None:
+                    collector(plane, start, band)
+
+            return run(engine, source, grid, decision, both, affines, batch=batch, threads=threads, progress=progress)
+
         if out is None:
             lead = (decision.channels,) if decision.channels else ()
             result = np.empty((source.planes, *lead, *shape), dtype=decision.dtype)
 
             def keep(plane: int, start: int, band: Array) -> None:
-                view = result[plane] if not lead else np.moveaxis(result[plane], 1, 0)
-                rows = band if not lead else np.moveaxis(band, 1, 0)
-                view[start : start + len(rows)] = rows
+                rows = slice(start, start + band.shape[len(lead)])
+                (result[plane, :, rows] if lead else result[plane, rows])[...] = band
 
-            finished = run(engine, source, grid, decision, keep, batch=batch, threads=threads, progress=progress)
-            if report is not None:
-                report(finished)
-            return result.reshape(*source.plane_shape, *lead, *shape)
-        with open_output(
-            out,
-            shape=shape,
-            planes=source.planes,
-            plane_shape=source.plane_shape,
-            plane_axes=source.plane_axes,
-            channels=decision.channels,
-            dtype=decision.dtype,
-            source=source,
-            overwrite=overwrite,
-        ) as sink:
+            finished = finish(keep)
+        else:
+            with open_output(
+                out,
+                shape=shape,
+                planes=source.planes,
+                plane_shape=source.plane_shape,
+                plane_axes=source.plane_axes,
+                channels=decision.channels,
+                dtype=decision.dtype,
+                source=source,
+                overwrite=overwrite,
+            ) as sink:
 
-            def write(plane: int, start: int, band: Array) -> None:
-                sink.write(plane, (start,) + (0,) * (len(shape) - 1), band)
+                def write(plane: int, start: int, band: Array) -> None:
+                    sink.write(plane, (start,) + (0,) * (len(shape) - 1), band)
 
-            finished = run(engine, source, grid, decision, write, batch=batch, threads=threads, progress=progress)
-            sink.commit()
+                finished = finish(write)
+                sink.commit()
+        if collector is not None and overlay is not None:
+            collector.draw(source, Path(overlay))
         if report is not None:
             report(finished)
-        return Path(out)
+        if out is not None:
+            return Path(out)
+        return result.reshape(*source.plane_shape, *lead, *shape)
 
 
-def check_source(spec: EngineSpec, source: Source) -> None:
-    """Raises where the image does not fit the contract."""
-    if source.channels != spec.channels:
-        raise ContractError(
-            f"{source.name} has {source.channels} channels and the network takes {spec.channels}; "
-            f"choose them with --channels, e.g. --channels {','.join(str(k % max(source.channels, 1)) for k in range(spec.channels))}"
-        )
+def normalization_of(spec: EngineSpec, source: Source, given: Normalization | None) -> Normalization:
+    """The contract's normalisation; ``given`` where it declares none; none at all for floating-point pixels.
+
+    Raises:
+        ContractError: Two declarations, or integer pixels and none.
+    """
+    declared = spec.contract.normalization
+    if declared is not None:
+        if given is not None and given != declared:
+            raise ContractError(
+                f"the engine was built and proven with normalisation {declared.method}; build it again to change that"
+            )
+        return declared
+    if given is not None:
+        return given
+    if source.dtype.kind in "iu":
+        from .contract_io import missing_normalization
+
+        raise missing_normalization(source)
+    return Normalization("none")
 
 
 def plan(spec: EngineSpec, source: Source, *, tile: Sequence[int] | None = None, batch: int = 1) -> TileGrid:
@@ -247,13 +281,13 @@ def run(
     source: Source,
     grid: TileGrid,
     decision: Decision,
-    write: Callable[[int, int, Array], None],
+    write: Write,
+    affines: Affines | OnePlane,
     *,
     output: int = 0,
     batch: int = 1,
     threads: int = 0,
     progress: Progress | None = None,
-    normalized: Affines | None = None,
 ) -> RunReport:
     """Runs all planes of a source; ``write(plane, first row, band)`` receives finished bands in order.
 
@@ -263,17 +297,15 @@ def run(
         grid: Its tiles.
         decision: What becomes of output ``output``.
         write: Called from one thread, bands of a plane from top to bottom, planes in order.
+        affines: The image's normalisation in numbers.
         output: Which output of the graph.
         batch: Tiles per run.
         threads: Of the kernels.
         progress: Called from the caller's thread with (tiles done, tiles in all).
-        normalized: Statistics already taken, else they are taken first.
     """
     spec = engine.spec
     begun = time.perf_counter()
     clock, stop, errors = _Clock(), threading.Event(), list[BaseException]()
-    with clock("read"):
-        affines = normalized or affine(_normalization(spec), source)
     gathered, outputs = _Channel(2, stop), _Channel(2, stop)
     watch = _RangeWatch(spec.contract.value_range)
     shares = np.zeros(256, dtype=np.int64)
@@ -362,12 +394,6 @@ def run(
         class_share=_class_share(shares, decision, spec),
         outside_range=watch.share(),
     )
-
-
-def _normalization(spec: EngineSpec) -> Any:
-    if spec.contract.normalization is None:
-        raise ContractError("the engine's contract declares no normalisation; build it again with --normalize")
-    return spec.contract.normalization
 
 
 def _class_share(shares: npt.NDArray[np.int64], decision: Decision, spec: EngineSpec) -> dict[str, float]:

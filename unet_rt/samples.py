@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .contract import Contract
 from .errors import ImageError
-from .normalize import Affine, affine
+from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
 
 if TYPE_CHECKING:
@@ -54,22 +54,23 @@ class Sample:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.pixels.shape[1:])
 
+    @property
+    def affines(self) -> OnePlane:
+        return OnePlane(self.numbers)
+
     def source(self, contract: Contract) -> Source:
-        """The window as an image of its own (its statistics remain those of the whole: pass ``self`` as ``normalized``)."""
+        """The window as an image of its own; its normalisation remains that of the whole image (``affines``)."""
         from .image import open_image
 
         spatial = self.pixels.ndim - 1
-        return open_image(self.pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial)
-
-
-@dataclass(frozen=True)
-class OnePlane:
-    """The normalisation of a sample, in the form that ``predict.run`` asks for."""
-
-    numbers: Affine
-
-    def plane(self, plane: int) -> Affine:
-        return self.numbers
+        return open_image(
+            self.pixels,
+            contract,
+            axes="C" + "ZYX"[-spatial:],
+            spatial=spatial,
+            network_channels=len(self.pixels),
+            name=self.name,
+        )
 
 
 def draw(
@@ -77,8 +78,9 @@ def draw(
     contract: Contract,
     *,
     spatial: int,
+    network_channels: int,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int] | str | None = None,
     count: int = 20,
     max_px: int = 1024 * 1024,
     check: bool = True,
@@ -94,10 +96,15 @@ def draw(
 
     if not images:
         raise ImageError("no sample images; pass files or a folder with --samples")
-    chosen = [images[round(k * (len(images) - 1) / max(1, min(count, len(images)) - 1))] for k in range(min(count, len(images)))]
+    chosen = [
+        images[round(k * (len(images) - 1) / max(1, min(count, len(images)) - 1))]
+        for k in range(min(count, len(images)))
+    ]
     samples = []
     for position, image in enumerate(chosen):
-        with open_image(image, contract, axes=axes, channels=channels, spatial=spatial) as source:
+        with open_image(
+            image, contract, axes=axes, channels=channels, spatial=spatial, network_channels=network_channels
+        ) as source:
             share = count // len(chosen) + (position < count % len(chosen))
             planes = sorted({round(p) for p in np.linspace(0, source.planes - 1, max(1, min(share, source.planes)))})
             normalization = contract.normalization
@@ -173,7 +180,9 @@ def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, s
             pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * 255).astype(np.uint8)
         from .image import open_image
 
-        with open_image(pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial) as source:
+        with open_image(
+            pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial, network_channels=channels
+        ) as source:
             if contract.normalization is None:
                 mean, std = float(pixels.mean()), float(pixels.std())
                 numbers = Affine(np.full(channels, mean, np.float32), np.full(channels, std, np.float32), None)

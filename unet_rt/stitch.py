@@ -78,7 +78,9 @@ def decide(
         raise ContractError(f"{labels} classes do not fit a uint8 mask; use --output raw and take the argmax yourself")
     values = mask_values or tuple(range(labels))
     if len(values) != labels or not all(0 <= v <= 255 for v in values):
-        raise ContractError(f"--mask-values {','.join(map(str, values))} must be {labels} numbers of 0 to 255, one per label")
+        raise ContractError(
+            f"--mask-values {','.join(map(str, values))} must be {labels} numbers of 0 to 255, one per label"
+        )
     if task == "multiclass":
         return Decision("argmax", 0, np.dtype(np.uint8), values=values)
     threshold = contract.threshold or (0.5,)

@@ -60,7 +60,7 @@ def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField]) -> Canvas:
 
 
 def exact_step(tile: int, stride: int, fields: Sequence[AxisField]) -> int:
-    """Distance of tile origins in pixels: what a tile keeps between its halos, rounded down to the stride; may be <= 0."""
+    """Distance of tile origins in pixels: what a tile keeps between its halos, down to the stride; may be <= 0."""
     kept = min((f.out_size(tile) - sum(f.halo)) / f.scale for f in fields)
     return int(kept // stride) * stride
 
@@ -114,13 +114,15 @@ class AxisTiles:
 def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int) -> AxisTiles:
     last = canvas.size - tile
     if last % stride:
-        raise TileError(f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}")
+        raise TileError(
+            f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}"
+        )
     return AxisTiles(canvas, tile, tuple(sorted({min(start, last) for start in range(0, last + step, step)})))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the kept samples of some tiles come from and go to, for one output: arrays of shape (tiles, axes), int64."""
+    """Where the kept samples of some tiles come from and go to, for one output: int64 (tiles, axes)."""
 
     source: Ints
     target: Ints
@@ -134,7 +136,7 @@ class TileGrid:
     Attributes:
         axes: One :class:`AxisTiles` per spatial axis.
         outputs: The output fields, halos as used (exact, measured or given).
-        blended: Tiles overlap and are averaged with weights (networks that cannot be tiled exactly); halos play no role.
+        blended: Tiles overlap and are averaged with weights (networks without exact tiling); halos play no role.
     """
 
     axes: tuple[AxisTiles, ...]
@@ -193,7 +195,9 @@ class TileGrid:
     @cached_property
     def _covered(self) -> list[list[Ints]]:
         """As ``_owned``, but all a tile covers of the image, for blending."""
-        return [[np.array(list(_covered(axis, f)), dtype=np.int64) for axis, f in self._paired(o)] for o in self.outputs]
+        return [
+            [np.array(list(_covered(axis, f)), dtype=np.int64) for axis, f in self._paired(o)] for o in self.outputs
+        ]
 
     def _paired(self, output: OutputField) -> Iterator[tuple[AxisTiles, AxisField]]:
         return zip(self.axes, output.field, strict=True)
@@ -239,7 +243,7 @@ def tile_grid(
 
     Args:
         image: Spatial shape in pixels.
-        tile: Tile size in pixels per axis. Larger than the canvas: taken down to it (the smallest that holds the image).
+        tile: Tile size in pixels per axis. Larger than the canvas: taken down to it.
         sizes: Accepted sizes per axis.
         outputs: What the outputs depend on, halos as they are to be used.
         overlap: Pixels shared by neighbouring tiles, per axis, for tiles that are blended. None: exact tiles, whose
@@ -249,7 +253,9 @@ def tile_grid(
         TileError: A tile that the graph does not accept or that keeps nothing; an overlap outside [0, tile).
     """
     if not len(image) == len(tile) == len(sizes):
-        raise TileError(f"image {_by(image)} and tile {_by(tile)} do not both have the network's {len(sizes)} spatial axes")
+        raise TileError(
+            f"image {_by(image)} and tile {_by(tile)} do not both have the network's {len(sizes)} spatial axes"
+        )
     axes = []
     for k, (n, t, s) in enumerate(zip(image, tile, sizes, strict=True)):
         fields = [output.field[k] for output in outputs]
@@ -262,14 +268,18 @@ def tile_grid(
                 if t < tile[k] and 0 <= overlap[k] < tile[k]:
                     axes.append(AxisTiles(c, t, (0,)))  # the whole canvas is one tile: nothing to overlap
                     continue
-                raise TileError(f"overlap {overlap[k]} px is outside 0 to {tile[k] - 1} px, the tile being {tile[k]} px")
+                raise TileError(
+                    f"overlap {overlap[k]} px is outside 0 to {tile[k] - 1} px, the tile being {tile[k]} px"
+                )
             step = max(s.stride, (t - overlap[k]) // s.stride * s.stride)
         else:
             step = exact_step(t, s.stride, fields)
             if step <= 0:
                 if t < c.size:
                     halo = max((sum(f.halo) for f in fields), default=0)
-                    hint = "build again with --halo measured" if s.fixed else f"use {smallest_tile(s, fields)} px or more"
+                    hint = (
+                        "build again with --halo measured" if s.fixed else f"use {smallest_tile(s, fields)} px or more"
+                    )
                     raise TileError(f"a tile of {t} px keeps nothing: its halo takes {halo} samples; {hint}")
                 step = s.stride
         axes.append(_axis_tiles(c, t, step, s.stride))
@@ -286,7 +296,11 @@ def _not_accepted(tile: int, sizes: TileSizes) -> str:
     if tile < sizes.minimum:
         return f"tile {tile} px is below the smallest size {sizes.at_least(1)} px that the graph accepts"
     low, high = sizes.at_most(tile), sizes.at_least(tile)
-    rule = f"a multiple of stride {sizes.stride}" if sizes.remainder == 0 else f"{sizes.remainder} modulo stride {sizes.stride}"
+    rule = (
+        f"a multiple of stride {sizes.stride}"
+        if sizes.remainder == 0
+        else f"{sizes.remainder} modulo stride {sizes.stride}"
+    )
     return f"tile {tile} px is not {rule}; use {low} or {high}"
 
 

@@ -1,4 +1,4 @@
-"""An engine against its own ``model.onnx``: FP32, whole image, on the user's pixels. A judge: it returns, it never prints."""
+"""An engine against its own ``model.onnx``: FP32, whole image, the user's pixels. A judge: it never prints."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy.typing as npt
 from . import exam, parity, pictures
 from .build import raw_result, sample_images, whole_grid
 from .engine import Engine, EngineSpec, load
-from .errors import BackendError, EngineError, ImageError
+from .errors import EngineError, GraphError, ImageError
 from .model import Model, baseline_engine, keeps, open_model, square_tile
+from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
 from .samples import Sample, draw
 
@@ -133,10 +134,25 @@ def verify(
             try:
                 files = sample_images(images)
                 samples = draw(
-                    files, loaded.spec.contract, spatial=loaded.spec.spatial, axes=axes, channels=channels, count=count
+                    files,
+                    loaded.spec.contract,
+                    spatial=loaded.spec.spatial,
+                    network_channels=loaded.spec.channels,
+                    axes=axes,
+                    channels=channels,
+                    count=count,
                 )
                 return _verify_images(
-                    loaded, reference, model, samples, labels, allowed, tile, Path(picture) if picture else None, threads, say
+                    loaded,
+                    reference,
+                    model,
+                    samples,
+                    labels,
+                    allowed,
+                    tile,
+                    Path(picture) if picture else None,
+                    threads,
+                    say,
                 )
             finally:
                 reference.close()
@@ -171,8 +187,10 @@ def _verify_images(
         one = parity.compare(wanted, got, spec.contract, sample.name)
         found.append(one)
         if whole_possible:
-            seams.append(parity.compare(wanted, raw_result(reference, sample, small, threads), spec.contract, sample.name))
-            bare = _bare(reference, sample)
+            seams.append(
+                parity.compare(wanted, raw_result(reference, sample, small, threads), spec.contract, sample.name)
+            )
+            bare = _bare(reference, model, sample)
             if bare is not None and bare.shape == wanted.shape:
                 grown = parity.compare(bare, wanted, spec.contract, sample.name)
                 growth.append(grown.relative if grown.label_change is None else grown.label_change)
@@ -196,7 +214,9 @@ def _verify_images(
         max(growth) if growth else None,
         truth,
         drawn,
-        () if whole_possible else ("the baseline runs the same tiles: this network or graph has no whole-image result",),
+        ()
+        if whole_possible
+        else ("the baseline runs the same tiles: this network or graph has no whole-image result",),
     )
 
 
@@ -209,21 +229,16 @@ def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
     return tile if keeps(spec, tile) else spec.tile
 
 
-def _bare(reference: Engine, sample: Sample) -> Array | None:
-    """The network on the image itself, without canvas; None where it does not run at that size, or where that is the canvas."""
+def _bare(reference: Engine, model: Model, sample: Sample) -> Array | None:
+    """The network on the image itself, without canvas; None where it does not run at that size, or that is the canvas."""
     spec = reference.spec
     if spec.canvas_shape(sample.shape) == sample.shape or any(sum(f.shrink) for f in spec.outputs[0].field):
         return None
-    numbers = sample.numbers
-    lead = (-1,) + (1,) * len(sample.shape)
-    x = sample.pixels.astype(np.float32)
-    if numbers.clip is not None:
-        x = np.clip(x, *numbers.clip)
-    x = (x - numbers.offset.reshape(lead)) / numbers.divisor.reshape(lead)
     try:
-        return reference.run(x[None].astype(np.float32))[0][0]
-    except BackendError:
+        model.report.activation_bytes(sample.shape)
+    except GraphError:
         return None  # the graph does not run at this size: there is nothing to compare
+    return reference.run(normalised(sample.pixels, sample.numbers)[None])[0][0]
 
 
 def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, spec: EngineSpec) -> Truth:
@@ -233,7 +248,9 @@ def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, spec: EngineS
     window = tuple(slice(a, a + n) for a, n in zip(sample.start, sample.shape, strict=True))
     truth = truth[window]
     if truth.shape != wanted.shape[1:]:
-        raise ImageError(f"{sample.name}: the label is {truth.shape} and the result {wanted.shape[1:]}; they must be of one size")
+        raise ImageError(
+            f"{sample.name}: the label is {truth.shape} and the result {wanted.shape[1:]}; they must be of one size"
+        )
     channels = len(wanted)
     multi = spec.contract.task == "multiclass" and channels > 2
     scores = []
@@ -264,21 +281,24 @@ def _label_of(sample: Sample, labels: Any) -> Array:
         raise ImageError(f"no label for {sample.path.name}; labels are matched by file name without suffix")
     with open_image(path, Contract(), spatial=len(sample.shape)) as source:
         stop = tuple(source.shape)
-        return np.array(source.read(min(sample.plane, source.planes - 1), (0,) * len(stop), stop))[0]
+        label: Array = np.array(source.read(min(sample.plane, source.planes - 1), (0,) * len(stop), stop))[0]
+        return label
 
 
 def _draw_worst(sample: Sample, wanted: Array, got: Array, spec: EngineSpec, path: Path) -> Path:
     if spec.contract.task == "regression":
         error = np.abs(got[0] - wanted[0])
         a = b = np.zeros(error.shape, np.uint8)
-        y, x = np.unravel_index(int(error.argmax()), error.shape)
+        y, x = (int(v) for v in np.unravel_index(int(error.argmax()), error.shape))
         diff = np.repeat((error / max(float(error.max()), 1e-12) * 255).astype(np.uint8)[..., None], 3, axis=2)
     else:
         a, b = parity.labels(wanted, spec.contract)[0], parity.labels(got, spec.contract)[0]
         diff = pictures.difference(a, b)
         counts = (a != b).astype(np.int64)
         side = 64
-        blocks = np.add.reduceat(np.add.reduceat(counts, np.arange(0, a.shape[0], side), 0), np.arange(0, a.shape[1], side), 1)
+        blocks = np.add.reduceat(
+            np.add.reduceat(counts, np.arange(0, a.shape[0], side), 0), np.arange(0, a.shape[1], side), 1
+        )
         y, x = (int(v) * side + side // 2 for v in np.unravel_index(int(blocks.argmax()), blocks.shape))
     half = 160
     rows = slice(max(0, int(y) - half), int(y) + half)
@@ -295,5 +315,3 @@ def _draw_worst(sample: Sample, wanted: Array, got: Array, spec: EngineSpec, pat
     panels.append(("difference", diff[rows, columns]))
     pictures.comparison(panels, path)
     return path
-
-

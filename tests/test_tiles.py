@@ -1,0 +1,220 @@
+"""Tile geometry: every sample of the image's output is written exactly once, from a place where the halo allows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from math import ceil, prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unet_rt.errors import TileError
+from unet_rt.field import AxisField, OutputField, TileSizes
+from unet_rt.tiles import (
+    border_window,
+    canvas,
+    choose_tile,
+    cost_ratio,
+    exact_step,
+    smallest_tile,
+    tile_grid,
+    with_halo,
+)
+
+ONE = Fraction(1)
+
+
+def same_padded(stride: int = 16, halo: int = 94, scale: Fraction = ONE) -> AxisField:
+    return AxisField(stride, (halo + 13, halo + 13), (halo, halo), (0, 0), scale)
+
+
+PAPER = AxisField(16, (107, 107), (0, 0), (92, 92), ONE)
+PAPER_SIZES = TileSizes(16, 12, 188)
+
+
+def output(*fields: AxisField) -> OutputField:
+    return OutputField("y", "NCYX" if len(fields) == 2 else "NCZYX", 2, fields, True)
+
+
+def test_worked_example_of_a_same_padded_network():
+    field = same_padded()
+    grid = tile_grid((1000,), (512,), (TileSizes(16, 0, 16),), (output(field),))
+    assert grid.axes[0].canvas.size == 1008
+    assert grid.axes[0].starts == (0, 320, 496)
+    assert grid.axes[0].owned(field) == [(0, 0, 418), (98, 418, 320), (242, 738, 262)]
+
+
+def test_worked_example_of_the_papers_network():
+    grid = tile_grid((1000,), (572,), (PAPER_SIZES,), (output(PAPER),))
+    assert (grid.axes[0].canvas.before, grid.axes[0].canvas.size) == (92, 1196)
+    assert grid.axes[0].starts == (0, 384, 624)
+    assert exact_step(572, 16, [PAPER]) == 384
+    assert PAPER.out_size(572) == 388
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[AxisField, TileSizes]:
+    stride = draw(st.sampled_from([1, 2, 4, 8, 16, 32]))
+    scale = draw(st.sampled_from([Fraction(1, stride), Fraction(1, 2) if stride > 1 else ONE, ONE, Fraction(2)]))
+    halo = (draw(st.integers(0, 40)), draw(st.integers(0, 40)))
+    remainder = draw(st.integers(0, stride - 1))
+    # out = scale * size - shrink has to be whole for sizes = remainder mod stride
+    fraction = remainder * scale - int(remainder * scale)
+    shrink = (Fraction(draw(st.integers(0, 30))), Fraction(draw(st.integers(0, 30))) + fraction)
+    total = sum(shrink)
+    minimum = ceil((total + 1) / scale)
+    if shrink[1].denominator != 1:
+        return AxisField(stride, (50, 50), halo, (0, 0), ONE), TileSizes(stride, remainder, 1)
+    field = AxisField(stride, (50, 50), halo, (int(shrink[0]), int(shrink[1])), scale)
+    return field, TileSizes(stride, remainder, minimum)
+
+
+@settings(deadline=None, max_examples=300)
+@given(networks(), st.integers(1, 700), st.integers(0, 12), st.booleans())
+def test_every_sample_is_owned_once_and_away_from_inner_edges(network, image, larger, fixed):
+    field, sizes = network
+    tile = smallest_tile(sizes, [field]) + larger * sizes.stride
+    if fixed:
+        sizes = replace(sizes, fixed=tile)
+    grid = tile_grid((image,), (tile,), (sizes,), (output(field),))
+    axis = grid.axes[0]
+    n, first = field.out_size(axis.tile), axis.canvas.before * field.scale - field.shrink[0]
+    written = np.zeros(ceil(image * field.scale), int)
+    assert (axis.canvas.size - axis.tile) % sizes.stride == 0
+    assert axis.starts[-1] + axis.tile == axis.canvas.size
+    for k, (start, (source, target, size)) in enumerate(zip(axis.starts, axis.owned(field), strict=True)):
+        assert start % field.stride == 0
+        written[target : target + size] += 1
+        assert start * field.scale + source == target + first  # the same sample of the canvas
+        if size:
+            assert source >= (field.halo[0] if k else 0)
+            assert source + size <= n - (field.halo[1] if k + 1 < len(axis.starts) else 0)
+    assert (written == 1).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 8), st.integers(2, 8), st.data())
+def test_blended_tiles_cover_everything(height, width, a, b, data):
+    field = same_padded(4, 9)
+    tile = (a * 8, b * 8)
+    overlap = tuple(data.draw(st.integers(0, t - 1)) for t in tile)
+    sizes = (TileSizes(4, 0, 4),) * 2
+    grid = tile_grid((height, width), tile, sizes, (output(field, field),), overlap=overlap)
+    covered = np.zeros((height, width), int)
+    done = 0
+    for k, row in enumerate(grid.rows()):
+        place = grid.placement(row, 0)
+        for target, size in zip(place.target, place.size, strict=True):
+            covered[target[0] : target[0] + size[0], target[1] : target[1] + size[1]] += 1
+        start, stop = grid.band(k, 0)
+        assert start == done
+        done = stop
+        assert (covered[:stop] > 0).all(), "a band is final only when all tiles over it were added"
+    assert done == height
+
+
+def test_bands_follow_each_other():
+    grid = tile_grid((1000, 700), (256, 320), (TileSizes(16, 0, 16),) * 2, (output(same_padded(), same_padded()),))
+    bands = [grid.band(k, 0) for k in range(grid.shape[0])]
+    assert bands[0][0] == 0
+    assert bands[-1][1] == 1000
+    assert all(a[1] == b[0] for a, b in zip(bands, bands[1:], strict=False))
+
+
+def test_a_tile_larger_than_the_image_is_taken_down_to_the_canvas():
+    field = same_padded()
+    grid = tile_grid((100, 37), (512, 512), (TileSizes(16, 0, 16),) * 2, (output(field, field),))
+    assert grid.tile == (112, 48)
+    assert grid.count == 1
+
+
+def test_a_fixed_size_grows_the_canvas():
+    field = same_padded()
+    grid = tile_grid((100, 600), (512, 512), (TileSizes(16, 0, 16, fixed=512),) * 2, (output(field, field),))
+    assert [a.canvas.size for a in grid.axes] == [512, 608]
+    assert grid.tile == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("tile", "text"),
+    [
+        ((500, 512), "tile 500 px is not a multiple of stride 16; use 496 or 512"),
+        ((176, 512), "keeps nothing"),
+        ((8, 512), "below the smallest size"),
+    ],
+)
+def test_tiles_that_cannot_be(tile, text):
+    fields = output(same_padded(), same_padded())
+    with pytest.raises(TileError, match=text):
+        tile_grid((1000, 1000), tile, (TileSizes(16, 0, 16),) * 2, (fields,))
+
+
+@pytest.mark.parametrize("overlap", [(-1, 8), (8, 64), (8, 100)])
+def test_overlaps_that_cannot_be(overlap):
+    fields = output(same_padded(4, 9), same_padded(4, 9))
+    with pytest.raises(TileError, match="overlap"):
+        tile_grid((200, 200), (64, 64), (TileSizes(4, 0, 4),) * 2, (fields,), overlap=overlap)
+
+
+def test_wrong_number_of_axes():
+    fields = output(same_padded(4, 9), same_padded(4, 9))
+    with pytest.raises(TileError, match="spatial axes"):
+        tile_grid((200, 200), (64, 64, 64), (TileSizes(4, 0, 4),) * 2, (fields,))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(50, 6000), st.integers(50, 6000), st.sampled_from([512, 1024, 2048]))
+def test_the_chosen_tile_fits_and_beats_the_square_one(height, width, side):
+    fields = output(same_padded(16, 53), same_padded(16, 53))
+    sizes = (TileSizes(16, 0, 16),) * 2
+    tile = choose_tile((height, width), sizes, (fields,), side * side)
+    chosen = tile_grid((height, width), tile, sizes, (fields,))
+    square = tile_grid((height, width), (side, side), sizes, (fields,))
+    assert prod(chosen.tile) <= side * side
+    assert chosen.computed_px <= square.computed_px
+
+
+def test_the_chosen_tile_of_a_wide_image_has_no_halo_at_its_sides():
+    fields = output(same_padded(), same_padded())
+    sizes = (TileSizes(16, 0, 16),) * 2
+    grid = tile_grid((4096, 2048), choose_tile((4096, 2048), sizes, (fields,), 2048 * 1024), sizes, (fields,))
+    assert grid.shape[1] == 1
+
+
+def test_cost_follows_the_step():
+    fields = output(same_padded(), same_padded())
+    assert cost_ratio((512, 512), (TileSizes(16, 0, 16),) * 2, (fields,)) == pytest.approx((512 / 320) ** 2)
+    assert cost_ratio((160, 160), (TileSizes(16, 0, 16),) * 2, (fields,)) is None
+
+
+def test_a_halo_is_cut_never_grown():
+    cut = with_halo(output(same_padded(16, 94), same_padded(16, 20)), 32)
+    assert [f.halo for f in cut.field] == [(32, 32), (20, 20)]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(-200, 200), st.integers(1, 300), st.integers(1, 60), st.sampled_from(["mirror", "edge", "constant"]))
+def test_border_window_is_what_numpy_pad_reads(start, length, size, border):
+    low, high = border_window(start, start + length, size, border)
+    before, after = max(0, -start), max(0, start + length - size)
+    mode = {"mirror": "reflect", "edge": "edge", "constant": "constant"}[border]
+    padded = np.pad(
+        np.arange(size), (before, after), mode=mode, **({"constant_values": -1} if mode == "constant" else {})
+    )
+    needed = padded[start + before : start + before + length]
+    needed = needed[needed >= 0]
+    if needed.size == 0:
+        assert low == high
+    else:
+        assert (low, high) == (needed.min(), needed.max() + 1)
+
+
+def test_canvas_never_depends_on_the_tile():
+    field = same_padded()
+    shapes = {
+        tile_grid((700,), (t,), (TileSizes(16, 0, 16),), (output(field),)).axes[0].canvas for t in (256, 320, 512)
+    }
+    assert shapes == {canvas(700, TileSizes(16, 0, 16), [field])}

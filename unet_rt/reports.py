@@ -1,0 +1,191 @@
+"""Reports for people: what inspect, build, predict and verify found, as text. Nothing here decides anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .build import BuildReport
+    from .graph import GraphReport
+    from .predict import RunReport
+    from .verify import VerifyReport
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def inspect_text(report: GraphReport) -> str:
+    """What a graph says about itself."""
+    lines = []
+    for i in report.inputs:
+        size = ", ".join(f"{a}={'any' if n is None else n}" for a, n in zip(i.axes, i.shape, strict=True))
+        lines.append(f"input   {i.name}: {i.axes} ({size}) {i.dtype}")
+    lines.append(f"        {report.parameters:,} parameters, {report.flops_per_pixel / 1e3:.1f} kFLOP per output pixel")
+    letters = [a for a in report.inputs[0].axes if a not in "NC"]
+    for letter, s in zip(letters, report.sizes, strict=True):
+        if s.fixed is not None:
+            rule = f"{s.fixed} px only"
+        elif s.remainder == 0:
+            rule = f"multiples of {s.stride} px from {s.at_least(1)}"
+        else:
+            rule = f"{s.remainder} modulo {s.stride} px, from {s.at_least(1)}: {s.at_least(500)}, {s.at_least(500) + s.stride}, ..."
+        lines.append(f"tiles   {letter}: {rule}")
+    lines += [f"        made free: {what}" for what in report.freed]
+    lines += [f"        stays fixed: {why}" for why in report.reasons_fixed]
+    for o in report.outputs:
+        lines.append(
+            f"output  {o.name}: {o.axes}, {o.channels} channel(s), last operator {report.final_ops[report.outputs.index(o)]}"
+        )
+        rows: list[tuple[str, ...]] = [("axis", "stride", "reach", "halo", "shrink", "scale")]
+        for letter, f in zip((a for a in o.axes if a not in "NC"), o.field, strict=True):
+            pairs = (f"{b}+{a}" for b, a in (f.reach, f.halo, f.shrink))
+            rows.append((letter, str(f.stride), *pairs, str(f.scale)))
+        lines.append(_table(rows))
+        lines.append(
+            "  exact: tiles equal the whole image" if o.exact else "  NOT exact: the tile size changes the answer"
+        )
+        lines += [f"    {reason}" for reason in o.reasons]
+        if o.note:
+            lines.append(f"    {o.note}")
+    lines.append("cost of exactness (computed over kept pixels of inner square tiles)")
+    costs: list[tuple[str, ...]] = []
+    for wanted, entry in report.cost.items():
+        ratio, tile = entry["ratio"], entry["tile"]
+        memory = ""
+        if tile is not None and len(report.sizes) == 2:
+            memory = f"{report.activation_bytes([tile] * 2) / 1e6:,.0f} MB of activations"
+        rows.append(
+            (str(tile if tile is not None else wanted), "keeps nothing" if ratio is None else f"{ratio:.2f}", memory)
+        )
+    lines.append(_table(costs))
+    return "\n".join(lines)
+
+
+def build_text(report: BuildReport) -> str:
+    """What build did, for people."""
+    spec = report.spec
+    contract = spec.contract
+    lines = [
+        f"input   {contract.axes}, {spec.channels} channel(s), normalisation "
+        f"{contract.normalization.method if contract.normalization else 'not declared'}",
+        f"output  {spec.outputs[0].channels} channel(s): {contract.task}, {contract.output_is or 'values'}"
+        + (f", classes {', '.join(contract.classes)}" if contract.classes else ""),
+    ]
+    first = report.first
+    low, high = first["input_range"]
+    text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
+    if "class_share" in first:
+        text += "; " + ", ".join(f"{name} {share:.1%}" for name, share in first["class_share"].items())
+    lines += [text, ""]
+    rows: list[tuple[str, ...]] = [
+        ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", "labels changed", "lowest Dice", "")
+    ]
+    for k, c in enumerate(report.candidates):
+        v = c.verdict
+        mark = "->" if k == report.chosen else ""
+        if c.latency_ms is None:
+            rows.append((mark, c.backend, c.precision, "", "", "", "", "", "", f"not tried: {c.note}"))
+            continue
+        change = "-" if v is None or v.label_change is None else f"{v.label_change:.4%}"
+        dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
+        if v is not None and v.label_change is None:
+            change = f"error {v.relative:.1e}"
+        note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
+        rows.append(
+            (
+                mark,
+                c.backend,
+                c.precision,
+                _by(c.tile),
+                f"{c.latency_ms:.0f}",
+                f"{c.kept_mpx_per_s or 0:.3g}",
+                f"{c.peak_mb or 0:.0f}",
+                change,
+                dice,
+                note,
+            )
+        )
+    lines.append(_table(rows))
+    lines.append("")
+    lines += [f"  {note}" for note in report.notes]
+    if report.whole_mismatch is not None:
+        m = report.whole_mismatch
+        changed = (
+            f"{m.label_change:.3%} of labels"
+            if m.label_change is not None
+            else f"{m.relative:.2e} of the output's range"
+        )
+        lines.append(f"  tiles against the whole image: {changed} differ on {m.name} (reported, not judged)")
+    on = f"{report.samples} sample window(s)" if report.kind == "samples" else "synthetic tiles (a proof for fp32 only)"
+    lines += ["", f"{report.folder}: {spec.backend} {spec.precision}, parity on {on}"]
+    if report.advice:
+        lines.append(f"to prove it on your images, and to allow faster precisions: {report.advice}")
+    return "\n".join(lines)
+
+
+def run_text(report: RunReport, target: Path | None = None) -> str:
+    """What one prediction did."""
+    halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
+    lines = [
+        report.reading,
+        f"  {report.backend} {report.precision} on {report.device}; {report.tiles} tiles of {_by(report.tile)} px, {halo}; "
+        f"{report.mpx:.3g} Mpx in {report.seconds:.2f} s ({report.mpx_per_s:.3g} Mpx/s)",
+        f"  seconds busy: {stages}; peak memory {report.peak_rss_bytes / 1e6:.0f} MB",
+    ]
+    if report.class_share:
+        lines.append("  " + ", ".join(f"{name} {share:.2%}" for name, share in report.class_share.items()))
+    if report.outside_range:
+        lines.append(f"  {report.outside_range:.3%} of pixels lie outside the range seen at build")
+    lines += [f"  {note}" for note in report.notes]
+    if target is not None:
+        lines.append(f"  -> {target}")
+    return "\n".join(lines)
+
+
+def verify_text(report: VerifyReport) -> str:
+    """What verify measured."""
+    v = report.verdict
+    on = "its exam" if report.kind == "exam" else f"{len(v.images)} window(s)"
+    lines = [f"{report.engine} on {on}: {'inside' if report.accepted else 'OUTSIDE'} the budget"]
+    if v.label_change is not None:
+        dice = (
+            f"lowest Dice {v.dice:.4f} (budget {report.budget.dice})"
+            if v.dice is not None
+            else "no class is large enough for Dice"
+        )
+        lines.append(
+            f"  labels changed: worst {v.label_change:.4%}, mean {v.mean_label_change or 0.0:.4%} "
+            f"(budget {report.budget.label_change:.4%}); {dice}"
+        )
+    lines.append(f"  largest error {v.max_abs:.3g}, {v.relative:.2e} of the output's range")
+    if report.seams is not None:
+        equal = report.seams.max_abs == 0
+        lines.append(
+            "  FP32 tiled equals FP32 whole, bit for bit"
+            if equal
+            else f"  tiling alone changes FP32 values by {report.seams.max_abs:.2e}"
+        )
+    if report.growth:
+        lines.append(
+            f"  growing images to accepted sizes changes {report.growth:.3%} of labels, near right and bottom edges"
+        )
+    if report.truth is not None:
+        t = report.truth
+        lines.append(
+            f"  against labels: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} (FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f})"
+        )
+    lines += [f"  {line}" for line in (*v.reasons, *report.notes)]
+    if report.picture is not None:
+        lines.append(f"  worst tile: {report.picture}")
+    return "\n".join(lines)
