@@ -44,7 +44,8 @@ UNET_RT_HD To bits_as(From value) {
 }
 
 // A half is carried as its bits. Conversions are branch-free selects on integers, so that they vectorise, and never
-// touch a subnormal float, so that a caller's flush-to-zero mode changes nothing.
+// touch a subnormal float, so that a caller's flush-to-zero mode changes nothing. NaN is as x86 has it: quiet, with the
+// upper bits of its payload.
 struct half {
     uint16_t bits;
 };
@@ -53,17 +54,18 @@ UNET_RT_HD float float_of_half(half h) {
     const uint32_t magnitude = static_cast<uint32_t>(h.bits & 0x7fffu) << 13;
     const uint32_t exponent = magnitude & 0x0f800000u;
     const uint32_t normal = magnitude + (112u << 23);
-    const uint32_t special = magnitude + (224u << 23);  // infinity and NaN
+    const uint32_t quiet = magnitude > 0x0f800000u ? 0x00400000u : 0u;
+    const uint32_t special = (magnitude + (224u << 23)) | quiet;  // infinity and NaN
     const uint32_t tiny = bits_as<uint32_t>(bits_as<float>(magnitude + (113u << 23)) - bits_as<float>(113u << 23));
     const uint32_t value = exponent == 0x0f800000u ? special : (exponent == 0 ? tiny : normal);
     return bits_as<float>(value | (static_cast<uint32_t>(h.bits & 0x8000u) << 16));
 }
 
-// Round to nearest, ties to even; beyond 65504 + 15 infinity; every NaN becomes the quiet NaN of its sign.
+// Round to nearest, ties to even; from 65520 on infinity.
 UNET_RT_HD half half_of_float(float value) {
     const uint32_t bits = bits_as<uint32_t>(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t special = magnitude > 0x7f800000u ? (((magnitude >> 13) & 0x3ffu) | 0x7e00u) : 0x7c00u;
     // Adding 0.5 leaves the value, rounded to steps of 2^-24, in the low mantissa bits.
     const uint32_t below = magnitude < 0x38800000u ? magnitude : 0u;  // 2^-14, the smallest normal half
     const uint32_t tiny = bits_as<uint32_t>(bits_as<float>(below) + 0.5f) - 0x3f000000u;

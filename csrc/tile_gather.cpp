@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 
+#include "half.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -24,7 +25,6 @@ constexpr int64_t kColumnBlock = 128;
 template <class T>
 struct Pixel {
     using Compute = float;
-    static constexpr bool kMayBeNonFinite = false;
     static UNET_RT_HD float value(T x) { return static_cast<float>(x); }
     static UNET_RT_HD uint32_t non_finite(T) { return 0; }
 };
@@ -41,16 +41,8 @@ struct Pixel<int32_t> : Pixel<uint8_t> {
     static UNET_RT_HD uint32_t non_finite(int32_t) { return 0; }
 };
 template <>
-struct Pixel<half> {
-    using Compute = float;
-    static constexpr bool kMayBeNonFinite = true;
-    static UNET_RT_HD float value(half x) { return float_of_half(x); }
-    static UNET_RT_HD uint32_t non_finite(half x) { return (x.bits & 0x7c00u) == 0x7c00u ? 1 : 0; }
-};
-template <>
 struct Pixel<float> {
     using Compute = float;
-    static constexpr bool kMayBeNonFinite = true;
     static UNET_RT_HD float value(float x) { return x; }
     static UNET_RT_HD uint32_t non_finite(float x) {
         return (bits_as<uint32_t>(x) & 0x7f800000u) == 0x7f800000u ? 1 : 0;
@@ -59,7 +51,6 @@ struct Pixel<float> {
 template <>
 struct Pixel<double> {
     using Compute = double;
-    static constexpr bool kMayBeNonFinite = true;
     static UNET_RT_HD double value(double x) { return x; }
     static UNET_RT_HD uint64_t non_finite(double x) {
         return (bits_as<uint64_t>(x) & 0x7ff0000000000000u) == 0x7ff0000000000000u ? 1 : 0;
@@ -70,60 +61,52 @@ struct Affine {
     double low, high, offset, divisor;
 };
 
-UNET_RT_HD void store(float value, float* out) { *out = value; }
-UNET_RT_HD void store(float value, half* out) { *out = half_of_float(value); }
-
-// `count` adjacent pixels (of any alignment) to adjacent values; returns the number of non-finite ones.
-template <class T, class Out, bool kAffine>
-UNET_RT_SIMD int64_t convert_row(const char* pixels, int64_t count, const Affine& affine, char* values) {
+// `count` adjacent pixels (of any alignment) to values; returns the number of non-finite ones.
+template <class T, bool kAffine>
+UNET_RT_SIMD int64_t convert_row(const char* pixels, int64_t count, const Affine& affine, float* values) {
     using Compute = typename Pixel<T>::Compute;
     const auto low = static_cast<Compute>(affine.low);
     const auto high = static_cast<Compute>(affine.high);
     const auto offset = static_cast<Compute>(affine.offset);
     const auto divisor = static_cast<Compute>(affine.divisor);
-    auto* out = reinterpret_cast<Out*>(values);
-    int64_t bad = 0;
-    decltype(Pixel<T>::non_finite(T{})) sum = 0;
+    decltype(Pixel<T>::non_finite(T{})) bad = 0;
     for (int64_t i = 0; i < count; ++i) {
         T pixel;
         memcpy(&pixel, pixels + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
         Compute value = Pixel<T>::value(pixel);
         if (kAffine) value = normalised(value, low, high, offset, divisor);
-        store(static_cast<float>(value), out + i);
-        if (Pixel<T>::kMayBeNonFinite) sum += Pixel<T>::non_finite(pixel);
+        values[i] = static_cast<float>(value);
+        bad += Pixel<T>::non_finite(pixel);
     }
-    bad += static_cast<int64_t>(sum);
-    return bad;
+    return static_cast<int64_t>(bad);
 }
 
-using ConvertRow = int64_t (*)(const char*, int64_t, const Affine&, char*);
+using ConvertRow = int64_t (*)(const char*, int64_t, const Affine&, float*);
 
 template <class T>
-ConvertRow choose_for(DType out, bool affine) {
-    if (out == DType::f16) return affine ? convert_row<T, half, true> : convert_row<T, half, false>;
-    return affine ? convert_row<T, float, true> : convert_row<T, float, false>;
+ConvertRow choose_for(bool affine) {
+    return affine ? convert_row<T, true> : convert_row<T, false>;
 }
 
-ConvertRow choose(DType pixel, DType out, bool affine) {
+// float16 pixels are widened before, which keeps their value and whether they are finite.
+ConvertRow choose(DType pixel, bool affine) {
     switch (pixel) {
         case DType::u8:
-            return choose_for<uint8_t>(out, affine);
+            return choose_for<uint8_t>(affine);
         case DType::i8:
-            return choose_for<int8_t>(out, affine);
+            return choose_for<int8_t>(affine);
         case DType::u16:
-            return choose_for<uint16_t>(out, affine);
+            return choose_for<uint16_t>(affine);
         case DType::i16:
-            return choose_for<int16_t>(out, affine);
+            return choose_for<int16_t>(affine);
         case DType::u32:
-            return choose_for<uint32_t>(out, affine);
+            return choose_for<uint32_t>(affine);
         case DType::i32:
-            return choose_for<int32_t>(out, affine);
-        case DType::f16:
-            return choose_for<half>(out, affine);
-        case DType::f32:
-            return choose_for<float>(out, affine);
+            return choose_for<int32_t>(affine);
+        case DType::f64:
+            return choose_for<double>(affine);
         default:
-            return choose_for<double>(out, affine);
+            return choose_for<float>(affine);
     }
 }
 
@@ -168,7 +151,7 @@ class Gatherer {
   public:
     Gatherer(const TileGather& call, int64_t* columns)
         : call_(call),
-          convert_(choose(call.window.dtype, call.out.dtype, call.affine)),
+          convert_(choose(call.window.dtype, call.affine)),
           pixel_bytes_(item_bytes(call.window.dtype)),
           value_bytes_(item_bytes(call.out.dtype)),
           columns_(columns) {}
@@ -254,29 +237,47 @@ class Gatherer {
         return bad;
     }
 
+    // Adjacent pixels to columns x .. x + count of a row of values.
     int64_t emit(const char* pixels, int64_t x, int64_t count, const Affine& affine, char* values) {
         const int64_t stride = call_.out.stride[4];
-        if (stride == value_bytes_) return convert_(pixels, count, affine, values + x * stride);
+        const bool wide = call_.window.dtype == DType::f16;
+        const bool narrow = call_.out.dtype == DType::f16;
+        const bool adjacent = stride == value_bytes_;
+        const bool direct = adjacent && !narrow && reinterpret_cast<uintptr_t>(values) % alignof(float) == 0;
+        if (direct && !wide) return convert_(pixels, count, affine, reinterpret_cast<float*>(values) + x);
         int64_t bad = 0;
         for (int64_t i = 0; i < count; i += kBlock) {
             const int64_t part = std::min(kBlock, count - i);
-            bad += convert_(pixels + i * pixel_bytes_, part, affine, results_);
-            for (int64_t j = 0; j < part; ++j)
-                memcpy(values + (x + i + j) * stride, results_ + j * value_bytes_, static_cast<size_t>(value_bytes_));
+            const char* from = pixels + i * pixel_bytes_;
+            char* const to = values + (x + i) * stride;
+            if (wide) {
+                widen_row(from, part, widened_);
+                from = reinterpret_cast<const char*>(widened_);
+            }
+            float* const results = direct ? reinterpret_cast<float*>(to) : results_;
+            bad += convert_(from, part, affine, results);
+            if (direct) continue;
+            if (narrow && adjacent) {
+                narrow_row(results, part, to);
+                continue;
+            }
+            for (int64_t j = 0; j < part; ++j) put(results[j], to + j * stride);
         }
         return bad;
     }
 
+    void put(float value, char* to) const {
+        if (call_.out.dtype == DType::f16) {
+            const half small = half_of_float(value);
+            memcpy(to, &small, sizeof(half));
+        } else {
+            memcpy(to, &value, sizeof(float));
+        }
+    }
+
     void fill(int64_t x, int64_t x_end, const Affine& affine, char* values) {
         const float value = constant_value(affine);
-        const half small = half_of_float(value);
-        const int64_t stride = call_.out.stride[4];
-        for (int64_t i = x; i < x_end; ++i) {
-            if (call_.out.dtype == DType::f16)
-                memcpy(values + i * stride, &small, sizeof(half));
-            else
-                memcpy(values + i * stride, &value, sizeof(float));
-        }
+        for (int64_t i = x; i < x_end; ++i) put(value, values + i * call_.out.stride[4]);
     }
 
     float constant_value(const Affine& a) const {
@@ -298,7 +299,8 @@ class Gatherer {
     int64_t inside_end_ = 0;
     int64_t first_ = 0;  // window offset of column inside_
     alignas(64) char buffer_[kBlock * 8];
-    alignas(64) char results_[kBlock * 4];
+    alignas(64) float widened_[kBlock];
+    alignas(64) float results_[kBlock];
 };
 
 }  // namespace gather

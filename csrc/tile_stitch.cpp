@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 
+#include "half.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -16,18 +17,10 @@ namespace stitch {
 // 512 samples: best value, class and channel of an argmax take 6 kB of the first-level cache.
 constexpr int64_t kBlock = 512;
 
-UNET_RT_SIMD void widen(const char* in, int64_t stride, int64_t count, float* out) {
+void widen(const char* in, int64_t stride, int64_t count, float* out) {
     for (int64_t i = 0; i < count; ++i) {
         half value;
         memcpy(&value, in + i * stride, sizeof(half));
-        out[i] = float_of_half(value);
-    }
-}
-
-UNET_RT_SIMD void widen_adjacent(const char* in, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; ++i) {
-        half value;
-        memcpy(&value, in + i * 2, sizeof(half));
         out[i] = float_of_half(value);
     }
 }
@@ -107,7 +100,10 @@ bool adjacent(const char* data, int64_t stride) {
 // `count` values at `data` as float32: where they lie, or in `buffer`.
 const float* load(const char* data, int64_t stride, DType dtype, int64_t count, float* buffer) {
     if (dtype == DType::f16) {
-        stride == 2 ? widen_adjacent(data, count, buffer) : widen(data, stride, count, buffer);
+        if (stride == 2)
+            widen_row(data, count, buffer);
+        else
+            widen(data, stride, count, buffer);
         return buffer;
     }
     if (adjacent<float>(data, stride)) return reinterpret_cast<const float*>(data);
