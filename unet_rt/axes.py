@@ -154,14 +154,13 @@ def _check_given(given: str, shape: tuple[int, ...], name: str) -> str:
     return axes
 
 
-def _layout(
-    axes: str, shape: tuple[int, ...], spatial: int, name: str, notes: tuple[str, ...] = ()
-) -> Layout:
+def _layout(axes: str, shape: tuple[int, ...], spatial: int, name: str, notes: tuple[str, ...] = ()) -> Layout:
     space = "ZYX"[-spatial:]
     missing = [letter for letter in space if letter not in axes]
     if missing:
         raise ContractError(
-            f"{name}: axes {axes} ({size_text(shape)}) have no {' and no '.join(missing)}, and the network needs {space}; "
+            f"{name}: axes {axes} ({size_text(shape)}) have no {' and no '.join(missing)}, and the network needs "
+            f"{space}; "
             f"declare the axes, e.g. --axes {_suggest(axes, space)}"
         )
     both = [axes.index(letter) for letter in "CS" if letter in axes]
@@ -195,7 +194,11 @@ def _from_metadata(
         axes = axes.replace("I", "Z")
         notes.append("pages taken as Z")
     elif (
-        not has_channel and wanted is not None and wanted > 1 and not least and "I" in axes
+        not has_channel
+        and wanted is not None
+        and wanted > 1
+        and not least
+        and "I" in axes
         and shape[axes.index("I")] == wanted
     ):
         # Grey pages do not fit a network of several channels in any other reading.
@@ -290,15 +293,20 @@ def choose_channels(
         return _selected(layout, name, wanted, selection, names)
     if wanted is None:
         wanted = stored if alpha is None else stored - 1
-    if wanted == stored and alpha is None:
-        return Choice(tuple(range(stored)), _count_text(stored))
+    if not names and layout.channel is not None and layout.axes[layout.channel] == "S" and stored in (3, 4):
+        names = ("red", "green", "blue", "alpha")[:stored]
+    by_name = {channel_name.lower(): index for index, channel_name in enumerate(names)}
+    if len(wanted_names) == wanted and len(by_name) == len(names) and all(n.lower() in by_name for n in wanted_names):
+        picked = tuple(by_name[n.lower()] for n in wanted_names)
+        if picked != tuple(range(stored)):
+            dropped = alpha is not None and alpha not in picked
+            text = f"{_picked_text(picked, stored)} by name ({', '.join(wanted_names)})"
+            return Choice(picked, text, check="opaque" if dropped else "")
+    if wanted == stored and (alpha is None or wanted > 2):
+        return Choice(tuple(range(stored)), _count_text(stored) + ("" if alpha is None else ", alpha among them"))
     colours = tuple(i for i in range(stored) if i != alpha)
     if alpha is not None and wanted == len(colours):
         return Choice(colours, f"{_count_text(wanted)}, opaque alpha dropped", check="opaque")
-    by_name = {channel_name.lower(): index for index, channel_name in enumerate(names)}
-    if wanted_names and len(by_name) == len(names) and all(n.lower() in by_name for n in wanted_names):
-        picked = tuple(by_name[n.lower()] for n in wanted_names)
-        return Choice(picked, f"{_picked_text(picked, stored)} by name ({', '.join(wanted_names)})")
     colour = layout.channel is not None and (layout.axes[layout.channel] == "S" or len(colours) == 3)
     if wanted == 1 and colour and len(colours) == 3:
         # Grey saved as colour is common; that the colours are equal is checked on every pixel.
@@ -315,7 +323,8 @@ def _selected(
         if parsed == LUMA:
             if stored not in (3, 4) or wanted not in (1, None):
                 raise ContractError(
-                    f"{name}: --channels luma makes one channel of red, green and blue; the image has {stored} channels "
+                    f"{name}: --channels luma makes one channel of red, green and blue; the image has {stored} "
+                    "channels "
                     f"and the network takes {wanted}; choose by number, e.g. --channels 0"
                 )
             return Choice((0, 1, 2), "luma of 3 colours", luma=True)

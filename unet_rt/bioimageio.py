@@ -3,8 +3,8 @@
 A package is a folder, a zip, or the ``rdf.yaml`` itself. The weights are those of the entry ``onnx``.
 
 Steps of the preprocessing are composed into one normalisation ``(clip(x) - offset) / divisor``: ``scale_linear``,
-``zero_mean_unit_variance`` (fixed or per sample), ``fixed_zero_mean_unit_variance``, ``scale_range``, a leading ``clip``,
-``ensure_dtype`` to a float. A step that this form cannot hold is an error that names it; none is skipped.
+``zero_mean_unit_variance`` (fixed or per sample), ``fixed_zero_mean_unit_variance``, ``scale_range``, a leading
+``clip``, ``ensure_dtype`` to a float. A step that this form cannot hold is an error that names it; none is skipped.
 
 Statistics "per sample" are taken per plane (scope ``slice``): for a 2-D network each picture of a stack is a sample.
 Where the step takes the channels of several together, they are taken over the whole image (scope ``image``).
@@ -135,7 +135,8 @@ def _check_hash(path: Path, sha256: str | None) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
         raise ContractError(
-            f"{path}: SHA-256 {found[:12]}... is not the {sha256[:12]}... of the description; download the package again"
+            f"{path}: SHA-256 {found[:12]}... is not the {sha256[:12]}... of the description; download the package "
+            "again"
         )
 
 
@@ -147,7 +148,8 @@ def describe(description: Mapping[str, Any], name: str, normalization: Normaliza
     version = str(description.get("format_version", ""))
     if not version.startswith(("0.4.", "0.5.")):
         raise ContractError(
-            f"{name}: format version {version or 'missing'} is not read; 0.4 and 0.5 are: update the description with the "
+            f"{name}: format version {version or 'missing'} is not read; 0.4 and 0.5 are: update the description with "
+            "the "
             "bioimage.io tools"
         )
     image = _first(description, "inputs", name)
@@ -279,7 +281,8 @@ def _add(chain: _Chain, step: Mapping[str, Any], axes: Sequence[_Axis], channels
         # gain * y + offset = (y - (-offset / gain)) / (1 / gain)
         _then(chain, [-o / g for g, o in _pairs(gain, offset)], [1 / g for g, _ in _pairs(gain, offset)])
     elif what == "fixed_zero_mean_unit_variance" or (
-        what == "zero_mean_unit_variance" and kwargs.get("mode", "fixed" if "mean" in kwargs else "per_sample") == "fixed"
+        what == "zero_mean_unit_variance"
+        and kwargs.get("mode", "fixed" if "mean" in kwargs else "per_sample") == "fixed"
     ):
         _per_channel_only(kwargs, axes, name, what)
         mean, std = _tuple(kwargs.get("mean", 0.0)), _tuple(kwargs.get("std", 1.0))
@@ -387,11 +390,14 @@ def _with_output(contract: Contract, tensor: Mapping[str, Any], name: str) -> Co
             task = task or (None if count is None else "binary" if count == 1 else "multilabel")
         elif what != "ensure_dtype":
             raise ContractError(
-                f"{name}: postprocessing {what} is not supported; give the ONNX weights themselves, with --normalize and "
+                f"{name}: postprocessing {what} is not supported; give the ONNX weights themselves, with --normalize "
+                "and "
                 "--task, and apply it to the raw output"
             )
     if any(not 0 <= t <= 1 for t in threshold):
-        raise ContractError(f"{name}: binarize at {threshold} is not a probability; give the ONNX weights and --threshold")
+        raise ContractError(
+            f"{name}: binarize at {threshold} is not a probability; give the ONNX weights and --threshold"
+        )
     classes = channel.names if channel is not None and len(channel.names) > 1 else ()
     return replace(contract, task=task, output_is=output_is, threshold=threshold, classes=classes)
 

@@ -2,14 +2,14 @@
 
 Keys of the ONNX ``metadata_props`` that are read (first match wins):
 
-=============================  ==========================================================================================
+=============================  =====================================================================================
 ``unet_rt.contract``           the whole contract as JSON, as ``unet-rt export`` writes it
 ``unet_rt.<field>``            one field in the words of the command line: ``normalize``, ``normalize_scope``, ``axes``,
                                ``channels``, ``task``, ``output_is``, ``classes``, ``threshold``, ``pixel_size_um``,
                                ``trained_tile``, ``value_range``, ``border`` (lists by comma)
 ``Image.NominalPixelRange``    ONNX's own: ``NominalRange_0_255``, ``Normalized_0_1``, ``Normalized_1_1``
 ``Image.BitmapPixelFormat``    ONNX's own: ``Gray8``, ``Rgb8``, ``Bgr8`` give the channels and their order
-=============================  ==========================================================================================
+=============================  =====================================================================================
 
 A single ``unet_rt.`` key wins over the same field of ``unet_rt.contract``.
 """
@@ -55,13 +55,13 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
         if word in words:
             raise ContractError(f"--normalize {text!r} gives {word} twice; give it once")
         words[word.lower()] = value if equals else ""
-    heads = [w for w in words if w in ("none", "dtype", "minmax", "percentile", "zscore", "imagenet")]
+    heads: list[str] = [w for w in words if w in ("none", "dtype", "minmax", "percentile", "zscore", "imagenet")]
     known = (*heads, "scale", "mean", "std", "clip", "eps")
     for word in words:
         if word not in known:
             choices = ["none", "dtype", "minmax", "percentile", "zscore", "imagenet", "scale", "mean", "std", "clip"]
             raise ContractError(f"--normalize {text!r}: {word!r} is unknown{_close(word, choices)}; choose {CHOICES}")
-    fixed = [w for w in ("mean", "std", "scale") if w in words]
+    fixed: list[str] = [w for w in ("mean", "std", "scale") if w in words]
     if len(heads) + bool(fixed) != 1:
         said = " and ".join(heads + fixed) or "no method"
         raise ContractError(f"--normalize {text!r} names {said}; choose one of {CHOICES}")
@@ -86,9 +86,7 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
     if "eps" in words:
         result = replace(result, eps=_number(words["eps"], "eps", text))
     if scope is not None:
-        if scope not in get_args(Scope):
-            raise ContractError(f"--normalize-scope {scope!r} is unknown; choose {', '.join(get_args(Scope))}")
-        result = replace(result, scope=scope)
+        result = replace(result, scope=_scope(scope))
     return check_normalization(result)
 
 
@@ -123,9 +121,13 @@ def check_normalization(n: Normalization) -> Normalization:
     if n.scale <= 0:
         raise ContractError(f"scale {n.scale:g} must be above 0; use the largest grey level, e.g. scale=255")
     if 0 in n.std or not n.mean or not n.std:
-        raise ContractError(f"std {_text(n.std)} must not be 0 and mean {_text(n.mean)} not empty; one number per channel")
+        raise ContractError(
+            f"std {_text(n.std)} must not be 0 and mean {_text(n.mean)} not empty; one number per channel"
+        )
     if len(n.mean) != len(n.std) and 1 not in (len(n.mean), len(n.std)):
-        raise ContractError(f"mean has {len(n.mean)} numbers and std {len(n.std)}; give one per channel, or one for all")
+        raise ContractError(
+            f"mean has {len(n.mean)} numbers and std {len(n.std)}; give one per channel, or one for all"
+        )
     if n.clip is not None and not n.clip[0] < n.clip[1]:
         raise ContractError(f"clip {_text(n.clip)} must rise; use e.g. clip=0,4095")
     if n.eps < 0:
@@ -138,6 +140,13 @@ def _method(word: str) -> Method:
         if word == method:
             return method  # type: ignore[no-any-return]
     raise ContractError(f"normalisation method {word!r} is unknown{_close(word, get_args(Method))}; choose {CHOICES}")
+
+
+def _scope(word: Any) -> Scope:
+    for scope in get_args(Scope):
+        if word == scope:
+            return scope  # type: ignore[no-any-return]
+    raise ContractError(f"normalisation scope {word!r} is unknown; choose {', '.join(get_args(Scope))}")
 
 
 def _text(values: Iterable[float]) -> str:
@@ -232,7 +241,11 @@ def _check_keys(data: Mapping[str, Any], known: Sequence[str], what: str) -> Non
             raise ContractError(f"{what}: unknown key {key!r}{near}; known are {', '.join(known)}")
 
 
-_WORDS: dict[str, tuple[str, ...]] = {"task": get_args(Task), "output_is": get_args(OutputIs), "border": get_args(Border)}
+_WORDS: dict[str, tuple[str, ...]] = {
+    "task": get_args(Task),
+    "output_is": get_args(OutputIs),
+    "border": get_args(Border),
+}
 
 
 def _word(key: str, value: Any) -> str:
@@ -274,9 +287,7 @@ def _normalization_from_json(value: Any) -> Normalization:
     values: dict[str, Any] = {"method": _method(str(value["method"]))}
     for key, item in value.items():
         if key == "scope":
-            if item not in get_args(Scope):
-                raise ContractError(f"normalization scope {item!r} is unknown; choose {', '.join(get_args(Scope))}")
-            values[key] = item
+            values[key] = _scope(item)
         elif key in ("scale", "eps"):
             values[key] = _floats(key, item, 1)[0]
         elif key in ("percentiles", "clip"):
@@ -301,7 +312,9 @@ def contract_from_metadata(metadata: Mapping[str, str]) -> Contract:
         try:
             data = json.loads(metadata[METADATA_KEY])
         except ValueError as error:
-            raise ContractError(f"metadata key {METADATA_KEY} is not JSON ({error}); export the network again") from error
+            raise ContractError(
+                f"metadata key {METADATA_KEY} is not JSON ({error}); export the network again"
+            ) from error
         if not isinstance(data, dict):
             raise ContractError(f"metadata key {METADATA_KEY} is not an object; export the network again")
         contract = contract_from_json(data).over(contract)
@@ -345,7 +358,8 @@ def _from_onnx_image_keys(metadata: Mapping[str, str]) -> Contract:
         }
         if pixel_range not in readings:
             raise ContractError(
-                f"metadata Image.NominalPixelRange {pixel_range!r} is not supported; declare it with --normalize: {CHOICES}"
+                f"metadata Image.NominalPixelRange {pixel_range!r} is not supported; declare it with --normalize: "
+                f"{CHOICES}"
             )
         contract = replace(contract, normalization=readings[pixel_range], value_range=(0.0, 255.0))
     pixel_format = lower.get("image.bitmappixelformat")
@@ -357,7 +371,8 @@ def _from_onnx_image_keys(metadata: Mapping[str, str]) -> Contract:
         }
         if pixel_format not in orders:
             raise ContractError(
-                f"metadata Image.BitmapPixelFormat {pixel_format!r} is not supported; choose the channels with --channels"
+                f"metadata Image.BitmapPixelFormat {pixel_format!r} is not supported; choose the channels with "
+                "--channels"
             )
         contract = replace(contract, channels=orders[pixel_format])
     return contract
@@ -382,7 +397,8 @@ def missing_normalization(source: Source) -> ContractError:
     """The refusal of integer pixels with no normalisation declared anywhere: their range, and the choices."""
     low, high = value_range(source)
     return ContractError(
-        f"no normalisation is declared, and {source.name} holds {source.dtype} pixels from {low:g} to {high:g}: nothing says "
+        f"no normalisation is declared, and {source.name} holds {source.dtype} pixels from {low:g} to {high:g}: "
+        "nothing says "
         f"what the network was trained on. Declare it with --normalize: {CHOICES}"
     )
 
@@ -401,14 +417,14 @@ def resolve_task(
 ) -> Contract:
     """The contract with ``task``, ``output_is`` and ``threshold`` decided.
 
-    What is declared holds, unless the network cannot mean it. What is not declared follows from the number of channels,
-    the last operator and the values on samples:
+    What is declared holds, unless the network cannot mean it. What is not follows from the number of channels, the last
+    operator and the values on samples:
 
-    ========  ====================  ==================================  =============================================
+    ========  ====================  ==================================  ===========================================
     channels  last operator         values on samples                   reading
-    ========  ====================  ==================================  =============================================
+    ========  ====================  ==================================  ===========================================
     1         Sigmoid, HardSigmoid  any                                 binary probabilities
-    1         Relu, Softplus, ...   any                                 regression (a logit is negative somewhere)
+    1         Relu, Softplus, ...   any                                 regression (logits are negative too)
     1         any other             any                                 error: binary or regression
     2 or more Softmax               any                                 multi-class probabilities
     2 or more LogSoftmax            any                                 multi-class logits (their softmax is the same)
@@ -417,7 +433,7 @@ def resolve_task(
     2 or more any other             in 0..1, do not                     error: multi-label or regression
     2 or more Relu, Softplus, ...   else                                error: multi-class or regression
     2 or more any other             else, or none                       multi-class logits
-    ========  ====================  ==================================  =============================================
+    ========  ====================  ==================================  ===========================================
 
     One channel is never an argmax. Networks for several classes whose loss takes logits end in a convolution; that is by
     far the usual meaning of several channels, so that it is not called ambiguous. A threshold not declared is 0.5.
@@ -454,7 +470,8 @@ def resolve_task(
     allowed = (1, 2) if task == "binary" else (channels,)
     if contract.classes and len(contract.classes) not in allowed:
         raise ContractError(
-            f"{len(contract.classes)} classes are named ({', '.join(contract.classes)}) for {channels} output channels; "
+            f"{len(contract.classes)} classes are named ({', '.join(contract.classes)}) for {channels} output "
+            "channels; "
             f"name {' or '.join(map(str, allowed))}"
         )
     return replace(contract, task=task, output_is=output_is, threshold=threshold)
@@ -475,7 +492,8 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
         if final_op in _POSITIVE:
             return "regression"
         raise ContractError(
-            f"the output has one channel, its last operator is {final_op}{range_text}: it can be the logit of a binary mask "
+            f"the output has one channel, its last operator is {final_op}{range_text}: it can be the logit of a "
+            "binary mask "
             "or the value of a regression; say which with --task binary or --task regression"
         )
     if said == "logits":
@@ -487,18 +505,22 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
         if said == "probabilities" and sums is False:
             return "multilabel"
         raise ContractError(
-            f"the output has {channels} channels in 0 to 1{'' if sums is None else ' that do not add up to one'}, its last "
-            f"operator is {final_op}: it can be multi-label probabilities or the values of a regression; say which with "
+            f"the output has {channels} channels in 0 to 1{'' if sums is None else ' that do not add up to one'}, its "
+            "last "
+            f"operator is {final_op}: it can be multi-label probabilities or the values of a regression; say which "
+            "with "
             "--task multilabel or --task regression"
         )
     if said == "probabilities":
         raise ContractError(
-            f"the output is declared probabilities, has {channels} channels, its last operator is {final_op}{range_text}: "
+            f"the output is declared probabilities, has {channels} channels, its last operator is "
+            f"{final_op}{range_text}: "
             "it can be multi-class or multi-label; say which with --task multiclass or --task multilabel"
         )
     if final_op in _POSITIVE:
         raise ContractError(
-            f"the output has {channels} channels, its last operator is {final_op}{range_text}: it can be multi-class logits "
+            f"the output has {channels} channels, its last operator is {final_op}{range_text}: it can be multi-class "
+            "logits "
             "or the values of a regression; say which with --task multiclass or --task regression"
         )
     return "multiclass"
@@ -519,7 +541,8 @@ def _output_is(task: Task, final_op: str, sample: Array | tuple[float, float] | 
 def _check_task(task: Task, output_is: OutputIs, channels: int, final_op: str) -> None:
     if task == "binary" and channels != 1:
         raise ContractError(
-            f"a binary task has one output channel, this network {channels}; use --task multiclass (argmax) or multilabel"
+            f"a binary task has one output channel, this network {channels}; use --task multiclass (argmax) or "
+            "multilabel"
         )
     if task in ("multiclass", "multilabel") and channels == 1:
         raise ContractError(
@@ -527,7 +550,8 @@ def _check_task(task: Task, output_is: OutputIs, channels: int, final_op: str) -
         )
     if (task == "regression") != (output_is == "values"):
         raise ContractError(
-            f"task {task} and output {output_is} contradict each other; regression goes with values, the others with logits "
+            f"task {task} and output {output_is} contradict each other; regression goes with values, the others with "
+            "logits "
             "or probabilities"
         )
     if final_op in (*_SIGMOID, "Softmax") and output_is == "logits":
@@ -535,7 +559,9 @@ def _check_task(task: Task, output_is: OutputIs, channels: int, final_op: str) -
             f"the output is declared logits, but the network ends in {final_op}; use --output-is probabilities"
         )
     if (task, final_op) in (("multilabel", "Softmax"), ("multilabel", "LogSoftmax")):
-        raise ContractError(f"the task is declared multilabel, but the network ends in {final_op}; use --task multiclass")
+        raise ContractError(
+            f"the task is declared multilabel, but the network ends in {final_op}; use --task multiclass"
+        )
 
 
 def _range(sample: Array | tuple[float, float] | None) -> tuple[float, float] | None:
@@ -553,7 +579,7 @@ def _range_text(sample: Array | tuple[float, float] | None) -> str:
 
 def _within_unit(sample: Array | tuple[float, float] | None) -> bool:
     limits = _range(sample)
-    return limits is not None and -TOLERANCE <= limits[0] and limits[1] <= 1 + TOLERANCE
+    return limits is not None and limits[0] >= -TOLERANCE and limits[1] <= 1 + TOLERANCE
 
 
 def _sums_to_one(sample: Array | tuple[float, float] | None) -> bool | None:

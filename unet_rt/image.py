@@ -64,7 +64,7 @@ class Source:
         self.plane_shape = layout.plane_shape
         self.plane_axes = layout.plane_axes
         self.metadata = stored.origin
-        sizes = [stored.pixel_size_um.get("ZYX"[-len(self.shape):][i]) for i in range(len(self.shape))]
+        sizes = [stored.pixel_size_um.get("ZYX"[-len(self.shape) :][i]) for i in range(len(self.shape))]
         self.pixel_size_um = tuple(s for s in sizes if s is not None) if None not in sizes else None
         self._pixels = stored.pixels
         self._layout = layout
@@ -88,7 +88,9 @@ class Source:
                 f"{self.name}: window {tuple(start)} to {tuple(stop)} is not inside the image ({size_text(self.shape)})"
             )
         window = [slice(0, 1)] * len(self._layout.shape)
-        for position, index in zip(self._layout.planes, np.unravel_index(plane, self.plane_shape or (1,)), strict=False):
+        for position, index in zip(
+            self._layout.planes, np.unravel_index(plane, self.plane_shape or (1,)), strict=False
+        ):
             window[position] = slice(int(index), int(index) + 1)
         for position, low, high in zip(self._layout.spatial, start, stop, strict=True):
             window[position] = slice(int(low), int(high))
@@ -240,21 +242,27 @@ def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
     integer = source.dtype.kind in "iu"
     opaque: float = float(np.iinfo(source.dtype).max) if integer else 1.0
     whole = Source(
-        source.name, source.path, Stored(source._pixels, None, source.metadata), source._layout,
+        source.name,
+        source.path,
+        Stored(source._pixels, None, source.metadata),
+        source._layout,
         Choice(tuple(range(stored)), ""),
     )
     for plane, start, stop in whole.bands():
         band = whole.read_band(plane, start, stop)
         if alpha is not None and not bool((band[alpha] == opaque).all()):
             raise ContractError(
-                f"{source.name}: the alpha channel is not opaque everywhere (lowest {band[alpha].min()}), so that dropping "
-                f"it would change the picture; use --channels {','.join(str(i) for i in choice.channels)} to do so anyway"
+                f"{source.name}: the alpha channel is not opaque everywhere (lowest {band[alpha].min()}), so that "
+                "dropping "
+                f"it would change the picture; use --channels {','.join(str(i) for i in choice.channels)} to do so "
+                "anyway"
             )
         if "equal" in choice.check:
             colours = [i for i in range(stored) if i != alpha]
             if any(not np.array_equal(band[colours[0]], band[i]) for i in colours[1:]):
                 raise ContractError(
-                    f"{source.name}: a colour image ({source.axes} {size_text(source._layout.shape)}) for a network of 1 "
+                    f"{source.name}: a colour image ({source.axes} {size_text(source._layout.shape)}) for a network "
+                    "of 1 "
                     "channel; use --channels 0 (or 1, 2) for one colour, or --channels luma for their luminance"
                 )
 
@@ -263,13 +271,13 @@ def _luma(colours: Array) -> Array:
     """(3, ...) -> (...): ITU-R 601 luminance in the pixels' dtype; integers by the usual 16-bit fixed-point weights."""
     red, green, blue = colours
     if colours.dtype in (np.uint8, np.uint16):
-        mixed = 19595 * red.astype(np.uint32) + 38470 * green.astype(np.uint32)
-        mixed += 7471 * blue.astype(np.uint32) + np.uint32(1 << 15)
+        mixed: Array = 19595 * red.astype(np.uint32) + 38470 * green.astype(np.uint32)
+        mixed = mixed + 7471 * blue.astype(np.uint32) + np.uint32(1 << 15)
         return (mixed >> 16).astype(colours.dtype)
     if colours.dtype.kind != "f":
         raise ContractError(f"luma of {colours.dtype} colours is not defined; choose one with --channels 0, 1 or 2")
-    mixed = 0.299 * red.astype(np.float64) + 0.587 * green.astype(np.float64) + 0.114 * blue.astype(np.float64)
-    return mixed.astype(colours.dtype)
+    real: Array = 0.299 * red.astype(np.float64) + 0.587 * green.astype(np.float64) + 0.114 * blue.astype(np.float64)
+    return real.astype(colours.dtype)
 
 
 def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -334,9 +342,7 @@ def _open_npy(path: Path, name: str) -> Stored:
     except (ValueError, OSError, EOFError) as error:
         raise ImageError(f"{name}: not a readable npy file ({error}); save it again with numpy.save") from error
     if dtype.hasobject:
-        raise ImageError(
-            f"{name}: holds pickled objects, which are never loaded; save a numeric array with numpy.save"
-        )
+        raise ImageError(f"{name}: holds pickled objects, which are never loaded; save a numeric array with numpy.save")
     check_pixels(shape, dtype.newbyteorder("="), name)
     mapped = MappedPixels(MappedFile(path, name), offset, shape, dtype, name, "F" if fortran else "C")
     return Stored(mapped, None, Origin("array"))
@@ -347,7 +353,8 @@ def _as_array(image: Any, name: str) -> Array:
     if isinstance(image, np.ma.MaskedArray):
         if np.ma.is_masked(image):
             raise ImageError(
-                f"{name}: {int(np.ma.count_masked(image))} pixels are masked; say what they are worth, e.g. image.filled(0)"
+                f"{name}: {int(np.ma.getmaskarray(image).sum())} pixels are masked; say what they are worth, e.g. "
+                "image.filled(0)"
             )
         image = image.data
     if isinstance(image, np.ndarray):
@@ -355,12 +362,18 @@ def _as_array(image: Any, name: str) -> Array:
     elif hasattr(image, "__dlpack__"):
         device = image.__dlpack_device__()[0]
         if int(device) != 1:  # kDLCPU
-            raise ImageError(f"{name}: the array lives on another device (DLPack type {int(device)}); move it to the CPU")
+            raise ImageError(
+                f"{name}: the array lives on another device (DLPack type {int(device)}); move it to the CPU"
+            )
         try:
             array = np.from_dlpack(image)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise ImageError(f"{name}: cannot be shared by DLPack ({error}); pass a plain NumPy array") from error
-    elif hasattr(image, "__array_interface__") or isinstance(image, (memoryview, bytearray)) or hasattr(image, "__array__"):
+    elif (
+        hasattr(image, "__array_interface__")
+        or isinstance(image, (memoryview, bytearray))
+        or hasattr(image, "__array__")
+    ):
         array = np.asarray(image)
     else:
         raise ImageError(f"{name}: {type(image).__name__} is no image; pass a path or an array")

@@ -30,8 +30,9 @@ def open_raster(path: Path, name: str) -> Stored:
     try:
         with _open(path) as image:
             _check_size(image, path, name)
-            if getattr(image, "n_frames", 1) > 1:
-                raise ImageError(f"{name}: holds {image.n_frames} frames; save the frame wanted, or a multi-page TIFF")
+            frames = int(getattr(image, "n_frames", 1))
+            if frames > 1:
+                raise ImageError(f"{name}: holds {frames} frames; save the frame wanted, or a multi-page TIFF")
             if image.format == "PNG" and _png_depth(path) == 16 and image.mode != "I;16" and image.mode != "I":
                 # Pillow would cut these to 8 bits without a word.
                 return _png_16_bit_colour(path, name)

@@ -20,12 +20,29 @@ from .pixels import Array, MappedFile, Origin, Stored, Window
 
 CACHE_BYTES = 2**27  # decoded segments kept: a row of 512-px tiles of a 100,000 px wide uint16 image is 100 MB
 MAX_SEGMENT_BYTES = 2**32
-# No codec in use shrinks real pixels more (deflate 1032 : 1, LZW about 1400 : 1, Zstandard on a blank image 16,000 : 1).
+# No codec in use shrinks real pixels more (deflate 1032 : 1, LZW 1400 : 1, Zstandard on a blank one 16,000 : 1).
 MAX_RATIO = 20_000
 
-_UM = {"µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0, "\\u00b5m": 1.0,
-       "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0, "å": 1e-4,
-       "pm": 1e-6, "nanometer": 1e-3, "millimeter": 1e3}
+_UM = {
+    "µm": 1.0,
+    "um": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "micrometer": 1.0,
+    "micrometre": 1.0,
+    "\\u00b5m": 1.0,
+    "μm": 1.0,
+    "nm": 1e-3,
+    "mm": 1e3,
+    "cm": 1e4,
+    "m": 1e6,
+    "inch": 25400.0,
+    "in": 25400.0,
+    "å": 1e-4,
+    "pm": 1e-6,
+    "nanometer": 1e-3,
+    "millimeter": 1e3,
+}
 
 
 def open_tiff(path: Path, name: str) -> Stored:
@@ -59,7 +76,8 @@ def _stored(tif: Any, path: Path, name: str) -> Stored:
         if series.kind in ("generic", "uniform") and len(sizes) > 1 and len(tif.series) == len(tif.pages):
             shapes = ", ".join("x".join(map(str, s.keyframe.shape)) for s in tif.series[:3])
             raise ImageError(
-                f"{name}: {len(tif.pages)} pages of different shapes ({shapes}, ...); save the one wanted as its own file"
+                f"{name}: {len(tif.pages)} pages of different shapes ({shapes}, ...); save the one wanted as its own "
+                "file"
             )
         notes.append(f"series 0 of {len(tif.series)}")
     if len(series.levels) > 1:
@@ -87,7 +105,8 @@ def _check_photometric(key: Any, name: str, notes: list[str]) -> None:
         notes.append("colour map ignored: values as stored")
     elif photometric in (5, 8, 9, 10) or (photometric == 6 and int(key.compression) not in (6, 7, 33007, 33003, 33005)):
         raise ImageError(
-            f"{name}: {getattr(key.photometric, 'name', photometric)} colours; convert them to RGB, e.g. with Pillow or "
+            f"{name}: {getattr(key.photometric, 'name', photometric)} colours; convert them to RGB, e.g. with Pillow "
+            "or "
             "ImageMagick"
         )
 
@@ -117,7 +136,8 @@ def _pixels(series: Any, key: Any, shape: tuple[int, ...], path: Path, name: str
     need = math.prod(shape) * dtype.itemsize
     if need > size * MAX_RATIO:
         raise ImageError(
-            f"{name}: declares {'x'.join(map(str, shape))} {dtype.name} ({need / 1e9:,.1f} GB) in a file of {size:,} bytes, "
+            f"{name}: declares {'x'.join(map(str, shape))} {dtype.name} ({need / 1e9:,.1f} GB) in a file of {size:,} "
+            "bytes, "
             "which cannot hold them; the file is truncated or malicious"
         )
     stored = np.dtype(dtype.newbyteorder(key.parent.byteorder))
@@ -137,7 +157,9 @@ def _pixels(series: Any, key: Any, shape: tuple[int, ...], path: Path, name: str
         )
     others = {page.parent.filehandle.name for page in pages}
     if len(others) > 1:
-        raise ImageError(f"{name}: an OME-TIFF split over {len(others)} files, which is not read; merge it into one file")
+        raise ImageError(
+            f"{name}: an OME-TIFF split over {len(others)} files, which is not read; merge it into one file"
+        )
     outer = shape[: len(shape) - len(key.shape)]
     for page in pages:
         ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=False) if n]
@@ -154,7 +176,8 @@ def _pixels(series: Any, key: Any, shape: tuple[int, ...], path: Path, name: str
 
 def _truncated(name: str, end: int, size: int) -> ImageError:
     return ImageError(
-        f"{name}: the file is truncated: its pixels end at byte {end:,}, the file at {size:,}; copy it again from its source"
+        f"{name}: the file is truncated: its pixels end at byte {end:,}, the file at {size:,}; copy it again from its "
+        "source"
     )
 
 
@@ -162,7 +185,11 @@ class MappedSeries:
     """Pages stored in one piece each. ``outer`` axes choose the page, ``inner`` ones lie in it."""
 
     def __init__(
-        self, file: MappedFile, offsets: Sequence[int], outer: tuple[int, ...], inner: tuple[int, ...],
+        self,
+        file: MappedFile,
+        offsets: Sequence[int],
+        outer: tuple[int, ...],
+        inner: tuple[int, ...],
         dtype: np.dtype[Any],
     ) -> None:
         self._file = file
@@ -176,7 +203,7 @@ class MappedSeries:
     def read(self, window: Window) -> Array:
         def page(number: int) -> Array:
             view = self._file.array(self._offsets[number], self._inner, self._stored)
-            return self._file.copy(view[window[len(self._outer):]])
+            return self._file.copy(view[window[len(self._outer) :]])
 
         return _read_pages(window, self._outer, page)
 
@@ -223,7 +250,8 @@ class SegmentedSeries:
                 )
         if self._bytes > MAX_SEGMENT_BYTES:
             raise ImageError(
-                f"{name}: stored in pieces of {self._bytes / 1e9:.1f} GB, which decode only whole; save it as a tiled TIFF"
+                f"{name}: stored in pieces of {self._bytes / 1e9:.1f} GB, which decode only whole; save it as a tiled "
+                "TIFF"
             )
         self._cache: OrderedDict[tuple[int, int], Array] = OrderedDict()
         self._cached = 0
@@ -231,7 +259,7 @@ class SegmentedSeries:
         self._stream = path.open("rb", buffering=0)
 
     def read(self, window: Window) -> Array:
-        return _read_pages(window, self._outer, lambda number: self._page(number, window[len(self._outer):]))
+        return _read_pages(window, self._outer, lambda number: self._page(number, window[len(self._outer) :]))
 
     def _page(self, number: int, window: Window) -> Array:
         """A window of one page."""
@@ -252,12 +280,13 @@ class SegmentedSeries:
                         ]
                         target = tuple(slice(a - b, c - b) for a, b, c in zip(low, (d0, h0, w0), high, strict=True))
                         source = tuple(slice(a - o, c - o) for a, o, c in zip(low, origin, high, strict=True))
-                        out[(s - s0, *target)] = pixels[(*source, slice(c0, c1))]
+                        out[s - s0][target] = pixels[source][..., c0:c1]
         return out.reshape([len(range(*part.indices(n))) for part, n in zip(window, self._inner, strict=True)])
 
     def _ranges(self, window: Window) -> list[tuple[int, int]]:
         """The window along the page's five stored axes; those that the page's shape leaves out have size 1."""
-        ranges, rest = [], list(zip(window, self._inner, strict=True))
+        ranges: list[tuple[int, int]] = []
+        rest = list(zip(window, self._inner, strict=True))
         # Sizes agree in order, with ones dropped: walk from the end.
         for n in reversed(self._shaped):
             if rest and rest[-1][1] == n and (n != 1 or len(rest) == len(self._shaped) - len(ranges)):
@@ -295,7 +324,9 @@ class SegmentedSeries:
         except OSError as error:
             raise ImageError(f"{where} cannot be read ({error}); check the disk") from error
         if len(data) < count:
-            raise ImageError(f"{where} ends early ({len(data):,} of {count:,} bytes); copy the file again from its source")
+            raise ImageError(
+                f"{where} ends early ({len(data):,} of {count:,} bytes); copy the file again from its source"
+            )
         tables: dict[str, Any] = {}
         if self._key.jpegtables is not None:
             tables["jpegtables"] = self._key.jpegtables
@@ -336,7 +367,7 @@ def _metadata(tif: Any, series: Any, key: Any) -> tuple[Origin, Mapping[str, flo
                 sizes["Z"] = um * abs(float(found["spacing"]))
         labels = found.get("Labels")
         per_channel = series.axes.count("C") == 1 and labels is not None and series.axes.strip("C") == "YX"
-        return Origin("imagej", resolution, unit, tags), sizes, tuple(map(str, labels)) if per_channel else ()
+        return Origin("imagej", resolution, unit, tags), sizes, tuple(map(str, labels or ())) if per_channel else ()
     if resolution is not None and unit == 3:
         # Inches are print hints (72, 96, 300 dpi); centimetres are what microscopes and scanners write.
         sizes = {"X": 1e4 / resolution[0], "Y": 1e4 / resolution[1]}
@@ -364,7 +395,9 @@ def _ome(xml: str) -> tuple[dict[str, Any], dict[str, float], tuple[str, ...]]:
     if pixels is None:
         return {}, {}, ()
     keys = [f"PhysicalSize{axis}{unit}" for axis in "XYZ" for unit in ("", "Unit")]
-    tags: dict[str, Any] = {k: pixels.attrib[k] for k in (*keys, "TimeIncrement", "TimeIncrementUnit") if k in pixels.attrib}
+    tags: dict[str, Any] = {
+        k: pixels.attrib[k] for k in (*keys, "TimeIncrement", "TimeIncrementUnit") if k in pixels.attrib
+    }
     sizes = {}
     for axis in "XYZ":
         um = _UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").strip().lower())
@@ -376,5 +409,3 @@ def _ome(xml: str) -> tuple[dict[str, Any], dict[str, float], tuple[str, ...]]:
             tags[key] = float(value)
     channels = [e.get("Name", "") for e in pixels if e.tag.rsplit("}", 1)[-1] == "Channel"]
     return tags, sizes, tuple(channels) if all(channels) else ()
-
-

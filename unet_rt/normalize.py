@@ -37,6 +37,16 @@ class Affine:
     clip: tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class OnePlane:
+    """Numbers already known, in the form of :class:`Affines`: the same for every plane."""
+
+    numbers: Affine
+
+    def plane(self, plane: int) -> Affine:
+        return self.numbers
+
+
 class Affines:
     """The numbers for each plane of an image; computed once, per plane where the scope is ``slice``."""
 
@@ -72,7 +82,8 @@ class Affines:
         divisor = np.array([pair[1] for pair in numbers], np.float32)
         if not (np.isfinite(offset).all() and np.isfinite(divisor).all() and divisor.all()):
             raise ContractError(
-                f"{source.name}: normalisation {how.method} gives offset {offset.tolist()} and divisor {divisor.tolist()}; "
+                f"{source.name}: normalisation {how.method} gives offset {offset.tolist()} and divisor "
+                f"{divisor.tolist()}; "
                 "the divisor must not be 0; check --normalize"
             )
         return Affine(offset, divisor, how.clip)
@@ -98,11 +109,14 @@ def _declared(how: Normalization, source: Source) -> list[tuple[float, float]]:
     if how.method == "dtype":
         if source.dtype.kind not in "iu":
             raise ContractError(
-                f"{source.name}: --normalize dtype divides by the largest value of an integer dtype, and the pixels are "
+                f"{source.name}: --normalize dtype divides by the largest value of an integer dtype, and the pixels "
+                "are "
                 f"{source.dtype}; use scale=N with the largest value there can be, or none"
             )
         return [(0.0, float(np.iinfo(source.dtype).max))] * count
-    mean, std = (_per_channel(values, count, what, source.name) for values, what in ((how.mean, "mean"), (how.std, "std")))
+    mean, std = (
+        _per_channel(values, count, what, source.name) for values, what in ((how.mean, "mean"), (how.std, "std"))
+    )
     return [(m * how.scale, s * how.scale) for m, s in zip(mean, std, strict=True)]
 
 
@@ -182,7 +196,8 @@ class Summary:
     @property
     def text(self) -> str:
         return (
-            f"pixels {self.raw[0]:g} to {self.raw[1]:g}; after normalisation {self.range[0]:.4g} to {self.range[1]:.4g}, "
+            f"pixels {self.raw[0]:g} to {self.raw[1]:g}; after normalisation {self.range[0]:.4g} to "
+            f"{self.range[1]:.4g}, "
             f"mean {self.mean:.4g}, deviation {self.std:.4g}"
         )
 
@@ -210,12 +225,14 @@ def normalised(pixels: Array, numbers: Affine) -> Float32:
     """(C, *spatial) pixels as the network gets them; the slow twin of what ``tile_gather`` does on its way."""
     wide = pixels.dtype in (np.int32, np.uint32, np.float64)
     kind = np.float64 if wide else np.float32
-    values = pixels.astype(kind)
+    values: Array = pixels.astype(kind)
     if numbers.clip is not None:
         values = np.clip(values, kind(numbers.clip[0]), kind(numbers.clip[1]))
     along = (-1, *(1 for _ in range(pixels.ndim - 1)))
-    result = (values - numbers.offset.astype(kind).reshape(along)) / numbers.divisor.astype(kind).reshape(along)
-    return result.astype(np.float32)
+    offset: Array = numbers.offset.astype(kind).reshape(along)
+    divisor: Array = numbers.divisor.astype(kind).reshape(along)
+    result: Float32 = ((values - offset) / divisor).astype(np.float32)
+    return result
 
 
 def percentiles(
@@ -280,7 +297,8 @@ def _keys(pixels: Array) -> Array:
     if kind == "u":
         return raw
     if kind == "i":
-        return raw ^ top
+        turned: Array = raw ^ top
+        return turned
     # Floats: all bits of negative ones are turned round, the sign bit of the others. -0 comes below 0, equal in value.
     return np.where(raw & top, ~raw, raw | top)
 
@@ -322,6 +340,7 @@ def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, chan
     channel, row, *rest = (int(i) for i in np.argwhere(bad)[0])
     place = (start + row, *rest)
     raise ImageError(
-        f"{source.name}: {int(bad.sum())} NaN or infinite pixels in rows {start} to {start + band.shape[1] - 1} of plane "
+        f"{source.name}: {int(bad.sum())} NaN or infinite pixels in rows {start} to {start + band.shape[1] - 1} of "
+        "plane "
         f"{plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num"
     )

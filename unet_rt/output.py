@@ -26,7 +26,7 @@ from .image import Source
 from .pixels import MAX_WHOLE_PX, Array, Origin
 
 SUFFIXES = (".png", ".tif", ".tiff", ".npy")
-# Strips of a compressed mask: 2**18 samples are 64 rows of 4096; small enough to read windows, large enough to pack well.
+# Strips of a compressed mask: 2**18 samples are 64 rows of 4096; small enough for windows, large enough to pack.
 STRIP_SAMPLES = 2**18
 COMPRESSION_LEVEL = 4  # masks: within 10 % of level 9 at a fifth of its time
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # offsets are 32 bits; some room for the directories
@@ -34,7 +34,7 @@ CLASSIC_TIFF_BYTES = 2**32 - 2**25  # offsets are 32 bits; some room for the dir
 
 @dataclass(frozen=True)
 class Shape:
-    """What is written: ``plane_shape`` pictures of ``channels`` channels (0: no channel axis) of ``spatial`` samples."""
+    """What is written: ``plane_shape`` pictures of ``channels`` channels (0: no such axis) of ``spatial`` samples."""
 
     spatial: tuple[int, ...]
     plane_shape: tuple[int, ...]
@@ -111,11 +111,15 @@ class Output:
         row, done = int(start[0]), self._rows.get(plane, 0)
         expected = (channels, rows, *self.shape.spatial[1:])
         if (
-            block.shape != expected or any(start[1:]) or row != done or row + rows > self.shape.spatial[0]
+            block.shape != expected
+            or any(start[1:])
+            or row != done
+            or row + rows > self.shape.spatial[0]
             or not 0 <= plane < self.shape.planes
         ):
             raise ValueError(
-                f"{self.path.name}: block {block.shape} at plane {plane}, {tuple(start)} does not continue row {done} of "
+                f"{self.path.name}: block {block.shape} at plane {plane}, {tuple(start)} does not continue row {done} "
+                "of "
                 f"{self.shape.spatial} x {channels} channels, {self.shape.planes} planes"
             )
         if block.dtype != self.shape.dtype:
@@ -162,7 +166,8 @@ class Output:
         except OSError as error:
             self.abort()
             raise OutputError(
-                f"{self.path}: cannot be written ({error.strerror or error}); nothing was left behind; free some space or "
+                f"{self.path}: cannot be written ({error.strerror or error}); nothing was left behind; free some "
+                "space or "
                 "choose another folder with --out"
             ) from error
         except BaseException:
@@ -250,7 +255,8 @@ def open_output(
     free = shutil.disk_usage(target.parent).free
     if suffix != ".png" and not packed and what.nbytes > free:
         raise OutputError(
-            f"{target}: needs {what.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {target.parent}; free some space or "
+            f"{target}: needs {what.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {target.parent}; free some "
+            "space or "
             "choose another folder with --out"
         )
     size = tuple(pixel_size_um) if pixel_size_um is not None else _size_of(source, spatial)
@@ -301,11 +307,14 @@ class _PngWriter:
     def __init__(self, path: Path, part: Path, shape: Shape, origin: Origin) -> None:
         advice = f"name it {path.stem}.tif instead"
         if shape.planes != 1 or len(shape.spatial) != 2:
-            raise OutputError(f"{path}: PNG holds one plane, this is {shape.axes} {'x'.join(map(str, shape.full))}; {advice}")
+            raise OutputError(
+                f"{path}: PNG holds one plane, this is {shape.axes} {'x'.join(map(str, shape.full))}; {advice}"
+            )
         deep = shape.dtype == np.uint16
         if shape.dtype != np.uint8 and not (deep and shape.channels <= 1):
             raise OutputError(
-                f"{path}: PNG holds 8 bits, or 16 without channels; this is {shape.dtype} with {shape.channels} channels; "
+                f"{path}: PNG holds 8 bits, or 16 without channels; this is {shape.dtype} with {shape.channels} "
+                "channels; "
                 f"{advice}"
             )
         if shape.channels > 4:
@@ -355,7 +364,7 @@ class _RowFile:
 
 def _write_all(stream: IO[bytes], array: Array) -> None:
     """Raw streams may write less than asked for; a short write without an error is a nearly full disk."""
-    data = memoryview(array.reshape(-1).view(np.uint8))
+    data = array.reshape(-1).view(np.uint8).data
     while len(data):
         done = stream.write(data)
         data = data[done:]
@@ -387,7 +396,10 @@ def _tiff_form(path: Path, shape: Shape, origin: Origin, size: tuple[float, ...]
     axes, full = shape.axes, shape.full
     big = shape.nbytes > CLASSIC_TIFF_BYTES
     imagej = (
-        not ome and not big and origin.kind == "imagej" and shape.dtype.name in ("uint8", "uint16", "float32")
+        not ome
+        and not big
+        and origin.kind == "imagej"
+        and shape.dtype.name in ("uint8", "uint16", "float32")
         and _in_order(axes, "TZCYX")
     )
     if not ome and not imagej and size is not None and len(full) > 2 and not _in_order(axes, "IYX"):
@@ -456,8 +468,11 @@ class _PlainTiffWriter(_RowFile):
 
 
 class _PackedTiffWriter:
-    """Masks, compressed in strips. Channels arrive interleaved by bands while TIFF pages follow each other, so strips are
-    kept in an unnamed file (masks shrink 20 to 200 times) and copied in the order of the pages at the end."""
+    """Integers, compressed in strips.
+
+    Bands hold all channels, while the pages of a TIFF follow each other: strips are kept in an unnamed file (masks
+    shrink 20 to 200 times) and copied in the order of the pages at the end.
+    """
 
     def __init__(self, path: Path, part: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None) -> None:
         self._form = _tiff_form(path, shape, origin, size)
@@ -470,11 +485,13 @@ class _PackedTiffWriter:
         self._where: list[list[tuple[int, int]]] = [
             [(0, 0)] * strips for _ in range(shape.planes * self._pages_per_plane)
         ]
-        self._held: dict[tuple[int, int], list[Array]] = {}  # rows of a strip that is not complete, per (plane, channel)
+        self._held: dict[
+            tuple[int, int], list[Array]
+        ] = {}  # rows of a strip that is not complete, per (plane, channel)
         self._end = 0
         part.touch()
         # No name where the system can: nothing is left behind even by kill -9.
-        self._spool = tempfile.TemporaryFile(dir=part.parent, prefix=f"{part.name}.", buffering=0)
+        self._spool = tempfile.TemporaryFile(dir=part.parent, prefix=f"{part.name}.", buffering=0)  # noqa: SIM115
 
     def write(self, plane: int, row: int, block: Array) -> None:
         for channel, rows in enumerate(block):
@@ -498,7 +515,7 @@ class _PackedTiffWriter:
 
     def _pack(self, page: int, strip: int, rows: Array) -> None:
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-        packed = zlib.compress(little, COMPRESSION_LEVEL)
+        packed = zlib.compress(little.data, COMPRESSION_LEVEL)
         _write_all(self._spool, np.frombuffer(packed, np.uint8))
         self._where[page][strip] = (self._end, len(packed))
         self._end += len(packed)
@@ -508,8 +525,12 @@ class _PackedTiffWriter:
 
         with tifffile.TiffWriter(self._part, **(self._form.file | {"byteorder": "<"})) as tiff:
             tiff.write(
-                self._packed(), shape=self._shape.full, dtype=self._shape.dtype, compression="zlib",
-                rowsperstrip=self._strip, **self._form.series,
+                self._packed(),
+                shape=self._shape.full,
+                dtype=self._shape.dtype,
+                compression="zlib",
+                rowsperstrip=self._strip,
+                **self._form.series,
             )
 
     def _packed(self) -> Iterator[bytes]:
