@@ -193,7 +193,17 @@ class _Nuclei:
         return float(self.radius[k] * self.stretch[k] * (1 + np.abs(self.wobble[k]).sum()) + 1.0)
 
 
-_NOTHING = _Nuclei(*(np.empty(0) for _ in range(5)), np.empty((0, 3), np.complex64), np.empty(0), np.empty((0, 2), int))
+_NONE = np.empty(0)
+_NOTHING = _Nuclei(
+    y=_NONE,
+    x=_NONE,
+    radius=_NONE,
+    stretch=_NONE,
+    angle=_NONE,
+    wobble=np.empty((0, 3), np.complex64),
+    brightness=_NONE,
+    texture_at=np.empty((0, 2), np.int64),
+)
 
 
 class _World:
