@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +79,16 @@ def missing(device: str = "cpu") -> str | None:
     return None
 
 
+# Since 1.30 or so, merely importing the official wheels creates an identifier and a database in the user's cache
+# folder and sends events to Microsoft. Images and networks here may be confidential, and nothing may be written that
+# nobody asked for. The library reads the variables when it is imported (the second is their name in older releases);
+# whoever sets them to something else has decided otherwise.
+_NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
+
+
 def _import() -> Any:
+    for variable in _NO_TELEMETRY:
+        os.environ.setdefault(variable, "1")
     try:
         import onnxruntime
     except (ImportError, OSError, AttributeError) as error:

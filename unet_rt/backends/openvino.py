@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,21 @@ def missing(device: str = "cpu") -> str | None:
 
 
 def _import() -> Any:
+    if "openvino" in sys.modules:
+        return _checked_import()
+    # `import openvino` writes an identifier to the user's home folder and sends an event to Google Analytics, by the
+    # package openvino_telemetry. Without that package it does not, so that is how things look while it is imported.
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import machinery's "not to be found"
+    try:
+        return _checked_import()
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]
+
+
+def _checked_import() -> Any:
     try:
         import openvino
     except (ImportError, OSError, AttributeError) as error:

@@ -110,9 +110,13 @@ def _array_for(port: Port, array: Array) -> Array:
         raise BackendError(f"input {port.name} has shape {given}, the graph takes {wanted}; '?' sizes are free")
     if array.dtype == port.dtype:
         return np.ascontiguousarray(array)
-    cast = np.asarray(array, dtype=port.dtype, order="C")
-    both_float = array.dtype.kind == "f" and port.dtype.kind == "f"
-    if not both_float and not np.array_equal(cast, array):
+    with np.errstate(invalid="ignore", over="ignore"):  # values that do not fit are found below
+        cast = np.asarray(array, dtype=port.dtype, order="C")
+    if array.dtype.kind == "f" and port.dtype.kind == "f":
+        fits = port.dtype.itemsize >= array.dtype.itemsize or np.array_equal(np.isinf(cast), np.isinf(array))
+    else:
+        fits = np.array_equal(cast, array)
+    if not fits:
         raise BackendError(
             f"input {port.name} is {array.dtype} with values that the graph's {port.dtype} cannot hold; "
             f"pass {port.dtype} values"
