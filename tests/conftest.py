@@ -14,7 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 LIBRARIES = {
     "torch": ("torch",),
@@ -105,3 +107,24 @@ def shared() -> Path:
     if not SHARED.is_dir():
         skip_or_fail("shared", f"there is no real data: {SHARED} does not exist")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def sample_images() -> list[NDArray[np.uint16]]:
+    """Three drawn micrographs of odd sizes: realistic pixels for the network that ships with the package."""
+    from unet_rt.synthetic import microscopy
+
+    return [microscopy(shape, seed=seed).image for seed, shape in enumerate([(300, 260), (211, 330), (257, 257)], 500)]
+
+
+@pytest.fixture(scope="session")
+def engine_folder(tmp_path_factory: pytest.TempPathFactory, sample_images: list[NDArray[np.uint16]]) -> Path:
+    """An FP32 engine of the shipped network in ONNX Runtime, proven on ``sample_images``. Read it, do not change it."""
+    import unet_rt as urt
+    from unet_rt.demo import shipped_model
+
+    folder = tmp_path_factory.mktemp("engine") / "nuclei.urt"
+    urt.build(
+        shipped_model(), samples=sample_images, out=folder, backend="onnxruntime", precision="fp32", tile=(192, 192)
+    ).close()
+    return folder

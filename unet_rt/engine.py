@@ -366,14 +366,29 @@ def read_folder(folder: str | Path) -> EngineFolder:
         EngineError: Not an engine, a newer schema, or files that are missing or not those that were written.
     """
     folder = Path(folder)
+    while True:
+        text = _spec_text(folder)
+        try:
+            return _read_folder(folder, text)
+        except (EngineError, FileNotFoundError):
+            if _spec_text(folder) == text:
+                raise
+            # replaced while it was read: what the old spec names is gone, and the new one is whole
+
+
+def _spec_text(folder: Path) -> str:
     path = folder / "spec.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         what = "does not exist" if not folder.exists() else "is not an engine folder (it has no spec.json)"
         raise EngineError(f"{folder} {what}; make one with: unet-rt build model.onnx --out {folder}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"{path} cannot be read ({error}); build the engine again") from error
+
+
+def _read_folder(folder: Path, text: str) -> EngineFolder:
+    path = folder / "spec.json"
     try:
         document = json.loads(text)
         major, minor = (int(v) for v in document["schema"])

@@ -1,0 +1,248 @@
+"""Engine folders: seen whole or not at all, refused when damaged, foreign or unproven."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import unet_rt as urt
+from unet_rt import machine
+from unet_rt.engine import SCHEMA, Engine, EngineSpec, InputSpec, read_folder, sha256, write_folder
+
+
+@pytest.fixture
+def folder(engine_folder, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(engine_folder, tmp_path / "copy.urt"))
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "spec.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def rewrite(folder: Path, kind: str, change) -> None:
+    """Changes a JSON file of the folder and lets spec.json name the new bytes, as a forger would."""
+    document = json.loads((folder / "spec.json").read_text())
+    path = folder / document["files"][kind]["name"]
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    edit(folder, lambda d: d["files"][kind].update(sha256=sha256(path)))
+
+
+def test_spec_survives_the_folder(engine_folder):
+    opened = read_folder(engine_folder)
+    again = EngineSpec.from_json(json.loads(json.dumps(opened.spec.to_json())))
+    assert again == opened.spec
+    assert opened.spec.outputs[0].exact
+    assert opened.spec.contract.classes == ("background", "nucleus")
+
+
+def test_files_are_named_by_their_content(engine_folder):
+    for kind, entry in read_folder(engine_folder).files.items():
+        assert entry["name"].startswith(f"{kind}-{entry['sha256'][:12]}")
+        assert sha256(engine_folder / entry["name"]) == entry["sha256"]
+
+
+def test_the_fp32_graph_runs_in_plain_onnxruntime(engine_folder):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(read_folder(engine_folder).file("graph")))
+    x = np.random.default_rng(0).normal(size=(1, 1, 64, 64)).astype(np.float32)
+    assert session.run(None, {session.get_inputs()[0].name: x})[0].shape == (1, 2, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda f: shutil.rmtree(f), "does not exist"),
+        (lambda f: (f / "spec.json").unlink(), "no spec.json"),
+        (lambda f: (f / "spec.json").write_text("{"), "is damaged"),
+        (lambda f: (f / "spec.json").write_text("[]"), "is damaged"),
+        (lambda f: (f / "spec.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+        (lambda f: edit(f, lambda d: d.update(schema=[SCHEMA[0] + 1, 0])), "upgrade unet-rt"),
+        (lambda f: edit(f, lambda d: d.pop("outputs")), "is damaged"),
+        (lambda f: edit(f, lambda d: d["files"].pop("graph")), "names no graph"),
+        (lambda f: next(f.glob("graph-*")).unlink(), "is missing"),
+        (lambda f: next(f.glob("graph-*")).write_bytes(b"x"), "is not the file that was built"),
+        (lambda f: next(f.glob("exam-*")).write_bytes(b""), "is not the file that was built"),
+    ],
+)
+def test_damaged_folders_are_refused(folder, damage, text):
+    damage(folder)
+    with pytest.raises(urt.EngineError, match=text):
+        urt.load(folder)
+
+
+def test_any_minor_schema_of_the_same_major_loads(folder):
+    edit(folder, lambda d: d.update(schema=[SCHEMA[0], SCHEMA[1] + 7]))
+    urt.load(folder).close()
+
+
+@pytest.mark.parametrize(
+    ("forge", "text"),
+    [
+        (lambda r: r.update(graph_sha256="0" * 64), "belongs to another graph"),
+        (lambda r: r["verdict"].update(accepted=False), "misses its budget"),
+        (lambda r: r["verdict"].update(label_change=0.5), "misses its budget"),
+        (lambda r: r.pop("verdict"), "is damaged"),
+    ],
+)
+def test_unproven_engines_are_refused(folder, forge, text):
+    rewrite(folder, "parity", forge)
+    with pytest.raises(urt.EngineError, match=text):
+        urt.load(folder)
+    urt.load(folder, accept_unverified=True).close()
+
+
+def test_no_record_no_load(folder):
+    edit(folder, lambda d: d["files"].pop("parity"))
+    with pytest.raises(urt.EngineError, match="no record of parity"):
+        urt.load(folder)
+
+
+def test_on_another_machine_the_exam_is_sat_again(folder, monkeypatch):
+    sat = []
+    from unet_rt import exam
+
+    real = exam.sit
+    monkeypatch.setattr(exam, "sit", lambda *args: sat.append(1) or real(*args))
+    urt.load(folder).close()
+    assert not sat
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another processor")
+    urt.load(folder).close()
+    assert sat
+
+
+def test_a_failed_exam_is_refused(folder, monkeypatch):
+    opened = read_folder(folder)
+    arrays = opened.exam()
+    arrays["output_0"] = arrays["output_0"][:, ::-1]  # classes exchanged: what a wrong build would give
+    path = opened.file("exam")
+    np.savez_compressed(path, **arrays)
+    edit(folder, lambda d: d["files"]["exam"].update(sha256=sha256(path)))
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another processor")
+    with pytest.raises(urt.ParityError, match="fails its exam"):
+        urt.load(folder)
+
+
+def test_another_device_is_refused(folder):
+    with pytest.raises(urt.EngineError, match="built for cpu"):
+        urt.load(folder, device="cuda:0")
+
+
+def test_a_read_only_folder_loads(folder):
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        urt.load(folder).close()
+    finally:
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("make", ["file", "other folder", "engine"])
+def test_what_is_there_is_not_overwritten(tmp_path, engine_folder, make):
+    target = tmp_path / "target.urt"
+    if make == "file":
+        target.write_text("mine")
+    elif make == "other folder":
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine")
+    else:
+        shutil.copytree(engine_folder, target)
+    opened = read_folder(engine_folder)
+    before = sorted(p.name for p in target.iterdir()) if target.is_dir() else target.read_text()
+    with pytest.raises(urt.OutputError, match="choose another --out"):
+        write_folder(target, opened.spec, {"model": opened.file("model"), "graph": opened.file("graph")})
+    assert (sorted(p.name for p in target.iterdir()) if target.is_dir() else target.read_text()) == before
+
+
+def test_replacing_leaves_one_engine_and_never_a_mixture(tmp_path, engine_folder):
+    """A reader in another thread sees a loadable engine at every moment of twenty replacements."""
+    opened = read_folder(engine_folder)
+    target = tmp_path / "target.urt"
+    other = tmp_path / "other.onnx"
+    other.write_bytes(opened.file("model").read_bytes() + b"")
+    files = {kind: opened.file(kind) for kind in opened.files}
+    write_folder(target, opened.spec, files)
+    done, errors = threading.Event(), []
+
+    def reader() -> None:
+        while not done.is_set():
+            try:
+                read_folder(target)
+            except urt.EngineError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    for k in range(20):
+        parity = tmp_path / "parity.json"
+        parity.write_text(json.dumps({**opened.parity, "turn": k}))
+        write_folder(target, opened.spec, {**files, "parity": parity}, overwrite=True)
+    done.set()
+    thread.join()
+    assert not errors
+    assert len(list(target.glob("parity-*"))) == 1
+    assert not list(tmp_path.glob(".*.part"))
+
+
+class Doubler:
+    """A session that returns what it gets, twice: (N, C, ...) in, two outputs out."""
+
+    precision, device, version, threads = "fp32", "cpu", "none 0", 1
+
+    def __init__(self) -> None:
+        self.batches = []
+
+    def run(self, inputs):
+        self.batches.append([x.shape for x in inputs])
+        return [np.concatenate(inputs, axis=1)] * 2
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_fixed_batch_is_padded_and_trimmed(engine_folder):
+    from dataclasses import replace
+
+    spec = read_folder(engine_folder).spec
+    spec = replace(spec, batch=3, outputs=spec.outputs * 2, inputs=(InputSpec("a", "NCYX", 1), InputSpec("b", "NCYX", 2)))
+    session = Doubler()
+    x = np.random.default_rng(0).normal(size=(7, 3, 8, 8)).astype(np.float32)
+    for out in Engine(spec, session).run(x):
+        np.testing.assert_array_equal(out, x)
+    assert session.batches == [[(3, 1, 8, 8), (3, 2, 8, 8)]] * 3
+
+
+def test_a_graph_without_batch_or_with_channels_last(engine_folder):
+    from dataclasses import replace
+
+    spec = read_folder(engine_folder).spec
+    output = replace(spec.outputs[0], axes="NYXC", channels=3)
+    spec = replace(spec, outputs=(output,), inputs=(InputSpec("a", "NYXC", 3),))
+
+    class Last(Doubler):
+        def run(self, inputs):
+            assert inputs[0].shape == (2, 8, 6, 3)
+            return [inputs[0] * 2]
+
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 6)).astype(np.float32)
+    np.testing.assert_array_equal(Engine(spec, Last()).run(x)[0], x * 2)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user whose writes can be refused")
+def test_an_unwritable_place_is_said_before_work(tmp_path, engine_folder):
+    tmp_path.chmod(0o555)
+    opened = read_folder(engine_folder)
+    with pytest.raises(urt.OutputError, match="not writable"):
+        write_folder(tmp_path / "x.urt", opened.spec, {"model": opened.file("model"), "graph": opened.file("graph")})

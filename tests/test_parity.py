@@ -1,0 +1,106 @@
+"""The judge: worst image, every class, and what proves nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from unet_rt.contract import Contract
+from unet_rt.errors import ContractError
+from unet_rt.parity import Budget, compare, constant_reason, dice, judge, labels
+from unet_rt.synthetic import microscopy
+
+MULTI = Contract(task="multiclass", output_is="logits", classes=("background", "cell", "debris"))
+
+
+def logits(mask: np.ndarray, classes: int = 3) -> np.ndarray:
+    return np.stack([(mask == k) * 4.0 - 2.0 for k in range(classes)]).astype(np.float32)
+
+
+def test_equal_results_are_inside_any_budget():
+    raw = logits(np.random.default_rng(0).integers(0, 3, (40, 50)))
+    found = compare(raw, raw.copy(), MULTI)
+    assert (found.label_change, found.max_abs, set(found.dice.values())) == (0.0, 0.0, {1.0})
+    assert judge([found], Budget(label_change=0, dice=1, error=0)).accepted
+
+
+def test_the_worst_image_decides_not_the_mean():
+    good = logits(np.zeros((100, 100), int))
+    bad = good.copy()
+    bad[:, :2, :10] = logits(np.ones((2, 10), int))  # 20 of 10,000 labels
+    images = [compare(good, good, MULTI, f"good {k}") for k in range(9)] + [compare(good, bad, MULTI, "bad")]
+    verdict = judge(images, Budget(label_change=1e-3))
+    assert verdict.mean_label_change == pytest.approx(2e-4)
+    assert verdict.label_change == pytest.approx(2e-3)
+    assert not verdict.accepted
+    assert verdict.reasons[0].startswith("bad: 0.200% of labels change")
+
+
+def test_a_rare_class_cannot_hide():
+    mask = np.zeros((1000, 1000), int)
+    mask[:12, :10] = 2  # 120 px of 1,000,000
+    lost = mask.copy()
+    lost[:6, :10] = 0
+    found = compare(logits(mask), logits(lost), MULTI)
+    assert found.label_change == pytest.approx(6e-5)
+    verdict = judge([found], Budget(label_change=1e-3))
+    assert not verdict.accepted
+    assert "class debris" in verdict.reasons[0]
+    assert found.dice["debris"] == pytest.approx(2 * 60 / 180)
+    assert judge([found], Budget(label_change=1e-3, class_px=121)).accepted
+
+
+def test_binary_and_multilabel_labels():
+    raw = np.array([[[-1.0, 0.5]], [[2.0, -3.0]]], np.float32)
+    assert labels(raw, Contract(task="multilabel", output_is="logits")).tolist() == [[[0, 1]], [[1, 0]]]
+    high = Contract(task="binary", output_is="probabilities", threshold=(0.6,))
+    assert labels(np.array([[[0.5, 0.7]]], np.float32), high).tolist() == [[[0, 1]]]
+
+
+def test_regression_is_judged_over_the_outputs_range():
+    rng = np.random.default_rng(3)
+    base = rng.normal(10, 2, (1, 64, 64)).astype(np.float32)
+    off = base.copy()
+    off[0, 5, 5] += 0.5
+    found = compare(base, off, Contract(task="regression"))
+    low, high = np.percentile(base, (1, 99))
+    assert found.label_change is None
+    assert found.relative == pytest.approx(0.5 / (high - low), rel=1e-5)
+    assert not judge([found], Budget(error=1e-2)).accepted
+    assert judge([found], Budget(error=0.2)).accepted
+
+
+def test_dice_of_empty_masks_is_one():
+    empty = np.zeros((4, 4), bool)
+    assert dice(empty, empty) == 1.0
+    assert dice(empty, ~empty) == 0.0
+
+
+@pytest.mark.parametrize("values", [{"label_change": -1}, {"dice": 1.5}, {"error": -0.1}, {"seam": 2}])
+def test_budgets_that_cannot_be(values):
+    with pytest.raises(ContractError, match="budget"):
+        Budget(**values)
+
+
+def test_nothing_to_judge():
+    with pytest.raises(ContractError, match="no image"):
+        judge([], Budget())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.zeros((1, 64, 64)), "every pixel is 0"),
+        (np.full((1, 64, 64), 7.0), "every pixel is 7"),
+        (np.random.default_rng(0).normal(size=(1, 128, 128)), "noise"),
+        (np.random.default_rng(1).integers(0, 65535, (3, 64, 200)), "noise"),
+        (np.zeros((1, 0, 5)), "empty"),
+    ],
+)
+def test_what_proves_nothing(pixels, reason):
+    assert reason in str(constant_reason(pixels))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_microscopy_proves_something(seed):
+    assert constant_reason(microscopy((200, 200), seed=seed).image[None]) is None
