@@ -435,8 +435,8 @@ def resolve_task(
     2 or more any other             else, or none                       multi-class logits
     ========  ====================  ==================================  ===========================================
 
-    One channel is never an argmax. Networks for several classes whose loss takes logits end in a convolution; that is by
-    far the usual meaning of several channels, so that it is not called ambiguous. A threshold not declared is 0.5.
+    One channel is never an argmax. Networks for several classes whose loss takes logits end in a convolution; that is
+    by far the usual meaning of several channels, so that it is not called ambiguous. A threshold not declared is 0.5.
 
     Args:
         channels: Of the output.

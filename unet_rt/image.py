@@ -87,6 +87,8 @@ class Source:
             raise ImageError(
                 f"{self.name}: window {tuple(start)} to {tuple(stop)} is not inside the image ({size_text(self.shape)})"
             )
+        if any(low == high for low, high in zip(start, stop, strict=True)):
+            return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
         window = [slice(0, 1)] * len(self._layout.shape)
         for position, index in zip(
             self._layout.planes, np.unravel_index(plane, self.plane_shape or (1,)), strict=False

@@ -1,0 +1,536 @@
+"""Images: windows equal slices of the whole for every storage, and what cannot be read is refused with a reason."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from unet_rt import image_tiff
+from unet_rt.contract import Contract
+from unet_rt.errors import ContractError, ImageError
+from unet_rt.image import Source, list_images, open_image
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ANY = Contract()
+RNG = np.random.default_rng(20)
+GREY = RNG.integers(0, 2**16, (75, 93), np.uint16)
+COLOUR = RNG.integers(0, 256, (75, 93, 3), np.uint8)
+STACK = RNG.integers(0, 2**16, (3, 2, 5, 40, 51), np.uint16)  # T C Z Y X
+
+
+def planes_of(source: Source) -> np.ndarray:
+    """(planes, C, *spatial)."""
+    stop = source.shape
+    return np.stack([source.read(p, (0,) * len(stop), stop) for p in range(source.planes)])
+
+
+def tiff(array: np.ndarray, **options: Any) -> Callable[[Path], Any]:
+    return lambda folder: tifffile.imwrite(folder / "image.tif", array, **options)
+
+
+def grey_tiff(**options: Any) -> tuple[Callable[[Path], Any], np.ndarray, dict[str, Any]]:
+    return tiff(GREY, photometric="minisblack", **options), GREY[None, None], {}
+
+
+def colour_tiff(planar: bool = False, **options: Any) -> tuple[Callable[[Path], Any], np.ndarray, dict[str, Any]]:
+    channels = np.moveaxis(COLOUR, -1, 0)
+    stored = np.ascontiguousarray(channels) if planar else COLOUR
+    config = "separate" if planar else "contig"
+    return tiff(stored, photometric="rgb", planarconfig=config, **options), channels[None], {"network_channels": 3}
+
+
+FLOAT = GREY.astype(np.float32) / 7 - 1000
+SIGNED = (GREY.astype(np.int32) - 30000).astype(np.int16)
+TCZYX, PLANES = {"axes": "TCZYX"}, np.swapaxes(STACK, 1, 2).reshape(-1, 2, 40, 51)
+
+# name: (writes the file, all pixels as (planes, C, *spatial), arguments of open_image)
+STORAGES: dict[str, tuple[Callable[[Path], Any], np.ndarray, dict[str, Any]]] = {
+    "one strip": grey_tiff(),
+    "strips": grey_tiff(rowsperstrip=8),
+    "deflate strips": grey_tiff(rowsperstrip=7, compression="zlib"),
+    "deflate strips, predictor": grey_tiff(rowsperstrip=7, compression="zlib", predictor=True),
+    "deflate in one piece": grey_tiff(compression="zlib", rowsperstrip=75),
+    "tiles": grey_tiff(tile=(16, 32)),
+    "deflate tiles": grey_tiff(tile=(32, 16), compression="zlib"),
+    "big-endian": grey_tiff(byteorder=">"),
+    "big-endian tiles": grey_tiff(byteorder=">", tile=(16, 16)),
+    "bigtiff": grey_tiff(bigtiff=True, tile=(32, 32), compression="zlib"),
+    "float": (tiff(FLOAT, rowsperstrip=9, compression="zlib"), FLOAT[None, None], {}),
+    "big-endian float": (tiff(FLOAT, byteorder=">"), FLOAT[None, None], {}),
+    "signed": (tiff(SIGNED, tile=(16, 16)), SIGNED[None, None], {}),
+    "colour": colour_tiff(),
+    "colour tiles": colour_tiff(tile=(32, 16), compression="zlib"),
+    "colour separate": colour_tiff(planar=True),
+    "colour separate tiles": colour_tiff(planar=True, tile=(16, 32), compression="zlib"),
+    "colour separate strips": colour_tiff(planar=True, rowsperstrip=11, compression="zlib"),
+    "colour, reversed": (colour_tiff()[0], np.moveaxis(COLOUR, -1, 0)[None, ::-1], {"channels": "2,1,0"}),
+    "colour, one": (colour_tiff()[0], np.moveaxis(COLOUR, -1, 0)[None, 1:2], {"channels": [1], "network_channels": 1}),
+    "colour, odd choice": (colour_tiff()[0], np.moveaxis(COLOUR, -1, 0)[None, [2, 0, 2]], {"channels": (2, 0, 2)}),
+    "grey, repeated": (grey_tiff()[0], np.repeat(GREY[None, None], 3, 1), {"channels": "0,0,0", "network_channels": 3}),
+    "ome": (tiff(STACK, ome=True, metadata=TCZYX), PLANES, {"network_channels": 2}),
+    "ome tiles": (
+        tiff(STACK, ome=True, metadata=TCZYX, tile=(16, 32), compression="zlib"),
+        PLANES[:, 1:],
+        {"network_channels": 1, "channels": [1]},
+    ),
+    "ome volumes": (tiff(STACK, ome=True, metadata=TCZYX), STACK, {"network_channels": 2, "spatial": 3}),
+    "imagej": (
+        tiff(np.swapaxes(STACK, 1, 2), imagej=True, metadata={"axes": "TZCYX"}),
+        PLANES,
+        {"network_channels": 2},
+    ),
+    "imagej volumes": (
+        tiff(np.swapaxes(STACK, 1, 2), imagej=True, metadata={"axes": "TZCYX"}),
+        STACK,
+        {"network_channels": 2, "spatial": 3},
+    ),
+    "pages": (
+        tiff(STACK[0, 0], photometric="minisblack", metadata=None),
+        STACK[0, 0][:, None],
+        {"network_channels": 1},
+    ),
+    "pages as volume": (
+        tiff(STACK[0, 0], photometric="minisblack", metadata=None, compression="zlib", rowsperstrip=9),
+        STACK[0, 0][None, None],
+        {"network_channels": 1, "spatial": 3},
+    ),
+    "pages as channels": (
+        tiff(STACK[0, 0], photometric="minisblack", metadata=None),
+        STACK[0, 0][None],
+        {"network_channels": 5},
+    ),
+    "png": (lambda d: Image.fromarray(GREY).save(d / "image.png"), GREY[None, None], {}),
+    "png colour": (
+        lambda d: Image.fromarray(COLOUR).save(d / "image.png"),
+        np.moveaxis(COLOUR, -1, 0)[None],
+        {"network_channels": 3},
+    ),
+    "bmp": (lambda d: Image.fromarray(COLOUR[..., 0]).save(d / "image.bmp"), COLOUR[None, None, ..., 0], {}),
+    "npy": (lambda d: np.save(d / "image.npy", STACK), PLANES, {"axes": "TCZYX", "network_channels": 2}),
+    "npy fortran": (lambda d: np.save(d / "image.npy", np.asfortranarray(FLOAT)), FLOAT[None, None], {}),
+    "npy big-endian": (lambda d: np.save(d / "image.npy", GREY.astype(">u2")), GREY[None, None], {}),
+    "npy channels last": (
+        lambda d: np.save(d / "image.npy", COLOUR),
+        np.moveaxis(COLOUR, -1, 0)[None],
+        {"network_channels": 3},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    sources: dict[str, Source] = {}
+
+    def get(storage: str) -> Source:
+        if storage not in sources:
+            folder = tmp_path_factory.mktemp("image")
+            STORAGES[storage][0](folder)
+            (path,) = folder.iterdir()
+            sources[storage] = open_image(path, ANY, **STORAGES[storage][2])
+        return sources[storage]
+
+    yield get
+    for source in sources.values():
+        source.close()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_window_is_a_slice_of_the_whole(storage: str, opened: Callable[[str], Source], data: st.DataObject) -> None:
+    source, whole = opened(storage), STORAGES[storage][1]
+    assert (source.planes, source.channels, *source.shape) == whole.shape
+    assert source.dtype == whole.dtype
+    plane = data.draw(st.integers(0, source.planes - 1))
+    ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in source.shape]
+    window = source.read(plane, [a for a, _ in ends], [b for _, b in ends])
+    assert window.dtype == source.dtype
+    np.testing.assert_array_equal(window, whole[(plane, slice(None), *(slice(a, b) for a, b in ends))])
+
+
+def test_only_the_segments_of_a_window_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", RNG.integers(0, 99, (640, 640), np.uint8), tile=(64, 64), compression="zlib")
+    decoded = []
+    original = image_tiff.SegmentedSeries._decoded
+    monkeypatch.setattr(
+        image_tiff.SegmentedSeries, "_decoded", lambda self, *a: (decoded.append(a[1]), original(self, *a))[1]
+    )
+    with open_image(tmp_path / "a.tif", ANY) as source:
+        source.read(0, (70, 130), (120, 190))
+        assert decoded == [12]
+        source.read(0, (64, 64), (192, 192))
+        assert sorted(decoded) == [11, 12, 21, 22]  # tile 12 came from the cache
+
+
+def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_tiff, "CACHE_BYTES", 20_000)
+    pixels = RNG.integers(0, 99, (640, 320), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, rowsperstrip=16, compression="zlib")
+    with open_image(tmp_path / "a.tif", ANY) as source:
+        for row in range(0, 640, 40):
+            np.testing.assert_array_equal(source.read(0, (row, 5), (row + 40, 300))[0], pixels[row : row + 40, 5:300])
+        assert source._pixels._cached <= 20_000  # type: ignore[attr-defined]
+
+
+MEMORY = """
+import resource, sys
+from unet_rt.contract import Contract
+from unet_rt.image import open_image
+import tifffile
+# ru_maxrss of a fork starts at its parent's; the current size is what this process itself adds to.
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+with open_image(sys.argv[1], Contract()) as source:
+    before, most, total = resident(), 0.0, 0
+    for plane, start, stop in source.bands():
+        total += int(source.read_band(plane, start, stop)[0, 0, 0])
+        most = max(most, resident())
+print(most - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident size is read from /proc")
+@pytest.mark.parametrize("options", [{}, {"tile": (512, 512), "compression": "zlib"}], ids=["plain", "deflate tiles"])
+def test_a_large_tiff_is_read_in_little_memory(tmp_path: Path, options: dict[str, Any]) -> None:
+    rows = np.arange(10_000, dtype=np.uint16)
+    if options:
+        blank = (np.zeros((512, 512), np.uint16) for _ in range(400))
+        tifffile.imwrite(
+            tmp_path / "a.tif", blank, shape=(10_000, 10_000), dtype=np.uint16, **(options | {"maxworkers": 1})
+        )
+    else:
+        tifffile.imwrite(tmp_path / "a.tif", np.broadcast_to(rows, (10_000, 10_000)))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "a.tif"], capture_output=True, text=True, check=True
+    )
+    # The image has 191 MiB. Of it: a band of 8 MiB, and 128 MiB of decoded tiles.
+    assert float(done.stdout) < (160 if options else 60)
+
+
+# What formats mean --------------------------------------------------------------------------------------------------
+
+
+def test_real_microscopy_reads_as_pillow_reads_it() -> None:
+    folder = DATA / "dsb2018" / "image"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing")
+    for path in sorted(folder.iterdir())[:12]:
+        pixels = np.asarray(Image.open(path))
+        channels = pixels.shape[2] if pixels.ndim == 3 else 1
+        with open_image(path, ANY, network_channels=channels) as source:
+            expected = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+            np.testing.assert_array_equal(planes_of(source)[0], expected)
+
+
+@pytest.mark.parametrize("form", ["imagej", "ome"])
+def test_a_real_stack_reads_as_planes_and_as_a_volume(tmp_path: Path, form: str) -> None:
+    folder = DATA / "isbi2012" / "image"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing")
+    slices = np.stack([np.asarray(Image.open(p)) for p in sorted(folder.iterdir())])
+    path = tmp_path / ("stack.ome.tif" if form == "ome" else "stack.tif")
+    if form == "ome":
+        size = {f"PhysicalSize{a}": v for a, v in zip("XYZ", (4.0, 4.0, 50.0), strict=True)}
+        units = {f"PhysicalSize{a}Unit": "nm" for a in "XYZ"}
+        tifffile.imwrite(path, slices, metadata={"axes": "ZYX", **size, **units})
+    else:
+        tifffile.imwrite(
+            path, slices, imagej=True, resolution=(250, 250), metadata={"axes": "ZYX", "unit": "um", "spacing": 0.05}
+        )
+    with open_image(path, ANY, network_channels=1) as source:
+        assert source.reading == f"{path.name} ZYX {len(slices)}x512x512 uint8: 1 channel, 2-D network over 24 planes"
+        assert source.pixel_size_um == pytest.approx((0.004, 0.004))
+        np.testing.assert_array_equal(planes_of(source)[:, 0], slices)
+    with open_image(path, ANY, network_channels=1, spatial=3) as source:
+        assert (source.planes, source.shape) == (1, slices.shape)
+        assert source.pixel_size_um == pytest.approx((0.05, 0.004, 0.004))
+        np.testing.assert_array_equal(source.read(0, (3, 100, 200), (9, 164, 264))[0], slices[3:9, 100:164, 200:264])
+
+
+def test_the_reading_is_one_line_of_how_axes_and_channels_were_read(tmp_path: Path) -> None:
+    path = tmp_path / "cells.ome.tif"
+    tifffile.imwrite(path, STACK, metadata={"axes": "TCZYX", "Channel": {"Name": ["DAPI", "GFP"]}})
+    with open_image(path, ANY, network_channels=1, channels=[0]) as source:
+        assert source.reading == ("cells.ome.tif TCZYX 3x2x5x40x51 uint16: channel 0 of 2, 2-D network over 15 planes")
+        assert (source.plane_axes, source.plane_shape) == ("TZ", (3, 5))
+    with open_image(path, Contract(channels=("GFP",)), network_channels=1) as source:
+        assert "channel 1 of 2 by name (GFP)" in source.reading
+        np.testing.assert_array_equal(source.read(7, (0, 0), (40, 51))[0], STACK[1, 1, 2])
+    with pytest.raises(ContractError, match=r"2 channels .*DAPI, GFP.*takes 1; choose with --channels"):
+        open_image(path, ANY, network_channels=1)
+
+
+def test_palettes_and_single_bits_are_written_out(tmp_path: Path) -> None:
+    colours = Image.fromarray(COLOUR // 64 * 64).quantize(16)
+    colours.save(tmp_path / "palette.png")
+    with open_image(tmp_path / "palette.png", ANY, network_channels=3) as source:
+        assert "palette written out" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0], np.moveaxis(np.asarray(colours.convert("RGB")), -1, 0))
+    bits = Image.fromarray(GREY > 30000)
+    bits.save(tmp_path / "bits.png")
+    with open_image(tmp_path / "bits.png", ANY, network_channels=1) as source:
+        assert "1 bit" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0, 0], (GREY > 30000) * np.uint8(255))
+
+
+def test_exif_orientation_is_respected_and_said(tmp_path: Path) -> None:
+    picture = Image.fromarray(COLOUR)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    with open_image(tmp_path / "a.jpg", ANY, network_channels=3) as source:
+        assert source.shape == (93, 75)
+        assert "EXIF orientation 6" in source.reading
+
+
+def test_alpha_is_dropped_only_where_it_says_nothing(tmp_path: Path) -> None:
+    opaque = np.dstack([COLOUR, np.full(COLOUR.shape[:2], 255, np.uint8)])
+    Image.fromarray(opaque).save(tmp_path / "a.png")
+    with open_image(tmp_path / "a.png", ANY, network_channels=3) as source:
+        assert "opaque alpha dropped" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0], np.moveaxis(COLOUR, -1, 0))
+    opaque[70, 3, 3] = 254
+    Image.fromarray(opaque).save(tmp_path / "a.png")
+    with pytest.raises(ContractError, match=r"not opaque.*254.*--channels 0,1,2"):
+        open_image(tmp_path / "a.png", ANY, network_channels=3)
+    with open_image(tmp_path / "a.png", ANY, network_channels=3, channels="0,1,2") as source:
+        np.testing.assert_array_equal(planes_of(source)[0], np.moveaxis(COLOUR, -1, 0))
+    tifffile.imwrite(tmp_path / "a.tif", opaque, photometric="rgb", extrasamples=["unassalpha"], compression="zlib")
+    with pytest.raises(ContractError, match="not opaque"):
+        open_image(tmp_path / "a.tif", ANY, network_channels=3)
+    tifffile.imwrite(tmp_path / "a.tif", opaque, photometric="rgb", extrasamples=["unspecified"])
+    with pytest.raises(ContractError, match="4 channels.*takes 3"):  # a fourth channel is not an alpha channel
+        open_image(tmp_path / "a.tif", ANY, network_channels=3)
+
+
+def test_grey_saved_as_colour_is_one_channel_and_real_colour_is_not(tmp_path: Path) -> None:
+    grey = np.repeat(COLOUR[..., :1], 3, axis=2)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    with open_image(tmp_path / "a.png", ANY, network_channels=1) as source:
+        assert "equal colours taken as one channel" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0, 0], grey[..., 0])
+    grey[74, 92, 1] ^= 1
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    with pytest.raises(ContractError, match=r"colour image.*--channels 0.*--channels luma"):
+        open_image(tmp_path / "a.png", ANY, network_channels=1)
+    with open_image(tmp_path / "a.png", ANY, network_channels=1, channels="luma") as source:
+        np.testing.assert_array_equal(planes_of(source)[0, 0], np.asarray(Image.fromarray(grey).convert("L")))
+
+
+def test_channels_come_in_the_order_of_the_contract() -> None:
+    bgr = Contract(channels=("blue", "green", "red"))
+    with open_image(COLOUR, bgr, axes="YXS") as source:
+        assert "2,1,0 of 3 by name" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0], np.moveaxis(COLOUR, -1, 0)[::-1])
+
+
+def test_sixteen_bit_colour_png_keeps_its_bits(tmp_path: Path) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    deep = RNG.integers(0, 2**16, (20, 30, 3), np.uint16)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(deep))
+    with open_image(tmp_path / "a.png", ANY, network_channels=3) as source:
+        np.testing.assert_array_equal(planes_of(source)[0], np.moveaxis(deep, -1, 0))
+
+
+def test_compression_without_its_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("imagecodecs")
+    tifffile.imwrite(tmp_path / "a.tif", GREY, compression="lzw")
+    with open_image(tmp_path / "a.tif", ANY) as source:
+        np.testing.assert_array_equal(planes_of(source)[0, 0], GREY)
+    monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", {}, raising=False)
+    with pytest.raises(ImageError, match=r"LZW.*pip install 'unet-rt\[tiff\]'"):
+        open_image(tmp_path / "a.tif", ANY)
+
+
+def test_further_series_and_levels_are_said(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(GREY, subifds=1, tile=(16, 16), photometric="minisblack")
+        writer.write(GREY[::2, ::2], subfiletype=1, tile=(16, 16), photometric="minisblack")
+    with open_image(tmp_path / "a.tif", ANY) as source:
+        assert "level 0 of 2" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0, 0], GREY)
+
+
+# Arrays ------------------------------------------------------------------------------------------------------------
+
+
+class Interface:
+    """An array of another library."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self.kept = array
+
+
+class Dlpack:
+    def __init__(self, array: np.ndarray, device: int = 1) -> None:
+        self.array, self.device = array, device
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device, 0
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda a: a, memoryview, Interface, Dlpack], ids=["numpy", "buffer", "interface", "dlpack"]
+)
+def test_arrays_of_any_library_are_read_without_a_copy(kind: Callable[[np.ndarray], Any]) -> None:
+    with open_image(kind(FLOAT), ANY) as source:
+        window = source.read(0, (3, 4), (10, 20))
+        np.testing.assert_array_equal(window[0], FLOAT[3:10, 4:20])
+        assert np.shares_memory(window, FLOAT)
+
+
+def test_arrays_that_are_no_images_are_refused() -> None:
+    masked = np.ma.masked_less(FLOAT, 0)
+    cases = {
+        "masked": masked,
+        "dtype complex64": FLOAT.astype(np.complex64),
+        "dtype int64.*astype": GREY.astype(np.int64),
+        "dtype object": np.array([[None, 1], [2, 3]], object),
+        r"empty \(0x5\)": np.zeros((0, 5)),
+        "another device": Dlpack(FLOAT, 2),
+        "list is no image": [[1, 2], [3, 4]],
+    }
+    for message, array in cases.items():
+        with pytest.raises(ImageError, match=message):
+            open_image(array, ANY)
+    with open_image(np.ma.array(FLOAT), ANY) as source:  # nothing masked
+        assert source.shape == FLOAT.shape
+    with open_image(GREY > 9, ANY) as source:
+        assert source.dtype == np.uint8
+
+
+def test_windows_outside_the_image_are_refused() -> None:
+    with open_image(GREY, ANY) as source:
+        for plane, start, stop in [
+            (1, (0, 0), (2, 2)),
+            (0, (-1, 0), (2, 2)),
+            (0, (0, 0), (76, 2)),
+            (0, (5, 0), (4, 2)),
+        ]:
+            with pytest.raises(ImageError, match="does not exist|not inside"):
+                source.read(plane, start, stop)
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------
+
+
+def png_header(width: int, height: int, tail: bytes = b"") -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + tail
+
+
+def tiff_header(width: int, height: int, compression: int = 1) -> bytes:
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, compression), (262, 3, 1, 1)]
+    tags += [(273, 4, 1, 200), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 700)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return (struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + b"\0" * 4).ljust(1024, b"\0")
+
+
+def cut(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
+    def file(name: str, data: bytes) -> Path:
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    Image.fromarray(COLOUR).save(tmp_path / "cut.png")
+    Image.fromarray(COLOUR).save(tmp_path / "cut.jpg")
+    tifffile.imwrite(tmp_path / "cut.tif", GREY)
+    tifffile.imwrite(tmp_path / "cut-tiles.tif", GREY, tile=(16, 16), compression="zlib")
+    np.save(tmp_path / "cut.npy", GREY)
+    np.save(tmp_path / "object.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    np.save(tmp_path / "empty.npy", np.zeros((0, 4), np.uint8))
+    Image.fromarray(COLOUR).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    tifffile.imwrite(tmp_path / "lab.tif", COLOUR, photometric="cielab")
+    Image.fromarray(COLOUR).save(tmp_path / "frames.png", save_all=True, append_images=[Image.fromarray(COLOUR[::-1])])
+    with tifffile.TiffWriter(tmp_path / "pages.tif") as writer:
+        writer.write(GREY, metadata=None)
+        writer.write(GREY[:40], metadata=None)
+    np.savez(tmp_path / "a.npz", GREY)
+    cases = [
+        (tmp_path / "missing.png", "check the path"),
+        (tmp_path, "a folder, not an image"),
+        (file("empty.png", b""), "file is empty"),
+        (file("text.png", b"<html>404</html>"), r"text \(HTML"),
+        (file("a.h5", b"\x89HDF\r\n\x1a\n"), "h5py"),
+        (file("noise.tif", b"II*\0" + bytes(range(200))), "TIFF"),
+        (file("noise.dat", b"abcdefghijkl"), "first bytes"),
+        (tmp_path / "a.npz", r"save the array as \.npy"),
+        (cut(tmp_path / "cut.png", 0.5), "truncated or corrupt"),
+        (cut(tmp_path / "cut.jpg", 0.5), "truncated or corrupt"),
+        (cut(tmp_path / "cut.tif", 0.5), "TIFF|truncated"),
+        (cut(tmp_path / "cut-tiles.tif", 0.5), "TIFF|truncated"),
+        (cut(tmp_path / "cut.npy", 0.5), r"truncated: its header announces"),
+        (tmp_path / "object.npy", "pickled"),
+        (tmp_path / "empty.npy", "empty"),
+        (tmp_path / "cmyk.jpg", "CMYK.*RGB"),
+        (tmp_path / "lab.tif", "CIELAB.*RGB"),
+        (tmp_path / "frames.png", "2 frames"),
+        (tmp_path / "pages.tif", "2 pages of different shapes"),
+        (file("huge.png", png_header(100_000, 100_000)), "more than 1,073,741,824"),
+        (file("bomb.png", png_header(30_000, 30_000)), "cannot hold them"),
+        (file("huge.tif", tiff_header(1_000_000, 1_000_000, 8)), "cannot hold them"),
+        (file("huge-plain.tif", tiff_header(1_000_000, 1_000_000)), "cannot hold them|truncated"),
+    ]
+    for path, message in cases:
+        with pytest.raises(ImageError, match=message) as caught:
+            open_image(path, ANY, network_channels=1)
+        assert path.name in str(caught.value)
+
+
+def test_a_corrupt_strip_is_named_when_it_is_met(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", GREY, rowsperstrip=25, compression="zlib")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        offset = tif.pages[0].dataoffsets[1]
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[offset : offset + 40] = b"\xff" * 40
+    (tmp_path / "a.tif").write_bytes(data)
+    with open_image(tmp_path / "a.tif", ANY) as source:
+        np.testing.assert_array_equal(source.read(0, (0, 0), (25, 93))[0], GREY[:25])
+        with pytest.raises(ImageError, match=r"a\.tif: the strip or tile at row 25, column 0 of page 0 is corrupt"):
+            source.read(0, (0, 0), (26, 93))
+
+
+def test_a_picture_of_20_000_pixels_square_passes_pillows_limit(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    with open_image(tmp_path / "a.png", ANY) as source:
+        assert source.shape == (20_000, 20_000)
+    assert Image.MAX_IMAGE_PIXELS is not None  # the limit of other users of Pillow is as it was
+
+
+def test_folders_are_listed_in_order(tmp_path: Path) -> None:
+    for name in ("b.png", "a.TIF", "c.txt", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [p.name for p in list_images([tmp_path, tmp_path / "c.txt", tmp_path / "b.png"])] == [
+        "a.TIF",
+        "b.png",
+        "c.txt",
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="holds no image"):
+        list_images([tmp_path / "empty"])
+    with pytest.raises(ImageError, match="no such file"):
+        list_images([tmp_path / "nothing.png"])
