@@ -88,7 +88,7 @@ def test_output_size_is_what_the_architecture_says(spec: UNetSpec, size: int) ->
 
 def test_sizes_that_do_not_fit_are_refused_with_one_that_does() -> None:
     network = UNet(width=2)
-    with pytest.raises(ValueError, match="size 570 px does not fit.*use 572"):
+    with pytest.raises(ValueError, match=r"size 570 px does not fit.*use 572"):
         network(torch.zeros(1, 1, 570, 572))
     with pytest.raises(ValueError, match=r"input is 1x3x572x572; this U-Net takes Nx1xYxX"):
         network(torch.zeros(1, 3, 572, 572))

@@ -1,0 +1,214 @@
+"""Modules become graphs that give what the modules give, at any size and batch, with the contract inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="export needs torch; pip install unet-rt[torch]")
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip install unet-rt[cpu]")
+
+import unet_rt  # noqa: E402
+from unet_rt.contract import Contract, Normalization  # noqa: E402
+from unet_rt.errors import ContractError, GraphError  # noqa: E402
+from unet_rt.export import METADATA_KEY, export  # noqa: E402
+from unet_rt.models import UNet  # noqa: E402
+from unet_rt.synthetic import microscopy  # noqa: E402
+
+pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
+
+CONTRACT = Contract(
+    axes="NCYX",
+    channels=("nuclei",),
+    normalization=Normalization("percentile", scope="image"),
+    task="multiclass",
+    output_is="logits",
+    classes=("background", "nucleus"),
+    trained_tile=(96, 96),
+)
+
+
+def pixels(size: int = 160) -> Any:
+    image = microscopy((size, size), seed=1).image.astype(np.float32)
+    return (image - image.min()) / (np.percentile(image, 99.8) - image.min())
+
+
+def used(network: Any) -> Any:
+    """Statistics and biases other than the initial ones, so that folding them wrongly shows."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for m in network.modules():
+            if isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
+                m.running_mean.normal_(std=0.3)
+                m.running_var.uniform_(0.5, 2)
+                m.bias.normal_(std=0.2)
+    return network
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"width": 4, "depth": 2, "padding": "same", "norm": "batch", "up": "bilinear"},
+        {"width": 4, "depth": 2},
+        {"width": 4, "depth": 2, "padding": "same", "up": "nearest", "in_channels": 3, "classes": 1},
+        {"width": 2, "depth": 1, "dims": 3, "padding": "same", "norm": "batch"},
+        {"width": 2, "depth": 1, "dims": 3, "up": "bilinear"},
+    ],
+    ids=str,
+)
+def test_u_nets_of_all_kinds(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network = used(UNet(**arguments))
+    done = export(network, tmp_path / "model.onnx", sizes=None if network.spec.dims == 2 else [20, 22])
+    assert done.exporter == "trace"
+    assert done.max_error <= done.tolerance
+    assert done.sizes[0] != done.sizes[1]
+    model = onnx.load(done.path)
+    kinds = [n.op_type for n in model.graph.node]
+    assert "BatchNormalization" not in kinds
+    assert "Identity" not in kinds
+    assert not {"Shape", "Gather", "Dropout", "If"} & set(kinds)
+    # Free axes: batch and space are named, channels are numbers.
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    assert [bool(d.dim_param) for d in shape] == [True, False, *[True] * network.spec.dims]
+    # A third size, never shown to the exporter.
+    third = network.spec.size_at_least(max(done.sizes[1]) + 1)
+    tile = (third, *done.sizes[0][1:])
+    x = np.random.default_rng(0).random((3, network.spec.in_channels, *tile), np.float32)
+    session = ort.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        wanted = network.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(session.run(None, {"input": x})[0], wanted, atol=4 * done.tolerance)
+
+
+def test_the_contract_travels_in_the_metadata(tmp_path: Path) -> None:
+    network = UNet(width=4, depth=2, padding="same")
+    export(network, tmp_path / "model.onnx", contract=CONTRACT, pixels=pixels())
+    props = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert list(props) == [METADATA_KEY]
+    assert Contract.from_json(json.loads(props[METADATA_KEY])) == CONTRACT
+
+
+def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
+    network = UNet(width=2, depth=1, padding="same", norm="batch").train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    export(network, tmp_path / "model.onnx", sizes=[32, 40])
+    assert network.training
+    assert all(p.requires_grad for p in network.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+class TwoHeads(torch.nn.Module):
+    """Plain PyTorch: strided convolution, GroupNorm-free, two outputs at two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(2, 6, 3, stride=2, padding=1), torch.nn.ReLU())
+        self.coarse = torch.nn.Conv2d(6, 1, 1)
+        self.fine = torch.nn.ConvTranspose2d(6, 3, 4, stride=2, padding=1)
+
+    def forward(self, x: Any) -> Any:
+        x = self.body(x)
+        return self.fine(x), torch.sigmoid(self.coarse(x))
+
+
+def test_any_module_with_several_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    done = export(TwoHeads(), tmp_path / "two.onnx", sizes=[64, (64, 96)])
+    graph = onnx.load(done.path).graph
+    assert [o.name for o in graph.output] == ["output_0", "output_1"]
+
+
+class ResizesToTheInput(torch.nn.Module):
+    """What many networks do: odd sizes are padded and the answer is resized by the input's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.MaxPool2d(2))
+
+    def forward(self, x: Any) -> Any:
+        return torch.nn.functional.interpolate(self.net(x), size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def test_sizes_taken_from_tensors_stay_free(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    done = export(ResizesToTheInput(), tmp_path / "free.onnx", sizes=[64, (64, 96)])
+    assert done.max_error <= done.tolerance
+
+
+class BakesItsSize(torch.nn.Module):
+    """A size as a Python number: the tracer bakes it, and only a second size shows that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x: Any) -> Any:
+        height, width = (int(n) for n in x.shape[2:])
+        y = torch.nn.functional.avg_pool2d(self.net(x), 2)
+        return torch.nn.functional.interpolate(y, size=(height, width), mode="nearest")
+
+
+def test_a_baked_size_is_found_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match="trace: at 64x96 px"):
+        export(BakesItsSize(), tmp_path / "baked.onnx", sizes=[64, (64, 96)], exporter="trace")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_other_exporter_is_taken_where_tracing_bakes_a_size(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the dynamo exporter needs onnxscript; pip install unet-rt[torch]")
+    torch.manual_seed(0)
+    done = export(BakesItsSize(), tmp_path / "free.onnx", sizes=[64, (64, 96)])
+    assert done.exporter == "dynamo"
+    assert any("64x96" in note for note in done.notes)
+
+
+def test_wrong_use_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    network = UNet(width=2, depth=1, padding="same")
+    with pytest.raises(ContractError, match=r"names 2 channels .* the module takes 1"):
+        export(network, out, contract=Contract(channels=("a", "b")))
+    with pytest.raises(ContractError, match="channels first"):
+        export(network, out, contract=Contract(axes="NYXC"))
+    with pytest.raises(ContractError, match="no convolution"):
+        export(torch.nn.ReLU(), out)
+    with pytest.raises(GraphError, match="two sizes"):
+        export(network, out, sizes=[32])
+    with pytest.raises(GraphError, match=r"not a|takes a torch\.nn\.Module"):
+        export(lambda x: x, out)  # type: ignore[arg-type]
+    broken = UNet(width=2, depth=1, padding="same")
+    with torch.no_grad():
+        broken.head.bias.fill_(float("nan"))
+    with pytest.raises(GraphError, match="not finite"):
+        export(broken, out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shipped_network_has_its_contract_and_is_free() -> None:
+    path = Path(unet_rt.__file__).parent / "data" / "nuclei.onnx"
+    assert path.stat().st_size < 1.5e6
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    contract = Contract.from_json(json.loads(next(p.value for p in model.metadata_props if p.key == METADATA_KEY)))
+    assert contract.axes == "NCYX"
+    assert contract.classes == ("background", "nucleus")
+    assert contract.output_is == "logits"
+    assert contract.normalization == Normalization("percentile", scope="image")
+    assert [bool(d.dim_param) for d in model.graph.input[0].type.tensor_type.shape.dim] == [True, False, True, True]
+
+
+def test_the_shipped_network_finds_nuclei_in_drawn_microscopy() -> None:
+    session = ort.InferenceSession(
+        str(Path(unet_rt.__file__).parent / "data" / "nuclei.onnx"), providers=["CPUExecutionProvider"]
+    )
+    m = microscopy((256, 256), seed=77)
+    low, high = np.percentile(m.image, [1, 99.8])
+    x = ((m.image - low) / (high - low + 1e-6)).astype(np.float32)[None, None]
+    mask = session.run(None, {session.get_inputs()[0].name: x})[0][0].argmax(0) > 0
+    truth = m.truth > 0
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.75
