@@ -1,8 +1,9 @@
 """How fast the CPU kernels are, as ratios measured in one interleaved run.
 
-Method: every kernel, its NumPy twin (``tests/reference.py``) and ``np.copyto`` of as many bytes as the kernel reads and
-writes (half read, half written) run in turns, with the same number of threads (for several, ``np.copyto`` of one part per
-thread; the twin has one), on arrays that were written before, so that no page is new. Reported are medians, and from them
+Method: every kernel, its NumPy twin (``tests/reference.py``) and ``np.copyto`` of as many bytes as the kernel reads
+and writes (half read, half written) run in turns, with the same number of threads (for several, ``np.copyto`` of one
+part per thread; the twin has one), on arrays that were written before, so that no page is new. Reported are medians,
+and from them
 
 - ``bandwidth``: time of ``np.copyto`` / time of the kernel: 1 is the speed of a copy of the same bytes;
 - ``twin``: time of the twin / time of the kernel. Where a kernel only moves float32 (``copy``, ``crop_concat``), NumPy
@@ -27,10 +28,10 @@ from numpy.typing import NDArray
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests")]
 
-import record
-import reference
+import record  # noqa: E402
+import reference  # noqa: E402
 
-from unet_rt import kernels
+from unet_rt import kernels  # noqa: E402
 
 Case = tuple[str, int, Callable[[], Any], Callable[[], Any]]  # name, bytes touched, kernel, twin
 

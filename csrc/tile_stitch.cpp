@@ -217,34 +217,40 @@ void finish_row(const Finish& f, const Read& read, int64_t count, char* out, Buf
 
 void tile_stitch(const TileStitch& call, int threads) {
     using namespace stitch;
-    const int64_t tiles = call.tiles.shape[0];
+    const Array& t = call.tiles;
+    const Array& o = call.out;
+    const int64_t tiles = t.shape[0];
+    // Where channels do not meet, they are walked one after the other: memory then sees two streams, not 2 K.
+    const bool apart = call.op == Op::copy || call.op == Op::sigmoid || call.op == Op::threshold;
+    const int64_t passes = apart ? t.shape[1] : 1;
     const auto rows_before = std::make_unique<int64_t[]>(static_cast<size_t>(tiles + 1));
     int64_t samples = 0;
     for (int64_t n = 0; n < tiles; ++n) {
         const int64_t* size = call.size + 3 * n;
-        rows_before[n + 1] = rows_before[n] + size[0] * size[1];
+        rows_before[n + 1] = rows_before[n] + passes * size[0] * size[1];
         samples += size[0] * size[1] * size[2];
     }
-    const Array& t = call.tiles;
-    const Array& o = call.out;
-    const Finish finish{call.op, t.shape[1], call.threshold, call.values, o.stride[0], o.stride[3]};
     const int64_t rows = rows_before[tiles];
     parallel_for(rows, worker_count(samples * t.shape[1], threads), [&](int, int64_t begin, int64_t end) {
         Buffers buffers;
+        Finish finish{call.op, t.shape[1] / passes, call.threshold, call.values, o.stride[0], o.stride[3]};
         int64_t n = std::upper_bound(rows_before.get(), rows_before.get() + tiles + 1, begin) - rows_before.get() - 1;
         for (int64_t row = begin; row < end; ++row) {
             while (row >= rows_before[n + 1]) ++n;
             const int64_t* from = call.source_start + 3 * n;
             const int64_t* to = call.target_start + 3 * n;
             const int64_t* size = call.size + 3 * n;
-            const int64_t z = (row - rows_before[n]) / size[1];
             const int64_t y = (row - rows_before[n]) % size[1];
-            const char* const source = t.data + n * t.stride[0] + (from[0] + z) * t.stride[2] +
+            const int64_t z = (row - rows_before[n]) / size[1] % size[0];
+            const int64_t first = (row - rows_before[n]) / size[1] / size[0];  // channel of this pass
+            const char* const source = t.data + n * t.stride[0] + first * t.stride[1] + (from[0] + z) * t.stride[2] +
                                        (from[1] + y) * t.stride[3] + from[2] * t.stride[4];
-            char* const target = o.data + (to[0] + z) * o.stride[1] + (to[1] + y) * o.stride[2] + to[2] * o.stride[3];
+            char* const target = o.data + first * o.stride[0] + (to[0] + z) * o.stride[1] + (to[1] + y) * o.stride[2] +
+                                 to[2] * o.stride[3];
             const auto read = [&](int64_t k, int64_t x, int64_t count, float* buffer) {
                 return load(source + k * t.stride[1] + x * t.stride[4], t.stride[4], t.dtype, count, buffer);
             };
+            if (call.op == Op::threshold) finish.bounds = call.threshold + first;
             finish_row(finish, read, size[2], target, buffers);
         }
     });
