@@ -121,9 +121,7 @@ class Up(nn.Module):
             return self.layer(x)
         if self.how == "nearest":
             return self.layer(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return self.layer(
-            F.interpolate(x, scale_factor=2, mode=self.mode, align_corners=self.how == "align_corners")
-        )
+        return self.layer(F.interpolate(x, scale_factor=2, mode=self.mode, align_corners=self.how == "align_corners"))
 
 
 class Down(nn.Module):
@@ -158,7 +156,9 @@ class UNet(nn.Module):
         super().__init__()
         self.spec = spec
         c = [spec.channels * 2**k for k in range(spec.depth + 1)]
-        self.encoder = nn.ModuleList(Block(spec, spec.inputs if k == 0 else c[k - 1], c[k]) for k in range(spec.depth + 1))
+        self.encoder = nn.ModuleList(
+            Block(spec, spec.inputs if k == 0 else c[k - 1], c[k]) for k in range(spec.depth + 1)
+        )
         self.down = nn.ModuleList(Down(spec, c[k]) for k in range(spec.depth))
         self.up = nn.ModuleList(Up(spec, c[k + 1], c[k]) for k in range(spec.depth))
         self.decoder = nn.ModuleList(Block(spec, 2 * c[k], c[k]) for k in range(spec.depth))
@@ -199,7 +199,10 @@ class ResNetUNet(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.main = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(c[k], c[k + 1], 3, 2, 1), nn.BatchNorm2d(c[k + 1]), nn.ReLU(), nn.Conv2d(c[k + 1], c[k + 1], 3, 1, 1)
+                nn.Conv2d(c[k], c[k + 1], 3, 2, 1),
+                nn.BatchNorm2d(c[k + 1]),
+                nn.ReLU(),
+                nn.Conv2d(c[k + 1], c[k + 1], 3, 1, 1),
             )
             for k in range(stages)
         )
@@ -227,12 +230,12 @@ class TwoScales(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(1, 4, 3, 1, 1), nn.Conv2d(2, 4, 5, 1, 2)
-        self.half, self.twice = nn.Conv2d(4, 2, 3, 2, 1), nn.ConvTranspose2d(4, 2, 4, 2, 1)
+        self.reduced, self.doubled = nn.Conv2d(4, 2, 3, 2, 1), nn.ConvTranspose2d(4, 2, 4, 2, 1)
         self.one = nn.Conv2d(4, 1, 1)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         z = F.relu(self.a(x)) + self.b(y)
-        return self.one(z), self.half(z), self.twice(z)
+        return self.one(z), self.reduced(z), self.doubled(z)
 
 
 class ChannelsLast(nn.Module):
@@ -319,7 +322,11 @@ def _quiet() -> Iterator[None]:
     """The exporter prints and warns about its own deprecations."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         yield
     logging.getLogger("torch.onnx").setLevel(level)
@@ -364,7 +371,13 @@ def export(
                 auto = torch.export.Dim.DYNAMIC
                 dynamic = tuple({k: auto for k in axes[name]} for name in names)
             program = torch.onnx.export(
-                network, inputs, dynamo=True, dynamic_shapes=dynamic, opset_version=opset, input_names=names, verbose=False
+                network,
+                inputs,
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                opset_version=opset,
+                input_names=names,
+                verbose=False,
             )
             model = program.model_proto
         else:

@@ -95,7 +95,9 @@ class GraphReport:
         """
         tile = tuple(int(n) for n in tile)
         if len(tile) != len(self.sizes):
-            raise GraphError(f"tile {list(tile)} has {len(tile)} axes and the graph {len(self.sizes)}; give one size each")
+            raise GraphError(
+                f"tile {list(tile)} has {len(tile)} axes and the graph {len(self.sizes)}; give one size each"
+            )
         return _peak_bytes(self._analysis, tile, batch)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +115,8 @@ class GraphReport:
             "outputs": [o.to_json() for o in self.outputs],
             "exact": self.exact,
             "sizes": [
-                {"stride": s.stride, "remainder": s.remainder, "minimum": s.minimum, "fixed": s.fixed} for s in self.sizes
+                {"stride": s.stride, "remainder": s.remainder, "minimum": s.minimum, "fixed": s.fixed}
+                for s in self.sizes
             ],
             "batch": self.batch,
             "final_ops": list(self.final_ops),
@@ -146,7 +149,8 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
     first = next((o for o in outputs if o.field), None)
     scale = math.prod((float(a.scale) for a in first.field), start=1.0) if first else 1.0
     inputs = tuple(
-        GraphInput(v.name, analysis.letters[v.name], v.shape or (), _DTYPES.get(v.dtype, str(v.dtype))) for v in graph.inputs
+        GraphInput(v.name, analysis.letters[v.name], v.shape or (), _DTYPES.get(v.dtype, str(v.dtype)))
+        for v in graph.inputs
     )
     return GraphReport(
         inputs,
@@ -169,11 +173,15 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that the walks tell. ``letters`` are the axes of each input, ``channels`` its channel count."""
+    """Everything that the walks tell.
+
+    ``letters`` are the axes of each input, ``channels`` its channel count, ``declared`` the spatial sizes in the file.
+    """
 
     graph: Graph
     letters: Mapping[str, str]
     channels: Mapping[str, int]
+    declared: tuple[int | None, ...]
     outputs: tuple[OutputField, ...]
     sizes: tuple[TileSizes, ...]
     batch: int | None
@@ -220,7 +228,17 @@ def analyse(graph: Graph) -> Analysis:
         one = sizes[k]
         sizes = (*sizes[:k], TileSizes(one.stride, size % one.stride, size, size), *sizes[k + 1 :])
     return Analysis(
-        graph, letters, channels, outputs, sizes, batch, search.density, tuple(freed), tuple(reasons), search.global_pools
+        graph,
+        letters,
+        channels,
+        declared,
+        outputs,
+        sizes,
+        batch,
+        search.density,
+        tuple(freed),
+        tuple(reasons),
+        search.global_pools,
     )
 
 
@@ -287,7 +305,9 @@ def _axes_constant(graph: Graph, name: str) -> list[int] | None:
 
 def replace_nodes(graph: Graph, nodes: tuple[Node, ...]) -> Graph:
     """``graph`` with other nodes."""
-    return Graph(nodes, graph.inputs, graph.outputs, graph.constants, graph.opset, graph.opsets, graph.metadata, graph.folder)
+    return Graph(
+        nodes, graph.inputs, graph.outputs, graph.constants, graph.opset, graph.opsets, graph.metadata, graph.folder
+    )
 
 
 def _letters_of(graph: Graph, node: Node, labels: list[int | None], shape: Sequence[int | None]) -> tuple[str, int]:
@@ -298,9 +318,15 @@ def _letters_of(graph: Graph, node: Node, labels: list[int | None], shape: Seque
     channel = labels[1]
     channels = shape[channel] if channel is not None else 1
     if channels is None:
-        weight = graph.constants.get(node.inputs[3 if node.op == "QLinearConv" else 1]) if len(node.inputs) > 1 else None
+        weight = (
+            graph.constants.get(node.inputs[3 if node.op == "QLinearConv" else 1]) if len(node.inputs) > 1 else None
+        )
         channels = 1
-        if weight is not None and node.op in ("Conv", "ConvInteger", "QLinearConv", "FusedConv") and len(weight.shape) > 1:
+        if (
+            weight is not None
+            and node.op in ("Conv", "ConvInteger", "QLinearConv", "FusedConv")
+            and len(weight.shape) > 1
+        ):
             channels = weight.shape[1] * int(node.attributes.get("group", 1))
         elif weight is not None and weight.shape:
             channels = weight.shape[0]
@@ -396,6 +422,7 @@ class _Search:
         self.remainders = tuple((n or 0) % s for n, s in zip(self.declared, self.strides, strict=True))
 
     def _stride(self, base: int) -> tuple[int, ...]:
+        """Least common multiple of the down-samplings on the way to the outputs, per axis."""
         start = self.at([n or base for n in self.declared])
         found = [1] * len(self.declared)
         pool = [line for t in self.tensors(start) for line in t.lines()]
@@ -470,6 +497,9 @@ class _Search:
 
     def find_fields(self) -> None:
         """Walk at three sizes, large enough that an untouched core exists, and compare."""
+        if not self.lawful and None not in self.declared:
+            self._fields_of_fixed()
+            return
         size, extra = self.base, 2
         while True:
             states = [self.at(self.congruent(size, k)) for k in range(3)]
@@ -484,6 +514,17 @@ class _Search:
         numbers = _changing_numbers(states)
         for k, value in enumerate(self.graph.outputs):
             self.outputs.append(self._output(value, states, k, disagreements[k], numbers, ready))
+
+    def _fields_of_fixed(self) -> None:
+        """Fields at the one size that the graph runs at, and what keeps it from others."""
+        declared = tuple(n for n in self.declared if n is not None)
+        only = self.at(declared)
+        larger = self.at([n + s for n, s in zip(declared, self.strides, strict=True)])
+        self.density = only.density
+        for k, value in enumerate(self.graph.outputs):
+            why = larger.broken[0] if larger.broken else self._disagreement([only, larger], k)
+            why = f"runs at {' x '.join(map(str, declared))} px only: {why}" if why else ""
+            self.outputs.append(self._output(value, [only], k, why, [], True))
 
     def _has_core(self, line: Line) -> bool:
         before, after = _halo(line)
@@ -500,7 +541,9 @@ class _Search:
                 if any(t is None or t.axes is None for t in tensors):
                     continue
                 found = [t.lines() for t in tensors if t is not None]
-                if len({len(x) for x in found}) > 1 or not all(self._agree(states, x) for x in zip(*found, strict=True)):
+                if len({len(x) for x in found}) > 1 or not all(
+                    self._agree(states, x) for x in zip(*found, strict=True)
+                ):
                     sizes = ", ".join(f"{s.sizes[-1]} px" for s in states)
                     return f"{node} does not follow the size: inputs of {sizes} give fields that do not agree"
         return "inputs of three sizes give fields that do not agree"
@@ -528,8 +571,14 @@ class _Search:
         before, after = _halo(first)
         for array in (first.low, first.high):
             core = array[before : first.size - after]
-            if len(core) > step and not np.array_equal(core[step:] - core[:-step], np.full(len(core) - step, stride)):
-                return False
+            # A tap of weight zero beyond the edge changes no value; there the dependence is cut off.
+            cut = (first.high[before : first.size - after] == sizes[0] - 1) | (
+                first.low[before : first.size - after] == 0
+            )
+            if len(core) > step:
+                equal = core[step:] - core[:-step] == stride
+                if not (equal | cut[step:] | cut[:-step]).all():
+                    return False
         return True
 
     def _output(
@@ -613,9 +662,14 @@ def _halo(line: Line) -> Pair:
 
 
 def _shrink(line: Line, size: int) -> Pair:
-    """Samples missing before and after, against ``scale`` samples per pixel."""
+    """Samples missing before and after, against ``scale`` samples per pixel.
+
+    Where none are missing, sample j belongs to pixel j / scale: strided convolutions read half a stride to the left of
+    it, and no shift is made of that. Otherwise the place decides, halves go to the middle.
+    """
     total = math.floor(size * line.scale - line.size)
-    before = math.ceil(line.place * line.scale - 1)
+    at = line.place * line.scale - Fraction(1, 2)
+    before = min(range(min(0, total), max(0, total) + 1), key=lambda n: (abs(n - at), abs(2 * n - total)))
     return before, total - before
 
 
@@ -663,7 +717,9 @@ def kept_step(field: AxisField, size: int, stride: int) -> int:
 def _peak_bytes(analysis: Analysis, tile: Sequence[int], batch: int) -> int:
     state = analysis.walk(tile, batch)
     if state.broken:
-        raise GraphError(f"the graph does not run at a tile of {list(tile)} px: {state.broken[0]}; give an accepted size")
+        raise GraphError(
+            f"the graph does not run at a tile of {list(tile)} px: {state.broken[0]}; give an accepted size"
+        )
     last: dict[str, int] = {}
     for k, node in enumerate(state.order):
         for name in node.inputs:

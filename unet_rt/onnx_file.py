@@ -15,7 +15,7 @@ import onnx.helper
 import onnx.inliner
 import onnx.numpy_helper
 import onnx.shape_inference
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
 from unet_rt.errors import GraphError
 from unet_rt.shapes import MAX_ELEMENTS, Array
@@ -301,7 +301,12 @@ def constant_attribute(node: Node) -> Array | None:
     a = node.attributes
     if "value" in a:
         return np.asarray(onnx.numpy_helper.to_array(a["value"]))
-    for key, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64)):
+    for key, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
         if key in a:
             return np.asarray(a[key], dtype=dtype)
     return None

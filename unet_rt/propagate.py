@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -58,7 +57,7 @@ class Tensor:
         axes: Its axes, or None where even the shape is unknown.
         dtype: ONNX element type.
         constant: It does not depend on pixels.
-        value: Its value, for small constants.
+        value: Its value, for small constants; initialisers are read from the file when somebody looks.
         sized: A constant computed from the image's size.
         faults, notes: Remarks about all nodes on the way here.
         pooled: For the indices of a MaxPool without overlap and padding: kernel per spatial axis.
@@ -67,7 +66,7 @@ class Tensor:
     axes: tuple[Axis, ...] | None
     dtype: int = 1
     constant: bool = False
-    value: Array | None = None
+    value: Array | Constant | None = None
     sized: bool = False
     faults: frozenset[Remark] = frozenset()
     notes: frozenset[Remark] = frozenset()
@@ -91,8 +90,8 @@ class Tensor:
         return [p for axis in self.axes or () for p in axis if isinstance(p, Line)]
 
 
-class CannotRun(Exception):  # noqa: N818 - raised and caught by the walk, never shown
-    """The graph cannot run at this size."""
+class CannotRun(Exception):
+    """The graph cannot run at this size. Raised and caught by the walk, never shown."""
 
 
 @dataclass
@@ -182,22 +181,15 @@ def walk(
 
 def _constant(constant: Constant) -> Tensor:
     axes = tuple(plain(n) for n in constant.shape)
-    return Tensor(axes, constant.dtype, constant=True, value=_Lazy(constant))  # type: ignore[arg-type]
-
-
-class _Lazy:
-    """Stands for a constant's value until somebody looks."""
-
-    def __init__(self, constant: Constant) -> None:
-        self.constant = constant
+    return Tensor(axes, constant.dtype, constant=True, value=constant)
 
 
 def value_of(tensor: Tensor | None) -> Array | None:
     """Value of a constant, read from the file if need be; None where unknown or too large."""
     if tensor is None:
         return None
-    if isinstance(tensor.value, _Lazy):
-        return tensor.value.constant.value()
+    if isinstance(tensor.value, Constant):
+        return tensor.value.value()
     return tensor.value
 
 
@@ -339,10 +331,8 @@ def _unknown(state: Walk, node: Node, given: Inputs, text: str) -> list[Tensor]:
     for known_shape in inferred:
         if known_shape is not None:
             outputs.append(Tensor(_like(base, known_shape[1]), known_shape[0], faults=fault))
-        elif base is not None and not state.graph.opsets.get(node.domain, 0) > 0:
-            outputs.append(replace(base, faults=fault))
-        elif base is not None and node.domain:
-            outputs.append(replace(base, faults=fault))
+        elif base is not None and node.domain:  # of another domain: most likely element-wise
+            outputs.append(Tensor(base.axes, base.dtype, faults=fault))
         else:
             outputs.append(Tensor(None, faults=fault))
     return outputs
@@ -470,10 +460,10 @@ def note_numbers(state: Walk, node: Node, given: Sequence[Tensor]) -> None:
             array = value_of(t)
             if array is None:
                 state.numbers[str(node)] = str(state.sizes).encode()
-            elif array.size and array.size <= 4096:
-                state.numbers[str(node)] = np.ascontiguousarray(array).tobytes()
             elif array.size:
-                state.numbers[str(node)] = np.ascontiguousarray(array.reshape(-1)[:1]).tobytes()
+                # One value along axes of the image: merged() has seen to it that they are uniform there.
+                corner = array[tuple(slice(0, 1 if n > 64 else n) for n in array.shape)]
+                state.numbers[str(node)] = np.ascontiguousarray(corner).tobytes()
 
 
 _BOOLEAN = ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
@@ -699,9 +689,7 @@ def _windows(node: Node, kernel: Sequence[int]) -> _Windows:
     )
 
 
-def _window_size(
-    n: int, kernel: int, stride: int, before: int, after: int, auto: str, ceil: bool
-) -> tuple[int, int]:
+def _window_size(n: int, kernel: int, stride: int, before: int, after: int, auto: str, ceil: bool) -> tuple[int, int]:
     """(output samples, padding before) of a convolution or pooling whose dilated kernel spans ``kernel`` samples."""
     if auto in ("SAME_UPPER", "SAME_LOWER"):
         out = -(-n // stride)
@@ -779,7 +767,9 @@ def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     if whole:
         state.whole_pools.add(node.name)
     if node.name in state.global_pools:
-        fault = frozenset({state.remark(node, f"pools over the whole image: its kernel {_by(w.kernel)} is a baked size")})
+        fault = frozenset(
+            {state.remark(node, f"pools over the whole image: its kernel {_by(w.kernel)} is a baked size")}
+        )
         return [Tensor((*(first.axes or ())[:2], *(plain(1) for _ in shape)), first.dtype, faults=fault)]
     axes, faults = _slid(state, node, first, w, bool(node.attributes.get("ceil_mode", 0)))
     result = (*(first.axes or ())[:2], *axes)
@@ -825,10 +815,8 @@ def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         full = w.strides[k] * (n - 1) + extra[k] + span
         if target is not None or w.auto in ("SAME_UPPER", "SAME_LOWER"):
             size = n * w.strides[k] if target is None else target[k]
-            total = full - size
-            before = total - total // 2 if w.auto == "SAME_LOWER" else total // 2
-            if w.auto == "NOTSET":
-                before = total // 2 if total >= 0 else 0
+            total = max(0, full - size)
+            before = total // 2 if w.auto == "SAME_UPPER" else total - total // 2
         else:
             before = 0 if w.auto == "VALID" else w.before[k]
             size = full - before - (0 if w.auto == "VALID" else w.after[k])
@@ -854,14 +842,12 @@ def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, a = _first(x), node.attributes
     rank = first.rank
-    sizes = scales = None
-    if node.op == "Upsample" or (node.op == "Resize" and state.graph.opset < 11):
-        scales = a.get("scales", value_of(x[1]) if len(x) > 1 else None)
-    else:
-        scales = value_of(x[2]) if len(x) > 2 else None
-        sizes = value_of(x[3]) if len(x) > 3 else None
-    scales = None if scales is None or len(scales) == 0 else [float(s) for s in scales]
-    sizes = None if sizes is None or len(sizes) == 0 else [int(s) for s in sizes]
+    old = node.op == "Upsample" or state.graph.opset < 11
+    position = 1 if old else 2
+    given_scales = a.get("scales", value_of(x[position]) if len(x) > position else None)
+    given_sizes = value_of(x[3]) if len(x) > 3 else None
+    scales = None if given_scales is None or len(given_scales) == 0 else [float(s) for s in given_scales]
+    sizes = None if given_sizes is None or len(given_sizes) == 0 else [int(s) for s in given_sizes]
     if scales is None and sizes is None:
         return _unknown(state, node, x, "takes its size from the image")
     axes = [int(k) % rank for k in a.get("axes", range(rank))]
@@ -873,14 +859,14 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         ratios = [s / axis_size(result[k]) for k, s in zip(axes, sizes, strict=True)]
         ratio = min(ratios) if policy == "not_larger" else max(ratios)
         sizes = [round(ratio * axis_size(result[k])) for k in axes]
-    for position, k in enumerate(axes):
+    for i, k in enumerate(axes):
         n = axis_size(result[k])
         if sizes is not None:
-            size, factor = sizes[position], Fraction(sizes[position], n)
+            size, factor = sizes[i], Fraction(sizes[i], n)
         elif scales is not None:
             # As the backends do: the scale and the product in float32.
-            size = int(np.floor(np.float32(scales[position]) * np.float32(n)))
-            factor = _fraction(scales[position])
+            size = int(np.floor(np.float32(scales[i]) * np.float32(n)))
+            factor = _fraction(scales[i])
         if size < 1:
             raise CannotRun(f"leaves {size} samples")
         if size == n and factor == 1:
@@ -891,6 +877,8 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
                 texts.append("resizes a flattened axis")
             result[k] = plain(size)
             continue
+        if sizes is not None and not x[3].sized:  # type: ignore[union-attr]
+            texts.append(f"resizes to {size} samples whatever the size of the image")
         moved, fault, note = _resized(node, line, size, factor)
         result[k] = (moved,)
         texts += fault
@@ -908,14 +896,16 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 def _fraction(scale: float) -> Fraction:
     """The simple fraction that a float32 scale stands for."""
     simple = Fraction(scale).limit_denominator(256)
-    return simple if simple > 0 and abs(float(simple) / scale - 1) < 2e-7 else Fraction(scale).limit_denominator(1 << 20)
+    return (
+        simple if simple > 0 and abs(float(simple) / scale - 1) < 2e-7 else Fraction(scale).limit_denominator(1 << 20)
+    )
 
 
 def _resized(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line, list[str], list[str]]:
     a = node.attributes
     old = node.op == "Upsample"
     mode = {"bilinear": "linear", "trilinear": "linear"}.get(a.get("mode", "nearest"), a.get("mode", "nearest"))
-    coordinates = a.get("coordinate_transformation_mode", "asymmetric" if old or "Resize" != node.op else "half_pixel")
+    coordinates = a.get("coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
     rounding = a.get("nearest_mode", "floor" if old else "round_prefer_floor")
     texts: list[str] = []
     notes: list[str] = []
@@ -1060,7 +1050,9 @@ def _split(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     line, outputs, start = sole_line(axis), [], 0
     for size in parts:
         here = plain(size) if line is None else (lines.take(line, start, 1, size),)
-        faults = frozenset({state.remark(node, "cuts a flattened axis")}) if line is None and tracked(axis) else frozenset()
+        faults = (
+            frozenset({state.remark(node, "cuts a flattened axis")}) if line is None and tracked(axis) else frozenset()
+        )
         axes = tuple(here if i == k else other for i, other in enumerate(first.axes or ()))
         outputs.append(Tensor(axes, first.dtype, faults=faults))
         start += size
@@ -1075,8 +1067,6 @@ def _concat(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     if any(t.rank != rank for t in given):
         raise CannotRun("meets tensors of different rank")
     along = [(t.axes or ())[k] for t in given]
-    if sum(tracked(a) for a in along) > 1:
-        return _unknown(state, node, x, "lines up several images along space")
     thin = [replace(t, axes=tuple(plain(1) if i == k else a for i, a in enumerate(t.axes or ()))) for t in given]
     thin = [replace(t, value=None) if t.constant and not _flat(given[i], k) else t for i, t in enumerate(thin)]
     for i in range(rank):
@@ -1086,11 +1076,14 @@ def _concat(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     joined = merged(state, node, [replace(t, value=_thin_value(g, k)) for t, g in zip(thin, given, strict=True)])
     axis: Axis = plain(sum(axis_size(a) for a in along))
     if any(tracked(a) for a in along):
-        at = next(i for i, a in enumerate(along) if tracked(a))
+        at = max((i for i, a in enumerate(along) if tracked(a)), key=lambda i: axis_size(along[i]))
         before, after = sum(axis_size(a) for a in along[:at]), sum(axis_size(a) for a in along[at + 1 :])
         line = sole_line(along[at])
-        if line is None or not all(t.constant for i, t in enumerate(given) if i != at):
-            return _unknown(state, node, x, "lengthens the image by what is not constant")
+        if line is None:
+            return _unknown(state, node, x, "lengthens a flattened axis")
+        if not all(t.constant for i, t in enumerate(given) if i != at):
+            fault = state.remark(node, "lines up several images along space, or wraps one around")
+            joined = replace(joined, faults=joined.faults | {fault})
         axis = (lines.pad(line, before, after, "constant"),)
     return [replace(joined, axes=tuple(axis if i == k else a for i, a in enumerate(joined.axes or ())))]
 
@@ -1145,14 +1138,15 @@ def _reshape(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     if node.op == "Flatten":
         k = int(a.get("axis", 1))
         k = k if k >= 0 else k + first.rank
-        target: Sequence[int] | None = (math.prod(first.shape[:k]), math.prod(first.shape[k:]))
+        target: tuple[int, ...] = (math.prod(first.shape[:k]), math.prod(first.shape[k:]))
     else:
         given = a.get("shape", value_of(x[1]) if len(x) > 1 else None)
         if given is None:
             return _unknown(state, node, x, "takes its shape from the image")
-        target = shapes.resolve_reshape(first.shape, [int(v) for v in given], bool(a.get("allowzero", 0)))
-        if target is None:
+        resolved = shapes.resolve_reshape(first.shape, [int(v) for v in given], bool(a.get("allowzero", 0)))
+        if resolved is None:
             raise CannotRun(f"cannot give {list(first.shape)} the shape {[int(v) for v in given]}")
+        target = resolved
     axes = redistribute(first.axes or (), target)
     if axes is None:
         return _unknown(state, node, x, "mixes the image's axes with others")
@@ -1313,11 +1307,8 @@ def _matmul(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         texts.append("sums over the whole image (attention over space)")
     if tracked(ax[-2]) and tracked(bx[-1]):
         texts.append("relates every position to every other (attention over space)")
-    if tracked(ax[-2]) and b.constant is False and not tracked(bx[-1]) and not b.faults and _spread(b, range(b.rank - 2)):
-        pass  # windows of their own: the batch axes below are merged
-    batch = merged(
-        state, node, [replace(a, axes=(plain(1), *ax[:-2]), value=None), replace(b, axes=(plain(1), *bx[:-2]), value=None)]
-    )
+    given = [replace(t, axes=(plain(1), *t.axes[:-2]), value=None) for t in (a, b) if t.axes is not None]
+    batch = merged(state, node, given)
     axes = (*(batch.axes or ())[1:], ax[-2], bx[-1])
     if not (tracked(ax[-2]) and tracked(bx[-1])):
         state.macs(axis_size(ax[-1]) if not tracked(ax[-1]) else 1, axes)

@@ -26,7 +26,7 @@ NUMBERS = {np.dtype(v): k for k, v in DTYPES.items()}
 
 def element_type(array: Array) -> int:
     """ONNX number of an array's dtype."""
-    return NUMBERS.get(array.dtype, 1)
+    return int(NUMBERS.get(array.dtype, 1))
 
 
 def resolve_reshape(old: Sequence[int], new: Sequence[int], allow_zero: bool) -> tuple[int, ...] | None:
@@ -57,7 +57,7 @@ def _slice_bounds(size: int, start: int, end: int, step: int) -> tuple[int | Non
 
 def _div(a: Array, b: Array) -> Array:
     if np.issubdtype(a.dtype, np.integer):
-        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))).astype(a.dtype)
+        return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), dtype=a.dtype)
     return np.asarray(a / b, dtype=a.dtype)
 
 
@@ -163,7 +163,8 @@ def slice_arguments(
         starts, ends = list(a["starts"]), list(a["ends"])
         axes, steps = list(a.get("axes", range(len(starts)))), [1] * len(starts)
     else:
-        given = [None if k >= len(inputs) or inputs[k] is None else [int(v) for v in inputs[k].ravel()] for k in range(5)]  # type: ignore[union-attr]
+        arrays = [*inputs, None, None, None, None][:5]
+        given = [None if v is None else [int(n) for n in v.ravel()] for v in arrays]
         if given[1] is None or given[2] is None:
             return None
         starts, ends = given[1], given[2]
