@@ -220,7 +220,7 @@ class _Build:
         self.model, self.work, self.budget, self.threads, self.say = model, work, budget, threads, say
         self.spec = untiled_spec(model)
         self.baseline = baseline_engine(model, self.spec, threads=threads)
-        self.notes: list[str] = [f"{what} made free" for what in model.freed]
+        self.notes: list[str] = [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
         self.notes += [f"size stays fixed: {why}" for why in model.fixed]
         self.warnings: list[str] = []
         self.seams: dict[int, float] = {}
@@ -303,11 +303,7 @@ class _Build:
                 )
             return
         masks = parity.labels(raw, contract)
-        names = contract.classes
-        if contract.task == "multiclass":
-            shares = {names[k] if k < len(names) else str(k): float((masks[0] == k).mean()) for k in range(len(raw))}
-        else:
-            shares = {names[k] if k < len(names) else str(k): float(masks[k].mean()) for k in range(len(masks))}
+        shares = {key: float(mask.mean()) for key, mask in parity.class_masks(masks, contract, len(raw))}
         self.first["class_share"] = shares
         if masks.min() == masks.max():
             self.warnings.append(
@@ -363,10 +359,10 @@ class _Build:
             cost = f"{1 / share:.2f} times the work" if share else "more than such a tile holds"
             if halo == "exact" or (share and 1 / share <= EXACT_COST):
                 self.notes.append(f"exact halo ({exact} samples): {cost} at tiles of {_by(largest)} px")
-            elif self.kind == "synthetic":
+            elif self.kind == "synthetic" or not self._seams_can_be_seen():
                 self.notes.append(
                     f"exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px; "
-                    "with --samples a smaller one is measured"
+                    "with --samples larger than a tile a smaller one is measured"
                 )
             else:
                 self.notes.append(
@@ -383,10 +379,20 @@ class _Build:
                 )
             self.spec = replace(self.spec, tile=tile)
 
+    def _seams_can_be_seen(self) -> bool:
+        """Whether tiles with hardly any halo would cut at least one sample."""
+        spec = replace(self.spec, halo_limit=8)
+        return any(
+            tile_grid(s.shape, seam_tile(spec, s.shape), spec.sizes, spec.used_outputs()).count > 1
+            for s in self.samples
+        )
+
     def _measure_halo(self) -> None:
         """The smallest halo, in steps of 8 samples, whose seams change no more labels than the seam budget allows."""
         if self.kind == "synthetic":
             raise ContractError("--halo measured needs images to measure on; pass --samples IMAGES")
+        if not self._seams_can_be_seen():
+            raise ImageError("the samples are no larger than one tile, so seams cannot be measured; pass larger ones")
         self._whole_results()
         exact = largest_halo(self.spec)
         low, high = 0, -(-exact // 8)  # in steps of 8 samples; the exact halo is the end of the range
@@ -394,21 +400,12 @@ class _Build:
 
         def seam(limit: int) -> float:
             spec = replace(self.spec, halo="measured", halo_limit=limit)
-            outputs = spec.used_outputs()
             error = 0.0
-            tiled = 0
             for sample, whole in zip(self.samples, self.whole, strict=True):
-                tile = square_tile(spec.sizes, outputs, 1)
-                tile = tuple(max(t, s.at_least(256)) for t, s in zip(tile, spec.sizes, strict=True))
-                grid = tile_grid(sample.shape, tile, spec.sizes, outputs)
-                tiled += grid.count > 1
+                grid = tile_grid(sample.shape, seam_tile(spec, sample.shape), spec.sizes, spec.used_outputs())
                 result = raw_result(self.baseline, sample, grid, self.threads)
                 found = parity.compare(whole, result, spec.contract, sample.name)
                 error = max(error, found.relative if found.label_change is None else found.label_change)
-            if not tiled:
-                raise ImageError(
-                    f"the samples are no larger than one tile of {_by(tile)} px, so seams cannot be measured; pass larger images or --halo exact"
-                )
             self.seams[limit] = error
             return error
 
@@ -506,14 +503,8 @@ class _Build:
     def _verdict(self, engine: Engine) -> Verdict:
         images = []
         for sample, whole in zip(self.samples, self.whole, strict=True):
-            tile = self.spec.tile
-            if (
-                self.spec.exact and self.spec.free_size
-            ):  # tiles smaller than the sample, so that seams are part of the exam
-                half = square_tile(self.spec.sizes, self.spec.used_outputs(), max(prod(sample.shape) // 4, 1))
-                tile = tuple(min(a, b) for a, b in zip(half, tile, strict=True))
-                tile = tile if keeps(self.spec, tile) else self.spec.tile
-            result = raw_result(engine, sample, self.spec.grid(sample.shape, tile), self.threads)
+            grid = self.spec.grid(sample.shape, seam_tile(self.spec, sample.shape))
+            result = raw_result(engine, sample, grid, self.threads)
             images.append(parity.compare(whole, result, self.spec.contract, sample.name))
         return parity.judge(images, self.budget)
 
@@ -699,6 +690,15 @@ def _tile_of(sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int
 def whole_grid(spec: EngineSpec, shape: Sequence[int]) -> TileGrid:
     """One tile: the whole canvas."""
     return tile_grid(shape, spec.canvas_shape(shape), spec.sizes, spec.outputs)
+
+
+def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """A tile smaller than an image of ``shape``, so that it has seams; the engine's own where it is part of the model."""
+    if not (spec.exact and spec.free_size):
+        return spec.tile
+    tile = square_tile(spec.sizes, spec.used_outputs(), max(prod(shape) // 4, 1))
+    tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
+    return tile if keeps(spec, tile) else spec.tile
 
 
 def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:

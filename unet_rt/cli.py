@@ -122,8 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--picture",
         metavar="PNG",
-        default="verify-worst.png",
-        help="picture of the worst tile, drawn if something differs",
+        help="picture of the worst tile (default: verify-worst.png, and only where the budget is missed)",
     )
     p.add_argument("--threads", type=int, default=0, metavar="N")
     _reading_options(p)
@@ -423,7 +422,8 @@ def _verify(args: argparse.Namespace) -> int:
         axes=args.axes,
         channels=_channels(args),
         tile=args.tile,
-        picture=args.picture,
+        picture=args.picture or "verify-worst.png",
+        picture_always=args.picture is not None,
         threads=args.threads,
         say=_say(args),
     )

@@ -110,8 +110,14 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     graph = work / "graph.onnx"
     onnx.save_model(freed_proto, str(graph))
     report = inspect(graph)
+    before, after = inspect(proto).inputs[0], report.inputs[0]
+    freed = tuple(
+        f"{axis} ({was} px)" if axis != "N" else f"batch ({was})"
+        for axis, was, now in zip(before.axes, before.shape, after.shape, strict=True)
+        if was is not None and now is None
+    )
     declared = replace(declared, axes=report.inputs[0].axes)
-    return Model(given, graph, report, declared, report.freed, fixed)
+    return Model(given, graph, report, declared, freed, fixed)
 
 
 def _runner() -> Any:

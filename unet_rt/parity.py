@@ -96,7 +96,9 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
     if contract.task != "regression":
         a, b = labels(baseline, contract), labels(candidate, contract)
         change = float(np.count_nonzero((a != b).any(axis=0)) / a[0].size)
-        for key, left, right in _class_masks(a, b, contract, len(baseline)):
+        for (key, left), (_, right) in zip(
+            class_masks(a, contract, len(baseline)), class_masks(b, contract, len(baseline)), strict=True
+        ):
             if left.any() or right.any():
                 scores[key], counts[key] = dice(left, right), int(np.count_nonzero(left))
     return ImageParity(
@@ -104,13 +106,19 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
     )
 
 
-def _class_masks(a: Array, b: Array, contract: Contract, channels: int) -> list[tuple[str, Array, Array]]:
-    names = contract.classes
+def class_masks(labels: Array, contract: Contract, channels: int) -> list[tuple[str, Array]]:
+    """(class name, boolean mask) of labels as :func:`labels` returns them."""
     if contract.task == "multiclass":
-        return [(names[k] if k < len(names) else str(k), a[0] == k, b[0] == k) for k in range(channels)]
-    offset = max(0, len(names) - channels)  # ("background", "nucleus") may name a binary network's one channel
-    keys = [names[k + offset] if k + offset < len(names) else str(k) for k in range(channels)]
-    return [(key, a[k] > 0, b[k] > 0) for k, key in enumerate(keys)]
+        return [(class_name(contract, k), labels[0] == k) for k in range(channels)]
+    offset = max(0, len(contract.classes) - channels)  # ("background", "nucleus") may name a binary network's channel
+    if contract.task == "binary" and not contract.classes:
+        return [("foreground", labels[0] > 0)]
+    return [(class_name(contract, k + offset), labels[k] > 0) for k in range(channels)]
+
+
+def class_name(contract: Contract, k: int) -> str:
+    """Name of class ``k``, its number where it has none."""
+    return contract.classes[k] if k < len(contract.classes) else str(k)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def inspect_text(report: GraphReport) -> str:
         memory = ""
         if tile is not None and len(report.sizes) == 2:
             memory = f"{report.activation_bytes([tile] * 2) / 1e6:,.0f} MB of activations"
-        rows.append(
+        costs.append(
             (str(tile if tile is not None else wanted), "keeps nothing" if ratio is None else f"{ratio:.2f}", memory)
         )
     lines.append(_table(costs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import exam, parity, pictures
-from .build import raw_result, sample_images, whole_grid
+from .build import raw_result, sample_images, seam_tile, whole_grid
 from .engine import Engine, EngineSpec, load
 from .errors import EngineError, GraphError, ImageError
-from .model import Model, baseline_engine, keeps, open_model, square_tile
+from .model import Model, baseline_engine, open_model
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
 from .samples import Sample, draw
@@ -92,6 +91,7 @@ def verify(
     count: int = 20,
     tile: Sequence[int] | None = None,
     picture: str | Path | None = None,
+    picture_always: bool = True,
     threads: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> VerifyReport:
@@ -106,7 +106,8 @@ def verify(
         axes, channels: How images are to be read.
         count: At most so many windows are compared.
         tile: Tile for the engine; None: smaller than the window, so that seams are part of the comparison.
-        picture: Where to draw the window that differs most (PNG).
+        picture: Where to draw the window that differs most (PNG); nothing is drawn where nothing differs.
+        picture_always: Draw it although the engine is inside its budget.
         threads: Of backend and kernels.
         say: Receives progress in sentences.
 
@@ -151,6 +152,7 @@ def verify(
                     allowed,
                     tile,
                     Path(picture) if picture else None,
+                    picture_always,
                     threads,
                     say,
                 )
@@ -171,6 +173,7 @@ def _verify_images(
     budget: Budget,
     tile: Sequence[int] | None,
     picture: Path | None,
+    picture_always: bool,
     threads: int,
     say: Callable[[str], None],
 ) -> VerifyReport:
@@ -200,6 +203,9 @@ def _verify_images(
         if labels is not None:
             truths.append(_truth(sample, labels, wanted, got, spec))
     drawn = None
+    verdict = parity.judge(found, budget)
+    if verdict.accepted and not picture_always:
+        picture = None
     if picture is not None and worst is not None and worst[0] > 0 and spec.spatial == 2:
         drawn = _draw_worst(worst[1], worst[2], worst[3], spec, picture)
     truth = None
@@ -208,7 +214,7 @@ def _verify_images(
     return VerifyReport(
         engine.folder.path if engine.folder else Path(),
         "images",
-        parity.judge(found, budget),
+        verdict,
         budget,
         max(seams, key=lambda s: s.max_abs) if seams else None,
         max(growth) if growth else None,
@@ -218,15 +224,6 @@ def _verify_images(
         if whole_possible
         else ("the baseline runs the same tiles: this network or graph has no whole-image result",),
     )
-
-
-def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
-    """A tile smaller than the image, so that it has seams; the engine's own where it is part of the model."""
-    if not (spec.exact and spec.free_size):
-        return spec.tile
-    tile = square_tile(spec.sizes, spec.used_outputs(), max(prod(shape) // 4, 1))
-    tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
-    return tile if keeps(spec, tile) else spec.tile
 
 
 def _bare(reference: Engine, model: Model, sample: Sample) -> Array | None:
