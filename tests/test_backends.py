@@ -497,6 +497,23 @@ def test_a_layer_rounds_alike_in_small_and_large_maps(
             np.testing.assert_array_equal(y, whole[(..., *(slice(n) for n in y.shape[2:]))], err_msg=f"{size}")
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_large_image_does_not_hold_its_memory(name: str) -> None:
+    whole = np.zeros((1, 1, 1024, 1024), np.float32)
+    tile = np.ascontiguousarray(whole[:, :, :128, :128])
+    with load(name, TRAINED) as tested:
+        tested.run([tile])
+        small = machine.rss_bytes()
+        tested.run([whole])
+        tested.run([whole])
+        large = machine.rss_bytes()
+        for _ in range(2):
+            tested.run([tile])
+        after = machine.rss_bytes()
+    assert large - small > 64 << 20
+    assert after - small < 0.3 * (large - small)
+
+
 # ------------------------------------------------------------------------------------------------------------- OpenVINO
 
 

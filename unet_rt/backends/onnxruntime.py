@@ -1,4 +1,13 @@
-"""ONNX Runtime: the baseline everywhere, and an engine on CPUs and NVIDIA GPUs."""
+"""ONNX Runtime: the baseline everywhere, and an engine on CPUs and NVIDIA GPUs.
+
+When a position's result does not depend on the tile (seen with 1.32 on x86-64): the blocked 2-D convolutions
+(ungrouped, input channels a multiple of 4) and whatever sums at most 128 products per output give the same bits at any
+size, batch and thread count. The matrix kernels (ConvTranspose, 3-D and odd-channel convolutions) cut longer sums into
+blocks of 128 products, and into longer ones where a thread has at most 64 positions: a transposed convolution of 256
+channels rounds differently in a map of 8 x 8 than in one of 9 x 9, and with 32 threads in one of 48 x 48. No setting
+changes that; written as a 1 x 1 convolution and DepthToSpace it goes the blocked way and is free of it. OpenVINO showed
+none of this.
+"""
 
 from __future__ import annotations
 
@@ -158,6 +167,8 @@ class OnnxRuntimeSession:
         self._errors = _errors(self._library)
         self._lock = threading.Lock()
         self._output_shapes: dict[tuple[tuple[int, ...], ...], list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
+        self._last: tuple[tuple[int, ...], ...] | None = None
+        self._session: Any = None
         self._precision, self._device, self._threads = precision, device, threads
         if device != "cpu" and hasattr(self._library, "preload_dlls"):
             self._library.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where they are installed
@@ -169,7 +180,7 @@ class OnnxRuntimeSession:
         except self._errors as error:
             raise BackendError(f"ONNX Runtime refuses {graph}: {error}") from error
         self._output_names = [value.name for value in session.get_outputs()]
-        self._session: Any = session
+        self._session = session
         self._check_provider(graph)
 
     def _options(self, threads: int, device: str) -> Any:
@@ -256,8 +267,9 @@ class OnnxRuntimeSession:
         key = tuple(array.shape for array in arrays)
         known = self._output_shapes.get(key)
         names = [port.name for port in self._ports]
+        options = self._run_options(key)
         if known is None or self._device != "cpu":
-            outputs: list[Array] = self._session.run(self._output_names, dict(zip(names, arrays, strict=True)))
+            outputs: list[Array] = self._session.run(self._output_names, dict(zip(names, arrays, strict=True)), options)
             if len(self._output_shapes) < 64:  # shapes of one use each must not pile up
                 self._output_shapes[key] = [(output.shape, output.dtype) for output in outputs]
             return outputs
@@ -268,11 +280,24 @@ class OnnxRuntimeSession:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in zip(self._output_names, outputs, strict=True):
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         return outputs
 
+    def _run_options(self, key: tuple[tuple[int, ...], ...]) -> Any:
+        """Options of a run: where the shapes changed, the arena gives its memory back after it.
+
+        Else the memory of a whole image stays for as long as tiles follow; one run per change pays for new pages.
+        """
+        changed, self._last = self._last not in (None, key), key
+        if not changed or self._device != "cpu":
+            return None
+        options = self._library.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
+
     def close(self) -> None:
-        self._session = None
+        with self._lock:
+            self._session = None
 
     def __enter__(self) -> Self:
         return self
