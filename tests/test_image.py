@@ -312,7 +312,7 @@ def test_alpha_is_dropped_only_where_it_says_nothing(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="not opaque"):
         open_image(tmp_path / "a.tif", ANY, network_channels=3)
     tifffile.imwrite(tmp_path / "a.tif", opaque, photometric="rgb", extrasamples=["unspecified"])
-    with pytest.raises(ContractError, match="4 channels.*takes 3"):  # a fourth channel is not an alpha channel
+    with pytest.raises(ContractError, match=r"4 channels.*takes 3"):  # a fourth channel is not an alpha channel
         open_image(tmp_path / "a.tif", ANY, network_channels=3)
 
 
@@ -514,10 +514,10 @@ def test_a_corrupt_strip_is_named_when_it_is_met(tmp_path: Path) -> None:
             source.read(0, (0, 0), (26, 93))
 
 
-def test_a_picture_of_20_000_pixels_square_passes_pillows_limit(tmp_path: Path) -> None:
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+def test_a_picture_beyond_pillows_limit_is_read(tmp_path: Path) -> None:
+    Image.new("1", (14_000, 13_000)).save(tmp_path / "a.png")
     with open_image(tmp_path / "a.png", ANY) as source:
-        assert source.shape == (20_000, 20_000)
+        assert source.shape == (13_000, 14_000)  # Pillow refuses 179 million
     assert Image.MAX_IMAGE_PIXELS is not None  # the limit of other users of Pillow is as it was
 
 

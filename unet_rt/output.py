@@ -405,6 +405,9 @@ def _tiff_form(path: Path, shape: Shape, origin: Origin, size: tuple[float, ...]
     if not ome and not imagej and size is not None and len(full) > 2 and not _in_order(axes, "IYX"):
         ome = True  # axes and pixel sizes of more than a picture need a form that names them
     series: dict[str, Any] = {"photometric": "minisblack", "software": "unet-rt"}
+    if full[-1] == 1 and len(full) > 2:
+        # Without these, tifffile takes the last axis of a picture that is one pixel wide for its samples.
+        series |= {"planarconfig": "separate", "extrasamples": ()}
     if size is not None:
         series |= {"resolution": (1e4 / size[-1], 1e4 / size[-2]), "resolutionunit": "CENTIMETER"}
     elif origin.resolution is not None and origin.kind != "raster":
