@@ -37,6 +37,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DATA = {"text", "json", "toml", "yaml"}
 MATCH = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 UNET_RT = [sys.executable, "-c", "import sys; from unet_rt.cli import main; sys.exit(main())"]
+COMMANDS = {"unet-rt": UNET_RT, "python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,12 @@ def run_console(block: Block, folder: Path) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         line, _, expected = part.partition("\n")
         words = shlex.split(line, comments=True)
-        command = {"unet-rt": UNET_RT, "python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}.get(
-            words[0]
-        )
+        command = COMMANDS.get(words[0])
         assert command, f"{block.place}: {words[0]!r} is not run by this test; say 'not run: why' above the block"
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         if "PYTHONPATH" in environment:  # a source tree may be on the path by a relative name
-            environment["PYTHONPATH"] = os.pathsep.join(
-                map(os.path.abspath, environment["PYTHONPATH"].split(os.pathsep))
-            )
+            paths = environment["PYTHONPATH"].split(os.pathsep)
+            environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths))
         done = subprocess.run(
             [*command, *words[1:]],
             cwd=folder,
@@ -146,7 +144,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(3):
         tifffile.imwrite(folder / "images" / f"{seed}.tif", microscopy((256, 256), seed=seed).image)
     tifffile.imwrite(folder / "large.tif", microscopy((1000, 700), seed=3).image)
-    command = ["build", "model.onnx", "--samples", "images", "--out", "model.urt"]
+    # One candidate, so that it takes a second; docs/engines.md runs the search.
+    choice = ["--backend", "onnxruntime", "--precision", "fp32", "--tile", "512x512", "--halo", "exact"]
+    command = ["build", "model.onnx", "--samples", "images", "--out", "model.urt", *choice]
     done = subprocess.run([*UNET_RT, *command], cwd=folder, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
