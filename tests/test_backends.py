@@ -692,8 +692,7 @@ def test_devices_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.onnxruntime
 @pytest.mark.usefixtures("gpu")
 def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
-    import onnxruntime
-
+    onnxruntime = onnxruntime_backend._import()
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     reason = onnxruntime_backend.missing("cuda:0")
@@ -706,8 +705,7 @@ def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
 @pytest.mark.onnxruntime
 def test_a_provider_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_backend, "_provider", lambda device: ("AzureExecutionProvider", {}))
-    import onnxruntime
-
+    onnxruntime = onnxruntime_backend._import()
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda path, options, providers: real(path, options, ["CPUExecutionProvider"])
