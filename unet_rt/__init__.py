@@ -4,46 +4,38 @@
 >>> engine = urt.build("model.onnx", samples="images/", out="model.urt")   # doctest: +SKIP
 >>> mask = urt.predict(engine, image)                                      # doctest: +SKIP
 
-Nothing but NumPy is imported here; ONNX, PyTorch and the backends are when they are first needed.
+Names are loaded when they are first used, so that importing the package costs next to nothing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .build import BuildReport, build
-from .contract import Contract, Normalization
-from .engine import Engine, EngineSpec, load
-from .errors import (
-    BackendError,
-    ContractError,
-    EngineError,
-    GraphError,
-    ImageError,
-    OutputError,
-    ParityError,
-    TileError,
-    UnetRtError,
-)
-from .parity import Budget
-from .predict import RunReport, predict
-from .verify import VerifyReport, verify
 
 if TYPE_CHECKING:
-    import os
-
-    import onnx
-
-    from .graph import GraphReport
-
-
-def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
-    """What an ONNX graph says about tiling it; see :func:`unet_rt.graph.inspect`."""
-    from .graph import inspect as inspect_graph
-
-    return inspect_graph(model)
-
+    from .build import BuildReport, build
+    from .contract import Contract, Normalization
+    from .engine import Engine, EngineSpec, load
+    from .errors import (
+        BackendError,
+        ContractError,
+        EngineError,
+        GraphError,
+        ImageError,
+        OutputError,
+        ParityError,
+        TileError,
+        UnetRtError,
+    )
+    from .export import export
+    from .graph import inspect
+    from .parity import Budget
+    from .predict import RunReport, predict
+    from .verify import VerifyReport, verify
 
 __all__ = [
     "BackendError",
@@ -65,8 +57,47 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "build",
+    "export",
     "inspect",
     "load",
     "predict",
     "verify",
 ]
+
+_MODULE = {
+    "Budget": "parity",
+    "BuildReport": "build",
+    "Contract": "contract",
+    "Engine": "engine",
+    "EngineSpec": "engine",
+    "Normalization": "contract",
+    "RunReport": "predict",
+    "VerifyReport": "verify",
+    "build": "build",
+    "export": "export",
+    "inspect": "graph",
+    "load": "engine",
+    "predict": "predict",
+    "verify": "verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE.get(name, 'errors')}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps ``unet_rt.build`` and its like functions: importing a module of the same name would replace them."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in _MODULE):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
