@@ -86,7 +86,7 @@ def test_declared_axes_are_checked(given_axes: str, message: str) -> None:
 
 
 def test_a_volume_needs_z() -> None:
-    with pytest.raises(ContractError, match="TYX .* have no Z.*--axes ZYX"):
+    with pytest.raises(ContractError, match=r"TYX .* have no Z.*--axes ZYX"):
         read_axes((5, 64, 80), name="a", spatial=3, found="TYX", wanted=1)
     assert read_axes((5, 64, 80), name="a", spatial=3, found="TYX", given="zyx", wanted=1).axes == "ZYX"
 

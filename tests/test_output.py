@@ -218,10 +218,16 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
 def test_without_commit_nothing_is_left(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), open_output(path, shape=(30, 40), overwrite=True) as sink:
-        sink.write(0, (0, 0), np.zeros((10, 40), np.uint8))
-        assert stored(tmp_path) != [path.name]
-        raise KeyboardInterrupt
+    sink = open_output(path, shape=(30, 40), overwrite=True)
+
+    def interrupted() -> None:
+        with sink:
+            sink.write(0, (0, 0), np.zeros((10, 40), np.uint8))
+            assert stored(tmp_path) != [path.name]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert stored(tmp_path) == [path.name]
     assert path.read_bytes() == b"old"
     sink.abort()  # again: does nothing
@@ -254,9 +260,14 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sink = open_output(tmp_path / f"a{suffix}", shape=(30, 40), dtype=dtype)
     monkeypatch.setattr(Image.Image, "save", full)
     monkeypatch.setattr(output, "_write_all", full)
-    with pytest.raises(OutputError, match=r"No space left on device.*nothing was left behind"), sink:
-        sink.write(0, (0, 0), pixels)
-        sink.commit()
+
+    def write() -> None:
+        with sink:
+            sink.write(0, (0, 0), pixels)
+            sink.commit()
+
+    with pytest.raises(OutputError, match=r"No space left on device.*nothing was left behind"):
+        write()
     assert stored(tmp_path) == []
 
 
