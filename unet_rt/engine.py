@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -306,6 +304,9 @@ def write_folder(
     Raises:
         OutputError: The folder exists and holds something else, or cannot be written.
     """
+    import shutil
+    import tempfile
+
     check_target(folder, overwrite=overwrite)
     entries: dict[str, dict[str, Any]] = {}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import math
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,6 +242,8 @@ def _windows_rss() -> tuple[int, int]:
 
 def _command(*words: str) -> str:
     """Output of a short system command, "" if there is no such command."""
+    import subprocess
+
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -354,6 +354,8 @@ def _ask_driver(library: Any) -> Cuda:
 
 def package_version(distribution: str) -> str | None:
     """Version of an installed distribution without importing it, None if it is not installed."""
+    import importlib.metadata  # 20 ms that a prediction does not need
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
