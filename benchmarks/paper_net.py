@@ -1,11 +1,10 @@
-"""A trained network of the paper's size, for benchmarks: ``python benchmarks/paper_net.py``.
+"""Trained networks for benchmarks, the paper's size among them: ``python benchmarks/paper_net.py``.
 
-The valid-padded U-Net of width 8 that ships with the package is widened by 8, without changing what it computes, to the
-paper's 31,030,658 parameters. Written once, as ONNX and as a torch checkpoint, into the user's cache folder
-(``$XDG_CACHE_HOME/unet-rt``, else ``~/.cache/unet-rt``); prints both paths.
+``paper()``: the valid-padded U-Net of width 8 that ships with the package, widened by 8 without changing what it
+computes, to the paper's 31,030,658 parameters. ``nuclei(widen=n)``: the embedded default, as it is or widened.
 
-    from paper_net import paper_net
-    onnx_path, checkpoint_path = paper_net()
+What is made is written once, as ONNX and as a torch checkpoint, into the user's cache folder
+(``$XDG_CACHE_HOME/unet-rt``, else ``~/.cache/unet-rt``).
 """
 
 from __future__ import annotations
@@ -14,22 +13,56 @@ import argparse
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import unet_rt.models.widen as widening
+import unet_rt
+from unet_rt import models
 from unet_rt.contract import Contract, Normalization
-from unet_rt.export import export
-from unet_rt.models import load_half, widen
+from unet_rt.export import METADATA_KEY, export
+from unet_rt.models import UNet, UNetSpec
 from unet_rt.synthetic import microscopy
-from unet_rt.training import normalized, predict_whole, save_checkpoint
+from unet_rt.training import load_checkpoint, normalized, predict_whole, save_checkpoint
 
-SMALL = Path(widening.__file__).parents[1] / "data" / "paper_w8.npz"
-FACTOR = 8
-PARAMETERS = 31_030_658
-TILE_PX = 572
+DATA = Path(unet_rt.__file__).parent / "data"
+PAPER_PARAMETERS = 31_030_658
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network on disk.
+
+    Attributes:
+        onnx: The graph.
+        checkpoint: The same as a torch checkpoint.
+        contract: Its input contract.
+        parameters: Weights and biases of the module.
+    """
+
+    onnx: Path
+    checkpoint: Path
+    contract: Contract
+    parameters: int
+
+    def module(self) -> UNet:
+        """A fresh module, evaluation mode, no gradients."""
+        network, _, _ = load_checkpoint(self.checkpoint)
+        return network.requires_grad_(False)
+
+
+def paper() -> Net:
+    """The trained valid U-Net of the paper's size: 572 x 572 px -> 388 x 388."""
+    net = _made("paper", DATA / "paper_w8.npz", factor=8)
+    if net.parameters != PAPER_PARAMETERS:
+        raise SystemExit(f"the widened network has {net.parameters} parameters, the paper's has {PAPER_PARAMETERS}")
+    return net
+
+
+def nuclei(widen: int = 1) -> Net:
+    """The embedded default (same padding, depth 3, width 12), widened by a factor."""
+    return _made("nuclei", DATA / "nuclei.onnx", factor=widen)
 
 
 def cache_folder() -> Path:
@@ -37,58 +70,49 @@ def cache_folder() -> Path:
     return Path(base) / "unet-rt"
 
 
-def paper_net(folder: Path | None = None, *, refresh: bool = False) -> tuple[Path, Path]:
-    """(model.onnx, model.pt), made if they are not there. Their names hold a hash of what they are made from."""
-    made_from = SMALL.read_bytes() + Path(widening.__file__).read_bytes() + str(FACTOR).encode()
-    name = f"paper-{hashlib.sha256(made_from).hexdigest()[:12]}"
-    folder = cache_folder() if folder is None else folder
-    graph, checkpoint = folder / f"{name}.onnx", folder / f"{name}.pt"
-    if graph.exists() and checkpoint.exists() and not refresh:
-        return graph, checkpoint
-    folder.mkdir(parents=True, exist_ok=True)
-
-    small = load_half(SMALL)
-    wide = widen(small, FACTOR)
-    count = sum(p.numel() for p in wide.parameters())
-    if count != PARAMETERS:
-        raise SystemExit(
-            f"the widened network has {count} parameters, the paper's has {PARAMETERS}; {SMALL} is another"
-        )
-    contract = Contract(
-        axes="NCYX",
-        channels=("nuclei",),
-        normalization=Normalization("percentile", scope="image"),
-        task="multiclass",
-        output_is="logits",
-        classes=("background", "nucleus"),
-        trained_tile=tuple(json.loads(SMALL.with_suffix(".json").read_text())["recipe"]["tile_px"] for _ in range(2)),
-    )
-    drawn = microscopy((TILE_PX, TILE_PX), seed=1)
-    pixels = normalized(drawn.image[None], Normalization("percentile", scope="image"))
-    changed = agreement(predict_whole(small, pixels), predict_whole(wide, pixels))
-    if changed > 1e-4:
-        raise SystemExit(f"widening changed {changed:.2%} of the labels of a drawn image; it must change none")
-    # Checked at the smallest tiles: at the paper's own, float64 torch takes minutes on a small machine.
-    sizes = [wide.spec.size_at_least(1), wide.spec.size_at_least(200)]
-    export(wide, graph, contract=contract, sizes=sizes, pixels=pixels)
-    save_checkpoint(checkpoint, wide, contract, {"made_from": SMALL.name, "factor": FACTOR})
-    return graph, checkpoint
+def _made(name: str, source: Path, factor: int) -> Net:
+    """From the cache if it is there; the file's name holds a hash of all that it is made from."""
+    code = b"".join(p.read_bytes() for p in sorted(Path(models.__file__).parent.glob("*.py")))
+    key = hashlib.sha256(source.read_bytes() + code + str(factor).encode()).hexdigest()[:12]
+    folder = cache_folder()
+    graph, checkpoint = folder / f"{name}-x{factor}-{key}.onnx", folder / f"{name}-x{factor}-{key}.pt"
+    if not (graph.exists() and checkpoint.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        small, contract = _shipped(source)
+        wide = models.widen(small, factor) if factor > 1 else small
+        drawn = microscopy((384, 384), seed=1)
+        pixels = normalized(drawn.image[None], contract.normalization or Normalization("none"))
+        changed = (predict_whole(small, pixels).argmax(0) != predict_whole(wide, pixels).argmax(0)).mean()
+        if changed > 1e-4:
+            raise SystemExit(
+                f"widening {source.name} by {factor} changed {changed:.2%} of the labels; it must change none"
+            )
+        # Compared at small tiles: float64 torch at 572 px takes minutes on a small machine.
+        sizes = [wide.spec.size_at_least(1), wide.spec.size_at_least(200)]
+        export(wide, graph, contract=contract, sizes=sizes, pixels=pixels)
+        save_checkpoint(checkpoint, wide, contract, {"made_from": source.name, "factor": factor})
+    network, contract, _ = load_checkpoint(checkpoint)
+    return Net(graph, checkpoint, contract, sum(p.numel() for p in network.parameters()))
 
 
-def agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of labels that differ."""
-    return float((a.argmax(0) != b.argmax(0)).mean())
+def _shipped(source: Path) -> tuple[UNet, Contract]:
+    record = json.loads(source.with_suffix(".json").read_text())
+    if source.suffix == ".npz":
+        return models.load_half(source), Contract.from_json(record["contract"])
+    import onnx
+
+    model = onnx.load(source)
+    metadata = {p.key: p.value for p in model.metadata_props}
+    network = models.unet_from_onnx(model, UNetSpec(**record["architecture"]))
+    return network, Contract.from_json(json.loads(metadata[METADATA_KEY]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder instead of the cache")
-    parser.add_argument("--refresh", action="store_true", help="make it anew")
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    for path in paper_net(given.out, refresh=given.refresh):
-        print(path)
+    torch.set_num_threads(parser.parse_args().threads)
+    for net in (paper(), nuclei(), nuclei(widen=4)):
+        print(f"{net.parameters:>12,} parameters  {net.onnx}")
 
 
 if __name__ == "__main__":

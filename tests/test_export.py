@@ -17,7 +17,7 @@ import unet_rt  # noqa: E402
 from unet_rt.contract import Contract, Normalization  # noqa: E402
 from unet_rt.errors import ContractError, GraphError  # noqa: E402
 from unet_rt.export import METADATA_KEY, export  # noqa: E402
-from unet_rt.models import UNet  # noqa: E402
+from unet_rt.models import UNet, unet_from_onnx  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
@@ -212,3 +212,19 @@ def test_the_shipped_network_finds_nuclei_in_drawn_microscopy() -> None:
     mask = session.run(None, {session.get_inputs()[0].name: x})[0][0].argmax(0) > 0
     truth = m.truth > 0
     assert (mask & truth).sum() / (mask | truth).sum() > 0.75
+
+
+def test_a_module_comes_back_from_its_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = used(UNet(width=3, depth=2, padding="same", norm="batch", up="bilinear"))
+    done = export(network, tmp_path / "model.onnx", sizes=[32, (32, 40)])
+    model = onnx.load(done.path)
+    back = unet_from_onnx(model, network.spec)
+    assert back.spec.norm == "none"
+    x = torch.from_numpy(pixels(160)[None, None])
+    with torch.no_grad():
+        torch.testing.assert_close(back(x), network.eval()(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(GraphError, match="convolutions, the architecture has"):
+        unet_from_onnx(model, UNet(width=3, depth=3).spec)
+    with pytest.raises(GraphError, match="the architecture has"):
+        unet_from_onnx(model, UNet(width=4, depth=2, up="bilinear").spec)

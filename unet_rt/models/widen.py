@@ -7,18 +7,12 @@ the copies' readers differ, so that training could go on and no two weights are 
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .unet import UNet, UNetSpec
+from .unet import UNet
 
 
 def widen(network: UNet, factor: int, *, noise: float = 0.1, seed: int = 0) -> UNet:
@@ -69,23 +63,3 @@ def _share(weight: Tensor, axis: int, factor: int, noise: float, random: torch.G
     groups = torch.randn(shape, generator=random, dtype=torch.float64)
     groups -= groups.mean(axis + 1, keepdim=True)
     return (spread * (1 + noise * groups.flatten(axis, axis + 1))).to(weight.dtype)
-
-
-def save_half(path: str | os.PathLike[str], network: UNet) -> None:
-    """Weights as float16 arrays in an ``.npz``, the architecture beside them; no pickles."""
-    arrays: dict[str, npt.NDArray[Any]] = {
-        name: tensor.detach().numpy().astype(np.float16) for name, tensor in network.state_dict().items()
-    }
-    architecture = np.frombuffer(json.dumps(network.spec.to_json()).encode(), np.uint8)
-    with Path(path).open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays, architecture=architecture)
-
-
-def load_half(path: str | os.PathLike[str]) -> UNet:
-    """Inverse of :func:`save_half`; float32, evaluation mode."""
-    with np.load(path, allow_pickle=False) as stored:
-        spec = UNetSpec(**json.loads(stored["architecture"].tobytes()))
-        state = {k: torch.from_numpy(stored[k].astype(np.float32)) for k in stored.files if k != "architecture"}
-    network = UNet.from_spec(spec)
-    network.load_state_dict(state)
-    return network.eval()

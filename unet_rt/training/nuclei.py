@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": f"python -m unet_rt.training.nuclei {given.network} --data dsb2018 --out ."
         if given.data
         else f"python -m unet_rt.training.nuclei {given.network} --out .",
+        "contract": contract.to_json(),
         "recipe": recipe.to_json(),
         "data": {
             "counts": counts,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from unet_rt.contract import Contract, Normalization
 from unet_rt.errors import ImageError
 from unet_rt.image import open_image
-from unet_rt.normalize import affine
+from unet_rt.normalize import affine, normalised
 
 from .weights import F32, Labels, border_weights, separate
 
@@ -62,11 +62,7 @@ def normalized(image: npt.NDArray[Any], normalization: Normalization, name: str 
     """
     with open_image(image, Contract(), axes="CYX", spatial=2, network_channels=image.shape[0], name=name) as source:
         numbers = affine(normalization, source).plane(0)
-    pixels = image.astype(np.float32)
-    if numbers.clip is not None:
-        pixels = np.clip(pixels, np.float32(numbers.clip[0]), np.float32(numbers.clip[1]))
-    out: F32 = (pixels - numbers.offset[:, None, None]) / numbers.divisor[:, None, None]
-    return out
+    return normalised(image, numbers)
 
 
 def prepare(
