@@ -1,6 +1,6 @@
 """Start-up: ``import unet_rt`` and ``unet-rt --help`` beyond NumPy's own import; medians of warm starts, interleaved.
 
-    python benchmarks/bench_startup.py [--runs 15] [--out FILE]
+python benchmarks/bench_startup.py [--runs 15] [--out FILE]
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ STARTS = {
 
 def start(code: str) -> float:
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-c", f"try:\n    {code}\nexcept SystemExit:\n    pass"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", f"try:\n    {code}\nexcept SystemExit:\n    pass"], check=True, stdout=subprocess.DEVNULL
+    )
     return (time.perf_counter() - begun) * 1e3
 
 
@@ -40,8 +42,15 @@ def main() -> None:
     medians = {name: statistics.median(t) for name, t in times.items()}
     numpy = medians["import numpy"]
     for name, median in medians.items():
-        print(f"  {name:16s} {median:6.0f} ms   beyond NumPy {median - numpy:5.0f} ms   ({min(times[name]):.0f} to {max(times[name]):.0f})")
-    print(record.write("startup", {"median_ms": medians, "beyond_numpy_ms": {n: m - numpy for n, m in medians.items()}}, args.out))
+        print(
+            f"  {name:16s} {median:6.0f} ms   beyond NumPy {median - numpy:5.0f} ms   "
+            f"({min(times[name]):.0f} to {max(times[name]):.0f})"
+        )
+    print(
+        record.write(
+            "startup", {"median_ms": medians, "beyond_numpy_ms": {n: m - numpy for n, m in medians.items()}}, args.out
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from unet_rt.field import AxisField, OutputField, TileSizes
 from unet_rt.stitch import BandStitcher, Decision, blend_weight, decide
 from unet_rt.tiles import tile_grid
 
-
 RAW = Decision("copy", 2, np.dtype(np.float32))
 
 
@@ -48,9 +47,11 @@ def stitched(grid, value, decision=RAW, blend="gaussian", batch=3):
 
 def from_picture(picture):
     """Tiles cut from a picture that goes on beyond its edges; halos hold rubbish, so that a wrong halo is seen."""
+
     def value(origin, shape):
         rows, columns = (np.arange(o, o + n) % m for o, n, m in zip(origin, shape, picture.shape[1:], strict=True))
         return picture[:, rows][:, :, columns]
+
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil, prod
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_bands_follow_each_other():
     bands = [grid.band(k, 0) for k in range(grid.shape[0])]
     assert bands[0][0] == 0
     assert bands[-1][1] == 1000
-    assert all(a[1] == b[0] for a, b in zip(bands, bands[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(bands))
 
 
 def test_a_tile_larger_than_the_image_is_taken_down_to_the_canvas():

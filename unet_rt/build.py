@@ -307,8 +307,8 @@ class _Build:
         self.first["class_share"] = shares
         if masks.min() == masks.max():
             self.warnings.append(
-                f"the mask of {self.samples[0].name} is constant ({int(masks.max())} everywhere): most often the normalisation "
-                "is not the one of the training; check --normalize first, then --channels, --task and --output-is"
+                f"the mask of {self.samples[0].name} is constant ({int(masks.max())} everywhere): most often "
+                "the normalisation is not the one of the training; check --normalize first, then --channels, --task and --output-is"
             )
 
     # 3 ---------------------------------------------------------------------------------------------------------------
@@ -375,7 +375,8 @@ class _Build:
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), PROBE_PX)
             if fixed_tile:
                 raise TileError(
-                    f"a tile of {_by(self.spec.tile)} px keeps nothing beside its halo; use {_by(tile)} or more, or --halo measured"
+                    f"a tile of {_by(self.spec.tile)} px keeps nothing beside its halo; "
+                    f"use {_by(tile)} or more, or --halo measured"
                 )
             self.spec = replace(self.spec, tile=tile)
 
@@ -423,8 +424,8 @@ class _Build:
             return
         self.spec = replace(self.spec, halo="measured", halo_limit=limit)
         self.notes.append(
-            f"measured halo {limit} samples (exact: {exact}): seams change {self.seams.get(limit, 0.0):.2e} of labels on the worst sample, "
-            f"budget {self.budget.seam:g}"
+            f"measured halo {limit} samples (exact: {exact}): seams change {self.seams.get(limit, 0.0):.2e} of labels "
+            f"on the worst sample, budget {self.budget.seam:g}"
         )
 
     def _whole_results(self) -> None:
@@ -449,8 +450,8 @@ class _Build:
         if not self.spec.exact and self.spec.free_size:
             sample = self.samples[0]
             grid = whole_grid(replace(self.spec, overlap=None), sample.shape)
-            whole = raw_result(self.baseline, sample, grid, self.threads)
-            self.mismatch = parity.compare(whole, self.whole[0], self.spec.contract, sample.name)
+            untiled = raw_result(self.baseline, sample, grid, self.threads)
+            self.mismatch = parity.compare(untiled, self.whole[0], self.spec.contract, sample.name)
 
     # 4 ---------------------------------------------------------------------------------------------------------------
 
@@ -549,8 +550,8 @@ class _Build:
         self.chosen = self.candidates.index(best)
         fp32 = [c for c in accepted if c.precision == "fp32"]
         self.notes.append(
-            f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px: {best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of "
-            f"{len(accepted)} candidates inside the budget" + ("" if len(fp32) else " (none of them FP32)")
+            f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px: {best.kept_mpx_per_s or 0:.3g} kept Mpx/s, "
+            f"the most of {len(accepted)} candidates inside the budget" + ("" if len(fp32) else " (none of them FP32)")
         )
         self.best_engine = engine
         self.spec = replace(

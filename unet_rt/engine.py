@@ -465,7 +465,8 @@ def load(
     try:
         if session.precision != spec.precision:
             raise EngineError(
-                f"{folder} is {spec.precision}, but {spec.backend} runs it in {session.precision} on this machine; build again here"
+                f"{folder} is {spec.precision}, but {spec.backend} runs it in {session.precision} on this machine; "
+                "build again here"
             )
         if not accept_unverified:
             exam.sit_if_elsewhere(engine)

@@ -73,7 +73,8 @@ def sit_if_elsewhere(engine: Engine) -> None:
             )
             return
         raise EngineError(
-            f"{folder.path}: built elsewhere ({changed} differs) and carries no exam; build it here, or load it with --accept-unverified"
+            f"{folder.path}: built elsewhere ({changed} differs) and carries no exam; "
+            "build it here, or load it with --accept-unverified"
         )
     verdict = sit(engine, exam)
     if not verdict.accepted:

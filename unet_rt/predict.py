@@ -316,7 +316,7 @@ def run(
                 work()
             except _Stop:
                 pass
-            except BaseException as error:  # handed to the caller's thread, which raises it
+            except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
                 errors.append(error)
                 stop.set()
 
@@ -359,8 +359,8 @@ def run(
             expected = grid.tile_out_shape(output)
             if results[output].shape[2:] != expected:
                 raise BackendError(
-                    f"the engine returned {results[output].shape[2:]} samples for a tile of {grid.tile}, and the graph says {expected}; "
-                    "the engine does not belong to its spec: build it again"
+                    f"the engine returned {results[output].shape[2:]} samples for a tile of {grid.tile}, and the graph "
+                    f"says {expected}; the engine does not belong to its spec: build it again"
                 )
             item.tiles = results[output]
             done += len(item.index)

@@ -38,7 +38,8 @@ def inspect_text(report: GraphReport) -> str:
         elif s.remainder == 0:
             rule = f"multiples of {s.stride} px from {s.at_least(1)}"
         else:
-            rule = f"{s.remainder} modulo {s.stride} px, from {s.at_least(1)}: {s.at_least(500)}, {s.at_least(500) + s.stride}, ..."
+            example = s.at_least(500)
+            rule = f"{s.remainder} modulo {s.stride} px, from {s.at_least(1)}: {example}, {example + s.stride}, ..."
         lines.append(f"tiles   {letter}: {rule}")
     lines += [f"        made free: {what}" for what in report.freed]
     lines += [f"        stays fixed: {why}" for why in report.reasons_fixed]
@@ -75,15 +76,16 @@ def build_text(report: BuildReport) -> str:
     """What build did, for people."""
     spec = report.spec
     contract = spec.contract
+    normalization = contract.normalization.method if contract.normalization else "not declared"
+    classes = f", classes {', '.join(contract.classes)}" if contract.classes else ""
     lines = [
-        f"input   {contract.axes}, {spec.channels} channel(s), normalisation "
-        f"{contract.normalization.method if contract.normalization else 'not declared'}",
-        f"output  {spec.outputs[0].channels} channel(s): {contract.task}, {contract.output_is or 'values'}"
-        + (f", classes {', '.join(contract.classes)}" if contract.classes else ""),
+        f"input   {contract.axes}, {spec.channels} channel(s), normalisation {normalization}",
+        f"output  {spec.outputs[0].channels} channel(s): {contract.task}, {contract.output_is or 'values'}{classes}",
     ]
     first = report.first
     low, high = first["input_range"]
-    text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
+    text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, "
+    text += f"mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
     if "class_share" in first:
         text += "; " + ", ".join(f"{name} {share:.1%}" for name, share in first["class_share"].items())
     lines += [text, ""]
@@ -137,10 +139,12 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
     """What one prediction did."""
     halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
+    tiles = f"{report.tiles} tiles of {_by(report.tile)} px, {halo}"
+    where = f"  {report.backend} {report.precision} on {report.device}; {tiles}"
     lines = [
         report.reading,
-        f"  {report.backend} {report.precision} on {report.device}; {report.tiles} tiles of {_by(report.tile)} px, {halo}; "
-        f"{report.mpx:.3g} Mpx in {report.seconds:.2f} s ({report.mpx_per_s:.3g} Mpx/s)",
+        where,
+        f"  {report.mpx:.3g} Mpx in {report.seconds:.2f} s ({report.mpx_per_s:.3g} Mpx/s)",
         f"  seconds busy: {stages}; peak memory {report.peak_rss_bytes / 1e6:.0f} MB",
     ]
     if report.class_share:
@@ -183,7 +187,8 @@ def verify_text(report: VerifyReport) -> str:
     if report.truth is not None:
         t = report.truth
         lines.append(
-            f"  against labels: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} (FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f})"
+            f"  against labels: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} "
+            f"(FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f})"
         )
     lines += [f"  {line}" for line in (*v.reasons, *report.notes)]
     if report.picture is not None:

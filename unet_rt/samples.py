@@ -119,7 +119,8 @@ def draw(
                 reason = constant_reason(pixels) if check else None
                 if reason is not None:
                     raise ImageError(
-                        f"{name} proves nothing about a trained network: {reason}; pass images like those the network will see"
+                        f"{name} proves nothing about a trained network: {reason}; "
+                        "pass images like those the network will see"
                     )
                 if not np.isfinite(pixels).all():
                     raise ImageError(f"{name} holds NaN or infinite pixels; replace them first")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from . import kernels
 from .contract import Contract
-from .errors import ContractError
+from .errors import ContractError, TileError
 from .tiles import Ints, TileGrid
 
 OutputKind = Literal["mask", "probability", "raw"]
@@ -158,7 +158,8 @@ class BandStitcher:
         start, stop = self._grid.band(self._row, self._output)
         if not self._grid.blended:
             band, self._band = self._band, None
-            assert band is not None  # begin() made it
+            if band is None:
+                raise TileError("finish() without begin()")
         else:
             rows = stop - start
             band = self._new_band(rows)

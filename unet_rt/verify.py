@@ -235,7 +235,8 @@ def _bare(reference: Engine, model: Model, sample: Sample) -> Array | None:
         model.report.activation_bytes(sample.shape)
     except GraphError:
         return None  # the graph does not run at this size: there is nothing to compare
-    return reference.run(normalised(sample.pixels, sample.numbers)[None])[0][0]
+    result: Array = reference.run(normalised(sample.pixels, sample.numbers)[None])[0][0]
+    return result
 
 
 def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, spec: EngineSpec) -> Truth:
