@@ -58,7 +58,7 @@ class GraphReport:
         batch: Fixed batch size, None where it is free.
         parameters: Number of trained weights.
         flops_per_pixel: Twice the multiply-accumulates per pixel of the first output, for a large tile without halo.
-        cost: Square tile -> the accepted tile at most that large, and computed over kept pixels (None: nothing is kept).
+        cost: Square tile -> the accepted tile at most that large, and computed over kept pixels (None: keeps nothing).
         final_ops: Last operator before each output that computes something.
         metadata: The file's ``metadata_props``.
         freed: Fixed dimensions that the analysis shows to be free.
@@ -247,7 +247,8 @@ def _spatial(letters: str) -> str:
 
 
 _LAYOUT_FREE = {
-    "Cast", "Identity", "Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Clip", "BatchNormalization", "LeakyRelu", "Tanh",
+    "Cast", "Identity", "Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Clip", "BatchNormalization", "LeakyRelu",
+    "Tanh",
     "InstanceNormalization", "QuantizeLinear", "DequantizeLinear", "Pad", "Dropout", "Neg", "Abs", "Sqrt", "Pow", "Log",
     "Exp",
 }  # fmt: skip

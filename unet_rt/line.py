@@ -118,7 +118,7 @@ def dropped(line: Line, kernel: int, stride: int, dilation: int, pad: int, size:
 
 
 def transposed_window(line: Line, kernel: int, stride: int, dilation: int, pad: int, size: int) -> Line:
-    """Transposed convolution along one axis: sample ``j`` gets input ``i`` by tap ``t`` where j = i*stride - pad + t*dilation."""
+    """Transposed convolution: tap ``t`` brings input ``i`` to sample ``j`` where j = i * stride - pad + t * dilation."""
     j = np.arange(size, dtype=np.int64) + pad
 
     def taps() -> Iterable[Tap]:

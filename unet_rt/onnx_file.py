@@ -142,7 +142,8 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
         size = path.stat().st_size
         raise GraphError(
-            f"{path} ({size} bytes) is no complete ONNX graph: {error}; it is cut off, damaged or another format: {_EXPORT}"
+            f"{path} ({size} bytes) is no complete ONNX graph: {error}; it is cut off, damaged or something else: "
+            + _EXPORT
         ) from error
     except OSError as error:
         raise GraphError(f"{path} cannot be read: {error}") from error
