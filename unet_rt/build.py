@@ -307,8 +307,8 @@ class _Build:
         self.first["class_share"] = shares
         if masks.min() == masks.max():
             self.warnings.append(
-                f"the mask of {self.samples[0].name} is constant ({int(masks.max())} everywhere): most often "
-                "the normalisation is not the one of the training; check --normalize first, then --channels, --task and --output-is"
+                f"the mask of {self.samples[0].name} is constant ({int(masks.max())} everywhere): most often the "
+                "normalisation is not the one of the training; check --normalize first, then --channels, --task, --output-is"
             )
 
     # 3 ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""Resident memory of a prediction beyond the engine (loaded and run once at its tile and batch).
+
+    python benchmarks/bench_memory.py [--side 10000] [--compressed] [--out FILE]
+
+A drawn uint16 TIFF of side x side pixels becomes a mask file; a thread samples the resident memory every 10 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import record
+import tifffile
+
+import unet_rt as urt
+from unet_rt import machine
+from unet_rt.bench import MemoryWatch
+from unet_rt.demo import shipped_model
+from unet_rt.predict import RunReport
+from unet_rt.synthetic import microscopy
+
+
+def write_image(path: Path, side: int, compressed: bool) -> None:
+    """A large drawn image, written strip by strip from a block that is repeated; this process keeps none of it."""
+    block = microscopy((1000, 1000), seed=7).image
+    rows = np.tile(block, (1, -(-side // 1000)))[:, :side]
+
+    def strips():
+        for start in range(0, side, 250):
+            yield rows[start % 1000 : start % 1000 + min(250, side - start)]
+
+    options = {"compression": "zlib"} if compressed else {}
+    tifffile.imwrite(path, strips(), shape=(side, side), dtype=np.uint16, rowsperstrip=250, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=10_000)
+    parser.add_argument("--compressed", action="store_true")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_image(folder / "image.tif", args.side, args.compressed)
+        samples = [microscopy((1024, 1024), seed=s).image for s in range(3)]
+        engine = urt.build(shipped_model(), samples=samples, out=folder / "engine.urt")
+        tile = np.zeros((1, 1, *engine.spec.tile), np.float32)
+        tile[..., ::3, ::3] = 1
+        engine.run(tile)
+        runs: list[RunReport] = []
+        with MemoryWatch() as watch:
+            urt.predict(engine, folder / "image.tif", out=folder / "mask.tif", report=runs.append)
+        run = runs[0]
+    figures = {
+        "side": args.side,
+        "compressed": args.compressed,
+        "backend": engine.spec.backend,
+        "engine_tile": list(engine.spec.tile),
+        "tile": list(run.tile),
+        "rss_before_bytes": watch.before,
+        "beyond_engine_bytes": watch.grown,
+        "seconds": run.seconds,
+        "mpx_per_s": run.mpx_per_s,
+        "stages": run.stages,
+        "threads": machine.threads(),
+    }
+    print(
+        f"{args.side} x {args.side} uint16: {watch.grown / 1e6:.0f} MB beyond the engine ({watch.before / 1e6:.0f} MB), "
+        f"{run.seconds:.0f} s, {run.mpx_per_s:.2f} Mpx/s, tile {run.tile}"
+    )
+    print(record.write("memory", figures, args.out))
+
+
+if __name__ == "__main__":
+    main()
