@@ -4,6 +4,7 @@
 #include "tile_gather.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 
