@@ -46,7 +46,7 @@ IMAGENET = Normalization("fixed", scale=255, mean=(0.485, 0.456, 0.406), std=(0.
         ("percentile=2,98", Normalization("percentile", percentiles=(2, 98))),
         ("zscore;eps=1e-3", Normalization("zscore", eps=1e-3)),
         ("imagenet", IMAGENET),
-        ("mean=0.5;std=0.25;scale=4095;clip=0,4000", Normalization("fixed", "channel", 4095, mean=(0.5,), std=(0.25,), clip=(0, 4000))),
+        ("mean=1;std=2;scale=9;clip=0,4", Normalization("fixed", scale=9, mean=(1,), std=(2,), clip=(0, 4))),
         ("mean=1,2,3", Normalization("fixed", mean=(1, 2, 3))),
         (" minmax ; clip = 100, 900 ", Normalization("minmax", clip=(100, 900))),
     ],
@@ -283,6 +283,9 @@ XY = ["y", "x"]
 THREE = [AXES_05[0], {"type": "channel", "channel_names": ["r", "g", "b"]}, *AXES_05[2:]]
 
 
+MEANS = step("fixed_zero_mean_unit_variance", axis="channel", mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.1])
+
+
 @pytest.mark.parametrize(
     ("steps", "method"),
     [
@@ -291,14 +294,14 @@ THREE = [AXES_05[0], {"type": "channel", "channel_names": ["r", "g", "b"]}, *AXE
         ([step("scale_linear", gain=1 / 255)], "scale"),
         ([step("scale_linear", gain=2, offset=-7)], "fixed"),
         ([step("scale_linear", axis="channel", gain=[1, 2, 3], offset=[4, 5, 6])], "fixed"),
-        ([step("scale_linear", gain=1 / 255), step("fixed_zero_mean_unit_variance", axis="channel", mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.1])], "fixed"),
+        ([step("scale_linear", gain=1 / 255), MEANS], "fixed"),
         ([step("fixed_zero_mean_unit_variance", mean=103.5, std=13.7)], "fixed"),
         ([step("zero_mean_unit_variance")], "zscore"),
         ([step("zero_mean_unit_variance", axes=["channel", "y", "x"])], "zscore"),
         ([step("zero_mean_unit_variance", axes=XY, eps=0.01)], "zscore"),
         ([step("scale_range", axes=XY)], "minmax"),
         ([step("scale_range", axes=XY, min_percentile=1, max_percentile=99.8)], "percentile"),
-        ([step("clip", min=20, max=180), step("scale_range", axes=XY, min_percentile=1, max_percentile=99)], "percentile"),
+        ([step("clip", min=20, max=180), step("scale_range", axes=XY, min_percentile=1)], "percentile"),
         ([step("scale_linear", gain=1 / 255), step("zero_mean_unit_variance", axes=XY, eps=0.05)], "zscore"),
     ],
 )  # fmt: skip

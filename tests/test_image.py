@@ -364,6 +364,62 @@ def test_further_series_and_levels_are_said(tmp_path: Path) -> None:
         np.testing.assert_array_equal(planes_of(source)[0, 0], GREY)
 
 
+def test_colours_compressed_as_jpeg_read_as_rgb(tmp_path: Path) -> None:
+    pytest.importorskip("imagecodecs")
+    smooth = Image.fromarray(COLOUR[:9, :11]).resize((93, 75))
+    for layout in ({"tile": (32, 32)}, {"rowsperstrip": 16}):
+        stored = np.asarray(smooth.convert("YCbCr"))
+        tifffile.imwrite(tmp_path / "a.tif", stored, photometric="ycbcr", compression="jpeg", **layout)
+        with open_image(tmp_path / "a.tif", ANY, network_channels=3) as source:
+            found = np.moveaxis(planes_of(source)[0], 0, -1)
+            with Image.open(tmp_path / "a.tif") as picture:
+                np.testing.assert_array_equal(found, np.asarray(picture))
+            assert np.abs(found - np.asarray(smooth, float)).mean() < 8  # colour at half the resolution
+
+
+def test_unusual_tiffs(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    grey = GREY.astype(np.uint8)
+    tifffile.imwrite(path, grey > 9, rowsperstrip=8, compression="packbits")
+    with open_image(path, ANY) as source:
+        np.testing.assert_array_equal(planes_of(source)[0, 0], grey > 9)
+    tifffile.imwrite(path, grey, photometric="miniswhite")
+    with open_image(path, ANY) as source:
+        assert "white is zero: values as stored" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0, 0], grey)
+    tifffile.imwrite(path, grey, photometric="palette", colormap=np.zeros((3, 256), np.uint16))
+    with open_image(path, ANY) as source:
+        assert "colour map ignored" in source.reading
+    tiles = iter([grey[:64, :64].copy(), None, None, None])  # tiles left out read as zero
+    tifffile.imwrite(path, tiles, shape=(100, 100), dtype=np.uint8, tile=(64, 64), compression="zlib")
+    with open_image(path, ANY) as source:
+        np.testing.assert_array_equal(planes_of(source)[0, 0], np.pad(grey[:64, :64], (0, 36)))
+    volume = RNG.integers(0, 99, (20, 64, 48), np.uint8)
+    tifffile.imwrite(path, volume, volumetric=True, tile=(16, 16, 16), photometric="minisblack")
+    with open_image(path, ANY, network_channels=1, spatial=3) as source:
+        np.testing.assert_array_equal(source.read(0, (3, 5, 7), (18, 60, 40))[0], volume[3:18, 5:60, 7:40])
+
+
+def test_an_ome_tiff_over_several_files_is_refused(tmp_path: Path) -> None:
+    ids = [f"urn:uuid:00000000-0000-0000-0000-00000000000{i}" for i in range(2)]
+    parts = "".join(
+        f'<TiffData FirstZ="{i}" IFD="0" PlaneCount="1"><UUID FileName="{i}.ome.tif">{ids[i]}</UUID></TiffData>'
+        for i in range(2)
+    )
+    for i in range(2):
+        xml = (
+            f'<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{ids[i]}">'
+            '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="93" SizeY="75" SizeC="1" '
+            f'SizeZ="2" SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>{parts}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(tmp_path / f"{i}.ome.tif", GREY, description=xml, metadata=None)
+    with pytest.raises(ImageError, match="split over 2 files, which is not read; merge it"):
+        open_image(tmp_path / "0.ome.tif", ANY, network_channels=1)
+    (tmp_path / "1.ome.tif").unlink()
+    with pytest.raises(ImageError, match="1 of the 2 pages"):
+        open_image(tmp_path / "0.ome.tif", ANY, network_channels=1)
+
+
 # Arrays ------------------------------------------------------------------------------------------------------------
 
 
@@ -512,6 +568,32 @@ def test_a_corrupt_strip_is_named_when_it_is_met(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.read(0, (0, 0), (25, 93))[0], GREY[:25])
         with pytest.raises(ImageError, match=r"a\.tif: the strip or tile at row 25, column 0 of page 0 is corrupt"):
             source.read(0, (0, 0), (26, 93))
+
+
+@pytest.mark.parametrize("storage", ["strips", "deflate tiles", "ome", "imagej", "png", "npy"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_files_end_in_an_image_error(
+    storage: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    write, _, options = STORAGES[storage]
+    write(folder)
+    (path,) = folder.iterdir()
+    content = bytearray(path.read_bytes())
+    # Most of a file is pixels; damage in its first and last kilobyte is what a parser trips over.
+    end = len(content) - 1
+    places = st.integers(0, 600) | st.integers(end - 900, end) | st.integers(0, end)
+    for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=6)):
+        content[place] = value
+    content = content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))]
+    path.write_bytes(content)
+    try:
+        with open_image(path, ANY, **options) as source:
+            stop = tuple(min(n, 50) for n in source.shape)
+            source.read(source.planes - 1, (0,) * len(stop), stop)
+    except (ImageError, ContractError):
+        pass
 
 
 def test_a_picture_beyond_pillows_limit_is_read(tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def _open_npy(path: Path, name: str) -> Stored:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(stream)
             offset = stream.tell()
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # the header is Python text: a damaged one raises whatever the tokenizer does
         raise ImageError(f"{name}: not a readable npy file ({error}); save it again with numpy.save") from error
     if dtype.hasobject:
         raise ImageError(f"{name}: holds pickled objects, which are never loaded; save a numeric array with numpy.save")

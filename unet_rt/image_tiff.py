@@ -6,10 +6,11 @@ so that the rows two bands share are decoded once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,32 @@ def open_tiff(path: Path, name: str) -> Stored:
     """ImageError for anything that cannot be read exactly as stored."""
     import tifffile
 
-    # tifffile logs what it then raises or works around; the messages here say it.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
-        tif = tifffile.TiffFile(path)
+        with _quiet():
+            tif = tifffile.TiffFile(path)
     except Exception as error:  # the parser meets any bytes; whatever it raises, the file is at fault
         raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
     try:
-        return _stored(tif, path, name)
+        with _quiet():
+            return _stored(tif, path, name)
     except ImageError:
         raise
     except Exception as error:
         raise ImageError(f"{name}: corrupt TIFF ({type(error).__name__}: {error}); copy it again") from error
     finally:
         tif.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without tifffile's own log: it says what it then raises or works around, and the messages here say it better."""
+    logger = logging.getLogger("tifffile")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _stored(tif: Any, path: Path, name: str) -> Stored:

@@ -85,7 +85,7 @@ def check_pixels(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Non
             "u": "convert it, e.g. .astype('uint32')",
         }.get(dtype.kind, "convert it to a numeric dtype")
         raise ImageError(f"{name}: pixels of dtype {dtype} cannot be predicted; {way} ({', '.join(DTYPES)} are read)")
-    if 0 in shape or not shape:
+    if not shape or min(shape) < 1:
         raise ImageError(
             f"{name}: the image is empty ({'x'.join(map(str, shape)) or 'a single number'}); give one with pixels"
         )
