@@ -134,7 +134,7 @@ def test_reach_is_what_a_nan_column_spoils(spec: Any) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_halo_is_enough_and_one_less_is_not(spec: Any) -> None:
-    network, report = unet(spec)
+    report = unet(spec)[1]
     f, sizes = axis(report), report.sizes[0]
     double = networks.build(spec).double()
     tile = sizes.at_least(sum(f.halo) + sum(f.shrink) + 2 * f.stride)
@@ -229,12 +229,7 @@ specs = st.builds(
 @given(specs, st.integers(0, 3), st.sampled_from([False] * 7 + [True]))
 def test_tiled_equals_whole_wherever_exact_is_claimed(spec: Any, more: int, dynamo: bool) -> None:
     network = networks.build(spec)
-    try:
-        model = networks.export(network, [(1, 1, 108, 108)], dynamo=dynamo and not spec.valid)
-    except RuntimeError as error:
-        # A valid network whose levels cannot be lined up at this size is no network.
-        assert spec.valid, error
-        return
+    model = networks.export(network, [(1, 1, 108, 108)], dynamo=dynamo and not spec.valid)
     report = inspect(model)
     faulty = spec.norm == "instance" or spec.up == "align_corners" or spec.squeeze
     faulty |= spec.pad_mode == "circular" and not spec.valid

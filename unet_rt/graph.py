@@ -390,9 +390,9 @@ class _Search:
     outputs: list[OutputField] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
-    def at(self, sizes: Sequence[int]) -> Walk:
+    def at(self, sizes: Sequence[int], strict: bool = False) -> Walk:
         given = _input_axes(self.graph, self.letters, self.channels, tuple(sizes), self.batch)
-        return walk(self.graph, given, tuple(sizes), self.global_pools)
+        return walk(self.graph, given, tuple(sizes), self.global_pools, strict)
 
     def tensors(self, state: Walk) -> list[Tensor]:
         return [state.tensors[o.name] for o in self.graph.outputs]
@@ -441,8 +441,11 @@ class _Search:
             self.remainders = tuple(
                 (r if n is None else n) % s for n, s in zip(self.declared, self.strides, strict=True)
             )
-            small, large = self.at(self.congruent(base)), self.at(self.congruent(base, 1))
-            if small.broken or large.broken or not self._law(small, large):
+            small = self.at(self.congruent(base), strict=True)
+            if small.broken:
+                continue
+            large = self.at(self.congruent(base, 1), strict=True)
+            if large.broken or not self._law(small, large):
                 continue
             if not small.dropped:
                 return True
@@ -482,7 +485,7 @@ class _Search:
         sizes = [r + k * s for k, s, r in zip(steps, self.strides, self.remainders, strict=True)]
         if min(sizes) < 1:
             return False
-        state = self.at(sizes)
+        state = self.at(sizes, strict=True)
         if state.broken:
             return False
         for tensor, output in zip(self.tensors(state), self.outputs, strict=True):

@@ -160,6 +160,7 @@ def walk(
     inputs: Mapping[str, tuple[Axis, ...]],
     sizes: tuple[int, ...],
     global_pools: frozenset[str] = frozenset(),
+    strict: bool = False,
 ) -> Walk:
     """Propagate through ``graph`` at concrete ``sizes``.
 
@@ -168,6 +169,7 @@ def walk(
         inputs: Axes of every graph input.
         sizes: Size per spatial axis.
         global_pools: Pooling nodes whose kernel is the size that the graph was exported with.
+        strict: Stop where the graph cannot run, with no tensors behind that.
     """
     state = Walk(graph, sizes, global_pools)
     for value in graph.inputs:
@@ -176,6 +178,8 @@ def walk(
         state.tensors[name] = _constant(constant)
     for node in graph.nodes:
         _step(state, node)
+        if strict and state.broken:
+            break
     return state
 
 
