@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import Contract
-from .errors import EngineError, OutputError, TileError
+from .errors import BackendError, EngineError, OutputError, TileError
 from .field import OutputField, TileSizes
 from .stitch import Blend
 from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
@@ -232,6 +232,10 @@ class Engine:
             x = _to_axes(x, spec.axes)
             inputs.append(np.ascontiguousarray(x, dtype=spec.dtype))
         outputs = self._session.run(inputs)
+        if len(outputs) != len(self.spec.outputs):
+            raise BackendError(
+                f"the engine returned {len(outputs)} outputs, and its spec names {len(self.spec.outputs)}; build it again"
+            )
         return [_from_axes(y, o.axes) for y, o in zip(outputs, self.spec.outputs, strict=True)]
 
     def close(self) -> None:

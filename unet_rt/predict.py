@@ -22,7 +22,7 @@ import numpy.typing as npt
 from . import kernels, machine
 from .contract import Normalization
 from .engine import Engine, EngineSpec
-from .errors import BackendError, ContractError, ImageError
+from .errors import BackendError, ContractError, ImageError, TileError
 from .normalize import Affine, Affines, OnePlane, affine
 from .pictures import OverlayCollector
 from .stitch import BandStitcher, Decision, OutputKind, decide
@@ -304,6 +304,12 @@ def run(
         progress: Called from the caller's thread with (tiles done, tiles in all).
     """
     spec = engine.spec
+    planned = tuple(axis.canvas.image for axis in grid.axes)
+    if planned != tuple(source.shape):
+        raise TileError(
+            f"the tiles are those of an image of {_by(planned)} px, and {source.name} has {_by(source.shape)}; "
+            "plan them anew"
+        )
     begun = time.perf_counter()
     clock, stop, errors = _Clock(), threading.Event(), list[BaseException]()
     gathered, outputs = _Channel(2, stop), _Channel(2, stop)
@@ -407,6 +413,10 @@ def _class_share(shares: npt.NDArray[np.int64], decision: Decision, spec: Engine
         for k, value in enumerate(values)
         if values.index(value) == k
     }
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 class _RangeWatch:

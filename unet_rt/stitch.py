@@ -7,8 +7,8 @@ with the image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
-from typing import Any, Literal
+from math import log, prod
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +102,12 @@ def blend_weight(shape: tuple[int, ...], blend: Blend) -> npt.NDArray[np.float32
 
     ``gaussian``: sigma = an eighth of the tile per axis, as nnU-Net and MONAI weigh tiles; smallest weights are raised to
     1e-3 of the largest, so that a corner that one tile alone covers is divided by a sound number.
+
+    Raises:
+        TileError: An unknown ``blend``.
     """
+    if blend not in get_args(Blend):
+        raise TileError(f"blend {blend!r} is unknown; use {' or '.join(get_args(Blend))}")
     weight = np.ones(shape, dtype=np.float64)
     if blend == "gaussian":
         for k, n in enumerate(shape):
@@ -122,6 +127,7 @@ class BandStitcher:
         self._grid, self._output, self._decision, self._threads = grid, output, decision, threads
         self._width = grid.out_shape(output)[1:]
         self._row = 0
+        self._missing = 0  # tiles of this row that were not added yet
         self._band: npt.NDArray[Any] | None = None
         if grid.blended:
             tile = grid.tile_out_shape(output)
@@ -134,12 +140,20 @@ class BandStitcher:
 
     def begin(self, row: int) -> None:
         self._row = row
+        self._missing = prod(self._grid.shape[1:])
         start, stop = self._grid.band(row, self._output)
         if not self._grid.blended:
             self._band = self._new_band(stop - start)
 
     def add(self, tiles: npt.NDArray[Any], index: Ints) -> None:
-        """``tiles`` (N, K, *tile_out) are the outputs of the tiles at grid indices ``index`` (N, axes) of this row."""
+        """``tiles`` (N, K, *tile_out) are the outputs of the tiles at grid indices ``index`` (N, axes) of this row.
+
+        Raises:
+            TileError: More tiles than the row lacks, or not as many as indices.
+        """
+        if len(index) > self._missing:
+            raise TileError(f"{len(index)} tiles for row {self._row}, which lacks {self._missing}; begin the next row")
+        self._missing -= len(index)
         place = self._grid.placement(index, self._output)
         target = place.target.copy()
         if self._grid.blended:
@@ -154,7 +168,16 @@ class BandStitcher:
             )
 
     def finish(self) -> tuple[int, npt.NDArray[Any]]:
-        """(first row of the band in the result, band). Shape ([channels,] rows, ...); an empty band has 0 rows."""
+        """(first row of the band in the result, band). Shape ([channels,] rows, ...); an empty band has 0 rows.
+
+        Raises:
+            TileError: Tiles of the row are missing: nothing is made up in their place.
+        """
+        if self._missing:
+            tiles = prod(self._grid.shape[1:])
+            raise TileError(
+                f"only {tiles - self._missing} of {tiles} tiles of row {self._row} were added; add them all"
+            )
         start, stop = self._grid.band(self._row, self._output)
         if not self._grid.blended:
             band, self._band = self._band, None

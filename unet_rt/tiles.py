@@ -111,13 +111,17 @@ class AxisTiles:
         return owned
 
 
-def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int) -> AxisTiles:
+def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bool = False) -> AxisTiles:
     last = canvas.size - tile
     if last % stride:
         raise TileError(
             f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}"
         )
-    return AxisTiles(canvas, tile, tuple(sorted({min(start, last) for start in range(0, last + step, step)})))
+    starts = sorted({min(start, last) for start in range(0, last + step, step)})
+    if evenly and len(starts) > 2:  # as many tiles, their overlaps alike: nearest multiples of the stride, never above step
+        gaps, strides = len(starts) - 1, last // stride
+        starts = [(2 * k * strides + gaps) // (2 * gaps) * stride for k in range(len(starts))]
+    return AxisTiles(canvas, tile, tuple(starts))
 
 
 @dataclass(frozen=True)
@@ -246,8 +250,8 @@ def tile_grid(
         tile: Tile size in pixels per axis. Larger than the canvas: taken down to it.
         sizes: Accepted sizes per axis.
         outputs: What the outputs depend on, halos as they are to be used.
-        overlap: Pixels shared by neighbouring tiles, per axis, for tiles that are blended. None: exact tiles, whose
-            overlap follows from the halo.
+        overlap: Pixels shared by neighbouring tiles at least, per axis, for tiles that are blended (they are spread
+            evenly). None: exact tiles, whose overlap follows from the halo.
 
     Raises:
         TileError: A tile that the graph does not accept or that keeps nothing; an overlap outside [0, tile).
@@ -282,7 +286,7 @@ def tile_grid(
                     )
                     raise TileError(f"a tile of {t} px keeps nothing: its halo takes {halo} samples; {hint}")
                 step = s.stride
-        axes.append(_axis_tiles(c, t, step, s.stride))
+        axes.append(_axis_tiles(c, t, step, s.stride, evenly=overlap is not None))
     return TileGrid(tuple(axes), tuple(outputs), blended=overlap is not None)
 
 
