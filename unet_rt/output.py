@@ -28,7 +28,8 @@ from .pixels import MAX_WHOLE_PX, Array, Origin
 SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 # Strips of a compressed mask: 2**18 samples are 64 rows of 4096; small enough for windows, large enough to pack.
 STRIP_SAMPLES = 2**18
-COMPRESSION_LEVEL = 4  # masks: within 10 % of level 9 at a fifth of its time
+# Masks of nuclei and of EM: level 3 packs 38 : 1 at 105 MB/s, level 4 33 : 1 at 49, level 6 58 : 1 at 37, level 9 at 4.
+COMPRESSION_LEVEL = 3
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # offsets are 32 bits; some room for the directories
 
 
@@ -474,7 +475,7 @@ class _PackedTiffWriter:
     """Integers, compressed in strips.
 
     Bands hold all channels, while the pages of a TIFF follow each other: strips are kept in an unnamed file (masks
-    shrink 20 to 200 times) and copied in the order of the pages at the end.
+    shrink 20 to 80 times) and copied in the order of the pages at the end.
     """
 
     def __init__(self, path: Path, part: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None) -> None:
