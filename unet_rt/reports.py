@@ -176,9 +176,9 @@ def verify_text(report: VerifyReport) -> str:
     if report.seams is not None:
         equal = report.seams.max_abs == 0
         lines.append(
-            "  FP32 tiled equals FP32 whole, bit for bit"
+            "  tiled equals whole, bit for bit"
             if equal
-            else f"  tiling alone changes FP32 values by {report.seams.max_abs:.2e}"
+            else f"  tiling alone changes values by {report.seams.max_abs:.2e}"
         )
     if report.growth:
         lines.append(

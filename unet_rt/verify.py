@@ -42,7 +42,7 @@ class VerifyReport:
         kind: ``exam`` (the tiles that travel with the engine) or ``images``.
         verdict: Inside the budget or not, with the worst image's numbers and every image's.
         budget: What was allowed.
-        seams: Largest difference of the tiled FP32 baseline to the whole-image one: what tiling alone does; None where
+        seams: Largest difference of the engine tiled to the same engine on the whole canvas: what tiling alone does; None where
             not measured (exam; networks that cannot be tiled exactly).
         growth: Largest label change between the canvas and the bare image, for networks that run on any size: what
             growing the image to an accepted size does, apart from tiling; None where it does not apply.
@@ -190,9 +190,8 @@ def _verify_images(
         one = parity.compare(wanted, got, spec.contract, sample.name)
         found.append(one)
         if whole_possible:
-            seams.append(
-                parity.compare(wanted, raw_result(reference, sample, small, threads), spec.contract, sample.name)
-            )
+            untiled = raw_result(engine, sample, grid, threads)
+            seams.append(parity.compare(untiled, got, spec.contract, sample.name))
             bare = _bare(reference, model, sample)
             if bare is not None and bare.shape == wanted.shape:
                 grown = parity.compare(bare, wanted, spec.contract, sample.name)

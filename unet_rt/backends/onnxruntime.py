@@ -25,6 +25,7 @@ from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
 from unet_rt.backends.session import Array, Port, arrays_for, thread_count
 from unet_rt.errors import BackendError
+from unet_rt.passes.up_conv import up_conv
 
 # Distributions that install into the one folder onnxruntime/ and overwrite each other there.
 DISTRIBUTIONS = (
@@ -132,7 +133,9 @@ def precisions(device: str = "cpu") -> tuple[str, ...]:
 
 
 def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
-    """Copy ``model`` to ``graph``: ONNX Runtime computes in the types of the graph.
+    """Copy ``model`` to ``graph``, up-convolutions rewritten so that a tile's bits are the whole image's.
+
+    ONNX Runtime computes in the types of the graph.
 
     Raises:
         BackendError: A precision this backend does not have on ``device``, or a graph of another precision.
@@ -142,6 +145,11 @@ def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> N
     if found != precision:
         raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
     copy_graph(model, graph)
+    import onnx
+
+    proto = onnx.load(str(graph))
+    if up_conv(proto):
+        onnx.save(proto, str(graph))
 
 
 def _require_precision(precision: str, device: str) -> None:
