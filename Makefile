@@ -12,6 +12,8 @@ UNET_RT_REQUIRE ?= torch,onnxruntime,openvino
 export PYTHONSAFEPATH = 1
 export UNET_RT_REQUIRE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# ONNX Runtime sends usage events unless told not to.
+export ORT_DISABLE_TELEMETRY = 1
 
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc unet_rt -type f \
 	-not -name '*.so' -not -name '*.pyd' -not -name '*.pyc' 2>/dev/null)
