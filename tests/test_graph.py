@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -225,11 +226,13 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(specs, st.integers(0, 3), st.sampled_from([False] * 7 + [True]))
-def test_tiled_equals_whole_wherever_exact_is_claimed(spec: Any, more: int, dynamo: bool) -> None:
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(specs, st.integers(0, 3))
+def test_tiled_equals_whole_wherever_exact_is_claimed(spec: Any, more: int) -> None:
+    if spec.valid:  # wider kernels leave nothing of an image of this size
+        spec = replace(spec, kernel=3, dilation=1)
     network = networks.build(spec)
-    model = networks.export(network, [(1, 1, 108, 108)], dynamo=dynamo and not spec.valid)
+    model = networks.export(network, [(1, 1, 108, 108)])
     report = inspect(model)
     faulty = spec.norm == "instance" or spec.up == "align_corners" or spec.squeeze
     faulty |= spec.pad_mode == "circular" and not spec.valid

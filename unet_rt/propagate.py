@@ -796,8 +796,7 @@ def _unpool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     for axis, other, k in zip((first.axes or ())[2:], (indices.axes or ())[2:], kernel, strict=True):
         a, b = sole_line(axis), sole_line(other)
         result.append(plain(axis_size(axis) * k) if a is None or b is None else (lines.repeat(lines.merge([a, b]), k),))
-    # The positions are used as places within their own window, which a tile does not change; but the faults of what
-    # led to them stay, and so does this one: no backend is known that runs such graphs at any size.
+    # The positions count over the whole image: not exact, by the fault that the indices bring along.
     return [Tensor(tuple(result), first.dtype)]
 
 
