@@ -62,7 +62,7 @@ def interleave(
     Args:
         contenders: Functions without arguments.
         runs: Rounds counted; fewer where ``seconds`` are used up, but at least two.
-        seconds: For all rounds together, warm-up included.
+        seconds: For all rounds together, warm-up included; two rounds are always counted where ``runs`` allows.
         warm_up: Rounds that are not counted (compilation, allocation, first touch of memory).
     """
     begun = time.perf_counter()
@@ -72,14 +72,11 @@ def interleave(
         if turn >= warm_up + 2 and time.perf_counter() - begun > seconds:
             break
         for k, contender in enumerate(contenders):
-            if turn == 0:
-                with MemoryWatch() as watch:
-                    contender()
-                peaks[k] = watch.grown
-                continue
-            start = time.perf_counter()
-            contender()
-            spent = time.perf_counter() - start
+            with MemoryWatch() as watch:
+                start = time.perf_counter()
+                contender()
+                spent = time.perf_counter() - start
+            peaks[k] = max(peaks[k], watch.grown)
             if turn >= warm_up:
                 times[k].append(spent)
     return [Timing(statistics.median(t), min(t), max(t), len(t), p) for t, p in zip(times, peaks, strict=True)]
