@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import backends, bench, exam, kernels, machine, parity
+from . import backends, bench, exam, machine, parity
 from .contract import Contract
 from .engine import Engine, EngineSpec, Precision, check_target, write_folder
 from .errors import BackendError, ContractError, ImageError, ParityError, TileError
@@ -26,14 +26,16 @@ from .model import (
     kept_share,
     largest_halo,
     open_model,
+    seam_tile,
     square_tile,
     untiled_spec,
+    whole_grid,
 )
 from .parity import Budget, ImageParity, Verdict
-from .predict import MEMORY_SHARE, run
-from .samples import Sample, draw, synthetic
-from .stitch import Blend, Decision
-from .tiles import TileGrid, tile_grid
+from .predict import MEMORY_SHARE
+from .samples import draw, raw_result, sample_images, synthetic, tile_of
+from .stitch import Blend
+from .tiles import tile_grid
 
 log = logging.getLogger("unet_rt")
 Array = npt.NDArray[Any]
@@ -275,7 +277,7 @@ class _Build:
 
         output = self.model.report.outputs[0]
         tile = square_tile(self.spec.sizes, self.spec.outputs, 256 * 256)
-        values = [self.baseline.run(_tile_of(s, self.spec, tile, self.threads))[0] for s in self.samples[:4]]
+        values = [self.baseline.run(tile_of(s, self.spec, tile, self.threads))[0] for s in self.samples[:4]]
         contract = resolve_task(
             self.model.contract, output.channels, self.model.report.final_ops[0], np.concatenate(values)
         )
@@ -283,7 +285,7 @@ class _Build:
             contract = replace(contract, value_range=self.value_range)
         self.spec = replace(self.spec, contract=contract)
         self.baseline.spec = replace(self.baseline.spec, contract=contract)
-        x = _tile_of(self.samples[0], self.spec, tile, self.threads)
+        x = tile_of(self.samples[0], self.spec, tile, self.threads)
         self.first = {
             "name": self.samples[0].name,
             "input_range": [float(x.min()), float(x.max())],
@@ -475,7 +477,7 @@ class _Build:
         if not engines:
             raise BackendError("no candidate could be built: " + "; ".join(c.note for c in self.candidates))
         self.engines = {(e.spec.backend, e.spec.precision): e for e in engines}
-        x = _tile_of(self.samples[0], self.spec, tile, self.threads)
+        x = tile_of(self.samples[0], self.spec, tile, self.threads)
         self.say(f"measuring {len(engines)} candidates at tile {_by(tile)}")
         contenders = [_runner(engine, x) for engine in engines]
         timings = dict(zip(self.engines, bench.interleave(contenders), strict=True))
@@ -553,7 +555,7 @@ class _Build:
                     self.notes.append(f"tiles above {_by(best.tile)} px were not tried: too little memory is free")
                     break
                 self.say(f"measuring tile {_by(larger)}")
-                x = _tile_of(self.samples[0], self.spec, larger, self.threads)
+                x = tile_of(self.samples[0], self.spec, larger, self.threads)
                 slow = latency * grown / 1e3 > SLOW_RUN_S
                 (timing,) = bench.interleave([_runner(engine, x)], runs=1 if slow else 3, warm_up=0 if slow else 1)
                 found = self._measured(best, larger, timing, best.verdict)
@@ -641,7 +643,7 @@ class _Build:
         else:
             tile = self.spec.tile
         picked = self.samples[:: max(1, len(self.samples) // EXAM_TILES)][:EXAM_TILES]
-        inputs = np.concatenate([_tile_of(s, self.spec, tile, self.threads) for s in picked])
+        inputs = np.concatenate([tile_of(s, self.spec, tile, self.threads) for s in picked])
         outputs = [self.baseline.run(x[None]) for x in inputs]
         arrays = {"input": inputs}
         for k in range(len(outputs[0])):
@@ -670,61 +672,3 @@ def _by(shape: Sequence[int]) -> str:
 
 def _runner(engine: Engine, x: Array) -> Callable[[], object]:
     return lambda: engine.run(x)
-
-
-def sample_images(samples: Any) -> list[Any]:
-    """Files of paths and folders; arrays as they are."""
-    from .image import list_images
-
-    if isinstance(samples, str | Path):
-        samples = [samples]
-    if isinstance(samples, np.ndarray) or not isinstance(samples, Sequence):
-        samples = [samples]
-    if all(isinstance(s, str | Path) for s in samples):
-        return list(list_images(samples))
-    return list(samples)
-
-
-def _tile_of(sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int) -> Array:
-    """(1, C, *tile): the sample's middle as the network gets it, continued by the border rule where it is smaller."""
-    starts = np.array([[max(0, (n - t) // 2) for n, t in zip(sample.shape, tile, strict=True)]], dtype=np.int64)
-    out = np.empty((1, spec.channels, *tile), dtype=np.float32)
-    kernels.tile_gather(
-        sample.pixels,
-        starts,
-        out,
-        border=spec.contract.border,
-        offset=sample.numbers.offset,
-        divisor=sample.numbers.divisor,
-        clip=sample.numbers.clip,
-        threads=threads,
-    )
-    return out
-
-
-def whole_grid(spec: EngineSpec, shape: Sequence[int]) -> TileGrid:
-    """One tile: the whole canvas."""
-    return tile_grid(shape, spec.canvas_shape(shape), spec.sizes, spec.outputs)
-
-
-def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
-    """A tile smaller than an image of ``shape``, so that it has seams; the engine's own where it is part of the model."""
-    if not (spec.exact and spec.free_size):
-        return spec.tile
-    tile = square_tile(spec.sizes, spec.used_outputs(), max(prod(shape) // 4, 1))
-    tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
-    return tile if keeps(spec, tile) else spec.tile
-
-
-def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
-    """The network's own values (K, *spatial), float32, of a sample."""
-    channels = engine.spec.outputs[output].channels
-    result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)
-
-    def keep(plane: int, start: int, band: Array) -> None:
-        result[:, start : start + band.shape[1]] = band
-
-    decision = Decision("copy", channels, np.dtype(np.float32))
-    with sample.source(engine.spec.contract) as source:
-        run(engine, source, grid, decision, keep, sample.affines, output=output, threads=threads)
-    return result

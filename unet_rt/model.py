@@ -16,7 +16,7 @@ from .engine import Engine, EngineSpec, InputSpec
 from .errors import BackendError, ContractError, TileError
 from .field import OutputField, TileSizes
 from .stitch import Blend
-from .tiles import cost_ratio, exact_step, smallest_tile
+from .tiles import TileGrid, cost_ratio, exact_step, smallest_tile, tile_grid
 
 if TYPE_CHECKING:
     import onnx
@@ -100,6 +100,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
             given, work, normalization=options.normalization if options else None
         )
     proto = load_model(given)
+    onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
     declared = declared.over(contract_io.contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
     if contract is not None:
         declared = contract_io.contract_from_file(contract).over(declared)
@@ -241,3 +242,17 @@ def keeps(spec: EngineSpec, tile: Sequence[int]) -> bool:
         exact_step(t, s.stride, [o.field[k] for o in outputs]) > 0
         for k, (t, s) in enumerate(zip(tile, spec.sizes, strict=True))
     )
+
+
+def whole_grid(spec: EngineSpec, shape: Sequence[int]) -> TileGrid:
+    """One tile: the whole canvas."""
+    return tile_grid(shape, spec.canvas_shape(shape), spec.sizes, spec.outputs)
+
+
+def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """A tile smaller than an image of ``shape``, so that it has seams; the engine's own where it is part of the model."""
+    if not (spec.exact and spec.free_size):
+        return spec.tile
+    tile = square_tile(spec.sizes, spec.used_outputs(), max(prod(shape) // 4, 1))
+    tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
+    return tile if keeps(spec, tile) else spec.tile

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from . import kernels
 from .contract import Contract
+from .engine import Engine, EngineSpec
 from .errors import ImageError
 from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
+from .predict import run
+from .stitch import Decision
+from .tiles import TileGrid
 
 if TYPE_CHECKING:
     from .image import Source
@@ -71,6 +76,19 @@ class Sample:
             network_channels=len(self.pixels),
             name=self.name,
         )
+
+
+def sample_images(samples: Any) -> list[Any]:
+    """Files of paths and folders; arrays as they are."""
+    from .image import list_images
+
+    if isinstance(samples, str | Path):
+        samples = [samples]
+    if isinstance(samples, np.ndarray) or not isinstance(samples, Sequence):
+        samples = [samples]
+    if all(isinstance(s, str | Path) for s in samples):
+        return list(list_images(samples))
+    return list(samples)
 
 
 def draw(
@@ -193,3 +211,34 @@ def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, s
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         samples.append(Sample(name, None, pixels, numbers, (0,) * spatial, 0, True, name, digest))
     return samples
+
+
+def tile_of(sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int) -> Array:
+    """(1, C, *tile): the sample's middle as the network gets it, continued by the border rule where it is smaller."""
+    starts = np.array([[max(0, (n - t) // 2) for n, t in zip(sample.shape, tile, strict=True)]], dtype=np.int64)
+    out = np.empty((1, spec.channels, *tile), dtype=np.float32)
+    kernels.tile_gather(
+        sample.pixels,
+        starts,
+        out,
+        border=spec.contract.border,
+        offset=sample.numbers.offset,
+        divisor=sample.numbers.divisor,
+        clip=sample.numbers.clip,
+        threads=threads,
+    )
+    return out
+
+
+def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
+    """The network's own values (K, *spatial), float32, of a sample."""
+    channels = engine.spec.outputs[output].channels
+    result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)
+
+    def keep(plane: int, start: int, band: Array) -> None:
+        result[:, start : start + band.shape[1]] = band
+
+    decision = Decision("copy", channels, np.dtype(np.float32))
+    with sample.source(engine.spec.contract) as source:
+        run(engine, source, grid, decision, keep, sample.affines, output=output, threads=threads)
+    return result

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import exam, parity, pictures
-from .build import raw_result, sample_images, seam_tile, whole_grid
 from .engine import Engine, EngineSpec, load
 from .errors import EngineError, GraphError, ImageError
-from .model import Model, baseline_engine, open_model
+from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
-from .samples import Sample, draw
+from .samples import Sample, draw, raw_result, sample_images
 
 Array = npt.NDArray[Any]
 
@@ -42,8 +41,8 @@ class VerifyReport:
         kind: ``exam`` (the tiles that travel with the engine) or ``images``.
         verdict: Inside the budget or not, with the worst image's numbers and every image's.
         budget: What was allowed.
-        seams: Largest difference of the engine tiled to the same engine on the whole canvas: what tiling alone does; None where
-            not measured (exam; networks that cannot be tiled exactly).
+        seams: Largest difference of the engine tiled to the same engine on the whole canvas: what tiling alone does;
+            None where not measured (exam; networks that cannot be tiled exactly).
         growth: Largest label change between the canvas and the bare image, for networks that run on any size: what
             growing the image to an accepted size does, apart from tiling; None where it does not apply.
         truth: Agreement with labels, where they were given.

@@ -78,7 +78,8 @@ def _kernel(node: onnx.NodeProto, attributes: dict[str, Any], weights: dict[str,
     if len(shape) != 4 or shape[2] != shape[3]:
         return None
     size = int(shape[2])
-    ints = {key: list(value) for key, value in attributes.items() if key in ("strides", "dilations", "pads", "output_padding")}
+    lists = ("strides", "dilations", "pads", "output_padding")
+    ints = {key: list(value) for key, value in attributes.items() if key in lists}
     plain = (
         ints.get("strides", [1, 1]) == [size, size]
         and ints.get("dilations", [1, 1]) == [1, 1]
