@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,16 @@ pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
 def exported(module: torch.nn.Module, x: np.ndarray, path: Path) -> onnx.ModelProto:
     free = {"x": {0: "n", 2: "h", 3: "w"}, "y": {0: "n", 2: "h", 3: "w"}}
-    with pytest.warns(DeprecationWarning):  # the legacy exporter announces its successor
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the legacy exporter announces its successor
         torch.onnx.export(
-            module.eval(), (torch.from_numpy(x),), path, dynamo=False, input_names=["x"], output_names=["y"], dynamic_axes=free
+            module.eval(),
+            (torch.from_numpy(x),),
+            path,
+            dynamo=False,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes=free,
         )
     return onnx.load(path)
 
