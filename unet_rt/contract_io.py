@@ -461,7 +461,10 @@ def resolve_task(
     if task in ("binary", "multilabel"):
         threshold = threshold or (0.5,)
         if len(threshold) not in (1, channels):
-            raise ContractError(f"{len(threshold)} thresholds for {channels} channels; give 1 or {channels}")
+            many = "one threshold" if channels == 1 else f"one threshold, or {channels}"
+            raise ContractError(f"{len(threshold)} thresholds for {channels} output channel(s); give {many}")
+        if any(not 0 <= t <= 1 for t in threshold):
+            raise ContractError(f"threshold {_text(threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
     elif threshold:
         raise ContractError(
             f"a threshold is declared ({_text(threshold)}), and a {task} output has none; leave it out, or declare "

@@ -81,6 +81,8 @@ def decide(
         raise ContractError(
             f"--mask-values {','.join(map(str, values))} must be {labels} numbers of 0 to 255, one per label"
         )
+    if labels > 1 and len(set(values)) == 1:
+        raise ContractError(f"--mask-values {','.join(map(str, values))} gives every label the same value; use e.g. 0,255")
     if task == "multiclass":
         return Decision("argmax", 0, np.dtype(np.uint8), values=values)
     threshold = contract.threshold or (0.5,)

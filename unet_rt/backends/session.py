@@ -76,10 +76,15 @@ class Port:
     dtype: np.dtype[Any]
 
 
+MOST_THREADS = 1024  # libraries start what is asked, and 100,000 threads take minutes to start and gigabytes of stacks
+
+
 def thread_count(threads: int) -> int:
     """Threads to compute with: what is asked, or what affinity and quota allow for 0."""
     if threads < 0:
         raise BackendError(f"{threads} threads asked; pass 1 or more, or 0 for as many as this process may use")
+    if threads > MOST_THREADS:
+        raise BackendError(f"{threads} threads asked, more than {MOST_THREADS}; pass 0 for as many as this process may use")
     return threads or machine.threads()
 
 
