@@ -1,19 +1,23 @@
 """The command line. The only module that prints; every verb is one function that calls the library.
 
 Exit codes: 0 good, 1 the answer is no (parity failed, budget missed), 2 wrong use, 130 interrupted, 143 terminated.
+With ``--json``, stdout holds one JSON document whatever happens: the result, or ``{"error": {"type", "message"}}``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._version import __version__
 from .errors import ContractError, OutputError, ParityError, UnetRtError
@@ -29,48 +33,97 @@ Progress = Callable[[int, int], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    args = parser.parse_args(argv)
-    if args.verb is None:
-        parser.print_help()
-        return 2
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        return int(args.run(args) or 0)
+        args = parser.parse_args(argv)
+    except _UsageError as error:
+        return _failed(argparse.Namespace(json="--json" in argv), error, 2)
+    if args.verb is None:
+        parser.print_help(sys.stderr)
+        return 2
+    args.argv = argv
+    try:
+        with _terminable():
+            code = int(args.run(args) or 0)
+            sys.stdout.flush()
+            return code
     except ParityError as error:
         return _failed(args, error, 1)
     except UnetRtError as error:
         return _failed(args, error, 2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, _Terminated) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else 143
+        return _failed(args, error, code, "interrupted; " if code == 130 else "terminated; ")
     except BrokenPipeError:
-        return 2
+        # Whoever read stdout has gone. What is left in its buffer goes nowhere, so that the exit is a silent one.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (MemoryError, OSError) as error:
         return _failed(args, error, 2)
     except Exception as error:  # a defect of ours: say so in one line, and how to see more
         return _failed(args, error, 2, "internal error, please report it with the output of --debug: ")
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)  # unwinds, so that every output that is open is removed
+class _UsageError(UnetRtError):
+    """Options that argparse refuses."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that every output that is open is removed."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread of the process, where signals are not ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _failed(args: argparse.Namespace, error: BaseException, code: int, prefix: str = "") -> int:
+    """Says what went wrong: one line on stderr, with --json a document on stdout as well."""
     if getattr(args, "debug", False):
         traceback.print_exception(error)
-    text = str(error) or type(error).__name__
+    _clear()
+    kind, text = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         text = f"out of memory ({text}); use a smaller --tile or --batch"
+    elif isinstance(error, KeyboardInterrupt | _Terminated):
+        kind, text = prefix[: -len("; ")].capitalize(), "no half-written output is left"
     print(f"unet-rt: {prefix}{text}", file=sys.stderr)
+    if args.json:
+        _print_json({"error": {"type": kind.strip("_"), "message": prefix + text}})
     return code
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line; the usage of ``build`` alone would be sixteen."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="unet-rt", description="Run trained U-Nets on images of any size, exactly.")
+    parser = _Parser(
+        prog="unet-rt",
+        description="Run trained U-Nets on images of any size, exactly.",
+        epilog="Start with: unet-rt inspect model.onnx. unet-rt VERB --help lists a verb's options. "
+        "Exit codes: 0 good, 1 the answer is no, 2 wrong use.",
+    )
     parser.add_argument("--version", action="version", version=f"unet-rt {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
@@ -82,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt)")
     p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime or openvino")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
-    p.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
+    p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32 or bf16")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
     p.add_argument("--halo", default="auto", metavar="exact|measured|N", help="samples discarded at inner tile edges")
     p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
@@ -99,14 +152,24 @@ def _parser() -> argparse.ArgumentParser:
     p = _verb(verbs, "predict", _predict, "predict images of any size")
     p.add_argument("engine", metavar="ENGINE")
     p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+")
-    p.add_argument("--out", metavar="PATH", required=True, help="a file, or a folder for several images")
-    p.add_argument("--output", choices=("mask", "probability", "raw"))
-    p.add_argument("--mask-values", type=_numbers, default=(), metavar="0,255", help="value of every label in a mask")
+    p.add_argument(
+        "--out", metavar="PATH", required=True, help="a file (.tif, .png, .npy), or a folder: NAME.tif for every image"
+    )
+    p.add_argument(
+        "--output", choices=("mask", "probability", "raw"), help="default: a mask; the raw values of a regression"
+    )
+    p.add_argument(
+        "--mask-values",
+        type=_numbers,
+        default=(),
+        metavar="0,255",
+        help="value of every label in a mask, default 0,1,..",
+    )
     p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
-    p.add_argument("--tile", type=_shape, metavar="HxW")
+    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="tiles per run")
-    p.add_argument("--threads", type=int, default=0, metavar="N")
-    p.add_argument("--device", help="must be the device that the engine was built for")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    p.add_argument("--device", metavar="NAME", help="must be the device that the engine was built for")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     p.add_argument("--overwrite", action="store_true")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
@@ -286,7 +349,7 @@ class _Bar:
 def _print_json(document: Any) -> None:
     from .exam import record_json
 
-    print(record_json(document), end="")
+    print(record_json(document), end="", flush=True)
 
 
 # --- verbs ----------------------------------------------------------------------------------------------------------
@@ -332,12 +395,23 @@ def _build(args: argparse.Namespace) -> int:
     )
     engine.close()
     _clear()
-    if args.json:
-        _print_json(reports[0].to_json())
-    print(build_text(reports[0]), file=_out(args))
-    for warning in reports[0].warnings:
+    done = reports[0]
+    if done.advice:
+        done = replace(done, advice=_with_samples(args.argv, done.folder))
+    print(build_text(done), file=_out(args))
+    for warning in done.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
+    if args.json:
+        _print_json(done.to_json())
     return 0
+
+
+def _with_samples(argv: Sequence[str], folder: Path) -> str:
+    """The command that was given, once more, with samples: every other option decides the result as well."""
+    kept = [part for part in argv if part not in ("--json", "--debug", "--overwrite")]
+    if not any(part == "--out" or part.startswith("--out=") for part in kept):
+        kept += ["--out", str(folder)]
+    return shlex.join(["unet-rt", *kept, "--samples", "YOUR_IMAGES", "--overwrite"])
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -349,6 +423,11 @@ def _predict(args: argparse.Namespace) -> int:
 
     images = list_images(args.images)
     targets = _targets(args, images)
+    overlays = [_overlay_name(target) if args.overlay else None for target in targets]
+    if not args.overwrite:
+        for picture in overlays:
+            if picture is not None and picture.exists():
+                raise OutputError(f"{picture} exists; pass --overwrite to replace it, or choose another --out")
     reports: list[RunReport] = []
     written: list[Path] = []
     normalization = parse_normalization(args.normalize, None) if args.normalize else None
@@ -357,10 +436,9 @@ def _predict(args: argparse.Namespace) -> int:
     ) as engine:
         if args.accept_unverified:
             print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
-        for image, target in zip(images, targets, strict=True):
-            overlay = (
-                target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png") if args.overlay else None
-            )
+        if targets[0].parent == Path(args.out):
+            _make_folder(Path(args.out))
+        for image, target, overlay in zip(images, targets, overlays, strict=True):
             predict(
                 engine,
                 image,
@@ -379,6 +457,8 @@ def _predict(args: argparse.Namespace) -> int:
                 report=reports.append,
             )
             written.append(target)
+            if overlay is not None:
+                reports[-1].notes.append(f"overlay: {overlay}")
             print(run_text(reports[-1], target), file=_out(args))
     if args.json:
         _print_json([{**r.to_json(), "out": str(t)} for r, t in zip(reports, written, strict=True)])
@@ -387,26 +467,45 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
     """One output per image: --out itself for one image, files in the folder --out for several."""
+    if not args.out:
+        raise OutputError("--out is empty; name a file or a folder")
     out = Path(args.out)
-    single = len(images) == 1 and not out.is_dir() and out.suffix != ""
-    if single:
-        return [out]
-    if out.is_file():
-        raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     suffix = ".tif"
+    if out.is_file() and len(images) > 1:
+        raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
+    if len(images) == 1 and not out.is_dir() and (out.suffix != "" or out.exists()):
+        _not_the_image(out, images)
+        return [out]
+    if not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy"):
+        raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
     targets = [out / (image.name.removesuffix(image.suffix).removesuffix(".ome") + suffix) for image in images]
     doubles = {t for t in targets if targets.count(t) > 1}
     if doubles:
         raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
-    clash = [t for t, image in zip(targets, images, strict=True) if t.resolve() == image.resolve()]
-    if clash:
-        raise OutputError(f"{clash[0]} is the image itself; choose another --out")
+    for target in targets:
+        _not_the_image(target, images)
     if not args.overwrite:
         existing = [t for t in targets if t.exists()]
         if existing:
             raise OutputError(f"{existing[0]} exists; pass --overwrite to replace it")
     return targets
+
+
+def _not_the_image(target: Path, images: Sequence[Path]) -> None:
+    """OutputError where an output would replace one of the images: --overwrite is not meant for them."""
+    if target.exists() and any(target.samefile(image) for image in images):
+        raise OutputError(f"{target} is an image to be predicted, which an output never replaces; choose another --out")
+
+
+def _overlay_name(target: Path) -> Path:
+    return target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be created ({error.strerror}); choose another --out") from error
 
 
 def _verify(args: argparse.Namespace) -> int:
