@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -431,13 +431,16 @@ def _predict(args: argparse.Namespace) -> int:
     reports: list[RunReport] = []
     written: list[Path] = []
     normalization = parse_normalization(args.normalize, None) if args.normalize else None
-    with load(
-        args.engine, device=args.device, threads=args.threads or None, accept_unverified=args.accept_unverified
-    ) as engine:
+    device = None if args.device == "auto" else args.device
+    with (
+        ExitStack() as folders,
+        load(
+            args.engine, device=device, threads=args.threads or None, accept_unverified=args.accept_unverified
+        ) as engine,
+    ):
         if args.accept_unverified:
             print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
-        if targets[0].parent == Path(args.out):
-            _make_folder(Path(args.out))
+        folders.enter_context(_folder_of(args, targets))
         for image, target, overlay in zip(images, targets, overlays, strict=True):
             predict(
                 engine,
@@ -501,11 +504,23 @@ def _overlay_name(target: Path) -> Path:
     return target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png")
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _folder_of(args: argparse.Namespace, targets: Sequence[Path]) -> Iterator[None]:
+    """Makes the folder --out where outputs go into one, and removes it again where nothing came of it."""
+    folder = Path(args.out)
+    if targets[0].parent != folder or folder.is_dir():
+        yield
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be created ({error.strerror}); choose another --out") from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds outputs that are whole
+            folder.rmdir()
+        raise
 
 
 def _verify(args: argparse.Namespace) -> int:
