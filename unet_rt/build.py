@@ -340,6 +340,7 @@ class _Build:
         self._whole_results()
 
     def _check_tile(self, tile: Sequence[int]) -> None:
+        self.spec.grid((1,) * self.model.spatial, tile)
         tile_grid(tile, tile, self.spec.sizes, self.spec.outputs)  # raises for sizes that the graph does not accept
 
     def _choose_halo(self, halo: str | int, *, fixed_tile: bool) -> None:

@@ -128,6 +128,11 @@ class EngineSpec:
                 that cannot be tiled exactly have one tile: it is part of the model).
         """
         outputs = self.used_outputs()
+        if tile is not None and len(tile) != self.spatial:
+            raise TileError(
+                f"tile {_by(tile)} has {len(tile)} number(s), the network {self.spatial} spatial axes; "
+                f"use e.g. {_by((tile[0],) * self.spatial)}"
+            )
         if self.overlap is not None:
             if tile is not None and tuple(tile) != self.tile:
                 raise TileError(

@@ -24,17 +24,27 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}" + ("" if n == 1 else "s")
+
+
+def _flop(n: float) -> str:
+    return f"{n / 1e6:.3g} MFLOP" if n >= 1e6 else f"{n / 1e3:.3g} kFLOP" if n >= 1e3 else f"{n:.0f} FLOP"
+
+
 def inspect_text(report: GraphReport) -> str:
     """What a graph says about itself."""
     lines = []
     for i in report.inputs:
         size = ", ".join(f"{a}={'any' if n is None else n}" for a, n in zip(i.axes, i.shape, strict=True))
         lines.append(f"input   {i.name}: {i.axes} ({size}) {i.dtype}")
-    lines.append(f"        {report.parameters:,} parameters, {report.flops_per_pixel / 1e3:.1f} kFLOP per output pixel")
+    lines.append(f"        {_count(report.parameters, 'parameter')}, {_flop(report.flops_per_pixel)} per output pixel")
     letters = [a for a in report.inputs[0].axes if a not in "NC"]
     for letter, s in zip(letters, report.sizes, strict=True):
         if s.fixed is not None:
             rule = f"{s.fixed} px only"
+        elif s.stride == 1:
+            rule = f"any size from {s.at_least(1)} px"
         elif s.remainder == 0:
             rule = f"multiples of {s.stride} px from {s.at_least(1)}"
         else:
@@ -43,31 +53,35 @@ def inspect_text(report: GraphReport) -> str:
         lines.append(f"tiles   {letter}: {rule}")
     lines += [f"        made free: {what}" for what in report.freed]
     lines += [f"        stays fixed: {why}" for why in report.reasons_fixed]
-    for o in report.outputs:
-        lines.append(
-            f"output  {o.name}: {o.axes}, {o.channels} channel(s), last operator {report.final_ops[report.outputs.index(o)]}"
-        )
+    for o, final in zip(report.outputs, report.final_ops, strict=True):
+        lines.append(f"output  {o.name}: {o.axes}, {_count(o.channels, 'channel')}, last operator {final}")
         rows: list[tuple[str, ...]] = [("axis", "stride", "reach", "halo", "shrink", "scale")]
-        for letter, f in zip((a for a in o.axes if a not in "NC"), o.field, strict=True):
+        for letter, f in zip((a for a in o.axes if a not in "NC"), o.field, strict=False):  # none where unknown
             pairs = (f"{b}+{a}" for b, a in (f.reach, f.halo, f.shrink))
             rows.append((letter, str(f.stride), *pairs, str(f.scale)))
-        lines.append(_table(rows))
+        if o.field:
+            lines.append(_table(rows))
         lines.append(
             "  exact: tiles equal the whole image" if o.exact else "  NOT exact: the tile size changes the answer"
         )
         lines += [f"    {reason}" for reason in o.reasons]
         if o.note:
             lines.append(f"    {o.note}")
-    lines.append("cost of exactness (computed over kept pixels of inner square tiles)")
+    exact = all(o.exact for o in report.outputs)
+    if not any(o.field for o in report.outputs):
+        return "\n".join(lines)
+    lines.append(
+        "cost of exactness (computed over kept pixels of inner square tiles)" if exact else "memory of square tiles"
+    )
     costs: list[tuple[str, ...]] = []
     for wanted, entry in report.cost.items():
         ratio, tile = entry["ratio"], entry["tile"]
         memory = ""
         if tile is not None and len(report.sizes) == 2:
             memory = f"{report.activation_bytes([tile] * 2) / 1e6:,.0f} MB of activations"
-        costs.append(
-            (str(tile if tile is not None else wanted), "keeps nothing" if ratio is None else f"{ratio:.2f}", memory)
-        )
+        size = _by([tile if tile is not None else wanted] * len(report.sizes)) + " px"
+        kept = "keeps nothing" if ratio is None else f"{ratio:.2f}"
+        costs.append((size, kept, memory) if exact else (size, memory))
     lines.append(_table(costs))
     return "\n".join(lines)
 
@@ -79,29 +93,33 @@ def build_text(report: BuildReport) -> str:
     normalization = contract.normalization.method if contract.normalization else "not declared"
     classes = f", classes {', '.join(contract.classes)}" if contract.classes else ""
     lines = [
-        f"input   {contract.axes}, {spec.channels} channel(s), normalisation {normalization}",
-        f"output  {spec.outputs[0].channels} channel(s): {contract.task}, {contract.output_is or 'values'}{classes}",
+        f"input   {contract.axes}, {_count(spec.channels, 'channel')}, normalisation {normalization}",
+        f"output  {_count(spec.outputs[0].channels, 'channel')}: {contract.task}, {contract.output_is or 'values'}{classes}",
     ]
     first = report.first
     low, high = first["input_range"]
     text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, "
     text += f"mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
     if "class_share" in first:
-        text += "; " + ", ".join(f"{name} {share:.1%}" for name, share in first["class_share"].items())
+        text += "; " + ", ".join(f"{_label(name)} {share:.1%}" for name, share in first["class_share"].items())
+    if "output_range" in first:
+        text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
     lines += [text, ""]
+    judged = "largest error" if contract.task == "regression" else "labels changed"
     rows: list[tuple[str, ...]] = [
-        ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", "labels changed", "lowest Dice", "")
+        ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", judged, "lowest Dice", "")
     ]
+    untried: list[str] = []
     for k, c in enumerate(report.candidates):
         v = c.verdict
         mark = "->" if k == report.chosen else ""
         if c.latency_ms is None:
-            rows.append((mark, c.backend, c.precision, "", "", "", "", "", "", f"not tried: {c.note}"))
+            untried.append(f"  not tried: {c.backend} {c.precision}: {c.note}")
             continue
         change = "-" if v is None or v.label_change is None else f"{v.label_change:.4%}"
         dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
         if v is not None and v.label_change is None:
-            change = f"error {v.relative:.1e}"
+            change = f"{v.relative:.1e}"
         note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
         rows.append(
             (
@@ -109,7 +127,7 @@ def build_text(report: BuildReport) -> str:
                 c.backend,
                 c.precision,
                 _by(c.tile),
-                f"{c.latency_ms:.0f}",
+                f"{c.latency_ms:.3g}" if c.latency_ms < 100 else f"{c.latency_ms:.0f}",
                 f"{c.kept_mpx_per_s or 0:.3g}",
                 f"{c.peak_mb or 0:.0f}",
                 change,
@@ -118,7 +136,7 @@ def build_text(report: BuildReport) -> str:
             )
         )
     lines.append(_table(rows))
-    lines.append("")
+    lines += [*untried, ""]
     lines += [f"  {note}" for note in report.notes]
     if report.whole_mismatch is not None:
         m = report.whole_mismatch
@@ -128,18 +146,27 @@ def build_text(report: BuildReport) -> str:
             else f"{m.relative:.2e} of the output's range"
         )
         lines.append(f"  tiles against the whole image: {changed} differ on {m.name} (reported, not judged)")
-    on = f"{report.samples} sample window(s)" if report.kind == "samples" else "synthetic tiles (a proof for fp32 only)"
+    on = (
+        _count(report.samples, "sample window")
+        if report.kind == "samples"
+        else "synthetic tiles (a proof for fp32 only)"
+    )
     lines += ["", f"{report.folder}: {spec.backend} {spec.precision}, parity on {on}"]
     if report.advice:
         lines.append(f"to prove it on your images, and to allow faster precisions: {report.advice}")
     return "\n".join(lines)
 
 
+def _label(name: str) -> str:
+    """A class's name; one that has only a number is told apart from the figures around it."""
+    return f"class {name}" if name.isdecimal() else name
+
+
 def run_text(report: RunReport, target: Path | None = None) -> str:
     """What one prediction did."""
     halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
-    tiles = f"{report.tiles} tiles of {_by(report.tile)} px, {halo}"
+    tiles = f"{_count(report.tiles, 'tile')} of {_by(report.tile)} px, {halo}"
     where = f"  {report.backend} {report.precision} on {report.device}; {tiles}"
     lines = [
         report.reading,
@@ -148,9 +175,11 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
         f"  seconds busy: {stages}; peak memory {report.peak_rss_bytes / 1e6:.0f} MB",
     ]
     if report.class_share:
-        lines.append("  " + ", ".join(f"{name} {share:.2%}" for name, share in report.class_share.items()))
+        lines.append("  " + ", ".join(f"{_label(name)} {share:.2%}" for name, share in report.class_share.items()))
     if report.outside_range:
-        lines.append(f"  {report.outside_range:.3%} of pixels lie outside the range seen at build")
+        lines.append(
+            f"  {report.outside_range:.3%} of pixels lie outside the range seen at build: look whether the mask is right"
+        )
     lines += [f"  {note}" for note in report.notes]
     if target is not None:
         lines.append(f"  -> {target}")
@@ -160,7 +189,7 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
 def verify_text(report: VerifyReport) -> str:
     """What verify measured."""
     v = report.verdict
-    on = "its exam" if report.kind == "exam" else f"{len(v.images)} window(s)"
+    on = "its exam" if report.kind == "exam" else _count(len(v.images), "window")
     lines = [f"{report.engine} on {on}: {'inside' if report.accepted else 'OUTSIDE'} the budget"]
     if v.label_change is not None:
         dice = (
