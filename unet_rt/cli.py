@@ -356,10 +356,12 @@ def _print_json(document: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .graph import inspect
+    from .graph import check_images, inspect
     from .reports import inspect_text
 
     report = inspect(args.model)
+    if not any(output.field for output in report.outputs):
+        check_images(report, report.outputs)
     if args.json:
         _print_json(report.to_json())
     else:
@@ -462,6 +464,10 @@ def _predict(args: argparse.Namespace) -> int:
             written.append(target)
             if overlay is not None:
                 reports[-1].notes.append(f"overlay: {overlay}")
+            if target.suffix.lower() == ".png" and reports[-1].class_share and not args.mask_values:
+                reports[-1].notes.append(
+                    "the mask holds labels 0, 1, .., which viewers show as black; see --mask-values"
+                )
             print(run_text(reports[-1], target), file=_out(args))
     if args.json:
         _print_json([{**r.to_json(), "out": str(t)} for r, t in zip(reports, written, strict=True)])
@@ -545,6 +551,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report.to_json())
     print(verify_text(report), file=_out(args))
+    if args.picture and report.picture is None:
+        print(f"nothing differs (or there are no images): {args.picture} is not drawn", file=sys.stderr)
     return 0 if report.accepted else 1
 
 

@@ -168,6 +168,14 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
     )
 
 
+def check_images(report: GraphReport, outputs: Sequence[OutputField]) -> None:
+    """GraphError where one of these outputs does not follow every spatial axis of the input."""
+    for output in outputs:
+        if len(output.field) != len(report.sizes):
+            why = "; ".join(output.reasons) or "it has other axes than the input"
+            raise GraphError(f"output {output.name} is not an image ({why}); export a network from images to images")
+
+
 # ------------------------------------------------------------------------------------------------------------ analysis
 
 

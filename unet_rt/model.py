@@ -90,7 +90,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
 
     from . import contract_io
     from .free import free_spatial
-    from .graph import inspect
+    from .graph import check_images, inspect
     from .onnx_file import load_model
 
     given = Path(path)
@@ -111,6 +111,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     graph = work / "graph.onnx"
     onnx.save_model(freed_proto, str(graph))
     report = inspect(graph)
+    check_images(report, report.outputs)
     before, after = inspect(proto).inputs[0], report.inputs[0]
     freed = tuple(
         f"{axis} ({was} px)" if axis != "N" else f"batch ({was})"

@@ -63,7 +63,11 @@ class OverlayCollector:
     Of a volume the middle slice is drawn, of a stack the first plane, of several channels the first.
     """
 
-    def __init__(self, shape: Sequence[int]):
+    def __init__(self, shape: Sequence[int], values: Sequence[int]):
+        """``values``: what the mask holds for label 0, 1, ..."""
+        self._label = np.zeros(256, dtype=np.uint8)
+        for label, value in reversed(list(enumerate(values))):
+            self._label[value] = label
         self._every = max(1, -(-max(shape[-2:]) // LONGEST_PX))
         self._depth = shape[0] // 2 if len(shape) == 3 else None
         self._labels = np.zeros(tuple(-(-n // self._every) for n in shape[-2:]), dtype=np.uint8)
@@ -99,8 +103,7 @@ class OverlayCollector:
         if labels.shape != picture.shape[:2]:  # outputs at another scale than the image
             y, x = (np.arange(n) * m // n for n, m in zip(picture.shape[:2], labels.shape, strict=True))
             labels = labels[y][:, x]
-        values = np.unique(labels)
-        save(overlay(picture, np.searchsorted(values, labels)), path)
+        save(overlay(picture, self._label[labels]), path)
 
 
 def comparison(panels: Sequence[tuple[str, RGB]], path: Path) -> None:

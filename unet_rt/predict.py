@@ -139,7 +139,7 @@ def predict(
         grid = plan(spec, source, tile=tile, batch=batch)
         affines = affine(normalization_of(spec, source, normalization), source)
         shape = grid.out_shape(0)
-        collector = None if overlay is None else OverlayCollector(shape)
+        collector = None if overlay is None else OverlayCollector(shape, decision.values)
 
         def finish(write: Write) -> RunReport:
             def both(plane: int, start: int, band: Array) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from . import exam, parity, pictures
 from .engine import Engine, EngineSpec, load
-from .errors import EngineError, GraphError, ImageError
+from .errors import EngineError, GraphError, ImageError, OutputError
 from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
@@ -130,6 +130,7 @@ def verify(
         with tempfile.TemporaryDirectory(prefix="unet-rt-verify-") as work:
             source = Path(baseline) if baseline is not None else folder.file("model")
             model = open_model(source, Path(work), options=loaded.spec.contract)
+            _check_baseline(model, loaded.spec, source)
             reference = baseline_engine(model, loaded.spec, threads=threads)
             try:
                 files = sample_images(images)
@@ -157,6 +158,16 @@ def verify(
                 )
             finally:
                 reference.close()
+
+
+def _check_baseline(model: Model, spec: EngineSpec, path: Path) -> None:
+    """GraphError where a baseline takes or returns other channels than the engine."""
+    theirs, ours = (model.channels, model.report.outputs[0].channels), (spec.channels, spec.outputs[0].channels)
+    if theirs != ours or model.spatial != spec.spatial:
+        raise GraphError(
+            f"{path}: a network of {model.spatial} spatial axes from {theirs[0]} to {theirs[1]} channel(s), the engine one "
+            f"of {spec.spatial} from {ours[0]} to {ours[1]}; compare with a graph of the same network"
+        )
 
 
 def _judged(verdict: Verdict, budget: Budget) -> Verdict:
@@ -205,7 +216,12 @@ def _verify_images(
     if verdict.accepted and not picture_always:
         picture = None
     if picture is not None and worst is not None and worst[0] > 0 and spec.spatial == 2:
-        drawn = _draw_worst(worst[1], worst[2], worst[3], spec, picture)
+        try:
+            drawn = _draw_worst(worst[1], worst[2], worst[3], spec, picture)
+        except OutputError:
+            if picture_always:
+                raise
+            say(f"{picture} cannot be written here; the verdict stands without it")
     truth = None
     if truths:
         truth = Truth(*(float(np.mean([getattr(t, name) for t in truths])) for name in Truth.__dataclass_fields__))
