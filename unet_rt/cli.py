@@ -7,10 +7,12 @@ With ``--json``, stdout holds one JSON document whatever happens: the result, or
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             code = int(args.run(args) or 0)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: started without one
+                sys.stdout.flush()
             return code
     except ParityError as error:
         return _failed(args, error, 1)
@@ -56,13 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130 if isinstance(error, KeyboardInterrupt) else 143
         return _failed(args, error, code, "interrupted; " if code == 130 else "terminated; ")
     except BrokenPipeError:
-        # Whoever read stdout has gone. What is left in its buffer goes nowhere, so that the exit is a silent one.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # whoever read it has gone, which is no news to them
         return 141
     except (MemoryError, OSError) as error:
         return _failed(args, error, 2)
     except Exception as error:  # a defect of ours: say so in one line, and how to see more
         return _failed(args, error, 2, "internal error, please report it with the output of --debug: ")
+
+
+def _drop_stdout() -> None:
+    """Lets what is left in stdout's buffer go nowhere, so that Python's exit does not fail on it again."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _UsageError(UnetRtError):
@@ -101,9 +109,18 @@ def _failed(args: argparse.Namespace, error: BaseException, code: int, prefix: s
         text = f"out of memory ({text}); use a smaller --tile or --batch"
     elif isinstance(error, KeyboardInterrupt | _Terminated):
         kind, text = prefix[: -len("; ")].capitalize(), "no half-written output is left"
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'a file'}: {error.strerror or text}"
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            text += f"; free some space (temporary files are in {tempfile.gettempdir()}; TMPDIR names another place)"
     print(f"unet-rt: {prefix}{text}", file=sys.stderr)
-    if args.json:
-        _print_json({"error": {"type": kind.strip("_"), "message": prefix + text}})
+    try:
+        if args.json:
+            _print_json({"error": {"type": kind.strip("_"), "message": prefix + text}})
+        elif sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # stdout itself is what fails
+        _drop_stdout()
     return code
 
 

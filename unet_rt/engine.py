@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import Contract
-from .errors import BackendError, EngineError, OutputError, TileError
+from .errors import BackendError, ContractError, EngineError, OutputError, TileError
 from .field import OutputField, TileSizes
 from .stitch import Blend
 from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
@@ -179,8 +179,8 @@ class EngineSpec:
             batch=data["batch"],
             halo=data["halo"],
             halo_limit=data["halo_limit"],
-            tile=tuple(data["tile"]),
-            overlap=None if data["overlap"] is None else tuple(data["overlap"]),
+            tile=_pixels(data, "tile", 1),
+            overlap=None if data["overlap"] is None else _pixels(data, "overlap", 0),
             blend=data["blend"],
             precision=data["precision"],
             backend=data["backend"],
@@ -189,6 +189,14 @@ class EngineSpec:
             made_on=data["made_on"],
             options=data["options"],
         )
+
+
+def _pixels(data: Mapping[str, Any], key: str, least: int) -> tuple[int, ...]:
+    """One whole number per spatial axis."""
+    value = data[key]
+    if len(value) != len(data["sizes"]) or any(not isinstance(n, int) or n < least for n in value):
+        raise ValueError(f"{key} {value!r}")
+    return tuple(value)
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -414,7 +422,10 @@ def _read_folder(folder: Path, text: str) -> EngineFolder:
         if kind not in files:
             raise EngineError(f"{path} names no {kind}; build the engine again")
     for entry in files.values():
-        file = folder / Path(str(entry.get("name", ""))).name
+        name = str(entry.get("name", ""))
+        if name != Path(name).name:  # nothing outside the folder is ever an engine's
+            raise EngineError(f"{path} names the file {name!r}, outside its folder; build the engine again")
+        file = folder / name
         if not file.is_file():
             raise EngineError(f"{file} is missing from the engine; copy the folder whole, or build again")
         if sha256(file) != entry.get("sha256"):
@@ -426,7 +437,7 @@ def _read_folder(folder: Path, text: str) -> EngineFolder:
         parity = (
             json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
         )
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, ContractError) as error:
         raise EngineError(f"{path} is damaged ({type(error).__name__}: {error}); build the engine again") from error
     return EngineFolder(folder, spec, files, parity)
 
