@@ -88,7 +88,7 @@ class GraphReport:
 
         Args:
             tile: Input size per spatial axis in pixels.
-            batch: Tiles at once.
+            batch: Tiles at once; a graph of a fixed batch size has that.
 
         Raises:
             GraphError: ``tile`` has another number of axes than the graph, or the graph does not run at it.
@@ -98,7 +98,7 @@ class GraphReport:
             raise GraphError(
                 f"tile {list(tile)} has {len(tile)} axes and the graph {len(self.sizes)}; give one size each"
             )
-        return _peak_bytes(self._analysis, tile, batch)
+        return _peak_bytes(self._analysis, tile, self.batch or batch)
 
     def to_json(self) -> dict[str, Any]:
         cost = {
