@@ -532,9 +532,10 @@ class _Build:
         if not accepted:
             tried = [c for c in self.candidates if c.verdict is not None]
             reasons = "; ".join(f"{c.backend} {c.precision}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
-            raise ParityError(
-                f"no candidate is inside the budget: {reasons}; allow more with --budget, or pass --precision fp32"
-            )
+            ways = ["allow more with --budget"]
+            ways += ["use --halo exact"] if self.spec.halo_limit is not None else []
+            ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
+            raise ParityError(f"no candidate is inside the budget: {reasons}; {', or '.join(ways)}")
         best = min(accepted, key=lambda c: c.latency_ms or 0.0)
         engine = self.engines[best.backend, best.precision]
         px, latency = prod(best.tile), best.latency_ms or 0.0
