@@ -104,3 +104,24 @@ def test_what_proves_nothing(pixels, reason):
 @pytest.mark.parametrize("seed", range(5))
 def test_microscopy_proves_something(seed):
     assert constant_reason(microscopy((200, 200), seed=seed).image[None]) is None
+
+
+def test_nan_is_outside_every_budget():
+    value = np.random.default_rng(0).normal(size=(1, 40, 50)).astype(np.float32)
+    regression = Contract(task="regression", output_is="values")
+    binary = Contract(task="binary", output_is="logits", threshold=(0.5,))
+    broken = value.copy()
+    broken[0, 3, 4] = np.nan  # in a mask it reads as background, and no bound is above it
+    quiet = np.full_like(value, -5.0)
+    gone = np.where(np.isnan(broken), broken, quiet)
+    loose = Budget(label_change=1, dice=0, error=1e9)
+    for found in (compare(value, broken, regression, "a"), compare(quiet, gone, binary, "a")):
+        verdict = judge([found], loose)
+        assert not verdict.accepted
+        assert "NaN" in verdict.reasons[0]
+
+
+def test_equal_infinities_agree():
+    raw = logits(np.zeros((20, 30), int))
+    raw[1:] = -np.inf  # the logarithm of a probability that is 0
+    assert judge([compare(raw, raw.copy(), MULTI)], Budget()).accepted

@@ -47,6 +47,7 @@ def check_record(folder: EngineFolder) -> None:
         raise EngineError(f"{folder.path}: the record of parity belongs to another graph; {way_out}")
     change, dice = verdict.get("label_change"), verdict.get("dice")
     missed = (change is not None and change > budget.label_change) or (dice is not None and dice < budget.dice)
+    missed |= change is None and not float(verdict.get("relative", "nan")) <= budget.error  # a regression
     if not accepted or missed:
         raise EngineError(f"{folder.path}: the recorded parity misses its budget; {way_out}")
     if kind == "synthetic" and folder.spec.precision != "fp32":

@@ -89,8 +89,12 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
     """Compares the network's own values (K, *spatial) of one image."""
     if baseline.shape != candidate.shape:
         raise ContractError(f"{name}: results of shapes {baseline.shape} and {candidate.shape} cannot be compared")
-    error = np.abs(candidate.astype(np.float64) - baseline)
-    low, high = np.percentile(baseline, (1, 99))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity: equal infinities differ by nothing
+        error = np.abs(candidate.astype(np.float64) - baseline)
+    error[candidate == baseline] = 0.0
+    error[np.isnan(error)] = np.inf  # a NaN compares with nothing and would pass every bound
+    finite = baseline[np.isfinite(baseline)]
+    low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 0.0)
     relative = float(error.max() / (high - low)) if high > low else float("inf" if error.max() else 0.0)
     change, scores, counts = None, dict[str, float](), dict[str, int]()
     if contract.task != "regression":
@@ -154,6 +158,9 @@ def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
     worst_relative = max(images, key=lambda i: i.relative)
     changes = [i.label_change for i in images if i.label_change is not None]
     worst_dice = None
+    broken = next((i for i in images if not np.isfinite(i.max_abs)), None)
+    if broken is not None:
+        reasons.append(f"{broken.name}: NaN, or infinite values that are not the baseline's")
     if not changes:
         if worst_relative.relative > budget.error:
             reasons.append(
