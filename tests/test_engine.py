@@ -13,7 +13,7 @@ import pytest
 
 import unet_rt as urt
 from unet_rt import machine
-from unet_rt.engine import SCHEMA, Engine, EngineSpec, InputSpec, read_folder, sha256, write_folder
+from unet_rt.engine import SCHEMA, Engine, EngineSpec, InputSpec, _key, read_folder, sha256, write_folder
 
 
 @pytest.fixture
@@ -23,10 +23,11 @@ def folder(engine_folder, tmp_path) -> Path:
 
 
 def edit(folder: Path, change) -> None:
+    """Changes spec.json and its key with it, as another version of this library would write it."""
     path = folder / "spec.json"
     document = json.loads(path.read_text())
     change(document)
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps({**document, "key": _key(document)}))
 
 
 def rewrite(folder: Path, kind: str, change) -> None:
@@ -80,6 +81,46 @@ def test_damaged_folders_are_refused(folder, damage, text):
     damage(folder)
     with pytest.raises(urt.EngineError, match=text):
         urt.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(halo="given", halo_limit=0),
+        lambda d: d["contract"]["normalization"].update(scope="slice"),
+        lambda d: d.pop("key"),
+    ],
+)
+def test_a_spec_that_was_changed_by_hand_is_refused(folder, change):
+    """The parity on record was measured with the halo and the normalisation that were built."""
+    path = folder / "spec.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(urt.EngineError, match="key differs"):
+        urt.load(folder)
+
+
+def test_a_file_outside_the_folder_is_refused(folder):
+    name = next(folder.glob("graph-*")).name
+    edit(folder, lambda d: d["files"]["graph"].update(name=f"../{name}"))
+    with pytest.raises(urt.EngineError, match="outside its folder"):
+        urt.load(folder)
+
+
+def test_files_are_synced_through_handles_that_windows_accepts(engine_folder, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    opened = read_folder(engine_folder)
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda handle: modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE))
+    write_folder(tmp_path / "x.urt", opened.spec, {"model": opened.file("model"), "graph": opened.file("graph")})
+    assert modes
+    assert os.O_RDONLY not in modes
+
+
+def test_no_memory_left_means_the_smallest_tile(engine_folder):
+    spec = read_folder(engine_folder).spec
+    assert spec.grid((2000, 2000), max_px=0).computed_px > spec.grid((2000, 2000)).computed_px
 
 
 def test_any_minor_schema_of_the_same_major_loads(folder):
@@ -240,6 +281,40 @@ def test_a_graph_without_batch_or_with_channels_last(engine_folder):
 
     x = np.random.default_rng(0).normal(size=(2, 3, 8, 6)).astype(np.float32)
     np.testing.assert_array_equal(Engine(spec, Last()).run(x)[0], x * 2)
+
+
+def test_a_graph_without_a_batch_axis_runs_tile_by_tile(engine_folder):
+    from dataclasses import replace
+
+    spec = read_folder(engine_folder).spec
+    spec = replace(spec, outputs=(replace(spec.outputs[0], axes="CYX", channels=1),), inputs=(InputSpec("a", "YX", 1),))
+
+    class Single(Doubler):
+        def run(self, inputs):
+            assert inputs[0].shape == (8, 6)
+            return [inputs[0][None] * 2]
+
+    x = np.random.default_rng(0).normal(size=(3, 1, 8, 6)).astype(np.float32)
+    np.testing.assert_array_equal(Engine(spec, Single()).run(x)[0], x * 2)
+
+
+def test_integer_inputs_get_no_values_that_were_cut(engine_folder):
+    """Pixels scaled to 0 ... 1 for a network that takes uint8 would all be 0."""
+    from dataclasses import replace
+
+    from unet_rt.backends.session import Port, arrays_for
+
+    spec = read_folder(engine_folder).spec
+    spec = replace(spec, inputs=(InputSpec("a", "NCYX", 1, "uint8"),))
+
+    class Checked(Doubler):
+        def run(self, inputs):
+            return arrays_for([Port("a", (None, 1, None, None), np.dtype("uint8"))], inputs)
+
+    whole = np.arange(48, dtype=np.float32).reshape(1, 1, 8, 6)
+    np.testing.assert_array_equal(Engine(spec, Checked()).run(whole)[0], whole)
+    with pytest.raises(urt.BackendError, match="uint8 cannot hold"):
+        Engine(spec, Checked()).run(whole / 255)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user whose writes can be refused")

@@ -141,7 +141,7 @@ class EngineSpec:
                 )
             return tile_grid(image, self.tile, self.sizes, outputs, overlap=self.overlap)
         if tile is None:
-            tile = choose_tile(image, self.sizes, outputs, max_px or prod(self.tile))
+            tile = choose_tile(image, self.sizes, outputs, prod(self.tile) if max_px is None else max_px)
         return tile_grid(image, tile, self.sizes, outputs)
 
     def canvas_shape(self, image: Sequence[int]) -> tuple[int, ...]:
@@ -226,6 +226,8 @@ class Engine:
             One float32 array (N, K, *tile_out) per output, whatever axes the graph itself uses.
         """
         n, fixed = len(batch), self.spec.batch
+        if any("N" not in i.axes for i in self.spec.inputs):
+            fixed = 1  # no batch axis: one tile at a time
         if fixed is None or n == fixed:
             return self._run(batch)
         parts = []
@@ -242,8 +244,7 @@ class Engine:
         for spec in self.spec.inputs:
             x = batch[:, first : first + spec.channels]
             first += spec.channels
-            x = _to_axes(x, spec.axes)
-            inputs.append(np.ascontiguousarray(x, dtype=spec.dtype))
+            inputs.append(np.ascontiguousarray(_to_axes(x, spec.axes)))  # the session casts, and refuses to cut values
         outputs = self._session.run(inputs)
         if len(outputs) != len(self.spec.outputs):
             raise BackendError(
@@ -335,11 +336,11 @@ def write_folder(
             entries[kind] = {"name": name, "sha256": digest, "bytes": path.stat().st_size}
             shutil.copyfile(path, staging / name)
         document = {"schema": list(SCHEMA), "files": entries, **spec.to_json()}
-        document["key"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        document["key"] = _key(document)
         text = json.dumps(document, indent=2) + "\n"
         (staging / "spec.json").write_text(text, encoding="utf-8")
         for path in staging.iterdir():
-            with path.open("rb") as stream:
+            with path.open("rb+") as stream:  # Windows syncs only what is open for writing
                 os.fsync(stream.fileno())
         staging.chmod(0o755)
         if folder.exists() and any(folder.iterdir()):
@@ -439,7 +440,18 @@ def _read_folder(folder: Path, text: str) -> EngineFolder:
         )
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, ContractError) as error:
         raise EngineError(f"{path} is damaged ({type(error).__name__}: {error}); build the engine again") from error
+    if document.get("key") != _key(document):
+        raise EngineError(
+            f"{path} was changed after it was written (its key differs), and parity was proven for what it said; "
+            "copy it again, or build again"
+        )
     return EngineFolder(folder, spec, files, parity)
+
+
+def _key(document: Mapping[str, Any]) -> str:
+    """What ``key`` must be: a hash of everything else that the spec says, hashes of the other files included."""
+    rest = {name: value for name, value in document.items() if name != "key"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
