@@ -624,7 +624,7 @@ class _Search:
         spatial = SPATIAL[len(self.declared)]
         if tensor.axes is None:
             return "?" * len(value.shape or ())
-        rest = ["N", "C"]
+        rest = ["N", "C"] if any("N" in own for own in self.letters.values()) else ["C"]
         if tensor.rank == len(spatial) and all(tracked(a) for a in tensor.axes):
             rest = []
         letters = ""

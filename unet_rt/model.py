@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .contract import Contract
 from .engine import Engine, EngineSpec, InputSpec
-from .errors import BackendError, ContractError, TileError
+from .errors import BackendError, ContractError, GraphError, TileError
 from .field import OutputField, TileSizes
 from .stitch import Blend
 from .tiles import TileGrid, cost_ratio, exact_step, smallest_tile, tile_grid
@@ -31,7 +31,7 @@ class Model:
     """An opened model.
 
     Attributes:
-        given: The ONNX file as given.
+        given: The ONNX file as given; a copy with its weights inside where they lay in files beside it.
         graph: FP32 graph with free spatial sizes and batch where that is provably the same network.
         report: What ``inspect`` says of ``graph``.
         contract: Options over contract file over the model's metadata; task and thresholds not yet resolved.
@@ -97,10 +97,19 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     declared = Contract()
     if given.suffix.lower() in (".yaml", ".yml", ".zip") or given.is_dir():
         declared, given = contract_io.contract_from_rdf(
-            given, work, normalization=options.normalization if options else None
+            given, _folder(work / "package"), normalization=options.normalization if options else None
         )
     proto = load_model(given)
-    onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
+    if _keeps_weights_beside(proto):
+        try:
+            onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise GraphError(
+                f"the weights of {given} cannot be read: {error}; keep the .data file beside the .onnx it belongs to"
+            ) from error
+        # An engine folder holds one file per graph, which must be whole without its neighbours.
+        given = _folder(work / "given") / given.name
+        onnx.save_model(proto, str(given))
     declared = declared.over(contract_io.contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
     if contract is not None:
         declared = contract_io.contract_from_file(contract).over(declared)
@@ -120,6 +129,17 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     )
     declared = replace(declared, axes=report.inputs[0].axes)
     return Model(given, graph, report, declared, freed, fixed)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _keeps_weights_beside(proto: onnx.ModelProto) -> bool:
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
+    return any(uses_external_data(tensor) for tensor in _get_all_tensors(proto))
 
 
 def _runner() -> Any:

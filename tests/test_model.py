@@ -1,0 +1,70 @@
+"""Models as they are opened: files that lie apart, and graphs without the usual axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import unet_rt as urt
+from unet_rt.demo import shipped_model
+from unet_rt.engine import read_folder
+
+pytestmark = pytest.mark.onnxruntime
+
+
+def apart(path: Path) -> Path:
+    """The shipped network with its weights in a file beside it, as PyTorch's exporter writes them."""
+    onnx.save_model(
+        onnx.load(shipped_model()), path, save_as_external_data=True, location="weights.data", size_threshold=0
+    )
+    return path
+
+
+def build(model: Path, out: Path, samples) -> urt.Engine:
+    return urt.build(model, samples=samples, out=out, backend="onnxruntime", precision="fp32", tile=(192, 192))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "graph.onnx"])  # the second is a name that build uses itself
+def test_weights_beside_the_graph_travel_with_the_engine(tmp_path, sample_images, engine_folder, name):
+    (tmp_path / "export").mkdir()
+    model = apart(tmp_path / "export" / name)
+    build(model, tmp_path / "x.urt", sample_images).close()
+    (tmp_path / "export" / "weights.data").unlink()
+    kept, given = onnx.load(read_folder(tmp_path / "x.urt").file("model")), onnx.load(shipped_model())
+    for a, b in zip(kept.graph.initializer, given.graph.initializer, strict=True):
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b))
+    assert urt.verify(tmp_path / "x.urt", sample_images[:1]).accepted
+
+
+def test_weights_that_are_missing_are_said(tmp_path, sample_images):
+    model = apart(tmp_path / "model.onnx")
+    (tmp_path / "weights.data").unlink()
+    with pytest.raises(urt.GraphError, match="keep the .data file beside"):
+        build(model, tmp_path / "x.urt", sample_images)
+
+
+def test_a_graph_without_batch_axis_is_built_and_run(tmp_path, sample_images, engine_folder):
+    """(C, Y, X) in, (K, Y, X) out: channels are channels, and tiles run one by one."""
+    proto = onnx.load(shipped_model())
+    graph = proto.graph
+    x, y = graph.input[0], graph.output[0]
+    zero = onnx.numpy_helper.from_array(np.array([0]), "zero")
+    graph.initializer.append(zero)
+    for node in graph.node:
+        node.input[:] = ["x/batch" if name == x.name else name for name in node.input]
+        node.output[:] = ["y/batch" if name == y.name else name for name in node.output]
+    graph.node.insert(0, onnx.helper.make_node("Unsqueeze", [x.name, "zero"], ["x/batch"]))
+    graph.node.append(onnx.helper.make_node("Squeeze", ["y/batch", "zero"], [y.name]))
+    for value in (x, y):
+        del value.type.tensor_type.shape.dim[0]
+    del graph.value_info[:]
+    onnx.save(proto, tmp_path / "model.onnx")
+    assert urt.inspect(tmp_path / "model.onnx").outputs[0].axes == "CYX"
+    image = sample_images[0]
+    with build(tmp_path / "model.onnx", tmp_path / "x.urt", sample_images) as engine, urt.load(engine_folder) as plain:
+        expected = urt.predict(plain, image)
+        np.testing.assert_array_equal(urt.predict(engine, image), expected)
+        np.testing.assert_array_equal(urt.predict(engine, image, batch=3), expected)
