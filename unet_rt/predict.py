@@ -353,12 +353,12 @@ def run(
                     write(item.plane, start, band)
 
     workers = [threading.Thread(target=guarded(work), name=work.__name__) for work in (gather, stitch)]
-    for worker in workers:
-        worker.start()
     done, total = 0, source.planes * grid.count
-    if progress is not None:
-        progress(0, total)
     try:
+        for worker in workers:
+            worker.start()
+        if progress is not None:
+            progress(0, total)
         for item in gathered:
             with clock("infer"):
                 results = engine.run(item.tiles)
@@ -381,7 +381,8 @@ def run(
         raise
     finally:
         for worker in workers:
-            worker.join()
+            if worker.ident is not None:  # it was started
+                worker.join()
     if errors:
         raise errors[0]
     return RunReport(
