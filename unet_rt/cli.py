@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     p = _verb(verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs")
-    p.add_argument("model", metavar="MODEL.onnx")
+    p.add_argument("model", metavar="MODEL.onnx", help="ONNX file")
 
     p = _verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder")
     p.add_argument("model", metavar="MODEL.onnx", help="ONNX file, bioimage.io package or rdf.yaml")
@@ -157,18 +157,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
     p.add_argument("--halo", default="auto", metavar="exact|measured|N", help="samples discarded at inner tile edges")
     p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
-    p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian")
+    p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
     p.add_argument(
         "--budget", metavar="KEY=VALUE", nargs="+", default=[], help="label_change=1e-3 dice=0.99 error=1e-2 seam=1e-5"
     )
     p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
-    p.add_argument("--overwrite", action="store_true")
-    p.add_argument("--threads", type=int, default=0, metavar="N")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _contract_options(p)
 
     p = _verb(verbs, "predict", _predict, "predict images of any size")
-    p.add_argument("engine", metavar="ENGINE")
-    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+")
+    p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
+    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="PNG, JPEG, BMP, TIFF, npy; folders of them")
     p.add_argument(
         "--out", metavar="PATH", required=True, help="a file (.tif, .png, .npy), or a folder: NAME.tif for every image"
     )
@@ -188,29 +188,31 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     p.add_argument("--device", metavar="NAME", help="must be the device that the engine was built for")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
-    p.add_argument("--overwrite", action="store_true")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
     _reading_options(p)
 
     p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph")
-    p.add_argument("engine", metavar="ENGINE")
+    p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--images", metavar="PATH", nargs="+", help="images to compare on (default: the engine's exam)")
     p.add_argument("--labels", metavar="PATH", nargs="+", help="masks of the same file names")
     p.add_argument("--baseline", metavar="MODEL.onnx", help="another FP32 graph to compare with")
-    p.add_argument("--budget", metavar="KEY=VALUE", nargs="+", default=[])
-    p.add_argument("--tile", type=_shape, metavar="HxW")
+    p.add_argument(
+        "--budget", metavar="KEY=VALUE", nargs="+", default=[], help="what may differ (default: as at build)"
+    )
+    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile of the engine (default: small, so that seams show)")
     p.add_argument(
         "--picture",
         metavar="PNG",
         help="picture of the worst tile (default: verify-worst.png, and only where the budget is missed)",
     )
-    p.add_argument("--threads", type=int, default=0, metavar="N")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _reading_options(p)
 
     p = _verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
 
     p = _verb(verbs, "demo", _demo, "build, predict and verify the network that ships with unet-rt on a drawn image")
-    p.add_argument("--out", metavar="DIR", default="demo-output")
+    p.add_argument("--out", metavar="DIR", default="demo-output", help="folder for the results (default: demo-output)")
     p.add_argument("--size", type=int, default=4096, metavar="PX", help="side of the image")
     return parser
 
@@ -234,18 +236,29 @@ def _contract_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group(
         "the input contract (options win over --contract, which wins over the model's metadata)"
     )
-    group.add_argument("--contract", metavar="FILE.json")
+    group.add_argument("--contract", metavar="FILE.json", help="the contract as a file; see the manual")
     group.add_argument(
         "--normalize",
         metavar="HOW",
         help="none | scale=255 | dtype | minmax | percentile=1,99.8 | zscore | imagenet | mean=..;std=..;scale=..;clip=..",
     )
-    group.add_argument("--normalize-scope", choices=("image", "channel", "slice"))
-    group.add_argument("--task", choices=("auto", "binary", "multiclass", "multilabel", "regression"), default="auto")
-    group.add_argument("--output-is", choices=("auto", "logits", "probabilities"), default="auto")
-    group.add_argument("--threshold", metavar="0.5[,..]")
-    group.add_argument("--classes", metavar="NAME,..")
-    group.add_argument("--border", choices=("mirror", "edge", "constant"))
+    group.add_argument(
+        "--normalize-scope", choices=("image", "channel", "slice"), help="what statistics are taken over"
+    )
+    group.add_argument(
+        "--task",
+        choices=("auto", "binary", "multiclass", "multilabel", "regression"),
+        default="auto",
+        help="what the output means",
+    )
+    group.add_argument(
+        "--output-is", choices=("auto", "logits", "probabilities"), default="auto", help="what the network returns"
+    )
+    group.add_argument(
+        "--threshold", metavar="0.5[,..]", help="probability above which a pixel is on, or one per class"
+    )
+    group.add_argument("--classes", metavar="NAME,..", help="names of the classes, in order")
+    group.add_argument("--border", choices=("mirror", "edge", "constant"), help="how images go on beyond their edges")
 
 
 def _shape(text: str) -> tuple[int, ...] | None:
