@@ -42,7 +42,7 @@ def test_weights_beside_the_graph_travel_with_the_engine(tmp_path, sample_images
 def test_weights_that_are_missing_are_said(tmp_path, sample_images):
     model = apart(tmp_path / "model.onnx")
     (tmp_path / "weights.data").unlink()
-    with pytest.raises(urt.GraphError, match="keep the .data file beside"):
+    with pytest.raises(urt.GraphError, match="cannot be read"):
         build(model, tmp_path / "x.urt", sample_images)
 
 
@@ -68,3 +68,20 @@ def test_a_graph_without_batch_axis_is_built_and_run(tmp_path, sample_images, en
         expected = urt.predict(plain, image)
         np.testing.assert_array_equal(urt.predict(engine, image), expected)
         np.testing.assert_array_equal(urt.predict(engine, image, batch=3), expected)
+
+
+def test_default_overlap_of_unpadded_networks_leaves_no_gap(engine_folder):
+    from dataclasses import replace
+    from fractions import Fraction
+
+    from unet_rt.field import AxisField, TileSizes
+    from unet_rt.model import blended_spec
+
+    field = AxisField(16, (107, 107), (0, 0), (92, 92), Fraction(1))
+    spec = read_folder(engine_folder).spec
+    outputs = (replace(spec.outputs[0], field=(field, field), exact=False, reasons=("InstanceNorm",)),)
+    spec = replace(spec, outputs=outputs, sizes=(TileSizes(16, 12, 188),) * 2)
+    assert blended_spec(spec, (572, 572), Path("m.onnx")).overlap == (286, 286)
+    small = blended_spec(spec, (300, 300), Path("m.onnx"))
+    assert small.overlap == (184, 184)
+    assert small.grid((500, 700)).count > 4

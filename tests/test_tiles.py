@@ -219,3 +219,16 @@ def test_canvas_never_depends_on_the_tile():
         tile_grid((700,), (t,), (TileSizes(16, 0, 16),), (output(field),)).axes[0].canvas for t in (256, 320, 512)
     }
     assert shapes == {canvas(700, TileSizes(16, 0, 16), [field])}
+
+
+def test_blended_tiles_of_unpadded_networks_leave_no_gap():
+    """Tiles of 300 px give 116 px: half a tile of overlap, 150, would leave 34 px between two of them without any."""
+    outputs, sizes = (output(PAPER, PAPER),), (PAPER_SIZES,) * 2
+    with pytest.raises(TileError, match="gaps between; use an overlap of 184 px or more"):
+        tile_grid((100, 1000), (300, 300), sizes, outputs, overlap=(150, 150))
+    grid = tile_grid((100, 1000), (300, 300), sizes, outputs, overlap=(184, 184))
+    covered = np.zeros(1000, bool)
+    for place in (grid.placement(row, 0) for row in grid.rows()):
+        for start, size in zip(place.target[:, 1], place.size[:, 1], strict=True):
+            covered[start : start + size] = True
+    assert covered.all()

@@ -16,7 +16,7 @@ from .engine import Engine, EngineSpec, InputSpec
 from .errors import BackendError, ContractError, GraphError, TileError
 from .field import OutputField, TileSizes
 from .stitch import Blend
-from .tiles import TileGrid, cost_ratio, exact_step, smallest_tile, tile_grid
+from .tiles import TileGrid, cost_ratio, covered_px, exact_step, smallest_tile, tile_grid
 
 if TYPE_CHECKING:
     import onnx
@@ -219,7 +219,8 @@ def untiled_spec(model: Model) -> EngineSpec:
 def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, blend: Blend = "gaussian") -> EngineSpec:
     """The spec of a network that cannot be tiled exactly: its tile is the user's, the trained one, or the graph's own.
 
-    Neighbouring tiles share half a tile, as nnU-Net's and MONAI's users expect.
+    Neighbouring tiles share half a tile, as nnU-Net's and MONAI's users expect, or as much more as it takes to leave no
+    gap between the results of unpadded networks.
 
     Raises:
         TileError: No tile is declared anywhere, or the graph does not accept it.
@@ -236,7 +237,9 @@ def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, b
     for t, s in zip(chosen, spec.sizes, strict=True):
         if not s.accepts(t):
             raise TileError(f"tile {t} px is not accepted by the graph; use {s.at_most(t)} or {s.at_least(t)}")
-    return replace(spec, tile=chosen, overlap=tuple(t // 2 for t in chosen), blend=blend)
+    covered = [covered_px(t, [o.field[k] for o in spec.outputs]) for k, t in enumerate(chosen)]
+    overlap = tuple(max(t // 2, t - n) for t, n in zip(chosen, covered, strict=True))
+    return replace(spec, tile=chosen, overlap=overlap, blend=blend)
 
 
 def kept_share(spec: EngineSpec, tile: Sequence[int]) -> float:

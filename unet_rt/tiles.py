@@ -65,6 +65,11 @@ def exact_step(tile: int, stride: int, fields: Sequence[AxisField]) -> int:
     return int(kept // stride) * stride
 
 
+def covered_px(tile: int, fields: Sequence[AxisField]) -> int:
+    """Pixels along one axis that a tile has results for: all of it, but for what unpadded convolutions take away."""
+    return int(min(f.out_size(tile) / f.scale for f in fields))
+
+
 def smallest_tile(sizes: TileSizes, fields: Sequence[AxisField]) -> int:
     """Smallest accepted tile size along one axis that keeps at least one stride of samples."""
     tile = sizes.at_least(1)
@@ -118,7 +123,8 @@ def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bo
             f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}"
         )
     starts = sorted({min(start, last) for start in range(0, last + step, step)})
-    if evenly and len(starts) > 2:  # as many tiles, their overlaps alike: nearest multiples of the stride, never above step
+    if evenly and len(starts) > 2:
+        # As many tiles, their overlaps alike: nearest multiples of the stride, never above step.
         gaps, strides = len(starts) - 1, last // stride
         starts = [(2 * k * strides + gaps) // (2 * gaps) * stride for k in range(len(starts))]
     return AxisTiles(canvas, tile, tuple(starts))
@@ -276,6 +282,12 @@ def tile_grid(
                     f"overlap {overlap[k]} px is outside 0 to {tile[k] - 1} px, the tile being {tile[k]} px"
                 )
             step = max(s.stride, (t - overlap[k]) // s.stride * s.stride)
+            covered = covered_px(t, fields)
+            if step > covered and t < c.size:
+                raise TileError(
+                    f"tiles of {t} px give results for {covered} px each and would lie {step} px apart, with gaps between; "
+                    f"use an overlap of {t - covered} px or more"
+                )
         else:
             step = exact_step(t, s.stride, fields)
             if step <= 0:
