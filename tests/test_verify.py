@@ -1,0 +1,396 @@
+"""Verify and its pytest helper: an engine against its own FP32 graph, on its exam, on images, on labels, on real data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tifffile
+from onnx import numpy_helper
+from PIL import Image
+
+import unet_rt as urt
+from unet_rt import backends, parity, pictures
+from unet_rt.cli import main
+from unet_rt.contract import Contract, Normalization
+from unet_rt.engine import Engine, read_folder, write_folder
+from unet_rt.model import open_model, square_tile, untiled_spec
+from unet_rt.synthetic import microscopy
+from unet_rt.testing import assert_parity
+from unet_rt.verify import verify
+
+pytestmark = pytest.mark.onnxruntime
+Array = np.ndarray[Any, np.dtype[Any]]
+NUCLEI = Contract(task="binary", output_is="logits", normalization=Normalization("zscore", scope="image"))
+FORGED = 4.0  # added to a logit of an engine that is not its model
+BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("onnxruntime", "openvino")]
+
+
+def biased(model: Path, target: Path, by: float) -> Path:
+    """The network with ``by`` added to the logit of its class 1: what a wrong rebuild might be."""
+    proto = onnx.load(str(model))
+    last = next(node for node in reversed(proto.graph.node) if node.op_type == "Conv")
+    for tensor in proto.graph.initializer:
+        if tensor.name == last.input[2]:
+            bias = numpy_helper.to_array(tensor).copy()
+            bias[1] += by
+            tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
+    onnx.save(proto, str(target))
+    return target
+
+
+@pytest.fixture(scope="module")
+def exact_folder(engine_folder, tmp_path_factory) -> Path:
+    """The engine with its exact halo (its own was measured, tiles of 192 px being small)."""
+    opened = read_folder(engine_folder)
+    folder = tmp_path_factory.mktemp("exact") / "exact.urt"
+    spec = replace(opened.spec, halo="exact", halo_limit=None)
+    write_folder(folder, spec, {kind: opened.file(kind) for kind in opened.files})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forged(exact_folder, tmp_path_factory) -> Path:
+    """An engine whose built graph is not its model: class 1 is favoured."""
+    opened = read_folder(exact_folder)
+    folder = tmp_path_factory.mktemp("forged")
+    files = {kind: opened.file(kind) for kind in opened.files}
+    files["graph"] = biased(opened.file("graph"), folder / "graph.onnx", FORGED)
+    write_folder(folder / "forged.urt", opened.spec, files)
+    return folder / "forged.urt"
+
+
+@pytest.fixture
+def on_disk(tmp_path, sample_images) -> tuple[Path, Path]:
+    """Folders of the sample images and of their true masks, matched by name."""
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    images.mkdir()
+    labels.mkdir()
+    for seed, image in enumerate(sample_images, 500):
+        drawn = microscopy(image.shape, seed=seed)
+        np.testing.assert_array_equal(drawn.image, image)
+        tifffile.imwrite(images / f"cell-{seed}.tif", image)
+        Image.fromarray((drawn.truth > 0).astype(np.uint8) * 255).save(labels / f"cell-{seed}.png")
+    return images, labels
+
+
+# --- exam and images ----------------------------------------------------------------------------------------------
+
+
+def test_the_exam(engine_folder, sample_images):
+    report = verify(engine_folder)
+    assert (report.kind, report.accepted) == ("exam", True)
+    assert len(report.verdict.images) == len(sample_images)
+    assert report.verdict.label_change <= report.budget.label_change
+    assert report.seams is None
+    assert json.loads(json.dumps(report.to_json()))["accepted"] is True
+
+
+def test_a_forged_engine_fails_its_exam(forged):
+    report = verify(forged)
+    assert not report.accepted
+    assert "of labels change, budget" in report.verdict.reasons[0]
+
+
+def test_images(engine_folder, exact_folder, sample_images):
+    said: list[str] = []
+    report = verify(exact_folder, sample_images, say=said.append)
+    assert (report.kind, report.accepted, len(report.verdict.images)) == ("images", True, 3)
+    assert len(said) == 3
+    assert report.seams.max_abs == 0.0, "tiles are smaller than the images, and change nothing"
+    measured = verify(engine_folder, sample_images)
+    assert measured.accepted
+    assert measured.seams.max_abs > 0.0, "seams of a measured halo are seen"
+    assert measured.seams.label_change <= measured.budget.seam
+    assert report.verdict.mean_label_change <= report.verdict.label_change
+    assert verify(engine_folder, sample_images, count=2).verdict.images[-1].name == report.verdict.images[-1].name
+    assert len(verify(engine_folder, sample_images, count=2).verdict.images) == 2
+
+
+def test_numbers_of_a_forged_engine(exact_folder, forged, sample_images):
+    """Shares, Dice and errors are those of the two masks."""
+    report = verify(forged, sample_images)
+    assert not report.accepted
+    with urt.load(exact_folder) as good, urt.load(forged, accept_unverified=True) as bad:
+        a = [urt.predict(good, image) for image in sample_images]
+        b = [urt.predict(bad, image) for image in sample_images]
+        errors = [
+            np.abs(urt.predict(good, i, output="raw") - urt.predict(bad, i, output="raw")).max() for i in sample_images
+        ]
+    changed = [np.mean(x != y) for x, y in zip(a, b, strict=True)]
+    dice = [parity.dice(x == k, y == k) for x, y in zip(a, b, strict=True) for k in (0, 1)]
+    # the baseline runs the graph as given, the engine its own form of it: they may round apart at a few pixels
+    assert report.verdict.label_change == pytest.approx(max(changed), abs=2e-4)
+    assert report.verdict.mean_label_change == pytest.approx(np.mean(changed), abs=2e-4)
+    assert report.verdict.dice == pytest.approx(min(dice), abs=2e-3)
+    assert report.verdict.max_abs == pytest.approx(max(errors), rel=1e-3)
+    assert max(errors) == pytest.approx(FORGED, rel=1e-3)
+
+
+def test_the_budget_can_be_another(forged, sample_images):
+    wide = urt.Budget(label_change=1, dice=0)
+    assert verify(forged, sample_images, budget=wide).accepted
+    assert verify(forged, budget=wide).accepted
+
+
+def test_another_baseline(engine_folder, sample_images, tmp_path):
+    other = biased(read_folder(engine_folder).file("model"), tmp_path / "other.onnx", -2.0)
+    assert verify(engine_folder, sample_images, baseline=read_folder(engine_folder).file("model")).accepted
+    assert not verify(engine_folder, sample_images, baseline=other).accepted
+
+
+def test_without_an_exam(engine_folder, tmp_path):
+    opened = read_folder(engine_folder)
+    files = {kind: opened.file(kind) for kind in opened.files if kind != "exam"}
+    write_folder(tmp_path / "x.urt", opened.spec, files)
+    with pytest.raises(urt.EngineError, match="carries no exam; pass images"):
+        verify(tmp_path / "x.urt")
+
+
+@pytest.mark.torch
+def test_what_growing_an_image_does_is_stated_apart(tmp_path):
+    """A network that runs on any size sees zeros at the edge, not the mirrored pixel that makes the size even."""
+    torch = pytest.importorskip("torch")
+    import networks
+
+    class Reduced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.Conv2d(1, 2, 3, 2, 1)
+
+        def forward(self, x: Any) -> Any:
+            return self.one(x), self.two(x)
+
+    path = tmp_path / "reduced.onnx"
+    networks.export(networks.initialise(Reduced()), [(1, 1, 32, 32)], path)
+    contract = Contract(task="multiclass", output_is="logits", normalization=Normalization("none"))
+    odd, even = (networks.texture((1, 1, *shape), seed=4)[0, 0] for shape in ((81, 90), (80, 90)))
+    options = {"contract": contract, "backend": "onnxruntime", "precision": "fp32", "tile": (48, 48)}
+    urt.build(path, samples=[odd], out=tmp_path / "x.urt", **options).close()
+    grown = verify(tmp_path / "x.urt", [odd])
+    assert grown.accepted
+    assert grown.seams.max_abs == 0.0
+    assert 0 < grown.growth <= 1 / 81  # the last row only
+    assert verify(tmp_path / "x.urt", [even]).growth is None
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_labels(exact_folder, forged, on_disk):
+    images, labels = on_disk
+    with urt.load(exact_folder) as good, urt.load(forged, accept_unverified=True) as bad:
+        scores: dict[str, list[float]] = {"good": [], "bad": [], "good iou": [], "bad iou": []}
+        for path in sorted(images.iterdir()):
+            truth = np.array(Image.open(labels / f"{path.stem}.png")) > 0
+            for name, engine in (("good", good), ("bad", bad)):
+                mask = urt.predict(engine, path) > 0
+                both = np.sum(mask & truth)
+                scores[name].append(2 * both / (mask.sum() + truth.sum()))
+                scores[f"{name} iou"].append(both / np.sum(mask | truth))
+    report = verify(exact_folder, images, labels=labels)
+    assert report.truth.engine_dice == pytest.approx(np.mean(scores["good"]), abs=1e-3)
+    assert report.truth.engine_iou == pytest.approx(np.mean(scores["good iou"]), abs=1e-3)
+    assert report.truth.engine_dice > 0.8
+    wrong = verify(forged, str(images), labels=sorted(labels.iterdir()))
+    assert wrong.truth.engine_dice == pytest.approx(np.mean(scores["bad"]), abs=1e-3)
+    assert wrong.truth.engine_iou == pytest.approx(np.mean(scores["bad iou"]), abs=1e-3)
+    assert wrong.truth.baseline_dice == pytest.approx(report.truth.engine_dice, abs=1e-3)
+    assert wrong.truth.engine_dice < wrong.truth.baseline_dice - 0.02
+
+
+def test_labels_of_windows_of_a_large_image(engine_folder, tmp_path, monkeypatch):
+    """Windows are drawn from a large image; their labels are cut at the same place."""
+    drawn = microscopy((420, 380), seed=31)
+    tifffile.imwrite(tmp_path / "a.tif", drawn.image)
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    tifffile.imwrite(labels / "a.tif", (drawn.truth > 0).astype(np.uint8))
+    from unet_rt import samples
+
+    monkeypatch.setattr(samples.draw, "__kwdefaults__", {**samples.draw.__kwdefaults__, "max_px": 200 * 200})
+    report = verify(engine_folder, tmp_path / "a.tif", labels=labels)
+    (image,) = report.verdict.images
+    assert image.pixels == 200 * 200
+    assert "[" in image.name
+    assert report.truth.engine_dice > 0.8
+
+
+def test_labels_that_cannot_be(engine_folder, on_disk, sample_images):
+    images, labels = on_disk
+    with pytest.raises(urt.ImageError, match="labels without images"):
+        verify(engine_folder, labels=labels)
+    with pytest.raises(urt.ImageError, match="matched by name"):
+        verify(engine_folder, sample_images, labels=labels)
+    (labels / "cell-500.png").rename(labels / "other.png")
+    with pytest.raises(urt.ImageError, match=r"no label for cell-500\.tif"):
+        verify(engine_folder, images, labels=labels)
+    Image.fromarray(np.zeros((10, 20), np.uint8)).save(labels / "cell-500.png")
+    with pytest.raises(urt.ImageError, match="one size"):
+        verify(engine_folder, images, labels=labels)
+
+
+# --- the picture of the worst tile --------------------------------------------------------------------------------
+
+
+def test_the_picture_shows_what_differs(exact_folder, forged, tmp_path):
+    image = microscopy((136, 152), seed=41).image
+    picture = tmp_path / "worst.png"
+    assert verify(forged, [image], picture=picture).picture == picture
+    with urt.load(exact_folder) as good, urt.load(forged, accept_unverified=True) as bad:
+        a, b = urt.predict(good, image), urt.predict(bad, image)
+    sheet = np.array(Image.open(picture))
+    height, width = image.shape
+    assert sheet.shape == (height + 18, 4 * (width + 8) - 8, 3)
+    panels = [sheet[18:, k * (width + 8) :][:, :width] for k in range(4)]
+    grey = pictures.grey(image[None])
+    wanted = (grey, pictures.overlay(grey, a), pictures.overlay(grey, b), pictures.difference(a, b))
+    for panel, expected in zip(panels, wanted, strict=True):
+        assert np.mean((panel != expected).any(axis=-1)) < 1e-3  # the masks may round apart at single pixels
+    assert 0.005 < (panels[3] > 0).mean() < 0.5
+
+
+def test_no_picture_where_nothing_differs(engine_folder, sample_images, tmp_path):
+    report = verify(engine_folder, sample_images, picture=tmp_path / "worst.png")
+    assert report.verdict.label_change == 0.0
+    assert report.picture is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_picture_inside_the_budget_unless_asked(forged, sample_images, tmp_path):
+    wide = urt.Budget(label_change=1, dice=0)
+    picture = tmp_path / "worst.png"
+    assert verify(forged, sample_images, budget=wide, picture=picture, picture_always=False).picture is None
+    assert verify(forged, sample_images, budget=wide, picture=picture).picture == picture
+
+
+# --- exit codes and the helper for other people's tests -----------------------------------------------------------
+
+
+def test_exit_codes(engine_folder, forged, on_disk, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = on_disk
+    assert main(["verify", str(engine_folder)]) == 0
+    assert "inside the budget" in capsys.readouterr().out
+    assert main(["verify", str(forged), "--images", str(images), "--labels", str(labels), "--json"]) == 1
+    found = capsys.readouterr()
+    answer = json.loads(found.out)
+    assert answer["accepted"] is False
+    assert 0 < answer["truth"]["engine_dice"] < answer["truth"]["baseline_dice"] <= 1
+    assert "OUTSIDE the budget" in found.err
+    assert Path(answer["picture"]).exists()
+    assert main(["verify", str(tmp_path / "nothing.urt")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_three_lines_in_somebodys_ci(engine_folder, forged, sample_images):
+    assert assert_parity(engine_folder).kind == "exam"
+    assert assert_parity(engine_folder, images=sample_images, threads=1).accepted
+    with pytest.raises(AssertionError, match=r"is outside its budget: .*of labels change"):
+        assert_parity(forged, images=sample_images)
+    with pytest.raises(AssertionError, match="exam tile"):
+        assert_parity(forged)
+    assert assert_parity(forged, budget=urt.Budget(label_change=1, dice=0)).accepted
+
+
+# --- real networks and images -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(shared, tmp_path_factory) -> Callable[[str, str], Engine]:
+    """The shared networks as engines, freed where they are fixed; nothing is measured."""
+    loaded: dict[tuple[str, str], Engine] = {}
+    contracts = {
+        "nuclei/weights.onnx": replace(NUCLEI, threshold=(0.5,)),
+        "strain/unet.onnx": Contract(
+            task="regression", output_is="values", normalization=Normalization("scale", scale=255.0)
+        ),
+    }
+
+    def load(name: str, backend: str) -> Engine:
+        if (name, backend) not in loaded:
+            work = tmp_path_factory.mktemp("real")
+            model = open_model(shared / "models" / name, work, options=contracts[name])
+            spec = untiled_spec(model)
+            tile = square_tile(spec.sizes, spec.outputs, 256**2)
+            backends.get(backend).build(model.graph, work / "built.onnx", precision="fp32", device="cpu")
+            session = backends.get(backend).load(work / "built.onnx", precision="fp32", device="cpu", threads=1)
+            loaded[name, backend] = Engine(replace(spec, backend=backend, tile=tile), session)
+        return loaded[name, backend]
+
+    return load
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_authors_own_output(real, shared, backend):
+    """The nuclei network, fixed to 512 px, at tiles of other sizes gives what its authors published."""
+    folder = shared / "models" / "nuclei"
+    image, published = np.load(folder / "test_input.npy")[0, 0], np.load(folder / "test_output.npy")[0]
+    engine = real("nuclei/weights.onnx", backend)
+    assert engine.spec.free_size
+    results = []
+    for tile in ((512, 512), (200, 296), (256, 512), (384, 384)):
+        result = urt.predict(engine, image, tile=tile, output="probability")
+        assert np.abs(result - published).max() < 1e-5
+        results.append(result)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "tile"), [("0402a81e7526.png", (200, 160)), ("df53d0b6c2c4.png", (168, 256))])
+def test_fluorescence_images_of_odd_size(real, shared, backend, name, tile):
+    path = shared / "data" / "dsb2018" / "image" / name
+    engine = real("nuclei/weights.onnx", backend)
+    pixels = np.array(Image.open(path))
+    assert pixels.shape == (260, 347)
+    mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64) + 1e-6)
+    normalised = (pixels.astype(np.float32) - mean) / std
+    padded = np.pad(normalised, [(0, 4), (0, 5)], mode="reflect")
+    whole = engine.run(padded[None, None])[0][0][:, :260, :347]
+    np.testing.assert_array_equal(urt.predict(engine, path, tile=tile, output="raw"), whole)
+    mask = urt.predict(engine, path, tile=tile)
+    truth = np.array(Image.open(shared / "data" / "dsb2018" / "label" / name)) > 0
+    assert parity.dice(mask > 0, truth) > 0.85
+
+
+def test_strain_is_a_regression(real, shared):
+    """Against the authors' targets: a mean absolute error of 0.0042, whatever the tile."""
+    folder = shared / "models" / "strain"
+    engine = real("strain/unet.onnx", "onnxruntime")
+    errors = []
+    for path in sorted((folder / "input").iterdir()):
+        result = urt.predict(engine, path, channels="luma")
+        assert result.shape == (1, 224, 224)
+        target = np.array(Image.open(folder / "target" / path.name).convert("L")) / 255
+        errors.append(np.abs(result[0] - target).mean())
+    assert len(errors) == 20
+    assert np.mean(errors) == pytest.approx(0.00421, abs=1e-5)
+    path = folder / "input" / "file01_00050.png"
+    tiled = urt.predict(engine, path, channels="luma", tile=(96, 112))
+    np.testing.assert_array_equal(tiled, urt.predict(engine, path, channels="luma", tile=(224, 224)))
+
+
+def test_a_real_network_from_its_fixed_graph_to_a_verdict(shared, tmp_path):
+    """Build as it is, verify on other images than it was built on."""
+    images = shared / "data" / "dsb2018" / "image"
+    samples, others = tmp_path / "samples", tmp_path / "others"
+    for folder, names in ((samples, ["02903040e19d", "03b9306f44e9"]), (others, ["9bb6e39d5f44"])):
+        folder.mkdir()
+        for name in names:
+            shutil.copy(images / f"{name}.png", folder)
+    urt.build(
+        shared / "models" / "nuclei" / "weights.onnx", samples=samples, out=tmp_path / "n.urt", contract=NUCLEI,
+        backend="onnxruntime", precision="fp32", tile=(256, 256), halo="exact",
+    ).close()  # fmt: skip
+    report = assert_parity(tmp_path / "n.urt", others, threads=1)
+    assert report.seams.max_abs == 0.0
+    report = verify(tmp_path / "n.urt", others, labels=shared / "data" / "dsb2018" / "label")
+    assert report.truth.engine_dice > 0.85
