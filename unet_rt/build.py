@@ -35,7 +35,7 @@ from .parity import Budget, ImageParity, Verdict
 from .predict import MEMORY_SHARE
 from .samples import draw, raw_result, sample_images, synthetic, tile_of
 from .stitch import Blend
-from .tiles import tile_grid
+from .tiles import TileGrid, tile_grid
 
 log = logging.getLogger("unet_rt")
 Array = npt.NDArray[Any]
@@ -347,8 +347,15 @@ class _Build:
         exact = largest_halo(self.spec)
         if isinstance(halo, int) or halo.isdigit():
             limit = int(halo)
-            self.spec = replace(self.spec, halo="given", halo_limit=limit) if limit < exact else self.spec
-            self.notes.append(f"halo {min(limit, exact)} samples as given; {exact} would be exact")
+            if limit < 0:
+                raise TileError(f"halo {limit} is negative; use 0 or more samples, exact or measured")
+            note = f"halo {min(limit, exact)} samples as given; {exact} would be exact"
+            if limit < exact:
+                if self.kind == "samples" and self.spec.free_size and self._seams_can_be_seen(limit):
+                    self._seam(limit)
+                    note += f"; {self._seam_text(limit)}"
+                self.spec = replace(self.spec, halo="given", halo_limit=limit)
+            self.notes.append(note)
         elif halo == "measured":
             self._measure_halo()
         elif halo in ("auto", "exact"):
@@ -382,13 +389,29 @@ class _Build:
                 )
             self.spec = replace(self.spec, tile=tile)
 
-    def _seams_can_be_seen(self) -> bool:
-        """Whether tiles with hardly any halo would cut at least one sample."""
-        spec = replace(self.spec, halo_limit=8)
-        return any(
-            tile_grid(s.shape, seam_tile(spec, s.shape), spec.sizes, spec.used_outputs()).count > 1
-            for s in self.samples
-        )
+    def _seam_grid(self, sample: Sample, limit: int) -> TileGrid:
+        """Tiles of a sample that are small enough for it to have seams, where a halo of ``limit`` samples allows it."""
+        spec = replace(self.spec, halo="measured", halo_limit=limit)
+        return tile_grid(sample.shape, seam_tile(spec, sample.shape), spec.sizes, spec.used_outputs())
+
+    def _seams_can_be_seen(self, limit: int = 8) -> bool:
+        """Whether tiles with a halo of ``limit`` samples cut at least one sample: what no seam shows is not measured."""
+        return any(self._seam_grid(sample, limit).count > 1 for sample in self.samples)
+
+    def _seam(self, limit: int) -> float:
+        """What the seams of a halo of ``limit`` samples change on the worst sample; remembered in ``seams``."""
+        self._whole_results()
+        error = 0.0
+        for sample, whole in zip(self.samples, self.whole, strict=True):
+            result = raw_result(self.baseline, sample, self._seam_grid(sample, limit), self.threads)
+            found = parity.compare(whole, result, self.spec.contract, sample.name)
+            error = max(error, found.relative if found.label_change is None else found.label_change)
+        self.seams[limit] = error
+        return error
+
+    def _seam_text(self, limit: int) -> str:
+        what = "the output by {:.2e} of its range" if self.spec.contract.task == "regression" else "{:.2e} of labels"
+        return f"seams change {what.format(self.seams[limit])} on the worst sample"
 
     def _measure_halo(self) -> None:
         """The smallest halo, in steps of 8 samples, whose seams change no more labels than the seam budget allows."""
@@ -396,38 +419,34 @@ class _Build:
             raise ContractError("--halo measured needs images to measure on; pass --samples IMAGES")
         if not self._seams_can_be_seen():
             raise ImageError("the samples are no larger than one tile, so seams cannot be measured; pass larger ones")
-        self._whole_results()
+        self._whole_results()  # which may leave samples out, to keep the search short
         exact = largest_halo(self.spec)
-        low, high = 0, -(-exact // 8)  # in steps of 8 samples; the exact halo is the end of the range
+        steps = -(-exact // 8)  # of 8 samples; the exact halo is the end of the range
+        seen = next((k for k in reversed(range(steps)) if self._seams_can_be_seen(8 * k)), -1)
         self.say(f"measuring the halo on {len(self.samples)} samples")
-
-        def seam(limit: int) -> float:
-            spec = replace(self.spec, halo="measured", halo_limit=limit)
-            error = 0.0
-            for sample, whole in zip(self.samples, self.whole, strict=True):
-                grid = tile_grid(sample.shape, seam_tile(spec, sample.shape), spec.sizes, spec.used_outputs())
-                result = raw_result(self.baseline, sample, grid, self.threads)
-                found = parity.compare(whole, result, spec.contract, sample.name)
-                error = max(error, found.relative if found.label_change is None else found.label_change)
-            self.seams[limit] = error
-            return error
-
+        low, high = 0, seen + 1
         while low < high:
             middle = (low + high) // 2
-            if seam(middle * 8) <= self.budget.seam:
+            if self._seam(middle * 8) <= self.budget.seam:
                 high = middle
             else:
                 low = middle + 1
-        limit = high * 8
-        if limit >= exact:
-            self.notes.append(
+        if high > seen:
+            note = (
                 f"no halo below the exact {exact} samples is inside the seam budget {self.budget.seam:g}: exact it is"
             )
+            if seen + 1 < steps:
+                note = (
+                    f"no halo up to {8 * max(seen, 0)} samples is inside the seam budget {self.budget.seam:g}, and the "
+                    f"samples are too small to see the seams of larger ones: the exact {exact} it is; larger samples may "
+                    "allow less"
+                )
+            self.notes.append(note)
             return
+        limit = high * 8
         self.spec = replace(self.spec, halo="measured", halo_limit=limit)
         self.notes.append(
-            f"measured halo {limit} samples (exact: {exact}): seams change {self.seams.get(limit, 0.0):.2e} of labels "
-            f"on the worst sample, budget {self.budget.seam:g}"
+            f"measured halo {limit} samples (exact: {exact}): {self._seam_text(limit)}, budget {self.budget.seam:g}"
         )
 
     def _whole_results(self) -> None:
@@ -538,33 +557,22 @@ class _Build:
             raise ParityError(f"no candidate is inside the budget: {reasons}; {', or '.join(ways)}")
         best = min(accepted, key=lambda c: c.latency_ms or 0.0)
         engine = self.engines[best.backend, best.precision]
-        px, latency = prod(best.tile), best.latency_ms or 0.0
-        bytes_per_px = (best.peak_mb or 0.0) * 1e6 / px
-        estimate = self.model.report.activation_bytes(best.tile) / px
-        bytes_per_px = max(bytes_per_px, estimate)
+        px = prod(best.tile)
+        bytes_per_px = max((best.peak_mb or 0.0) * 1e6, self.model.report.activation_bytes(best.tile)) / px
         if tile is None and self.spec.exact and self.spec.free_size:
-            for area in TILE_AREAS:
-                larger = square_tile(self.spec.sizes, self.spec.used_outputs(), area)
-                grown = prod(larger) / px
-                if prod(larger) <= prod(best.tile):
-                    continue
-                if latency * grown / 1e3 > LARGEST_RUN_S:
-                    self.notes.append(
-                        f"tiles above {_by(best.tile)} px were not tried: one would take {latency * grown / 1e3:.0f} s"
-                    )
-                    break
-                if bytes_per_px * prod(larger) > MEMORY_SHARE * machine.memory_bytes():
-                    self.notes.append(f"tiles above {_by(best.tile)} px were not tried: too little memory is free")
-                    break
-                self.say(f"measuring tile {_by(larger)}")
-                x = tile_of(self.samples[0], self.spec, larger, self.threads)
-                slow = latency * grown / 1e3 > SLOW_RUN_S
-                (timing,) = bench.interleave([_runner(engine, x)], runs=1 if slow else 3, warm_up=0 if slow else 1)
-                found = self._measured(best, larger, timing, best.verdict)
-                self.candidates.append(found)
+            tiles = self._larger_tiles(best, bytes_per_px)
+            timings = self._measure_tiles(engine, [best.tile, *tiles], (best.latency_ms or 0.0) / 1e3 / px)
+            for larger, timing in zip(tiles, timings[1:], strict=True):
+                self.candidates.append(self._measured(best, larger, timing, best.verdict))
                 bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger))
-                if (found.kept_mpx_per_s or 0.0) > (best.kept_mpx_per_s or 0.0):
-                    best = found
+            if (
+                tiles
+            ):  # the first tile's time from the same run as the others', so that they are compared on equal terms
+                at = self.candidates.index(best)
+                again = self._measured(best, best.tile, timings[0], best.verdict)
+                self.candidates[at] = replace(again, peak_mb=best.peak_mb)  # its memory is allocated by now
+                tried = [self.candidates[at], *self.candidates[-len(tiles) :]]
+                best = max(tried, key=lambda c: c.kept_mpx_per_s or 0.0)
         self.chosen = self.candidates.index(best)
         fp32 = [c for c in accepted if c.precision == "fp32"]
         self.notes.append(
@@ -581,6 +589,37 @@ class _Build:
             made_on=machine.describe(),
             options={"threads": self.threads, "sample_sha256": [s.sha256 for s in self.samples], "kind": self.kind},
         )
+
+    def _larger_tiles(self, best: Candidate, bytes_per_px: float) -> list[tuple[int, ...]]:
+        """Tiles above the one that candidates were compared at, as far as time and memory allow to try them."""
+        seconds_per_px = (best.latency_ms or 0.0) / 1e3 / prod(best.tile)
+        tiles: list[tuple[int, ...]] = []
+        for area in TILE_AREAS:
+            tile = square_tile(self.spec.sizes, self.spec.used_outputs(), area)
+            if prod(tile) <= prod(best.tile):
+                continue
+            last = _by(tiles[-1] if tiles else best.tile)
+            if seconds_per_px * prod(tile) > LARGEST_RUN_S:
+                seconds = seconds_per_px * prod(tile)
+                self.notes.append(f"tiles above {last} px were not tried: the next would take {seconds:.0f} s")
+                break
+            if bytes_per_px * prod(tile) > MEMORY_SHARE * machine.memory_bytes():
+                self.notes.append(f"tiles above {last} px were not tried: too little memory is free")
+                break
+            tiles.append(tile)
+        return tiles
+
+    def _measure_tiles(
+        self, engine: Engine, tiles: Sequence[tuple[int, ...]], seconds_per_px: float
+    ) -> list[bench.Timing]:
+        """Interleaved times of one engine at several tiles; nothing is measured where there is nothing to compare."""
+        if len(tiles) < 2:
+            return []
+        self.say("measuring tiles " + ", ".join(_by(tile) for tile in tiles))
+        inputs = [tile_of(self.samples[0], self.spec, tile, self.threads) for tile in tiles]
+        slow = seconds_per_px * prod(tiles[-1]) > SLOW_RUN_S
+        contenders = [_runner(engine, x) for x in inputs]
+        return bench.interleave(contenders, runs=1 if slow else 3, warm_up=0 if slow else 1)
 
     # 6 ---------------------------------------------------------------------------------------------------------------
 
