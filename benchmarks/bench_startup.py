@@ -1,5 +1,7 @@
 """Start-up: ``import unet_rt`` and ``unet-rt --help`` beyond NumPy's own import; medians of warm starts, interleaved.
 
+``import unet_rt`` loads names when they are used (not even NumPy); ``image line`` is what a program that predicts pays.
+
 python benchmarks/bench_startup.py [--runs 15] [--out FILE]
 """
 
@@ -16,6 +18,7 @@ import record
 STARTS = {
     "import numpy": "import numpy",
     "import unet_rt": "import unet_rt",
+    "image line": "from unet_rt import load, predict",
     "unet-rt --help": "import sys; sys.argv = ['unet-rt', '--help']; from unet_rt.cli import main; main()",
 }
 
