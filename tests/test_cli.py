@@ -111,6 +111,26 @@ def test_an_unknown_verb_is_one_line(cli: Callable[..., Outcome]) -> None:
     assert "'predict'" in err
 
 
+def test_a_model_swallowed_by_an_option_is_explained(cli: Callable[..., Outcome]) -> None:
+    code, _, err = cli("build", "--samples", "images", "model.onnx")
+    assert code == 2
+    assert "MODEL.onnx [options]" in err
+
+
+def test_names_of_any_script_on_a_terminal_of_one(engine_folder: Path, images: Path) -> None:
+    (images / "c.png").rename("zellkörper.png")
+    done = subprocess.run(
+        command("predict", engine_folder, "zellkörper.png", "--out", "mäske.npy"),
+        env={**environment(), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "zellk\\xf6rper.png" in done.stdout
+    assert np.load("mäske.npy").shape == (257, 257)
+
+
 # --- inspect --------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import shlex
 import signal
@@ -36,6 +37,9 @@ Progress = Callable[[int, int], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # file names of any script, on terminals of one
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     try:
         args = parser.parse_args(argv)
@@ -131,7 +135,8 @@ class _Parser(argparse.ArgumentParser):
     """Refuses in one line; the usage of ``build`` alone would be sixteen."""
 
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message}; see {self.prog} --help")
+        usage = " ".join(self.format_usage().split())
+        raise _UsageError(f"{message}; {usage}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,10 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"unet-rt {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
-    p = _verb(verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs")
+    p = _verb(
+        verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs", "MODEL.onnx "
+    )
     p.add_argument("model", metavar="MODEL.onnx", help="ONNX file")
 
-    p = _verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder")
+    p = _verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ")
     p.add_argument("model", metavar="MODEL.onnx", help="ONNX file, bioimage.io package or rdf.yaml")
     p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt)")
@@ -166,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _contract_options(p)
 
-    p = _verb(verbs, "predict", _predict, "predict images of any size")
+    p = _verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="PNG, JPEG, BMP, TIFF, npy; folders of them")
     p.add_argument(
@@ -192,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
     _reading_options(p)
 
-    p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph")
+    p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--images", metavar="PATH", nargs="+", help="images to compare on (default: the engine's exam)")
     p.add_argument("--labels", metavar="PATH", nargs="+", help="masks of the same file names")
@@ -217,8 +224,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+def _verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str, subject: str = ""
+) -> argparse.ArgumentParser:
+    # What a verb works on comes first: options that take several values would swallow it.
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text, usage=f"unet-rt {name} {subject}[options]".rstrip()
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; everything else on stderr")
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     parser.set_defaults(run=run)
@@ -582,7 +594,7 @@ def _verify(args: argparse.Namespace) -> int:
         _print_json(report.to_json())
     print(verify_text(report), file=_out(args))
     if args.picture and report.picture is None:
-        print(f"nothing differs (or there are no images): {args.picture} is not drawn", file=sys.stderr)
+        print(f"{args.picture} is not drawn: that takes 2-D images and a difference", file=sys.stderr)
     return 0 if report.accepted else 1
 
 

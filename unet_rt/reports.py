@@ -28,6 +28,10 @@ def _count(n: int, thing: str) -> str:
     return f"{n:,} {thing}" + ("" if n == 1 else "s")
 
 
+def _size(n: int) -> str:
+    return f"{n / 1e6:,.0f} MB" if n < 1e10 else f"{n / 1e9:,.0f} GB"
+
+
 def _flop(n: float) -> str:
     return f"{n / 1e6:.3g} MFLOP" if n >= 1e6 else f"{n / 1e3:.3g} kFLOP" if n >= 1e3 else f"{n:.0f} FLOP"
 
@@ -77,8 +81,8 @@ def inspect_text(report: GraphReport) -> str:
     for wanted, entry in report.cost.items():
         ratio, tile = entry["ratio"], entry["tile"]
         memory = ""
-        if tile is not None and len(report.sizes) == 2:
-            memory = f"{report.activation_bytes([tile] * 2) / 1e6:,.0f} MB of activations"
+        if tile is not None:
+            memory = f"{_size(report.activation_bytes([tile] * len(report.sizes)))} of activations"
         size = _by([tile if tile is not None else wanted] * len(report.sizes)) + " px"
         kept = "keeps nothing" if ratio is None else f"{ratio:.2f}"
         costs.append((size, kept, memory) if exact else (size, memory))
