@@ -33,7 +33,7 @@ from .model import (
 )
 from .parity import Budget, ImageParity, Verdict
 from .predict import MEMORY_SHARE
-from .samples import draw, raw_result, sample_images, synthetic, tile_of
+from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
 from .stitch import Blend
 from .tiles import TileGrid, tile_grid
 
