@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = _verb(verbs, "demo", _demo, "build, predict and verify the network that ships with unet-rt on a drawn image")
     p.add_argument("--out", metavar="DIR", default="demo-output", help="folder for the results (default: demo-output)")
-    p.add_argument("--size", type=int, default=4096, metavar="PX", help="side of the image")
+    p.add_argument("--size", type=_side, default=4096, metavar="PX", help="side of the image")
     return parser
 
 
@@ -283,6 +283,12 @@ def _shape(text: str) -> tuple[int, ...] | None:
     if any(n < 1 for n in shape):
         raise argparse.ArgumentTypeError(f"{text!r}: sizes are 1 or more")
     return shape
+
+
+def _side(text: str) -> int:
+    if not text.isdecimal() or not 64 <= int(text) <= 20000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels from 64 to 20000")
+    return int(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

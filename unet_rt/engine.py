@@ -327,8 +327,11 @@ def write_folder(
 
     check_target(folder, overwrite=overwrite)
     entries: dict[str, dict[str, Any]] = {}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    except OSError as error:
+        raise OutputError(f"{folder}: the engine cannot be written ({error.strerror}); choose another --out") from error
     try:
         for kind, path in files.items():
             digest = sha256(path)
