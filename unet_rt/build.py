@@ -245,7 +245,15 @@ class _Build:
         if contract.normalization is None:
             self._without_normalization(images, axes, channels)
         contract = self.model.contract
-        self.samples = draw(images, contract, spatial=spatial, network_channels=wanted, axes=axes, channels=channels)
+        self.samples = draw(
+            images,
+            contract,
+            spatial=spatial,
+            network_channels=wanted,
+            axes=axes,
+            channels=channels,
+            note=self.notes.append,
+        )
         lows, highs = zip(*((float(s.pixels.min()), float(s.pixels.max())) for s in self.samples), strict=True)
         self.value_range = (min(lows), max(highs))
         if len(images) < 3:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -102,13 +102,16 @@ def draw(
     count: int = 20,
     max_px: int = 1024 * 1024,
     check: bool = True,
+    note: Callable[[str], None] | None = None,
 ) -> list[Sample]:
     """Draws at most ``count`` windows of at most ``max_px`` pixels, spread over images and their planes.
 
     Of a larger image, the window with the highest variance among up to 25 is taken: foreground, not only background.
+    Windows that prove nothing (constant or noise: the empty planes of a stack) are left out when ``check`` is set, and
+    ``note`` receives a sentence about them.
 
     Raises:
-        ImageError: No image, or one that proves nothing (constant or noise) when ``check`` is set.
+        ImageError: No image, none that proves anything, or NaN among the pixels.
     """
     from .image import open_image
 
@@ -118,7 +121,7 @@ def draw(
         images[round(k * (len(images) - 1) / max(1, min(count, len(images)) - 1))]
         for k in range(min(count, len(images)))
     ]
-    samples = []
+    samples, empty = [], list[str]()
     for position, image in enumerate(chosen):
         with open_image(
             image, contract, axes=axes, channels=channels, spatial=spatial, network_channels=network_channels
@@ -136,10 +139,8 @@ def draw(
                     name += " [" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
                 reason = constant_reason(pixels) if check else None
                 if reason is not None:
-                    raise ImageError(
-                        f"{name} proves nothing about a trained network: {reason}; "
-                        "pass images like those the network will see"
-                    )
+                    empty.append(f"{name} proves nothing about a trained network: {reason}")
+                    continue
                 if not np.isfinite(pixels).all():
                     raise ImageError(f"{name} holds NaN or infinite pixels; replace them first")
                 samples.append(
@@ -155,6 +156,10 @@ def draw(
                         hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
                     )
                 )
+    if not samples:
+        raise ImageError(f"{empty[0]}; pass images like those the network will see")
+    if empty and note is not None:
+        note(f"{len(empty)} of {len(empty) + len(samples)} sample windows left out; the first: {empty[0]}")
     return samples
 
 

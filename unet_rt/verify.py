@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def verify(
             _check_baseline(model, loaded.spec, source)
             reference = baseline_engine(model, loaded.spec, threads=threads)
             try:
-                files = sample_images(images)
+                files, notes = sample_images(images), list[str]()
                 samples = draw(
                     files,
                     loaded.spec.contract,
@@ -142,8 +142,9 @@ def verify(
                     axes=axes,
                     channels=channels,
                     count=count,
+                    note=notes.append,
                 )
-                return _verify_images(
+                report = _verify_images(
                     loaded,
                     reference,
                     model,
@@ -156,6 +157,7 @@ def verify(
                     threads,
                     say,
                 )
+                return replace(report, notes=(*report.notes, *notes))
             finally:
                 reference.close()
 
