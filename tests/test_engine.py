@@ -261,7 +261,7 @@ def test_a_fixed_batch_is_padded_and_trimmed(engine_folder):
         spec, batch=3, outputs=spec.outputs * 2, inputs=(InputSpec("a", "NCYX", 1), InputSpec("b", "NCYX", 2))
     )
     session = Doubler()
-    x = np.random.default_rng(0).normal(size=(7, 3, 8, 8)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
     for out in Engine(spec, session).run(x):
         np.testing.assert_array_equal(out, x)
     assert session.batches == [[(3, 1, 8, 8), (3, 2, 8, 8)]] * 3

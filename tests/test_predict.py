@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -114,7 +114,10 @@ def percentile(pixels: Array, over: Array | None = None) -> Array:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(
-    deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=6,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # no shrinking: every shape is compiled anew
+    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(st.integers(2, 260), st.integers(2, 260), st.integers(15, 26), st.integers(15, 26), st.integers(1, 3))
 def test_tiled_equals_whole_bit_for_bit(engine_for, backend, height, width, a, b, batch):
