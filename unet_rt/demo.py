@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,9 @@ def demo(
         f"Against the drawing's truth: IoU {iou:.4f}, Dice {dice:.4f}.\n\n"
         f"## Verify\n\n```\n{verify_text(checked)}\n```\n\n{worst}"
     )
-    with tempfile.NamedTemporaryFile("w", dir=out, delete=False, encoding="utf-8") as stream:
-        stream.write(text)
-    Path(stream.name).replace(out / "report.md")
+    part = out / ".report.md.part"
+    part.write_text(text, encoding="utf-8")
+    part.replace(out / "report.md")
     return {
         "folder": str(out),
         "engine": str(engine_folder),
