@@ -215,7 +215,8 @@ def verify_text(report: VerifyReport) -> str:
         )
     if report.growth:
         lines.append(
-            f"  growing images to accepted sizes changes {report.growth:.3%} of labels, near right and bottom edges"
+            f"  growing images to accepted sizes changes {report.growth:.3%} of "
+            f"{'labels' if v.label_change is not None else 'the range of the output'}, near right and bottom edges"
         )
     if report.truth is not None:
         t = report.truth
