@@ -24,6 +24,7 @@ from .contract import Normalization
 from .engine import Engine, EngineSpec
 from .errors import BackendError, ContractError, ImageError, TileError
 from .normalize import Affine, Affines, OnePlane, affine
+from .parity import class_name
 from .pictures import OverlayCollector
 from .stitch import BandStitcher, Decision, OutputKind, decide
 from .tiles import Ints, TileGrid, border_window
@@ -51,7 +52,7 @@ class RunReport:
         mpx: Megapixels of the image, all planes.
         seconds: Wall time; ``stages`` are seconds busy per stage (they overlap): read, gather, infer, stitch, write.
         peak_rss_bytes: Peak resident memory of the process so far.
-        class_share: Share of pixels per label (masks only).
+        class_share: Share of pixels per label (masks only); for a multi-label task per class, which may overlap.
         outside_range: Share of pixels outside the value range seen at build, where that is known.
         non_finite: NaN and infinite pixels read (a prediction with any is refused).
         notes: What else is worth saying.
@@ -314,7 +315,7 @@ def run(
     clock, stop, errors = _Clock(), threading.Event(), list[BaseException]()
     gathered, outputs = _Channel(2, stop), _Channel(2, stop)
     watch = _RangeWatch(spec.contract.value_range)
-    shares = np.zeros(256, dtype=np.int64)
+    shares = np.zeros((max(1, decision.channels), 256), dtype=np.int64)  # pixels per channel and value of a mask
 
     def guarded(work: Callable[[], None]) -> Callable[[], None]:
         def body() -> None:
@@ -347,7 +348,8 @@ def run(
                     continue
                 start, band = stitcher.finish()
                 if decision.dtype == np.uint8:
-                    shares[:] += np.bincount(band.reshape(-1), minlength=256)
+                    for counts, labels in zip(shares, band if decision.channels else band[None], strict=True):
+                        counts += np.bincount(labels.reshape(-1), minlength=256)
             if band.size:
                 with clock("write"):
                     write(item.plane, start, band)
@@ -404,13 +406,15 @@ def run(
 
 
 def _class_share(shares: npt.NDArray[np.int64], decision: Decision, spec: EngineSpec) -> dict[str, float]:
-    total = int(shares.sum())
+    total = int(shares[0].sum())
     if not total:
         return {}
-    names = spec.contract.classes if decision.op == "argmax" else ("off", "on")
     values = decision.values
+    if decision.channels:  # multi-label: a mask per class
+        return {class_name(spec.contract, k): float(counts[values[1]] / total) for k, counts in enumerate(shares)}
+    names = spec.contract.classes if decision.op == "argmax" else ("off", "on")
     return {
-        (names[k] if k < len(names) else str(k)): float(shares[value] / total)
+        (names[k] if k < len(names) else str(k)): float(shares[0, value] / total)
         for k, value in enumerate(values)
         if values.index(value) == k
     }
