@@ -145,7 +145,11 @@ def test_forms_of_samples(network, textures, tmp_path, form):
     ],
 )
 def test_samples_that_prove_nothing(network, textures, tmp_path, sample, text):
-    refused(urt.ImageError, text, network(), tmp_path, samples=[textures[0], sample], contract=LOGITS)
+    refused(urt.ImageError, text, network(), tmp_path, samples=[sample, sample], contract=LOGITS)
+    report, engine = built(network(), tmp_path / "x.urt", samples=[textures[0], sample], contract=LOGITS, tile=(64, 64))
+    engine.close()
+    assert report.samples == 1
+    assert any(text in sentence for sentence in (*report.notes, *report.warnings)), "left out, and said so"
 
 
 def test_other_samples_that_cannot_be(network, textures, tmp_path):
