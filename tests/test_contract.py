@@ -67,6 +67,7 @@ def test_normalisation_words(text: str, expected: Normalization) -> None:
         ("clip=0,1", "names no method"),
         ("zscore=3", "takes no number"),
         ("scale=255;scale=1", "gives scale twice"),
+        ("scale=255;SCALE=1", "gives scale twice"),
         ("scale=abc", "is not a number"),
         ("scale=1,2", "one number, not 2"),
         ("scale=0", "must be above 0"),
@@ -504,7 +505,13 @@ def test_readings_of_an_output(
         ({"task": "regression", "output_is": "logits"}, 1, "Conv", None, "contradict each other"),
         ({"task": "binary", "output_is": "values"}, 1, "Conv", None, "contradict each other"),
         ({"threshold": (0.5,)}, 3, "Softmax", None, "a multiclass output has none"),
-        ({"threshold": (0.5, 0.4)}, 3, "Sigmoid", None, "2 thresholds for 3 channels; give 1 or 3"),
+        (
+            {"threshold": (0.5, 0.4)},
+            3,
+            "Sigmoid",
+            None,
+            r"2 thresholds for 3 output channel\(s\); give one threshold, or 3",
+        ),
         ({"classes": ("a", "b")}, 3, "Softmax", None, r"2 classes are named \(a, b\) for 3 output channels; name 3"),
     ],
 )

@@ -163,3 +163,10 @@ def test_thresholds_are_given_as_probabilities():
 def test_decisions_that_cannot_be(made, arguments, text):
     with pytest.raises(ContractError, match=text):
         decide(made, *arguments)
+
+
+def test_mask_values_are_whole_numbers():
+    contract = Contract(task="multiclass", output_is="logits")
+    assert decide(contract, 2, "mask", (0, np.uint8(255))).values == (0, 255)
+    with pytest.raises(ContractError, match="must be 2 numbers of 0 to 255"):
+        decide(contract, 2, "mask", (0, 1.5))

@@ -52,9 +52,10 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
     words: dict[str, str] = {}
     for part in text.split(";"):
         word, equals, value = (piece.strip() for piece in part.partition("="))
+        word = word.lower()
         if word in words:
             raise ContractError(f"--normalize {text!r} gives {word} twice; give it once")
-        words[word.lower()] = value if equals else ""
+        words[word] = value if equals else ""
     heads: list[str] = [w for w in words if w in ("none", "dtype", "minmax", "percentile", "zscore", "imagenet")]
     known = (*heads, "scale", "mean", "std", "clip", "eps")
     for word in words:

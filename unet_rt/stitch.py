@@ -77,12 +77,15 @@ def decide(
     if labels > 256:
         raise ContractError(f"{labels} classes do not fit a uint8 mask; use --output raw and take the argmax yourself")
     values = mask_values or tuple(range(labels))
-    if len(values) != labels or not all(0 <= v <= 255 for v in values):
+    if len(values) != labels or not all(0 <= v <= 255 and v == int(v) for v in values):
         raise ContractError(
             f"--mask-values {','.join(map(str, values))} must be {labels} numbers of 0 to 255, one per label"
         )
     if labels > 1 and len(set(values)) == 1:
-        raise ContractError(f"--mask-values {','.join(map(str, values))} gives every label the same value; use e.g. 0,255")
+        raise ContractError(
+            f"--mask-values {','.join(map(str, values))} gives every label the same value; use e.g. 0,255"
+        )
+    values = tuple(int(v) for v in values)
     if task == "multiclass":
         return Decision("argmax", 0, np.dtype(np.uint8), values=values)
     threshold = contract.threshold or (0.5,)

@@ -293,9 +293,14 @@ def _label_of(sample: Sample, labels: Any) -> Array:
     path = by_stem.get(sample.path.stem)
     if path is None:
         raise ImageError(f"no label for {sample.path.name}; labels are matched by file name without suffix")
-    with open_image(path, Contract(), spatial=len(sample.shape)) as source:
+    with open_image(path, Contract(), spatial=len(sample.shape), network_channels=1) as source:
+        if sample.plane >= source.planes:
+            raise ImageError(
+                f"{sample.name}: the label {source.reading} has no plane {sample.plane}; "
+                "give labels with a plane for each plane of the image"
+            )
         stop = tuple(source.shape)
-        label: Array = np.array(source.read(min(sample.plane, source.planes - 1), (0,) * len(stop), stop))[0]
+        label: Array = np.array(source.read(sample.plane, (0,) * len(stop), stop))[0]
         return label
 
 
