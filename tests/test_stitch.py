@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_rt.contract import Contract
-from unet_rt.errors import ContractError
+from unet_rt.errors import ContractError, TileError
 from unet_rt.field import AxisField, OutputField, TileSizes
 from unet_rt.stitch import BandStitcher, Decision, blend_weight, decide
-from unet_rt.tiles import tile_grid
+from unet_rt.tiles import AxisTiles, Canvas, TileGrid, tile_grid
 
 RAW = Decision("copy", 2, np.dtype(np.float32))
 
@@ -170,3 +170,13 @@ def test_mask_values_are_whole_numbers():
     assert decide(contract, 2, "mask", (0, np.uint8(255))).values == (0, 255)
     with pytest.raises(ContractError, match="must be 2 numbers of 0 to 255"):
         decide(contract, 2, "mask", (0, 1.5))
+
+
+def test_gaps_between_blended_tiles_are_not_filled():
+    output = OutputField("y", "NCYX", 2, (field(), field()), False)
+    axes = (AxisTiles(Canvas(32, 0, 32), 32, (0,)), AxisTiles(Canvas(96, 0, 96), 32, (0, 40, 64)))
+    stitcher = BandStitcher(TileGrid(axes, (output,), blended=True), 0, RAW)
+    stitcher.begin(0)
+    stitcher.add(np.ones((3, 2, 32, 32), np.float32), np.array([(0, 0), (0, 1), (0, 2)]))
+    with pytest.raises(TileError, match=f"{32 * 8} samples"):
+        stitcher.finish()

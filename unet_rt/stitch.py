@@ -176,7 +176,7 @@ class BandStitcher:
         """(first row of the band in the result, band). Shape ([channels,] rows, ...); an empty band has 0 rows.
 
         Raises:
-            TileError: Tiles of the row are missing: nothing is made up in their place.
+            TileError: Tiles of the row are missing, or leave gaps: nothing is made up in their place.
         """
         if self._missing:
             tiles = prod(self._grid.shape[1:])
@@ -193,7 +193,12 @@ class BandStitcher:
             band = self._new_band(rows)
             if rows:
                 total = np.ascontiguousarray(self._total[:, :rows])
-                kernels.blend_finish(total, self._weights[:rows], band, threads=self._threads, **self._arguments())
+                weights = self._weights[:rows]
+                bare = kernels.blend_finish(total, weights, band, threads=self._threads, **self._arguments())
+                if bare:
+                    raise TileError(
+                        f"{bare} samples of rows {start} to {stop} lie in no tile; use a larger overlap between tiles"
+                    )
                 self._shift(rows)
             self._top = stop
         return start, band[0] if self._decision.channels == 0 and band.ndim > 1 + len(self._width) else band
