@@ -48,7 +48,15 @@ def main() -> None:
         folder = Path(name)
         write_image(folder / "image.tif", args.side, args.compressed)
         # built in a process of its own: what building leaves behind would count as the engine's memory
-        build = [sys.executable, "-m", "unet_rt.cli", "build", str(shipped_model()), "--out", str(folder / "engine.urt")]
+        build = [
+            sys.executable,
+            "-m",
+            "unet_rt.cli",
+            "build",
+            str(shipped_model()),
+            "--out",
+            str(folder / "engine.urt"),
+        ]
         subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
         engine = urt.load(folder / "engine.urt")
         tile = np.zeros((1, 1, *engine.spec.tile), np.float32)

@@ -323,3 +323,13 @@ def test_an_unwritable_place_is_said_before_work(tmp_path, engine_folder):
     opened = read_folder(engine_folder)
     with pytest.raises(urt.OutputError, match="not writable"):
         write_folder(tmp_path / "x.urt", opened.spec, {"model": opened.file("model"), "graph": opened.file("graph")})
+
+
+def test_a_halo_that_is_not_exact_keeps_the_tile_it_was_judged_with(engine_folder):
+    from dataclasses import replace
+
+    spec = replace(read_folder(engine_folder).spec, tile=(128, 128))
+    exact = replace(spec, halo="exact", halo_limit=None).grid((700, 90))
+    judged = replace(spec, halo="given", halo_limit=0).grid((700, 90))
+    assert exact.tile[0] > 128 > exact.tile[1]
+    assert judged.tile == (128, 96)

@@ -25,3 +25,23 @@ def test_empty_planes_of_a_stack_are_left_out():
     assert "every pixel is 0" in note
     with pytest.raises(ImageError, match="every pixel is 0"):
         draw([np.stack([empty] * 3)], CONTRACT, spatial=2, network_channels=1, axes="ZYX", note=notes.append)
+
+
+@pytest.mark.onnxruntime
+def test_what_is_said_of_the_first_sample_holds_for_all_of_it(tmp_path):
+    """Nuclei in one corner: the middle alone would read as a mask that is constant, and as a wrong normalisation."""
+    import unet_rt as urt
+    from unet_rt.demo import shipped_model
+
+    drawn = microscopy((120, 120), seed=1).image
+    image = np.random.default_rng(0).poisson(np.percentile(drawn, 5), (560, 560)).astype(np.uint16)
+    image[:120, :120] = drawn
+    reports: list[urt.BuildReport] = []
+    options = {"backend": "onnxruntime", "precision": "fp32", "tile": (192, 192), "halo": "exact"}
+    with urt.build(
+        shipped_model(), samples=[image], out=tmp_path / "x.urt", report=reports.append, **options
+    ) as engine:
+        share = (urt.predict(engine, image) == 1).mean()
+    assert share > 0
+    assert reports[0].first["class_share"]["nucleus"] == pytest.approx(share)
+    assert reports[0].warnings == ()

@@ -31,6 +31,7 @@ from .model import (
     untiled_spec,
     whole_grid,
 )
+from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
 from .predict import MEMORY_SHARE
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
@@ -293,17 +294,17 @@ class _Build:
             contract = replace(contract, value_range=self.value_range)
         self.spec = replace(self.spec, contract=contract)
         self.baseline.spec = replace(self.baseline.spec, contract=contract)
-        x = tile_of(self.samples[0], self.spec, tile, self.threads)
+
+    def _describe_first(self) -> None:
+        """What the first sample looks like to the network, and what it makes of it: all of the sample."""
+        contract, raw = self.spec.contract, self.whole[0]
+        x = normalised(self.samples[0].pixels, self.samples[0].numbers)
         self.first = {
             "name": self.samples[0].name,
             "input_range": [float(x.min()), float(x.max())],
             "input_mean": float(x.mean()),
             "input_std": float(x.std()),
         }
-        self._first_output(values[0][0])
-
-    def _first_output(self, raw: Array) -> None:
-        contract = self.spec.contract
         if contract.task == "regression":
             self.first["output_range"] = [float(raw.min()), float(raw.max())]
             if raw.max() == raw.min():
@@ -346,6 +347,7 @@ class _Build:
             self._choose_halo(halo, fixed_tile=tile is not None)
         self.baseline.spec = replace(self.spec, backend=self.baseline.spec.backend)
         self._whole_results()
+        self._describe_first()
 
     def _check_tile(self, tile: Sequence[int]) -> None:
         self.spec.grid((1,) * self.model.spatial, tile)
@@ -585,7 +587,7 @@ class _Build:
         fp32 = [c for c in accepted if c.precision == "fp32"]
         self.notes.append(
             f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px: {best.kept_mpx_per_s or 0:.3g} kept Mpx/s, "
-            f"the most of {len(accepted)} candidates inside the budget" + ("" if len(fp32) else " (none of them FP32)")
+            f"the most of {len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget" + ("" if len(fp32) else " (none of them FP32)")
         )
         self.best_engine = engine
         self.spec = replace(

@@ -120,7 +120,8 @@ class EngineSpec:
         Args:
             image: Pixels per axis.
             tile: Tile size per axis. None: for exact networks the rectangle of at most ``max_px`` pixels (default: the
-                area of the built tile) that computes least for this image; the built tile otherwise.
+                area of the built tile) that computes least for this image; the built tile where the halo is not exact,
+                unless ``max_px`` forbids it, and where the network cannot be tiled exactly.
             max_px: Bound on the tile's pixels.
 
         Raises:
@@ -140,8 +141,11 @@ class EngineSpec:
                     "so its tile is part of the model; build again with --tile"
                 )
             return tile_grid(image, self.tile, self.sizes, outputs, overlap=self.overlap)
-        if tile is None:
-            tile = choose_tile(image, self.sizes, outputs, prod(self.tile) if max_px is None else max_px)
+        bound = prod(self.tile) if max_px is None else max_px
+        if tile is None and self.halo_limit is not None and bound >= prod(self.tile):
+            tile = self.tile  # narrower ones would have more seams than the halo was judged on
+        elif tile is None:
+            tile = choose_tile(image, self.sizes, outputs, bound)
         return tile_grid(image, tile, self.sizes, outputs)
 
     def canvas_shape(self, image: Sequence[int]) -> tuple[int, ...]:

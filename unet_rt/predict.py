@@ -402,6 +402,7 @@ def run(
         peak_rss_bytes=machine.peak_rss_bytes(),
         class_share=_class_share(shares, decision, spec),
         outside_range=watch.share(),
+        notes=_seam_notes(spec, grid),
     )
 
 
@@ -422,6 +423,15 @@ def _class_share(shares: npt.NDArray[np.int64], decision: Decision, spec: Engine
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _seam_notes(spec: EngineSpec, grid: TileGrid) -> list[str]:
+    """Where the halo is not exact, smaller tiles have more seams than those it was judged on."""
+    if spec.halo_limit is None or all(
+        a.tile >= min(t, a.canvas.size) for a, t in zip(grid.axes, spec.tile, strict=True)
+    ):
+        return []
+    return ["the tile is smaller than the built one, and the halo is not exact: there are more seams than were judged"]
 
 
 class _RangeWatch:

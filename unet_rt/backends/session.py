@@ -84,7 +84,9 @@ def thread_count(threads: int) -> int:
     if threads < 0:
         raise BackendError(f"{threads} threads asked; pass 1 or more, or 0 for as many as this process may use")
     if threads > MOST_THREADS:
-        raise BackendError(f"{threads} threads asked, more than {MOST_THREADS}; pass 0 for as many as this process may use")
+        raise BackendError(
+            f"{threads} threads asked, more than {MOST_THREADS}; pass 0 for as many as this process may use"
+        )
     return threads or machine.threads()
 
 
