@@ -584,10 +584,12 @@ class _Build:
                 tried = [self.candidates[at], *self.candidates[-len(tiles) :]]
                 best = max(tried, key=lambda c: c.kept_mpx_per_s or 0.0)
         self.chosen = self.candidates.index(best)
-        fp32 = [c for c in accepted if c.precision == "fp32"]
+        among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
+        if all(c.precision != "fp32" for c in accepted):
+            among += " (none of them FP32)"
         self.notes.append(
             f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px: {best.kept_mpx_per_s or 0:.3g} kept Mpx/s, "
-            f"the most of {len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget" + ("" if len(fp32) else " (none of them FP32)")
+            f"the most of {among}"
         )
         self.best_engine = engine
         self.spec = replace(
