@@ -524,3 +524,8 @@ def test_two_readings_are_both_named(
 
 def test_thresholds_per_class_are_kept() -> None:
     assert resolve_task(Contract(threshold=(0.1, 0.5, 0.9)), 3, "Sigmoid").threshold == (0.1, 0.5, 0.9)
+
+
+def test_a_border_given_wins_over_a_border_in_the_model():
+    assert Contract(border="mirror").over(Contract(border="edge")).border == "mirror"
+    assert Contract().over(Contract(border="edge")).border == "edge"

@@ -7,7 +7,7 @@ import pytest
 
 from unet_rt.contract import Contract
 from unet_rt.errors import ContractError
-from unet_rt.parity import Budget, compare, constant_reason, dice, judge, labels
+from unet_rt.parity import Budget, compare, constant_reason, dice, judge, labels, saturated
 from unet_rt.synthetic import microscopy
 
 MULTI = Contract(task="multiclass", output_is="logits", classes=("background", "cell", "debris"))
@@ -125,3 +125,22 @@ def test_equal_infinities_agree():
     raw = logits(np.zeros((20, 30), int))
     raw[1:] = -np.inf  # the logarithm of a probability that is 0
     assert judge([compare(raw, raw.copy(), MULTI)], Budget()).accepted
+
+
+@pytest.mark.parametrize(
+    ("task", "output_is", "sure", "unsure"),
+    [
+        ("binary", "probabilities", 1e-7, 0.01),
+        ("binary", "logits", 20.0, 5.0),
+        ("multilabel", "logits", -20.0, 5.0),
+        ("multiclass", "logits", 20.0, 5.0),
+    ],
+)
+def test_saturated_outputs_are_told(task, output_is, sure, unsure):
+    contract = Contract(task=task, output_is=output_is)
+    raw = np.zeros((2 if task in ("multiclass", "multilabel") else 1, 10, 10), np.float32)
+    raw[0] = sure
+    raw[-1] = sure if task != "multiclass" else 0.0
+    assert saturated(raw, contract) == 1.0
+    raw[0, :5] = unsure
+    assert saturated(raw, contract) == pytest.approx(0.5)

@@ -320,6 +320,11 @@ class _Build:
                 f"the mask of {self.samples[0].name} is constant ({int(masks.max())} everywhere): most often the "
                 "normalisation is not the one of the training; check --normalize first, then --channels, --task, --output-is"
             )
+        elif parity.saturated(raw, contract) > 0.999:
+            self.warnings.append(
+                f"the output of {self.samples[0].name} is saturated (nearly every probability is 0 or 1 to six digits): "
+                "check --normalize first, then --output-is"
+            )
 
     # 3 ---------------------------------------------------------------------------------------------------------------
 
@@ -399,23 +404,34 @@ class _Build:
                 )
             self.spec = replace(self.spec, tile=tile)
 
-    def _seam_grid(self, sample: Sample, limit: int) -> TileGrid:
-        """Tiles of a sample that are small enough for it to have seams, where a halo of ``limit`` samples allows it."""
+    def _seam_grids(self, sample: Sample, limit: int) -> list[TileGrid]:
+        """Up to three arrangements of tiles small enough for a sample to have seams, where the halo allows it.
+
+        More than one, because what a seam changes depends on where it runs: objects may lie beside all seams of one.
+        """
         spec = replace(self.spec, halo="measured", halo_limit=limit)
-        return tile_grid(sample.shape, seam_tile(spec, sample.shape), spec.sizes, spec.used_outputs())
+        outputs = spec.used_outputs()
+        first = seam_tile(spec, sample.shape)
+        tiles = {first}
+        for share in (0.6, 0.8):
+            tile = tuple(s.at_most(int(t * share)) for t, s in zip(first, spec.sizes, strict=True))
+            if spec.free_size and keeps(spec, tile):
+                tiles.add(tile)
+        return [tile_grid(sample.shape, tile, spec.sizes, outputs) for tile in sorted(tiles)]
 
     def _seams_can_be_seen(self, limit: int = 8) -> bool:
         """Whether tiles with a halo of ``limit`` samples cut at least one sample: what no seam shows is not measured."""
-        return any(self._seam_grid(sample, limit).count > 1 for sample in self.samples)
+        return any(grid.count > 1 for sample in self.samples for grid in self._seam_grids(sample, limit))
 
     def _seam(self, limit: int) -> float:
         """What the seams of a halo of ``limit`` samples change on the worst sample; remembered in ``seams``."""
         self._whole_results()
         error = 0.0
         for sample, whole in zip(self.samples, self.whole, strict=True):
-            result = raw_result(self.baseline, sample, self._seam_grid(sample, limit), self.threads)
-            found = parity.compare(whole, result, self.spec.contract, sample.name)
-            error = max(error, found.relative if found.label_change is None else found.label_change)
+            for grid in self._seam_grids(sample, limit):
+                result = raw_result(self.baseline, sample, grid, self.threads)
+                found = parity.compare(whole, result, self.spec.contract, sample.name)
+                error = max(error, found.relative if found.label_change is None else found.label_change)
         self.seams[limit] = error
         return error
 

@@ -60,7 +60,7 @@ class Contract:
         threshold: One number in [0, 1], or one per channel, for binary and multilabel tasks.
         pixel_size_um: Pixel size the network was trained at, per spatial axis, in micrometres.
         trained_tile: Tile size in pixels, per spatial axis, that the network was trained with.
-        border: How pixels beyond the image are made: ``mirror`` is the paper's.
+        border: How pixels beyond the image are made: ``mirror`` (the paper's, and the default), ``edge`` or ``constant``.
     """
 
     axes: str | None = None
@@ -73,7 +73,7 @@ class Contract:
     threshold: tuple[float, ...] = ()
     pixel_size_um: tuple[float, ...] = ()
     trained_tile: tuple[int, ...] = ()
-    border: Border = "mirror"
+    border: Border | None = None
 
     def over(self, other: Contract) -> Contract:
         """This contract, with everything it does not declare taken from ``other``."""

@@ -127,7 +127,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         for axis, was, now in zip(before.axes, before.shape, after.shape, strict=True)
         if was is not None and now is None
     )
-    declared = replace(declared, axes=report.inputs[0].axes)
+    declared = replace(declared, axes=report.inputs[0].axes, border=declared.border or "mirror")
     return Model(given, graph, report, declared, freed, fixed)
 
 

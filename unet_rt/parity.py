@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import log
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,16 @@ def class_masks(labels: Array, contract: Contract, channels: int) -> list[tuple[
 def class_name(contract: Contract, k: int) -> str:
     """Name of class ``k``, its number where it has none."""
     return contract.classes[k] if k < len(contract.classes) else str(k)
+
+
+def saturated(raw: Array, contract: Contract) -> float:
+    """Share of samples whose probabilities are 0 or 1 to six digits: next to none away from edges is sure that way."""
+    if contract.output_is == "probabilities":
+        return float(((raw < 1e-6) | (raw > 1 - 1e-6)).all(axis=0).mean())
+    if contract.task == "multiclass":
+        top = np.sort(raw, axis=0)[-2:]
+        return float((top[1] - top[0] > log(1e6)).mean())
+    return float((np.abs(raw) > log(1e6)).all(axis=0).mean())
 
 
 @dataclass(frozen=True)

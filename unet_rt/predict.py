@@ -22,7 +22,7 @@ import numpy.typing as npt
 from . import kernels, machine
 from .contract import Normalization
 from .engine import Engine, EngineSpec
-from .errors import BackendError, ContractError, ImageError, TileError
+from .errors import BackendError, ContractError, ImageError, OutputError, TileError
 from .normalize import Affine, Affines, OnePlane, affine
 from .parity import class_name
 from .pictures import OverlayCollector
@@ -134,6 +134,8 @@ def predict(
     with open_image(
         image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels
     ) as source:
+        if out is not None and source.path is not None and Path(out).exists() and Path(out).samefile(source.path):
+            raise OutputError(f"{out} is the image itself; choose another output")
         decision = decide(spec.contract, spec.outputs[0].channels, output, tuple(mask_values))
         if overlay is not None and decision.dtype != np.uint8:
             raise ContractError("an overlay shows a mask; leave --overlay away, or use --output mask")
@@ -461,7 +463,7 @@ def _gather_plane(
     clock: _Clock,
     watch: _RangeWatch,
 ) -> Iterator[_Batch]:
-    border = spec.contract.border
+    border = spec.contract.border or "mirror"
     seen = 0  # rows of the image that were looked at already
     for row in range(grid.shape[0]):
         index = grid.row(row)

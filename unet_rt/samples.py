@@ -226,7 +226,7 @@ def tile_of(sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int)
         sample.pixels,
         starts,
         out,
-        border=spec.contract.border,
+        border=spec.contract.border or "mirror",
         offset=sample.numbers.offset,
         divisor=sample.numbers.divisor,
         clip=sample.numbers.clip,
