@@ -333,3 +333,16 @@ def test_a_halo_that_is_not_exact_keeps_the_tile_it_was_judged_with(engine_folde
     judged = replace(spec, halo="given", halo_limit=0).grid((700, 90))
     assert exact.tile[0] > 128 > exact.tile[1]
     assert judged.tile == (128, 96)
+
+
+def test_replacing_an_engine_deletes_only_what_it_named(folder):
+    (folder / "model-notes.txt").write_text("mine")
+    opened = read_folder(folder)
+    parity = folder.parent / "parity.json"
+    parity.write_text(json.dumps({**opened.parity, "turn": 1}))
+    files = {kind: folder.parent / f"{kind}.copy" for kind in opened.files}
+    for kind, path in files.items():
+        shutil.copyfile(opened.file(kind), path)
+    write_folder(folder, opened.spec, {**files, "parity": parity}, overwrite=True)
+    assert (folder / "model-notes.txt").read_text() == "mine"
+    assert not opened.file("parity").exists()

@@ -351,13 +351,12 @@ def write_folder(
                 os.fsync(stream.fileno())
         staging.chmod(0o755)
         if folder.exists() and any(folder.iterdir()):
-            old = {p.name for p in folder.iterdir()} - {"spec.json"}
+            replaced = _file_names(folder)
             for entry in entries.values():
                 os.replace(staging / entry["name"], folder / entry["name"])
             os.replace(staging / "spec.json", folder / "spec.json")
-            for name in old - {entry["name"] for entry in entries.values()}:
-                if name.split("-")[0] in _SUFFIX:
-                    (folder / name).unlink()
+            for name in replaced - {entry["name"] for entry in entries.values()}:
+                (folder / name).unlink(missing_ok=True)
         else:
             os.replace(staging, folder)
     except OSError as error:
@@ -365,6 +364,15 @@ def write_folder(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return read_folder(folder)
+
+
+def _file_names(folder: Path) -> set[str]:
+    """Names of the files that an engine's spec lists; none where it cannot be read. Nothing else is ever deleted."""
+    try:
+        files = json.loads((folder / "spec.json").read_text(encoding="utf-8"))["files"].values()
+        return {Path(str(entry["name"])).name for entry in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:
