@@ -460,15 +460,24 @@ def test_a_closed_pipe_ends_quietly_and_keeps_the_mask(engine_folder: Path, imag
 def _interrupted(argv: Sequence[object], number: int, folder: Path) -> Outcome:
     """Sends a signal once the output is being written."""
     with subprocess.Popen(
-        command(*argv), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*argv),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # shells start background jobs, CI's among them, with SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        deadline = time.monotonic() + 60
-        while not any(".part" in p.name for p in folder.iterdir()):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 60
+            while not any(".part" in p.name for p in folder.iterdir()):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     return process.returncode, out, err
 
 
