@@ -427,7 +427,7 @@ def test_progress_is_for_terminals(
 
 def test_bars_of_long_predictions_show_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = _Bar("large.tif")
