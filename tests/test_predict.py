@@ -645,3 +645,12 @@ def test_refusals(nuclei, pixels, options, error, tmp_path):
     with pytest.raises(error):
         urt.predict(nuclei, pixels, out=tmp_path / "out" / "mask.npy", **options)
     assert stored(tmp_path / "out") == []
+
+
+def test_an_image_is_never_replaced_by_its_mask(engine_folder, tmp_path, sample_images):
+    path = tmp_path / "a.npy"
+    np.save(path, sample_images[0])
+    before = path.read_bytes()
+    with urt.load(engine_folder) as engine, pytest.raises(urt.OutputError, match="is the image itself"):
+        urt.predict(engine, path, out=path, overwrite=True)
+    assert path.read_bytes() == before
