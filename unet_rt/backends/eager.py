@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unet_rt import machine
-from unet_rt.backends.session import Array, thread_count
+from unet_rt.backends.session import Array, SessionBase
 from unet_rt.errors import BackendError
 
 if TYPE_CHECKING:
@@ -47,7 +45,16 @@ def _import() -> Any:
     return torch
 
 
-def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
+def build(
+    model: Path,
+    graph: Path,
+    *,
+    precision: str,
+    device: str = "cpu",
+    blob: Path | None = None,
+    tiles: Sequence[Sequence[int]] = (),
+    batches: Sequence[int] = (),
+) -> None:
     """Nothing can be built: a graph has no module.
 
     Raises:
@@ -59,7 +66,14 @@ def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> N
     )
 
 
-def load(graph: Path | nn.Module, *, precision: str = "fp32", device: str = "cpu", threads: int = 0) -> EagerSession:
+def load(
+    graph: Path | nn.Module,
+    *,
+    precision: str = "fp32",
+    device: str = "cpu",
+    threads: int = 0,
+    blob: Path | None = None,
+) -> EagerSession:
     """Session of a module in evaluation mode.
 
     Args:
@@ -67,6 +81,7 @@ def load(graph: Path | nn.Module, *, precision: str = "fp32", device: str = "cpu
         precision: ``"fp32"``.
         device: ``"cpu"`` or ``"cuda:N"``; the module is used where it is, and must be there.
         threads: Threads to compute with; 0: as many as affinity and quota allow.
+        blob: None: nothing is compiled.
     """
     reason = missing(device)
     if reason is not None:
@@ -78,10 +93,13 @@ def load(graph: Path | nn.Module, *, precision: str = "fp32", device: str = "cpu
     return EagerSession(graph, device, threads)
 
 
-class EagerSession:
+class EagerSession(SessionBase):
     """A module as a session."""
 
+    title = "PyTorch"
+
     def __init__(self, module: nn.Module, device: str, threads: int) -> None:
+        super().__init__("fp32", device, threads)
         torch = self._torch = _import()
         if any(part.training for part in module.modules()):
             raise BackendError(f"{type(module).__name__} is in training mode; call its eval() before it is a baseline")
@@ -95,61 +113,34 @@ class EagerSession:
         if kinds - {torch.float32}:
             found = ", ".join(sorted(str(kind) for kind in kinds))
             raise BackendError(f"{type(module).__name__} has {found} weights, fp32 was asked; use its float()")
-        self._module: nn.Module | None = module
-        self._device, self._threads = device, thread_count(threads)
-        self._lock = threading.Lock()
-
-    @property
-    def precision(self) -> str:
-        """``"fp32"``: the dtype of the module's weights."""
-        return "fp32"
-
-    @property
-    def device(self) -> str:
-        return self._device
-
-    @property
-    def threads(self) -> int:
-        return self._threads
+        self._module: Any = module
 
     @property
     def version(self) -> str:
         return f"torch {self._torch.__version__}"
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs of the module in the order it returns them; the caller owns them."""
-        torch = self._torch
-        with self._lock:
-            if self._module is None:
-                raise BackendError("this PyTorch session is closed; load it again")
-            before = torch.get_num_threads()
-            torch.set_num_threads(self._threads)  # a setting of the whole process
-            try:
-                # TF32 is not FP32: ten bits of mantissa (CUDA only; nothing changes on a CPU).
-                with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-                    tensors = [torch.from_numpy(np.array(array, order="C")).to(self._device) for array in inputs]
-                    tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
-                    found = self._module(*tensors)
-                    return [np.array(tensor.cpu().numpy()) for tensor in _tensors(found)]
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
-                raise BackendError(
-                    f"{type(self._module).__name__} fails on an input of {shapes}: {error}; pass what the module takes"
-                ) from error
-            finally:
-                torch.set_num_threads(before)
+        torch, module = self._torch, self._module
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)  # a setting of the whole process
+        try:
+            # TF32 is not FP32: ten bits of mantissa (CUDA only; nothing changes on a CPU).
+            with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+                tensors = [torch.from_numpy(np.array(array, order="C")).to(self.device) for array in inputs]
+                tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
+                found = module(*tensors)
+                return [np.array(tensor.cpu().numpy()) for tensor in _tensors(found)]
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
+            raise BackendError(
+                f"{type(module).__name__} fails on an input of {shapes}: {error}; pass what the module takes"
+            ) from error
+        finally:
+            torch.set_num_threads(before)
 
-    def close(self) -> None:
-        with self._lock:
-            self._module = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _release(self) -> None:
+        self._module = None
 
 
 def _tensors(found: Any) -> list[Any]:

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, arrays_for, thread_count
+from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.errors import BackendError
 from unet_rt.passes.up_conv import up_conv
 
@@ -132,7 +130,16 @@ def precisions(device: str = "cpu") -> tuple[str, ...]:
     return ("fp32",)
 
 
-def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
+def build(
+    model: Path,
+    graph: Path,
+    *,
+    precision: str,
+    device: str = "cpu",
+    blob: Path | None = None,
+    tiles: Sequence[Sequence[int]] = (),
+    batches: Sequence[int] = (),
+) -> None:
     """Copy ``model`` to ``graph``, up-convolutions rewritten so that a tile's bits are the whole image's.
 
     ONNX Runtime computes in the types of the graph.
@@ -157,32 +164,34 @@ def _require_precision(precision: str, device: str) -> None:
         raise BackendError(f"ONNX Runtime has no {precision} on {device}; use --precision fp32, or --backend openvino")
 
 
-def load(graph: Path, *, precision: str, device: str = "cpu", threads: int = 0) -> OnnxRuntimeSession:
+def load(
+    graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, blob: Path | None = None
+) -> OnnxRuntimeSession:
     """Session on ``device`` with ``threads`` threads; 0: as many as affinity and quota allow."""
     _require_precision(precision, device)
     return OnnxRuntimeSession(Path(graph), precision, device, threads)
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(SessionBase):
     """A graph in ONNX Runtime."""
 
+    title = "ONNX Runtime"
+
     def __init__(self, graph: Path, precision: str, device: str, threads: int) -> None:
+        super().__init__(precision, device, threads)
         reason = missing(device)
         if reason is not None:
             raise BackendError(reason)
-        threads = thread_count(threads)
         self._library = _import()
         self._errors = _errors(self._library)
-        self._lock = threading.Lock()
         self._output_shapes: dict[tuple[tuple[int, ...], ...], list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         self._last: tuple[tuple[int, ...], ...] | None = None
         self._session: Any = None
-        self._precision, self._device, self._threads = precision, device, threads
         if device != "cpu" and hasattr(self._library, "preload_dlls"):
             self._library.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where they are installed
         try:
             session = self._library.InferenceSession(
-                str(graph), self._options(threads, device), providers=[_provider(device)]
+                str(graph), self._options(self.threads, device), providers=[_provider(device)]
             )
             self._ports = tuple(_port(value) for value in session.get_inputs())
         except self._errors as error:
@@ -240,38 +249,21 @@ class OnnxRuntimeSession:
             )
 
     @property
-    def precision(self) -> str:
-        """The precision of the graph: ONNX Runtime computes in the graph's types, which ``build`` has read."""
-        return self._precision
-
-    @property
-    def device(self) -> str:
-        return self._device
-
-    @property
-    def threads(self) -> int:
-        return self._threads
-
-    @property
     def version(self) -> str:
         return f"onnxruntime {self._library.__version__}"
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """Outputs for ``inputs``, both in graph order; the caller owns what is returned."""
-        with self._lock:
-            if self._session is None:
-                raise BackendError("this ONNX Runtime session is closed; load it again")
-            arrays = arrays_for(self._ports, inputs)
-            try:
-                return self._run(arrays)
-            except self._errors as error:
-                shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
-                raise BackendError(
-                    f"ONNX Runtime fails on an input of {shapes}: {error}; "
-                    "if memory is short, use a smaller --tile or --batch"
-                ) from error
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        arrays = arrays_for(self._ports, inputs)
+        try:
+            return self._run_bound(arrays)
+        except self._errors as error:
+            shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
+            raise BackendError(
+                f"ONNX Runtime fails on an input of {shapes}: {error}; "
+                "if memory is short, use a smaller --tile or --batch"
+            ) from error
 
-    def _run(self, arrays: list[Array]) -> list[Array]:
+    def _run_bound(self, arrays: list[Array]) -> list[Array]:
         key = tuple(array.shape for array in arrays)
         known = self._output_shapes.get(key)
         names = [port.name for port in self._ports]
@@ -303,17 +295,8 @@ class OnnxRuntimeSession:
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options
 
-    def close(self) -> None:
-        with self._lock:
-            self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _release(self) -> None:
+        self._session = None
 
 
 def _provider(device: str) -> tuple[str, dict[str, str]]:

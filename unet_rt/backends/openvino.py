@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, arrays_for, thread_count
+from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.errors import BackendError
 
 # Hint that is asked for -> runtime precision that layers report.
@@ -113,7 +111,16 @@ def _require_precision(precision: str) -> None:
         )
 
 
-def build(model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
+def build(
+    model: Path,
+    graph: Path,
+    *,
+    precision: str,
+    device: str = "cpu",
+    blob: Path | None = None,
+    tiles: Sequence[Sequence[int]] = (),
+    batches: Sequence[int] = (),
+) -> None:
     """Copy the FP32 ``model`` to ``graph``: BF16 is a setting of the compiler, read back from every compiled shape.
 
     Raises:
@@ -144,7 +151,13 @@ def _last_line(error: Exception) -> str:
 
 
 def load(
-    graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, cache: Path | None = None
+    graph: Path,
+    *,
+    precision: str,
+    device: str = "cpu",
+    threads: int = 0,
+    blob: Path | None = None,
+    cache: Path | None = None,
 ) -> OpenVinoSession:
     """Session of a graph that ``build`` wrote. Shapes are compiled when they are first run.
 
@@ -153,6 +166,7 @@ def load(
         precision: ``"fp32"`` or ``"bf16"``.
         device: ``"cpu"``.
         threads: Threads to compute with; 0: as many as affinity and quota allow.
+        blob: None: nothing is compiled ahead of time.
         cache: Folder where OpenVINO may keep compiled shapes for the next process; nothing is written if None.
     """
     reason = missing(device)
@@ -171,23 +185,24 @@ class _Compiled:
     outputs: tuple[tuple[tuple[int, ...], np.dtype[Any]] | None, ...]  # shape, dtype; None: known only after a run
 
 
-class OpenVinoSession:
+class OpenVinoSession(SessionBase):
     """A graph in OpenVINO, compiled per input shape (static shapes compute faster, and tiles have few shapes)."""
 
+    title = "OpenVINO"
+
     def __init__(self, graph: Path, precision: str, threads: int, cache: Path | None) -> None:
-        threads = thread_count(threads)
+        super().__init__(precision, "cpu", threads)
         self._library = _import()
-        self._graph, self._asked, self._threads = graph, precision, threads
+        self._graph = graph
         self._model: Any = _read(graph)
         self._ports = tuple(_port(port) for port in self._model.inputs)
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
         self._layers: Counter[str] | None = None
-        self._lock = threading.Lock()
         self._config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             # One stream: all threads work on one tile. More would multiply the memory of activations.
             "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_NUM_THREADS": self.threads,
             # Always said: the default is BF16 on CPUs that have it.
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             # Weights may be stored small; activations are not to be quantised behind anybody's back (default 32).
@@ -205,7 +220,7 @@ class OpenVinoSession:
     def precision(self) -> str:
         """Read back from the compiled layers, and equal to what was asked (anything else is refused)."""
         self._read_layers()
-        return self._asked
+        return super().precision
 
     @property
     def layers(self) -> Mapping[str, int]:
@@ -227,35 +242,23 @@ class OpenVinoSession:
             self._check_precision(_layers(compiled))
 
     @property
-    def device(self) -> str:
-        return "cpu"
-
-    @property
-    def threads(self) -> int:
-        return self._threads
-
-    @property
     def version(self) -> str:
         # "2026.4.1-22982-e213a147257-releases/2026/4"
         return f"openvino {self._library.__version__.partition('-')[0]}"
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """Outputs for ``inputs``, both in graph order; the caller owns what is returned."""
-        with self._lock:
-            if self._model is None:
-                raise BackendError("this OpenVINO session is closed; load it again")
-            arrays = arrays_for(self._ports, inputs)
-            compiled = self._for_shapes(tuple(array.shape for array in arrays))
-            try:
-                return self._run(compiled, arrays)
-            except (RuntimeError, MemoryError) as error:
-                shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
-                raise BackendError(
-                    f"OpenVINO fails on an input of {shapes}: {_last_line(error)}; "
-                    "if memory is short, use a smaller --tile or --batch"
-                ) from error
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        arrays = arrays_for(self._ports, inputs)
+        compiled = self._for_shapes(tuple(array.shape for array in arrays))
+        try:
+            return self._infer(compiled, arrays)
+        except (RuntimeError, MemoryError) as error:
+            shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
+            raise BackendError(
+                f"OpenVINO fails on an input of {shapes}: {_last_line(error)}; "
+                "if memory is short, use a smaller --tile or --batch"
+            ) from error
 
-    def _run(self, compiled: _Compiled, arrays: list[Array]) -> list[Array]:
+    def _infer(self, compiled: _Compiled, arrays: list[Array]) -> list[Array]:
         tensor = self._library.Tensor
         request = compiled.request
         # Inputs are read where they are and outputs are written into arrays of the caller: no copies. OpenVINO wants
@@ -311,29 +314,20 @@ class OpenVinoSession:
 
     def _check_precision(self, layers: Counter[str]) -> None:
         """Hold the runtime precision of the layers against what was asked."""
-        wanted, total = _HINTS[self._asked], sum(layers.values())
+        wanted, total = _HINTS[self._precision], sum(layers.values())
         share = layers[wanted] / total if total else 1.0
-        if share >= (1.0 if self._asked == "fp32" else _BF16_SHARE):
+        if share >= (1.0 if self._precision == "fp32" else _BF16_SHARE):
             self._layers = layers
             return
         found = ", ".join(f"{count} in {kind}" for kind, count in sorted(layers.items()))
         raise BackendError(
-            f"{self._asked} was asked, OpenVINO compiled {found} of {total} compute layers of {self._graph.name}; "
+            f"{self._precision} was asked, OpenVINO compiled {found} of {total} compute layers of {self._graph.name}; "
             "use another --precision, or --backend onnxruntime"
         )
 
-    def close(self) -> None:
-        with self._lock:
-            self._compiled.clear()
-            self._model = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _release(self) -> None:
+        self._compiled.clear()
+        self._model = None
 
 
 def _layers(compiled: Any) -> Counter[str]:

@@ -1,17 +1,22 @@
-"""What every backend offers: the protocols, and the checks of arrays on their way in."""
+"""What every backend offers: the protocols, what sessions have in common, and the checks of arrays on their way in."""
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard
 
 import numpy as np
 
 from unet_rt import machine
 from unet_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    from unet_rt.device import DeviceArray, Stream
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -21,7 +26,7 @@ class Session(Protocol):
 
     @property
     def precision(self) -> str:
-        """``"fp32"`` or ``"bf16"``, read back from the compiled engine where the library tells."""
+        """``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``, read back from the compiled engine where the library tells."""
 
     @property
     def device(self) -> str:
@@ -48,6 +53,32 @@ class Session(Protocol):
     ) -> None: ...
 
 
+class DeviceSession(Session, Protocol):
+    """A session on a GPU, which also takes and fills arrays there. What :meth:`run` does stays: arrays of the host."""
+
+    @property
+    def stream(self) -> Stream:
+        """Everything the session computes is enqueued here; whoever fills inputs or reads outputs uses it, too."""
+
+    @property
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        """Of the inputs in graph order, as the graph has them: an FP16 engine takes float16."""
+
+    @property
+    def output_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        """Of the outputs in graph order."""
+
+    def output_shapes(self, input_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Shapes of the outputs for inputs of these shapes. May run the graph once per new set of shapes, and waits."""
+
+    def run_device(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
+        """Enqueues one run on :attr:`stream`: C-contiguous arrays of the graph's dtypes, in graph order.
+
+        Does not wait; allocates nothing after the first runs of a shape. Arrays that are kept and passed again may
+        run faster (their addresses can be recorded); they must not be freed while work on the stream uses them.
+        """
+
+
 class Backend(Protocol):
     """The functions of a module ``backends/<name>.py``."""
 
@@ -60,11 +91,99 @@ class Backend(Protocol):
     def precisions(self, device: str = "cpu") -> tuple[str, ...]:
         """Precisions that this backend computes in on ``device`` of this machine, FP32 first."""
 
-    def build(self, model: Path, graph: Path, *, precision: str, device: str = "cpu") -> None:
-        """Write ``graph``, the form this backend runs, from the FP32 ONNX file ``model``."""
+    def build(
+        self,
+        model: Path,
+        graph: Path,
+        *,
+        precision: str,
+        device: str = "cpu",
+        blob: Path | None = None,
+        tiles: Sequence[Sequence[int]] = (),
+        batches: Sequence[int] = (),
+    ) -> None:
+        """Write ``graph``, the form this backend runs, from the FP32 ONNX file ``model``.
 
-    def load(self, graph: Path, *, precision: str, device: str = "cpu", threads: int = 0) -> Session:
-        """Session of a graph that ``build`` wrote; 0 threads: as many as affinity and quota allow."""
+        Args:
+            model: The FP32 graph.
+            graph: Where to write.
+            precision: What it is to compute in.
+            device: Where it is to run.
+            blob: Where a backend that compiles ahead of time writes its plan; the others write none.
+            tiles: Spatial sizes that will be run, largest first. A plan takes these alone; a backend without plans
+                measures its settings on the first, if at all.
+            batches: Batch sizes that will be run, likewise.
+        """
+
+    def load(
+        self, graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, blob: Path | None = None
+    ) -> Session:
+        """Session of what ``build`` wrote, a :class:`DeviceSession` on a GPU; 0 threads: by affinity and quota."""
+
+
+def on_device(session: Session) -> TypeGuard[DeviceSession]:
+    """Whether a session takes arrays on a GPU."""
+    return hasattr(session, "run_device")
+
+
+class SessionBase(ABC):
+    """What the sessions of all backends do alike: what they say of themselves, one run at a time, closing."""
+
+    title = ""  # the library's name in messages
+
+    def __init__(self, precision: str, device: str, threads: int) -> None:
+        self._precision, self._device, self._threads = precision, device, thread_count(threads)
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @property
+    def precision(self) -> str:
+        """The precision it was loaded for; ``build`` and ``load`` have checked it."""
+        return self._precision
+
+    @property
+    def device(self) -> str:
+        return self._device
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @property
+    @abstractmethod
+    def version(self) -> str: ...
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Outputs for ``inputs``, both in graph order; the caller owns what is returned."""
+        with self._lock:
+            self._require_open()
+            return self._run(inputs)
+
+    @abstractmethod
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        """:meth:`run` of an open session, one at a time."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Gives memory and threads back; called once."""
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BackendError(f"this {self.title} session is closed; load it again")
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
