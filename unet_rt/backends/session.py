@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +78,9 @@ class DeviceSession(Session, Protocol):
         run faster (their addresses can be recorded); they must not be freed while work on the stream uses them.
         """
 
+    def at_close(self, release: Callable[[], None]) -> None:
+        """Calls ``release`` when the session is closed, before its stream goes: for buffers kept beside it."""
+
 
 class Backend(Protocol):
     """The functions of a module ``backends/<name>.py``."""
@@ -135,6 +138,7 @@ class SessionBase(ABC):
         self._precision, self._device, self._threads = precision, device, thread_count(threads)
         self._lock = threading.RLock()
         self._closed = False
+        self._at_close: list[Callable[[], None]] = []
 
     @property
     def precision(self) -> str:
@@ -171,11 +175,19 @@ class SessionBase(ABC):
         if self._closed:
             raise BackendError(f"this {self.title} session is closed; load it again")
 
+    def at_close(self, release: Callable[[], None]) -> None:
+        """Calls ``release`` when the session is closed, before its own memory and threads go."""
+        self._at_close.append(release)
+
     def close(self) -> None:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._release()
+                try:
+                    while self._at_close:
+                        self._at_close.pop()()
+                finally:
+                    self._release()
 
     def __enter__(self) -> Self:
         return self
