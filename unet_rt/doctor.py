@@ -10,7 +10,12 @@ from unet_rt._version import __version__
 from unet_rt.errors import UnetRtError
 
 _ALL = (*backends.names(), "eager")
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",), "eager": ("torch",)}
+_PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx"),
+    "eager": ("torch",),
+}
 
 
 def collect() -> dict[str, Any]:

@@ -1,0 +1,458 @@
+"""A plan ready to run: one execution context per profile, one block of scratch memory for all, one stream.
+
+What is enqueued often is recorded: the second run on the same arrays is captured as a CUDA graph, the third replays it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
+from unet_rt.backends.tensorrt_build import advice, logger, title
+from unet_rt.backends.tensorrt_plan import PlanHeader
+from unet_rt.errors import BackendError, EngineError, TileError
+
+if TYPE_CHECKING:
+    from unet_rt.device import Device, DeviceArray, Stream
+
+log = logging.getLogger("unet_rt")
+
+_MOST_GRAPHS = 32  # rings of two or three buffers, two tiles, a few batch sizes
+_DTYPES = {
+    "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32", "INT64": "int64",
+    "BOOL": "bool"
+}  # fmt: skip
+
+
+class TensorRtSession(SessionBase):
+    """A plan in TensorRT or TensorRT-RTX, on one GPU."""
+
+    title = "TensorRT"
+
+    def __init__(
+        self, trt: Any, header: PlanHeader, plan: bytes, kernels: bytes, device: Device, name: str, threads: int
+    ) -> None:
+        super().__init__(header.precision, name, threads)
+        self.header = header
+        self._trt, self._device_ = trt, device
+        self._contexts: dict[int, _Context] = {}
+        self._graphs: OrderedDict[tuple[int, ...], int] = OrderedDict()  # 0: seen once, not yet recorded
+        self._recording = True
+        self._staged: tuple[int, _Staging] | None = None
+        with device.activate():
+            self._engine, self._runtime = deserialize(trt, plan)
+            names = [self._engine.get_tensor_name(k) for k in range(self._engine.num_io_tensors)]
+            mode = trt.TensorIOMode
+            self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == mode.INPUT]
+            self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == mode.OUTPUT]
+            self._input_dtypes = tuple(self._dtype(n) for n in self._inputs)
+            self._output_dtypes = tuple(self._dtype(n) for n in self._outputs)
+            self._config, self._cache = _runtime_config(trt, self._engine, kernels)
+            self._stream = device.stream()
+            self._scratch = self._new_scratch()
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        found = self._engine.get_tensor_dtype(name).name
+        if found not in _DTYPES:
+            raise BackendError(f"tensor {name} of the plan is {found}, which NumPy cannot hold; cast it in the graph")
+        return np.dtype(_DTYPES[found])
+
+    def _new_scratch(self) -> DeviceArray:
+        """One block for all profiles: runs of one stream follow each other."""
+        engine = self._engine
+        sizes = [engine.get_device_memory_size_for_profile_v2(k) for k in range(engine.num_optimization_profiles)]
+        size = max(*sizes, engine.device_memory_size_v2, 256)
+        free, _ = self._device_.memory()
+        if size > free:
+            raise BackendError(
+                f"the plan needs {size / 1e6:.0f} MB of device memory beside its weights, {free / 1e6:.0f} MB are free on "
+                f"{self.device}; use a smaller --tile or --batch, or free the GPU"
+            )
+        return self._device_.empty((size,), np.dtype(np.uint8))
+
+    @property
+    def version(self) -> str:
+        return f"{self._trt.__name__} {self._trt.__version__}"
+
+    @property
+    def stream(self) -> Stream:
+        return self._stream
+
+    @property
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        return self._input_dtypes
+
+    @property
+    def output_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        return self._output_dtypes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that runs share, beside weights and arrays."""
+        return int(self._scratch.nbytes)
+
+    @property
+    def opened(self) -> Device:
+        """The GPU that it runs on."""
+        return self._device_
+
+    def inspect(self) -> str:
+        """What the engine tells of its layers, as JSON."""
+        with self._lock, self._device_.activate():
+            self._require_open()
+            inspector = self._engine.create_engine_inspector()
+            return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def forget(self, arrays: Sequence[DeviceArray]) -> None:
+        """Drops the recordings of runs on ``arrays``, which are about to be freed. Waits for the stream."""
+        with self._lock, self._device_.activate():
+            gone = {int(array.pointer) for array in arrays}
+            self._stream.synchronize()
+            for key in [key for key in self._graphs if gone.intersection(key[1:])]:
+                self._destroy(self._graphs.pop(key))
+            for context in self._contexts.values():
+                context.addresses = ()
+
+    def kernels(self) -> bytes:
+        """What TensorRT-RTX compiled so far, to be stored with the plan; ``b""`` for TensorRT."""
+        with self._lock, self._device_.activate():
+            return b"" if self._cache is None else bytes(self._cache.serialize())
+
+    def output_shapes(self, input_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Shapes of the outputs for inputs of these shapes.
+
+        Raises:
+            TileError: Shapes that the plan does not take.
+        """
+        with self._lock, self._device_.activate():
+            self._require_open()
+            return list(self._context(self._profile(input_shapes)).output_shapes)
+
+    def run_device(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
+        """Enqueues one run on :attr:`stream`: C-contiguous arrays of the plan's dtypes, in graph order. Does not wait.
+
+        Raises:
+            TileError: Shapes that the plan does not take.
+            BackendError: Other arrays than the plan's, or a launch that fails.
+        """
+        with self._lock, self._device_.activate():
+            self._require_open()
+            index = self._profile([array.shape for array in inputs])
+            context = self._context(index)
+            self._check(inputs, outputs, context)
+            addresses = [int(array.pointer) for array in (*inputs, *outputs)]
+            self._enqueue(context, (index, *addresses), addresses)
+
+    def _profile(self, shapes: Sequence[Sequence[int]]) -> int:
+        index = self.header.profile_of(shapes)
+        if index is None:
+            given = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            raise TileError(
+                f"an input of {given} asked, the plan was built for {self.header.taken()} and no shape is built at run "
+                "time; use one of these, or build again with --tile"
+            )
+        return index
+
+    def _check(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray], context: _Context) -> None:
+        given = [(tuple(a.shape), np.dtype(a.dtype)) for a in (*inputs, *outputs)]
+        shapes = [*self.header.profiles[context.profile].inputs, *context.output_shapes]
+        wanted = list(zip(shapes, (*self._input_dtypes, *self._output_dtypes), strict=True))
+        if given != wanted:
+            raise BackendError(
+                f"arrays of {_listed(given)} given, the plan takes and fills {_listed(wanted)}; allocate them by "
+                "output_shapes, input_dtypes and output_dtypes"
+            )
+
+    def _context(self, index: int) -> _Context:
+        """The execution context of a profile, made at its first use."""
+        found = self._contexts.get(index)
+        if found is None:
+            found = self._contexts[index] = self._new_context(index)
+        return found
+
+    def _new_context(self, index: int) -> _Context:
+        trt, messages = self._trt, logger(self._trt)[1]
+        messages.take()
+        if self._config is not None:
+            native = self._engine.create_execution_context(self._config)
+        else:
+            native = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if native is None:
+            text = messages.take()
+            raise BackendError(f"{title(trt)} makes no execution context: {text or 'no reason given'}; {advice(text)}")
+        if index and not native.set_optimization_profile_async(index, self._stream.handle):
+            raise BackendError(f"profile {self.header.profiles[index]} cannot be set: {messages.take()}; build again")
+        for name, shape in zip(self._inputs, self.header.profiles[index].inputs, strict=True):
+            if not native.set_input_shape(name, shape):
+                raise BackendError(f"input {name} cannot be {shape}: {messages.take()}; build the engine again")
+        native.set_device_memory(int(self._scratch.pointer), int(self._scratch.nbytes))
+        self._stream.synchronize()  # what setting the profile copied
+        shapes = [tuple(int(n) for n in native.get_tensor_shape(name)) for name in self._outputs]
+        if any(n < 0 for shape in shapes for n in shape):
+            raise BackendError(
+                f"an output's size depends on pixels, not on the tile ({shapes}); such graphs have no tiles"
+            )
+        return _Context(index, native, shapes)
+
+    def _enqueue(self, context: _Context, key: tuple[int, ...], addresses: Sequence[int]) -> None:
+        stream = self._stream.handle
+        if not self._recording or _capturing(stream):
+            self._execute(context, addresses)  # where someone else records, this is a part of it
+            return
+        from unet_rt import _cuda
+
+        handle = self._graphs.get(key)
+        if handle:
+            self._graphs.move_to_end(key)
+            _cuda.graph_launch(handle, stream)
+            return
+        if handle is None:  # the first run loads kernels, and compiles them in TensorRT-RTX
+            self._execute(context, addresses)
+            self._remember(key, 0)
+            return
+        if hasattr(context.native, "is_stream_capturable") and not context.native.is_stream_capturable(stream):
+            self._recording = False
+            log.info("%s says that its runs cannot be recorded as a CUDA graph; it runs without", title(self._trt))
+            self._execute(context, addresses)
+            return
+        _cuda.graph_begin(stream)
+        try:
+            self._execute(context, addresses)
+        except BackendError as error:
+            _discard(stream)
+            self._recording = False
+            log.info("%s cannot be recorded as a CUDA graph (%s); it runs without", title(self._trt), error)
+            self._execute(context, addresses)
+            return
+        handle = int(_cuda.graph_end(stream))
+        self._remember(key, handle)
+        _cuda.graph_launch(handle, stream)
+
+    def _execute(self, context: _Context, addresses: Sequence[int]) -> None:
+        native = context.native
+        if context.addresses != tuple(addresses):
+            for name, address in zip((*self._inputs, *self._outputs), addresses, strict=True):
+                native.set_tensor_address(name, address)
+            context.addresses = tuple(addresses)
+        if not native.execute_async_v3(self._stream.handle):
+            context.addresses = ()
+            text = logger(self._trt)[1].take()
+            raise BackendError(
+                f"{title(self._trt)} fails to run {self.header.profiles[context.profile]}: "
+                f"{text or 'no reason given'}; {advice(text)}"
+            )
+
+    def _remember(self, key: tuple[int, ...], handle: int) -> None:
+        self._graphs[key] = handle
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > _MOST_GRAPHS:
+            _, old = self._graphs.popitem(last=False)
+            self._destroy(old)
+
+    def _destroy(self, handle: int) -> None:
+        if handle:
+            from unet_rt import _cuda
+
+            self._stream.synchronize()  # it may still run
+            _cuda.graph_destroy(handle)
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Runs arrays of the host; a batch that the plan does not take is padded with its last tile, or cut."""
+        ports = [
+            Port(name, (None, *shape[1:]), dtype)
+            for name, shape, dtype in zip(
+                self._inputs, self._nearest([a.shape for a in inputs]), self._input_dtypes, strict=False
+            )
+        ]
+        arrays = arrays_for(ports, inputs)
+        if self.header.profile_of([a.shape for a in arrays]) is not None:
+            return self._run_shape(arrays)
+        size = self._nearest([a.shape for a in arrays])[0][0]
+        parts = []
+        for start in range(0, len(arrays[0]), size):
+            part = [a[start : start + size] for a in arrays]
+            short = size - len(part[0])
+            if short:
+                part = [np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) for a in part]
+            parts.append([y[: size - short] for y in self._run_shape(part)])
+        return [np.concatenate(ys) for ys in zip(*parts, strict=True)]
+
+    def _nearest(self, shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        """Inputs of the profile of this tile with the smallest batch that holds the given one, or the largest."""
+        profiles = [
+            p.inputs
+            for p in self.header.profiles
+            if [s[1:] for s in p.inputs] == [tuple(s[1:]) for s in shapes] and all(s for s in p.inputs)
+        ]
+        if not profiles:
+            self._profile(shapes)
+            raise BackendError(f"the plan takes {self.header.taken()}; use one of these")
+        batch = shapes[0][0]
+        large = [p for p in profiles if p[0][0] >= batch]
+        return min(large, key=lambda p: p[0][0]) if large else max(profiles, key=lambda p: p[0][0])
+
+    def _run_shape(self, arrays: Sequence[Array]) -> list[Array]:
+        device, stream = self._device_, self._stream
+        index = self._profile([a.shape for a in arrays])
+        with device.activate():
+            staging = self._staging(index)
+            for pinned, target, array in zip(staging.host_inputs, staging.inputs, arrays, strict=True):
+                np.copyto(pinned, array)
+                device.copy_in(target, pinned, stream)
+            self.run_device(staging.inputs, staging.outputs)
+            for pinned, source in zip(staging.host_outputs, staging.outputs, strict=True):
+                device.copy_out(pinned, source, stream)
+            stream.synchronize()
+            return [pinned.copy() for pinned in staging.host_outputs]
+
+    def _staging(self, index: int) -> _Staging:
+        """Arrays that runs of host arrays go through: those of the last profile are kept."""
+        if self._staged is not None and self._staged[0] == index:
+            return self._staged[1]
+        self._drop_staging()
+        shapes = self._context(index).output_shapes
+        device = self._device_
+        inputs = list(zip(self.header.profiles[index].inputs, self._input_dtypes, strict=True))
+        outputs = list(zip(shapes, self._output_dtypes, strict=True))
+        staging = _Staging(
+            [device.empty(*spec) for spec in inputs],
+            [device.empty(*spec) for spec in outputs],
+            [device.pinned(*spec) for spec in inputs],
+            [device.pinned(*spec) for spec in outputs],
+        )
+        self._staged = index, staging
+        return staging
+
+    def _drop_staging(self) -> None:
+        if self._staged is None:
+            return
+        staging = self._staged[1]
+        self.forget([*staging.inputs, *staging.outputs])
+        for array in (*staging.inputs, *staging.outputs):
+            array.free()
+        self._staged = None
+
+    def _release(self) -> None:
+        with self._device_.activate():
+            self._stream.synchronize()
+            self._drop_staging()
+            for handle in self._graphs.values():
+                self._destroy(handle)
+            self._graphs.clear()
+            self._contexts.clear()  # contexts before the engine, the engine before its runtime
+            self._config = self._cache = None
+            self._engine = None
+            self._runtime = None
+            self._scratch.free()
+
+
+class _Context:
+    """An execution context of one profile, and the addresses that were set last."""
+
+    def __init__(self, profile: int, native: Any, output_shapes: list[tuple[int, ...]]) -> None:
+        self.profile, self.native, self.output_shapes = profile, native, output_shapes
+        self.addresses: tuple[int, ...] = ()
+
+
+class _Staging:
+    """Device and pinned host arrays of one profile."""
+
+    def __init__(
+        self,
+        inputs: list[DeviceArray],
+        outputs: list[DeviceArray],
+        host_inputs: list[Array],
+        host_outputs: list[Array],
+    ) -> None:
+        self.inputs, self.outputs, self.host_inputs, self.host_outputs = inputs, outputs, host_inputs, host_outputs
+
+
+def deserialize(trt: Any, plan: bytes) -> tuple[Any, Any]:
+    """(engine, runtime) of a serialised plan. Only where the driver has confirmed a device: some versions crash else.
+
+    Raises:
+        EngineError: The library refuses the plan on this machine.
+    """
+    sink, messages = logger(trt)
+    messages.take()
+    runtime = trt.Runtime(sink)
+    if hasattr(runtime, "get_engine_validity"):
+        validity, diagnostics = runtime.get_engine_validity(plan)
+        if validity == trt.EngineValidity.INVALID:
+            reasons = invalidity(trt, int(diagnostics)) or messages.take() or "it gives no reason"
+            raise EngineError(
+                f"{title(trt)} {trt.__version__} does not run this plan here: {reasons}; "
+                "use --backend onnxruntime, or build the engine again"
+            )
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        text = messages.take()
+        raise EngineError(
+            f"{title(trt)} {trt.__version__} refuses the plan: {text or 'it gives no reason'}; build the engine again"
+        )
+    return engine, runtime
+
+
+def invalidity(trt: Any, diagnostics: int) -> str:
+    """The bits of TensorRT-RTX's diagnostics in words; ``""`` for none."""
+    words = {
+        "VERSION_MISMATCH": "it was built by another version",
+        "UNSUPPORTED_CC": "it does not support this GPU's compute capability",
+        "OLD_CUDA_DRIVER": "the driver is too old",
+        "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
+        "INSUFFICIENT_GPU_MEMORY": "the GPU's memory is too small",
+        "MALFORMED_ENGINE": "the plan is damaged",
+        "CUDA_ERROR": "the driver or the CUDA runtime is not installed correctly",
+    }
+    members = trt.EngineInvalidityDiagnostics.__members__
+    return ", ".join(words.get(name, name) for name, value in members.items() if diagnostics & int(value))
+
+
+def _runtime_config(trt: Any, engine: Any, kernels: bytes) -> tuple[Any, Any]:
+    """TensorRT-RTX's settings, and its cache of compiled kernels; None for TensorRT."""
+    if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        return None, None
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    # A kernel that is exchanged for a better one some runs later would change a tile's bits in the middle of an image.
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # recorded here, by the addresses in use
+    cache = config.create_runtime_cache()
+    if kernels and not cache.deserialize(kernels):
+        log.info("the kernels stored with the plan do not fit this machine; they are compiled again")
+    config.set_runtime_cache(cache)
+    return config, cache
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _capturing(stream: int) -> bool:
+    """Whether a stream is being captured at the moment; asked of the driver, which loaded before anything here."""
+    status = ctypes.c_int(0)
+    code = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
+    return code != 0 or status.value != 0
+
+
+def _discard(stream: int) -> None:
+    """Ends a capture that failed; what it holds is nothing."""
+    from unet_rt import _cuda
+
+    try:
+        _cuda.graph_destroy(_cuda.graph_end(stream))
+    except (BackendError, RuntimeError):
+        return  # a capture that was invalidated ends with an error
+
+
+def _listed(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
+    return ", ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in arrays)
