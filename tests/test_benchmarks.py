@@ -1,0 +1,137 @@
+"""The benchmarks' own logic: timing, isolation, tables; all of ``gpu.py`` on the CPU at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``benchmarks/gpu.py`` as a module; networks are cached in a folder of the test's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    yield load("gpu")
+    patch.undo()
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def contender(gpu: ModuleType, name: str, call: Any) -> Any:
+    import torch
+
+    return gpu.Contender(name, call, lambda: torch.zeros(1, 2, 1, 1), "fp32")
+
+
+def test_slower_takes_longer_and_a_failure_is_only_its_own(gpu: ModuleType) -> None:
+    calls = {"late": 0}
+
+    def late() -> None:
+        calls["late"] += 1
+        if calls["late"] > 4:
+            raise RuntimeError("out of memory")
+
+    contenders = [
+        contender(gpu, "slow", lambda: time.sleep(0.004)),
+        contender(gpu, "late", late),
+        contender(gpu, "quick", lambda: time.sleep(0.001)),
+    ]
+    times, failed = gpu.interleave(contenders, "cpu", rounds=3, seconds=10, sample_s=0.002)
+    assert failed == {"late": "RuntimeError: out of memory"}
+    assert set(times) == {"slow", "quick"}
+    assert [len(t) for t in times.values()] == [3, 3]
+    assert min(times["slow"]) >= 0.004
+    assert min(times["quick"]) < 0.004
+
+
+def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path) -> None:
+    only = "machine,prepare,roof,kernels,build-onnxruntime,paper,predict-paper,repeat"
+    out = tmp_path / "gpu.json"
+    arguments = ["--dry-run", "--in-process", "--only", only, "--work", str(tmp_path / "work"), "--out", str(out)]
+    results = gpu.main(arguments)
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["dry_run"]
+    assert list(document["sections"]) == only.split(",")
+    known = ("precision", "'int8'", "fp16", "onnxruntime has")  # what a CPU refuses
+    for name, figures in results.items():
+        odd = [f for f in figures.get("failed", []) if not any(word in f["why"] for word in known)]
+        assert not odd, f"{name}: {odd}"
+    assert len(results["kernels"]["rows"]) == 30
+    rows = {(r["name"], r["batch"]): r for r in results["paper"]["rows"]}
+    for batch in (1, 2):
+        assert rows["eager FP32", batch]["label_agreement"] == 1
+        ours = rows["unet-rt onnxruntime fp32", batch]
+        assert ours["label_agreement"] > 0.999
+        assert ours["max_abs_error"] < 1e-3
+        assert ours["low_ms"] <= ours["median_ms"] <= ours["high_ms"]
+    for row in results["predict-paper"]["rows"]:
+        assert row["labels_compared"] > 1000
+        assert row["changed_labels"] <= 1e-4  # another library's rounding at most
+        assert 0.02 < row["foreground"] < 0.98
+    text = gpu.tables(results)
+    assert "unet-rt onnxruntime fp32" in text
+    assert "crop_concat" in text
+
+
+def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
+    """A mask of another image, or of one shifted by a pixel, is seen."""
+    import numpy as np
+
+    import unet_rt as urt
+
+    net = gpu.network("nuclei", True)
+    pixels = gpu.drawn(320)
+    numbers = gpu.numbers_of(net, pixels)
+    module = net.module()
+    from unet_rt.normalize import normalised
+
+    with gpu.torch.inference_mode():
+        whole = module(gpu.torch.from_numpy(normalised(pixels[None], numbers)[None]))[0].argmax(0)
+    mask = whole.to(gpu.torch.uint8).numpy()
+    assert urt.__version__
+    changed, compared = gpu.changed_labels(net, pixels, numbers, mask, "cpu")
+    assert compared > 10_000
+    assert changed <= 1e-5
+    shifted, _ = gpu.changed_labels(net, pixels, numbers, np.roll(mask, 1, axis=0), "cpu")
+    assert shifted > 1e-3
+
+
+def test_a_section_that_hangs_or_dies_costs_only_itself(gpu: ModuleType, tmp_path: Path) -> None:
+    args = gpu.parser().parse_args(["--dry-run", "--work", str(tmp_path)])
+    code, note = gpu.child(args, "machine", -9.9, ())
+    assert (code, note) == (-1, "stopped after 0 s")
+    (tmp_path / "section-roof.json").write_text('{"fp32_tflops": 1.5}')
+    kept = gpu.collect(args, "roof", ["stopped after 50 s"])
+    assert kept == {"fp32_tflops": 1.5, "ended": "stopped after 50 s"}
+    assert "stopped after 50 s" in gpu.tables({"roof": kept})
+
+
+def test_without_a_device_it_says_so(tmp_path: Path) -> None:
+    from unet_rt import machine
+
+    if machine.cuda().missing is None:
+        pytest.skip("there is a device")
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--only", "roof", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "== roof: no device: " in done.stdout
+    assert "no_device" in json.loads((tmp_path / "gpu.json").read_text())["sections"]["roof"]
