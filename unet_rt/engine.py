@@ -9,6 +9,8 @@ An engine folder holds ``spec.json`` and files named by content, which ``spec.js
     model-<hash>.onnx      the FP32 graph as given: baseline of ``verify``, source of every rebuild
     graph-<hash>.onnx      the graph as built
     parity-<hash>.json     what was measured, on what, against what, with which versions
+    engine-<hash>.bin      the backend's own plan, where it compiles one ahead of time
+    calibration-<hash>.json  activation ranges, where the graph was quantised
     exam-<hash>.npz        a few real tiles and the baseline's outputs (absent with ``--no-exam``)
 """
 
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -35,11 +39,21 @@ from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
 
 if TYPE_CHECKING:
     from .backends import Session
+    from .backends.session import DeviceSession
 
-Precision = Literal["fp32", "bf16"]
+log = logging.getLogger("unet_rt")
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 SCHEMA = (1, 0)  # (major, minor): a reader accepts its own major and any minor
-FileKind = Literal["model", "graph", "parity", "exam"]
-_SUFFIX = {"model": ".onnx", "graph": ".onnx", "parity": ".json", "exam": ".npz"}
+FileKind = Literal["model", "graph", "parity", "exam", "engine", "calibration"]
+_SUFFIX = {
+    "model": ".onnx",
+    "graph": ".onnx",
+    "parity": ".json",
+    "exam": ".npz",
+    "engine": ".bin",
+    "calibration": ".json",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,10 @@ class EngineSpec:
         overlap: Pixels shared by neighbouring tiles where tiles are blended (not exact networks), else None.
         blend: Weights of blended tiles.
         precision, backend, device: As built.
-        bytes_per_px: Memory that running takes per tile pixel, as measured by build (0: unknown).
+        run_batch: Tiles per run at which build measured it fastest; what ``predict`` uses unless told otherwise.
+        batches: The batch sizes that its plan takes, ascending; empty: any.
+        bytes_per_px: Memory that running takes per tile pixel, as measured by build (0: unknown); the device's memory
+            for an engine on a GPU.
         made_on: Machine and library versions at build.
         options: Everything else that decided the result.
     """
@@ -86,6 +103,8 @@ class EngineSpec:
     precision: Precision
     backend: str
     device: str
+    run_batch: int = 1
+    batches: tuple[int, ...] = ()
     bytes_per_px: float = 0.0
     made_on: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -168,6 +187,8 @@ class EngineSpec:
             "precision": self.precision,
             "backend": self.backend,
             "device": self.device,
+            "run_batch": self.run_batch,
+            "batches": list(self.batches),
             "bytes_per_px": self.bytes_per_px,
             "made_on": dict(self.made_on),
             "options": dict(self.options),
@@ -189,6 +210,8 @@ class EngineSpec:
             precision=data["precision"],
             backend=data["backend"],
             device=data["device"],
+            run_batch=_count(data.get("run_batch", 1)),
+            batches=tuple(_count(n) for n in data.get("batches", ())),
             bytes_per_px=data["bytes_per_px"],
             made_on=data["made_on"],
             options=data["options"],
@@ -201,6 +224,12 @@ def _pixels(data: Mapping[str, Any], key: str, least: int) -> tuple[int, ...]:
     if len(value) != len(data["sizes"]) or any(not isinstance(n, int) or n < least for n in value):
         raise ValueError(f"{key} {value!r}")
     return tuple(value)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"batch {value!r}")
+    return value
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -220,6 +249,20 @@ class Engine:
         """Version of the backend's library."""
         return self._session.version
 
+    @property
+    def device_session(self) -> DeviceSession | None:
+        """The session where it takes arrays on a GPU, else None."""
+        from .backends.session import on_device
+
+        return self._session if on_device(self._session) else None
+
+    def batch_for(self, tiles: int) -> int:
+        """The batch size to run ``tiles`` tiles with: theirs, or the smallest of the plan's that holds them."""
+        sizes = self.spec.batches or ((self.spec.batch,) if self.spec.batch is not None else ())
+        if any("N" not in i.axes for i in self.spec.inputs):
+            sizes = (1,)  # no batch axis: one tile at a time
+        return next((n for n in sizes if n >= tiles), sizes[-1]) if sizes else tiles
+
     def run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
         """Runs tiles through the network.
 
@@ -229,18 +272,18 @@ class Engine:
         Returns:
             One float32 array (N, K, *tile_out) per output, whatever axes the graph itself uses.
         """
-        n, fixed = len(batch), self.spec.batch
-        if any("N" not in i.axes for i in self.spec.inputs):
-            fixed = 1  # no batch axis: one tile at a time
-        if fixed is None or n == fixed:
+        n = len(batch)
+        if self.batch_for(n) == n:
             return self._run(batch)
-        parts = []
-        for k in range(0, n, fixed):
-            part = batch[k : k + fixed]
-            short = fixed - len(part)
+        parts, k = [], 0
+        while k < n:
+            size = self.batch_for(n - k)
+            part = batch[k : k + size]
+            short = size - len(part)
             if short:
                 part = np.concatenate([part, np.repeat(part[-1:], short, axis=0)])
-            parts.append([out[: fixed - short] for out in self._run(part)])
+            parts.append([out[: size - short] for out in self._run(part)])
+            k += size
         return [np.concatenate(outs) for outs in zip(*parts, strict=True)]
 
     def _run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
@@ -327,7 +370,6 @@ def write_folder(
         OutputError: The folder exists and holds something else, or cannot be written.
     """
     import shutil
-    import tempfile
 
     check_target(folder, overwrite=overwrite)
     entries: dict[str, dict[str, Any]] = {}
@@ -483,6 +525,9 @@ def load(
 ) -> Engine:
     """Loads an engine folder.
 
+    A plan that another GPU, driver or library version cannot run is made again from ``model.onnx``, which takes as long
+    as building it did, and one line says so.
+
     The record of parity must be there, belong to these bytes, and be inside the budget it names. On another processor or
     library version than recorded the engine sits its exam again first; it is never assumed that parity has travelled.
 
@@ -497,17 +542,17 @@ def load(
         BackendError: The backend or device is missing.
         ParityError: The exam was failed on this machine.
     """
-    from . import backends, exam
+    from . import exam
 
     opened = read_folder(folder)
     spec = opened.spec
     if device is not None and device != spec.device:
-        raise EngineError(f"{folder} was built for {spec.device}, not {device}; build again with --device {device}")
+        if "cpu" in (device, spec.device):
+            raise EngineError(f"{folder} was built for {spec.device}, not {device}; build again with --device {device}")
+        spec = replace(spec, device=device)  # another GPU of this machine: its fingerprint tells whether it is alike
     if not accept_unverified:
         exam.check_record(opened)
-    session = backends.get(spec.backend).load(
-        opened.file("graph"), precision=spec.precision, device=spec.device, threads=threads or 0
-    )
+    session = _session(opened, spec, threads or 0)
     engine = Engine(spec, session, opened)
     try:
         if session.precision != spec.precision:
@@ -521,3 +566,32 @@ def load(
         engine.close()
         raise
     return engine
+
+
+def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> Session:
+    """The session of a folder; a plan that is of no use here is made again first."""
+    from . import backends
+
+    backend = backends.get(spec.backend)
+    graph = opened.file("graph")
+    blob = opened.file("engine") if "engine" in opened.files else None
+    stale = None if blob is None else backend.stale(blob, spec.device)
+    if stale is None:
+        return backend.load(graph, precision=spec.precision, device=spec.device, threads=threads, blob=blob)
+    log.warning("%s: its plan is of no use here (%s); it is made again from the model", opened.path, stale)
+    with tempfile.TemporaryDirectory(prefix="unet-rt-rebuild-") as work:
+        from .model import open_model
+
+        anew = Path(work) / "engine.bin"
+        backend.build(
+            open_model(opened.file("model"), Path(work), options=spec.contract).graph,
+            Path(work) / "built.onnx",
+            precision=spec.precision,
+            device=spec.device,
+            blob=anew,
+            tiles=[spec.tile],
+            batches=spec.batches or (spec.run_batch,),
+        )
+        return backend.load(
+            Path(work) / "built.onnx", precision=spec.precision, device=spec.device, threads=threads, blob=anew
+        )

@@ -23,6 +23,11 @@ Array = npt.NDArray[Any]
 
 def fingerprint(backend: str, version: str, device: str) -> dict[str, Any]:
     """What a result may depend on besides the engine's bytes: library version, processor, device."""
+    if device != "cpu":
+        cuda = machine.cuda()
+        index = int(device.partition(":")[2] or "0")
+        gpu = cuda.devices[index] if index < len(cuda.devices) else ""
+        return {"backend": backend, "version": version, "gpu": gpu, "driver": cuda.driver}
     return {
         "backend": backend,
         "version": version,

@@ -123,6 +123,9 @@ class Backend(Protocol):
     ) -> Session:
         """Session of what ``build`` wrote, a :class:`DeviceSession` on a GPU; 0 threads: by affinity and quota."""
 
+    def stale(self, blob: Path, device: str = "cpu") -> str | None:
+        """Why a plan is of no use on this machine, None if it is. Only backends that write plans have it."""
+
 
 def on_device(session: Session) -> TypeGuard[DeviceSession]:
     """Whether a session takes arrays on a GPU."""
