@@ -704,7 +704,7 @@ def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
 
 @pytest.mark.onnxruntime
 def test_a_provider_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_backend, "_provider", lambda device: ("AzureExecutionProvider", {}))
+    monkeypatch.setattr(onnxruntime_backend, "_provider", lambda: ("AzureExecutionProvider", {}))
     onnxruntime = onnxruntime_backend._import()
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the baseline everywhere, and an engine on CPUs and NVIDIA GPUs.
+"""ONNX Runtime: the baseline everywhere, and an engine on CPUs and NVIDIA GPUs (those in :mod:`.onnxruntime_cuda`).
 
 When a position's result does not depend on the tile (seen with 1.32 on x86-64): the blocked 2-D convolutions
 (ungrouped, input channels a multiple of 4) and whatever sums at most 128 products per output give the same bits at any
@@ -21,7 +21,7 @@ import numpy as np
 
 from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
+from unet_rt.backends.session import Array, Port, Session, SessionBase, arrays_for
 from unet_rt.errors import BackendError
 from unet_rt.passes.up_conv import up_conv
 
@@ -84,7 +84,10 @@ def missing(device: str = "cpu") -> str | None:
             f"ONNX Runtime cannot use {device}: this is the CPU wheel; "
             "pip uninstall -y onnxruntime, then pip install onnxruntime-gpu"
         )
-    return None
+    from unet_rt import device as gpu
+
+    reason = gpu.missing(int(device.partition(":")[2] or 0))
+    return None if reason is None else f"ONNX Runtime cannot use {device}: {reason}"
 
 
 # Since 1.30 or so, merely importing the official wheels creates an identifier and a database in the user's cache
@@ -126,8 +129,9 @@ def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
 
 def precisions(device: str = "cpu") -> tuple[str, ...]:
     """Precisions this backend computes in on ``device``: that of the graph."""
-    # The CPU provider has no bfloat16 convolution, and no setting that would make FP32 graphs run in it.
-    return ("fp32",)
+    # The CPU provider has no bfloat16 convolution, and no setting that would make FP32 graphs run in it; float16 graphs
+    # run in float32 between casts. On CUDA bfloat16 lacks MaxPool and ConvTranspose.
+    return ("fp32",) if device == "cpu" else ("fp32", "fp16")
 
 
 def build(
@@ -140,20 +144,31 @@ def build(
     tiles: Sequence[Sequence[int]] = (),
     batches: Sequence[int] = (),
 ) -> None:
-    """Copy ``model`` to ``graph``, up-convolutions rewritten so that a tile's bits are the whole image's.
+    """Writes ``graph``: FP32 for the CPU, ``precision`` and measured settings for a GPU.
 
-    ONNX Runtime computes in the types of the graph.
+    On the CPU up-convolutions are rewritten so that a tile's bits are the whole image's. On a GPU ``tiles`` and
+    ``batches`` name the shape that settings are measured at. ONNX Runtime computes in the types of the graph.
 
     Raises:
         BackendError: A precision this backend does not have on ``device``, or a graph of another precision.
     """
     _require_precision(precision, device)
-    found = precision_of(model)
-    if found != precision:
-        raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
-    copy_graph(model, graph)
     import onnx
 
+    from unet_rt.passes.half import halved
+
+    found = precision_of(model)
+    if found != "fp32" and (found != precision or halved(onnx.load(str(model), load_external_data=False)) != precision):
+        raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
+    if device != "cpu":
+        reason = missing(device)
+        if reason is not None:
+            raise BackendError(reason)
+        from unet_rt.backends import onnxruntime_cuda
+
+        onnxruntime_cuda.build(model, graph, precision=precision, device=device, tiles=tiles, batches=batches)
+        return
+    copy_graph(model, graph)
     proto = onnx.load(str(graph))
     if up_conv(proto):
         onnx.save(proto, str(graph))
@@ -161,25 +176,32 @@ def build(
 
 def _require_precision(precision: str, device: str) -> None:
     if precision not in precisions(device):
-        raise BackendError(f"ONNX Runtime has no {precision} on {device}; use --precision fp32, or --backend openvino")
+        others = "--backend openvino" if device == "cpu" else "--backend tensorrt"
+        has = " or ".join(f"--precision {name}" for name in precisions(device))
+        raise BackendError(f"ONNX Runtime has no {precision} on {device}; use {has}, or {others}")
 
 
-def load(
-    graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, blob: Path | None = None
-) -> OnnxRuntimeSession:
-    """Session on ``device`` with ``threads`` threads; 0: as many as affinity and quota allow."""
+def load(graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, blob: Path | None = None) -> Session:
+    """Session on ``device`` with ``threads`` threads; 0: as many as affinity and quota allow.
+
+    On a GPU it is a :class:`~unet_rt.backends.session.DeviceSession` with the settings recorded in the graph.
+    """
     _require_precision(precision, device)
-    return OnnxRuntimeSession(Path(graph), precision, device, threads)
+    if device == "cpu":
+        return OnnxRuntimeSession(Path(graph), precision, threads)
+    from unet_rt.backends.onnxruntime_cuda import CudaSession
+
+    return CudaSession(Path(graph), precision, device, threads)
 
 
 class OnnxRuntimeSession(SessionBase):
-    """A graph in ONNX Runtime."""
+    """A graph in ONNX Runtime on the CPU."""
 
     title = "ONNX Runtime"
 
-    def __init__(self, graph: Path, precision: str, device: str, threads: int) -> None:
-        super().__init__(precision, device, threads)
-        reason = missing(device)
+    def __init__(self, graph: Path, precision: str, threads: int) -> None:
+        super().__init__(precision, "cpu", threads)
+        reason = missing()
         if reason is not None:
             raise BackendError(reason)
         self._library = _import()
@@ -187,66 +209,21 @@ class OnnxRuntimeSession(SessionBase):
         self._output_shapes: dict[tuple[tuple[int, ...], ...], list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         self._last: tuple[tuple[int, ...], ...] | None = None
         self._session: Any = None
-        if device != "cpu" and hasattr(self._library, "preload_dlls"):
-            self._library.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where they are installed
         try:
             session = self._library.InferenceSession(
-                str(graph), self._options(self.threads, device), providers=[_provider(device)]
+                str(graph), session_options(self._library, self.threads), providers=[_provider()]
             )
             self._ports = tuple(_port(value) for value in session.get_inputs())
         except self._errors as error:
             raise BackendError(f"ONNX Runtime refuses {graph}: {error}") from error
         self._output_names = [value.name for value in session.get_outputs()]
-        self._session = session
-        self._check_provider(graph)
-
-    def _options(self, threads: int, device: str) -> Any:
-        options = self._library.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = self._library.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.use_deterministic_compute = True
-        options.log_severity_level = 3  # errors; its warnings are about the exporter's graph, not the user's doing
-        # The pattern is one block per input shape, traced in the first run beside the chunks that this run needed:
-        # peak memory 626 MB instead of 290 MB for a 1024-px tile of a 0.45 M parameter U-Net, at the same speed.
-        options.enable_mem_pattern = False
-        # The arena stays: fresh pages for every tensor cost 1.35 s instead of 0.8 s in the same run.
-        options.enable_cpu_mem_arena = True
-        # Waiting threads sleep. Spinning saves tens of microseconds per operator, where operators take milliseconds,
-        # and takes the cores from those who read, gather and stitch at the same time (and from a container's quota).
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        if device != "cpu":
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        return options
-
-    def _check_provider(self, graph: Path) -> None:
-        """Refuse what ONNX Runtime does in silence: computing on the CPU when the GPU was asked."""
-        wanted = _provider(self._device)[0]
-        active = self._session.get_providers()
+        active, wanted = session.get_providers(), _provider()[0]
         if not active or active[0] != wanted:
-            self.close()
             raise BackendError(
                 f"{wanted} was asked for {graph.name}, ONNX Runtime took {', '.join(active) or 'nothing'}; "
-                "CUDA or cuDNN libraries are missing (see unet-rt doctor), or use --device cpu"
+                "pip install --force-reinstall onnxruntime"
             )
-        if self._device == "cpu" or not hasattr(self._session, "get_provider_graph_assignment_info"):
-            return
-        heavy = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-        strays = [
-            node.name or node.op_type
-            for part in self._session.get_provider_graph_assignment_info()
-            if part.ep_name != wanted
-            for node in part.get_nodes()
-            if node.op_type in heavy
-        ]
-        if strays:
-            self.close()
-            raise BackendError(
-                f"{len(strays)} layer(s) of {graph.name} would run on the CPU, {self._device} was asked "
-                f"(first: {strays[0]}); use --device cpu"
-            )
+        self._session = session
 
     @property
     def version(self) -> str:
@@ -268,7 +245,7 @@ class OnnxRuntimeSession(SessionBase):
         known = self._output_shapes.get(key)
         names = [port.name for port in self._ports]
         options = self._run_options(key)
-        if known is None or self._device != "cpu":
+        if known is None:
             outputs: list[Array] = self._session.run(self._output_names, dict(zip(names, arrays, strict=True)), options)
             if len(self._output_shapes) < 64:  # shapes of one use each must not pile up
                 self._output_shapes[key] = [(output.shape, output.dtype) for output in outputs]
@@ -289,7 +266,7 @@ class OnnxRuntimeSession(SessionBase):
         Else the memory of a whole image stays for as long as tiles follow; one run per change pays for new pages.
         """
         changed, self._last = self._last not in (None, key), key
-        if not changed or self._device != "cpu":
+        if not changed:
             return None
         options = self._library.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -299,12 +276,43 @@ class OnnxRuntimeSession(SessionBase):
         self._session = None
 
 
-def _provider(device: str) -> tuple[str, dict[str, str]]:
-    if device == "cpu":
-        return "CPUExecutionProvider", {}
-    index = device.partition(":")[2] or "0"
-    # TF32 is not FP32: ten bits of mantissa. The heuristic search avoids seconds of trials per new shape.
-    return "CUDAExecutionProvider", {"device_id": index, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+def _provider() -> tuple[str, dict[str, str]]:
+    return "CPUExecutionProvider", {}
+
+
+def session_options(library: Any, threads: int) -> Any:
+    """Options that sessions have on all devices."""
+    options = library.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = library.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # errors; its warnings are about the exporter's graph, not the user's doing
+    # The pattern is one block per input shape, traced in the first run beside the chunks that this run needed:
+    # peak memory 626 MB instead of 290 MB for a 1024-px tile of a 0.45 M parameter U-Net, at the same speed.
+    options.enable_mem_pattern = False
+    # The arena stays: fresh pages for every tensor cost 1.35 s instead of 0.8 s in the same run.
+    options.enable_cpu_mem_arena = True
+    # Waiting threads sleep. Spinning saves tens of microseconds per operator, where operators take milliseconds,
+    # and takes the cores from those who read, gather and stitch at the same time (and from a container's quota).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
+
+
+def strays(session: Any, provider: str, allowed: frozenset[str] = frozenset()) -> list[str]:
+    """Nodes of a session that another provider than ``provider`` runs, operators in ``allowed`` aside.
+
+    The session was made with ``session.record_ep_graph_assignment_info``.
+    """
+    return [
+        node.name or node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type not in allowed
+    ]
 
 
 def _port(value: Any) -> Port:

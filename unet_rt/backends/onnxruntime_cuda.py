@@ -1,0 +1,732 @@
+"""ONNX Runtime's CUDA provider: sessions that run on arrays of the GPU, and the trial that chooses their settings.
+
+What decides (read in the sources and the binary of 1.31; speeds are measured by the trial, not believed):
+
+- ``prefer_nhwc``: Conv, ConvTranspose, MaxPool and DepthToSpace have channels-last kernels for float16, which is how tensor
+  cores read; Resize has none, so that networks with interpolation get a Transpose around each.
+- ``fuse_conv_bias``: the bias is added inside the convolution (cuDNN compiles such kernels when a shape runs first). Only
+  with ``prefer_nhwc``: for NCHW the provider clears the output by a plain ``cudaMemset``, on the default stream, while
+  the session computes on another. For the same reason the fusion of Conv and Relu (FP32, NCHW) is switched off here.
+- ``cudnn_conv_algo_search`` chooses cuDNN's heuristics: EXHAUSTIVE is mode B, HEURISTIC mode A, DEFAULT the fallback list.
+  Nothing is timed by the provider itself, so the trial does it.
+- ``use_tf32``: 0 forbids tensor cores altogether, for float16, too. So it is 0 for FP32 and 1 for FP16, where it can
+  matter for islands only (they then have float16's mantissa and float32's range).
+- A convolution plans anew whenever the shape of its input changes, and keeps one plan: hence one provider session per shape.
+- Without cuDNN the provider of 1.31 convolves by kernels of its own and says nothing; such a machine is refused.
+- ``enable_cuda_graph`` records the launches of a run once per set of addresses. It wins where launching takes longer
+  than computing, small tiles alone.
+- bfloat16 has no MaxPool and no ConvTranspose on CUDA, and its convolution no channels-last form: not offered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import logging
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unet_rt.backends import onnxruntime as common
+from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
+from unet_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    from unet_rt.device import Device, DeviceArray, Stream
+
+log = logging.getLogger("unet_rt")
+
+RECORD = (
+    "unet_rt.onnxruntime.cuda"  # key of the metadata entry of a built graph: its settings, and the trial behind them
+)
+
+_SHAPES = 3  # provider sessions that are kept, one per shape, each with its weights, arena and plans
+_BINDINGS = 64  # sets of addresses whose bindings are kept
+_GRAPHS = 16  # sets of addresses whose launches are recorded
+_RUNS_BEFORE_GRAPH = 2  # runs of a set of addresses before it is taken for one that stays
+
+# A variant is kept only if it is faster than what is in hand by more than this: less is noise.
+_GAIN = 0.02
+
+# Operators that may run on the CPU: the arithmetic of sizes. Anything else there is a network that left the GPU.
+_ARITHMETIC = frozenset(
+    "Shape Size Gather Concat Unsqueeze Squeeze Cast Slice Mul Add Sub Div Floor Ceil Min Max Constant ConstantOfShape "
+    "Range Reshape Identity Equal Where Expand Not Mod Round Sqrt ReduceProd Neg".split()
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a session that the trial chooses among."""
+
+    prefer_nhwc: bool = False
+    fuse_conv_bias: bool = False
+    search: str = "HEURISTIC"
+    cuda_graph: bool = False
+    up_conv: bool = False  # of the graph: transposed convolutions as 1 x 1 convolutions and DepthToSpace
+
+    def __post_init__(self) -> None:
+        if self.fuse_conv_bias and not self.prefer_nhwc:
+            raise BackendError(
+                "fuse_conv_bias without prefer_nhwc computes on two streams at once in ONNX Runtime; set both or neither"
+            )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Options:
+        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def provider(self, index: int, precision: str, stream: int) -> dict[str, str]:
+        """The provider's own options for device ``index``."""
+        return {
+            "device_id": str(index),
+            "has_user_compute_stream": "1",
+            "user_compute_stream": str(stream),
+            "use_tf32": "0" if precision == "fp32" else "1",
+            "prefer_nhwc": str(int(self.prefer_nhwc)),
+            "fuse_conv_bias": str(int(self.fuse_conv_bias)),
+            "cudnn_conv_algo_search": self.search,
+            "cudnn_conv_use_max_workspace": "1",
+            "enable_cuda_graph": str(int(self.cuda_graph)),
+            # The arena takes what is asked; its default doubles, which wastes up to half of what a large batch takes.
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one setting did: milliseconds of a run, or why it could not be had."""
+
+    options: Options
+    ms: float | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"options": self.options.to_json(), "ms": self.ms, "note": self.note}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``build`` wrote into a graph: the settings it is to be run with, and what they were chosen from."""
+
+    options: Options = field(default_factory=Options)
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "options": self.options.to_json(),
+            "input_shapes": [list(shape) for shape in self.input_shapes],
+            "trials": [trial.to_json() for trial in self.trials],
+        }
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def metadata(graph: Path) -> dict[str, str]:
+    """The metadata entries of an ONNX file, without reading its weights or importing ONNX (field 14 of its protobuf)."""
+    found: dict[str, str] = {}
+    with graph.open("rb") as stream:
+        while True:
+            tag = _varint(stream)
+            if tag is None:
+                return found
+            number, kind = tag >> 3, tag & 7
+            if kind == 0:
+                _varint(stream)
+            elif kind in (1, 5):
+                stream.seek(8 if kind == 1 else 4, io.SEEK_CUR)
+            elif kind == 2:
+                size = _varint(stream) or 0
+                if number != 14:
+                    stream.seek(size, io.SEEK_CUR)
+                    continue
+                entry = io.BytesIO(stream.read(size))
+                pair = {}
+                while (inner := _varint(entry)) is not None:
+                    pair[inner >> 3] = entry.read(_varint(entry) or 0).decode()
+                found[pair.get(1, "")] = pair.get(2, "")
+            else:
+                raise BackendError(
+                    f"{graph} is not an ONNX file (field {number} of kind {kind}); build the engine again"
+                )
+
+
+def _varint(stream: Any) -> int | None:
+    """The next variable-length integer, None at the end."""
+    value, shift = 0, 0
+    byte: bytes
+    while byte := stream.read(1):
+        value |= (byte[0] & 127) << shift
+        if byte[0] < 128:
+            return value
+        shift += 7
+    return None
+
+
+def read_options(graph: Path) -> Options:
+    """The settings that ``build`` recorded in ``graph``; the provider's own where it recorded none."""
+    try:
+        text = metadata(graph).get(RECORD)
+    except FileNotFoundError as error:
+        raise BackendError(f"{graph} does not exist; build the engine again") from error
+    return Options() if text is None else Options.from_json(json.loads(text)["options"])
+
+
+def preload(library: Any) -> None:
+    """Loads CUDA and cuDNN from NVIDIA's wheels, where they are installed, and refuses machines without cuDNN."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it prints what it cannot find
+        if hasattr(library, "preload_dlls"):
+            library.preload_dlls()
+    if sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL("libcudnn.so.9")
+    except OSError as error:
+        first = said.getvalue().strip().partition("\n")[0]
+        raise BackendError(
+            f"ONNX Runtime would convolve on the GPU without cuDNN, slowly: {error}{'; ' + first if first else ''}; "
+            "pip install nvidia-cudnn-cu13, or put the folder of libcudnn.so.9 on LD_LIBRARY_PATH"
+        ) from error
+
+
+@dataclass
+class _Compiled:
+    """A provider session for one set of input shapes."""
+
+    session: Any
+    outputs: tuple[tuple[int, ...], ...] | None = None  # known after the first run
+
+
+class CudaSession(SessionBase):
+    """A graph in ONNX Runtime on a GPU; a :class:`~unet_rt.backends.session.DeviceSession`.
+
+    Args:
+        graph: The ONNX file.
+        precision: ``"fp32"`` or ``"fp16"``: what the graph computes in.
+        device: ``"cuda:N"``.
+        threads: Of the host, for what little it computes.
+        options: Settings; None: those recorded in the graph.
+    """
+
+    title = "ONNX Runtime"
+
+    def __init__(
+        self, graph: Path, precision: str, device: str, threads: int = 0, options: Options | None = None
+    ) -> None:
+        super().__init__(precision, device, threads)
+        reason = common.missing(device)
+        if reason is not None:
+            raise BackendError(reason)
+        from unet_rt.device import Device
+
+        self._library = common._import()
+        self._errors = common._errors(self._library)
+        self._graph = graph
+        self._options = read_options(graph) if options is None else options
+        preload(self._library)
+        self._device_handle: Device = Device.open(int(device.partition(":")[2] or 0))
+        self._stream: Stream = self._device_handle.stream()
+        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
+        self._bindings: OrderedDict[Any, _Binding] = OrderedDict()
+        self._staging: OrderedDict[Any, tuple[Array, DeviceArray]] = OrderedDict()
+        self._graphs = 0
+        with self._device_handle.activate():
+            self._spare: Any = self._create()
+        self._ports = tuple(common._port(value) for value in self._spare.get_inputs())
+        self._out_ports = tuple(common._port(value) for value in self._spare.get_outputs())
+        self._run_options = self._no_wait()
+
+    @property
+    def version(self) -> str:
+        return f"onnxruntime {self._library.__version__}"
+
+    @property
+    def options(self) -> Options:
+        """The settings in use."""
+        return self._options
+
+    @property
+    def stream(self) -> Stream:
+        """Everything is enqueued here."""
+        return self._stream
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        return self._ports
+
+    @property
+    def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        return tuple(port.dtype for port in self._ports)
+
+    @property
+    def output_dtypes(self) -> tuple[np.dtype[Any], ...]:
+        return tuple(port.dtype for port in self._out_ports)
+
+    def output_shapes(self, input_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Shapes of the outputs; runs the graph once on zeros where the shapes are new, and waits for it."""
+        with self._lock, self._device_handle.activate():
+            self._require_open()
+            return list(self._shapes(self._key(input_shapes)))
+
+    def run_device(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
+        """Enqueues one run on :attr:`stream`: C-contiguous arrays of the graph's dtypes, in graph order."""
+        with self._lock, self._device_handle.activate():
+            self._require_open()
+            self._enqueue(inputs, outputs)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _create(self) -> Any:
+        """A provider session of the graph; nothing but the arithmetic of sizes may run on the CPU."""
+        refused: Exception | None = None
+        for strict in (True, False):
+            try:
+                session = self._library.InferenceSession(
+                    str(self._graph),
+                    self._session_options(strict),
+                    providers=[
+                        (
+                            "CUDAExecutionProvider",
+                            self._options.provider(self._device_handle.index, self.precision, self._stream.handle),
+                        )
+                    ],
+                    disabled_optimizers={"ConvActivationFusion", "ConvAddActivationFusion"},
+                    enable_fallback=0,
+                )
+                break
+            except self._errors as error:
+                refused = refused or error
+        else:
+            raise BackendError(f"ONNX Runtime refuses {self._graph} on {self.device}: {refused}") from refused
+        active = session.get_providers()
+        if not active or active[0] != "CUDAExecutionProvider":
+            raise BackendError(
+                f"CUDAExecutionProvider was asked for {self._graph.name}, ONNX Runtime took "
+                f"{', '.join(active) or 'nothing'}; CUDA or cuDNN libraries are missing (see unet-rt doctor), "
+                "or use --device cpu"
+            )
+        strays = common.strays(session, "CUDAExecutionProvider", _ARITHMETIC)
+        if strays:
+            raise BackendError(
+                f"{len(strays)} layer(s) of {self._graph.name} would run on the CPU, {self.device} was asked "
+                f"(first: {strays[0]}); use --device cpu"
+            )
+        return session
+
+    def _session_options(self, strict: bool) -> Any:
+        options = common.session_options(self._library, self.threads)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if strict:  # refuses the arithmetic of sizes, too, which is none of the GPU's business
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        return options
+
+    def _no_wait(self, graph_id: int = -1) -> Any:
+        options = self._library.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self._options.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        return options
+
+    def _key(self, shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        key = tuple(tuple(int(n) for n in shape) for shape in shapes)
+        if len(key) != len(self._ports):
+            names = ", ".join(port.name for port in self._ports)
+            raise BackendError(
+                f"{len(key)} input(s) given, the graph has {len(self._ports)} ({names}); pass one for each"
+            )
+        for port, shape in zip(self._ports, key, strict=True):
+            wants = zip(port.shape, shape, strict=False)
+            if len(shape) != len(port.shape) or any(want is not None and want != have for want, have in wants):
+                wanted = "x".join("?" if size is None else str(size) for size in port.shape)
+                given = "x".join(map(str, shape))
+                raise BackendError(f"input {port.name} has shape {given}, the graph takes {wanted}; '?' sizes are free")
+        return key
+
+    def _for_shapes(self, key: tuple[tuple[int, ...], ...]) -> _Compiled:
+        found = self._compiled.get(key)
+        if found is None:
+            while len(self._compiled) >= _SHAPES:
+                self._stream.synchronize()
+                old, _ = self._compiled.popitem(last=False)
+                for bound in [k for k in self._bindings if k[0] == old]:
+                    del self._bindings[bound]
+            session, self._spare = self._spare or self._create(), None
+            found = self._compiled[key] = _Compiled(session)
+        self._compiled.move_to_end(key)
+        return found
+
+    def _shapes(self, key: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        compiled = self._for_shapes(key)
+        if compiled.outputs is None:
+            inputs = [
+                self._device_handle.empty(shape, port.dtype) for shape, port in zip(key, self._ports, strict=True)
+            ]
+            for array in inputs:
+                self._device_handle.zero(array, self._stream)
+            binding = compiled.session.io_binding()
+            for port, array in zip(self._ports, inputs, strict=True):
+                binding.bind_input(
+                    port.name, "cuda", self._device_handle.index, port.dtype.type, array.shape, array.pointer
+                )
+            for port in self._out_ports:
+                binding.bind_output(port.name, "cuda", self._device_handle.index)
+            with self._failures(key):
+                compiled.session.run_with_iobinding(binding, self._run_options)
+                self._stream.synchronize()
+                compiled.outputs = tuple(tuple(value.shape()) for value in binding.get_outputs())
+            del binding
+            for array in inputs:
+                array.free()
+        return compiled.outputs
+
+    @contextlib.contextmanager
+    def _failures(self, key: tuple[tuple[int, ...], ...]) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            shapes = ", ".join("x".join(map(str, shape)) for shape in key)
+            raise BackendError(
+                f"ONNX Runtime fails on {self.device} on an input of {shapes}: {error}; "
+                "if memory is short, use a smaller --tile or --batch"
+            ) from error
+
+    def _enqueue(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
+        key = self._key([array.shape for array in inputs])
+        addresses = (key, *(int(array.pointer) for array in (*inputs, *outputs)))
+        bound = self._bindings.get(addresses)
+        if bound is None:
+            self._check(key, inputs, outputs)
+            compiled = self._for_shapes(key)
+            binding = compiled.session.io_binding()
+            index = self._device_handle.index
+            for port, array in zip(self._ports, inputs, strict=True):
+                binding.bind_input(port.name, "cuda", index, port.dtype.type, tuple(array.shape), int(array.pointer))
+            for port, array in zip(self._out_ports, outputs, strict=True):
+                binding.bind_output(port.name, "cuda", index, port.dtype.type, tuple(array.shape), int(array.pointer))
+            while len(self._bindings) >= _BINDINGS:
+                self._bindings.popitem(last=False)
+            bound = self._bindings[addresses] = _Binding(compiled.session, binding)
+        self._bindings.move_to_end(addresses)
+        self._compiled.move_to_end(key)
+        bound.runs += 1
+        with self._failures(key):
+            bound.session.run_with_iobinding(bound.binding, self._options_for(bound))
+
+    def _options_for(self, bound: _Binding) -> Any:
+        """Run options: with the number of a recording, where recordings are in use and the addresses have come to stay.
+
+        The provider keeps recordings per thread; a set of addresses is recorded for the thread that used it first.
+        """
+        if not self._options.cuda_graph:
+            return self._run_options
+        if bound.graph is None and bound.runs > _RUNS_BEFORE_GRAPH and self._graphs < _GRAPHS:
+            self._graphs += 1
+            bound.graph, bound.thread = self._no_wait(self._graphs), threading.get_ident()
+        return bound.graph if bound.graph is not None and bound.thread == threading.get_ident() else self._run_options
+
+    def _check(
+        self, key: tuple[tuple[int, ...], ...], inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
+    ) -> None:
+        """Arrays as the graph takes and gives them; asked once per set of addresses."""
+        shapes = self._shapes(key)
+        if len(outputs) != len(shapes):
+            raise BackendError(f"{len(outputs)} output(s) given, the graph has {len(shapes)}; pass one array for each")
+        wanted = [(port, shape) for port, shape in zip(self._ports, key, strict=True)]
+        wanted += [(port, shape) for port, shape in zip(self._out_ports, shapes, strict=True)]
+        for (port, shape), array in zip(wanted, (*inputs, *outputs), strict=True):
+            if np.dtype(array.dtype) != port.dtype or tuple(array.shape) != shape:
+                given = "x".join(map(str, array.shape))
+                raise BackendError(
+                    f"{port.name} is {given} {np.dtype(array.dtype)} on the GPU, the graph has "
+                    f"{'x'.join(map(str, shape))} {port.dtype}; pass an array of that shape and dtype"
+                )
+            if not array.contiguous:
+                raise BackendError(f"{port.name} is not contiguous on the GPU; pass a C-contiguous array")
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        arrays = arrays_for(self._ports, inputs)
+        key = tuple(array.shape for array in arrays)
+        device, stream = self._device_handle, self._stream
+        with device.activate():
+            shapes = self._shapes(key)
+            given = [self._staged(("in", k), a.shape, a.dtype) for k, a in enumerate(arrays)]
+            taken = [
+                self._staged(("out", k), shape, port.dtype)
+                for k, (shape, port) in enumerate(zip(shapes, self._out_ports, strict=True))
+            ]
+            for array, (pinned, target) in zip(arrays, given, strict=True):
+                pinned[...] = array
+                device.copy_in(target, pinned, stream)
+            self._enqueue([target for _, target in given], [target for _, target in taken])
+            for pinned, source in taken:
+                device.copy_out(pinned, source, stream)
+            stream.synchronize()
+            return [pinned.copy() for pinned, _ in taken]
+
+    def _staged(self, slot: tuple[str, int], shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, DeviceArray]:
+        """Pinned and device memory for an array of :meth:`run`, kept for the next of its shape."""
+        key = (slot, tuple(shape), dtype.str)
+        found = self._staging.get(key)
+        if found is None:
+            while len(self._staging) >= 2 * _SHAPES * (len(self._ports) + len(self._out_ports)):
+                self._stream.synchronize()
+                _, (_, old) = self._staging.popitem(last=False)
+                for bound in [k for k in self._bindings if int(old.pointer) in k[1:]]:
+                    del self._bindings[bound]
+                old.free()
+            found = self._staging[key] = (
+                self._device_handle.pinned(tuple(shape), dtype),
+                self._device_handle.empty(tuple(shape), dtype),
+            )
+        self._staging.move_to_end(key)
+        return found
+
+    def _release(self) -> None:
+        with self._device_handle.activate():
+            self._stream.synchronize()
+            self._bindings.clear()
+            self._compiled.clear()
+            self._spare = None
+            for _, array in self._staging.values():
+                array.free()
+            self._staging.clear()
+
+
+@dataclass
+class _Binding:
+    """Addresses bound to a provider session; ``graph`` are the run options of their recording."""
+
+    session: Any
+    binding: Any
+    runs: int = 0
+    graph: Any = None
+    thread: int = 0
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+def build(
+    model: Path,
+    graph: Path,
+    *,
+    precision: str,
+    device: str,
+    tiles: Sequence[Sequence[int]] = (),
+    batches: Sequence[int] = (),
+    islands: Sequence[str] = (),
+) -> Record:
+    """Writes ``graph`` in ``precision``, with the settings that the trial found fastest on ``device``.
+
+    Args:
+        model: The FP32 graph.
+        graph: Where to write; one file, weights included.
+        precision: ``"fp32"`` or ``"fp16"``.
+        device: ``"cuda:N"``.
+        tiles: Spatial sizes that will run, largest first; the trial uses the first, or about 512 px a side.
+        batches: Batch sizes that will run; the trial uses the largest, or 1.
+        islands: Nodes kept in float32.
+    """
+    import onnx
+
+    shapes = trial_shapes(model, tiles, batches)
+    variants = {}
+    for rewritten in (False, True):
+        proto = _variant(model, precision, rewritten, islands)
+        if proto is not None:
+            path = graph.with_name(f"{graph.name}.{int(rewritten)}")
+            onnx.save_model(proto, str(path))
+            variants[rewritten] = path
+    try:
+        record = _search(variants, precision, device, shapes)
+        proto = onnx.load(str(variants[record.options.up_conv]))
+    finally:
+        for path in variants.values():
+            path.unlink(missing_ok=True)
+    onnx.helper.set_model_props(
+        proto, {p.key: p.value for p in proto.metadata_props} | {RECORD: json.dumps(record.to_json(), sort_keys=True)}
+    )
+    onnx.save_model(proto, str(graph))
+    return record
+
+
+def _variant(model: Path, precision: str, rewritten: bool, islands: Sequence[str]) -> Any:
+    """The graph in a precision, up-convolutions rewritten or not; None where there are none to rewrite."""
+    import onnx
+
+    from unet_rt.passes.half import half
+    from unet_rt.passes.up_conv import up_conv
+
+    proto = onnx.load(str(model))
+    if precision == "fp16":
+        half(proto, islands=islands)
+    if rewritten and not up_conv(proto):
+        return None
+    return proto
+
+
+def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Input shapes that settings are compared at."""
+    from unet_rt.graph import inspect
+    from unet_rt.model import square_tile
+
+    report = inspect(str(model))
+    tile = tuple(tiles[0]) if tiles else square_tile(report.sizes, report.outputs, 512**2)
+    batch = report.batch or max(batches, default=1)
+    shapes = []
+    for port in report.inputs:
+        spatial = iter(tile)
+        shape = []
+        for axis, size in zip(port.axes, port.shape, strict=True):
+            if axis == "N":
+                shape.append(batch)
+            elif axis == "C":
+                shape.append(1 if size is None else size)
+            else:
+                shape.append(next(spatial))
+        shapes.append(tuple(shape))
+    return tuple(shapes)
+
+
+def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: tuple[tuple[int, ...], ...]) -> Record:
+    """Greedy: layout and bias first, then cuDNN's heuristics, then the form of up-convolutions, then recording."""
+    first = Options()
+    stages: list[list[dict[str, Any]]] = [
+        [{"prefer_nhwc": True}, {"prefer_nhwc": True, "fuse_conv_bias": True}],
+        [{"search": "EXHAUSTIVE"}],
+        [{"up_conv": True}] if True in variants else [],
+        [{"cuda_graph": True}],
+    ]
+    trials: list[Trial] = []
+    best = first
+    expected: list[Array] | None = None
+    for stage in stages:
+        contenders = [best, *(replace(best, **changes) for changes in stage)]
+        if len(contenders) == 1:
+            continue
+        results, outputs = _compare(variants, precision, device, shapes, contenders, expected)
+        expected = expected if expected is not None else outputs
+        trials += results
+        measured = {t.options: t.ms for t in results if t.ms is not None}
+        now = measured.get(best)
+        for options, ms in sorted(measured.items(), key=lambda pair: pair[1]):
+            if now is None or ms < now * (1 - _GAIN):
+                best, now = options, ms
+            break
+    if all(trial.ms is None for trial in trials):
+        raise BackendError(f"ONNX Runtime runs the graph with no setting on {device}: {trials[0].note}")
+    for trial in trials:
+        log.info("onnxruntime %s %s: %s", device, _text(trial.options), trial.note or f"{trial.ms:.3f} ms")
+    return Record(best, shapes, tuple(trials))
+
+
+def _text(options: Options) -> str:
+    on = [name for name, value in options.to_json().items() if value is True]
+    return f"{options.search} {' '.join(on)}".strip()
+
+
+def _compare(
+    variants: Mapping[bool, Path],
+    precision: str,
+    device: str,
+    shapes: tuple[tuple[int, ...], ...],
+    contenders: Sequence[Options],
+    expected: list[Array] | None,
+) -> tuple[list[Trial], list[Array] | None]:
+    """Interleaved times of settings on the same input, each checked against the first that ever ran."""
+    from unet_rt import bench
+
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    notes: dict[Options, str] = {}
+    sessions: dict[Options, _Contender] = {}
+    try:
+        for options in contenders:
+            try:
+                contender = _Contender(variants[options.up_conv], precision, device, options, inputs)
+            except BackendError as error:
+                notes[options] = str(error)
+                continue
+            sessions[options] = contender
+            for _ in range(4):  # plans, memory, and the recording
+                contender.run()
+            outputs = contender.outputs()
+            expected = outputs if expected is None else expected
+            apart = max(_apart(a, b) for a, b in zip(expected, outputs, strict=True))
+            if apart > (2.0**-5 if precision == "fp16" else 2.0**-10):
+                notes[options] = f"its result differs by {apart:.2g} of the range"
+                sessions.pop(options).close()
+        timings = bench.interleave([s.run for s in sessions.values()], runs=15, seconds=10.0)
+    finally:
+        for contender in sessions.values():
+            contender.close()
+    times = {options: t.median_s * 1e3 for options, t in zip(sessions, timings, strict=True)}
+    return [Trial(o, times.get(o), notes.get(o, "")) for o in contenders], expected
+
+
+def _apart(expected: Array, found: Array) -> float:
+    """Largest difference over the range of the expected values; infinite where something is not finite."""
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    if not np.isfinite(b).all():
+        return float("inf")
+    return float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
+
+
+class _Contender:
+    """A session with fixed arrays on the device: what is timed is the run alone."""
+
+    def __init__(self, graph: Path, precision: str, device: str, options: Options, inputs: Sequence[Array]) -> None:
+        self.session = CudaSession(graph, precision, device, options=options)
+        try:
+            arrays = arrays_for(self.session.ports, inputs)
+            handle, stream = self.session._device_handle, self.session.stream
+            with handle.activate():
+                self.inputs = [handle.empty(a.shape, a.dtype) for a in arrays]
+                for array, target in zip(arrays, self.inputs, strict=True):
+                    pinned = handle.pinned(array.shape, array.dtype)
+                    pinned[...] = array
+                    handle.copy_in(target, pinned, stream)
+                    stream.synchronize()
+            shapes = self.session.output_shapes([a.shape for a in arrays])
+            with handle.activate():
+                dtypes = self.session.output_dtypes
+                self.targets = [handle.empty(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+        except BaseException:
+            self.session.close()
+            raise
+
+    def run(self) -> None:
+        self.session.run_device(self.inputs, self.targets)
+        with self.session._device_handle.activate():
+            self.session.stream.synchronize()
+
+    def outputs(self) -> list[Array]:
+        handle, stream = self.session._device_handle, self.session.stream
+        found = []
+        with handle.activate():
+            for target in self.targets:
+                pinned = handle.pinned(target.shape, np.dtype(target.dtype))
+                handle.copy_out(pinned, target, stream)
+                stream.synchronize()
+                found.append(np.array(pinned))
+        return found
+
+    def close(self) -> None:
+        self.session.close()
+        with self.session._device_handle.activate():
+            for array in (*self.inputs, *self.targets):
+                array.free()
