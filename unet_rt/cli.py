@@ -216,6 +216,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _reading_options(p)
 
+    p = _verb(verbs, "train", _train, "train a network on a folder of images and masks", "DATA --out MODEL.pt ")
+    p.add_argument("data", metavar="DATA", help="folder of images and masks, e.g. images/a.png and masks/a.png")
+    p.add_argument("--out", metavar="MODEL.pt", required=True, help="the checkpoint; curves are drawn beside it")
+    _training_options(p)
+
     p = _verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
 
     p = _verb(verbs, "demo", _demo, "build, predict and verify the network that ships with unet-rt on a drawn image")
@@ -241,6 +246,43 @@ def _reading_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("how images are read")
     group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
     group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
+
+
+def _training_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--preset", choices=("default", "paper"), default="default", help="paper: the recipe of the paper")
+    p.add_argument("--network", choices=("UNet", "FCN8s", "SegNet"), default="UNet", help="default: UNet")
+    for name, text in (("width", "channels of the first level"), ("depth", "number of poolings")):
+        p.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    p.add_argument("--padding", choices=("same", "valid"), help="of the U-Net's convolutions")
+    p.add_argument("--up", choices=("transposed", "bilinear", "nearest"), help="of the U-Net's expanding path")
+    p.add_argument("--norm", choices=("batch", "none"), help="BatchNorm or none")
+    p.add_argument("--dropout", type=float, metavar="P", help="at the end of the contracting path")
+    p.add_argument("--steps", type=int, metavar="N", help="updates; default: 1000 on a CPU, 4000 on a GPU")
+    p.add_argument("--minutes", type=float, metavar="N", help="stop after that time, in place of --steps")
+    p.add_argument("--tile", type=_side, metavar="PX", dest="tile_px", help="side of a training tile")
+    p.add_argument("--batch", type=int, metavar="N", help="tiles per step")
+    p.add_argument("--optimizer", choices=("adam", "sgd"), help="sgd has momentum 0.99")
+    p.add_argument("--learning-rate", type=float, metavar="X", help="at the start; it falls to nothing")
+    p.add_argument("--balance", type=float, metavar="X", help="1: classes count alike; 0: pixels do")
+    p.add_argument("--w0", type=float, metavar="X", help="weight of borders between objects; default 10")
+    p.add_argument("--sigma", type=float, metavar="PX", dest="sigma_px", help="reach of that weight; default 5")
+    p.add_argument("--seed", type=int, metavar="N", help="of everything random; default 0")
+    p.add_argument("--no-augment", action="store_true", help="tiles as they are in the images")
+    p.add_argument("--limit", type=int, metavar="N", help="train on the first N images only")
+    p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU")
+    p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    p.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    group = p.add_argument_group("how the folder is read")
+    group.add_argument("--images", metavar="DIR", help="sub-folder of the images, where names do not say it")
+    group.add_argument("--masks", metavar="DIR", help="sub-folder of the masks")
+    group.add_argument("--masks-are", choices=("binary", "instances", "classes"), help="default: told from the masks")
+    group.add_argument("--normalize", metavar="HOW", help="default: percentile=1,99.8 of the whole image")
+    group.add_argument(
+        "--normalize-scope", choices=("image", "channel", "slice"), help="what statistics are taken over"
+    )
+    _reading_options(p)
 
 
 def _contract_options(p: argparse.ArgumentParser) -> None:
@@ -391,6 +433,29 @@ class _Bar:
         self._bar.update(done - self._done)
         self._done = done
         if done == total:
+            self._bar.close()
+
+
+class _TrainingBar:
+    """A tqdm bar of training; silent where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, share: float, step: int, loss: float) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+            self._bar = tqdm(total=1.0, desc="training", bar_format=form, leave=False)
+            self._bar.update(share)
+        self._bar.set_postfix_str(f"step {step} loss {loss:.3f}", refresh=False)
+        self._bar.update(min(share, 1.0) - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
             self._bar.close()
 
 
@@ -602,6 +667,80 @@ def _verify(args: argparse.Namespace) -> int:
     if args.picture and report.picture is None:
         print(f"{args.picture} is not drawn: that takes 2-D images and a difference", file=sys.stderr)
     return 0 if report.accepted else 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    from . import machine
+    from .contract_io import parse_normalization
+
+    _torch("trains networks")
+    from .training.fit import NORMALIZATION, Options, fit
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    options = Options(
+        preset=args.preset,
+        network=args.network,
+        architecture=given("width", "depth", "padding", "up", "norm", "dropout"),
+        recipe=given(
+            "steps", "minutes", "tile_px", "batch", "optimizer", "learning_rate", "balance", "w0", "sigma_px", "seed",
+            "precision",
+        ),
+        normalization=parse_normalization(args.normalize, args.normalize_scope) if args.normalize else NORMALIZATION,
+        masks_are=args.masks_are,
+        images=args.images,
+        masks=args.masks,
+        axes=args.axes,
+        channels=_channels(args),
+        augment=not args.no_augment,
+        limit=args.limit,
+        device=args.device,
+        threads=args.threads or machine.threads(),
+    )  # fmt: skip
+    bar = _TrainingBar()
+
+    def report(now: Progress) -> None:
+        _clear()
+        print(
+            f"step {now.step} ({now.share:.0%}, {now.seconds:.0f} s): loss {now.loss:.4f}, validation IoU {now.iou:.4f}"
+            f"{', the best so far' if now.best else ''}",
+            file=_out(args),
+            flush=True,
+        )
+
+    try:
+        result = fit(
+            args.data,
+            args.out,
+            options,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            say=lambda text: print(text, file=_out(args), flush=True),
+            report=report,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    if args.json:
+        _print_json(result.to_json())
+    print(
+        f"{result.path}: validation IoU {result.best.iou:.4f} at step {result.best.step}; curves in {result.curves}\n"
+        f"next: unet-rt export {shlex.quote(str(result.path))} --out "
+        f"{shlex.quote(str(result.path.with_suffix('.onnx')))}",
+        file=_out(args),
+    )
+    return 0
+
+
+def _torch(what: str) -> None:
+    """BackendError where torch is missing."""
+    from importlib.util import find_spec
+
+    from .errors import BackendError
+
+    if find_spec("torch") is None:
+        raise BackendError(f"torch is missing, which {what}; pip install unet-rt[torch]")
 
 
 def _doctor(args: argparse.Namespace) -> int:

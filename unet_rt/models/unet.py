@@ -151,11 +151,11 @@ class UNet(nn.Module):
         spec = UNetSpec(in_channels, classes, width, depth, dims, padding, norm, dropout, up)
         self.spec = spec
         widths = [width * 2**level for level in range(depth + 1)]
-        self.down = nn.ModuleList(_block(spec, a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
+        self.down = nn.ModuleList(conv_block(spec, a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
         self.pool = (nn.MaxPool2d if dims == 2 else nn.MaxPool3d)(2)
         self.dropout = nn.Dropout(dropout)
         self.up = nn.ModuleList(_up(spec, 2 * b, b) for b in reversed(widths[:-1]))
-        self.merge = nn.ModuleList(_block(spec, 2 * b, b) for b in reversed(widths[:-1]))
+        self.merge = nn.ModuleList(conv_block(spec, 2 * b, b) for b in reversed(widths[:-1]))
         self.head = _conv(spec)(width, classes, 1)
         initialize(self)
 
@@ -215,7 +215,7 @@ def _conv(spec: UNetSpec) -> type[nn.Conv2d] | type[nn.Conv3d]:
     return nn.Conv2d if spec.dims == 2 else nn.Conv3d
 
 
-def _block(spec: UNetSpec, channels_in: int, channels_out: int) -> nn.Sequential:
+def conv_block(spec: UNetSpec, channels_in: int, channels_out: int) -> nn.Sequential:
     """Two 3 x 3 convolutions, each followed by (BatchNorm and) ReLU."""
     layers: list[nn.Module] = []
     for a in (channels_in, channels_out):

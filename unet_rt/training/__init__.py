@@ -1,10 +1,13 @@
 """Training of the reference networks (PyTorch; ``pip install unet-rt[train]``)."""
 
-from .samples import Augmentation, Sample, normalized, prepare, split_by_blocks
+from .augment import Augmentation, Tiles
+from .components import components
+from .samples import MaskKind, Sample, normalized, prepare, sample_of, split_by_blocks
 from .trainer import (
     Progress,
     Recipe,
     TrainingError,
+    class_iou,
     evaluate,
     iou,
     load_checkpoint,
@@ -17,18 +20,23 @@ from .weights import border_weights, class_weights, separate
 
 __all__ = [
     "Augmentation",
+    "MaskKind",
     "Progress",
     "Recipe",
     "Sample",
+    "Tiles",
     "TrainingError",
     "border_weights",
+    "class_iou",
     "class_weights",
+    "components",
     "evaluate",
     "iou",
     "load_checkpoint",
     "normalized",
     "predict_whole",
     "prepare",
+    "sample_of",
     "save_checkpoint",
     "separate",
     "split_by_blocks",

@@ -1,10 +1,10 @@
-"""What a network is trained on: normalised images with targets and weights, cut into tiles with mirrored borders."""
+"""What a network is trained on: normalised images with targets and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,11 @@ from unet_rt.errors import ImageError
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
 
+from .components import components
 from .weights import F32, Labels, border_weights, separate
+
+# What the numbers of a mask mean: 0 against everything else; one id per object; one number per class.
+MaskKind = Literal["binary", "instances", "classes"]
 
 
 @dataclass(frozen=True)
@@ -26,33 +30,14 @@ class Sample:
         image: (C, Y, X) float32, normalised over the whole image.
         target: (Y, X) uint8 class of every pixel; touching objects are separated by background.
         weight: (Y, X) float32 border term of the weight map (the class term is added by the trainer).
-        truth: (Y, X) bool foreground as annotated, without the separating lines: what IoU is measured against.
+        truth: (Y, X) uint8 class as annotated, without the separating lines: what figures are measured against.
     """
 
     name: str
     image: F32
     target: npt.NDArray[np.uint8]
     weight: F32
-    truth: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of a tile; each costs less than a tenth of a training step.
-
-    Attributes:
-        flip: Mirror left and right, half of the time.
-        turn: Quarter turns.
-        gain: Contrast is multiplied by ``exp(N(0, gain))``.
-        offset: Added grey value, deviation in normalised units.
-        noise: Largest deviation of added pixel noise, normalised units.
-    """
-
-    flip: bool = True
-    turn: bool = True
-    gain: float = 0.2
-    offset: float = 0.03
-    noise: float = 0.03
+    truth: npt.NDArray[np.uint8]
 
 
 def normalized(image: npt.NDArray[Any], normalization: Normalization, name: str = "image") -> F32:
@@ -71,17 +56,32 @@ def prepare(
     labels: Labels,
     normalization: Normalization,
     *,
+    masks: MaskKind = "instances",
     w0: float = 10.0,
     sigma_px: float = 5.0,
 ) -> Sample:
-    """Sample of an image (Y, X) or (C, Y, X) and its instance ids (Y, X)."""
+    """Sample of an image (Y, X) or (C, Y, X) and its mask (Y, X)."""
     planes = image[None] if image.ndim == 2 else image
     if planes.ndim != 3 or labels.shape != planes.shape[1:]:
         raise ImageError(f"{name}: image {image.shape} and mask {labels.shape} do not match; give (C, Y, X) and (Y, X)")
-    pixels = normalized(planes, normalization, name)
-    target = separate(labels)
-    weight = border_weights(labels * target, w0=w0, sigma_px=sigma_px)
-    return Sample(name, pixels, target.astype(np.uint8), weight, labels > 0)
+    return sample_of(name, normalized(planes, normalization, name), labels, masks=masks, w0=w0, sigma_px=sigma_px)
+
+
+def sample_of(
+    name: str, pixels: F32, labels: Labels, *, masks: MaskKind = "instances", w0: float = 10.0, sigma_px: float = 5.0
+) -> Sample:
+    """Sample of normalised pixels (C, Y, X) and a mask (Y, X) of ``masks`` kind.
+
+    Instance ids become background and foreground, with background between touching objects. The border weights of a
+    binary mask are those of its connected parts; masks of classes have them around the parts of any class but 0.
+    """
+    if masks == "instances":
+        target = separate(labels)
+        weight = border_weights(labels * target, w0=w0, sigma_px=sigma_px)
+        return Sample(name, pixels, target.astype(np.uint8), weight, (labels > 0).astype(np.uint8))
+    classes = (labels > 0).astype(np.uint8) if masks == "binary" else labels.astype(np.uint8)
+    weight = border_weights(components(classes > 0), w0=w0, sigma_px=sigma_px)
+    return Sample(name, pixels, classes, weight, classes)
 
 
 def split_by_blocks(samples: Sequence[Sample], share: float = 0.2) -> tuple[list[Sample], list[Sample]]:
@@ -109,53 +109,3 @@ def _rows(s: Sample, start: int, stop: int, part: str) -> Sample:
 def padded(image: F32, low: int, high: Sequence[int]) -> F32:
     """(C, Y, X) with ``low`` mirrored pixels before and ``high`` after, repeatedly if the image is small."""
     return np.pad(image, ((0, 0), *((low, h) for h in high)), mode="reflect")
-
-
-class Tiles:
-    """An endless seeded stream of training tiles.
-
-    Args:
-        samples: What to cut; an image is drawn with a chance proportional to the square root of its area.
-        tile_px: Input size of a tile.
-        out_px: Output size of the network for it; the rest is margin, mirrored at the image's borders.
-    """
-
-    def __init__(
-        self, samples: Sequence[Sample], tile_px: int, out_px: int, augmentation: Augmentation, rng: np.random.Generator
-    ) -> None:
-        if not samples:
-            raise ImageError("no images to train on; give at least one with its mask")
-        self.rng, self.augmentation, self.tile_px, self.out_px = rng, augmentation, tile_px, out_px
-        margin = (tile_px - out_px) // 2
-        self._samples = []
-        for s in samples:
-            grow = [max(0, out_px - n) for n in s.target.shape]
-            flat = (padded(a[None], 0, grow)[0] for a in (s.target.astype(np.float32), s.weight))
-            target, weight = flat
-            self._samples.append((padded(s.image, margin, [margin + g for g in grow]), target.astype(np.int64), weight))
-        area = np.sqrt([t.size for _, t, _ in self._samples])
-        self._chance = area / area.sum()
-
-    def draw(self, count: int) -> tuple[F32, npt.NDArray[np.int64], F32]:
-        """Images (count, C, tile, tile), targets and border weights (count, out, out)."""
-        tiles = [self._one() for _ in range(count)]
-        images, targets, weights = (np.stack(column) for column in zip(*tiles, strict=True))
-        return images, targets, weights
-
-    def _one(self) -> tuple[F32, npt.NDArray[np.int64], F32]:
-        rng, how = self.rng, self.augmentation
-        image, target, weight = self._samples[int(rng.choice(len(self._samples), p=self._chance))]
-        y, x = (int(rng.integers(n - self.out_px + 1)) for n in target.shape)
-        cut = (slice(y, y + self.out_px), slice(x, x + self.out_px))
-        image = image[:, y : y + self.tile_px, x : x + self.tile_px]
-        target, weight = target[cut], weight[cut]
-        if how.turn and (quarter := int(rng.integers(4))):
-            image = np.rot90(image, quarter, (1, 2))
-            target, weight = np.rot90(target, quarter), np.rot90(weight, quarter)
-        if how.flip and rng.random() < 0.5:
-            image, target, weight = image[..., ::-1], target[:, ::-1], weight[:, ::-1]
-        gain = np.float32(np.exp(rng.normal(0, how.gain)))
-        image = gain * image + np.float32(rng.normal(0, how.offset))
-        if how.noise:
-            image += np.float32(rng.uniform(0, how.noise)) * rng.standard_normal(image.shape, np.float32)
-        return image, target, weight

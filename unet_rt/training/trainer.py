@@ -1,11 +1,13 @@
-"""A minimal trainer: weighted cross entropy, Adam or the paper's SGD, best weights by validation IoU, seeded."""
+"""The trainer: weighted cross entropy, the paper's SGD or Adam, best weights by validation IoU, seeded and resumable."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,12 +20,17 @@ from torch.nn import functional
 
 from unet_rt.contract import Contract
 from unet_rt.errors import UnetRtError
-from unet_rt.models import UNet, UNetSpec
+from unet_rt.models import Network, architecture_of, network_of
 
-from .samples import Augmentation, Sample, Tiles, padded
+from .augment import Augmentation, Tiles
+from .samples import Sample, padded
 from .weights import F32, class_weights
 
 CHECKPOINT_FORMAT = 1
+STATE_FORMAT = 1
+STATE_SECONDS = 60.0  # a kill costs at most so much work
+WHOLE_PX = 1536  # larger images are predicted by windows of this size: activations of a whole slide fit nowhere
+MARGIN_PX = 128  # of those windows
 
 
 class TrainingError(UnetRtError):
@@ -35,29 +42,47 @@ class Recipe:
     """How to train; with a seed, all that the result depends on beside data and machine.
 
     Attributes:
-        steps: Parameter updates.
+        steps: Parameter updates; 0: as many as fit into ``minutes``.
+        minutes: Training stops after that time, its learning rate having fallen to nothing. The result then depends on
+            the speed of the machine.
         tile_px: Input size of a training tile (the network must accept it).
         batch: Tiles per step.
         optimizer: ``adam``, or ``sgd``: the paper's, momentum 0.99.
         learning_rate: At the start; it falls to nothing along a cosine, after a short warm-up.
+        clip_norm: Longest gradient; longer ones are shortened to it. 0: none is.
         balance: Exponent of the class weights; 1 gives each class the same say (the paper's), 0 each pixel.
         w0, sigma_px: The border term of the weight map (already in the samples; kept for the record).
         augmentation: Random changes of a tile.
-        validate_every: Steps between validations.
+        validate_every: Steps between validations; 0: twenty times in all.
+        precision: ``fp32``, or ``bf16``: mixed precision, on CUDA devices.
         seed: Of initial weights, tiles, augmentation and dropout.
     """
 
     steps: int = 2000
+    minutes: float | None = None
     tile_px: int = 256
     batch: int = 4
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 3e-3
+    clip_norm: float = 0.0
     balance: float = 1.0
     w0: float = 10.0
     sigma_px: float = 5.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     validate_every: int = 250
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 and self.minutes is None:
+            raise ValueError(f"recipe has {self.steps} steps; use 1 or more, or minutes")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"recipe has {self.minutes} minutes; use more than 0")
+        for name, least in (("tile_px", 1), ("batch", 1), ("validate_every", 0), ("steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"recipe {name} is {getattr(self, name)}; use {least} or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning rate is {self.learning_rate}; use more than 0, e.g. 1e-3")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,65 +90,203 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """State after a validation: step, mean training loss since the last one, mean IoU over validation images."""
+    """State after a validation: step, mean training loss since the last one, mean IoU over validation images.
+
+    ``seconds`` are those of training so far, ``share`` is how much of it is done.
+    """
 
     step: int
     loss: float
     iou: float
     best: bool
+    seconds: float = 0.0
+    share: float = 1.0
 
 
 def train(
-    network: UNet,
+    network: Network,
     training: Sequence[Sample],
     validation: Sequence[Sample],
     recipe: Recipe,
     *,
+    device: torch.device | str = "cpu",
+    state: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     report: Callable[[Progress], None] | None = None,
+    progress: Callable[[float, int, float], None] | None = None,
 ) -> list[Progress]:
     """Train ``network`` in place and leave it, in evaluation mode, with the weights of the best validation IoU.
 
-    The initial weights are the network's own: seed torch before making it.
+    The initial weights are the network's own: seed torch before making it. On a CPU, the same seed gives the same
+    weights, also if training was interrupted in between; on a CUDA device they agree to rounding.
+
+    Args:
+        network: Moved to ``device``.
+        training, validation: From :func:`split_by_blocks`, say.
+        recipe: How.
+        device: ``cpu`` or ``cuda:N``.
+        state: File that holds all that is needed to go on after a kill; replaced after each validation and every
+            minute, removed at the end.
+        resume: Go on from ``state``.
+        report: Called after each validation, when the network holds the current weights.
+        progress: Called after each step with the share of work that is done, the step and the last known loss.
 
     Raises:
-        TrainingError: the loss became NaN or infinite. The network then holds the best weights so far.
+        TrainingError: the loss became NaN or infinite (the network then holds the best weights so far), or ``state``
+            is of another training.
     """
-    rng = np.random.default_rng(recipe.seed)
-    torch.manual_seed(recipe.seed)
-    tiles = Tiles(training, recipe.tile_px, network.spec.out_size(recipe.tile_px), recipe.augmentation, rng)
-    share = torch.from_numpy(class_weights([s.target for s in training], network.spec.classes, balance=recipe.balance))
-    optimizer = _optimizer(network, recipe)
-    history: list[Progress] = []
-    best: dict[str, torch.Tensor] = copy.deepcopy(network.state_dict())
-    best_iou, losses = -1.0, list[float]()
+    place = torch.device(device)
+    network.to(place)
+    spec = network.spec
+    if place.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # stubs miss it
+    tiles = Tiles(training, recipe.tile_px, spec.out_size(recipe.tile_px), recipe.augmentation, recipe.seed, place)
+    share = torch.from_numpy(class_weights([s.target for s in training], spec.classes, balance=recipe.balance))
+    run = _Run(network, _optimizer(network, recipe), recipe)
+    if resume and state is not None:
+        run.load(Path(state), place)
+    share = share.to(place)
+    clock = _Clock(run.seconds)
+    last_saved = clock.seconds()
+    rounding: contextlib.AbstractContextManager[Any]
     try:
-        for step in range(1, recipe.steps + 1):
+        while (done := _done(recipe, run.step, clock.seconds())) < 1:
             network.train()
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _schedule(step / recipe.steps)
-            image, target, border = map(torch.from_numpy, tiles.draw(recipe.batch))
-            loss = weighted_cross_entropy(network(image), target, share[target] + border)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(
-                    f"loss is {loss.item()} at step {step}; the best weights so far (validation IoU {best_iou:.3f}) "
-                    f"are kept. Lower the learning rate from {recipe.learning_rate:g}, or look at the normalisation"
-                )
-            optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            for group in run.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * _schedule(_done(recipe, run.step, clock.seconds()))
+            image, target, border = tiles.draw(recipe.batch, run.step)
+            # Dropout draws from torch's own generators: one seed per step lets training go on anywhere.
+            torch.manual_seed((recipe.seed << 32) + run.step)
+            rounding = (
+                torch.autocast(place.type, torch.bfloat16) if recipe.precision == "bf16" else contextlib.nullcontext()
+            )
+            if place.type == "cuda":
+                image = image.contiguous(memory_format=torch.channels_last)
+            with rounding:
+                logits = network(image)
+            loss = weighted_cross_entropy(logits.float(), target, share[target] + border)
+            run.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(loss.item())
-            if step % recipe.validate_every == 0 or step == recipe.steps:
+            if recipe.clip_norm:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+            # Asking a CUDA device for each loss would have it wait for the next step: there, ask every 20.
+            run.pending.append(loss.detach())
+            finished = _done(recipe, run.step, clock.seconds())
+            due = _due(recipe, run.step, done, finished)
+            if place.type != "cuda" or len(run.pending) >= 20 or due:
+                run.collect()
+            run.optimizer.step()
+            if progress is not None:
+                progress(finished, run.step, run.losses[-1] if run.losses else math.nan)
+            if due:
                 iou = float(np.mean(evaluate(network, validation)))
-                history.append(Progress(step, float(np.mean(losses)), iou, iou > best_iou))
-                losses.clear()
-                if iou > best_iou:
-                    best_iou, best = iou, copy.deepcopy(network.state_dict())
+                run.validated(iou, clock.seconds(), finished)
                 if report is not None:
-                    report(history[-1])
+                    report(run.history[-1])
+            run.seconds = clock.seconds()
+            if state is not None and finished < 1 and (due or run.seconds - last_saved > STATE_SECONDS):
+                run.collect()
+                run.save(Path(state))
+                last_saved = run.seconds
     finally:
-        network.load_state_dict(best)
+        network.load_state_dict(run.best)
         network.eval()
-    return history
+    if state is not None:
+        Path(state).unlink(missing_ok=True)
+    return run.history
+
+
+class _Clock:
+    """Seconds of training, those of earlier runs included."""
+
+    def __init__(self, before: float) -> None:
+        self._begun = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+
+class _Run:
+    """All that changes while training: what is saved to go on after a kill."""
+
+    def __init__(self, network: Network, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        self.network, self.optimizer, self.recipe = network, optimizer, recipe
+        self.step, self.seconds, self.best_iou = 0, 0.0, -1.0
+        self.losses: list[float] = []
+        self.pending: list[torch.Tensor] = []
+        self.history: list[Progress] = []
+        self.best: dict[str, torch.Tensor] = copy.deepcopy(network.state_dict())
+
+    def collect(self) -> None:
+        """Losses of the last steps as numbers. TrainingError if one is not finite."""
+        if not self.pending:
+            return
+        values = torch.stack(self.pending).tolist()
+        first = self.step - len(values) + 1
+        self.pending.clear()
+        for k, value in enumerate(values):
+            if not math.isfinite(value):
+                kept = f"the best weights so far (validation IoU {self.best_iou:.3f}) are kept"
+                raise TrainingError(
+                    f"loss is {value} at step {first + k}; "
+                    f"{kept if self.best_iou >= 0 else 'the initial weights are kept'}. "
+                    f"Lower the learning rate from {self.recipe.learning_rate:g}, or look at the normalisation"
+                )
+        self.losses += values
+
+    def validated(self, iou: float, seconds: float, share: float) -> None:
+        better = iou > self.best_iou
+        self.history.append(Progress(self.step, float(np.mean(self.losses)), iou, better, seconds, min(share, 1.0)))
+        self.losses.clear()
+        if better:
+            self.best_iou, self.best = iou, copy.deepcopy(self.network.state_dict())
+
+    def save(self, path: Path) -> None:
+        content = {
+            "format": STATE_FORMAT,
+            "recipe": json.dumps(self.recipe.to_json()),
+            "architecture": architecture_of(self.network),
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "numbers": [self.step, self.seconds, self.best_iou],
+            "losses": self.losses,
+            "history": json.dumps([asdict(p) for p in self.history]),
+        }
+        write_torch(path, content)
+
+    def load(self, path: Path, place: torch.device) -> None:
+        content = read_torch(path, place)
+        if content.get("format") != STATE_FORMAT or "optimizer" not in content:
+            raise TrainingError(f"{path} is not the state of a training; train anew without resuming")
+        then, now = json.loads(content["recipe"]), json.loads(json.dumps(self.recipe.to_json()))
+        then["architecture"], now["architecture"] = content["architecture"], architecture_of(self.network)
+        other = [f"{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k]]
+        if other:
+            raise TrainingError(f"{path} is of another training: {'; '.join(other)}; repeat its options, or train anew")
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.best = content["best"]
+        self.step, self.seconds, self.best_iou = int(content["numbers"][0]), *map(float, content["numbers"][1:])
+        self.losses = list(content["losses"])
+        self.history = [Progress(**p) for p in json.loads(content["history"])]
+
+
+def _done(recipe: Recipe, step: int, seconds: float) -> float:
+    """Share of the work that is done, by steps or by time, whichever is further."""
+    by_steps = step / recipe.steps if recipe.steps else 0.0
+    by_time = seconds / (60 * recipe.minutes) if recipe.minutes is not None else 0.0
+    return max(by_steps, by_time)
+
+
+def _due(recipe: Recipe, step: int, before: float, after: float) -> bool:
+    """Whether to validate after ``step``, which took the share of work done from ``before`` to ``after``."""
+    if after >= 1:
+        return True
+    if recipe.validate_every:
+        return step % recipe.validate_every == 0
+    return int(20 * after) > int(20 * before)
 
 
 def weighted_cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -135,34 +298,57 @@ def weighted_cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: t
     return (weight * each).sum() / weight.sum()
 
 
-def predict_whole(network: UNet, image: F32) -> F32:
-    """Logits (K, Y, X) of a normalised image (C, Y, X), computed at once with mirrored borders."""
+def predict_whole(network: Network, image: F32) -> F32:
+    """Logits (K, Y, X) of a normalised image (C, Y, X), computed with mirrored borders on the network's device.
+
+    At once up to 1536 px a side; larger images by windows with a margin, which is near enough for validation.
+    """
+    shape = image.shape[1:]
+    if max(shape) <= WHOLE_PX:
+        return _predict_window(network, image)
+    step = WHOLE_PX - 2 * MARGIN_PX
+    logits = np.empty((network.spec.classes, *shape), np.float32)
+    for y in range(0, shape[0], step):
+        for x in range(0, shape[1], step):
+            top, left = max(0, y - MARGIN_PX), max(0, x - MARGIN_PX)
+            window = image[:, top : y + step + MARGIN_PX, left : x + step + MARGIN_PX]
+            part = _predict_window(network, window)[:, y - top : y - top + step, x - left : x - left + step]
+            logits[:, y : y + step, x : x + step] = part
+    return logits
+
+
+def _predict_window(network: Network, image: F32) -> F32:
     spec = network.spec
     shape = image.shape[1:]
-    margin = 0
-    if spec.padding == "valid":
-        size = spec.size_at_least(1)
-        margin = (size - spec.out_size(size)) // 2
+    size = spec.size_at_least(1)
+    margin = (size - spec.out_size(size)) // 2
     wanted = [spec.size_at_least(n + 2 * margin) for n in shape]
     grown = padded(image, margin, [w - n - margin for w, n in zip(wanted, shape, strict=True)])
+    place = next(network.parameters()).device
     with torch.no_grad():
-        logits: F32 = network(torch.from_numpy(grown[None]))[0].numpy()
+        logits: F32 = network(torch.from_numpy(grown[None]).to(place))[0].float().cpu().numpy()
     return logits[:, : shape[0], : shape[1]]
 
 
 def evaluate(
-    network: UNet, samples: Sequence[Sample], *, against: Literal["target", "truth"] = "target"
+    network: Network, samples: Sequence[Sample], *, against: Literal["target", "truth"] = "target"
 ) -> list[float]:
-    """Foreground IoU of every sample.
+    """IoU of every sample: of the foreground, or the mean over classes but the background.
 
-    ``target`` has background lines between touching objects, as the network was asked to draw them; ``truth`` is the
-    annotated foreground, where each such line counts as an error.
+    ``target`` has background lines between touching objects, as the network was asked to draw them; ``truth`` is what
+    was annotated, where each such line counts as an error.
     """
     was_training = network.training
     network.eval()
-    found = [iou(predict_whole(network, s.image).argmax(0) > 0, getattr(s, against) > 0) for s in samples]
+    found = [class_iou(predict_whole(network, s.image).argmax(0), getattr(s, against)) for s in samples]
     network.train(was_training)
     return found
+
+
+def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
+    """Mean IoU over the classes but 0 that occur in either; 1 where none does."""
+    present = sorted({*np.unique(labels).tolist(), *np.unique(truth).tolist()} - {0})
+    return float(np.mean([iou(labels == k, truth == k) for k in present])) if present else 1.0
 
 
 def iou(mask: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
@@ -172,17 +358,36 @@ def iou(mask: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], network: UNet, contract: Contract, record: dict[str, Any] | None = None
+    path: str | os.PathLike[str], network: Network, contract: Contract, record: dict[str, Any] | None = None
 ) -> None:
     """Architecture, weights, contract and a record, loadable with ``weights_only``. Written whole or not at all."""
     content = {
         "format": CHECKPOINT_FORMAT,
-        "architecture": network.spec.to_json(),
-        "state": network.state_dict(),
+        "architecture": architecture_of(network),
+        "state": {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()},
         "contract": json.dumps(contract.to_json()),
         "record": json.dumps(record or {}),
     }
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    write_torch(Path(path), content)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, Contract, dict[str, Any]]:
+    """Network (evaluation mode), contract and record of :func:`save_checkpoint`. Nothing in it is executed."""
+    content = read_torch(Path(path), torch.device("cpu"))
+    if not isinstance(content, dict) or "format" not in content or "architecture" not in content:
+        raise TrainingError(f"{path} is not a checkpoint of unet-rt; export other modules from Python: urt.export(...)")
+    if content["format"] > CHECKPOINT_FORMAT:
+        raise TrainingError(
+            f"{path} has checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; update unet-rt"
+        )
+    network = network_of(content["architecture"])
+    network.load_state_dict(content["state"])
+    return network.eval(), Contract.from_json(json.loads(content["contract"])), json.loads(content["record"])
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """``torch.save``; whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         torch.save(content, temporary)
         os.replace(temporary, path)
@@ -190,27 +395,27 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNet, Contract, dict[str, Any]]:
-    """Network (evaluation mode), contract and record of :func:`save_checkpoint`. Nothing in it is executed."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or "format" not in content or "architecture" not in content:
-        raise TrainingError(f"{path} is not a checkpoint of unet-rt; export other modules from Python: urt.export(...)")
-    if content["format"] > CHECKPOINT_FORMAT:
+def read_torch(path: Path, place: torch.device) -> Any:
+    """``torch.load`` of tensors and plain values; TrainingError for anything else."""
+    try:
+        return torch.load(path, map_location=place, weights_only=True)
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    except Exception as error:  # unpickling foreign bytes raises anything
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"{path} has checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; update unet-rt"
-        )
-    network = UNet.from_spec(UNetSpec(**content["architecture"]))
-    network.load_state_dict(content["state"])
-    return network.eval(), Contract.from_json(json.loads(content["contract"])), json.loads(content["record"])
+            f"{path} cannot be loaded as weights alone ({first[:200]}); nothing in it is executed. Save a state dict "
+            "(torch.save(module.state_dict(), ...)), or export the module from Python: urt.export(...)"
+        ) from error
 
 
 def _schedule(done: float) -> float:
     """Warm-up over the first 3 %, then half a cosine."""
     warm = 0.03
-    return done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
+    return done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (min(done, 1.0) - warm) / (1 - warm)))
 
 
-def _optimizer(network: UNet, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
     parameters: Iterator[torch.nn.Parameter] = network.parameters()
     if recipe.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=recipe.learning_rate)

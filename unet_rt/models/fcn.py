@@ -1,0 +1,110 @@
+"""FCN-8s of Long, Shelhamer and Darrell (2015), small: the U-Net's predecessor whose skips are sums of class scores.
+
+For comparison on equal terms it has the U-Net's contracting path (two 3 x 3 convolutions per level, ``width`` channels
+at full resolution, doubled by each of four poolings) in place of VGG-16, whose pixels it never saw anyway. What makes
+it an FCN-8s is kept: 1 x 1 convolutions give class scores at strides 16, 8 and, fused by sums, up-sampling by transposed
+convolutions, twice by two and then at once by the rest. In the paper the strides are 32, 16 and 8; with four poolings
+instead of five they are 16, 8 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .unet import UNetSpec, conv_block, initialize
+
+
+@dataclass(frozen=True)
+class FCN8sSpec:
+    """The architecture in values.
+
+    Attributes:
+        in_channels: Channels of the input.
+        classes: Channels of the output (logits).
+        width: Channels of the first level; each level below has twice as many.
+        depth: Number of poolings, from 3.
+        norm: ``none`` or ``batch``.
+        dropout: Probability at the lowest level.
+    """
+
+    in_channels: int = 1
+    classes: int = 2
+    width: int = 64
+    depth: int = 4
+    norm: str = "none"
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.path()
+        if self.depth < 3:
+            raise ValueError(f"FCN8s depth is {self.depth!r}; use a whole number from 3: it fuses three scales")
+
+    def path(self) -> UNetSpec:
+        """The contracting path's terms."""
+        return UNetSpec(
+            self.in_channels,
+            self.classes,
+            self.width,
+            self.depth,
+            padding="same",
+            norm=self.norm,  # type: ignore[arg-type] # checked by the spec
+            dropout=self.dropout,
+        )
+
+    def out_size(self, size: int) -> int:
+        return self.path().out_size(size)
+
+    def size_at_least(self, size: int) -> int:
+        return self.path().size_at_least(size)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class FCN8s(nn.Module):
+    """``(N, in_channels, Y, X)`` float32 -> logits ``(N, classes, Y, X)``; sizes are multiples of ``2 ** depth``."""
+
+    def __init__(self, in_channels: int = 1, classes: int = 2, **values: Any) -> None:
+        super().__init__()
+        self.spec = spec = FCN8sSpec(in_channels, classes, **values)
+        path = spec.path()
+        widths = [spec.width * 2**level for level in range(spec.depth + 1)]
+        self.down = nn.ModuleList(conv_block(path, a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
+        self.pool = nn.MaxPool2d(2)
+        self.dropout = nn.Dropout(spec.dropout)
+        # Scores of the lowest level, of the one above it and of the one above that.
+        self.score = nn.ModuleList(nn.Conv2d(w, classes, 1) for w in reversed(widths[-3:]))
+        rest = 2 ** (spec.depth - 2)
+        factors = (2, 2, rest)
+        ups = [nn.ConvTranspose2d(classes, classes, 2 * f, stride=f, padding=f // 2, bias=False) for f in factors]
+        self.up = nn.ModuleList(ups)
+        initialize(self)
+        with torch.no_grad():
+            for up, factor in zip(ups, factors, strict=True):
+                up.weight.copy_(_bilinear(classes, 2 * factor))
+
+    @classmethod
+    def from_spec(cls, spec: FCN8sSpec) -> FCN8s:
+        return cls(**spec.to_json())
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: list[Tensor] = []
+        for level, part in enumerate(self.down):
+            x = part(self.pool(x) if level else x)
+            features.append(x)
+        scores = self.score[0](self.dropout(features[-1]))
+        for k in (1, 2):
+            scores = self.up[k - 1](scores) + self.score[k](features[-1 - k])
+        logits: Tensor = self.up[2](scores)
+        return logits
+
+
+def _bilinear(classes: int, size: int) -> Tensor:
+    """Kernel (classes, classes, size, size) of bilinear interpolation, each class from itself: where the paper starts."""
+    factor = size // 2
+    ramp = 1 - (torch.arange(size) - (size - 1) / 2).abs() / factor
+    return torch.eye(classes)[:, :, None, None] * ramp[:, None] * ramp

@@ -1,0 +1,350 @@
+"""From a folder of images and masks to a checkpoint: ``unet-rt train``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from unet_rt._version import __version__
+from unet_rt.contract import Contract, Normalization
+from unet_rt.errors import BackendError, ContractError, OutputError
+from unet_rt.models import Network, network_of
+
+from .augment import Augmentation
+from .curves import training_curves
+from .folder import DataSet, read_folder
+from .samples import MaskKind, Sample, split_by_blocks
+from .trainer import Progress, Recipe, TrainingError, evaluate, save_checkpoint, train
+from .weights import class_weights
+
+NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
+VALIDATION_SHARE = 0.2
+FIELDS = {f.name for f in fields(Recipe)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; None: chosen for the data and the device.
+
+    Attributes:
+        preset: ``default`` serves data sets that nobody has seen: same padding, BatchNorm, Adam, small enough for the
+            device. ``paper`` is the recipe of the paper: unpadded convolutions, tiles of 572 px one at a time, SGD with
+            momentum 0.99, dropout, no BatchNorm, classes balanced.
+        network: ``UNet``, ``FCN8s`` or ``SegNet``.
+        architecture: Values over the preset's, e.g. ``{"width": 32}``.
+        recipe: Values over the preset's, e.g. ``{"steps": 500}``.
+        normalization: Of the images.
+        masks_are: What the numbers of the masks mean.
+        images, masks: Sub-folders.
+        axes, channels: How images are read.
+        augment: False: tiles are windows of the images as they are.
+        limit: At most so many images are trained on, the first ones.
+        device: ``auto``, ``cpu`` or ``cuda[:N]``.
+        threads: Of torch on the CPU; 0: as many as this process may use.
+    """
+
+    preset: Literal["default", "paper"] = "default"
+    network: str = "UNet"
+    architecture: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    normalization: Normalization = NORMALIZATION
+    masks_are: MaskKind | None = None
+    images: str | None = None
+    masks: str | None = None
+    axes: str | None = None
+    channels: Sequence[int] | str | None = None
+    augment: bool = True
+    limit: int | None = None
+    device: str = "auto"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of a training.
+
+    Attributes:
+        path: The checkpoint.
+        curves: Picture of loss and IoU.
+        best: The validation that was kept.
+        history: All validations.
+        record: As stored in the checkpoint.
+    """
+
+    path: Path
+    curves: Path
+    best: Progress
+    history: tuple[Progress, ...]
+    record: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.path),
+            "curves": str(self.curves),
+            "best": asdict(self.best),
+            "history": [asdict(p) for p in self.history],
+            "record": self.record,
+        }
+
+
+def device_of(name: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda[:N]`` as torch's device. BackendError where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    head, _, number = name.partition(":")
+    if head != "cuda" or (number and not number.isdecimal()):
+        raise BackendError(f"device {name!r} is not known; use auto, cpu or cuda[:N]")
+    if not torch.cuda.is_available():
+        raise BackendError(f"torch {torch.__version__} sees no CUDA device; install a CUDA build, or use --device cpu")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise BackendError(f"there is no device {name}; torch sees {torch.cuda.device_count()}, counted from 0")
+    return torch.device(name)
+
+
+def planned(options: Options, place: torch.device, channels: int, classes: int) -> tuple[dict[str, Any], Recipe]:
+    """(architecture, recipe) of the preset for a device, with the user's values over it."""
+    cuda = place.type == "cuda"
+    architecture: dict[str, Any] = {"network": options.network, "in_channels": channels, "classes": classes}
+    values: dict[str, Any]
+    if options.preset == "paper":
+        architecture |= {"width": 64, "depth": 4, "norm": "none", "dropout": 0.5}
+        values = {"steps": 20000, "tile_px": 572, "batch": 1, "optimizer": "sgd", "learning_rate": 1e-3}
+        values |= {"balance": 1.0, "clip_norm": 1.0, "validate_every": 0}
+        if options.network == "UNet":
+            architecture |= {"padding": "valid", "up": "transposed"}
+    else:
+        architecture |= {"width": 32 if cuda else 16, "depth": 4, "norm": "batch", "dropout": 0.2}
+        values = {"steps": 4000, "batch": 8} if cuda else {"steps": 1000, "batch": 2}
+        values |= {"tile_px": 256, "learning_rate": 2e-3, "balance": 0.5, "validate_every": 0}
+        if options.network == "UNet":
+            architecture |= {"padding": "same", "up": "transposed"}
+    values["precision"] = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    values["augmentation"] = Augmentation() if options.augment else Augmentation.none()
+    if unknown := set(options.recipe) - FIELDS:
+        raise ContractError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(FIELDS))}")
+    if options.recipe.get("minutes") is not None and "steps" not in options.recipe:
+        values["steps"] = 0
+    try:
+        recipe = Recipe(**{**values, **options.recipe})
+    except ValueError as error:
+        raise ContractError(str(error)) from error
+    if recipe.precision == "bf16" and not cuda:
+        raise BackendError("mixed precision trains on CUDA devices only; use precision fp32 on a CPU")
+    return architecture | options.architecture, recipe
+
+
+def fitting_tile(network: Network, tile_px: int, samples: Sequence[Sample]) -> int:
+    """A tile that the network accepts and that is not larger than the images ask for."""
+    spec = network.spec
+    margin = 2 * ((spec.size_at_least(1) - spec.out_size(spec.size_at_least(1))) // 2)
+    typical = int(statistics.median(max(s.target.shape) for s in samples))
+    return spec.size_at_least(min(tile_px, spec.size_at_least(typical + margin)))
+
+
+def fit(
+    folder: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    progress: Callable[[float, int, float], None] | None = None,
+) -> Fit:
+    """Train a network on a folder; the best one so far is in ``out`` from the first validation on.
+
+    Args:
+        folder: Images and masks; see :mod:`unet_rt.training.folder`.
+        out: The checkpoint, e.g. ``model.pt``. Beside it: ``model.png`` (curves), and until the end ``model.state.pt``.
+        options: What to choose other than the defaults.
+        resume: Go on where a training that wrote ``out`` was interrupted.
+        overwrite: Replace ``out``.
+        say, report, progress: Told what is done.
+
+    Raises:
+        OutputError: ``out`` exists, or cannot be written.
+        ImageError, ContractError: the data do not serve.
+        TrainingError: the loss is not finite, or there is nothing to resume.
+    """
+    options = options or Options()
+    out = Path(out)
+    state, curves = out.with_name(f"{out.stem}.state.pt"), out.with_suffix(".png")
+    _check_out(out, state, resume, overwrite)
+    place = device_of(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    folder = Path(folder)
+    seed = int(options.recipe.get("seed", 0))
+    sizes = {k: options.recipe[k] for k in ("w0", "sigma_px") if k in options.recipe}
+    data = read_folder(
+        folder,
+        options.normalization,
+        images=options.images,
+        masks=options.masks,
+        masks_are=options.masks_are,
+        axes=options.axes,
+        channels=options.channels,
+        **sizes,
+    )
+    for note in data.notes:
+        say(note)
+    training, validation = split(data, say)
+    if options.limit is not None:
+        training = training[: options.limit]
+        _check_classes(training, len(data.classes), "training")
+    architecture, recipe = planned(options, place, len(data.channels), len(data.classes))
+    torch.manual_seed(seed)
+    try:
+        network = network_of(architecture)
+        recipe = replace(recipe, tile_px=fitting_tile(network, recipe.tile_px, training))
+    except ValueError as error:
+        raise ContractError(str(error)) from error
+    parameters = sum(p.numel() for p in network.parameters())
+    say(
+        f"{len(training)} images to train on, {len(validation)} to validate ({_names(validation)}), "
+        f"{len(data.channels)} channel{'s' if len(data.channels) > 1 else ''}, {len(data.classes)} classes"
+    )
+    long = f"{recipe.steps} steps" if recipe.steps else f"{recipe.minutes:g} minutes"
+    say(
+        f"{architecture['network']} of {parameters:,} parameters on {_device_name(place)}, {recipe.precision}: {long} of "
+        f"{recipe.batch} tile{'s' if recipe.batch > 1 else ''} of {recipe.tile_px} px, {recipe.optimizer}"
+    )
+    contract = Contract(
+        axes="NCYX",
+        channels=data.channels,
+        value_range=data.value_range,
+        normalization=options.normalization,
+        task="multiclass",
+        output_is="logits",
+        classes=data.classes,
+        pixel_size_um=data.pixel_size_um,
+        trained_tile=(recipe.tile_px, recipe.tile_px),
+        border="mirror",
+    )
+    record: dict[str, Any] = {
+        "preset": options.preset,
+        "parameters": parameters,
+        "recipe": recipe.to_json(),
+        "data": {
+            "masks": data.masks,
+            "classes": list(data.classes),
+            "training": [s.name for s in training],
+            "validation": [s.name for s in validation],
+            "notes": list(data.notes),
+        },
+        "device": _device_name(place),
+        "versions": {
+            "unet_rt": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    history: list[Progress] = []
+    if resume:
+        history += _history(state)
+        say(f"going on after step {history[-1].step if history else 0}")
+
+    def keep(now: Progress) -> None:
+        history.append(now)
+        if now.best:
+            _save(out, network, contract, record, history)
+        training_curves(history, curves)
+        report(now)
+
+    train(
+        network,
+        training,
+        validation,
+        recipe,
+        device=place,
+        state=state,
+        resume=resume,
+        report=keep,
+        progress=progress,
+    )
+    network.to("cpu")
+    best = max(history, key=lambda p: p.iou)
+    record["annotated_iou"] = {
+        s.name: round(v, 4) for s, v in zip(validation, evaluate(network, validation, against="truth"), strict=True)
+    }
+    _save(out, network, contract, record, history)
+    return Fit(out, curves, best, tuple(history), record)
+
+
+def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tuple[list[Sample], list[Sample]]:
+    """(training, validation) by blocks; each holds every class, or the user is told."""
+    training, validation = split_by_blocks(data.samples, VALIDATION_SHARE)
+    _check_classes(training, len(data.classes), "training")
+    there = {int(k) for s in validation for k in np.unique(s.target)}
+    for k in sorted(set(range(1, len(data.classes))) - there):
+        say(f"no pixel of {data.classes[k]} in the validation part: its IoU is not watched")
+    return training, validation
+
+
+def _check_classes(training: Sequence[Sample], classes: int, part: str) -> None:
+    try:
+        class_weights([s.target for s in training], classes)
+    except ValueError as error:
+        raise ContractError(f"the {part} part: {error}; give more images, in another order of names") from error
+
+
+def _check_out(out: Path, state: Path, resume: bool, overwrite: bool) -> None:
+    if out.suffix not in (".pt", ".pth"):
+        raise OutputError(f"{out} is no name for a checkpoint; use one that ends in .pt")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out.parent} is no folder; make it, or choose another --out")
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder; choose a file name, e.g. {out / 'model.pt'}")
+    if resume:
+        if not state.exists():
+            raise TrainingError(f"{state} does not exist, so that there is nothing to resume; train without --resume")
+    elif state.exists() and not overwrite:
+        raise OutputError(
+            f"{state} is left from a training that was interrupted; pass --resume to go on, --overwrite to begin anew"
+        )
+    elif out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; pass --overwrite to replace it, or choose another --out")
+
+
+def _history(state: Path) -> list[Progress]:
+    from .trainer import read_torch
+
+    return [Progress(**p) for p in json.loads(read_torch(state, torch.device("cpu"))["history"])]
+
+
+def _save(out: Path, network: Network, contract: Contract, record: dict[str, Any], history: Sequence[Progress]) -> None:
+    best = max(history, key=lambda p: p.iou)
+    figures = {
+        "validation_iou": round(best.iou, 4),
+        "best_step": best.step,
+        "seconds": round(history[-1].seconds, 1),
+        "history": [[p.step, round(p.loss, 5), round(p.iou, 5)] for p in history],
+    }
+    try:
+        save_checkpoint(out, network, contract, {**record, **figures})
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise OutputError(f"{out} cannot be written ({str(error).splitlines()[0]}); free some space") from error
+
+
+def _names(samples: Sequence[Sample]) -> str:
+    shown = [s.name for s in samples[:3]]
+    return ", ".join(shown) + (", ..." if len(samples) > 3 else "")
+
+
+def _device_name(place: torch.device) -> str:
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+__all__ = ["Fit", "Options", "device_of", "fit", "fitting_tile", "planned", "split"]

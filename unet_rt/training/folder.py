@@ -1,0 +1,454 @@
+"""A folder of images and masks becomes samples: who belongs to whom, and what the numbers of a mask mean.
+
+A file is an image or a mask by the words in its folders' names (or, where those do not say, in its own name); image and
+mask belong together if their paths agree without these words: ``images/a.png`` and ``masks/a.png``, ``a.png`` and
+``a_mask.png``, ``train/image/0.png`` and ``train/label/0.png``, ``01/t012.tif`` and ``01_GT/SEG/man_seg012.tif`` (the
+Cell Tracking Challenge), ``train-volume.tif`` and ``train-labels.tif``. Where an image lies alone in its folder, several
+masks beside it are one object each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unet_rt.contract import Contract, Normalization
+from unet_rt.errors import ContractError, ImageError
+from unet_rt.image import SUFFIXES, Source, open_image
+from unet_rt.normalize import affine, normalised
+
+from .samples import MaskKind, Sample, sample_of
+from .weights import F32
+
+IMAGE_WORDS = {"image", "images", "img", "imgs", "im", "raw", "input", "inputs", "frame", "frames", "volume", "photo"}
+MASK_WORDS = {
+    "mask", "masks", "label", "labels", "lbl", "gt", "st", "groundtruth", "truth", "target", "targets", "annotation",
+    "annotations", "seg", "segs", "segmentation", "segmentations", "man", "manual", "binary", "instances",
+}  # fmt: skip
+NEUTRAL_WORDS = {"t", "ground", "png", "tif", "8bit"}  # neither, but may differ between the two
+SKIPPED_FOLDERS = {"tra", "tracking", "overlay", "overlays", "preview"}
+LEAST_PX = 32
+MOST_CLASSES = 64
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask; several masks are one object each."""
+
+    image: Path
+    masks: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What was found in a folder.
+
+    Attributes:
+        samples: In the order of the files' names.
+        channels: Names of the channels.
+        classes: Names of the classes.
+        masks: How the masks were read.
+        value_range: (lowest, highest) raw pixel.
+        pixel_size_um: Where all files agree on it; else empty.
+        notes: Decisions worth knowing, one sentence each.
+    """
+
+    samples: tuple[Sample, ...]
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    masks: MaskKind
+    value_range: tuple[float, float]
+    pixel_size_um: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def find_pairs(folder: Path, images: str | None = None, masks: str | None = None) -> tuple[list[Pair], list[str]]:
+    """(pairs, notes) of a folder.
+
+    Args:
+        folder: Searched with everything below it.
+        images, masks: Sub-folders, where names do not say it. Both or none.
+
+    Raises:
+        ImageError: there is no pair, or an image has two masks of the same name.
+    """
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; check the path")
+    if (images is None) != (masks is None):
+        raise ImageError(f"only the sub-folder of {'images' if masks is None else 'masks'} is named; name both")
+    if images is not None and masks is not None:
+        sides = [_files(folder / images), _files(folder / masks)]
+        for side, files in zip((images, masks), sides, strict=True):
+            if not files:
+                raise ImageError(f"{folder / side}: no file ending in {', '.join(SUFFIXES)}; check the path")
+        found = _matched(
+            [(_key(p.relative_to(folder / images), True), p) for p in sides[0]],
+            [(_key(p.relative_to(folder / masks), True), p) for p in sides[1]],
+        )
+        where = f"{folder / images} and {folder / masks}"
+    else:
+        files = _files(folder)
+        if not files:
+            raise ImageError(f"{folder}: no image in it or below; files ending in {', '.join(SUFFIXES)} are read")
+        found = _by_words(folder, files, own_names=False)
+        if not found[0]:
+            found = _by_words(folder, files, own_names=True)
+        where = str(folder)
+    pairs, alone, orphans = found
+    if not pairs:
+        raise ImageError(
+            f"{where}: {len(alone)} images and {len(orphans)} masks, and no two belong together"
+            f"{_examples(alone, orphans)}; name each mask as its image, in folders images/ and masks/, or name the "
+            "sub-folders (--images, --masks)"
+        )
+    notes = []
+    if alone:
+        notes.append(f"{len(alone)} images without a mask are left out, e.g. {alone[0].name}")
+    if orphans:
+        notes.append(f"{len(orphans)} masks without an image are left out, e.g. {orphans[0].name}")
+    return pairs, notes
+
+
+def _examples(alone: Sequence[Path], orphans: Sequence[Path]) -> str:
+    names = [f"{kind} {files[0].name}" for kind, files in (("image", alone), ("mask", orphans)) if files]
+    return f" (e.g. {', '.join(names)})" if names else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if any(p.startswith((".", "__")) for p in parts) or {p.lower() for p in parts[:-1]} & SKIPPED_FOLDERS:
+            continue
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            found.append(path)
+    return found
+
+
+def _words(name: str) -> list[str]:
+    """Lower-case words and numbers of a name: ``man_seg012`` -> man, seg, 012."""
+    return re.findall(r"[a-z]+|[0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+
+
+Key = tuple[tuple[str, ...], ...]
+
+
+def _key(relative: Path, own_name: bool) -> Key:
+    """The path without the words that tell images from masks; folders that were nothing else are dropped."""
+    parts = [*relative.parts[:-1], relative.stem]
+    drop = IMAGE_WORDS | MASK_WORDS | NEUTRAL_WORDS
+    last = tuple(w for w in _words(parts[-1]) if w not in drop)
+    if not last or not own_name:
+        last = last or tuple(_words(parts[-1]))
+    folders = (tuple(w for w in _words(p) if w not in drop) for p in parts[:-1])
+    return (*(f for f in folders if f), last)
+
+
+def _is_mask(relative: Path, own_names: bool) -> bool:
+    words = [set(_words(p)) for p in relative.parts[:-1]]
+    if own_names:
+        words.append(set(_words(relative.stem)))
+    for part in reversed(words):
+        if part & MASK_WORDS:
+            return True
+        if part & IMAGE_WORDS:
+            return False
+    return False
+
+
+Matched = tuple[list[Pair], list[Path], list[Path]]
+
+
+def _by_words(folder: Path, files: Sequence[Path], own_names: bool) -> Matched:
+    sides: tuple[list[tuple[Key, Path]], list[tuple[Key, Path]]] = ([], [])
+    for path in files:
+        relative = path.relative_to(folder)
+        sides[_is_mask(relative, own_names)].append((_key(relative, own_names), path))
+    return _matched(*sides)
+
+
+def _matched(images: Sequence[tuple[Key, Path]], masks: Sequence[tuple[Key, Path]]) -> Matched:
+    """(pairs, images without masks, masks without images)."""
+    by_key: dict[Key, list[Path]] = defaultdict(list)
+    for key, path in masks:
+        by_key[key].append(path)
+    by_number: dict[Any, list[Path]] = defaultdict(list)
+    for key, path in masks:
+        by_number[_number(key)].append(path)
+    seen: dict[Key, Path] = {}
+    numbers = [_number(key) for key, _ in images]
+    pairs: list[Pair] = []
+    used: set[Path] = set()
+    for (key, path), number in zip(images, numbers, strict=True):
+        found = by_key.get(key, [])
+        if not found and number is not None and numbers.count(number) == 1 and len(by_number[number]) == 1:
+            found = by_number[number]
+        if len(found) > 1:
+            # Two annotators, or gold and silver truth: the gold one.
+            gold = [p for p in found if "gt" in {w for part in p.parts for w in _words(part)}]
+            if len(gold) != 1:
+                raise ImageError(
+                    f"{path.name} has {len(found)} masks: {found[0]}, {found[1]}; name the sub-folders (--images, --masks)"
+                )
+            found = gold
+        if not found:
+            continue
+        if key in seen:
+            raise ImageError(f"{seen[key]} and {path} have the same mask {found[0].name}; keep one of them")
+        seen[key] = path
+        pairs.append(Pair(path, (found[0],)))
+        used.add(found[0])
+    done = {p.image for p in pairs}
+    # One image alone in its folder, and masks beside it: one object each.
+    lonely: dict[Key, list[Path]] = defaultdict(list)
+    pieces: dict[Key, list[Path]] = defaultdict(list)
+    for key, path in images:
+        lonely[key[:-1]].append(path)
+    for key, path in masks:
+        pieces[key[:-1]].append(path)
+    for place, paths in lonely.items():
+        free = [p for p in pieces.get(place, []) if p not in used]
+        if place and len(paths) == 1 and paths[0] not in done and len(lonely) > 1 and free:
+            pairs.append(Pair(paths[0], tuple(free)))
+            done.add(paths[0])
+            used.update(free)
+    pairs.sort(key=lambda p: p.image)
+    return pairs, [p for _, p in images if p not in done], [p for _, p in masks if p not in used]
+
+
+def _number(key: Key) -> tuple[Key, int] | None:
+    """(folder, last number of the name)."""
+    digits = [w for w in key[-1] if w.isdigit()]
+    return (key[:-1], int(digits[-1])) if digits else None
+
+
+def read_folder(
+    folder: Path,
+    normalization: Normalization,
+    *,
+    images: str | None = None,
+    masks: str | None = None,
+    masks_are: MaskKind | None = None,
+    axes: str | None = None,
+    channels: Sequence[int] | str | None = None,
+    w0: float = 10.0,
+    sigma_px: float = 5.0,
+) -> DataSet:
+    """Samples of a folder of images and masks.
+
+    Args:
+        folder: See :func:`find_pairs`.
+        normalization: Of the images.
+        images, masks: Sub-folders, where names do not say it.
+        masks_are: What the numbers of the masks mean; None: told from the masks themselves.
+        axes, channels: How images are read, as in prediction.
+        w0, sigma_px: Of the border weights.
+
+    Raises:
+        ImageError: images and masks do not match, or cannot be read.
+        ContractError: the images have different channels.
+    """
+    pairs, notes = find_pairs(folder, images, masks)
+    channels, names, note = _channels([p.image for p in pairs], axes, channels)
+    notes += note
+    labels = [_labels(p) for p in pairs]
+    kind, said = _kind([plane for stack in labels for plane in stack], masks_are)
+    if any(len(p.masks) > 1 for p in pairs) and masks_are is None:
+        kind, said = "instances", "several masks per image are one object each"
+    notes.append(said)
+    classes, number = _classes(labels, kind)
+    if number is not None:
+        notes.append(f"mask values {', '.join(map(str, number))} are classes {', '.join(map(str, range(len(number))))}")
+        labels = [[np.searchsorted(number, plane) for plane in stack] for stack in labels]
+    samples: list[Sample] = []
+    ranges: list[tuple[float, float]] = []
+    sizes = set()
+    for pair, stack in zip(pairs, labels, strict=True):
+        with _open(pair.image, axes, channels, len(names)) as source:
+            if source.planes != len(stack) or any(plane.shape != source.shape for plane in stack):
+                raise ImageError(
+                    f"{pair.image.name} is {_size(source.planes, source.shape)} and its mask {pair.masks[0].name} "
+                    f"{_size(len(stack), stack[0].shape)}; give masks of the images' sizes"
+                )
+            if min(source.shape) < LEAST_PX:
+                raise ImageError(
+                    f"{pair.image.name} is {_size(1, source.shape)} px; training takes {LEAST_PX} px or more a side"
+                )
+            numbers = affine(normalization, source)
+            sizes.add(source.pixel_size_um)
+            for plane, mask in enumerate(stack):
+                raw = source.read(plane, (0, 0), source.shape)
+                if raw.dtype.kind == "f" and not np.isfinite(raw).all():
+                    raise ImageError(f"{pair.image.name} holds values that are not finite; repair it or leave it out")
+                ranges.append((float(raw.min()), float(raw.max())))
+                pixels: F32 = normalised(raw, numbers.plane(plane))
+                name = pair.image.name + (f" plane {plane}" if source.planes > 1 else "")
+                samples.append(sample_of(name, pixels, mask, masks=kind, w0=w0, sigma_px=sigma_px))
+    found = np.unique([k for s in samples for k in np.unique(s.target)])
+    if len(found) < len(classes):
+        raise ImageError(
+            f"{folder}: the masks hold {'background' if 0 in found else 'foreground'} alone, one class of "
+            f"{len(classes)}; a network cannot learn it from these"
+        )
+    um = sizes.pop() if len(sizes) == 1 else None
+    value_range = (min(low for low, _ in ranges), max(high for _, high in ranges))
+    return DataSet(tuple(samples), names, classes, kind, value_range, tuple(um or ()), tuple(notes))
+
+
+def _size(planes: int, shape: Sequence[int]) -> str:
+    return "x".join(map(str, (planes, *shape) if planes > 1 else shape))
+
+
+def _open(path: Path, axes: str | None, channels: Sequence[int] | str | None, count: int) -> Source:
+    if channels is not None:
+        return open_image(path, Contract(), axes=axes, channels=channels, spatial=2, network_channels=count)
+    try:
+        return open_image(path, Contract(), axes=axes, spatial=2, network_channels=count)
+    except ContractError:
+        if count == 1:  # colour among grey
+            return open_image(path, Contract(), axes=axes, channels="luma", spatial=2, network_channels=1)
+        if count == 3:  # grey among colour
+            return open_image(path, Contract(), axes=axes, channels=(0, 0, 0), spatial=2, network_channels=3)
+        raise
+
+
+def _channels(
+    images: Sequence[Path], axes: str | None, channels: Sequence[int] | str | None
+) -> tuple[Sequence[int] | str | None, tuple[str, ...], list[str]]:
+    """(choice for every image, channel names, notes): grey where grey serves all, colour where most are."""
+    counts: dict[int, list[Path]] = defaultdict(list)
+    for path in images:
+        if channels is not None:
+            with open_image(path, Contract(), axes=axes, channels=channels, spatial=2) as source:
+                counts[source.channels].append(path)
+            continue
+        try:
+            open_image(path, Contract(), axes=axes, spatial=2, network_channels=1).close()
+            counts[1].append(path)
+        except ContractError:
+            with open_image(path, Contract(), axes=axes, spatial=2) as source:
+                counts[source.channels].append(path)
+    if len(counts) == 1:
+        count = next(iter(counts))
+        return channels, _channel_names(count), []
+    if channels is None and set(counts) == {1, 3}:
+        count = 3 if len(counts[3]) > len(counts[1]) else 1
+        how = "grey ones are taken as colour" if count == 3 else "of colour ones the luminance is taken"
+        way = "--channels 0,0,0" if count == 3 else "--channels luma"
+        return None, _channel_names(count), [
+            f"{len(counts[1])} images are grey and {len(counts[3])} colour: {how} (predict those with {way})"
+        ]  # fmt: skip
+    some = "; ".join(f"{paths[0].name} has {count}" for count, paths in sorted(counts.items()))
+    raise ContractError(
+        f"images have different numbers of channels ({some}); choose with --channels, e.g. --channels 0"
+    )
+
+
+def _channel_names(count: int) -> tuple[str, ...]:
+    return {1: ("grey",), 3: ("red", "green", "blue")}.get(count) or tuple(f"channel {k}" for k in range(count))
+
+
+Integers = npt.NDArray[Any]
+
+
+def _labels(pair: Pair) -> list[Integers]:
+    """Planes (Y, X) of a mask, whole numbers; of several masks one plane of ids."""
+    if len(pair.masks) == 1:
+        return _read_mask(pair.masks[0])
+    ids: Integers | None = None
+    for k, path in enumerate(pair.masks, start=1):
+        planes = _read_mask(path)
+        if ids is None:
+            ids = np.zeros(planes[0].shape, np.int32)
+        if len(planes) > 1 or planes[0].shape != ids.shape:
+            raise ImageError(f"{path} is {_size(len(planes), planes[0].shape)}, another mask of its image {ids.shape}")
+        ids[planes[0] > 0] = k
+    assert ids is not None  # noqa: S101 - a pair has masks
+    return [ids]
+
+
+def _read_mask(path: Path) -> list[Integers]:
+    palette = _palette_indices(path)
+    if palette is not None:
+        return [palette]
+    try:
+        with open_image(path, Contract(), spatial=2, network_channels=1) as source:
+            planes = [source.read(k, (0, 0), source.shape)[0] for k in range(source.planes)]
+    except ContractError as error:
+        raise ImageError(
+            f"{path.name} as a mask: {error}. A mask holds one number per pixel: 0 for background and 255, class "
+            "numbers or instance ids"
+        ) from error
+    whole = []
+    for plane in planes:
+        if plane.dtype.kind == "f":
+            if not np.isfinite(plane).all() or np.any(plane != np.rint(plane)):
+                raise ImageError(f"{path.name}: a mask holds whole numbers, this one fractions; round or threshold it")
+        elif path.suffix.lower() in (".jpg", ".jpeg"):
+            plane = (plane > 127).astype(np.uint8)  # JPEG smears 0 and 255 over their neighbours
+        elif plane.dtype.kind == "i" and plane.min() < 0:
+            raise ImageError(f"{path.name}: a mask holds numbers from 0, this one {plane.min()}; rewrite it")
+        whole.append(plane.astype(np.int64))
+    return whole
+
+
+def _palette_indices(path: Path) -> Integers | None:
+    """A palette's colours are for the eye: the indices are the labels."""
+    if path.suffix.lower() not in (".png", ".bmp"):
+        return None
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture).astype(np.int64) if picture.mode == "P" else None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path.name}: truncated or corrupt ({error}); copy it again from its source") from error
+
+
+def _kind(planes: Sequence[Integers], given: MaskKind | None) -> tuple[MaskKind, str]:
+    """(kind, sentence): two values are binary; numbers that are mostly one connected part each are instance ids."""
+    if given is not None:
+        return given, f"masks are read as {given}, as told"
+    values = [np.unique(p) for p in planes]
+    every = np.unique(np.concatenate(values))
+    shown = f"{len(every)} values from {every[0]} to {every[-1]}"
+    if len(every) <= 2:
+        return "binary", f"masks hold {' and '.join(map(str, every))}: background and foreground"
+    many = len(every) > MOST_CLASSES or every[-1] > 255
+    single = [_one_part(p == k) for p, v in zip(planes[:8], values[:8], strict=True) for k in v[v > 0][:50]]
+    if many or float(np.mean(single)) > 0.9:
+        why = "too many for classes" if many else "each one connected part"
+        return "instances", f"masks hold {shown}, {why}: instance ids (--masks-are classes reads them otherwise)"
+    return "classes", f"masks hold {shown}: a class each (--masks-are instances reads them otherwise)"
+
+
+def _one_part(mask: npt.NDArray[np.bool_]) -> bool:
+    """Whether nine tenths of the pixels hang together."""
+    from .components import components
+
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    parts = np.bincount(components(box).ravel())[1:]
+    return bool(parts.max() >= 0.9 * parts.sum())
+
+
+def _classes(labels: Sequence[Sequence[Integers]], kind: MaskKind) -> tuple[tuple[str, ...], Integers | None]:
+    """(class names, mask values in order where they are not 0, 1, 2, ..)."""
+    if kind != "classes":
+        return ("background", "foreground"), None
+    every = np.unique(np.concatenate([np.unique(p) for stack in labels for p in stack]))
+    if len(every) > MOST_CLASSES:
+        raise ImageError(
+            f"masks hold {len(every)} values, {MOST_CLASSES} classes are the most; are they instance ids "
+            "(--masks-are instances)?"
+        )
+    names = ("background", *(f"class {value}" for value in every[1:]))
+    same = np.array_equal(every, np.arange(len(every)))
+    return names, None if same else every
