@@ -31,7 +31,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -164,10 +164,9 @@ def metadata(graph: Path) -> dict[str, str]:
                 )
 
 
-def _varint(stream: Any) -> int | None:
+def _varint(stream: BinaryIO) -> int | None:
     """The next variable-length integer, None at the end."""
     value, shift = 0, 0
-    byte: bytes
     while byte := stream.read(1):
         value |= (byte[0] & 127) << shift
         if byte[0] < 128:
