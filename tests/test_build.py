@@ -619,7 +619,7 @@ def test_the_record(network, textures, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"precision": "int8"}, urt.ContractError, "int8"),
+        ({"precision": "int4"}, urt.ContractError, "int4"),
         ({"backend": "tensorflow"}, urt.BackendError, "tensorflow"),
         ({"device": "cuda:0"}, urt.BackendError, "cuda"),
     ],

@@ -7,8 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from . import machine
+from .errors import BackendError
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Timing:
         median_s: Median seconds of a run.
         low_s, high_s: Fastest and slowest run.
         runs: Runs counted (the warm-up is not).
-        peak_bytes: Resident memory above that before the first run; 0 where it did not grow.
+        peak_bytes: Resident memory above that before the first run; 0 where it did not grow. On a GPU its memory.
     """
 
     median_s: float
@@ -80,3 +88,43 @@ def interleave(
             if turn >= warm_up:
                 times[k].append(spent)
     return [Timing(statistics.median(t), min(t), max(t), len(t), p) for t, p in zip(times, peaks, strict=True)]
+
+
+class DeviceRun:
+    """One batch on a GPU, ready to be timed: arrays stay on the device, and a call returns when the run has ended.
+
+    Attributes:
+        grown: Device memory that the arrays and the first runs took, in bytes.
+    """
+
+    def __init__(self, engine: Engine, batch: npt.NDArray[Any]):
+        """``batch`` (N, C, *tile), normalised pixels; runs it twice."""
+        from .device import Device
+
+        session = engine.device_session
+        if session is None:
+            raise BackendError(f"{engine.spec.backend} runs on {engine.spec.device}, not on a GPU")
+        device = Device.open(int(engine.spec.device.partition(":")[2] or "0"))
+        free = device.memory()[0]
+        arrays = engine.graph_inputs(batch)
+        self._session, self._inputs, self._outputs = session, list[Any](), list[Any]()
+        for array, dtype in zip(arrays, session.input_dtypes, strict=True):
+            pinned = device.pinned(array.shape, dtype)
+            np.copyto(pinned, array, casting="unsafe")
+            self._inputs.append(device.empty(array.shape, dtype))
+            device.copy_in(self._inputs[-1], pinned, session.stream)
+            session.stream.synchronize()
+        shapes = session.output_shapes([array.shape for array in arrays])
+        self._outputs = [device.empty(s, d) for s, d in zip(shapes, session.output_dtypes, strict=True)]
+        for _ in range(2):
+            self()
+        self.grown = max(0, free - device.memory()[0])
+
+    def __call__(self) -> None:
+        self._session.run_device(self._inputs, self._outputs)
+        self._session.stream.synchronize()
+
+    def close(self) -> None:
+        """Gives the arrays back."""
+        for array in (*self._inputs, *self._outputs):
+            array.free()

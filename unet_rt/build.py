@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -47,17 +47,22 @@ TILE_AREAS = (512**2, 1024**2, 1536**2, 2048**2)  # tile areas tried with the wi
 LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
 SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without warm-up: its first run is 5 % slower
 EXACT_COST = 1.5  # computed over kept pixels up to which the exact halo is the default
+GPU_BATCHES = (1, 4, 16)  # tiles per run that are tried on a GPU
 EXAM_TILES = 8
 SECONDS_FOR_PARITY = 120.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One measured way to run the model; ``verdict`` is None and ``note`` says why where it could not be tried."""
+    """One measured way to run the model; ``verdict`` is None and ``note`` says why where it could not be tried.
+
+    ``latency_ms`` is that of a run of ``batch`` tiles.
+    """
 
     backend: str
     precision: Precision
     tile: tuple[int, ...]
+    batch: int = 1
     latency_ms: float | None = None
     spread_ms: tuple[float, float] | None = None
     kept_mpx_per_s: float | None = None
@@ -149,8 +154,8 @@ def build(
         budget: What may differ from FP32.
         contract: A :class:`Contract` (wins over the model's metadata), or the path of its JSON.
         backend: ``auto`` or a backend's name.
-        device: ``auto`` or ``cpu``.
-        precision: ``auto``, ``fp32`` or ``bf16``.
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+        precision: ``auto``, ``fp32``, ``fp16`` (GPUs) or ``bf16``.
         tile: Tile in pixels per axis; None: measured (exact networks), trained tile (others).
         halo: ``auto``, ``exact``, ``measured``, or a number of samples.
         overlap: Pixels shared by blended tiles per axis; default half a tile. Not for exact networks.
@@ -172,8 +177,8 @@ def build(
     path = Path(model)
     folder = Path(out) if out is not None else Path(path.name).with_suffix(".urt")
     check_target(folder, overwrite=overwrite)
-    names = _backends(backend, device)
-    precisions = _precisions(precision)
+    where, names = _backends(backend, device)
+    precisions = _precisions(precision, where)
     with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as temporary:
         work = Path(temporary)
         options = contract if isinstance(contract, Contract) else None
@@ -183,7 +188,7 @@ def build(
             raise ContractError(f"precision {precision} needs samples to prove parity on; pass --samples IMAGES")
         if samples is None:
             precisions = ("fp32",)
-        builder = _Build(opened, work, budget or Budget(), threads, say)
+        builder = _Build(opened, work, budget or Budget(), threads, say, where)
         builder.read_samples(samples, axes, channels)
         builder.resolve_task()
         builder.choose_tiling(tile, halo, overlap, blend)
@@ -195,39 +200,41 @@ def build(
     return load(folder, threads=threads or None)
 
 
-def _backends(backend: str, device: str) -> list[str]:
+def _backends(backend: str, device: str) -> tuple[str, list[str]]:
+    """The device, and the backends to try on it."""
     where = backends.device(device)
-    if where != "cpu" and device != "auto":
-        raise BackendError(f"device {device}: this version builds engines for the CPU only; use --device cpu")
     if backend == "auto":
-        return backends.require("cpu")
-    missing = backends.get(backend).missing()
+        return where, backends.require(where)
+    module = backends.get(backend)
+    if device == "auto" and where != "cpu" and module.missing(where) is not None and module.missing() is None:
+        where = "cpu"  # a backend for CPUs was asked by name on a machine with a GPU
+    missing = module.missing(where)
     if missing is not None:
         raise BackendError(missing)
-    return [backend]
+    return where, [backend]
 
 
-def _precisions(precision: str) -> tuple[Precision, ...]:
+def _precisions(precision: str, device: str) -> tuple[Precision, ...]:
     if precision == "auto":
-        return ("fp32", "bf16")
-    if precision == "fp32":
-        return ("fp32",)
-    if precision == "bf16":
-        return ("bf16",)
-    raise ContractError(f"precision {precision!r} is not one of auto, fp32, bf16")
+        return ("fp32", "bf16") if device == "cpu" else ("fp32", "fp16")
+    for known in get_args(Precision):
+        if precision == known:
+            return (known,)
+    raise ContractError(f"precision {precision!r} is not one of auto, {', '.join(get_args(Precision))}")
 
 
 class _Build:
     """The steps of one build, in the order in which ``build`` calls them; each fills in what the next needs."""
 
-    def __init__(self, model: Model, work: Path, budget: Budget, threads: int, say: Say):
+    def __init__(self, model: Model, work: Path, budget: Budget, threads: int, say: Say, device: str = "cpu"):
         self.model, self.work, self.budget, self.threads, self.say = model, work, budget, threads, say
-        self.spec = untiled_spec(model)
+        self.spec = replace(untiled_spec(model), device=device)
         self.baseline = baseline_engine(model, self.spec, threads=threads)
         self.notes: list[str] = [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
         self.notes += [f"size stays fixed: {why}" for why in model.fixed]
         self.warnings: list[str] = []
         self.seams: dict[int, float] = {}
+        self.files: dict[Engine, tuple[Path, Path | None]] = {}  # graph and plan of every engine
         self.whole: list[Array] = []
         self.mismatch: ImageParity | None = None
         self.first: dict[str, Any] = {}
@@ -350,7 +357,7 @@ class _Build:
             self._check_tile(probe)
             self.spec = replace(self.spec, tile=probe)
             self._choose_halo(halo, fixed_tile=tile is not None)
-        self.baseline.spec = replace(self.spec, backend=self.baseline.spec.backend)
+        self.baseline.spec = replace(self.spec, backend=self.baseline.spec.backend, device="cpu")
         self._whole_results()
         self._describe_first()
 
@@ -504,37 +511,82 @@ class _Build:
 
     def try_candidates(self, names: Sequence[str], precisions: Sequence[Precision], *, explicit: bool) -> None:
         self.candidates: list[Candidate] = []
-        engines: list[Engine] = []
+        self.engines: dict[tuple[str, Precision], Engine] = {}
         tile = self.spec.tile
+        batches = self._batches(tile)
         for name in names:
             for precision in precisions:
-                graph = self.work / f"{name}-{precision}.onnx"
-                spec = replace(self.spec, backend=name, precision=precision)
+                self.say(f"building {name} {precision}")
                 try:
-                    backends.get(name).build(self.model.graph, graph, precision=precision, device="cpu")
-                    session = backends.get(name).load(graph, precision=precision, device="cpu", threads=self.threads)
+                    self.engines[name, precision] = self._engine(name, precision, tile, batches)
                 except BackendError as error:
                     if explicit and len(names) * len(precisions) == 1:
                         raise
                     self.candidates.append(Candidate(name, precision, tile, note=str(error)))
-                    continue
-                engines.append(Engine(spec, session))
-                self.candidates.append(Candidate(name, precision, tile))
-        if not engines:
+        if not self.engines:
             raise BackendError("no candidate could be built: " + "; ".join(c.note for c in self.candidates))
-        self.engines = {(e.spec.backend, e.spec.precision): e for e in engines}
         x = tile_of(self.samples[0], self.spec, tile, self.threads)
-        self.say(f"measuring {len(engines)} candidates at tile {_by(tile)}")
-        contenders = [_runner(engine, x) for engine in engines]
-        timings = dict(zip(self.engines, bench.interleave(contenders), strict=True))
-        for k, candidate in enumerate(self.candidates):
-            timing = timings.get((candidate.backend, candidate.precision))
-            if timing is None:
-                continue
-            self.say(f"parity of {candidate.backend} {candidate.precision}")
-            engine = self.engines[candidate.backend, candidate.precision]
-            verdict = self._same_rows(engine, x, self._verdict(engine))
-            self.candidates[k] = self._measured(candidate, tile, timing, verdict)
+        self.say(f"measuring {len(self.engines)} candidates at tile {_by(tile)}")
+        runs = [(engine, tile, batch) for engine in self.engines.values() for batch in batches]
+        timings = self._times(runs)
+        verdicts = {}
+        for key, engine in self.engines.items():
+            self.say(f"parity of {' '.join(key)}")
+            verdicts[key] = self._same_rows(engine, x, self._verdict(engine), batches)
+        for (engine, _, batch), timing in zip(runs, timings, strict=True):
+            key = (engine.spec.backend, engine.spec.precision)
+            candidate = Candidate(*key, tile, batch)
+            self.candidates.append(self._measured(candidate, tile, timing, verdicts[key]))
+
+    def _engine(self, name: str, precision: Precision, tile: tuple[int, ...], batches: Sequence[int]) -> Engine:
+        """The model built for one backend and precision, loaded; a plan takes this tile and these batches alone."""
+        backend, stem = backends.get(name), f"{name}-{precision}-{_by(tile)}"
+        graph, blob = self.work / f"{stem}.onnx", self.work / f"{stem}.bin"
+        backend.build(
+            self.model.graph,
+            graph,
+            precision=precision,
+            device=self.spec.device,
+            blob=blob,
+            tiles=[tile],
+            batches=batches,
+        )
+        plan = blob if blob.exists() else None
+        session = backend.load(graph, precision=precision, device=self.spec.device, threads=self.threads, blob=plan)
+        spec = replace(self.spec, backend=name, precision=precision, tile=tile)
+        if plan is not None:
+            sizes = tuple(replace(s, fixed=t) for s, t in zip(spec.sizes, tile, strict=True))
+            spec = replace(spec, sizes=sizes, batches=tuple(batches))
+        engine = Engine(spec, session)
+        self.files[engine] = (graph, plan)
+        return engine
+
+    def _batches(self, tile: Sequence[int]) -> tuple[int, ...]:
+        """Tiles per run to try: one on a CPU, whose cores one tile keeps busy; several on a GPU, as memory allows."""
+        if self.spec.device == "cpu" or self.model.report.batch is not None:
+            return (1,)
+        return tuple(n for n in GPU_BATCHES if n == 1 or self._fits(tile, n))
+
+    def _fits(self, tile: Sequence[int], batch: int) -> bool:
+        """Whether a GPU has the memory for a batch: live activations, twice, for workspaces and the network itself."""
+        from .device import Device
+
+        free = Device.open(int(self.spec.device.partition(":")[2] or "0")).memory()[0]
+        return 2 * self.model.report.activation_bytes(tile, batch) < free
+
+    def _times(self, jobs: Sequence[tuple[Engine, tuple[int, ...], int]], **options: Any) -> list[bench.Timing]:
+        """Interleaved times of (engine, tile, batch)."""
+        contenders: list[Callable[[], object]] = []
+        for engine, tile, batch in jobs:
+            x = np.repeat(tile_of(self.samples[0], self.spec, tile, self.threads), batch, axis=0)
+            on_device = engine.device_session is not None
+            contenders.append(bench.DeviceRun(engine, x) if on_device else _runner(engine, x))
+        timings = bench.interleave(contenders, **options)
+        for k, contender in enumerate(contenders):
+            if isinstance(contender, bench.DeviceRun):
+                timings[k] = replace(timings[k], peak_bytes=contender.grown)
+                contender.close()
+        return timings
 
     def _measured(
         self, candidate: Candidate, tile: tuple[int, ...], timing: bench.Timing, verdict: Verdict | None
@@ -544,7 +596,7 @@ class _Build:
             tile=tile,
             latency_ms=timing.median_s * 1e3,
             spread_ms=(timing.low_s * 1e3, timing.high_s * 1e3),
-            kept_mpx_per_s=prod(tile) * kept_share(self.spec, tile) / timing.median_s / 1e6,
+            kept_mpx_per_s=candidate.batch * prod(tile) * kept_share(self.spec, tile) / timing.median_s / 1e6,
             peak_mb=timing.peak_bytes / 1e6,
             verdict=verdict,
         )
@@ -552,22 +604,24 @@ class _Build:
     def _verdict(self, engine: Engine) -> Verdict:
         images = []
         for sample, whole in zip(self.samples, self.whole, strict=True):
-            grid = self.spec.grid(sample.shape, seam_tile(self.spec, sample.shape))
+            grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
             result = raw_result(engine, sample, grid, self.threads)
             images.append(parity.compare(whole, result, self.spec.contract, sample.name))
         return parity.judge(images, self.budget)
 
-    def _same_rows(self, engine: Engine, x: Array, verdict: Verdict) -> Verdict:
+    def _same_rows(self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int]) -> Verdict:
         """The verdict, with a reason more where identical tiles of one batch, or one alone, give different answers.
 
         Some builds of some libraries do (silently, for batches above one); it needs no baseline to be seen.
         """
-        alone = engine.run(x)[0]
-        first, second = engine.run(np.concatenate([x, x]))[0]
-        one = parity.judge([parity.compare(alone[0], first, self.spec.contract, "a tile in a batch of 2")], self.budget)
-        reasons = one.reasons
-        if not np.array_equal(first, second):
-            reasons += ("identical tiles of one batch give different answers",)
+        alone = engine.run(x)[0][0]
+        reasons: tuple[str, ...] = ()
+        for n in sorted({2, *batches} - {1}):
+            rows = engine.run(np.repeat(x, n, axis=0))[0]
+            one = parity.compare(alone, rows[0], self.spec.contract, f"a tile in a batch of {n}")
+            reasons += parity.judge([one], self.budget).reasons
+            if any(not np.array_equal(rows[0], row) for row in rows[1:]):
+                reasons += (f"identical tiles of one batch of {n} give different answers",)
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
 
     # 5 ---------------------------------------------------------------------------------------------------------------
@@ -581,46 +635,71 @@ class _Build:
             ways += ["use --halo exact"] if self.spec.halo_limit is not None else []
             ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
             raise ParityError(f"no candidate is inside the budget: {reasons}; {', or '.join(ways)}")
-        best = min(accepted, key=lambda c: c.latency_ms or 0.0)
+        best = max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0)
         engine = self.engines[best.backend, best.precision]
-        px = prod(best.tile)
-        bytes_per_px = max((best.peak_mb or 0.0) * 1e6, self.model.report.activation_bytes(best.tile)) / px
+        px = best.batch * prod(best.tile)
+        bytes_per_px = max((best.peak_mb or 0.0) * 1e6, self.model.report.activation_bytes(best.tile, best.batch)) / px
         if tile is None and self.spec.exact and self.spec.free_size:
-            tiles = self._larger_tiles(best, bytes_per_px)
-            timings = self._measure_tiles(engine, [best.tile, *tiles], (best.latency_ms or 0.0) / 1e3 / px)
-            for larger, timing in zip(tiles, timings[1:], strict=True):
-                self.candidates.append(self._measured(best, larger, timing, best.verdict))
-                bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger))
-            if (
-                tiles
-            ):  # the first tile's time from the same run as the others', so that they are compared on equal terms
-                at = self.candidates.index(best)
-                again = self._measured(best, best.tile, timings[0], best.verdict)
-                self.candidates[at] = replace(again, peak_mb=best.peak_mb)  # its memory is allocated by now
-                tried = [self.candidates[at], *self.candidates[-len(tiles) :]]
-                best = max(tried, key=lambda c: c.kept_mpx_per_s or 0.0)
+            best, engine, bytes_per_px = self._choose_tile(best, engine, bytes_per_px)
         self.chosen = self.candidates.index(best)
         among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
         if all(c.precision != "fp32" for c in accepted):
             among += " (none of them FP32)"
+        batch = f", {best.batch} per run" if best.batch > 1 else ""
         self.notes.append(
-            f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px: {best.kept_mpx_per_s or 0:.3g} kept Mpx/s, "
-            f"the most of {among}"
+            f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px{batch}: "
+            f"{best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of {among}"
         )
         self.best_engine = engine
         self.spec = replace(
-            self.spec,
-            backend=best.backend,
-            precision=best.precision,
+            engine.spec,
             tile=best.tile,
+            run_batch=best.batch,
             bytes_per_px=bytes_per_px,
             made_on=machine.describe(),
             options={"threads": self.threads, "sample_sha256": [s.sha256 for s in self.samples], "kind": self.kind},
         )
 
+    def _choose_tile(self, best: Candidate, engine: Engine, bytes_per_px: float) -> tuple[Candidate, Engine, float]:
+        """The tile that keeps most per second, among that of the comparison and larger ones of as many pixels per run.
+
+        Times of all of them are from the same run, so that they are compared on equal terms.
+        """
+        tiles = self._larger_tiles(best, bytes_per_px)
+        runs = [(engine, best.tile, best.batch)]
+        for larger in tiles:
+            batch = max(1, best.batch * prod(best.tile) // prod(larger))
+            try:
+                at = engine
+                if engine.spec.batches:  # a plan for one tile
+                    at = self._engine(best.backend, best.precision, larger, (batch,))
+                runs.append((at, larger, batch))
+            except BackendError as error:
+                self.notes.append(f"tile {_by(larger)} px was not tried: {error}")
+        if len(runs) < 2:
+            return best, engine, bytes_per_px
+        self.say("measuring tiles " + ", ".join(_by(tile) for _, tile, _ in runs))
+        slow = (best.latency_ms or 0.0) / 1e3 / best.batch / prod(best.tile) * prod(runs[-1][1]) > SLOW_RUN_S
+        timings = self._times(runs, runs=1 if slow else 3, warm_up=0 if slow else 1)
+        row = self.candidates.index(best)
+        again = self._measured(best, best.tile, timings[0], best.verdict)
+        tried = [(replace(again, peak_mb=best.peak_mb), engine)]  # its memory is allocated by now
+        self.candidates[row] = tried[0][0]
+        for (other, larger, batch), timing in zip(runs[1:], timings[1:], strict=True):
+            verdict = best.verdict if other is engine else self._verdict(other)
+            tried.append((self._measured(replace(best, batch=batch), larger, timing, verdict), other))
+            self.candidates.append(tried[-1][0])
+            bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger) / batch)
+        tried = [(c, e) for c, e in tried if c.verdict is not None and c.verdict.accepted]
+        best, chosen = max(tried, key=lambda pair: pair[0].kept_mpx_per_s or 0.0)
+        for other in {id(e): e for e, _, _ in runs}.values():
+            if other not in (chosen, engine):
+                other.close()
+        return best, chosen, bytes_per_px
+
     def _larger_tiles(self, best: Candidate, bytes_per_px: float) -> list[tuple[int, ...]]:
         """Tiles above the one that candidates were compared at, as far as time and memory allow to try them."""
-        seconds_per_px = (best.latency_ms or 0.0) / 1e3 / prod(best.tile)
+        seconds_per_px = (best.latency_ms or 0.0) / 1e3 / prod(best.tile) / best.batch
         tiles: list[tuple[int, ...]] = []
         for area in TILE_AREAS:
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), area)
@@ -631,23 +710,14 @@ class _Build:
                 seconds = seconds_per_px * prod(tile)
                 self.notes.append(f"tiles above {last} px were not tried: the next would take {seconds:.0f} s")
                 break
-            if bytes_per_px * prod(tile) > MEMORY_SHARE * machine.memory_bytes():
+            cpu = self.spec.device == "cpu"
+            if (cpu and bytes_per_px * prod(tile) > MEMORY_SHARE * machine.memory_bytes()) or (
+                not cpu and not self._fits(tile, 1)
+            ):
                 self.notes.append(f"tiles above {last} px were not tried: too little memory is free")
                 break
             tiles.append(tile)
         return tiles
-
-    def _measure_tiles(
-        self, engine: Engine, tiles: Sequence[tuple[int, ...]], seconds_per_px: float
-    ) -> list[bench.Timing]:
-        """Interleaved times of one engine at several tiles; nothing is measured where there is nothing to compare."""
-        if len(tiles) < 2:
-            return []
-        self.say("measuring tiles " + ", ".join(_by(tile) for tile in tiles))
-        inputs = [tile_of(self.samples[0], self.spec, tile, self.threads) for tile in tiles]
-        slow = seconds_per_px * prod(tiles[-1]) > SLOW_RUN_S
-        contenders = [_runner(engine, x) for x in inputs]
-        return bench.interleave(contenders, runs=1 if slow else 3, warm_up=0 if slow else 1)
 
     # 6 ---------------------------------------------------------------------------------------------------------------
 
@@ -658,7 +728,7 @@ class _Build:
         verdict = best.verdict
         if verdict is None:
             raise ParityError("the chosen candidate was not judged")
-        graph = self.work / f"{best.backend}-{best.precision}.onnx"
+        graph, plan = self.files[self.best_engine]
         record = {
             "schema": 1,
             "kind": self.kind,
@@ -670,9 +740,9 @@ class _Build:
                 "precision": "fp32",
                 "whole": self.spec.exact and self.spec.free_size,
             },
-            "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, "cpu"),
+            "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
             "machine": machine.describe(),
-            "batch": [1, 2],
+            "batch": sorted({1, 2, *self._batches(best.tile)}),
             "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
             "verdict": verdict.to_json(),
             "seams": {str(k): v for k, v in self.seams.items()},
@@ -681,10 +751,12 @@ class _Build:
         parity_file = self.work / "parity.json"
         parity_file.write_text(exam.record_json(record), encoding="utf-8")
         files: dict[Any, Path] = {"model": self.model.given, "graph": graph, "parity": parity_file}
+        if plan is not None:
+            files["engine"] = plan
         if keep_exam:
             files["exam"] = self.work / "exam.npz"
             np.savez_compressed(files["exam"], **self._exam())  # type: ignore[arg-type]
-        for engine in (*self.engines.values(), self.baseline):
+        for engine in (*self.engines.values(), self.best_engine, self.baseline):
             engine.close()
         write_folder(folder, self.spec, files, overwrite=overwrite)
         advice = ""

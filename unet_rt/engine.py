@@ -286,13 +286,17 @@ class Engine:
             k += size
         return [np.concatenate(outs) for outs in zip(*parts, strict=True)]
 
-    def _run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
+    def graph_inputs(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """(N, C, *tile) as the graph's own inputs: channels dealt out, axes in its order, C-contiguous."""
         inputs, first = [], 0
         for spec in self.spec.inputs:
             x = batch[:, first : first + spec.channels]
             first += spec.channels
-            inputs.append(np.ascontiguousarray(_to_axes(x, spec.axes)))  # the session casts, and refuses to cut values
-        outputs = self._session.run(inputs)
+            inputs.append(np.ascontiguousarray(_to_axes(x, spec.axes)))
+        return inputs
+
+    def _run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
+        outputs = self._session.run(self.graph_inputs(batch))  # the session casts, and refuses to cut values
         if len(outputs) != len(self.spec.outputs):
             raise BackendError(
                 f"the engine returned {len(outputs)} outputs, and its spec names {len(self.spec.outputs)}; build it again"
