@@ -110,24 +110,17 @@ def profiles_for(model: onnx.ModelProto, tiles: Sequence[Sequence[int]], batches
 
 
 def _shape(name: str, dims: list[int | None], tile: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    wanted: list[int | None]
-    first = len(dims) == len(tile) + 2
-    inner = dims[1:] if first else dims
-    last = len(inner) == len(tile) + 1 and (inner[0] is None or not _fits(inner[1:], tile)) and inner[-1] is not None
-    channels = inner[-1] if last else inner[0]
-    if len(inner) != len(tile) + 1:
-        channels, wanted = None, [*tile]
-    else:
-        wanted = [*tile, channels] if last else [channels, *tile]
-    if first:
-        wanted = [batch, *wanted]
-    if None in wanted or not _fits(dims, wanted):
-        have = "x".join("?" if n is None else str(n) for n in dims)
-        want = "x".join("?" if n is None else str(n) for n in wanted)
-        raise TileError(
-            f"input {name} is {have}, and tile and batch make it {want}; '?' sizes are free, others are not"
-        )
-    return tuple(int(n) for n in wanted if n is not None)
+    """Shape of an input: channels first, channels last or none, with a batch axis or without, whichever fits."""
+    rows = [batch] if len(dims) >= len(tile) + 2 else []
+    forms: list[list[int | None]] = [[*rows, *tile]]
+    if len(dims) > len(tile):
+        forms = [[*rows, dims[len(rows)], *tile], [*rows, *tile, dims[-1]]]
+    for form in forms:
+        shape = [n for n in form if n is not None]
+        if len(shape) == len(form) and _fits(dims, shape):
+            return tuple(shape)
+    have, want = ("x".join("?" if n is None else str(n) for n in shape) for shape in (dims, forms[0]))
+    raise TileError(f"input {name} is {have}, and tile and batch make it {want}; '?' sizes are free, others are not")
 
 
 def _fits(dims: Sequence[int | None], wanted: Sequence[int | None]) -> bool:

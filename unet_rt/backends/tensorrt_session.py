@@ -266,16 +266,16 @@ class TensorRtSession(SessionBase):
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
         """Runs arrays of the host; a batch that the plan does not take is padded with its last tile, or cut."""
+        ranks = [len(shape) for shape in self.header.profiles[0].inputs]
         ports = [
-            Port(name, (None, *shape[1:]), dtype)
-            for name, shape, dtype in zip(
-                self._inputs, self._nearest([a.shape for a in inputs]), self._input_dtypes, strict=False
-            )
+            Port(name, (None,) * rank, dtype)
+            for name, rank, dtype in zip(self._inputs, ranks, self._input_dtypes, strict=True)
         ]
         arrays = arrays_for(ports, inputs)
-        if self.header.profile_of([a.shape for a in arrays]) is not None:
+        shapes = [a.shape for a in arrays]
+        size = self._batch_for(shapes)
+        if self.header.profile_of(shapes) is not None or size is None:
             return self._run_shape(arrays)
-        size = self._nearest([a.shape for a in arrays])[0][0]
         parts = []
         for start in range(0, len(arrays[0]), size):
             part = [a[start : start + size] for a in arrays]
@@ -285,19 +285,17 @@ class TensorRtSession(SessionBase):
             parts.append([y[: size - short] for y in self._run_shape(part)])
         return [np.concatenate(ys) for ys in zip(*parts, strict=True)]
 
-    def _nearest(self, shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        """Inputs of the profile of this tile with the smallest batch that holds the given one, or the largest."""
-        profiles = [
-            p.inputs
-            for p in self.header.profiles
-            if [s[1:] for s in p.inputs] == [tuple(s[1:]) for s in shapes] and all(s for s in p.inputs)
+    def _batch_for(self, shapes: Sequence[Sequence[int]]) -> int | None:
+        """The smallest batch of this tile that holds these inputs, else the largest; None: not a tile of the plan."""
+        tile = [tuple(shape[1:]) for shape in shapes]
+        batches = [
+            profile.batch
+            for profile in self.header.profiles
+            if [shape[1:] for shape in profile.inputs] == tile
+            and all(len(shape) >= len(profile.tile) + 2 for shape in profile.inputs)
         ]
-        if not profiles:
-            self._profile(shapes)
-            raise BackendError(f"the plan takes {self.header.taken()}; use one of these")
-        batch = shapes[0][0]
-        large = [p for p in profiles if p[0][0] >= batch]
-        return min(large, key=lambda p: p[0][0]) if large else max(profiles, key=lambda p: p[0][0])
+        rows = shapes[0][0]
+        return min((n for n in batches if n >= rows), default=max(batches, default=None))
 
     def _run_shape(self, arrays: Sequence[Array]) -> list[Array]:
         device, stream = self._device_, self._stream
