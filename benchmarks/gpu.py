@@ -67,6 +67,7 @@ class Section:
     without: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 4, 16)
     rounds: int = 7
+    nets: tuple[str, ...] = NETS
     figures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -228,7 +229,7 @@ def network(name: str, dry: bool) -> paper_net.Net:
 def tile_px(name: str, dry: bool) -> int:
     if name == "paper":
         return 252 if dry else 572
-    return 128 if dry else 512
+    return 160 if dry else 512
 
 
 @functools.cache
@@ -308,7 +309,7 @@ def build_one(section: Section, net_name: str, backend: str, precision: str) -> 
     """One engine by ``unet_rt.build``; by the backend alone where build refuses and the precision needs no samples."""
     net = network(net_name, section.dry)
     tile = tile_px(net_name, section.dry)
-    samples = [drawn(tile + 132)[k : k + tile + 64, k : k + tile + 64] for k in (0, 17, 40)]
+    samples = [drawn(tile + 132)[k : k + tile + 64, k : k + tile + 64] for k in ((0,) if section.dry else (0, 17, 40))]
     out = section.work / f"{net_name}-{backend}-{precision}.urt"
     wanted = dict(backend=backend, precision=precision, device=section.device, overwrite=True)
     sizes = (tile,) if net_name == "paper" or section.dry else (tile, 2 * tile)
@@ -316,6 +317,8 @@ def build_one(section: Section, net_name: str, backend: str, precision: str) -> 
     plans = backend.startswith("tensorrt")
     one_tile = net_name == "paper" or section.dry
     options = accepted(urt.build, tile=(tile, tile) if one_tile else None, **(fixed if plans else {}))
+    if section.dry:
+        options["halo"] = "exact"  # measuring one takes seconds
     budgets = [None, urt.Budget(label_change=0.02, dice=0.9)]
     note = ""
     begun = time.perf_counter()
@@ -408,6 +411,9 @@ class DeviceRun:
         return self._result
 
     def free(self) -> None:
+        synchronize("cpu" if isinstance(self.session, HostSession) else "cuda:0")
+        if hasattr(self.session, "forget"):  # what was recorded for these addresses
+            self.session.forget([*self.inputs, *self.outputs])
         for array in (*self.inputs, *self.outputs):
             if hasattr(array, "free"):
                 array.free()
@@ -434,8 +440,9 @@ def eager_contender(
     def call() -> None:
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = benchmark
+        last.clear()  # as in a loop that is done with the result before
         with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=autocast):
-            last[:] = [module(x)]
+            last.append(module(x))
 
     return Contender(name, call, lambda: last[0], roof)
 
@@ -497,7 +504,7 @@ def fp16_onnx(section: Section, name: str) -> Path:
 class BareOnnxRuntime:
     """ONNX Runtime used directly: its CUDA provider, buffers bound on the device, no wait after a run."""
 
-    def __init__(self, path: Path, device: str, *, nhwc: bool, graph: bool):
+    def __init__(self, path: Path, device: str, *, nhwc: bool, fused: bool, graph: bool):
         import onnxruntime
 
         self._library, self.device, self.graph = onnxruntime, device, graph
@@ -508,6 +515,7 @@ class BareOnnxRuntime:
             "cudnn_conv_use_max_workspace": "1",
             "use_tf32": "0",
             "prefer_nhwc": str(int(nhwc)),
+            "fuse_conv_bias": str(int(fused)),
             "enable_cuda_graph": str(int(graph)),
         }
         provider = "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
@@ -538,6 +546,19 @@ class BareOnnxRuntime:
             self.session.run_with_iobinding(io, options)
 
         return Contender(name, call, lambda: held[1], roof)
+
+
+BARE = (
+    "ONNX Runtime FP32, bare",
+    "ONNX Runtime FP16, bare",
+    "ONNX Runtime FP16 NHWC, bare",
+    "ONNX Runtime FP16 NHWC fused bias, bare",
+)
+
+
+def bare_session(section: Section, net: str, label: str, *, graph: bool) -> BareOnnxRuntime:
+    path = fp16_onnx(section, net) if "FP16" in label else network(net, section.dry).onnx
+    return BareOnnxRuntime(path, section.device, nhwc="NHWC" in label, fused="fused" in label, graph=graph)
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -575,7 +596,7 @@ def section_machine(section: Section) -> None:
 
 def section_prepare(section: Section) -> None:
     """Makes networks once, so that no other section's time holds it."""
-    for name in NETS:
+    for name in section.nets:
         begun = time.perf_counter()
         net = network(name, section.dry)
         tile = tile_px(name, section.dry)
@@ -845,6 +866,7 @@ def measure_kernel(section: Section, case: Case) -> dict[str, Any]:
     else:
         stream = torch.cuda.Stream()
         options["stream"] = stream.cuda_stream
+        torch.cuda.synchronize()  # the arrays are filled
         with torch.cuda.stream(stream):
             all_kernels()
             all_copies()
@@ -901,8 +923,8 @@ def section_build(section: Section, backend: str) -> None:
     if reason is not None:
         section.failed(f"build with {backend}", reason)
         return
-    for net in NETS:
-        for precision in PRECISIONS:
+    for precision in ("fp32", "fp16", "int8") if section.dry else ("fp16", "int8", "fp32"):  # what matters most first
+        for net in section.nets:
             known = (*backends.get(backend).precisions(section.device), "int8")
             if precision not in known:
                 section.failed(f"build {net} {backend} {precision}", f"{backend} has {', '.join(known)} here")
@@ -921,23 +943,18 @@ def section_engines(section: Section, name: str) -> None:
     tile = tile_px(name, section.dry)
     sizes = [(tile, b) for b in section.batches]
     if name == "nuclei":
-        sizes = [(t, b) for t in (tile, 2 * tile) for b in (1, 16 if not section.dry else 2)]
+        sizes = [(96, 1), (96, 2)] if section.dry else [(t, b) for t in (tile, 2 * tile) for b in (1, 16)]
     net = network(name, section.dry)
     device = section.device
     eager, half = net.module().to(device), half_module(net, device)
     last_channels = net.module().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     bare: dict[str, BareOnnxRuntime] = {}
-    for label, fp16, nhwc, graph in (
-        ("ONNX Runtime FP32, bare", False, False, True),
-        ("ONNX Runtime FP16, bare", True, False, True),
-        ("ONNX Runtime FP16 NHWC, bare", True, True, True),
-    ):
-        if section.dry and (fp16 or nhwc):
+    for label in BARE:
+        if section.dry and label != BARE[0]:
             continue
-        for with_graph in (True, False) if graph and not section.dry else (False,):
-            with section.part(f"{label}, {'with' if with_graph else 'without'} CUDA graph"):
-                path = fp16_onnx(section, name) if fp16 else net.onnx
-                bare[label] = BareOnnxRuntime(path, device, nhwc=nhwc, graph=with_graph)
+        for graph in (False,) if section.dry else (True, False):
+            with section.part(f"{label}, {'with' if graph else 'without'} CUDA graph"):
+                bare[label] = bare_session(section, name, label, graph=graph)
                 break
     sessions: dict[str, tuple[Made, Any, Any]] = {}
     for entry in made(section, name):
@@ -985,9 +1002,7 @@ def section_engines(section: Section, name: str) -> None:
             offer(label, made_one)
             if len(contenders) == had and library.graph:  # once more without the graph
                 with section.part(f"{label}, without CUDA graph"):
-                    path = fp16_onnx(section, name) if "FP16" in label else net.onnx
-                    plain = BareOnnxRuntime(path, device, nhwc="NHWC" in label, graph=False)
-                    bare[label] = plain
+                    plain = bare[label] = bare_session(section, name, label, graph=False)
                     offer(label, functools.partial(plain.contender, label, x, shape, roof, key))
         runs: list[DeviceRun] = []
         for label, (entry, _, session) in sessions.items():
@@ -1058,8 +1073,10 @@ def section_compile(section: Section, mode: str) -> None:
     net, tile = network(name, section.dry), tile_px(name, section.dry)
     eager, half = net.module().to(device), half_module(net, device)
     for batch in [b for b in (16, 1, 4) if b in section.batches]:
-        if section.left < 40 and not section.dry:
-            section.failed(f"{mode}, batch {batch}", "no time was left")
+        if (
+            section.left < (170 if mode == "max-autotune" else 40) and not section.dry
+        ):  # it took 130 to 150 s on an H200
+            section.failed(f"{mode}, batch {batch}", f"{section.left:.0f} s were left")
             continue
         x = batch_of(net, batch, tile, device)
         xh = half_input(x)
@@ -1098,7 +1115,7 @@ def section_predict(section: Section, name: str) -> None:
     if not best:
         section.failed(f"{name} end to end", "no engine was built")
         return
-    sides = (320, 400) if section.dry else (4096, 16384)
+    sides = (260, 320) if section.dry else (4096, 16384)
     for entry in best:
         if section.left < 20 and not section.dry:
             section.failed(f"{entry.name} end to end", "no time was left")
@@ -1123,7 +1140,7 @@ def end_to_end(section: Section, net: paper_net.Net, entry: Made, engine: Any, s
     numbers = numbers_of(net, pixels)
     statistics_s = time.perf_counter() - begun
     reports: list[RunReport] = []
-    batch = max(1, getattr(engine.spec, "run_batch", 1))
+    batch = max(1, engine.spec.run_batch)
     options = accepted(urt.predict, batch=batch) if _default_batch(urt.predict) == 1 else {}
 
     def host() -> np.ndarray:
@@ -1145,11 +1162,10 @@ def end_to_end(section: Section, net: paper_net.Net, entry: Made, engine: Any, s
             except Exception as error:  # noqa: BLE001 - recorded; the host's figures stand
                 section.failed(f"{entry.name}, {side} x {side} px on the device", error)
                 del times["device"]
-    report = next(r for r in reversed(reports) if kept is None or r is not reports[-1])
+    report = reports[0]
+    batch = getattr(report, "batch", None) or batch
     # the engine alone: the same number of tiles, in the batches of the run
-    x = batch_of(net, batch, min(report.tile), device)
-    if len(set(report.tile)) > 1 or x.shape[2:] != tuple(report.tile):
-        x = torch.nn.functional.pad(x, (0, report.tile[1] - x.shape[3], 0, report.tile[0] - x.shape[2]), mode="reflect")
+    x = batch_of(net, batch, max(report.tile), device)[:, :, : report.tile[0], : report.tile[1]]
     run = DeviceRun(section, session, x.contiguous())
     alone, failed = interleave(
         [Contender("engine", run.call, run.result, entry.precision)],
@@ -1295,7 +1311,7 @@ SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {  # function and
     "predict-nuclei": (functools.partial(section_predict, name="nuclei"), 60),
     "repeat": (section_repeat, 40),
     "compile": (functools.partial(section_compile, mode="default"), 120),
-    "compile-max": (functools.partial(section_compile, mode="max-autotune"), 240),
+    "compile-max": (functools.partial(section_compile, mode="max-autotune"), 400),
 }
 
 
@@ -1325,7 +1341,7 @@ def child(args: argparse.Namespace, name: str, limit: float, without: Sequence[s
     """Runs a section in a process of its own: (return code, what the parent has to say about it)."""
     command = [sys.executable, "-u", str(Path(__file__).resolve()), "--section", name, "--work", str(args.work)]
     command += ["--limit", str(limit), "--batches", args.batches, "--rounds", str(args.rounds)]
-    command += ["--without", ",".join(without)] + (["--dry-run"] if args.dry_run else [])
+    command += ["--nets", args.nets, "--without", ",".join(without)] + (["--dry-run"] if args.dry_run else [])
     # of its own group: what it started (compilers, autotuners) ends with it
     process = subprocess.Popen(command, start_new_session=True)
     try:
@@ -1382,7 +1398,9 @@ def _meant(name: str, word: str) -> bool:
 def _section(args: argparse.Namespace, name: str, limit: float, without: Sequence[str]) -> Section:
     batches = (1, 2) if args.dry_run else tuple(int(b) for b in args.batches.split(","))
     deadline = time.time() + limit
-    return Section(name, args.dry_run, args.work, deadline, tuple(without), batches, args.rounds)
+    return Section(
+        name, args.dry_run, args.work, deadline, tuple(without), batches, args.rounds, tuple(args.nets.split(","))
+    )
 
 
 def write(args: argparse.Namespace, results: dict[str, Any]) -> Path:
@@ -1461,6 +1479,7 @@ def parser() -> argparse.ArgumentParser:
     made_parser.add_argument("--seconds", type=float, default=560, help="for everything")
     made_parser.add_argument("--batches", default="1,4,16", help="of the paper's network")
     made_parser.add_argument("--rounds", type=int, default=7)
+    made_parser.add_argument("--nets", default=",".join(NETS), help="for which engines are built")
     made_parser.add_argument("--out", type=Path)
     made_parser.add_argument("--work", type=Path, help="folder for engines; kept, so that a later call finds them")
     made_parser.add_argument("--commit", default="", help="what is measured, where there is no checkout to ask")

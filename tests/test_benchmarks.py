@@ -65,10 +65,10 @@ def test_slower_takes_longer_and_a_failure_is_only_its_own(gpu: ModuleType) -> N
 
 
 def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path) -> None:
-    only = "machine,prepare,roof,kernels,build-onnxruntime,paper,predict-paper,repeat"
+    only = "machine,prepare,roof,kernels,build-onnxruntime,nuclei,predict-nuclei,repeat"
     out = tmp_path / "gpu.json"
-    arguments = ["--dry-run", "--in-process", "--only", only, "--work", str(tmp_path / "work"), "--out", str(out)]
-    results = gpu.main(arguments)
+    arguments = ["--dry-run", "--in-process", "--only", only, "--nets", "nuclei", "--out", str(out)]
+    results = gpu.main([*arguments, "--work", str(tmp_path / "work")])
     document = json.loads(out.read_text(encoding="utf-8"))
     assert document["dry_run"]
     assert list(document["sections"]) == only.split(",")
@@ -77,14 +77,14 @@ def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path) -> None:
         odd = [f for f in figures.get("failed", []) if not any(word in f["why"] for word in known)]
         assert not odd, f"{name}: {odd}"
     assert len(results["kernels"]["rows"]) == 30
-    rows = {(r["name"], r["batch"]): r for r in results["paper"]["rows"]}
+    rows = {(r["name"], r["batch"]): r for r in results["nuclei"]["rows"]}
     for batch in (1, 2):
         assert rows["eager FP32", batch]["label_agreement"] == 1
         ours = rows["unet-rt onnxruntime fp32", batch]
         assert ours["label_agreement"] > 0.999
         assert ours["max_abs_error"] < 1e-3
         assert ours["low_ms"] <= ours["median_ms"] <= ours["high_ms"]
-    for row in results["predict-paper"]["rows"]:
+    for row in results["predict-nuclei"]["rows"]:
         assert row["labels_compared"] > 1000
         assert row["changed_labels"] <= 1e-4  # another library's rounding at most
         assert 0.02 < row["foreground"] < 0.98
