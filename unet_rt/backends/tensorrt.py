@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unet_rt import machine
+from unet_rt.backends import crop_concat_plugin
 from unet_rt.backends.onnx_file import copy_graph, precision_of
 from unet_rt.backends.tensorrt_build import compile_plan, profiles_for, title
 from unet_rt.backends.tensorrt_inspect import check_engine, check_network, engine_convolutions
@@ -157,23 +158,24 @@ def build(
     if blob is None:
         raise BackendError("TensorRT writes a plan beside the graph, and no place for it was given; pass blob")
     origin = _origin(trt, opened)
-    forms = graph_forms(model, graph, precision, plugins=plugins_usable(trt))
+    # Its kernel copies FP32 and FP16: INT8 tensors would have to be dequantised for it.
+    forms = graph_forms(model, graph, precision, plugins=precision != "int8" and crop_concat_plugin.register(trt))
     first = forms[0][1]
     import onnx
 
     profiles = profiles_for(onnx.load(str(first), load_external_data=False), tiles, batches)
     with opened.activate():
         made: dict[str, _Made] = {}
-        refused: BackendError | None = None
+        refused: BackendError | EngineError | None = None
         for name, file in forms:
             try:
                 few = profiles[:1] if len(forms) > 1 else profiles
                 made[name] = _make(trt, opened, file, few, origin, precision, device, name, measure=len(forms) > 1)
-            except BackendError as error:
+            except (BackendError, EngineError) as error:
                 refused = refused or error
                 log.info("%s: the form %s is left out: %s", graph.name, name, error)
         if refused is not None and not made:
-            raise refused
+            raise BackendError(str(refused)) from refused
         chosen = min(made, key=lambda name: made[name].milliseconds)
         times = {name: round(m.milliseconds, 4) for name, m in made.items()} if len(forms) > 1 else {}
         if len(made) > 1:
@@ -233,15 +235,6 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
         onnx.save(proto, str(file))
         files.append((name, file))
     return files
-
-
-def plugins_usable(trt: Any) -> bool:
-    """Whether kernels of ours can be compiled into a plan: never with TensorRT-RTX, which has no plugins."""
-    if trt.__name__ != "tensorrt":
-        return False
-    from unet_rt.backends import crop_concat_plugin
-
-    return crop_concat_plugin.register(trt)
 
 
 def islands(model: onnx.ModelProto) -> frozenset[str]:
