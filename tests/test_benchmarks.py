@@ -88,6 +88,8 @@ def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path) -> None:
         assert row["labels_compared"] > 1000
         assert row["changed_labels"] <= 1e-4  # another library's rounding at most
         assert 0.02 < row["foreground"] < 0.98
+        assert row["fixed_equal"]
+        assert row["own_s"] > 0
     text = gpu.tables(results)
     assert "unet-rt onnxruntime fp32" in text
     assert "crop_concat" in text
