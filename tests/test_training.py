@@ -23,6 +23,7 @@ from unet_rt.training import (  # noqa: E402
     Augmentation,
     Recipe,
     Sample,
+    Tiles,
     TrainingError,
     border_weights,
     class_weights,
@@ -38,7 +39,6 @@ from unet_rt.training import (  # noqa: E402
     train,
     weighted_cross_entropy,
 )
-from unet_rt.training.samples import Tiles  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -142,10 +142,9 @@ def test_normalisation_is_numpy_s(samples: list[Sample]) -> None:
 
 @pytest.mark.parametrize("margin", [0, 94])
 def test_tiles_without_augmentation_are_windows_of_the_mirrored_image(samples: list[Sample], margin: int) -> None:
-    still = Augmentation(flip=False, turn=False, gain=0, offset=0, noise=0)
     out = 68
-    tiles = Tiles(samples[:1], out + 2 * margin, out, still, np.random.default_rng(0))
-    images, targets, weights = tiles.draw(3)
+    tiles = Tiles(samples[:1], out + 2 * margin, out, Augmentation.none(), seed=0)
+    images, targets, weights = (t.numpy() for t in tiles.draw(3, step=1))
     mirrored = np.pad(samples[0].image[0], margin, mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(mirrored, (out + 2 * margin,) * 2)
     for image, target, weight in zip(images, targets, weights, strict=True):
@@ -158,25 +157,96 @@ def test_tiles_without_augmentation_are_windows_of_the_mirrored_image(samples: l
         np.testing.assert_array_equal(samples[0].weight[y : y + out, x : x + out], weight)
 
 
-def test_augmentation_moves_image_and_target_alike(samples: list[Sample]) -> None:
-    """The brightness gap between foreground and background survives every flip and turn."""
-    tiles = Tiles(samples, 96, 96, Augmentation(), np.random.default_rng(1))
-    images, targets, _ = tiles.draw(24)
+@pytest.mark.parametrize("how", [Augmentation(), Augmentation(turn="quarter", scale=0, elastic_px=0)], ids=str)
+def test_augmentation_moves_image_and_target_alike(samples: list[Sample], how: Augmentation) -> None:
+    """The brightness gap between foreground and background survives every turn and deformation."""
+    images, targets, weights = (t.numpy() for t in Tiles(samples, 96, 96, how, seed=1).draw(24, step=1))
     gaps = [i[0][t > 0].mean() - i[0][t == 0].mean() for i, t in zip(images, targets, strict=True) if t.any()]
     assert min(gaps) > 0.15
     assert len({i.tobytes() for i in images}) == 24
+    # Weights lie where they were drawn: on background alone.
+    assert not weights[targets > 0].any()
+    assert weights.max() > 1
 
 
-def test_an_image_smaller_than_the_tile_is_mirrored(samples: list[Sample]) -> None:
+def ramps(size: int) -> Sample:
+    """An image that says where its pixels come from: column in one channel, row in the other."""
+    y, x = np.indices((size, size), np.float32)
+    flat = np.zeros((size, size), np.uint8)
+    return Sample("ramps", np.stack([y, x]), flat, flat.astype(np.float32), flat)
+
+
+def test_the_deformation_is_the_paper_s() -> None:
+    """Displacements on a coarse 3 x 3 grid, deviation 10 px, interpolated bicubically: smooth, and exact at its nodes."""
+    how = replace(Augmentation.none(), elastic_px=10.0)
+    size, tile = 600, 257
+    images = Tiles([ramps(size)], tile, tile, how, seed=3).draw(40, step=5)[0].numpy()
+    grid = np.stack(np.indices((tile, tile), np.float32))
+    moved = images - grid
+    moved -= np.rint(moved[:, :, ::128, ::128].mean((2, 3), keepdims=True))  # where the window lies: whole pixels
+    inner = [m for m, i in zip(moved, images, strict=True) if i.min() > 1 and i.max() < size - 2]  # nothing mirrored
+    assert len(inner) > 20
+    nodes = np.array([m[:, ::128, ::128] for m in inner])
+    assert 8.5 < nodes.std() < 11.5  # 360 samples: 10 +- 4 %, less the share of the mean
+    steepest = max(np.abs(np.diff(m, axis=k)).max() for m in inner for k in (1, 2))
+    assert steepest < 0.6  # below 1: no fold
+    # Between its nodes it is torch's bicubic interpolation of them; reading pixels is off by up to 0.1 px itself, since
+    # the kernel (a = -0.75) does not reproduce ramps.
+    from torch.nn import functional
+
+    exact = functional.interpolate(
+        torch.from_numpy(nodes), size=(tile, tile), mode="bicubic", align_corners=True
+    ).numpy()
+    np.testing.assert_allclose(np.array(inner), exact, atol=0.25)
+
+
+def test_a_turn_keeps_distances(samples: list[Sample]) -> None:
+    """Rotation and shift alone: rows and columns of the tile are steps of one pixel, at right angles."""
+    how = replace(Augmentation.none(), turn="any", flip=True)
+    images = Tiles([ramps(500)], 65, 65, how, seed=0).draw(12, step=2)[0].numpy()
+    images = images[(images.min((1, 2, 3)) > 1) & (images.max((1, 2, 3)) < 498)]  # nothing mirrored
+    assert len(images) > 5
+    determinants = set()
+    for image in images:
+        down, right = (image[:, 64, 32] - image[:, 0, 32]) / 64, (image[:, 32, 64] - image[:, 32, 0]) / 64
+        assert np.hypot(*down) == pytest.approx(1, abs=4e-3)  # 0.1 px on either end
+        assert np.hypot(*right) == pytest.approx(1, abs=4e-3)
+        assert down @ right == pytest.approx(0, abs=4e-3)
+        determinants.add(round(float(down[0] * right[1] - down[1] * right[0])))
+    assert determinants == {1, -1}  # flipped and not
+
+
+def test_grey_values_vary(samples: list[Sample]) -> None:
+    how = replace(Augmentation.none(), gain=0.3, gamma=0.3, offset=0.1, noise=0.05)
+    drawn = Tiles(samples[:1], 160, 160, how, seed=0).draw(6, step=1)[0].numpy()
+    still = samples[0].image
+    assert len({d.tobytes() for d in drawn}) == 6
+    for image in drawn:
+        correlation = np.corrcoef(image.ravel(), still.ravel())[0, 1]
+        assert 0.9 < correlation < 0.99999
+
+
+def test_a_tile_depends_on_seed_and_step_alone(samples: list[Sample]) -> None:
+    draw = [
+        Tiles(samples, 64, 64, Augmentation(), seed).draw(2, step) for seed, step in ((1, 5), (1, 5), (1, 6), (2, 5))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(draw[0], draw[1], strict=True))
+    assert not torch.equal(draw[0][0], draw[2][0])
+    assert not torch.equal(draw[0][0], draw[3][0])
+
+
+@pytest.mark.parametrize("how", [Augmentation.none(), Augmentation()], ids=["plain", "augmented"])
+def test_an_image_smaller_than_the_tile_is_mirrored(samples: list[Sample], how: Augmentation) -> None:
     small = replace(
         samples[0],
         image=samples[0].image[:, :40, :50],
         target=samples[0].target[:40, :50],
         weight=samples[0].weight[:40, :50],
     )
-    images, targets, _ = Tiles([small], 96, 96, Augmentation(), np.random.default_rng(1)).draw(2)
-    assert images.shape == (2, 1, 96, 96)
+    images, targets, _ = Tiles([small], 140, 96, how, seed=1).draw(2, step=1)
+    assert images.shape == (2, 1, 140, 140)
     assert targets.shape == (2, 96, 96)
+    assert 0 < targets.float().mean() < 1
 
 
 def test_validation_is_a_block(samples: list[Sample]) -> None:

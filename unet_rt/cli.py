@@ -675,6 +675,7 @@ def _train(args: argparse.Namespace) -> int:
 
     _torch("trains networks")
     from .training.fit import NORMALIZATION, Options, fit
+    from .training.trainer import Progress as Validated
 
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -700,7 +701,7 @@ def _train(args: argparse.Namespace) -> int:
     )  # fmt: skip
     bar = _TrainingBar()
 
-    def report(now: Progress) -> None:
+    def report(now: Validated) -> None:
         _clear()
         print(
             f"step {now.step} ({now.share:.0%}, {now.seconds:.0f} s): loss {now.loss:.4f}, validation IoU {now.iou:.4f}"

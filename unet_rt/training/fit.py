@@ -22,11 +22,12 @@ from .augment import Augmentation
 from .curves import training_curves
 from .folder import DataSet, read_folder
 from .samples import MaskKind, Sample, split_by_blocks
-from .trainer import Progress, Recipe, TrainingError, evaluate, save_checkpoint, train
+from .trainer import Progress, Recipe, TrainingError, evaluate, foreground_is_common, save_checkpoint, train
 from .weights import class_weights
 
 NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
 VALIDATION_SHARE = 0.2
+WATCHED = 8  # images that are validated on while training; the time they take is not spent on learning
 FIELDS = {f.name for f in fields(Recipe)}
 
 
@@ -187,6 +188,8 @@ def fit(
     folder = Path(folder)
     seed = int(options.recipe.get("seed", 0))
     sizes = {k: options.recipe[k] for k in ("w0", "sigma_px") if k in options.recipe}
+    if options.preset == "paper":
+        sizes = {"w0": 10.0, **sizes}
     data = read_folder(
         folder,
         options.normalization,
@@ -207,7 +210,7 @@ def fit(
     torch.manual_seed(seed)
     try:
         network = network_of(architecture)
-        recipe = replace(recipe, tile_px=fitting_tile(network, recipe.tile_px, training))
+        recipe = replace(recipe, w0=data.w0, tile_px=fitting_tile(network, recipe.tile_px, training))
     except ValueError as error:
         raise ContractError(str(error)) from error
     parameters = sum(p.numel() for p in network.parameters())
@@ -215,6 +218,8 @@ def fit(
         f"{len(training)} images to train on, {len(validation)} to validate ({_names(validation)}), "
         f"{len(data.channels)} channel{'s' if len(data.channels) > 1 else ''}, {len(data.classes)} classes"
     )
+    if foreground_is_common(training):
+        say("most pixels are foreground: validation IoU is the mean of foreground's and background's")
     long = f"{recipe.steps} steps" if recipe.steps else f"{recipe.minutes:g} minutes"
     say(
         f"{architecture['network']} of {parameters:,} parameters on {_device_name(place)}, {recipe.precision}: {long} of "
@@ -238,6 +243,7 @@ def fit(
         "recipe": recipe.to_json(),
         "data": {
             "masks": data.masks,
+            "iou_of": "all classes" if foreground_is_common(training) else "all classes but the background",
             "classes": list(data.classes),
             "training": [s.name for s in training],
             "validation": [s.name for s in validation],
@@ -266,7 +272,7 @@ def fit(
     train(
         network,
         training,
-        validation,
+        validation[:: -(-len(validation) // WATCHED)],
         recipe,
         device=place,
         state=state,

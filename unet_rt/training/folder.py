@@ -55,6 +55,7 @@ class DataSet:
         channels: Names of the channels.
         classes: Names of the classes.
         masks: How the masks were read.
+        w0: Of the border weights.
         value_range: (lowest, highest) raw pixel.
         pixel_size_um: Where all files agree on it; else empty.
         notes: Decisions worth knowing, one sentence each.
@@ -64,6 +65,7 @@ class DataSet:
     channels: tuple[str, ...]
     classes: tuple[str, ...]
     masks: MaskKind
+    w0: float
     value_range: tuple[float, float]
     pixel_size_um: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
@@ -238,7 +240,7 @@ def read_folder(
     masks_are: MaskKind | None = None,
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
-    w0: float = 10.0,
+    w0: float | None = None,
     sigma_px: float = 5.0,
 ) -> DataSet:
     """Samples of a folder of images and masks.
@@ -249,7 +251,7 @@ def read_folder(
         images, masks: Sub-folders, where names do not say it.
         masks_are: What the numbers of the masks mean; None: told from the masks themselves.
         axes, channels: How images are read, as in prediction.
-        w0, sigma_px: Of the border weights.
+        w0, sigma_px: Of the border weights. None: 10 between objects that the masks tell apart, else no such weights.
 
     Raises:
         ImageError: images and masks do not match, or cannot be read.
@@ -263,6 +265,9 @@ def read_folder(
     if any(len(p.masks) > 1 for p in pairs) and masks_are is None:
         kind, said = "instances", "several masks per image are one object each"
     notes.append(said)
+    if w0 is None:
+        w0 = 10.0 if kind == "instances" else 0.0
+    labels = _from_zero(labels, kind)
     classes, number = _classes(labels, kind)
     if number is not None:
         notes.append(f"mask values {', '.join(map(str, number))} are classes {', '.join(map(str, range(len(number))))}")
@@ -299,7 +304,7 @@ def read_folder(
         )
     um = sizes.pop() if len(sizes) == 1 else None
     value_range = (min(low for low, _ in ranges), max(high for _, high in ranges))
-    return DataSet(tuple(samples), names, classes, kind, value_range, tuple(um or ()), tuple(notes))
+    return DataSet(tuple(samples), names, classes, kind, w0, value_range, tuple(um or ()), tuple(notes))
 
 
 def _size(planes: int, shape: Sequence[int]) -> str:
@@ -427,6 +432,15 @@ def _kind(planes: Sequence[Integers], given: MaskKind | None) -> tuple[MaskKind,
         why = "too many for classes" if many else "each one connected part"
         return "instances", f"masks hold {shown}, {why}: instance ids (--masks-are classes reads them otherwise)"
     return "classes", f"masks hold {shown}: a class each (--masks-are instances reads them otherwise)"
+
+
+def _from_zero(labels: list[list[Integers]], kind: MaskKind) -> list[list[Integers]]:
+    """Binary masks of two values neither of which is 0: the lower one is background."""
+    if kind != "binary":
+        return labels
+    lowest = min(int(p.min()) for stack in labels for p in stack)
+    highest = max(int(p.max()) for stack in labels for p in stack)
+    return [[p - lowest for p in stack] for stack in labels] if 0 < lowest < highest else labels
 
 
 def _one_part(mask: npt.NDArray[np.bool_]) -> bool:

@@ -80,7 +80,8 @@ def sample_of(
         weight = border_weights(labels * target, w0=w0, sigma_px=sigma_px)
         return Sample(name, pixels, target.astype(np.uint8), weight, (labels > 0).astype(np.uint8))
     classes = (labels > 0).astype(np.uint8) if masks == "binary" else labels.astype(np.uint8)
-    weight = border_weights(components(classes > 0), w0=w0, sigma_px=sigma_px)
+    flat = np.zeros(labels.shape, np.float32)
+    weight = border_weights(components(classes > 0), w0=w0, sigma_px=sigma_px) if w0 else flat
     return Sample(name, pixels, classes, weight, classes)
 
 

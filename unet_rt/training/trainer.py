@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from unet_rt.contract import Contract
 from unet_rt.errors import UnetRtError
-from unet_rt.models import Network, architecture_of, network_of
+from unet_rt.models import Network, SegNet, architecture_of, network_of
 
 from .augment import Augmentation, Tiles
 from .samples import Sample, padded
@@ -117,6 +117,9 @@ def train(
 ) -> list[Progress]:
     """Train ``network`` in place and leave it, in evaluation mode, with the weights of the best validation IoU.
 
+    That is the mean over images of the IoU of the foreground (of several classes their mean), together with that of the
+    background if :func:`foreground_is_common`.
+
     The initial weights are the network's own: seed torch before making it. On a CPU, the same seed gives the same
     weights, also if training was interrupted in between; on a CUDA device they agree to rounding.
 
@@ -138,9 +141,14 @@ def train(
     place = torch.device(device)
     network.to(place)
     spec = network.spec
-    if place.type == "cuda":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # stubs miss it
+    # Tensor cores want channels last; max-unpooling is not fast in it.
+    layout = (
+        torch.channels_last if place.type == "cuda" and not isinstance(network, SegNet) else torch.contiguous_format
+    )
+    network.to(memory_format=layout)  # type: ignore[call-overload] # stubs miss it
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
     tiles = Tiles(training, recipe.tile_px, spec.out_size(recipe.tile_px), recipe.augmentation, recipe.seed, place)
+    common = foreground_is_common(training)
     share = torch.from_numpy(class_weights([s.target for s in training], spec.classes, balance=recipe.balance))
     run = _Run(network, _optimizer(network, recipe), recipe)
     if resume and state is not None:
@@ -161,10 +169,8 @@ def train(
             rounding = (
                 torch.autocast(place.type, torch.bfloat16) if recipe.precision == "bf16" else contextlib.nullcontext()
             )
-            if place.type == "cuda":
-                image = image.contiguous(memory_format=torch.channels_last)
             with rounding:
-                logits = network(image)
+                logits = network(image.contiguous(memory_format=layout))
             loss = weighted_cross_entropy(logits.float(), target, share[target] + border)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -180,7 +186,7 @@ def train(
             if progress is not None:
                 progress(finished, run.step, run.losses[-1] if run.losses else math.nan)
             if due:
-                iou = float(np.mean(evaluate(network, validation)))
+                iou = float(np.mean(evaluate(network, validation, background=common)))
                 run.validated(iou, clock.seconds(), finished)
                 if report is not None:
                     report(run.history[-1])
@@ -331,23 +337,35 @@ def _predict_window(network: Network, image: F32) -> F32:
 
 
 def evaluate(
-    network: Network, samples: Sequence[Sample], *, against: Literal["target", "truth"] = "target"
+    network: Network,
+    samples: Sequence[Sample],
+    *,
+    against: Literal["target", "truth"] = "target",
+    background: bool = False,
 ) -> list[float]:
-    """IoU of every sample: of the foreground, or the mean over classes but the background.
+    """IoU of every sample: of the foreground, or the mean over classes; ``background`` counts as one if asked for.
 
     ``target`` has background lines between touching objects, as the network was asked to draw them; ``truth`` is what
     was annotated, where each such line counts as an error.
     """
     was_training = network.training
     network.eval()
-    found = [class_iou(predict_whole(network, s.image).argmax(0), getattr(s, against)) for s in samples]
+    found = [
+        class_iou(predict_whole(network, s.image).argmax(0), getattr(s, against), background=background)
+        for s in samples
+    ]
     network.train(was_training)
     return found
 
 
-def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
-    """Mean IoU over the classes but 0 that occur in either; 1 where none does."""
-    present = sorted({*np.unique(labels).tolist(), *np.unique(truth).tolist()} - {0})
+def foreground_is_common(samples: Sequence[Sample]) -> bool:
+    """Whether most pixels are foreground: then "foreground everywhere" has a high IoU, so that background counts too."""
+    return sum(int((s.target > 0).sum()) for s in samples) > sum(s.target.size for s in samples) / 2
+
+
+def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any], *, background: bool = False) -> float:
+    """Mean IoU over the classes that occur in either, without 0 unless ``background``; 1 where none does."""
+    present = sorted({*np.unique(labels).tolist(), *np.unique(truth).tolist()} - (set() if background else {0}))
     return float(np.mean([iou(labels == k, truth == k) for k in present])) if present else 1.0
 
 
