@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from unet_rt.backends.onnx_file import copy_graph, precision_of
 from unet_rt.backends.session import Array, Port, Session, SessionBase, arrays_for
 from unet_rt.errors import BackendError
 from unet_rt.passes.up_conv import up_conv
+
+# Metadata of a quantised graph: how many convolutions it means to run in INT8.
+QUANTISED_KEY = "unet_rt.quantised_layers"
 
 # Distributions that install into the one folder onnxruntime/ and overwrite each other there.
 DISTRIBUTIONS = (
@@ -131,7 +135,7 @@ def precisions(device: str = "cpu") -> tuple[str, ...]:
     """Precisions this backend computes in on ``device``: that of the graph."""
     # The CPU provider has no bfloat16 convolution, and no setting that would make FP32 graphs run in it; float16 graphs
     # run in float32 between casts. On CUDA bfloat16 lacks MaxPool and ConvTranspose.
-    return ("fp32",) if device == "cpu" else ("fp32", "fp16")
+    return ("fp32", "int8") if device == "cpu" else ("fp32", "fp16")
 
 
 def build(
@@ -144,7 +148,9 @@ def build(
     tiles: Sequence[Sequence[int]] = (),
     batches: Sequence[int] = (),
 ) -> None:
-    """Writes ``graph``: FP32 for the CPU, ``precision`` and measured settings for a GPU.
+    """Writes ``graph``: FP32 or INT8 for the CPU, ``precision`` and measured settings for a GPU.
+
+    For INT8 ``model`` is quantised already, in the form of :mod:`unet_rt.passes.qdq` for this backend.
 
     On the CPU up-convolutions are rewritten so that a tile's bits are the whole image's. On a GPU ``tiles`` and
     ``batches`` name the shape that settings are measured at. ONNX Runtime computes in the types of the graph.
@@ -158,6 +164,14 @@ def build(
     from unet_rt.passes.half import halved
 
     found = precision_of(model)
+    if precision == "int8":
+        if found != "int8":
+            raise BackendError(
+                f"{model.name} computes in {found}, int8 was asked; "
+                "quantise it first (unet-rt build with --samples does)"
+            )
+        copy_graph(model, graph)
+        return
     if found != "fp32" and (found != precision or halved(onnx.load(str(model), load_external_data=False)) != precision):
         raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
     if device != "cpu":
@@ -210,9 +224,7 @@ class OnnxRuntimeSession(SessionBase):
         self._last: tuple[tuple[int, ...], ...] | None = None
         self._session: Any = None
         try:
-            session = self._library.InferenceSession(
-                str(graph), session_options(self._library, self.threads), providers=[_provider()]
-            )
+            session = self._open(graph)
             self._ports = tuple(_port(value) for value in session.get_inputs())
         except self._errors as error:
             raise BackendError(f"ONNX Runtime refuses {graph}: {error}") from error
@@ -224,6 +236,23 @@ class OnnxRuntimeSession(SessionBase):
                 "pip install --force-reinstall onnxruntime"
             )
         self._session = session
+
+    def _open(self, graph: Path) -> Any:
+        options = session_options(self._library, self.threads)
+        if self._precision != "int8":
+            return self._library.InferenceSession(str(graph), options, providers=[_provider()])
+        with tempfile.TemporaryDirectory(prefix="unet-rt-") as folder:
+            options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+            session = self._library.InferenceSession(str(graph), options, providers=[_provider()])
+            compiled = Path(options.optimized_model_filepath).read_bytes()
+        asked = int(session.get_modelmeta().custom_metadata_map.get(QUANTISED_KEY, "1"))
+        got = _count(compiled, "QLinearConv")
+        if got < asked:
+            raise BackendError(
+                f"int8 was asked, ONNX Runtime runs {got} of {asked} quantised layers of {graph.name} in INT8; "
+                "use another --precision, or --backend openvino"
+            )
+        return session
 
     @property
     def version(self) -> str:
@@ -274,6 +303,11 @@ class OnnxRuntimeSession(SessionBase):
 
     def _release(self) -> None:
         self._session = None
+
+
+def _count(model: bytes, operator: str) -> int:
+    """Nodes of one operator in a serialised graph (field 4 of a node), read without the onnx package."""
+    return model.count(b"\x22" + bytes([len(operator)]) + operator.encode())
 
 
 def _provider() -> tuple[str, dict[str, str]]:

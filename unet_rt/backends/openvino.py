@@ -1,4 +1,4 @@
-"""OpenVINO on CPUs: FP32 everywhere, BF16 where the CPU computes in it."""
+"""OpenVINO on CPUs: FP32 everywhere, BF16 where the CPU computes in it, INT8 from quantised graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.errors import BackendError
 
 # Hint that is asked for -> runtime precision that layers report.
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+
+# Runtime precisions of layers that compute in INT8: the type of their activations.
+_BYTES = ("u8", "i8")
 
 # Layers where the arithmetic is, by the names of OpenVINO's runtime graph.
 _HEAVY = frozenset(
@@ -96,7 +99,8 @@ def _capabilities() -> frozenset[str]:
 
 def precisions(device: str = "cpu") -> tuple[str, ...]:
     """Precisions this backend computes in on this CPU."""
-    return ("fp32", "bf16") if "BF16" in _capabilities() else ("fp32",)
+    found = _capabilities()
+    return ("fp32", *(name for name in ("bf16", "int8") if name.upper() in found))
 
 
 def _require_precision(precision: str) -> None:
@@ -105,6 +109,8 @@ def _require_precision(precision: str) -> None:
     # Asked for BF16 without the instructions, OpenVINO emulates it (convolutions named jit_avx512_bf16 on a CPU with
     # AVX-512 but without avx512_bf16): the rounding of BF16, slower than FP32, and no word about it.
     if precision not in precisions():
+        if precision == "int8":
+            raise BackendError(f"OpenVINO computes in no INT8 on {machine.cpu_name()}; use --precision fp32")
         raise BackendError(
             f"{machine.cpu_name()} has no BF16 instructions (avx512_bf16, amx_bf16 or ARM bf16), "
             "OpenVINO would emulate them; use --precision fp32"
@@ -121,18 +127,21 @@ def build(
     tiles: Sequence[Sequence[int]] = (),
     batches: Sequence[int] = (),
 ) -> None:
-    """Copy the FP32 ``model`` to ``graph``: BF16 is a setting of the compiler, read back from every compiled shape.
+    """Copy ``model`` to ``graph``: FP32, or quantised in the form of :mod:`unet_rt.passes.qdq` for INT8.
+
+    BF16 is a setting of the compiler. What layers compute in is read back from every compiled shape.
 
     Raises:
-        BackendError: A precision that this CPU lacks, a graph that is not FP32, or one that OpenVINO cannot read.
+        BackendError: A precision that this CPU lacks, a graph of another one, or one that OpenVINO cannot read.
     """
     reason = missing(device)
     if reason is not None:
         raise BackendError(reason)
     _require_precision(precision)
     found = precision_of(model)
-    if found != "fp32":
-        raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
+    if found != ("int8" if precision == "int8" else "fp32"):
+        way = "quantise it first (unet-rt build with --samples does)" if precision == "int8" else "give the FP32 graph"
+        raise BackendError(f"{model.name} computes in {found}, {precision} was asked; {way}")
     _read(model)
     copy_graph(model, graph)
 
@@ -163,7 +172,7 @@ def load(
 
     Args:
         graph: What ``build`` wrote.
-        precision: ``"fp32"`` or ``"bf16"``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"int8"``.
         device: ``"cpu"``.
         threads: Threads to compute with; 0: as many as affinity and quota allow.
         blob: None: nothing is compiled ahead of time.
@@ -314,7 +323,17 @@ class OpenVinoSession(SessionBase):
 
     def _check_precision(self, layers: Counter[str]) -> None:
         """Hold the runtime precision of the layers against what was asked."""
-        wanted, total = _HINTS[self._precision], sum(layers.values())
+        total = sum(layers.values())
+        if self._precision == "int8":
+            asked, got = _quantised(self._model), sum(layers[kind] for kind in _BYTES)
+            if got and got >= asked:
+                self._layers = layers
+                return
+            found = f"{got} of {asked} quantised layers in INT8"
+            raise BackendError(
+                f"int8 was asked, OpenVINO compiled {found}; use another --precision, or --backend onnxruntime"
+            )
+        wanted = _HINTS[self._precision]
         share = layers[wanted] / total if total else 1.0
         if share >= (1.0 if self._precision == "fp32" else _BF16_SHARE):
             self._layers = layers
@@ -338,6 +357,14 @@ def _layers(compiled: Any) -> Counter[str]:
         if info["layerType"].astype(str) in _HEAVY:
             found[info["runtimePrecision"].astype(str)] += 1
     return found
+
+
+def _quantised(model: Any) -> int:
+    """Convolutions of a model whose weights are dequantised from integers."""
+    return sum(
+        node.get_type_name() == "Convolution" and node.input_value(1).get_node().get_type_name() != "Constant"
+        for node in model.get_ordered_ops()
+    )
 
 
 def _port(port: Any) -> Port:

@@ -1,0 +1,266 @@
+"""Activation ranges from real tiles: what eight bits have to cover.
+
+Tiles come from the user's images, and never from those that parity is judged on (:func:`split`). Four ways to a range:
+
+``minmax``      everything that was seen
+``percentile``  all but the 0.01 % farthest out on either side
+``entropy``     the clipping whose eight-bit histogram tells least apart from the full one (Kullback-Leibler, as TensorRT)
+``mse``         the clipping of least squared error: what is cut off against what is rounded
+
+Which one serves is measured, per network (``search.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .activations import Distribution, probe
+from .errors import EngineError, ImageError
+from .parity import constant_reason
+from .samples import Sample
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = npt.NDArray[Any]
+Method = Literal["minmax", "percentile", "entropy", "mse"]
+METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse", "entropy")
+
+PERCENTILE = 1e-4  # share cut off on either side
+CLIPS = np.concatenate([[1.0], 2.0 ** -np.arange(0.25, 5.01, 0.25)])  # of the larger side, tried by mse and entropy
+CALIBRATION_SHARE = 3  # every third window calibrates, the others judge
+SMALLEST_BLOCK_PX = 48  # a window is not cut into blocks narrower than this
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values of one tensor from ``low`` to ``high``."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was seen on the calibration tiles.
+
+    Attributes:
+        ranges: Per method and tensor.
+        means: Per tensor the mean of each channel; for the correction of biases.
+        windows: Name and SHA-256 of the windows that tiles were taken from.
+        tiles: How many.
+    """
+
+    ranges: Mapping[str, Mapping[str, Range]]
+    means: Mapping[str, tuple[float, ...]]
+    windows: tuple[tuple[str, str], ...] = ()
+    tiles: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        tensors = {
+            name: {method: [ranges[name].low, ranges[name].high] for method, ranges in self.ranges.items()}
+            for name in next(iter(self.ranges.values()))
+        }
+        return {
+            "schema": 1,
+            "tiles": self.tiles,
+            "windows": [{"name": name, "sha256": digest} for name, digest in self.windows],
+            "tensors": tensors,
+            "means": {name: list(values) for name, values in self.means.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Calibration:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            EngineError: It is damaged.
+        """
+        try:
+            methods = list(next(iter(data["tensors"].values())))
+            ranges = {
+                method: {name: Range(*entry[method]) for name, entry in data["tensors"].items()} for method in methods
+            }
+            means = {name: tuple(values) for name, values in data["means"].items()}
+            windows = tuple((str(w["name"]), str(w["sha256"])) for w in data["windows"])
+            return cls(ranges, means, windows, int(data["tiles"]))
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            raise EngineError(f"the calibration is damaged ({error}); build the engine again with --samples") from error
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json()) + "\n"
+
+
+def calibrate(
+    model: onnx.ModelProto, names: Sequence[str], tiles: Iterable[Sequence[Array]], *, threads: int = 0
+) -> Calibration:
+    """Ranges of the tensors ``names`` of an FP32 graph over tiles as the network gets them.
+
+    Raises:
+        ImageError: No tile, tiles that prove nothing (constant, or noise), or activations that are not finite.
+    """
+    kept: list[Sequence[Array]] = []
+    reason = "there is none"
+    for inputs in tiles:
+        why = next((w for x in inputs if (w := constant_reason(x)) is not None), None)
+        if why is None:
+            kept.append(inputs)
+        else:
+            reason = why
+    if not kept:
+        raise ImageError(f"no tile to calibrate INT8 on: {reason}; pass images like those the network will see")
+    found = probe(model, names, kept, threads=threads)
+    broken = next((name for name, d in found.items() if not d.finite), None)
+    if broken is not None:
+        raise ImageError(f"activations of {broken} are not finite on the samples; check --normalize")
+    ranges: dict[str, dict[str, Range]] = {
+        method: {name: range_of(d, method) for name, d in found.items()} for method in METHODS
+    }
+    means = {name: tuple(float(v) for v in d.means.ravel()) for name, d in found.items()}
+    return Calibration(ranges, means, (), len(kept))
+
+
+def range_of(found: Distribution, method: Method) -> Range:
+    """The range by one method, never wider than what was seen and always with zero inside."""
+    low, high = min(found.low, 0.0), max(found.high, 0.0)
+    if low == high or method == "minmax":
+        return Range(low, high)
+    if method == "percentile":
+        share = np.cumsum(found.counts) / max(1, found.counts.sum())
+        width = 2 * found.span / len(found.counts)
+        first = int(np.searchsorted(share, PERCENTILE))
+        last = int(np.searchsorted(share, 1 - PERCENTILE))
+        return Range(
+            max(low, min(0.0, -found.span + width * first)), min(high, max(0.0, -found.span + width * (last + 1)))
+        )
+    cost = _squared_error if method == "mse" else _divergence
+    best = Range(low, high)
+    for side in ("both", "low"):  # the shorter side once more on its own: a long tail there costs the other one bits
+        tried = []
+        for clip in CLIPS:
+            limit = max(-best.low, best.high) * clip if side == "both" else None
+            if limit is None:
+                short = min(-best.low, best.high) * clip
+                option = replace(best, low=-short) if -best.low < best.high else replace(best, high=short)
+            else:
+                option = Range(max(best.low, -limit), min(best.high, limit))
+            tried.append((cost(found, option), option))
+        best = min(tried, key=lambda entry: entry[0])[1]
+        if best.low == 0.0 or best.high == 0.0:
+            break
+    return best
+
+
+def _squared_error(found: Distribution, option: Range) -> float:
+    """Squared error per value of 256 levels over ``option``: rounding inside, the distance to its end outside."""
+    x, n = found.centres, found.counts
+    step = (option.high - option.low) / 255
+    outside = np.maximum(option.low - x, 0) + np.maximum(x - option.high, 0)
+    # zero is a level, and half of all activations are zero: no rounding there
+    rounding = np.where((outside == 0) & (np.abs(x) > found.span / len(n)), step**2 / 12, 0.0)
+    return float(((outside**2 + rounding) * n).sum())
+
+
+def _divergence(found: Distribution, option: Range) -> float:
+    """Kullback-Leibler divergence of the histogram cut to ``option`` from its rendering in 256 levels."""
+    x, p = found.centres, found.counts.astype(np.float64)
+    p[np.abs(x) <= found.span / len(p)] = 0.0  # zero is a level of its own
+    inside = (x >= option.low) & (x <= option.high)
+    if not p[inside].any():
+        return float("inf")
+    clipped = np.where(inside, p, 0.0)
+    first, last = np.flatnonzero(inside)[[0, -1]]
+    clipped[first] += p[x < option.low].sum()
+    clipped[last] += p[x > option.high].sum()
+    level = np.clip(((x - option.low) / (option.high - option.low) * 255).round(), 0, 255).astype(np.int64)
+    held = np.where(inside, p, 0.0)
+    total = np.bincount(level, held, 256)
+    shared = np.bincount(level, (held > 0).astype(np.float64), 256)
+    q = np.where(held > 0, (total / np.maximum(shared, 1))[level], 0.0)
+    clipped, q = clipped / clipped.sum(), q / q.sum()
+    seen = clipped > 0
+    return float((clipped[seen] * np.log(clipped[seen] / np.maximum(q[seen], 1e-12))).sum())
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) -> tuple[list[Sample], list[Sample], str]:
+    """(windows to calibrate on, windows to judge on, a sentence about it); no pixel is in both.
+
+    Three windows or more: every third calibrates, the first among them never (reports are about it). Fewer: each is
+    cut along its longest axis, one third calibrates and two judge.
+    """
+    if len(samples) >= CALIBRATION_SHARE:
+        chosen = set(range(1, len(samples), CALIBRATION_SHARE))
+        calibrating = [s for k, s in enumerate(samples) if k in chosen]
+        judging = [s for k, s in enumerate(samples) if k not in chosen]
+        return calibrating, judging, f"{len(calibrating)} of {len(samples)} sample windows calibrate, the others judge"
+    calibrating, judging = [], []
+    for sample in samples:
+        axis = int(np.argmax(sample.shape))
+        cut = sample.shape[axis] // 3
+        if cut < smallest_px:
+            raise ImageError(
+                f"{sample.name} is too small to be cut into a part to calibrate on and one to judge on "
+                f"({'x'.join(map(str, sample.shape))} px); pass three or more images"
+            )
+        calibrating.append(_block(sample, axis, 0, cut))
+        judging.append(_block(sample, axis, cut, sample.shape[axis]))
+    count = "the one sample window is" if len(samples) == 1 else "the two sample windows are"
+    return calibrating, judging, f"{count} cut: one third calibrates, two thirds judge; three or more images prove more"
+
+
+def _block(sample: Sample, axis: int, start: int, stop: int) -> Sample:
+    import hashlib
+
+    pixels = np.ascontiguousarray(np.take(sample.pixels, np.arange(start, stop), axis=axis + 1))
+    place = tuple(s + (start if k == axis else 0) for k, s in enumerate(sample.start))
+    return replace(
+        sample,
+        name=f"{sample.name} {'ZYX'[-len(sample.shape) :][axis]} {start}:{stop}",
+        pixels=pixels,
+        start=place,
+        whole=False,
+        sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
+    )
+
+
+def tile_starts(sample: Sample, tile: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Origins of up to ``count`` tiles of a window that differ in brightness and structure.
+
+    Of a grid of places the brightest, the darkest and the most varied come first: the range of values, foreground and
+    background.
+    """
+    grids = [
+        sorted({int(v) for v in np.linspace(0, max(0, n - t), min(5, -(-n // t) + 1))})
+        for n, t in zip(sample.shape, tile, strict=True)
+    ]
+    places = [tuple(int(g[i]) for g, i in zip(grids, index, strict=True)) for index in np.ndindex(*map(len, grids))]
+    if len(places) <= count:
+        return places
+
+    def part(start: tuple[int, ...]) -> Array:
+        window = tuple(slice(a, a + t, max(1, t // 64)) for a, t in zip(start, tile, strict=True))
+        return sample.pixels[(slice(None), *window)].astype(np.float64)
+
+    parts = [part(place) for place in places]
+    orders = [
+        sorted(range(len(places)), key=lambda k: -float(parts[k].var())),
+        sorted(range(len(places)), key=lambda k: -float(parts[k].max())),
+        sorted(range(len(places)), key=lambda k: float(parts[k].mean())),
+    ]
+    chosen = dict.fromkeys(k for row in zip(*orders, strict=True) for k in row)
+    return [places[k] for k in list(chosen)[:count]]
+
+
+def tile_count(tile: Sequence[int], windows: int, budget_px: int = 4 * 1024 * 1024) -> int:
+    """Tiles per window so that all together stay near ``budget_px`` pixels, at least one and at most eight."""
+    return int(np.clip(budget_px // (prod(tile) * max(1, windows)), 1, 8))
