@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from unet_rt import free
 from unet_rt.free import free_spatial
-from unet_rt.graph import inspect
+from unet_rt.graph import analyse, inspect
 from unet_rt.onnx_file import read_graph
+from unet_rt.passes.free_crops import free_crops
 
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
@@ -78,8 +79,33 @@ KEPT = {
     "instance norm": lambda: networks.UNet(UNetSpec(depth=1, norm="instance")),
     "reshape": lambda: networks.Layers(networks.WindowAttention()),
     "parameter": lambda: Plane(),
-    "valid": lambda: networks.UNet(UNetSpec(depth=1, valid=True)),
 }
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_crops_of_unpadded_networks_become_free(depth: int) -> None:
+    network = networks.initialise(networks.UNet(UNetSpec(depth=depth, valid=True)))
+    model = fixed(network, 76)
+    freed, reasons = free_spatial(model, run)
+    assert (dims(freed), reasons) == (["N", 1, "Y", "X"], ())
+    assert inspect(freed).outputs[0].exact
+    assert inspect(model).outputs[0].exact  # which says what build will make of it
+    image = networks.texture((1, 1, 92, 108))
+    with torch.no_grad():
+        expected = network(torch.from_numpy(image)).numpy()
+    assert np.abs(run(freed, [image])[0] - expected).max() < 1e-5 * max(1.0, np.abs(expected).max())
+
+
+def test_free_crops_leaves_other_slices_alone_and_is_idempotent() -> None:
+    model = fixed(networks.UNet(UNetSpec(depth=2, valid=True)), 76)
+    assert free_crops(model) == 4  # two axes of two skips
+    once = model.SerializeToString()
+    assert free_crops(model) == 0
+    assert model.SerializeToString() == once
+    cut = fixed(networks.Layers(lambda x: x[:, :, 4:28, 4:28]))  # a crop of the result: 24 px, or 4 less at either end?
+    before = cut.SerializeToString()
+    assert free_crops(cut) == 0
+    assert cut.SerializeToString() == before
 
 
 class Plane(torch.nn.Module):  # type: ignore[misc, name-defined]
@@ -104,7 +130,8 @@ def test_baked_sizes_stay_and_say_why(name: str) -> None:
     assert not report.outputs[0].exact
 
 
-def test_a_baked_size_is_reported_with_the_field_it_has_at_that_size() -> None:
+def test_a_baked_size_is_reported_with_the_field_it_has_at_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unet_rt.graph.free_crops", lambda model: 0)
     report = inspect(fixed(networks.UNet(UNetSpec(valid=True)), 76))
     f = report.outputs[0].field[0]
     assert (f.shrink, f.stride, f.out_size(76)) == ((20, 20), 4, 36)
@@ -114,18 +141,17 @@ def test_a_baked_size_is_reported_with_the_field_it_has_at_that_size() -> None:
 
 def test_numbers_overrule_the_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
     """An analysis that wrongly finds the size free is caught by the numbers."""
-    real = free.analyse
 
-    def careless(graph: Any) -> Any:
-        good = real(graph_of_free)
+    def careless(model: onnx.ModelProto) -> Any:
+        good, graph = analyse(graph_of_free), read_graph(model)
         outputs = tuple(replace(o, name=v.name) for o, v in zip(good.outputs, graph.outputs, strict=True))
-        return replace(good, graph=graph, outputs=outputs, batch=None)
+        return replace(good, graph=graph, outputs=outputs, batch=None), model
 
     network = networks.initialise(networks.Layers(lambda x: F.interpolate(F.max_pool2d(x, 2), size=(32, 32))))
     same = networks.initialise(networks.Layers(lambda x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2)))
     graph_of_free = read_graph(networks.export(same, [(1, 1, 32, 32)], free=False))
     model = networks.export(network, [(1, 1, 32, 32)], free=False)
-    monkeypatch.setattr(free, "analyse", careless)
+    monkeypatch.setattr(free, "analyse_model", careless)
     freed, reasons = free_spatial(model, run)
     assert dims(freed)[2:] == [32, 32]
     assert any("output" in r for r in reasons), reasons

@@ -3,7 +3,7 @@
 Exporters write the size of their example image into the graph. Often nothing but the declaration is fixed; sometimes a
 baked ``interpolate(size=...)`` or pooling kernel survives and silently computes something else at other sizes. So the
 declaration goes only if the walks at three sizes agree, and, where a backend is at hand, if the freed graph on a larger
-canvas gives the same numbers.
+canvas gives the same numbers. Crops of unpadded networks are first counted from the far edge (``passes/free_crops``).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from unet_rt.errors import UnetRtError
 from unet_rt.field import OutputField
-from unet_rt.graph import Analysis, analyse
-from unet_rt.onnx_file import Value, read_graph
+from unet_rt.graph import Analysis, analyse_model
+from unet_rt.onnx_file import Value
 
 Array = NDArray[Any]
 Run = Callable[[onnx.ModelProto, Sequence[Array]], Sequence[Array]]
@@ -52,13 +52,13 @@ def free_spatial(model: onnx.ModelProto, run: Run | None = None) -> tuple[onnx.M
     Raises:
         GraphError: The graph cannot be read.
     """
-    analysis = analyse(read_graph(model))
+    analysis, source = analyse_model(model)  # source: what loses its sizes
     reasons = list(analysis.reasons_fixed)
     spatial = [axis for axis, size in zip(_axes(analysis), analysis.declared, strict=True) if size is not None]
     spatial = [axis for axis in spatial if not any(r.startswith(f"{axis} is fixed") for r in reasons)]
     result = model
     if spatial:
-        freed = _declare_free(model, analysis, spatial)
+        freed = _declare_free(source, analysis, spatial)
         why = "" if run is None else _differs_in_space(model, freed, analysis, spatial, run)
         if why:
             reasons += [f"{axis} is fixed: {why}" for axis in spatial]

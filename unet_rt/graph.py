@@ -22,6 +22,7 @@ from unet_rt.errors import GraphError
 from unet_rt.field import AxisField, OutputField, Pair, TileSizes
 from unet_rt.line import Line, input_line
 from unet_rt.onnx_file import Graph, Node, Value, load_model, read_graph
+from unet_rt.passes.free_crops import free_crops
 from unet_rt.propagate import Axis, Tensor, Walk, plain, sole_line, tracked, value_of, walk
 from unet_rt.shapes import ELEMENT_BYTES
 
@@ -142,8 +143,8 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
         proto, folder = model, None
     else:
         proto, folder = load_model(model), Path(model).resolve().parent
-    graph = read_graph(proto, folder)
-    analysis = analyse(graph)
+    analysis, _ = analyse_model(proto, folder)
+    graph = analysis.graph
     outputs = analysis.outputs
     sizes = analysis.sizes
     first = next((o for o in outputs if o.field), None)
@@ -201,6 +202,24 @@ class Analysis:
     def walk(self, sizes: Sequence[int], batch: int = 1) -> Walk:
         given = _input_axes(self.graph, self.letters, self.channels, tuple(sizes), batch)
         return walk(self.graph, given, tuple(sizes), self.global_pools)
+
+
+def analyse_model(
+    model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None
+) -> tuple[Analysis, onnx.ModelProto]:
+    """The analysis of a model, and the model it is of: that given, or a copy whose crops were counted from the far edge.
+
+    The copy is taken where it is exact and the model, whose crops hold the size of its export, is not.
+    """
+    analysis = analyse(read_graph(model, folder))
+    if all(size is None for size in analysis.declared) or all(output.exact for output in analysis.outputs):
+        return analysis, model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    if not free_crops(copy):
+        return analysis, model
+    candidate = analyse(read_graph(copy, folder))
+    return (candidate, copy) if all(output.exact for output in candidate.outputs) else (analysis, model)
 
 
 def analyse(graph: Graph) -> Analysis:
