@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .axes import Choice, Layout, choose_channels, parse_channels, read_axes, size_text
 from .contract import Contract
-from .errors import ContractError, ImageError
+from .errors import BackendError, ContractError, ImageError
 from .pixels import Array, ArrayPixels, MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels
+
+if TYPE_CHECKING:
+    from .device import Device, DeviceArray, Stream
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".btf", ".tf8", ".npy")
 BAND_SAMPLES = 2**22  # samples read at a time where a whole image is gone through: 8 MiB of uint16
@@ -51,6 +55,9 @@ class Source:
         reading: One line: how axes and channels were read.
         pixel_size_um: Micrometres per pixel along the spatial axes; None where not known for all of them.
         metadata: Where the pixels come from, for the output.
+        device, stream: The GPU on which the pixels lie, None if they do not, and the stream (cudaStream_t) on which they
+            were made. ``read`` copies to the host.
+        on_device: :meth:`device_plane` gives the pixels where they lie; luma and channels in no even order it does not.
     """
 
     def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: Choice) -> None:
@@ -69,6 +76,10 @@ class Source:
         self._pixels = stored.pixels
         self._layout = layout
         self._choice = choice
+        on_gpu = isinstance(stored.pixels, DevicePixels)
+        self.on_device = on_gpu and not choice.luma and _step(choice.channels) is not None
+        self.device: Device | None = stored.pixels.array.device if isinstance(stored.pixels, DevicePixels) else None
+        self.stream = stored.pixels.stream if isinstance(stored.pixels, DevicePixels) else 0
         notes = "; ".join((*layout.notes, *stored.notes))
         self.reading = (
             f"{name} {layout.axes} {size_text(layout.shape)} {stored.pixels.dtype.name}: {choice.text}, "
@@ -99,6 +110,26 @@ class Source:
         if self._choice.luma:
             return _luma(self._channels(window, (0, 1, 2)))[None]
         return self._channels(window, self._choice.channels)
+
+    def device_plane(self, plane: int) -> DeviceArray:
+        """All pixels of one plane of an image on a GPU, (C, *spatial), any strides; a view of the caller's memory."""
+        layout, pixels = self._layout, self._pixels
+        if not isinstance(pixels, DevicePixels) or not self.on_device:
+            raise ImageError(f"{self.name} does not lie on a GPU; read() it")
+        front = layout.planes if layout.channel is None else (*layout.planes, layout.channel)
+        view = pixels.array.transpose(*front, *layout.spatial)
+        for index in np.unravel_index(plane, self.plane_shape or (1,))[: len(layout.planes)]:
+            view = view[int(index)]
+        if view.dtype == np.bool_:
+            view = view.view(np.uint8)
+        wanted = self._choice.channels
+        if layout.channel is None:
+            return view[None].repeat_first(len(wanted))
+        step = _step(wanted) or 0
+        if step == 0:
+            return view[wanted[0] : wanted[0] + 1].repeat_first(len(wanted))
+        stop = wanted[-1] + (1 if step > 0 else -1)
+        return view[wanted[0] : None if stop < 0 else stop : step]
 
     def _channels(self, window: list[slice], wanted: tuple[int, ...]) -> Array:
         """The wanted stored channels of a window, (C, *spatial)."""
@@ -189,7 +220,7 @@ def open_image(
         stored = _open_path(path, name)
     else:
         name = name or "array"
-        stored = Stored(ArrayPixels(_as_array(image, name)), None, Origin("array"))
+        stored = Stored(_array_pixels(image, name), None, Origin("array"))
     try:
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
         wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
@@ -267,6 +298,12 @@ def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
                     "of 1 "
                     "channel; use --channels 0 (or 1, 2) for one colour, or --channels luma for their luminance"
                 )
+
+
+def _step(channels: Sequence[int]) -> int | None:
+    """Distance between channels that are evenly spaced (0: the same again), else None."""
+    steps = {b - a for a, b in pairwise(channels)} or {1}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def _luma(colours: Array) -> Array:
@@ -348,6 +385,42 @@ def _open_npy(path: Path, name: str) -> Stored:
     check_pixels(shape, dtype.newbyteorder("="), name)
     mapped = MappedPixels(MappedFile(path, name), offset, shape, dtype, name, "F" if fortran else "C")
     return Stored(mapped, None, Origin("array"))
+
+
+class DevicePixels:
+    """Pixels on a GPU. Windows are copied to the host; ``array`` are all of them where they are.
+
+    Attributes:
+        array: The pixels.
+        stream: The stream (cudaStream_t) on which they were made.
+    """
+
+    def __init__(self, array: DeviceArray, stream: int) -> None:
+        self.array, self.stream = array, stream
+        self.shape, self.dtype = array.shape, array.dtype
+        self._copies: Stream | None = None
+
+    def read(self, window: tuple[slice, ...]) -> Array:
+        if self._copies is None:
+            self._copies = self.array.device.stream()
+            self._copies.after(self.stream)
+        return self.array[window].to_host(self._copies)
+
+    def close(self) -> None:
+        self._copies = None
+
+
+def _array_pixels(image: Any, name: str) -> Pixels:
+    if not isinstance(image, np.ndarray):
+        from . import device
+
+        if device.is_device_array(image):
+            try:
+                array, stream = device.from_array(image, name)
+            except BackendError as error:
+                raise ImageError(str(error)) from error
+            return DevicePixels(array, stream)
+    return ArrayPixels(_as_array(image, name))
 
 
 def _as_array(image: Any, name: str) -> Array:

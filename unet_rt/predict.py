@@ -1,7 +1,8 @@
 """The image line in one function: windows of an image, tiles, engine, stitched bands, output.
 
 Three threads form a pipeline: one reads windows and gathers tiles, the caller's runs the engine, one stitches and writes.
-Queues between them are short, so that memory is bounded by a few tile rows whatever the image.
+Queues between them are short, so that memory is bounded by a few tile rows whatever the image. Engines on a GPU have a
+pipeline of their own (``predict_device``).
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from .stitch import BandStitcher, Decision, OutputKind, decide
 from .tiles import Ints, TileGrid, border_window
 
 if TYPE_CHECKING:
+    from .device import Device, DeviceArray
     from .image import Source
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # (tiles done, tiles in all)
 Write = Callable[[int, int, Array], None]  # (plane, first row, band)
 
+_COUNTED = 2**18  # pixels counted at a time: they stay in the second-level cache
 MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles
 
 
@@ -92,7 +95,7 @@ def predict(
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
     tile: Sequence[int] | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     threads: int = 0,
     mask_values: Sequence[int] = (),
     normalization: Normalization | None = None,
@@ -100,8 +103,13 @@ def predict(
     overwrite: bool = False,
     progress: Progress | None = None,
     report: Callable[[RunReport], None] | None = None,
-) -> Array | Path:
+) -> Any:
     """Predicts one image of any size.
+
+    An image on the engine's GPU (PyTorch, CuPy, or anything with ``__cuda_array_interface__``) stays there: its pixels
+    are read after what its library's current stream holds (PyTorch's, CuPy's), and the result lies on the same device,
+    complete when this function returns. Normalisation by statistics of the image copies it to the host, band by band,
+    once; so does ``luma``. Its labels are counted only where ``report`` asks, and pixels outside the value range not.
 
     Args:
         engine: From :func:`unet_rt.load`.
@@ -111,7 +119,7 @@ def predict(
         axes: Axes of the image, where they cannot be told from the file.
         channels: Which channels of the image, in the network's order.
         tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area.
-        batch: Tiles per run.
+        batch: Tiles per run; None: the engine's own number.
         threads: Threads of the kernels; 0: as many as affinity and quota allow.
         mask_values: Value of every label in a mask, e.g. ``(0, 255)``.
         normalization: For engines whose contract declares none; any other engine has its own.
@@ -122,7 +130,8 @@ def predict(
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
-        ``(Y, X)`` for the mask of a 2-D image, ``(K, Y, X)`` for its probabilities.
+        ``(Y, X)`` for the mask of a 2-D image, ``(K, Y, X)`` for its probabilities. A NumPy array; for an image on the
+        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.device.DeviceArray`.
 
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
@@ -131,6 +140,7 @@ def predict(
     from .output import open_output
 
     spec = engine.spec
+    batch = spec.run_batch if batch is None else batch
     with open_image(
         image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels
     ) as source:
@@ -139,29 +149,37 @@ def predict(
         decision = decide(spec.contract, spec.outputs[0].channels, output, tuple(mask_values))
         if overlay is not None and decision.dtype != np.uint8:
             raise ContractError("an overlay shows a mask; leave --overlay away, or use --output mask")
-        grid = plan(spec, source, tile=tile, batch=batch)
+        if source.device is not None:
+            _check_device(engine, source, source.device)
+        free = None if engine.device_session is None else engine.device_session.stream.device.memory()[0]
+        grid = plan(spec, source, tile=tile, batch=batch, free_bytes=free)
         affines = affine(normalization_of(spec, source, normalization), source)
         shape = grid.out_shape(0)
         collector = None if overlay is None else OverlayCollector(shape, decision.values)
 
-        def finish(write: Write) -> RunReport:
+        lead = (decision.channels,) if decision.channels else ()
+        whole = (source.planes, *lead, *shape)
+
+        def finish(write: Write | None, target: DeviceArray | None = None) -> RunReport:
             def both(plane: int, start: int, band: Array) -> None:
-                write(plane, start, band)
+                if write is not None:
+                    write(plane, start, band)
                 if collector is not None:
                     collector(plane, start, band)
 
-            return run(engine, source, grid, decision, both, affines, batch=batch, threads=threads, progress=progress)
+            if target is None:
+                return run(
+                    engine, source, grid, decision, both, affines, batch=batch, threads=threads, progress=progress
+                )
+            from . import predict_device
 
-        if out is None:
-            lead = (decision.channels,) if decision.channels else ()
-            result = np.empty((source.planes, *lead, *shape), dtype=decision.dtype)
+            host = both if collector is not None or report is not None else None
+            return predict_device.run(
+                engine, source, grid, decision, host, affines, batch=batch, progress=progress, target=target
+            )
 
-            def keep(plane: int, start: int, band: Array) -> None:
-                rows = slice(start, start + band.shape[len(lead)])
-                (result[plane, :, rows] if lead else result[plane, rows])[...] = band
-
-            finished = finish(keep)
-        else:
+        result: Any = None
+        if out is not None:
             with open_output(
                 out,
                 shape=shape,
@@ -179,6 +197,19 @@ def predict(
 
                 finished = finish(write)
                 sink.commit()
+        elif source.device is not None:
+            from .device import empty_like
+
+            result, target = empty_like(image, whole, decision.dtype, source.device)
+            finished = finish(None, target)
+        else:
+            result = np.empty(whole, dtype=decision.dtype)
+
+            def keep(plane: int, start: int, band: Array) -> None:
+                rows = slice(start, start + band.shape[len(lead)])
+                (result[plane, :, rows] if lead else result[plane, rows])[...] = band
+
+            finished = finish(keep)
         if collector is not None and overlay is not None:
             collector.draw(source, Path(overlay))
         if report is not None:
@@ -186,6 +217,23 @@ def predict(
         if out is not None:
             return Path(out)
         return result.reshape(*source.plane_shape, *lead, *shape)
+
+
+def _check_device(engine: Engine, source: Source, device: Device) -> None:
+    """ImageError unless the engine can take an image from the device where it lies."""
+    from . import predict_device
+
+    session = engine.device_session
+    if session is None or session.stream.device.index != device.index:
+        raise ImageError(
+            f"{source.name} lies on cuda:{device.index} and the engine runs on {engine.spec.device}; copy the image to "
+            "the host (image.cpu()), or load an engine built for its device"
+        )
+    if not predict_device.serves(engine):
+        raise ImageError(
+            f"{source.name} lies on a GPU, and the engine takes {session.input_dtypes[0]} tiles, which are not filled "
+            "there; copy the image to the host (image.cpu())"
+        )
 
 
 def normalization_of(spec: EngineSpec, source: Source, given: Normalization | None) -> Normalization:
@@ -210,13 +258,21 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     return Normalization("none")
 
 
-def plan(spec: EngineSpec, source: Source, *, tile: Sequence[int] | None = None, batch: int = 1) -> TileGrid:
-    """The tiles for an image, no larger than the memory that is free allows."""
+def plan(
+    spec: EngineSpec,
+    source: Source,
+    *,
+    tile: Sequence[int] | None = None,
+    batch: int = 1,
+    free_bytes: int | None = None,
+) -> TileGrid:
+    """The tiles for an image, no larger than the memory that is free allows (``free_bytes``; None: the host's)."""
     if batch < 1:
         raise ContractError(f"a batch of {batch} tiles cannot be run; use 1 or more")
     max_px = prod(spec.tile)
     if spec.bytes_per_px and spec.exact:
-        fits = int(MEMORY_SHARE * machine.memory_bytes() / (spec.bytes_per_px * batch))
+        free = machine.memory_bytes() if free_bytes is None else free_bytes
+        fits = int(MEMORY_SHARE * free / (spec.bytes_per_px * batch))
         max_px = min(max_px, fits)
     return spec.grid(source.shape, tile, max_px)
 
@@ -233,7 +289,7 @@ class _Batch:
     last: bool
 
 
-class _Clock:
+class StageClock:
     """Seconds busy per stage; each stage belongs to one thread."""
 
     def __init__(self) -> None:
@@ -248,11 +304,11 @@ class _Clock:
             self.seconds[stage] += time.perf_counter() - start
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Another stage of the pipeline has ended early."""
 
 
-class _Channel:
+class StoppableQueue:
     """A short queue between two threads that ends for both when ``stop`` is set."""
 
     def __init__(self, size: int, stop: threading.Event):
@@ -265,18 +321,20 @@ class _Channel:
                 return self._queue.put(item, timeout=0.1)
             except queue.Full:
                 continue
-        raise _Stop
+        raise Stop
 
-    def __iter__(self) -> Iterator[Any]:
+    def get(self) -> Any:
         while not self._stop.is_set():
             try:
-                item = self._queue.get(timeout=0.1)
+                return self._queue.get(timeout=0.1)
             except queue.Empty:
                 continue
-            if item is None:
-                return
+        raise Stop
+
+    def __iter__(self) -> Iterator[Any]:
+        """Items until None."""
+        while (item := self.get()) is not None:
             yield item
-        raise _Stop
 
 
 def run(
@@ -305,6 +363,9 @@ def run(
         batch: Tiles per run.
         threads: Of the kernels.
         progress: Called from the caller's thread with (tiles done, tiles in all).
+
+    An engine on a GPU whose tiles the kernels can fill there runs there from end to end (``predict_device``); another
+    one takes its tiles from the host.
     """
     spec = engine.spec
     planned = tuple(axis.canvas.image for axis in grid.axes)
@@ -313,17 +374,24 @@ def run(
             f"the tiles are those of an image of {_by(planned)} px, and {source.name} has {_by(source.shape)}; "
             "plan them anew"
         )
+    if engine.device_session is not None:
+        from . import predict_device
+
+        if predict_device.serves(engine, output):
+            return predict_device.run(
+                engine, source, grid, decision, write, affines, output=output, batch=batch, progress=progress
+            )
     begun = time.perf_counter()
-    clock, stop, errors = _Clock(), threading.Event(), list[BaseException]()
-    gathered, outputs = _Channel(2, stop), _Channel(2, stop)
-    watch = _RangeWatch(spec.contract.value_range)
+    clock, stop, errors = StageClock(), threading.Event(), list[BaseException]()
+    gathered, outputs = StoppableQueue(2, stop), StoppableQueue(2, stop)
+    watch = RangeWatch(spec.contract.value_range)
     shares = np.zeros((max(1, decision.channels), 256), dtype=np.int64)  # pixels per channel and value of a mask
 
     def guarded(work: Callable[[], None]) -> Callable[[], None]:
         def body() -> None:
             try:
                 work()
-            except _Stop:
+            except Stop:
                 pass
             except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
                 errors.append(error)
@@ -351,7 +419,7 @@ def run(
                 start, band = stitcher.finish()
                 if decision.dtype == np.uint8:
                     for counts, labels in zip(shares, band if decision.channels else band[None], strict=True):
-                        _count_labels(counts, labels, decision.values)
+                        count_labels(counts, labels, decision.values)
             if band.size:
                 with clock("write"):
                     write(item.plane, start, band)
@@ -378,7 +446,7 @@ def run(
             if progress is not None:
                 progress(done, total)
         outputs.put(None)
-    except _Stop:
+    except Stop:
         pass
     except BaseException:
         stop.set()
@@ -389,6 +457,21 @@ def run(
                 worker.join()
     if errors:
         raise errors[0]
+    return finished_report(spec, source, grid, decision, output, begun, clock, shares, watch)
+
+
+def finished_report(
+    spec: EngineSpec,
+    source: Source,
+    grid: TileGrid,
+    decision: Decision,
+    output: int,
+    begun: float,
+    clock: StageClock,
+    shares: npt.NDArray[np.int64],
+    watch: RangeWatch,
+) -> RunReport:
+    """The report of a run that began at ``begun`` (``time.perf_counter``) and is over."""
     return RunReport(
         image=source.name,
         reading=source.reading,
@@ -397,7 +480,7 @@ def run(
         device=spec.device,
         tile=grid.tile,
         halo=None if grid.blended else tuple(f.halo for f in grid.outputs[output].field),
-        tiles=total,
+        tiles=source.planes * grid.count,
         mpx=source.planes * prod(source.shape) / 1e6,
         seconds=time.perf_counter() - begun,
         stages={name: round(s, 4) for name, s in clock.seconds.items()},
@@ -427,13 +510,22 @@ def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _count_labels(counts: npt.NDArray[np.int64], labels: Array, values: Sequence[int]) -> None:
-    """Adds the pixels per value to ``counts`` (256,)."""
-    if len(set(values)) > 8:
-        counts += np.bincount(labels.reshape(-1), minlength=256)
+def count_labels(counts: npt.NDArray[np.int64], labels: Array, values: Sequence[int]) -> None:
+    """Adds the pixels per value to ``counts`` (256,). ``labels`` hold no other values."""
+    distinct = sorted(set(values))
+    flat = labels.reshape(-1)
+    if len(distinct) > 8:
+        counts += np.bincount(flat, minlength=256)
         return
-    for value in set(values):  # a comparison per value is ten times as fast as bincount, which widens to int64
-        counts[value] += np.count_nonzero(labels == value)
+    # A comparison per value is ten times as fast as bincount, which widens to int64. The last value has the rest.
+    for k in range(0, flat.size, _COUNTED):
+        part = flat[k : k + _COUNTED]
+        left = part.size
+        for value in distinct[:-1]:
+            found = int(np.count_nonzero(part == value))
+            counts[value] += found
+            left -= found
+        counts[distinct[-1]] += left
 
 
 def _seam_notes(spec: EngineSpec, grid: TileGrid) -> list[str]:
@@ -445,16 +537,17 @@ def _seam_notes(spec: EngineSpec, grid: TileGrid) -> list[str]:
     return ["the tile is smaller than the built one, and the halo is not exact: there are more seams than were judged"]
 
 
-class _RangeWatch:
+class RangeWatch:
     """Counts pixels outside the value range that build saw."""
 
     def __init__(self, value_range: tuple[float, float] | None):
         self._range, self._seen, self._outside = value_range, 0, 0
 
     def __call__(self, pixels: Array) -> None:
-        if self._range is not None:
+        if self._range is not None and pixels.size:
             low, high = self._range
-            self._outside += int(np.count_nonzero((pixels < low) | (pixels > high)))
+            if not (pixels.min() >= low and pixels.max() <= high):  # rare, and ten times as slow to count; NaN, too
+                self._outside += int(np.count_nonzero((pixels < low) | (pixels > high)))
             self._seen += pixels.size
 
     def share(self) -> float | None:
@@ -469,8 +562,8 @@ def _gather_plane(
     numbers: Affine,
     batch: int,
     threads: int,
-    clock: _Clock,
-    watch: _RangeWatch,
+    clock: StageClock,
+    watch: RangeWatch,
 ) -> Iterator[_Batch]:
     border = spec.contract.border or "mirror"
     seen = 0  # rows of the image that were looked at already

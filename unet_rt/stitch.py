@@ -122,6 +122,20 @@ def blend_weight(shape: tuple[int, ...], blend: Blend) -> npt.NDArray[np.float32
     return weight.astype(np.float32)
 
 
+def decision_arguments(decision: Decision) -> dict[str, Any]:
+    """A decision in the words of the kernels."""
+    return {
+        "op": decision.op,
+        "threshold": np.array(decision.threshold, dtype=np.float32) if decision.threshold else None,
+        "values": np.array(decision.values, dtype=np.uint8) if decision.values else None,
+    }
+
+
+def uncovered_error(samples: int, start: int, stop: int) -> TileError:
+    """What is raised for rows [start, stop) of a blended result with samples that no tile holds."""
+    return TileError(f"{samples} samples of rows {start} to {stop} lie in no tile; use a larger overlap between tiles")
+
+
 class BandStitcher:
     """Collects the tiles of one tile row after another and returns the finished band of each.
 
@@ -169,7 +183,13 @@ class BandStitcher:
         else:
             target[:, 0] -= self._grid.band(self._row, self._output)[0]
             kernels.tile_stitch(
-                tiles, place.source, target, place.size, self._band, threads=self._threads, **self._arguments()
+                tiles,
+                place.source,
+                target,
+                place.size,
+                self._band,
+                threads=self._threads,
+                **decision_arguments(self._decision),
             )
 
     def finish(self) -> tuple[int, npt.NDArray[Any]]:
@@ -194,11 +214,11 @@ class BandStitcher:
             if rows:
                 total = np.ascontiguousarray(self._total[:, :rows])
                 weights = self._weights[:rows]
-                bare = kernels.blend_finish(total, weights, band, threads=self._threads, **self._arguments())
+                bare = kernels.blend_finish(
+                    total, weights, band, threads=self._threads, **decision_arguments(self._decision)
+                )
                 if bare:
-                    raise TileError(
-                        f"{bare} samples of rows {start} to {stop} lie in no tile; use a larger overlap between tiles"
-                    )
+                    raise uncovered_error(bare, start, stop)
                 self._shift(rows)
             self._top = stop
         return start, band[0] if self._decision.channels == 0 and band.ndim > 1 + len(self._width) else band
@@ -214,11 +234,3 @@ class BandStitcher:
             left = len(rows_first) - rows
             rows_first[:left] = rows_first[rows:].copy()
             rows_first[left:] = 0
-
-    def _arguments(self) -> dict[str, Any]:
-        d = self._decision
-        return {
-            "op": d.op,
-            "threshold": np.array(d.threshold, dtype=np.float32) if d.threshold else None,
-            "values": np.array(d.values, dtype=np.uint8) if d.values else None,
-        }

@@ -1,0 +1,409 @@
+"""The pipeline on a GPU equals the one on the host bit for bit, given the same network outputs.
+
+Without a GPU it runs on a device made of host memory (``host_device``), whose streams do their work as late, or as
+early, as events allow, with the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_device import HostDevice, HostSession, host, use_cpu_kernels
+
+import unet_rt as urt
+from unet_rt import backends, predict_device
+from unet_rt.contract import Contract, Normalization
+from unet_rt.demo import shipped_model
+from unet_rt.engine import Engine
+from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
+from unet_rt.predict import RunReport
+from unet_rt.synthetic import microscopy
+
+pytestmark = pytest.mark.onnxruntime
+
+Array = np.ndarray[Any, np.dtype[Any]]
+NONE = Normalization("none")
+LOGITS = Contract(task="multiclass", output_is="logits", normalization=NONE)
+SCALE = Contract(task="multiclass", output_is="logits", normalization=Normalization("scale", scale=255.0))
+EAGER = [subset for n in range(4) for subset in itertools.combinations(range(3), n)]
+
+
+@pytest.fixture(scope="session")
+def engine_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
+    """CPU engines by ONNX file and contract."""
+    folder = tmp_path_factory.mktemp("graphs")
+
+    @cache
+    def load(path: Path, contract: Contract | None = None, tile: int = 0, blend: bool = False) -> Engine:
+        work = folder / str(len(list(folder.iterdir())))
+        work.mkdir()
+        model = open_model(path, work, options=contract)
+        spec = untiled_spec(model)
+        if blend:
+            spec = blended_spec(spec, (tile,) * spec.spatial, path)
+        else:
+            side = tile or (120 if spec.spatial == 2 else 24)
+            spec = replace(spec, tile=square_tile(spec.sizes, spec.outputs, side**spec.spatial))
+        graph = work / "built.onnx"
+        backend = backends.get("onnxruntime")
+        backend.build(model.graph, graph, precision="fp32", device="cpu")
+        session = backend.load(graph, precision="fp32", device="cpu", threads=1)
+        return Engine(replace(spec, backend="onnxruntime"), session)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """ONNX files of generated networks, by their parameters."""
+    pytest.importorskip("torch")
+    import networks
+
+    folder = tmp_path_factory.mktemp("networks")
+
+    @cache
+    def make(**parameters: Any) -> Path:
+        path = folder / f"{len(list(folder.iterdir()))}.onnx"
+        spec = networks.UNetSpec(**parameters)
+        side = 32 if spec.dims == 2 else 16
+        if spec.valid:
+            side = 60
+        networks.export(networks.build(spec), [(1, spec.inputs, *(side,) * spec.dims)], path, free_batch=True)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    """The same engine on a device of host memory."""
+
+    def make(engine: Engine, *, eager: tuple[int, ...] = (), dtype: Any = np.float32, device: Any = None) -> Engine:
+        device = device or HostDevice(eager=eager)
+        use_cpu_kernels(monkeypatch, device)
+        return Engine(replace(engine.spec, device="cuda:0"), HostSession(engine, device, dtype))  # type: ignore[arg-type]
+
+    return make
+
+
+def session_of(engine: Engine) -> HostSession:
+    session = engine._session
+    assert isinstance(session, HostSession)
+    return session
+
+
+def both(cpu: Engine, gpu: Engine, image: Any, **options: Any) -> tuple[Array, Array]:
+    """(expected, found); reports are compared as well."""
+    reports: list[RunReport] = []
+    expected = urt.predict(cpu, image, report=reports.append, **options)
+    found = urt.predict(gpu, image, report=reports.append, **options)
+    a, b = reports
+    assert (a.tiles, a.tile, a.halo, a.class_share) == (b.tiles, b.tile, b.halo, b.class_share)
+    assert (a.outside_range, a.mpx, a.notes, b.device) == (b.outside_range, b.mpx, b.notes, "cuda:0")
+    assert set(a.stages) == set(b.stages)
+    return expected, found
+
+
+@pytest.fixture(scope="session")
+def nuclei(engine_for) -> Engine:
+    return engine_for(shipped_model(), tile=192)
+
+
+@pytest.fixture(scope="session")
+def image() -> Array:
+    return microscopy((203, 171), seed=77).image
+
+
+# --- the same result ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small(engine_for, network) -> Engine:
+    """A network of little halo, so that small images have many tiles."""
+    return engine_for(network(depth=1, classes=3), LOGITS, tile=40)
+
+
+@pytest.fixture(scope="session")
+def texture() -> Array:
+    import networks
+
+    return networks.texture((1, 1, 231, 71), seed=5)[0, 0]
+
+
+@pytest.mark.parametrize("eager", EAGER, ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_whatever_order_the_streams_work_in(small, texture, on_device, eager, batch):
+    """Streams: 0 computes, 1 copies in, 2 copies out. More rows of tiles than slots, so that all slots are reused."""
+    gpu = on_device(small, eager=eager)
+    expected, found = both(small, gpu, texture, tile=(40, 48), batch=batch)
+    assert small.spec.grid(texture.shape, (40, 48)).shape[0] > 2 * predict_device.WINDOWS
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) == 3
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (200, 5), (57, 131), (203, 171)])
+@pytest.mark.parametrize("output", ["mask", "probability", "raw"])
+def test_any_image_and_output(nuclei, image, on_device, shape, output):
+    gpu = on_device(nuclei)
+    expected, found = both(
+        nuclei, gpu, np.ascontiguousarray(image[: shape[0], : shape[1]]), output=output, tile=(192, 160), batch=3
+    )
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_batches_span_rows_and_planes_and_have_one_size(small, texture, on_device):
+    gpu = on_device(small)
+    stack = np.stack([texture, texture[::-1], texture[:, ::-1]])
+    expected, found = both(small, gpu, stack, axes="TYX", tile=(48, 40), batch=7)
+    np.testing.assert_array_equal(found, expected)
+    count = 3 * small.spec.grid(texture.shape, (48, 40)).count
+    assert [shape for (shape,) in session_of(gpu).runs] == [(7, 1, 48, 40)] * -(-count // 7)
+    assert count % 7
+
+
+@pytest.mark.parametrize("parameters", [{"inputs": 3, "norm": "batch"}, {"valid": True}])
+def test_networks(engine_for, network, on_device, parameters):
+    cpu = engine_for(network(**parameters), SCALE, tile=76)
+    channels = parameters.get("inputs", 1)
+    picture = np.random.default_rng(1).integers(0, 256, (151, 133, 3)[: 3 if channels == 3 else 2], np.uint8)
+    for eager in ((), (1,), (0, 2)):
+        for dtype in (np.float32, np.float16):
+            gpu = on_device(cpu, eager=eager, dtype=dtype)
+            as_host = Engine(cpu.spec, Rounded(session_of(gpu)))  # type: ignore[arg-type]
+            for pixels in (picture, np.asfortranarray(picture), picture[::-1]):
+                expected, found = both(as_host, gpu, pixels, output="raw", batch=2)
+                np.testing.assert_array_equal(found, expected)
+
+
+class Rounded:
+    """The host's side of a :class:`HostSession`: the same numbers, but no device."""
+
+    def __init__(self, session: HostSession) -> None:
+        self.run, self.close = session.run, session.close
+
+
+def test_a_volume(engine_for, network, on_device):
+    import networks
+
+    cpu = engine_for(network(dims=3, depth=1, convs=1), LOGITS)
+    volume = networks.texture((1, 1, 41, 30, 26), seed=2)[0, 0]
+    expected, found = both(cpu, on_device(cpu), volume, batch=3)
+    assert len(np.unique(expected)) == 2
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("eager", EAGER, ids=str)
+def test_blended(engine_for, network, on_device, eager):
+    import networks
+
+    cpu = engine_for(network(norm="instance"), LOGITS, tile=48, blend=True)
+    pixels = networks.texture((1, 1, 171, 101), seed=9)[0, 0]
+    gpu = on_device(cpu, eager=eager)
+    for output in ("raw", "mask"):
+        expected, found = both(cpu, gpu, np.stack([pixels, pixels[::-1]]), axes="TYX", output=output, batch=4)
+        assert cpu.spec.grid(pixels.shape).shape[0] > 2 * predict_device.BANDS
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_multilabel_and_binary(engine_for, network, on_device):
+    import networks
+
+    pixels = networks.texture((1, 1, 90, 74), seed=9)[0, 0]
+    for classes, task in ((3, "multilabel"), (1, "binary")):
+        contract = Contract(task=task, output_is="logits", threshold=(0.4,), normalization=NONE)  # type: ignore[arg-type]
+        cpu = engine_for(network(classes=classes, depth=1), contract, tile=40)
+        for options in ({}, {"mask_values": (3, 9)}, {"output": "probability"}):
+            expected, found = both(cpu, on_device(cpu), pixels, batch=2, **options)
+            assert found.shape == expected.shape
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_files(nuclei, image, on_device, tmp_path):
+    gpu = on_device(nuclei)
+    np.save(tmp_path / "image.npy", image)
+    urt.predict(gpu, tmp_path / "image.npy", out=tmp_path / "mask.npy", overlay=tmp_path / "overlay.png", batch=2)
+    np.testing.assert_array_equal(np.load(tmp_path / "mask.npy"), urt.predict(nuclei, image))
+    urt.predict(nuclei, image, out=tmp_path / "other.npy", overlay=tmp_path / "expected.png")
+    assert (tmp_path / "overlay.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+# --- images on the device -----------------------------------------------------------------------------------------
+
+
+class OnDevice:
+    """An array on a device of host memory, as another library would hand it over."""
+
+    def __init__(self, device: HostDevice, pixels: Array) -> None:
+        self.array = device.empty(pixels.shape, pixels.dtype)
+        self.stream = device.stream()
+        self.stream.enqueue(lambda: np.copyto(host(self.array), pixels))  # made by work that has not run yet
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {**self.array.__cuda_array_interface__, "stream": self.stream.handle}
+
+
+@pytest.fixture
+def shared_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[HostDevice], None]:
+    def use(device: HostDevice) -> None:
+        def from_array(array: OnDevice, name: str) -> Any:
+            return array.array, array.stream.handle
+
+        monkeypatch.setattr("unet_rt.device.from_array", from_array)
+
+    return use
+
+
+@pytest.mark.parametrize("eager", [(), (0,), (0, 1, 2)], ids=str)
+def test_an_image_on_the_device_stays_there(nuclei, image, on_device, shared_with, eager):
+    gpu = on_device(nuclei, eager=eager)
+    device = session_of(gpu).stream.device
+    shared_with(device)
+    for options in ({}, {"output": "raw"}, {"mask_values": (0, 255)}):
+        found = urt.predict(gpu, OnDevice(device, image), batch=3, tile=(192, 160), **options)
+        assert isinstance(found, urt.device.DeviceArray)
+        expected = urt.predict(nuclei, image, **options)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_array_equal(host(found), expected)
+
+
+def test_channels_of_an_image_on_the_device(engine_for, network, on_device, shared_with):
+    cpu = engine_for(network(inputs=3, norm="batch"), SCALE, tile=76)
+    gpu = on_device(cpu)
+    device = session_of(gpu).stream.device
+    shared_with(device)
+    picture = np.random.default_rng(1).integers(0, 256, (91, 83, 3), np.uint8)
+    for channels in (None, (2, 1, 0), (0, 0, 0), (0, 2, 1)):
+        for axes, pixels in (("YXC", picture), ("CYX", np.ascontiguousarray(np.moveaxis(picture, -1, 0)))):
+            options = {"axes": axes, "channels": channels, "output": "raw"}
+            found = urt.predict(gpu, OnDevice(device, pixels), batch=2, **options)
+            np.testing.assert_array_equal(host(found), urt.predict(cpu, pixels, **options))
+    four = np.random.default_rng(1).integers(0, 256, (2, 4, 91, 83), np.uint8)
+    found = urt.predict(gpu, OnDevice(device, four), output="raw", axes="TCYX", channels=(1, 2, 3))
+    np.testing.assert_array_equal(host(found), urt.predict(cpu, four, output="raw", axes="TCYX", channels=(1, 2, 3)))
+
+
+def test_results_on_the_device_can_be_counted_and_drawn(nuclei, image, on_device, shared_with, tmp_path):
+    gpu = on_device(nuclei)
+    device = session_of(gpu).stream.device
+    shared_with(device)
+    reports: list[RunReport] = []
+    urt.predict(gpu, OnDevice(device, image), report=reports.append, overlay=tmp_path / "a.png")
+    urt.predict(nuclei, image, report=reports.append, overlay=tmp_path / "b.png")
+    assert reports[0].class_share == reports[1].class_share
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    urt.predict(gpu, OnDevice(device, image), out=tmp_path / "mask.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "mask.npy"), urt.predict(nuclei, image))
+
+
+def test_an_image_on_another_device_is_refused(nuclei, image, on_device, shared_with):
+    gpu = on_device(nuclei)
+    other = HostDevice(index=1)
+    shared_with(other)
+    with pytest.raises(urt.ImageError, match=r"cuda:1 and the engine runs on cuda:0"):
+        urt.predict(gpu, OnDevice(other, image))
+    with pytest.raises(urt.ImageError, match=r"cuda:1 and the engine runs on cpu"):
+        urt.predict(nuclei, OnDevice(other, image))
+
+
+# --- what goes wrong, and what is left behind ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", [(), (0, 1, 2)], ids=str)
+def test_non_finite_pixels_are_refused(engine_for, network, on_device, eager):
+    cpu = engine_for(network(), LOGITS, tile=48)
+    pixels = np.random.default_rng(0).normal(size=(231, 60)).astype(np.float32)
+    pixels[170, 33] = np.nan
+    gpu = on_device(cpu, eager=eager)
+    with pytest.raises(urt.ImageError, match="NaN or infinite pixels in plane 0, rows"):
+        urt.predict(gpu, pixels, batch=3)
+    with pytest.raises(urt.ImageError, match="NaN or infinite pixels in plane 1, rows"):
+        urt.predict(gpu, np.stack([np.zeros_like(pixels), pixels]), axes="TYX", batch=3)
+    assert np.isfinite(urt.predict(gpu, np.nan_to_num(pixels), batch=3, output="raw")).all()
+
+
+@pytest.mark.parametrize("where", ["reading", "inferring", "writing", "progress", "interrupt"])
+def test_a_failure_anywhere_reaches_the_caller(small, texture, on_device, tmp_path, monkeypatch, where):
+    nuclei, tall = small, texture
+    gpu = on_device(nuclei)
+    urt.predict(gpu, tall, tile=(40, 48))
+    device = session_of(gpu).stream.device
+    held, threads, calls = device.held, threading.active_count(), itertools.count()
+
+    def fail(*_: Any) -> None:
+        if next(calls) >= 2:
+            raise KeyboardInterrupt if where == "interrupt" else OSError(28, "No space left on device")
+
+    options: dict[str, Any] = {}
+    if where == "reading":
+        monkeypatch.setattr("unet_rt.predict_device._packed", fail)
+    elif where == "inferring":
+        session_of(gpu).fail_at = len(session_of(gpu).runs) + 5
+    elif where == "writing":
+        monkeypatch.setattr("unet_rt.predict_device.count_labels", fail)
+    else:
+        options["progress"] = fail
+    with pytest.raises((OSError, RuntimeError, TypeError, KeyboardInterrupt)):
+        urt.predict(gpu, tall, out=tmp_path / "mask.npy", tile=(40, 48), **options)
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+    assert device.held == held
+    for stream in device.streams.values():
+        assert stream._next == len(stream._work)  # nothing is left to run on memory that may be gone
+    monkeypatch.undo()
+    session_of(gpu).fail_at = -1
+    use_cpu_kernels(monkeypatch, device)
+    np.testing.assert_array_equal(urt.predict(gpu, tall, tile=(40, 48)), urt.predict(nuclei, tall, tile=(40, 48)))
+
+
+def test_device_memory_does_not_grow(small, texture, on_device):
+    nuclei, image = small, texture
+    gpu = on_device(nuclei)
+    device = session_of(gpu).stream.device
+    before = device.held
+    small = urt.predict(gpu, image, tile=(40, 48), batch=2)
+    held = device.held
+    urt.predict(gpu, np.concatenate([image] * 6), tile=(40, 48), batch=2)
+    assert device.held - held < 1024, "a longer image takes no more memory"
+    for _ in range(20):
+        np.testing.assert_array_equal(urt.predict(gpu, image, tile=(40, 48), batch=2), small)
+    assert device.held - held < 1024
+    urt.predict(gpu, image, tile=(40, 48), batch=2, output="raw")
+    gpu.close()
+    assert device.held == before
+
+
+def test_two_threads_take_turns(small, texture, on_device):
+    nuclei, image = small, texture
+    gpu = on_device(nuclei)
+    images = [image, image[::-1].copy(), image[:, ::-1].copy()]
+    expected = [urt.predict(nuclei, each) for each in images]
+    found: dict[int, Array] = {}
+    threads = [
+        threading.Thread(target=lambda k=k: found.setdefault(k, urt.predict(gpu, images[k], batch=2))) for k in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in range(3):
+        np.testing.assert_array_equal(found[k], expected[k])
+
+
+def test_progress_counts_to_the_end(small, texture, on_device):
+    nuclei, image = small, texture
+    told: list[tuple[int, int]] = []
+    urt.predict(on_device(nuclei), image, tile=(40, 48), batch=2, progress=lambda *n: told.append(n))
+    count = nuclei.spec.grid(image.shape, (40, 48)).count
+    assert told[0] == (0, count)
+    assert told[-1] == (count, count)
+    assert sorted(told) == told
