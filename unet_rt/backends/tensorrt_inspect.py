@@ -28,7 +28,7 @@ _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 def network_convolutions(trt: Any, network: Any) -> dict[str, str]:
     """Precision of every convolution of a parsed network, by the name of its ONNX node.
 
-    ``int8``: what it reads was dequantised just before, which the builder fuses into a convolution of int8.
+    ``int8``: its weights are dequantised just before it, which the builder fuses into a convolution of int8.
     """
     kinds = {trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION}
     types = {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
@@ -39,8 +39,9 @@ def network_convolutions(trt: Any, network: Any) -> dict[str, str]:
             dequantised.add(layer.get_output(0).name)
         if layer.type in kinds:
             read = layer.get_input(0)
-            precision = "int8" if read.name in dequantised else types.get(read.dtype, str(read.dtype))
-            found[_node(layer)] = precision
+            # Weights tell: pixels may come through layers that only move them.
+            quantised = any(layer.get_input(k).name in dequantised for k in range(layer.num_inputs))
+            found[_node(layer)] = "int8" if quantised else types.get(read.dtype, str(read.dtype))
     return found
 
 
