@@ -237,6 +237,36 @@ def test_replacing_leaves_one_engine_and_never_a_mixture(tmp_path, engine_folder
     assert not list(tmp_path.glob(".*.part"))
 
 
+def test_builds_that_end_at_once_leave_a_whole_engine(tmp_path, engine_folder):
+    """Four writers replace one engine by two kinds in turn; what the last one wrote is never deleted by another."""
+    opened = read_folder(engine_folder)
+    target = tmp_path / "target.urt"
+    files = {kind: opened.file(kind) for kind in opened.files}
+    kinds = []
+    for k in range(2):
+        parity = tmp_path / f"parity{k}.json"
+        parity.write_text(json.dumps({**opened.parity, "turn": k}))
+        kinds.append({**files, "parity": parity})
+    write_folder(target, opened.spec, kinds[0])
+    errors = []
+
+    def writer(k: int) -> None:
+        try:
+            for turn in range(4):
+                write_folder(target, opened.spec, kinds[(k + turn) % 2], overwrite=True)
+        except urt.UnetRtError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=writer, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    read_folder(target)
+    assert len(list(target.glob("parity-*"))) == 1
+
+
 class Doubler:
     """A session that returns what it gets, twice: (N, C, ...) in, two outputs out."""
 

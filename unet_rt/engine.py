@@ -20,8 +20,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -396,20 +398,47 @@ def write_folder(
             with path.open("rb+") as stream:  # Windows syncs only what is open for writing
                 os.fsync(stream.fileno())
         staging.chmod(0o755)
-        if folder.exists() and any(folder.iterdir()):
-            replaced = _file_names(folder)
-            for entry in entries.values():
-                os.replace(staging / entry["name"], folder / entry["name"])
-            os.replace(staging / "spec.json", folder / "spec.json")
-            for name in replaced - {entry["name"] for entry in entries.values()}:
-                (folder / name).unlink(missing_ok=True)
-        else:
-            os.replace(staging, folder)
+        with _only_writer(folder.parent):
+            check_target(folder, overwrite=overwrite)  # again: another build may have ended meanwhile
+            if folder.exists() and any(folder.iterdir()):
+                replaced = _file_names(folder)
+                for entry in entries.values():
+                    os.replace(staging / entry["name"], folder / entry["name"])
+                os.replace(staging / "spec.json", folder / "spec.json")
+                for name in replaced - {entry["name"] for entry in entries.values()}:
+                    (folder / name).unlink(missing_ok=True)
+            else:
+                os.replace(staging, folder)
     except OSError as error:
         raise OutputError(f"{folder}: the engine cannot be written ({error.strerror}); choose another --out") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return read_folder(folder)
+
+
+@contextmanager
+def _only_writer(parent: Path) -> Iterator[None]:
+    """While this process moves an engine into ``parent``, others of this machine wait: each deletes what it replaced."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        name = hashlib.sha256(str(parent.resolve()).encode()).hexdigest()[:16]
+        with (Path(tempfile.gettempdir()) / f"unet-rt-{name}.lock").open("a+b") as file:
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            try:
+                yield
+            finally:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+    else:
+        import fcntl
+
+        handle = os.open(parent, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # closing gives it back, and so does the end of the process
+            yield
+        finally:
+            os.close(handle)
 
 
 def _file_names(folder: Path) -> set[str]:
