@@ -166,7 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
     p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
     p.add_argument(
-        "--budget", metavar="KEY=VALUE", nargs="+", default=[], help="label_change=1e-3 dice=0.99 error=1e-2 seam=1e-5"
+        "--budget",
+        metavar="KEY=VALUE",
+        nargs="+",
+        default=[],
+        help="label_change=1e-3 (INT8: 5e-3) dice=0.99 error=1e-2 seam=1e-5",
     )
     p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")

@@ -45,13 +45,13 @@ def check_record(folder: EngineFolder) -> None:
         raise EngineError(f"{folder.path} carries no record of parity; {way_out}")
     try:
         graph, accepted, kind = record["graph_sha256"], record["verdict"]["accepted"], record["kind"]
-        budget, verdict = parity.Budget(**record["budget"]), record["verdict"]
+        budget, verdict = parity.Budget(**record["budget"]).of(folder.spec.precision), record["verdict"]
     except (KeyError, TypeError) as error:
         raise EngineError(f"{folder.path}: the record of parity is damaged ({error}); {way_out}") from error
     if graph != folder.files["graph"]["sha256"]:
         raise EngineError(f"{folder.path}: the record of parity belongs to another graph; {way_out}")
     change, dice = verdict.get("label_change"), verdict.get("dice")
-    missed = (change is not None and change > budget.label_change) or (dice is not None and dice < budget.dice)
+    missed = (change is not None and change > budget.labels) or (dice is not None and dice < budget.dice)
     missed |= change is None and not float(verdict.get("relative", "nan")) <= budget.error  # a regression
     if not accepted or missed:
         raise EngineError(f"{folder.path}: the recorded parity misses its budget; {way_out}")
@@ -103,7 +103,7 @@ def sit(engine: Engine, exam: Mapping[str, Array]) -> parity.Verdict:
     for k, tile in enumerate(exam["input"]):
         outputs = engine.run(tile[None])
         results.append(parity.compare(exam["output_0"][k], outputs[0][0], contract, f"exam tile {k}"))
-    return parity.judge(results, budget)
+    return parity.judge(results, budget.of(engine.spec.precision))
 
 
 def record_json(record: Mapping[str, Any]) -> str:

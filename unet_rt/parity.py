@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import log
 from typing import Any
 
@@ -17,19 +17,23 @@ from .stitch import decide
 Array = npt.NDArray[Any]
 
 
+LABEL_CHANGE = 1e-3  # share of labels that may change by default
+LABEL_CHANGE_INT8 = 5e-3
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the user allows an engine to differ from its FP32 baseline, judged on the worst image.
 
     Attributes:
-        label_change: Share of pixels whose label changes.
+        label_change: Share of pixels whose label changes. None: 5e-3 for INT8, 1e-3 for everything else.
         dice: Lowest Dice of any class against the baseline's mask, classes of at least ``class_px`` pixels there.
         error: For regression: largest error over the 1st to 99th percentile range of the baseline's output.
         seam: Share of labels that a measured halo may change (regression: the same ratio as ``error``).
         class_px: Classes smaller than this in the baseline's mask are not judged by Dice.
     """
 
-    label_change: float = 1e-3
+    label_change: float | None = None
     dice: float = 0.99
     error: float = 1e-2
     seam: float = 1e-5
@@ -38,8 +42,21 @@ class Budget:
     def __post_init__(self) -> None:
         for name, low, high in (("label_change", 0, 1), ("dice", 0, 1), ("error", 0, float("inf")), ("seam", 0, 1)):
             value = getattr(self, name)
+            if value is None and name == "label_change":
+                continue
             if not low <= value <= high:
                 raise ContractError(f"budget {name}={value} is outside {low} to {high}")
+
+    def of(self, precision: str) -> Budget:
+        """The budget with every default of ``precision`` written out."""
+        if self.label_change is not None:
+            return self
+        return replace(self, label_change=LABEL_CHANGE_INT8 if precision == "int8" else LABEL_CHANGE)
+
+    @property
+    def labels(self) -> float:
+        """``label_change`` with its default."""
+        return LABEL_CHANGE if self.label_change is None else self.label_change
 
 
 @dataclass(frozen=True)
@@ -180,8 +197,8 @@ def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
             )
     else:
         worst = max((i for i in images if i.label_change is not None), key=lambda i: i.label_change or 0.0)
-        if (worst.label_change or 0.0) > budget.label_change:
-            reasons.append(f"{worst.name}: {worst.label_change:.3%} of labels change, budget {budget.label_change:.3%}")
+        if (worst.label_change or 0.0) > budget.labels:
+            reasons.append(f"{worst.name}: {worst.label_change:.3%} of labels change, budget {budget.labels:.3%}")
         judged = [
             (score, key, image)
             for image in images

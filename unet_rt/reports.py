@@ -203,7 +203,7 @@ def verify_text(report: VerifyReport) -> str:
         )
         lines.append(
             f"  labels changed: worst {v.label_change:.4%}, mean {v.mean_label_change or 0.0:.4%} "
-            f"(budget {report.budget.label_change:.4%}); {dice}"
+            f"(budget {report.budget.labels:.4%}); {dice}"
         )
     lines.append(f"  largest error {v.max_abs:.3g}, {v.relative:.2e} of the output's range")
     if report.seams is not None:

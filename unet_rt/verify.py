@@ -120,6 +120,7 @@ def verify(
         if folder is None:
             raise EngineError(f"{engine} is not a folder")
         allowed = budget or (Budget(**folder.parity["budget"]) if folder.parity else Budget())
+        allowed = allowed.of(loaded.spec.precision)
         if images is None:
             if labels is not None:
                 raise ImageError("labels without images; pass --images as well")
