@@ -7,7 +7,10 @@ PYTHON ?= python3
 # Options for pytest, e.g. `make test ARGS="-k tiles -x"`, or for the demo, the benchmarks.
 ARGS ?=
 # Tests for these may not be skipped here: their libraries belong to the environment that this file makes.
-UNET_RT_REQUIRE ?= torch,onnxruntime,openvino
+# (TensorRT-RTX has wheels for Linux on x86-64 and Python up to 3.12; the group `tensorrt` says the same.)
+HAS_TENSORRT := $(shell $(PYTHON) -c "import platform, sys; print(',tensorrt' if sys.version_info < (3, 13) \
+	and (sys.platform, platform.machine()) == ('linux', 'x86_64') else '')")
+UNET_RT_REQUIRE ?= torch,onnxruntime,openvino$(HAS_TENSORRT)
 # Without the directory of `python -c` and `python -m` on sys.path, the source tree cannot shadow the installed package.
 export PYTHONSAFEPATH = 1
 export UNET_RT_REQUIRE
@@ -16,13 +19,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export ORT_DISABLE_TELEMETRY = 1
 
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc unet_rt -type f \
-	-not -name '*.so' -not -name '*.pyd' -not -name '*.pyc' 2>/dev/null)
+	-not -name '*.so' -not -name '*.pyd' -not -name '*.ptx' -not -name '*.pyc' 2>/dev/null)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 # The build of the test environment is kept between installs, so that only what changed is compiled.
 KEEP_BUILD := --no-build-isolation --config-settings=build-dir=build/{wheel_tag}
+# With the bodies of the CUDA kernels on host memory, and without any warning.
+TEST_BUILD := $(KEEP_BUILD) --config-settings=cmake.define.UNET_RT_TEST_MODULES=ON \
+	--config-settings=cmake.define.UNET_RT_WERROR=ON
+# What CUDA kernels are compiled for here: two suffice to see that they compile, and any GPU runs the first.
+export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -73,14 +81,14 @@ endef
 .venv-test/.made: pyproject.toml constraints/test.txt
 	$(new_environment)
 	@echo "installing build tools, linters and test tools"
-	@$(@D)/bin/pip install -q --group build --group lint --group test
+	@$(@D)/bin/pip install -q --group build --group lint --group test --group tensorrt
 	@echo "installing unet-rt[cpu,torch,tiff] and what it needs (torch is large)"
-	@$(@D)/bin/pip install -q $(KEEP_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff]'
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff]'
 	@touch $@
 
 .venv-test/.installed: .venv-test/.made $(SOURCES)
 	@echo "installing unet-rt into $(@D)"
-	@$(@D)/bin/pip install -q $(KEEP_BUILD) --no-deps --force-reinstall .
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --no-deps --force-reinstall .
 	@touch $@
 
 # As a user would: nothing kept, nothing but the extra.

@@ -168,7 +168,7 @@ def test_a_thousand_runs_take_no_memory(session: TensorRtSession) -> None:
 
 
 def test_other_shapes_name_the_rebuild(session: TensorRtSession) -> None:
-    with pytest.raises(TileError, match="built for 256x256 px at batch 4.* build again with --tile"):
+    with pytest.raises(TileError, match=r"built for 256x256 px at batch 4.* build again with --tile"):
         session.run([pixels(1, (192, 192))])
 
 
