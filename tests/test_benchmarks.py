@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def test_slower_takes_longer_and_a_failure_is_only_its_own(gpu: ModuleType) -> N
     assert min(times["quick"]) < 0.004
 
 
-def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path) -> None:
+def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only = "machine,prepare,roof,kernels,build-onnxruntime,nuclei,predict-nuclei,repeat"
     out = tmp_path / "gpu.json"
     arguments = ["--dry-run", "--in-process", "--only", only, "--nets", "nuclei", "--out", str(out)]
@@ -93,6 +94,19 @@ def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path) -> None:
     text = gpu.tables(results)
     assert "unet-rt onnxruntime fp32" in text
     assert "crop_concat" in text
+    # what README would say of it, had it been a GPU: sections that a CPU cannot fill take those that it can
+    sections = document["sections"]
+    sections["machine"]["gpu"] = {"name": "GPU"}
+    sections["paper"], sections["predict-paper"] = sections["nuclei"], sections["predict-nuclei"]
+    for row in sections["kernels"]["rows"]:
+        row |= {"share_graph": row["share"], "gb_s_graph": row["gb_s"]}
+    tables = load("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    out.write_text(json.dumps(document), encoding="utf-8")
+    for name in ("gpu-machine", "gpu-paper", "gpu-nuclei", "gpu-kernels", "gpu-predict"):
+        assert re.search(r"\d", tables.BLOCKS[name]())
+    assert tables.gpu_paper().count("unet-rt onnxruntime fp32") == 1
+    assert len(tables.gpu_predict().splitlines()) == 2 + 2 * 2 * 2  # two networks, two sizes, two ways
 
 
 def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
