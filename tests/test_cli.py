@@ -535,8 +535,11 @@ def test_one_bad_image_of_a_folder_is_named_and_the_others_stay(
     cli: Callable[..., Outcome], engine_folder: Path, images: Path
 ) -> None:
     (images / "b.npy").write_bytes(b"\x93NUMPY broken")
-    code, out, err = cli("predict", engine_folder, images, "--out", "masks")
+    code, out, err = cli("predict", engine_folder, images, "--out", "masks", "--json")
     assert code == 2
     assert "b.npy" in err
-    assert "a.tif" in out
-    assert [p.name for p in Path("masks").iterdir()] == ["a.tif"]
+    assert "1 of 3 images were not predicted" in err
+    reports = json.loads(out)
+    assert [Path(r["image"]).name for r in reports] == ["a.tif", "b.npy", "c.png"]
+    assert ["error" in r for r in reports] == [False, True, False]
+    assert sorted(p.name for p in Path("masks").iterdir()) == ["a.tif", "c.tif"]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._version import __version__
-from .errors import ContractError, OutputError, ParityError, UnetRtError
+from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtError
 
 if TYPE_CHECKING:
     from .build import BuildReport
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt)")
     p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime or openvino")
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
-    p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32 or bf16")
+    p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
     p.add_argument("--halo", default="auto", metavar="exact|measured|N", help="samples discarded at inner tile edges")
     p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
-    p.add_argument("--batch", type=int, default=1, metavar="N", help="tiles per run")
+    p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     p.add_argument("--device", metavar="NAME", help="must be the device that the engine was built for")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
@@ -548,7 +548,7 @@ def _predict(args: argparse.Namespace) -> int:
             if picture is not None and picture.exists():
                 raise OutputError(f"{picture} exists; pass --overwrite to replace it, or choose another --out")
     reports: list[RunReport] = []
-    written: list[Path] = []
+    results: list[dict[str, Any]] = []
     normalization = parse_normalization(args.normalize, None) if args.normalize else None
     device = None if args.device == "auto" else args.device
     with (
@@ -561,34 +561,44 @@ def _predict(args: argparse.Namespace) -> int:
             print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
         folders.enter_context(_folder_of(args, targets))
         for image, target, overlay in zip(images, targets, overlays, strict=True):
-            predict(
-                engine,
-                image,
-                out=target,
-                output=args.output,
-                axes=args.axes,
-                channels=_channels(args),
-                tile=args.tile,
-                batch=args.batch,
-                threads=args.threads,
-                mask_values=args.mask_values,
-                normalization=normalization,
-                overlay=overlay,
-                overwrite=args.overwrite,
-                progress=_Bar(image.name),
-                report=reports.append,
-            )
-            written.append(target)
-            if overlay is not None:
-                reports[-1].notes.append(f"overlay: {overlay}")
-            if target.suffix.lower() == ".png" and reports[-1].class_share and not args.mask_values:
-                reports[-1].notes.append(
-                    "the mask holds labels 0, 1, .., which viewers show as black; see --mask-values"
+            try:
+                predict(
+                    engine,
+                    image,
+                    out=target,
+                    output=args.output,
+                    axes=args.axes,
+                    channels=_channels(args),
+                    tile=args.tile,
+                    batch=args.batch,
+                    threads=args.threads,
+                    mask_values=args.mask_values,
+                    normalization=normalization,
+                    overlay=overlay,
+                    overwrite=args.overwrite,
+                    progress=_Bar(image.name),
+                    report=reports.append,
                 )
-            print(run_text(reports[-1], target), file=_out(args))
+            except (ImageError, ContractError) as error:
+                if len(images) == 1:
+                    raise
+                # One bad image of many costs nobody the others.
+                print(f"error: {image}: {error}", file=sys.stderr)
+                results.append({"image": str(image), "error": str(error)})
+                continue
+            done = reports[-1]
+            if overlay is not None:
+                done.notes.append(f"overlay: {overlay}")
+            if target.suffix.lower() == ".png" and done.class_share and not args.mask_values:
+                done.notes.append("the mask holds labels 0, 1, .., which viewers show as black; see --mask-values")
+            results.append({**done.to_json(), "out": str(target)})
+            print(run_text(done, target), file=_out(args))
     if args.json:
-        _print_json([{**r.to_json(), "out": str(t)} for r, t in zip(reports, written, strict=True)])
-    return 0
+        _print_json(results)
+    bad = len(images) - len(reports)
+    if bad:
+        print(f"{bad} of {len(images)} images were not predicted", file=sys.stderr)
+    return 2 if bad else 0
 
 
 def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
@@ -640,10 +650,9 @@ def _folder_of(args: argparse.Namespace, targets: Sequence[Path]) -> Iterator[No
         raise OutputError(f"{folder} cannot be created ({error.strerror}); choose another --out") from error
     try:
         yield
-    except BaseException:
+    finally:
         with suppress(OSError):  # it holds outputs that are whole
             folder.rmdir()
-        raise
 
 
 def _verify(args: argparse.Namespace) -> int:
