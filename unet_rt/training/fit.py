@@ -327,7 +327,7 @@ def _check_out(out: Path, state: Path, resume: bool, overwrite: bool) -> None:
 def _history(state: Path) -> list[Progress]:
     from .trainer import read_torch
 
-    return [Progress(**p) for p in json.loads(read_torch(state, torch.device("cpu"))["history"])]
+    return [Progress(**p) for p in json.loads(read_torch(state)["history"])]
 
 
 def _save(out: Path, network: Network, contract: Contract, record: dict[str, Any], history: Sequence[Progress]) -> None:

@@ -384,7 +384,11 @@ def _read_mask(path: Path) -> list[Integers]:
     if palette is not None:
         return [palette]
     try:
-        with open_image(path, Contract(), spatial=2, network_channels=1) as source:
+        try:
+            source = open_image(path, Contract(), spatial=2, network_channels=1)
+        except ContractError:  # three planes or three channels: a mask has one channel
+            source = open_image(path, Contract(), axes="IYX", spatial=2, network_channels=1)
+        with source:
             planes = [source.read(k, (0, 0), source.shape)[0] for k in range(source.planes)]
     except ContractError as error:
         raise ImageError(

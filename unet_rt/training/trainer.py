@@ -152,7 +152,7 @@ def train(
     share = torch.from_numpy(class_weights([s.target for s in training], spec.classes, balance=recipe.balance))
     run = _Run(network, _optimizer(network, recipe), recipe)
     if resume and state is not None:
-        run.load(Path(state), place)
+        run.load(Path(state))
     share = share.to(place)
     clock = _Clock(run.seconds)
     last_saved = clock.seconds()
@@ -262,8 +262,8 @@ class _Run:
         }
         write_torch(path, content)
 
-    def load(self, path: Path, place: torch.device) -> None:
-        content = read_torch(path, place)
+    def load(self, path: Path) -> None:
+        content = read_torch(path)
         if content.get("format") != STATE_FORMAT or "optimizer" not in content:
             raise TrainingError(f"{path} is not the state of a training; train anew without resuming")
         then, now = json.loads(content["recipe"]), json.loads(json.dumps(self.recipe.to_json()))
@@ -391,7 +391,7 @@ def save_checkpoint(
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, Contract, dict[str, Any]]:
     """Network (evaluation mode), contract and record of :func:`save_checkpoint`. Nothing in it is executed."""
-    content = read_torch(Path(path), torch.device("cpu"))
+    content = read_torch(Path(path))
     if not isinstance(content, dict) or "format" not in content or "architecture" not in content:
         raise TrainingError(f"{path} is not a checkpoint of unet-rt; export other modules from Python: urt.export(...)")
     if content["format"] > CHECKPOINT_FORMAT:
@@ -413,10 +413,10 @@ def write_torch(path: Path, content: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_torch(path: Path, place: torch.device) -> Any:
-    """``torch.load`` of tensors and plain values; TrainingError for anything else."""
+def read_torch(path: Path) -> Any:
+    """``torch.load`` of tensors and plain values, to the CPU; TrainingError for anything else."""
     try:
-        return torch.load(path, map_location=place, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # unpickling foreign bytes raises anything
