@@ -40,7 +40,8 @@ def network_convolutions(trt: Any, network: Any) -> dict[str, str]:
         if layer.type in kinds:
             read = layer.get_input(0)
             # Weights tell: pixels may come through layers that only move them.
-            quantised = any(layer.get_input(k).name in dequantised for k in range(layer.num_inputs))
+            given = [layer.get_input(k) for k in range(layer.num_inputs)]  # None: weights that the layer holds itself
+            quantised = any(tensor is not None and tensor.name in dequantised for tensor in given)
             found[_node(layer)] = "int8" if quantised else types.get(read.dtype, str(read.dtype))
     return found
 
