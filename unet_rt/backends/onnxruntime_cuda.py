@@ -27,6 +27,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from unet_rt import bench
 from unet_rt.backends import onnxruntime as common
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.errors import BackendError
@@ -55,6 +57,7 @@ _RUNS_BEFORE_GRAPH = 2  # runs of a set of addresses before it is taken for one 
 
 # A variant is kept only if it is faster than what is in hand by more than this: less is noise.
 _GAIN = 0.02
+_TRIAL_S = 90.0  # after this no further stage of the trial begins: a stage compiles plans for every convolution
 
 # Operators that may run on the CPU: the arithmetic of sizes. Anything else there is a network that left the GPU.
 _ARITHMETIC = frozenset(
@@ -329,8 +332,8 @@ class CudaSession(SessionBase):
     def _session_options(self, strict: bool) -> Any:
         options = common.session_options(self._library, self.threads)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if strict:  # refuses the arithmetic of sizes, too, which is none of the GPU's business
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        # Strictly, the arithmetic of sizes is refused, too, which is none of the GPU's business.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
         return options
 
     def _no_wait(self, graph_id: int = -1) -> Any:
@@ -542,40 +545,29 @@ def build(
     """
     import onnx
 
-    shapes = trial_shapes(model, tiles, batches)
-    variants = {}
-    for rewritten in (False, True):
-        proto = _variant(model, precision, rewritten, islands)
-        if proto is not None:
-            path = graph.with_name(f"{graph.name}.{int(rewritten)}")
-            onnx.save_model(proto, str(path))
-            variants[rewritten] = path
-    try:
-        record = _search(variants, precision, device, shapes)
-        proto = onnx.load(str(variants[record.options.up_conv]))
-    finally:
-        for path in variants.values():
-            path.unlink(missing_ok=True)
-    onnx.helper.set_model_props(
-        proto, {p.key: p.value for p in proto.metadata_props} | {RECORD: json.dumps(record.to_json(), sort_keys=True)}
-    )
-    onnx.save_model(proto, str(graph))
-    return record
-
-
-def _variant(model: Path, precision: str, rewritten: bool, islands: Sequence[str]) -> Any:
-    """The graph in a precision, up-convolutions rewritten or not; None where there are none to rewrite."""
-    import onnx
-
     from unet_rt.passes.half import half
     from unet_rt.passes.up_conv import up_conv
 
+    shapes = trial_shapes(model, tiles, batches)
     proto = onnx.load(str(model))
     if precision == "fp16":
         half(proto, islands=islands)
-    if rewritten and not up_conv(proto):
-        return None
-    return proto
+    variants = {False: graph.with_name(f"{graph.name}.plain")}
+    try:
+        onnx.save_model(proto, str(variants[False]))
+        if up_conv(proto):
+            variants[True] = graph.with_name(f"{graph.name}.rewritten")
+            onnx.save_model(proto, str(variants[True]))
+        record = _search(variants, precision, device, shapes)
+        if not record.options.up_conv:
+            proto = onnx.load(str(variants[False]))
+    finally:
+        for path in variants.values():
+            path.unlink(missing_ok=True)
+    entry = next((p for p in proto.metadata_props if p.key == RECORD), None) or proto.metadata_props.add(key=RECORD)
+    entry.value = json.dumps(record.to_json(), sort_keys=True)
+    onnx.save_model(proto, str(graph))
+    return record
 
 
 def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -602,79 +594,82 @@ def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[
 
 
 def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: tuple[tuple[int, ...], ...]) -> Record:
-    """Greedy: layout and bias first, then cuDNN's heuristics, then the form of up-convolutions, then recording."""
-    first = Options()
+    """Greedy: layout and bias first, then cuDNN's heuristics, then the form of up-convolutions, then recording.
+
+    Every stage times the best so far and its changes in turn, on the same input; a change whose result is not that of
+    the first setting is left out.
+    """
+    begun = time.perf_counter()
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
     stages: list[list[dict[str, Any]]] = [
-        [{"prefer_nhwc": True}, {"prefer_nhwc": True, "fuse_conv_bias": True}],
+        [{}, {"prefer_nhwc": True}, {"prefer_nhwc": True, "fuse_conv_bias": True}],
         [{"search": "EXHAUSTIVE"}],
         [{"up_conv": True}] if True in variants else [],
         [{"cuda_graph": True}],
     ]
     trials: list[Trial] = []
-    best = first
+    best: tuple[Options, _Contender] | None = None
     expected: list[Array] | None = None
     for stage in stages:
-        contenders = [best, *(replace(best, **changes) for changes in stage)]
-        if len(contenders) == 1:
+        if not stage or (best is None and trials) or time.perf_counter() - begun > _TRIAL_S:
             continue
-        results, outputs = _compare(variants, precision, device, shapes, contenders, expected)
-        expected = expected if expected is not None else outputs
-        trials += results
-        measured = {t.options: t.ms for t in results if t.ms is not None}
-        now = measured.get(best)
-        for options, ms in sorted(measured.items(), key=lambda pair: pair[1]):
-            if now is None or ms < now * (1 - _GAIN):
-                best, now = options, ms
-            break
-    if all(trial.ms is None for trial in trials):
+        running = {} if best is None else {best[0]: best[1]}
+        try:
+            for changes in stage:
+                options = replace(Options() if best is None else best[0], **changes)
+                try:
+                    contender = _Contender(variants[options.up_conv], precision, device, options, inputs)
+                except BackendError as error:
+                    trials.append(Trial(options, note=str(error)))
+                    continue
+                running[options] = contender
+                note, expected = _judge(contender, expected, precision)
+                if note:
+                    trials.append(Trial(options, note=note))
+                    running.pop(options).close()
+            timings = bench.interleave([c.run for c in running.values()], runs=15, seconds=4.0)
+        except BaseException:
+            for contender in running.values():
+                contender.close()
+            raise
+        times = {options: timing.median_s * 1e3 for options, timing in zip(running, timings, strict=True)}
+        trials += [Trial(options, ms) for options, ms in times.items()]
+        now = None if best is None else best[0]
+        if times:
+            fastest = min(times, key=times.__getitem__)
+            if now is None or times[fastest] < times[now] * (1 - _GAIN):
+                now = fastest
+        for options, contender in running.items():
+            if options != now:
+                contender.close()
+        best = None if now is None else (now, running[now])
+    if best is None:
         raise BackendError(f"ONNX Runtime runs the graph with no setting on {device}: {trials[0].note}")
+    best[1].close()
     for trial in trials:
         log.info("onnxruntime %s %s: %s", device, _text(trial.options), trial.note or f"{trial.ms:.3f} ms")
-    return Record(best, shapes, tuple(trials))
+    return Record(best[0], shapes, tuple(trials))
+
+
+def _judge(contender: _Contender, expected: list[Array] | None, precision: str) -> tuple[str, list[Array] | None]:
+    """Warms a setting up, and says what is wrong with its result ("" where nothing is)."""
+    try:
+        for _ in range(_RUNS_BEFORE_GRAPH + 3):  # plans, memory, and the recording, and a run of that
+            contender.run()
+        outputs = contender.outputs()
+    except BackendError as error:
+        return str(error), expected
+    if expected is None:
+        return "", outputs
+    apart = max(_apart(a, b) for a, b in zip(expected, outputs, strict=True))
+    allowed = 2.0**-5 if precision == "fp16" else 2.0**-10
+    return ("" if apart <= allowed else f"its result differs by {apart:.2g} of the range"), expected
 
 
 def _text(options: Options) -> str:
     on = [name for name, value in options.to_json().items() if value is True]
     return f"{options.search} {' '.join(on)}".strip()
-
-
-def _compare(
-    variants: Mapping[bool, Path],
-    precision: str,
-    device: str,
-    shapes: tuple[tuple[int, ...], ...],
-    contenders: Sequence[Options],
-    expected: list[Array] | None,
-) -> tuple[list[Trial], list[Array] | None]:
-    """Interleaved times of settings on the same input, each checked against the first that ever ran."""
-    from unet_rt import bench
-
-    rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
-    notes: dict[Options, str] = {}
-    sessions: dict[Options, _Contender] = {}
-    try:
-        for options in contenders:
-            try:
-                contender = _Contender(variants[options.up_conv], precision, device, options, inputs)
-            except BackendError as error:
-                notes[options] = str(error)
-                continue
-            sessions[options] = contender
-            for _ in range(4):  # plans, memory, and the recording
-                contender.run()
-            outputs = contender.outputs()
-            expected = outputs if expected is None else expected
-            apart = max(_apart(a, b) for a, b in zip(expected, outputs, strict=True))
-            if apart > (2.0**-5 if precision == "fp16" else 2.0**-10):
-                notes[options] = f"its result differs by {apart:.2g} of the range"
-                sessions.pop(options).close()
-        timings = bench.interleave([s.run for s in sessions.values()], runs=15, seconds=10.0)
-    finally:
-        for contender in sessions.values():
-            contender.close()
-    times = {options: t.median_s * 1e3 for options, t in zip(sessions, timings, strict=True)}
-    return [Trial(o, times.get(o), notes.get(o, "")) for o in contenders], expected
 
 
 def _apart(expected: Array, found: Array) -> float:

@@ -265,14 +265,15 @@ class _Rewrite:
 
     def _loss(self, value: npt.NDArray[Any]) -> float:
         """Error of a constant in the half type relative to its norm; infinite where a finite value overflows."""
-        exact = value.astype(np.float64)
-        exact = exact[np.isfinite(exact)]
-        norm = float(np.sqrt(np.sum(exact**2)))
-        if norm == 0:
+        exact = np.asarray(value, np.float32).ravel()
+        if not np.isfinite(exact).all():
+            exact = exact[np.isfinite(exact)]
+        most = np.abs(exact).max(initial=0)
+        if most == 0:
             return 0.0
-        error = self._rounded(exact.astype(np.float32)).astype(np.float64) - exact
-        with np.errstate(over="ignore"):
-            return float(np.sqrt(np.sum(error**2))) / norm
+        error = (self._rounded(exact).astype(np.float32) - exact) / most
+        exact = exact / most
+        return float(np.sqrt(np.vdot(error, error) / np.vdot(exact, exact)))
 
     def _rounded(self, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A float32 array in the half type."""
