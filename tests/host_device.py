@@ -7,11 +7,13 @@ lazy producers consumers find old contents, with eager producers contents are ov
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,7 @@ class HostMemory(_Memory):
 
 
 class HostDevice:
-    """As :class:`unet_rt.device.Device`. ``eager``: ordinals of the streams, in the order they are made, that work at once."""
+    """As :class:`unet_rt.device.Device`. ``eager``: which of its streams, by ordinal, work at once."""
 
     def __init__(self, index: int = 0, eager: Sequence[int] = ()) -> None:
         self.index, self.name, self.closed = index, "host", False
@@ -179,37 +181,40 @@ def raw(array: DeviceArray) -> Array:
     return host(array.reshape(array.size)).view(np.uint8)
 
 
-def use_cpu_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> None:
-    """Lets ``predict_device`` enqueue the CPU kernels on the device's streams."""
+def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> None:
+    """Lets ``predict_device`` enqueue kernels that run on the host: the CUDA kernels' bodies where the test module that
+    runs them was built, else the CPU's.
+    """
+    try:
+        cuda_host = importlib.import_module("unet_rt._cuda_host")
+    except ImportError:
+        cuda_host = None
+    else:
+        monkeypatch.setattr(kernels, "_cuda", lambda: cuda_host)
 
-    class Kernels:
-        pass
-
-    def enqueued(name: str, counter: str | None) -> Callable[..., int]:
+    def enqueued(name: str, counter: str) -> Callable[..., int]:
         function = getattr(kernels, name)
 
         def call(*arrays: Any, stream: int, **options: Any) -> int:
-            count = options.pop(counter, None) if counter else None
-            fixed = [a if isinstance(a, DeviceArray) else np.array(a) for a in arrays]  # tables travel by value
+            arrays = tuple(a if isinstance(a, DeviceArray) else np.array(a) for a in arrays)  # tables travel by value
 
-            def work() -> None:
-                found = function(*(host(a) if isinstance(a, DeviceArray) else a for a in fixed), threads=1, **options)
+            def cuda() -> None:
+                assert function(*arrays, stream=stream, **options) == 0 or name in ("tile_stitch", "tile_blend")
+
+            def cpu() -> None:
+                count = options.pop(counter, None)
+                found = function(*(host(a) if isinstance(a, DeviceArray) else a for a in arrays), threads=1, **options)
                 if count is not None:
                     host(count)[...] += np.uint64(found)
 
-            device.streams[stream].enqueue(work)
+            device.streams[stream].enqueue(cpu if cuda_host is None else cuda)
             return 0
 
         return call
 
-    for name, counter in (
-        ("tile_gather", "non_finite"),
-        ("tile_stitch", None),
-        ("tile_blend", None),
-        ("blend_finish", "uncovered"),
-    ):
-        setattr(Kernels, name, staticmethod(enqueued(name, counter)))
-    monkeypatch.setattr("unet_rt.predict_device.kernels", Kernels)
+    counters = {"tile_gather": "non_finite", "tile_stitch": "", "tile_blend": "", "blend_finish": "uncovered"}
+    enqueuing = SimpleNamespace(**{name: enqueued(name, counter) for name, counter in counters.items()})
+    monkeypatch.setattr("unet_rt.predict_device.kernels", enqueuing)
 
 
 class HostSession:

@@ -516,8 +516,8 @@ def from_array(array: Any, name: str = "array") -> tuple[DeviceArray, int]:
         stated = array.__cuda_array_interface__
     except Exception as error:  # of any type, by any library
         raise BackendError(
-            f"{name} lives on a GPU and cannot be shared by __cuda_array_interface__ ({error}); convert its dtype, or "
-            "hand it over by torch.from_dlpack(...)"
+            f"{name} lives on another device, a GPU, and cannot be shared by __cuda_array_interface__ ({error}); convert "
+            "its dtype, or hand it over by torch.from_dlpack(...)"
         ) from error
     pointer = int(stated["data"][0])
     dtype = np.dtype(stated["typestr"])

@@ -94,7 +94,8 @@ def run(
     with workspace.lock:
         job = _Job(engine, session, workspace, source, grid, decision, write, affines, output, batch, target)
         try:
-            return job.run(progress)
+            with workspace.device.activate():  # for the kernels, too, whichever device it is
+                return job.run(progress)
         finally:
             workspace.trim()
 
