@@ -63,6 +63,7 @@ docs: .venv-test/.installed  ## run every code block of README.md and docs/
 bench: .venv-bench/.installed  ## run the benchmarks; the method is in benchmarks/README.md
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BENCH)/python $$script $(ARGS); done
 
+wheels: export CUDAARCHS := # every architecture that the compiler knows
 wheels: .venv-test/.made  ## source distribution, and the wheel for this machine, in dist/
 	$(TEST)/pip install -q --group wheels
 	$(TEST)/python -m build --outdir dist

@@ -1,7 +1,8 @@
 # Whether the CUDA module can be built, and the reason if not.
 #
 # unet_rt_cuda_status(<status> <wanted> <sources...>): sets <status> to "built" or to a sentence saying why there will be
-# no CUDA module. <wanted> is UNET_RT_CUDA: with AUTO nothing here can fail, whatever is wrong with the compiler; with ON
+# no CUDA module. If it is built, UNET_RT_CUDA_COMPILER is the compiler, and UNET_RT_CUDA_ARCHITECTURES those of 7.5 to
+# 12.0 that it knows: machine code for each, and the newest in a form that later devices compile themselves. <wanted> is UNET_RT_CUDA: with AUTO nothing here can fail, whatever is wrong with the compiler; with ON
 # everything but "built" is an error.
 #
 # The compiler is tried in a project of its own: enable_language(CUDA) with a stale or odd nvcc (one that does not know
@@ -22,6 +23,10 @@ function(unet_rt_cuda_status result wanted)
   endif()
   message(STATUS "CUDA module: ${status}")
   set(${result} "${status}" PARENT_SCOPE)
+  if(status STREQUAL "built")
+    set(UNET_RT_CUDA_COMPILER "${compiler}" PARENT_SCOPE)
+    set(UNET_RT_CUDA_ARCHITECTURES "${architectures}" PARENT_SCOPE)
+  endif()
 endfunction()
 
 function(_unet_rt_try_cuda result)
@@ -39,14 +44,31 @@ function(_unet_rt_try_cuda result)
     set(${result} "no CUDA compiler (nvcc) was found when this was built" PARENT_SCOPE)
     return()
   endif()
+  # "compute_75" and so on, one a line; a compiler that lists none is told so by the trial.
+  execute_process(COMMAND "${compiler}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_VARIABLE ignored TIMEOUT 60)
+  string(REGEX MATCHALL "[0-9]+" known "${known}")
+  set(architectures)
+  foreach(architecture IN ITEMS 75 80 86 89 90 100 120)
+    list(FIND known ${architecture} place)
+    if(place GREATER_EQUAL 0)
+      list(APPEND architectures ${architecture}-real)
+      set(newest ${architecture})
+    endif()
+  endforeach()
+  set(oldest 75)
+  if(architectures)
+    list(GET architectures 0 oldest)
+    list(APPEND architectures ${newest}-virtual)
+  endif()
   set(folder "${CMAKE_CURRENT_BINARY_DIR}/try_cuda")
   file(REMOVE_RECURSE "${folder}")
   file(WRITE "${folder}/CMakeLists.txt" "cmake_minimum_required(VERSION 3.22)\nproject(try_cuda LANGUAGES CXX CUDA)\n"
                                         "add_library(try_cuda MODULE try.cu)\n"
                                         "target_compile_features(try_cuda PRIVATE cxx_std_17 cuda_std_17)\n")
   file(WRITE "${folder}/try.cu" "#include <cstdint>\n#include <cuda_runtime.h>\n"
-                                "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\n"
-                                "cudaError_t run(float* x) { twice<<<1, 32>>>(x); return cudaGetLastError(); }\n")
+                                "struct Body { float* x; };\n"
+                                "__global__ void twice(const __grid_constant__ Body b) { b.x[threadIdx.x] *= 2; }\n"
+                                "cudaError_t run(Body b) { twice<<<1, 32>>>(b); return cudaGetLastError(); }\n")
   # By hand first, which shows what the compiler has to say; then as CMake will use it.
   set(object "${folder}/try${CMAKE_CXX_OUTPUT_EXTENSION}")
   execute_process(COMMAND "${compiler}" -std=c++17 -c "${folder}/try.cu" -o "${object}"
@@ -56,7 +78,7 @@ function(_unet_rt_try_cuda result)
   endif()
   if(code EQUAL 0)
     set(options -G "${CMAKE_GENERATOR}" "-DCMAKE_CUDA_COMPILER=${compiler}" "-DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}"
-                "-DCMAKE_CUDA_ARCHITECTURES=75")
+                "-DCMAKE_CUDA_ARCHITECTURES=${oldest}")
     if(CMAKE_MAKE_PROGRAM)
       list(APPEND options "-DCMAKE_MAKE_PROGRAM=${CMAKE_MAKE_PROGRAM}")
     endif()
@@ -69,6 +91,8 @@ function(_unet_rt_try_cuda result)
   endif()
   if(code EQUAL 0)
     set(${result} "built" PARENT_SCOPE)
+    set(compiler "${compiler}" PARENT_SCOPE)
+    set(architectures "${architectures}" PARENT_SCOPE)
     return()
   endif()
   string(REGEX MATCH "[^\n]*(unsupported|fatal error|error:|not found|No such file)[^\n]*" line "${output}")

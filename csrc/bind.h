@@ -1,5 +1,5 @@
-// From Python arguments to the kernels' structs. The only file that knows pybind11; unet_rt/kernels.py has checked
-// dtypes, shapes and ranges before, so nothing is checked here but what memory safety rests on.
+// From Python arguments to the kernels' structs. Only this and bind_cuda.h know pybind11; unet_rt/kernels.py has
+// checked dtypes, shapes and ranges before, so nothing is checked here but what memory safety rests on.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -78,6 +78,16 @@ inline std::vector<int64_t> three_axes(const Integers& table, int64_t missing) {
     throw py::error_already_set();
 }
 
+[[noreturn]] inline void raise_gap(const TileGather& call, const GatherGap& gap, int spatial) {
+    const int64_t first = call.window_start[gap.axis];
+    const int64_t last = first + call.window.shape[1 + gap.axis] - 1;
+    raise("TileError", "tile " + std::to_string(gap.tile) + " needs image pixels " + std::to_string(gap.first) +
+                           " to " + std::to_string(gap.last) + " along spatial axis " +
+                           std::to_string(gap.axis - (3 - spatial)) + ", but the window holds " +
+                           std::to_string(first) + " to " + std::to_string(last) +
+                           "; read a window that covers the tile, mirrored border pixels included");
+}
+
 inline int64_t gather(const py::array& window, const Integers& starts, py::array out, const Integers& image_shape,
                       const Integers& window_start, int border, double constant, bool affine,
                       const std::vector<double>& offset, const std::vector<double>& divisor,
@@ -107,15 +117,7 @@ inline int64_t gather(const py::array& window, const Integers& starts, py::array
         gap = find_gap(call);
         if (!gap.found) non_finite = tile_gather(call, threads);
     }
-    if (gap.found) {
-        const int64_t first = call.window_start[gap.axis];
-        const int64_t last = first + call.window.shape[1 + gap.axis] - 1;
-        raise("TileError", "tile " + std::to_string(gap.tile) + " needs image pixels " + std::to_string(gap.first) +
-                               " to " + std::to_string(gap.last) + " along spatial axis " +
-                               std::to_string(gap.axis - (3 - static_cast<int>(window.ndim() - 1))) +
-                               ", but the window holds " + std::to_string(first) + " to " + std::to_string(last) +
-                               "; read a window that covers the tile, mirrored border pixels included");
-    }
+    if (gap.found) raise_gap(call, gap, static_cast<int>(window.ndim() - 1));
     return non_finite;
 }
 

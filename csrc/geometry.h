@@ -25,6 +25,8 @@ UNET_RT_HD int64_t border_index(int64_t i, int64_t size, Border border) {
     if (i >= 0 && i < size) return i;
     if (border == Border::constant) return -1;
     if (border == Border::edge) return i < 0 ? 0 : size - 1;
+    if (i < 0 && i > -size) return -i;  // one reflection, as nearly always, without a division
+    if (i >= size && i < 2 * size - 1) return 2 * (size - 1) - i;
     if (size == 1) return 0;
     const int64_t period = 2 * (size - 1);
     int64_t phase = i % period;

@@ -10,6 +10,7 @@
 
 #include "half.h"
 #include "parallel.h"
+#include "pixel.h"
 #include "simd.h"
 
 namespace unet_rt {
@@ -22,41 +23,6 @@ constexpr int64_t kBlock = 1024;
 // columns, so that lines fetched for its first row are still there for the others.
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kColumnBlock = 128;
-
-template <class T>
-struct Pixel {
-    using Compute = float;
-    static UNET_RT_HD float value(T x) { return static_cast<float>(x); }
-    static UNET_RT_HD uint32_t non_finite(T) { return 0; }
-};
-template <>
-struct Pixel<uint32_t> : Pixel<uint8_t> {
-    using Compute = double;
-    static UNET_RT_HD double value(uint32_t x) { return static_cast<double>(x); }
-    static UNET_RT_HD uint32_t non_finite(uint32_t) { return 0; }
-};
-template <>
-struct Pixel<int32_t> : Pixel<uint8_t> {
-    using Compute = double;
-    static UNET_RT_HD double value(int32_t x) { return static_cast<double>(x); }
-    static UNET_RT_HD uint32_t non_finite(int32_t) { return 0; }
-};
-template <>
-struct Pixel<float> {
-    using Compute = float;
-    static UNET_RT_HD float value(float x) { return x; }
-    static UNET_RT_HD uint32_t non_finite(float x) {
-        return (bits_as<uint32_t>(x) & 0x7f800000u) == 0x7f800000u ? 1 : 0;
-    }
-};
-template <>
-struct Pixel<double> {
-    using Compute = double;
-    static UNET_RT_HD double value(double x) { return x; }
-    static UNET_RT_HD uint64_t non_finite(double x) {
-        return (bits_as<uint64_t>(x) & 0x7ff0000000000000u) == 0x7ff0000000000000u ? 1 : 0;
-    }
-};
 
 struct Affine {
     double low, high, offset, divisor;
@@ -282,12 +248,7 @@ class Gatherer {
     }
 
     float constant_value(const Affine& a) const {
-        if (!call_.affine) return static_cast<float>(call_.constant);
-        const DType dtype = call_.window.dtype;
-        if (dtype == DType::u32 || dtype == DType::i32 || dtype == DType::f64)
-            return static_cast<float>(normalised(call_.constant, a.low, a.high, a.offset, a.divisor));
-        return normalised(static_cast<float>(call_.constant), static_cast<float>(a.low), static_cast<float>(a.high),
-                          static_cast<float>(a.offset), static_cast<float>(a.divisor));
+        return border_value(call_.window.dtype, call_.affine, call_.constant, a.low, a.high, a.offset, a.divisor);
     }
 
     const TileGather& call_;
@@ -305,32 +266,6 @@ class Gatherer {
 };
 
 }  // namespace gather
-
-GatherGap find_gap(const TileGather& call) {
-    const int64_t* held = call.window.shape + 1;
-    const int64_t* tile = call.out.shape + 2;
-    for (int64_t n = 0; n < call.out.shape[0]; ++n) {
-        for (int axis = 0; axis < 3; ++axis) {
-            const int64_t start = call.starts[3 * n + axis];
-            const int64_t size = call.image_shape[axis];
-            int64_t first = std::max<int64_t>(start, 0);
-            int64_t last = std::min(start + tile[axis], size) - 1;
-            if (first > last) first = size, last = -1;
-            const auto include = [&](int64_t i) {
-                const int64_t pixel = border_index(i, size, call.border);
-                if (pixel < 0) return;
-                first = std::min(first, pixel);
-                last = std::max(last, pixel);
-            };
-            const int64_t stop = start + tile[axis];
-            for (int64_t i = start; i < std::min<int64_t>(stop, 0); ++i) include(i);
-            for (int64_t i = std::max(start, size); i < stop; ++i) include(i);
-            const int64_t begin = call.window_start[axis];
-            if (first <= last && (first < begin || last >= begin + held[axis])) return {true, n, axis, first, last};
-        }
-    }
-    return {};
-}
 
 int64_t tile_gather(const TileGather& call, int threads) {
     const int64_t* shape = call.out.shape;

@@ -1,10 +1,18 @@
 """The pixel work of the image line: tiles out of images, network outputs to their places.
 
 Each function fills arrays that the caller owns, checks its arguments once, and runs compiled code without the
-interpreter lock, on the device where the arrays live. Arrays are NumPy arrays, or anything that speaks DLPack (PyTorch,
-CuPy, ...), of any strides. The results are the same bits for every tile, thread count, alignment and machine.
+interpreter lock, on the device where the arrays live. Arrays are NumPy arrays, or anything that speaks DLPack or
+``__cuda_array_interface__`` (PyTorch, CuPy, PyCUDA, ...), of any strides. The results are the same bits for every tile,
+thread count, alignment and machine, on a GPU, too (but for the payload of NaN).
 
 ``threads=0`` means :func:`default_threads`; small calls use one thread.
+
+Where one array lives on a CUDA device, all do, except tables of coordinates. Kernels are then enqueued on ``stream``, a
+CUDA stream's number (0: the stream that the arrays name, else the legacy default stream), and may run after the call
+has returned: nothing is allocated, copied or waited for. Tables of coordinates from the host are checked and travel in
+the launch; int64 arrays (N, D) on the device are read when the kernel runs, so a captured graph can be launched with new
+contents. Nobody can check those: a gathered pixel that the window does not hold becomes the nearest that it does, and a
+part that leaves its tile or the output is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +22,7 @@ import importlib
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,6 +52,8 @@ _DTYPES = {
     "b1": "bool",
 }
 _PIXELS = tuple(_DTYPES)
+# As in csrc/array.h; the last two are those of tables and counters, which kernels know by their place.
+_CODES = {"b1": 0, "u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f2": 6, "f4": 7, "f8": 8, "i8": 0, "u8": 0}
 _FLOATS = ("f4", "f2")
 _FARTHEST_PX = 1 << 48  # sums of coordinates stay far from overflow
 _SMALLEST, _LARGEST = 2.0**-126, 3.4028234663852886e38  # normal float32 numbers
@@ -76,6 +86,8 @@ def tile_gather(
     divisor: ArrayLike | None = None,
     clip: tuple[ArrayLike, ArrayLike] | None = None,
     threads: int = 0,
+    stream: int = 0,
+    non_finite: Any = None,
 ) -> int:
     """Cut tiles out of a window of an image, with border rule and normalisation.
 
@@ -94,28 +106,33 @@ def tile_gather(
         divisor: Number or (C,) numbers to divide by; not 0.
         clip: Lowest and highest raw value, numbers or (C,).
         threads: Most threads to use.
+        stream: CUDA stream, for arrays on a device.
+        non_finite: (1,) uint64 or int64 on the arrays' device, to which the number of NaN and infinite pixels is added.
 
     Returns:
-        How many NaN and infinite pixels were read. A pixel counts as often as the tiles hold it.
+        How many NaN and infinite pixels were read. A pixel counts as often as the tiles hold it. For arrays on a device
+        0: the number is in ``non_finite`` once the kernel has run.
 
     Raises:
         ImageError: The window's dtype cannot be gathered.
         TileError: Shapes do not fit, or a tile needs pixels that the window does not hold.
         ContractError: A normalisation that cannot be applied.
     """
-    native, (window, out) = _arrays(window=window, out=out)
+    native, (window, out, counter) = _arrays(window=window, out=out, non_finite=non_finite)
     _check_dtype("window", window, _PIXELS)
     axes = window.ndim - 1
     _check_spatial("window", window, axes)
     channels = window.shape[0]
-    begin = _table("starts", starts, axes)
-    if begin.size and (begin.min() < -_FARTHEST_PX or begin.max() > _FARTHEST_PX):
+    begin = _table("starts", starts, axes, native)
+    if isinstance(begin, np.ndarray) and begin.size and (begin.min() < -_FARTHEST_PX or begin.max() > _FARTHEST_PX):
         raise TileError(f"starts reach from {begin.min()} to {begin.max()} px; they must stay within 2^48")
     _check_output(out, _FLOATS)
-    if out.ndim != axes + 2 or out.shape[:2] != (len(begin), channels):
+    _check_counter("non_finite", counter)
+    tiles = begin.shape[0]
+    if out.ndim != axes + 2 or out.shape[:2] != (tiles, channels):
         raise TileError(
-            f"out is {_shape(out)}, but {len(begin)} tiles of {channels} channels and {axes} spatial axes need "
-            f"({len(begin)}, {channels}, ...); allocate it so"
+            f"out is {_shape(out)}, but {tiles} tiles of {channels} channels and {axes} spatial axes need "
+            f"({tiles}, {channels}, ...); allocate it so"
         )
     held = list(window.shape[1:])
     image = held if image_shape is None else _sizes("image_shape", image_shape, axes)
@@ -141,21 +158,22 @@ def tile_gather(
             f"divisor {divisors} does not normalise; give float32 numbers that are neither 0 nor subnormal nor "
             "infinite (1 for a constant channel)"
         )
-    found: int = native.tile_gather(
-        window,
-        begin,
-        out,
-        image,
-        first,
-        _choice("border", border, _BORDERS, TileError),
-        float(constant),
-        not (offset is None and divisor is None and clip is None),
-        offsets,
-        divisors,
-        lows,
-        highs,
-        _threads(threads),
+    rule = _choice("border", border, _BORDERS, TileError)
+    affine = not (offset is None and divisor is None and clip is None)
+    normalisation = (affine, offsets, divisors, lows, highs)
+    if native is not None:
+        native.tile_gather(
+            *(window.description, _described(begin), out.description, image, first, rule, float(constant)),
+            *normalisation,
+            0 if counter is None else counter.pointer,
+            _stream(stream, window, out),
+        )
+        return 0
+    found: int = _cpu().tile_gather(
+        *(window, begin, out, image, first, rule, float(constant)), *normalisation, _threads(threads)
     )
+    if counter is not None:
+        counter += found
     return found
 
 
@@ -170,6 +188,7 @@ def tile_stitch(
     threshold: ArrayLike | None = None,
     values: ArrayLike | None = None,
     threads: int = 0,
+    stream: int = 0,
 ) -> None:
     """Put parts of tiles to their places: ``out[target + j] = op(tiles[n, source + j])`` for ``j < size``.
 
@@ -184,6 +203,7 @@ def tile_stitch(
         threshold: Number or (K,); met by raw values above it (0 for logits means probability 0.5), never by NaN.
         values: uint8 value of each class, (K,), default 0, 1, ...; for ``threshold`` (below, above), default (0, 1).
         threads: Most threads to use.
+        stream: CUDA stream, for arrays on a device.
 
     Raises:
         TileError: Shapes do not fit, or a part lies outside its tile or the output.
@@ -194,9 +214,13 @@ def tile_stitch(
     channels = tiles.shape[1]
     code = _choice("op", op, _OPS, ContractError)
     spatial = _check_target(out, op, channels, axes)
-    source, target, extent = _parts(source_start, target_start, size, tiles, spatial)
+    tables = _parts(source_start, target_start, size, tiles, spatial, native)
     bounds, labels = _labels(op, channels, threshold, values)
-    native.tile_stitch(tiles, source, target, extent, out, code, bounds, labels, _threads(threads))
+    if native is not None:
+        queue = _stream(stream, tiles, out)
+        native.tile_stitch(tiles.description, *map(_described, tables), out.description, code, bounds, labels, queue)
+    else:
+        _cpu().tile_stitch(tiles, *tables, out, code, bounds, labels, _threads(threads))
 
 
 def tile_blend(
@@ -209,6 +233,7 @@ def tile_blend(
     weight_total: Any,
     *,
     threads: int = 0,
+    stream: int = 0,
 ) -> None:
     """Add weighted tiles to a total: ``total += weight * tile``, ``weight_total += weight``, tile after tile.
 
@@ -223,6 +248,7 @@ def tile_blend(
         total: (K, \\*spatial) float32, added to.
         weight_total: (\\*spatial) float32, added to.
         threads: Most threads to use.
+        stream: CUDA stream, for arrays on a device.
 
     Raises:
         TileError: Shapes do not fit, or a part lies outside its tile or the total.
@@ -241,8 +267,13 @@ def tile_blend(
             f"total is {_shape(total)} and weight_total {_shape(weight_total)}; {tiles.shape[1]} channels need "
             f"(K, *spatial) and (*spatial)"
         )
-    source, target, extent = _parts(source_start, target_start, size, tiles, weight_total.shape)
-    native.tile_blend(tiles, source, target, extent, weight, total, weight_total, _threads(threads))
+    tables = _parts(source_start, target_start, size, tiles, weight_total.shape, native)
+    if native is not None:
+        queue = _stream(stream, tiles, weight, total, weight_total)
+        sums = (weight.description, total.description, weight_total.description)
+        native.tile_blend(tiles.description, *map(_described, tables), *sums, queue)
+    else:
+        _cpu().tile_blend(tiles, *tables, weight, total, weight_total, _threads(threads))
 
 
 def blend_finish(
@@ -254,6 +285,8 @@ def blend_finish(
     threshold: ArrayLike | None = None,
     values: ArrayLike | None = None,
     threads: int = 0,
+    stream: int = 0,
+    uncovered: Any = None,
 ) -> int:
     """Finish a blended total: ``out = op(total / weight_total)``.
 
@@ -265,16 +298,21 @@ def blend_finish(
         threshold: As for :func:`tile_stitch`, compared with the quotient.
         values: As for :func:`tile_stitch`.
         threads: Most threads to use.
+        stream: CUDA stream, for arrays on a device.
+        uncovered: (1,) uint64 or int64 on the arrays' device, to which the number of uncovered samples is added.
 
     Returns:
         The number of samples that no tile covered (weight 0). They are NaN in a float output, and the first class or
-        the value below the threshold in a mask: a caller who did not expect them has to raise.
+        the value below the threshold in a mask: a caller who did not expect them has to raise. For arrays on a device 0:
+        the number is in ``uncovered`` once the kernel has run.
 
     Raises:
         TileError: Shapes do not fit.
         ContractError: As for :func:`tile_stitch`.
     """
-    native, (total, weight_total, out) = _arrays(total=total, weight_total=weight_total, out=out)
+    native, (total, weight_total, out, counter) = _arrays(
+        total=total, weight_total=weight_total, out=out, uncovered=uncovered
+    )
     _check_dtype("total", total, ("f4",))
     _check_dtype("weight_total", weight_total, ("f4",))
     axes = total.ndim - 1
@@ -286,12 +324,21 @@ def blend_finish(
     spatial = _check_target(out, op, channels, axes)
     if spatial != weight_total.shape:
         raise TileError(f"out is {_shape(out)} for a total of {_shape(total)}; spatial shapes must agree")
+    _check_counter("uncovered", counter)
     bounds, labels = _labels(op, channels, threshold, values)
-    uncovered: int = native.blend_finish(total, weight_total, out, code, bounds, labels, _threads(threads))
-    return uncovered
+    if native is not None:
+        address = 0 if counter is None else counter.pointer
+        queue = _stream(stream, total, weight_total, out)
+        sums = (total.description, weight_total.description)
+        native.blend_finish(*sums, out.description, code, bounds, labels, address, queue)
+        return 0
+    found: int = _cpu().blend_finish(total, weight_total, out, code, bounds, labels, _threads(threads))
+    if counter is not None:
+        counter += found
+    return found
 
 
-def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, threads: int = 0) -> None:
+def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, threads: int = 0, stream: int = 0) -> None:
     """The skip connection of a U-Net: a window of ``skip`` and all of ``up``, one after the other along channels.
 
     Args:
@@ -300,6 +347,7 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
         out: (N, C1 + C2, \\*spatial of up), same dtype, filled.
         offset: First sample of the window in ``skip``. Default: centred, odd differences rounded down.
         threads: Most threads to use.
+        stream: CUDA stream, for arrays on a device.
 
     Raises:
         TileError: Shapes or dtypes do not fit.
@@ -324,7 +372,51 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
     start = [r // 2 for r in room] if offset is None else _sizes("offset", offset, axes)
     if any(not 0 <= s <= r for s, r in zip(start, room, strict=True)):
         raise TileError(f"offset {start} leaves skip {_shape(skip)}; it may be 0 to {room}")
-    native.crop_concat(skip, up, out, start, _threads(threads))
+    if native is not None:
+        native.crop_concat(skip.description, up.description, out.description, start, _stream(stream, skip, up, out))
+    else:
+        _cpu().crop_concat(skip, up, out, start, _threads(threads))
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels cannot run here, with the way out; None if they are built and a device is there."""
+    try:
+        return str(_cuda().missing()) or None
+    except BackendError as error:
+        return str(error)
+
+
+def graph_begin(stream: int) -> None:
+    """From now on, what is enqueued on a CUDA stream (not the default one) is not run but recorded in a graph.
+
+    Raises:
+        BackendError: The stream cannot be captured, or there is no device.
+    """
+    _cuda().graph_begin(stream)
+
+
+def graph_end(stream: int) -> int:
+    """The handle of what was recorded since :func:`graph_begin`, ready to be launched.
+
+    Raises:
+        BackendError: Something was done that a graph cannot hold.
+    """
+    handle: int = _cuda().graph_end(stream)
+    return handle
+
+
+def graph_launch(graph: int, stream: int) -> None:
+    """Enqueue all that a graph holds on a CUDA stream.
+
+    Raises:
+        BackendError: The launch failed.
+    """
+    _cuda().graph_launch(graph, stream)
+
+
+def graph_destroy(graph: int) -> None:
+    """Free a graph. Launches under way end as if it still existed."""
+    _cuda().graph_destroy(graph)
 
 
 @functools.cache
@@ -344,37 +436,139 @@ def _cpu() -> Any:
     return module
 
 
-def _arrays(**named: Any) -> tuple[Any, tuple[NDArray[Any], ...]]:
-    """The module of the device where the arrays live, and the arrays in the form it takes."""
-    return _cpu(), tuple(_on_cpu(name, array) for name, array in named.items())
+@functools.cache
+def _cuda() -> Any:
+    status = cuda_status()
+    try:
+        module: ModuleType = importlib.import_module("unet_rt._cuda")
+    except ModuleNotFoundError as error:
+        reason = status if status != "built" else f"they were built, but {error}"
+        raise BackendError(
+            f"this installation has no CUDA kernels: {reason}; install a CUDA compiler (nvcc) and then the package from "
+            "source with UNET_RT_CUDA=ON"
+        ) from error
+    except ImportError as error:
+        raise BackendError(
+            f"the compiled CUDA kernels cannot be loaded ({error}); reinstall the package for this Python and machine"
+        ) from error
+    return module
 
 
-def _on_cpu(name: str, array: Any) -> NDArray[Any]:
+class _DeviceArray(NamedTuple):
+    """What is known of an array on a CUDA device."""
+
+    pointer: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    writeable: bool
+    stream: int | None  # on which its contents are made
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def description(self) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+        """As csrc/bind_cuda.h takes it."""
+        return self.pointer, _CODES[self.dtype.str[1:]], self.shape, self.strides
+
+
+_Array = NDArray[Any] | _DeviceArray
+
+
+def _arrays(**named: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The CUDA kernels if the arrays live on a device, else None; and the arrays in the form that kernels take."""
+    arrays = tuple(None if array is None else _array(name, array) for name, array in named.items())
+    found = {
+        isinstance(array, _DeviceArray): name for name, array in zip(named, arrays, strict=True) if array is not None
+    }
+    if len(found) == 2:
+        raise BackendError(
+            f"{found[True]} lives on a CUDA device and {found[False]} on the host; move all arrays to one of them"
+        )
+    return (_cuda() if True in found else None), arrays
+
+
+def _array(name: str, array: Any) -> _Array:
     if isinstance(array, np.ndarray):
         return array
-    speaks_dlpack = hasattr(array, "__dlpack__")
-    if hasattr(array, "__cuda_array_interface__") or (
-        speaks_dlpack and array.__dlpack_device__()[0] in _DLPACK_ON_CUDA
-    ):
-        raise BackendError(
-            f"{name} lives on a CUDA device and this installation has no CUDA kernels ({cuda_status()}); "
-            "pass it as a host array, e.g. tensor.cpu()"
-        )
-    if not speaks_dlpack:
+    view = _on_device(name, array)
+    if view is not None:
+        return view
+    if not hasattr(array, "__dlpack__"):
         raise ImageError(f"{name} is {type(array).__name__}, not an array; pass a NumPy array or a DLPack tensor")
     try:
         return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise ImageError(
-            f"{name} ({type(array).__name__}) cannot be shared through DLPack: {error}; pass a NumPy array"
-        ) from error
+        raise _not_shared(name, array, error) from error
 
 
-def _shape(array: NDArray[Any]) -> str:
+def _not_shared(name: str, array: Any, error: Exception) -> ImageError:
+    return ImageError(
+        f"{name} ({type(array).__name__}) cannot be shared through DLPack or __cuda_array_interface__: {error}; pass a "
+        "NumPy array, or a detached tensor of a type that NumPy knows"
+    )
+
+
+def _on_device(name: str, array: Any) -> _DeviceArray | None:
+    """An array on a CUDA device; None if it lives elsewhere."""
+    try:
+        interface = getattr(array, "__cuda_array_interface__", None)
+        if interface is not None:
+            return _of_interface(name, array, interface)
+        if hasattr(array, "__dlpack__") and array.__dlpack_device__()[0] in _DLPACK_ON_CUDA:
+            return _of_dlpack(array)
+    except (AttributeError, BufferError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise _not_shared(name, array, error) from error
+    return None
+
+
+def _of_interface(name: str, array: Any, interface: dict[str, Any]) -> _DeviceArray:
+    _cuda()  # without kernels that is what is missing, whatever the array holds
+    if interface.get("mask") is not None:
+        raise ImageError(f"{name} ({type(array).__name__}) has a mask; pass an array without one")
+    dtype = np.dtype(interface["typestr"])
+    shape = tuple(operator.index(size) for size in interface["shape"])
+    pointer, read_only = interface["data"]
+    strides = interface.get("strides")
+    if strides is None:
+        strides = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return _DeviceArray(
+        int(pointer or 0), dtype, shape, tuple(map(operator.index, strides)), not read_only, interface.get("stream")
+    )
+
+
+def _of_dlpack(array: Any) -> _DeviceArray:
+    # The capsule goes with this call; the memory is the array's, which the caller holds.
+    pointer, kind, size, shape, strides, read_only = _cuda().dlpack_description(array.__dlpack__(stream=1))
+    letter = {0: "i", 1: "u", 2: "f", 6: "b"}.get(kind)  # DLDataTypeCode
+    if letter is None:
+        raise ValueError(f"elements of DLPack type {kind}")
+    return _DeviceArray(pointer, np.dtype(f"{letter}{size}"), shape, strides, not read_only, None)
+
+
+def _described(table: _Array) -> Any:
+    return table if isinstance(table, np.ndarray) else table.description
+
+
+def _stream(stream: int, *arrays: _DeviceArray) -> int:
+    """The stream to enqueue on: the one given, else the one on which the arrays are made."""
+    if stream:
+        return stream
+    named = {array.stream for array in arrays if array.stream is not None}
+    if len(named) > 1:
+        raise BackendError(
+            f"the arrays belong to different CUDA streams ({sorted(named)}); order them and pass stream="
+        )
+    return named.pop() if named else 0
+
+
+def _shape(array: _Array) -> str:
     return "x".join(map(str, array.shape)) or "scalar"
 
 
-def _check_dtype(name: str, array: NDArray[Any], allowed: tuple[str, ...]) -> None:
+def _check_dtype(name: str, array: _Array, allowed: tuple[str, ...]) -> None:
     dtype = array.dtype
     if not dtype.isnative:
         raise ImageError(
@@ -385,24 +579,32 @@ def _check_dtype(name: str, array: NDArray[Any], allowed: tuple[str, ...]) -> No
         raise ImageError(f"{name} has dtype {dtype}; convert it to one of {_names(allowed)}")
 
 
-def _check_output(out: NDArray[Any], allowed: tuple[str, ...], name: str = "out") -> None:
+def _check_output(out: _Array, allowed: tuple[str, ...], name: str = "out") -> None:
     dtype = out.dtype
     if not dtype.isnative or dtype.str[1:] not in allowed:
         raise OutputError(f"{name} has dtype {dtype.str}; allocate it as {_names(allowed)}")
-    if not out.flags.writeable:
+    if not (out.flags.writeable if isinstance(out, np.ndarray) else out.writeable):
         raise OutputError(f"{name} ({_shape(out)} {dtype}) is read-only; pass an array that can be written")
 
 
 def _names(dtypes: tuple[str, ...]) -> str:
-    return ", ".join(_DTYPES[dtype] for dtype in dtypes)
+    return ", ".join(np.dtype(dtype).name for dtype in dtypes)
 
 
-def _check_spatial(name: str, array: NDArray[Any], axes: int) -> None:
+def _check_counter(name: str, counter: _Array | None) -> None:
+    if counter is None:
+        return
+    _check_output(counter, ("u8", "i8"), name)
+    if counter.shape not in ((), (1,)):
+        raise OutputError(f"{name} is {_shape(counter)}; allocate it as (1,)")
+
+
+def _check_spatial(name: str, array: _Array, axes: int) -> None:
     if not 1 <= axes <= 3:
         raise TileError(f"{name} is {_shape(array)}, with {axes} spatial axes; kernels take 1, 2 or 3")
 
 
-def _check_tiles(tiles: NDArray[Any]) -> int:
+def _check_tiles(tiles: _Array) -> int:
     _check_dtype("tiles", tiles, _FLOATS)
     axes = tiles.ndim - 2
     _check_spatial("tiles", tiles, axes)
@@ -411,7 +613,7 @@ def _check_tiles(tiles: NDArray[Any]) -> int:
     return axes
 
 
-def _check_target(out: NDArray[Any], op: str, channels: int, axes: int) -> tuple[int, ...]:
+def _check_target(out: _Array, op: str, channels: int, axes: int) -> tuple[int, ...]:
     """The output's spatial shape."""
     _check_output(out, ("u1",) if op in ("argmax", "threshold") else ("f4",))
     lead = () if op == "argmax" else (channels,)
@@ -421,7 +623,16 @@ def _check_target(out: NDArray[Any], op: str, channels: int, axes: int) -> tuple
     return out.shape[len(lead) :]
 
 
-def _table(name: str, value: ArrayLike, axes: int) -> NDArray[np.int64]:
+def _table(name: str, value: Any, axes: int, native: Any) -> _Array:
+    view = None if isinstance(value, np.ndarray | list | tuple) else _on_device(name, value)
+    if view is not None:
+        if native is None:
+            raise BackendError(f"{name} lives on a CUDA device and the arrays on the host; pass a NumPy array")
+        if view.shape[1:] != (axes,) or view.dtype != np.int64 or (view.strides != (8 * axes, 8) and view.shape[0] > 1):
+            raise TileError(
+                f"{name} is {_shape(view)} {view.dtype}; on a device it must be (N, {axes}) int64, C-contiguous"
+            )
+        return view
     table = np.asarray(value)
     if table.ndim != 2 or table.shape[1] != axes:
         raise TileError(f"{name} is {_shape(table)}; one row per tile and one column per spatial axis: (N, {axes})")
@@ -441,17 +652,22 @@ def _sizes(name: str, value: Size, axes: int) -> list[int]:
 
 
 def _parts(
-    source_start: ArrayLike, target_start: ArrayLike, size: ArrayLike, tiles: NDArray[Any], spatial: tuple[int, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    source_start: Any, target_start: Any, size: Any, tiles: _Array, spatial: tuple[int, ...], native: Any
+) -> tuple[_Array, _Array, _Array]:
     axes = len(spatial)
-    source = _table("source_start", source_start, axes)
-    target = _table("target_start", target_start, axes)
-    extent = _table("size", size, axes)
-    if not len(source) == len(target) == len(extent) == len(tiles):
+    source = _table("source_start", source_start, axes, native)
+    target = _table("target_start", target_start, axes, native)
+    extent = _table("size", size, axes, native)
+    count = tiles.shape[0]
+    if not source.shape[0] == target.shape[0] == extent.shape[0] == count:
         raise TileError(
-            f"{len(tiles)} tiles, but {len(source)} source_start, {len(target)} target_start and {len(extent)} size; "
-            "one row per tile"
+            f"{count} tiles, but {source.shape[0]} source_start, {target.shape[0]} target_start and {extent.shape[0]} "
+            "size; one row per tile"
         )
+    if isinstance(source, _DeviceArray) and isinstance(target, _DeviceArray) and isinstance(extent, _DeviceArray):
+        return source, target, extent
+    if isinstance(source, _DeviceArray) or isinstance(target, _DeviceArray) or isinstance(extent, _DeviceArray):
+        raise BackendError("source_start, target_start and size live partly on a CUDA device; pass all three alike")
     for name, start, whole in (("tile", source, tiles.shape[2:]), ("output", target, spatial)):
         outside = (start < 0) | (extent < 0) | (start > np.subtract(whole, extent))  # no sum that could overflow
         if outside.any():

@@ -1,0 +1,29 @@
+// unet_rt._cuda_host: the bodies of the CUDA kernels, run by an ordinary C++ compiler on host memory. For tests alone.
+#include "bind_cuda.h"
+#include "bind_steps.h"
+#include "crop_concat.cu"
+#include "cudnn_steps.cu"
+#include "tile_gather.cu"
+#include "tile_stitch.cu"
+
+namespace unet_rt::cuda {
+
+void check(int, const char*) {}
+
+std::string missing() { return ""; }
+
+OnDevice::OnDevice(const std::vector<const void*>&) {}
+OnDevice::~OnDevice() { before_ = -1; }
+
+void graph_begin(uint64_t) { throw DeviceError("host memory has no streams"); }
+uint64_t graph_end(uint64_t) { throw DeviceError("host memory has no streams"); }
+void graph_launch(uint64_t, uint64_t) { throw DeviceError("host memory has no streams"); }
+void graph_destroy(uint64_t) { throw DeviceError("host memory has no streams"); }
+
+}  // namespace unet_rt::cuda
+
+PYBIND11_MODULE(_cuda_host, m, pybind11::mod_gil_not_used()) {
+    m.doc() = "Bodies of the CUDA kernels on host memory, for tests.";
+    unet_rt::cuda::define(m);
+    unet_rt::cuda::define_steps(m);
+}

@@ -1,0 +1,211 @@
+// CUDA kernel. A thread makes one vector of 16 bytes of a row of a tile (8 where pixels are wider). Inside the window
+// it loads its pixels at once and does no border arithmetic; at borders and ragged ends it goes pixel by pixel.
+#include "kernels_cuda.h"
+#include "pixel.h"
+
+namespace unet_rt::cuda {
+namespace gather_kernel {
+
+constexpr int kChannels = 16;  // per launch
+
+template <class Compute>
+struct Channel {
+    Compute low, high, offset, divisor;
+    float reciprocal;  // 1 / divisor, or 0 where quotient_by() does not serve
+    float beyond;      // value of the constant border
+};
+
+template <class T>
+constexpr bool is_small_integer = sizeof(T) <= 2;
+template <>
+constexpr bool is_small_integer<half> = false;
+
+template <class T, int kCount>
+UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<T>::Compute>& channel, bool affine,
+                        float (&values)[kCount]) {
+    using Compute = typename Pixel<T>::Compute;
+    const auto value = [](T pixel) {
+        if constexpr (sizeof(T) == 2 && !is_small_integer<T>)
+            return widened(pixel);
+        else
+            return Pixel<T>::value(pixel);
+    };
+    if (!affine) {
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(value(pixels[i]));
+        return;
+    }
+    const Compute low = channel.low, high = channel.high, offset = channel.offset, divisor = channel.divisor;
+    if constexpr (is_small_integer<T>) {
+        const float reciprocal = channel.reciprocal;
+        if (reciprocal != 0.0f) {
+            UNET_RT_UNROLL
+            for (int i = 0; i < kCount; ++i)
+                values[i] = quotient_by(clipped(value(pixels[i]), low, high) - offset, divisor, reciprocal);
+            return;
+        }
+    }
+    UNET_RT_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        values[i] = static_cast<float>(normalised(value(pixels[i]), low, high, offset, divisor));
+}
+
+// Out: float or half.
+template <class T, class Out>
+struct Body {
+    static constexpr int kVector = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
+
+    const char* window;
+    int64_t window_stride[4];
+    int64_t window_start[3];
+    int64_t held[3];
+    int64_t image_shape[3];
+    char* out;
+    int64_t out_stride[5];
+    Rows rows;
+    Divider depth;
+    uint32_t planes;
+    Border border;
+    bool affine;
+    uint64_t* non_finite;
+    Table starts;
+    Channel<typename Pixel<T>::Compute> channels[kChannels];
+
+    // Place in the window of the pixel that stands for pixel `i` of an axis; -1: the constant.
+    UNET_RT_HD int64_t found(int64_t i, int axis) const {
+        const int64_t pixel = border_index(i, image_shape[axis], border);
+        if (pixel < 0) return -1;
+        const int64_t inside = pixel - window_start[axis];
+        return inside < 0 ? 0 : (inside < held[axis] ? inside : held[axis] - 1);
+    }
+
+    UNET_RT_HD void operator()(const Place& at) const {
+        const uint32_t item = at.block_x * kThreads + at.thread;
+        if (item >= rows.items) return;
+        const uint32_t y = rows.vectors.quotient(item);
+        const uint32_t n = at.block_z;
+        const int64_t start_x = starts.at(n, 2);
+        const int64_t line = found(starts.at(n, 1) + y, 1);
+        uint64_t bad = 0;
+        for (uint32_t plane = at.block_y; plane < planes; plane += at.blocks_y) {
+            const uint32_t c = depth.quotient(plane);
+            const uint32_t z = plane - c * depth.divisor;
+            const int64_t slice = found(starts.at(n, 0) + z, 0);
+            char* const to = out + n * out_stride[0] + c * out_stride[1] + z * out_stride[2] + y * out_stride[3];
+            const auto span = rows.span(item, y, to, sizeof(Out), rows.width);
+            if (span.begin >= span.end) continue;
+            const char* const from = window + c * window_stride[0] + slice * window_stride[1] + line * window_stride[2];
+            bad += vector(from, (slice | line) >= 0, start_x, span, to, channels[c]);
+        }
+        if (bad != 0 && non_finite != nullptr) add_to(non_finite, bad);
+    }
+
+    UNET_RT_HD uint64_t vector(const char* from, bool inside, int64_t start_x, const Rows::Span& span, char* to,
+                               const Channel<typename Pixel<T>::Compute>& channel) const {
+        const int64_t first = start_x + span.x - window_start[2];
+        uint64_t bad = 0;
+        if (span.whole && inside && first >= 0 && first + kVector <= held[2]) {
+            T pixels[kVector];
+            load_many(from + first * window_stride[3], window_stride[3], pixels);
+            float values[kVector];
+            convert(pixels, channel, affine, values);
+            store_results(to + span.x * static_cast<int64_t>(sizeof(Out)), values, static_cast<Out*>(nullptr));
+            UNET_RT_UNROLL
+            for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[i]);
+            return bad;
+        }
+        for (int64_t x = span.begin; x < span.end; ++x) {
+            float value[1] = {channel.beyond};
+            const int64_t column = inside ? found(start_x + x, 2) : -1;
+            if (column >= 0) {
+                const T pixel[1] = {load_one<T>(from + column * window_stride[3])};
+                convert(pixel, channel, affine, value);
+                bad += Pixel<T>::non_finite(pixel[0]);
+            }
+            store_result(to + x * out_stride[4], value[0], static_cast<Out*>(nullptr));
+        }
+        return bad;
+    }
+};
+
+template <class T, class Out>
+void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite, Stream stream) {
+    using Compute = typename Pixel<T>::Compute;
+    const Array& o = call.out;
+    Body<T, Out> body{};
+    for (int axis = 0; axis < 4; ++axis) body.window_stride[axis] = call.window.stride[axis];
+    for (int axis = 0; axis < 3; ++axis) {
+        body.window_start[axis] = call.window_start[axis];
+        body.held[axis] = call.window.shape[1 + axis];
+        body.image_shape[axis] = call.image_shape[axis];
+    }
+    for (int axis = 0; axis < 5; ++axis) body.out_stride[axis] = o.stride[axis];
+    body.depth = Divider(o.shape[2]);
+    body.border = call.border;
+    body.affine = call.affine;
+    body.non_finite = non_finite;
+    const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2), moving(o, 3)};
+    for (int64_t c = 0; c < o.shape[1]; c += kChannels) {
+        const int64_t channels = std::min<int64_t>(kChannels, o.shape[1] - c);
+        for (int64_t i = 0; i < channels; ++i) {
+            const double low = call.low[c + i], high = call.high[c + i];
+            const double offset = call.offset[c + i], divisor = call.divisor[c + i];
+            Channel<Compute>& channel = body.channels[i];
+            channel.low = static_cast<Compute>(low), channel.high = static_cast<Compute>(high);
+            channel.offset = static_cast<Compute>(offset), channel.divisor = static_cast<Compute>(divisor);
+            const auto by = static_cast<float>(divisor);
+            const bool serves =
+                reciprocal_serves(static_cast<float>(low), static_cast<float>(high), static_cast<float>(offset), by);
+            channel.reciprocal = serves ? 1.0f / by : 0.0f;
+            channel.beyond = border_value(call.window.dtype, call.affine, call.constant, low, high, offset, divisor);
+        }
+        body.window = call.window.data + c * call.window.stride[0];
+        body.planes = static_cast<uint32_t>(channels * o.shape[2]);
+        const int64_t most = starts.data == nullptr ? kTilesPerLaunch : kMostBlocks;
+        for (int64_t n = 0; n < o.shape[0]; n += most) {
+            const int64_t tiles = std::min(most, o.shape[0] - n);
+            body.starts = table_of(call.starts, starts, 0, n, tiles);
+            body.out = o.data + n * o.stride[0] + c * o.stride[1];
+            body.rows = rows_of(o.shape[3], o.shape[4], body.out, o.stride[4], strides, sizeof(Out), body.kVector);
+            launch({blocks_for(body.rows.items), body.planes, tiles}, stream, body);
+        }
+    }
+}
+
+template <class T>
+void run_to(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite, Stream stream) {
+    if (call.out.dtype == DType::f16)
+        run<T, half>(call, starts, non_finite, stream);
+    else
+        run<T, float>(call, starts, non_finite, stream);
+}
+
+}  // namespace gather_kernel
+
+void tile_gather(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite, Stream stream) {
+    using namespace gather_kernel;
+    for (const int64_t size : call.out.shape)
+        if (size == 0) return;
+    switch (call.window.dtype) {
+        case DType::u8:
+            return run_to<uint8_t>(call, starts, non_finite, stream);
+        case DType::i8:
+            return run_to<int8_t>(call, starts, non_finite, stream);
+        case DType::u16:
+            return run_to<uint16_t>(call, starts, non_finite, stream);
+        case DType::i16:
+            return run_to<int16_t>(call, starts, non_finite, stream);
+        case DType::u32:
+            return run_to<uint32_t>(call, starts, non_finite, stream);
+        case DType::i32:
+            return run_to<int32_t>(call, starts, non_finite, stream);
+        case DType::f16:
+            return run_to<half>(call, starts, non_finite, stream);
+        case DType::f32:
+            return run_to<float>(call, starts, non_finite, stream);
+        case DType::f64:
+            return run_to<double>(call, starts, non_finite, stream);
+    }
+}
+
+}  // namespace unet_rt::cuda

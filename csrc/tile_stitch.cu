@@ -1,0 +1,577 @@
+// CUDA kernels. Placing: a thread makes a vector of samples of one row of one tile; blending: of one row of the total,
+// to which it adds the tiles that cover it in their order; finishing: of one row of the output.
+#include <type_traits>
+
+#include "kernels_cuda.h"
+
+namespace unet_rt::cuda {
+namespace stitch_kernel {
+
+constexpr int kBounds = 64;  // thresholds per launch
+
+template <Op op>
+using Result = std::conditional_t<op == Op::argmax || op == Op::threshold, uint8_t, float>;
+
+// Whether channels do not meet: then each is a plane of its own.
+constexpr bool apart(Op op) { return op == Op::copy || op == Op::sigmoid || op == Op::threshold; }
+
+// kCount samples of all channels of a row of tiles.
+template <class In>
+struct TileRow {
+    const char* data;
+    int64_t channel_stride;
+    int64_t stride;
+
+    template <int kCount>
+    UNET_RT_HD void load(int64_t k, int64_t x, float (&values)[kCount]) const {
+        In samples[kCount];
+        load_many(data + k * channel_stride + x * stride, stride, samples);
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) values[i] = widened(samples[i]);
+    }
+};
+
+// The same of a blended total, divided by its weights. 0 / 0 is the NaN of a sample that no tile covers.
+struct TotalRow {
+    TileRow<float> total;
+    const char* weight;
+    int64_t weight_stride;
+
+    template <int kCount>
+    UNET_RT_HD void load(int64_t k, int64_t x, float (&values)[kCount]) const {
+        float weights[kCount];
+        total.load(k, x, values);
+        load_many(weight + x * weight_stride, weight_stride, weights);
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) values[i] = values[i] / weights[i];
+    }
+};
+
+struct Finish {
+    int64_t channels;
+    float bounds[kBounds];  // per channel of the launch
+    uint8_t values[256];
+    int64_t channel_stride;  // of the output, bytes
+    int64_t stride;
+};
+
+// Stores kCount samples (adjacent and aligned if there are several) at `to`.
+template <int kCount, class T>
+UNET_RT_HD void store(char* to, const T (&values)[kCount]) {
+    if constexpr (kCount == 1)
+        store_result(to, values[0], static_cast<T*>(nullptr));
+    else
+        store_results(to, values, static_cast<T*>(nullptr));
+}
+
+// Samples x .. x + kCount of a row: of channel k, or where channels meet of all from channel 0 on. `out` is the row in
+// the output's channel k.
+template <Op op, int kCount, class Row>
+UNET_RT_HD void finish(const Finish& f, const Row& row, uint32_t k, int64_t x, char* out) {
+    char* const to = out + x * f.stride;
+    float values[kCount];
+    if constexpr (op == Op::copy) {
+        row.load(k, x, values);
+        store(to, values);
+    } else if constexpr (op == Op::sigmoid) {
+        row.load(k, x, values);
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) values[i] = sigmoid_f32(values[i]);
+        store(to, values);
+    } else if constexpr (op == Op::threshold) {
+        row.load(k, x, values);
+        uint8_t labels[kCount];
+        const float bound = f.bounds[k];
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) labels[i] = values[i] > bound ? f.values[1] : f.values[0];
+        store(to, labels);
+    } else if constexpr (op == Op::argmax) {
+        float best[kCount];
+        uint8_t labels[kCount];
+        row.load(0, x, best);
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) labels[i] = f.values[0];
+        UNET_RT_UNROLL_TWICE
+        for (int64_t c = 1; c < f.channels; ++c) {
+            row.load(c, x, values);
+            const uint8_t label = f.values[c];
+            UNET_RT_UNROLL
+            for (int i = 0; i < kCount; ++i) {
+                const bool take = takes_over(values[i], best[i]);
+                best[i] = take ? values[i] : best[i];
+                labels[i] = take ? label : labels[i];
+            }
+        }
+        store(to, labels);
+    } else {
+        // Three passes over the channels, the later ones from the cache; exp() is cheaper than keeping its results.
+        float largest[kCount], sum[kCount];
+        row.load(0, x, largest);
+        UNET_RT_UNROLL_TWICE
+        for (int64_t c = 1; c < f.channels; ++c) {
+            row.load(c, x, values);
+            UNET_RT_UNROLL
+            for (int i = 0; i < kCount; ++i) largest[i] = values[i] > largest[i] ? values[i] : largest[i];
+        }
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
+        for (int64_t c = 0; c < f.channels; ++c) {
+            row.load(c, x, values);
+            UNET_RT_UNROLL
+            for (int i = 0; i < kCount; ++i) sum[i] += exp_f32(values[i] - largest[i]);
+        }
+        for (int64_t c = 0; c < f.channels; ++c) {
+            row.load(c, x, values);
+            UNET_RT_UNROLL
+            for (int i = 0; i < kCount; ++i) values[i] = exp_f32(values[i] - largest[i]) / sum[i];
+            store(to + c * f.channel_stride, values);
+        }
+    }
+}
+
+template <Op op, int kVector, class Row>
+UNET_RT_HD void finish_span(const Finish& f, const Row& row, uint32_t k, const Rows::Span& span, char* out) {
+    if (span.whole) {
+        finish<op, kVector>(f, row, k, span.x, out);
+    } else {
+        for (int64_t x = span.begin; x < span.end; ++x) finish<op, 1>(f, row, k, x, out);
+    }
+}
+
+// Samples per thread: 16 bytes of the wider of tiles and output.
+template <class In, Op op>
+constexpr int kVectorOf = sizeof(In) == 2 && sizeof(Result<op>) == 1 ? 8 : 4;
+
+// The same, or 1 where an operation on all channels would find their rows in different positions to a vector's address.
+template <Op op>
+int64_t vector_of(const Array& out, int64_t vector) {
+    const bool alike = moving(out, 0) % (vector * static_cast<int64_t>(sizeof(Result<op>))) == 0;
+    return apart(op) || alike ? vector : 1;
+}
+
+// One part of every tile: where it begins, where it goes, its size.
+struct Parts {
+    Table source, target, size;
+
+    // Whether the part lies inside the tile and the output.
+    UNET_RT_HD bool fits(uint32_t n, const int64_t (&tile)[3], const int64_t (&whole)[3]) const {
+        bool inside = true;
+        for (int axis = 0; axis < 3; ++axis) {
+            const int64_t from = source.at(n, axis), to = target.at(n, axis), extent = size.at(n, axis);
+            inside = inside && from >= 0 && to >= 0 && extent >= 0 && from <= tile[axis] && to <= whole[axis] &&
+                     extent <= tile[axis] - from && extent <= whole[axis] - to;
+        }
+        return inside;
+    }
+};
+
+struct DeviceParts {
+    DeviceTable source, target, size;
+};
+
+Parts parts_of(const int64_t* source, const int64_t* target, const int64_t* size, const DeviceParts& device,
+               int64_t first, int64_t count) {
+    return {table_of(source, device.source, 0, first, count), table_of(target, device.target, 0, first, count),
+            table_of(size, device.size, 1, first, count)};
+}
+
+// ------------------------------------------------------------------------------------------------------------- placing
+
+template <class In, Op op>
+struct Placing {
+    static constexpr int kVector = kVectorOf<In, op>;
+
+    const char* tiles;
+    int64_t tile_stride[5];
+    int64_t tile_shape[3];
+    char* out;
+    int64_t out_stride[4];
+    int64_t out_shape[3];
+    Rows rows;
+    Divider depth;
+    uint32_t planes;
+    Parts parts;
+    Finish to_results;
+
+    UNET_RT_HD void operator()(const Place& at) const {
+        const uint32_t item = at.block_x * kThreads + at.thread;
+        if (item >= rows.items) return;
+        const uint32_t n = at.block_z;
+        const uint32_t y = rows.vectors.quotient(item);
+        const int64_t width = parts.size.at(n, 2);
+        if (y >= parts.size.at(n, 1)) return;
+        if (parts.size.device != nullptr && !parts.fits(n, tile_shape, out_shape)) return;
+        const char* const first = tiles + n * tile_stride[0] + parts.source.at(n, 0) * tile_stride[2] +
+                                  (parts.source.at(n, 1) + y) * tile_stride[3] + parts.source.at(n, 2) * tile_stride[4];
+        char* const target = out + parts.target.at(n, 0) * out_stride[1] + (parts.target.at(n, 1) + y) * out_stride[2] +
+                             parts.target.at(n, 2) * out_stride[3];
+        for (uint32_t plane = at.block_y; plane < planes; plane += at.blocks_y) {
+            const uint32_t k = depth.quotient(plane);
+            const uint32_t z = plane - k * depth.divisor;
+            if (z >= parts.size.at(n, 0)) continue;
+            char* const to = target + k * out_stride[0] + z * out_stride[1];
+            const TileRow<In> row{first + z * tile_stride[2], tile_stride[1], tile_stride[4]};
+            const auto span = rows.span(item, y, to, sizeof(Result<op>), width);
+            finish_span<op, kVector>(to_results, row, k, span, to);
+        }
+    }
+};
+
+template <class Body>
+void set_results(Body& body, Op op, int64_t channels, const Array& out, const float* threshold, const uint8_t* values) {
+    Finish& f = body.to_results;
+    f.channels = channels;
+    f.channel_stride = out.stride[0];
+    f.stride = out.stride[3];
+    if (op == Op::threshold) std::copy(threshold, threshold + channels, f.bounds);
+    if (op == Op::argmax) std::copy(values, values + channels, f.values);
+    if (op == Op::threshold) std::copy(values, values + 2, f.values);
+}
+
+template <class In, Op op>
+void place(const TileStitch& call, const DeviceParts& device, Stream stream) {
+    const Array& t = call.tiles;
+    const Array& o = call.out;
+    const bool on_device = device.size.data != nullptr;
+    const int64_t most = on_device ? kMostBlocks : kTilesPerLaunch;
+    const int64_t step = apart(op) ? kBounds : t.shape[1];
+    // Parts begin anywhere in a row: one sample more or less is one more stride.
+    const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2), sizeof(Result<op>)};
+    const int64_t vector = vector_of<op>(o, Placing<In, op>::kVector);
+    for (int64_t n = 0; n < t.shape[0]; n += most) {
+        const int64_t count = std::min(most, t.shape[0] - n);
+        int64_t largest[3] = {0, 0, 0};
+        for (int axis = 0; axis < 3; ++axis) {
+            if (on_device) largest[axis] = std::min(t.shape[2 + axis], o.shape[1 + axis]);
+            for (int64_t i = n; i < n + count && !on_device; ++i)
+                largest[axis] = std::max(largest[axis], call.size[3 * i + axis]);
+        }
+        if (largest[0] == 0 || largest[1] == 0 || largest[2] == 0) continue;
+        for (int64_t k = 0; k < t.shape[1]; k += step) {
+            const int64_t channels = std::min(step, t.shape[1] - k);
+            Placing<In, op> body{};
+            body.tiles = t.data + n * t.stride[0] + k * t.stride[1];
+            body.out = o.data + k * o.stride[0];
+            for (int axis = 0; axis < 5; ++axis) body.tile_stride[axis] = t.stride[axis];
+            for (int axis = 0; axis < 4; ++axis) body.out_stride[axis] = o.stride[axis];
+            for (int axis = 0; axis < 3; ++axis) body.tile_shape[axis] = t.shape[2 + axis];
+            for (int axis = 0; axis < 3; ++axis) body.out_shape[axis] = o.shape[1 + axis];
+            body.rows = rows_of(largest[1], largest[2], body.out, o.stride[3], strides, sizeof(Result<op>), vector);
+            body.depth = Divider(largest[0]);
+            body.planes = static_cast<uint32_t>(largest[0] * (apart(op) ? channels : 1));
+            body.parts = parts_of(call.source_start, call.target_start, call.size, device, n, count);
+            set_results(body, op, channels, o, call.threshold + (op == Op::threshold ? k : 0), call.values);
+            launch({blocks_for(body.rows.items), body.planes, count}, stream, body);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ blending
+
+template <class In>
+struct Blending {
+    static constexpr int kVector = 4;
+
+    const char* tiles;
+    int64_t tile_stride[5];
+    int64_t tile_shape[3];
+    const char* weight;
+    int64_t weight_stride[3];
+    char* total;
+    int64_t total_stride[4];
+    char* weight_total;
+    int64_t weight_total_stride[3];
+    int64_t total_shape[3];
+    int64_t box[3];  // first sample of the total that the launch covers
+    int64_t width;   // samples of it
+    Rows rows, weight_rows;
+    Divider depth;
+    uint32_t channels;
+    uint32_t planes;
+    uint32_t count;
+    Parts parts;
+
+    // Planes are those of the total's channels and then those of the weights.
+    UNET_RT_HD void operator()(const Place& at) const {
+        const uint32_t item = at.block_x * kThreads + at.thread;
+        for (uint32_t plane = at.block_y; plane < planes; plane += at.blocks_y) {
+            const uint32_t k = depth.quotient(plane);
+            const int64_t z = box[0] + plane - k * depth.divisor;
+            const bool weights = k == channels;
+            const Rows& own = weights ? weight_rows : rows;
+            if (item >= own.items) continue;
+            const uint32_t line = own.vectors.quotient(item);
+            const int64_t y = box[1] + line;
+            char* const to = weights ? weight_total + z * weight_total_stride[0] + y * weight_total_stride[1] +
+                                           box[2] * weight_total_stride[2]
+                                     : total + k * total_stride[0] + z * total_stride[1] + y * total_stride[2] +
+                                           box[2] * total_stride[3];
+            const int64_t stride = weights ? weight_total_stride[2] : total_stride[3];
+            const auto span = own.span(item, line, to, sizeof(float), width);
+            if (span.begin >= span.end) continue;
+            add(k, weights, z, y, span, to, stride);
+        }
+    }
+
+    UNET_RT_HD void add(uint32_t k, bool weights, int64_t z, int64_t y, const Rows::Span& span, char* to,
+                        int64_t stride) const {
+        float sums[kVector];
+        bool loaded = false;
+        for (uint32_t n = 0; n < count; ++n) {
+            const int64_t dz = z - parts.target.at(n, 0);
+            const int64_t dy = y - parts.target.at(n, 1);
+            if (dz < 0 || dy < 0 || dz >= parts.size.at(n, 0) || dy >= parts.size.at(n, 1)) continue;
+            // Column of the part of the vector's first sample, which may lie before the part or before the row.
+            const int64_t dx = box[2] + span.x - parts.target.at(n, 2);
+            const int64_t extent = parts.size.at(n, 2);
+            if (dx + kVector <= 0 || dx >= extent) continue;
+            if (parts.size.device != nullptr && !parts.fits(n, tile_shape, total_shape)) continue;
+            const int64_t sx = parts.source.at(n, 2) + dx;
+            const char* const w = weight + (parts.source.at(n, 0) + dz) * weight_stride[0] +
+                                  (parts.source.at(n, 1) + dy) * weight_stride[1] + sx * weight_stride[2];
+            const char* const t = tiles + n * tile_stride[0] + k * tile_stride[1] +
+                                  (parts.source.at(n, 0) + dz) * tile_stride[2] +
+                                  (parts.source.at(n, 1) + dy) * tile_stride[3] + sx * tile_stride[4];
+            if (!loaded) {
+                load_sums(span, to, stride, sums);
+                loaded = true;
+            }
+            if (span.whole && dx >= 0 && dx + kVector <= extent) {
+                float by[kVector];
+                load_many(w, weight_stride[2], by);
+                if (weights) {
+                    UNET_RT_UNROLL
+                    for (int i = 0; i < kVector; ++i) sums[i] += by[i];
+                } else {
+                    In samples[kVector];
+                    load_many(t, tile_stride[4], samples);
+                    UNET_RT_UNROLL
+                    for (int i = 0; i < kVector; ++i) sums[i] += by[i] * widened(samples[i]);
+                }
+            } else {
+                UNET_RT_UNROLL
+                for (int i = 0; i < kVector; ++i) {
+                    const int64_t x = span.x + i;
+                    if (x < span.begin || x >= span.end || dx + i < 0 || dx + i >= extent) continue;
+                    const float by = load_one<float>(w + i * weight_stride[2]);
+                    sums[i] += weights ? by : by * widened(load_one<In>(t + i * tile_stride[4]));
+                }
+            }
+        }
+        if (!loaded) return;
+        if (span.whole) {
+            store_results(to + span.x * static_cast<int64_t>(sizeof(float)), sums, static_cast<float*>(nullptr));
+        } else {
+            UNET_RT_UNROLL
+            for (int i = 0; i < kVector; ++i)
+                if (span.x + i >= span.begin && span.x + i < span.end) store_one(to + (span.x + i) * stride, sums[i]);
+        }
+    }
+
+    static UNET_RT_HD float own(const char* from) {
+        float value;
+        if (address_of(from) % sizeof(float) == 0)
+            value = *reinterpret_cast<const float*>(from);
+        else
+            memcpy(&value, from, sizeof(float));
+        return value;
+    }
+
+    // Not through load_bytes(): this memory is written, too.
+    static UNET_RT_HD void load_sums(const Rows::Span& span, const char* to, int64_t stride, float (&sums)[kVector]) {
+#if defined(__CUDA_ARCH__)
+        if (span.whole) {
+            const float4 four = *reinterpret_cast<const float4*>(to + span.x * static_cast<int64_t>(sizeof(float)));
+            sums[0] = four.x, sums[1] = four.y, sums[2] = four.z, sums[3] = four.w;
+            return;
+        }
+#endif
+        UNET_RT_UNROLL
+        for (int i = 0; i < kVector; ++i) {
+            sums[i] = 0.0f;
+            if (span.x + i >= span.begin && span.x + i < span.end) sums[i] = own(to + (span.x + i) * stride);
+        }
+    }
+};
+
+template <class In>
+void blend(const TileBlend& call, const DeviceParts& device, Stream stream) {
+    const Array& t = call.tiles;
+    const Array& o = call.total;
+    const Array& w = call.weight_total;
+    const bool on_device = device.size.data != nullptr;
+    const int64_t most = on_device ? t.shape[0] : kTilesPerLaunch;
+    for (int64_t n = 0; n < t.shape[0]; n += most) {
+        const int64_t count = std::min(most, t.shape[0] - n);
+        Blending<In> body{};
+        int64_t first[3] = {0, 0, 0}, last[3];
+        for (int axis = 0; axis < 3; ++axis) {
+            last[axis] = on_device ? o.shape[1 + axis] : 0;
+            if (!on_device) first[axis] = o.shape[1 + axis];
+        }
+        for (int64_t i = n; i < n + count && !on_device; ++i) {
+            const int64_t* size = call.size + 3 * i;
+            const int64_t* target = call.target_start + 3 * i;
+            if (size[0] == 0 || size[1] == 0 || size[2] == 0) continue;
+            for (int axis = 0; axis < 3; ++axis) {
+                first[axis] = std::min(first[axis], target[axis]);
+                last[axis] = std::max(last[axis], target[axis] + size[axis]);
+            }
+        }
+        if (first[0] >= last[0] || first[1] >= last[1] || first[2] >= last[2]) continue;
+        body.tiles = t.data + n * t.stride[0];
+        body.weight = call.weight.data;
+        body.total = o.data;
+        body.weight_total = w.data;
+        for (int axis = 0; axis < 5; ++axis) body.tile_stride[axis] = t.stride[axis];
+        for (int axis = 0; axis < 4; ++axis) body.total_stride[axis] = o.stride[axis];
+        for (int axis = 0; axis < 3; ++axis) {
+            body.tile_shape[axis] = t.shape[2 + axis];
+            body.weight_stride[axis] = call.weight.stride[axis];
+            body.weight_total_stride[axis] = w.stride[axis];
+            body.total_shape[axis] = o.shape[1 + axis];
+            body.box[axis] = first[axis];
+        }
+        body.width = last[2] - first[2];
+        const int64_t height = last[1] - first[1], depth = last[0] - first[0];
+        const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2)};
+        const int64_t weight_strides[] = {moving(w, 0), moving(w, 1)};
+        body.rows = rows_of(height, body.width, o.data + first[2] * o.stride[3], o.stride[3], strides, sizeof(float),
+                            body.kVector);
+        body.weight_rows = rows_of(height, body.width, w.data + first[2] * w.stride[2], w.stride[2], weight_strides,
+                                   sizeof(float), body.kVector);
+        body.depth = Divider(depth);
+        body.channels = static_cast<uint32_t>(t.shape[1]);
+        if ((t.shape[1] + 1) * depth > INT32_MAX) throw std::length_error("more than 2^31 planes in one array");
+        body.planes = static_cast<uint32_t>((t.shape[1] + 1) * depth);
+        body.count = static_cast<uint32_t>(count);
+        body.parts = parts_of(call.source_start, call.target_start, call.size, device, n, count);
+        launch({blocks_for(std::max(body.rows.items, body.weight_rows.items)), body.planes, 1}, stream, body);
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- finishing
+
+template <Op op>
+struct Finishing {
+    static constexpr int kVector = 4;
+
+    const char* total;
+    int64_t total_stride[4];
+    const char* weight;
+    int64_t weight_stride[3];
+    char* out;
+    int64_t out_stride[4];
+    Rows rows;
+    Divider depth;
+    uint32_t planes;
+    uint64_t* uncovered;
+    Finish to_results;
+
+    UNET_RT_HD void operator()(const Place& at) const {
+        const uint32_t item = at.block_x * kThreads + at.thread;
+        if (item >= rows.items) return;
+        const uint32_t y = rows.vectors.quotient(item);
+        for (uint32_t plane = at.block_y; plane < planes; plane += at.blocks_y) {
+            const uint32_t k = depth.quotient(plane);
+            const uint32_t z = plane - k * depth.divisor;
+            char* const to = out + k * out_stride[0] + z * out_stride[1] + y * out_stride[2];
+            const TileRow<float> totals{total + z * total_stride[1] + y * total_stride[2], total_stride[0],
+                                        total_stride[3]};
+            const TotalRow row{totals, weight + z * weight_stride[0] + y * weight_stride[1], weight_stride[2]};
+            const auto span = rows.span(item, y, to, sizeof(Result<op>), rows.width);
+            finish_span<op, kVector>(to_results, row, k, span, to);
+            if (k == 0 && uncovered != nullptr) {
+                uint64_t bare = 0;
+                for (int64_t x = span.begin; x < span.end; ++x)
+                    bare += load_one<float>(row.weight + x * row.weight_stride) == 0.0f ? 1 : 0;
+                if (bare != 0) add_to(uncovered, bare);
+            }
+        }
+    }
+};
+
+template <Op op>
+void finish_blend(const BlendFinish& call, uint64_t* uncovered, Stream stream) {
+    const Array& t = call.total;
+    const Array& o = call.out;
+    const int64_t step = apart(op) ? kBounds : t.shape[0];
+    const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2)};
+    for (int64_t k = 0; k < t.shape[0]; k += step) {
+        const int64_t channels = std::min(step, t.shape[0] - k);
+        Finishing<op> body{};
+        body.total = t.data + k * t.stride[0];
+        body.weight = call.weight_total.data;
+        body.out = o.data + k * o.stride[0];
+        for (int axis = 0; axis < 4; ++axis) body.total_stride[axis] = t.stride[axis];
+        for (int axis = 0; axis < 3; ++axis) body.weight_stride[axis] = call.weight_total.stride[axis];
+        for (int axis = 0; axis < 4; ++axis) body.out_stride[axis] = o.stride[axis];
+        body.rows = rows_of(t.shape[2], t.shape[3], body.out, o.stride[3], strides, sizeof(Result<op>),
+                            vector_of<op>(o, body.kVector));
+        body.depth = Divider(t.shape[1]);
+        body.planes = static_cast<uint32_t>(t.shape[1] * (apart(op) ? channels : 1));
+        body.uncovered = k == 0 ? uncovered : nullptr;
+        set_results(body, op, channels, o, call.threshold + (op == Op::threshold ? k : 0), call.values);
+        launch({blocks_for(body.rows.items), body.planes, 1}, stream, body);
+    }
+}
+
+}  // namespace stitch_kernel
+
+void tile_stitch(const TileStitch& call, const DeviceTable& source_start, const DeviceTable& target_start,
+                 const DeviceTable& size, Stream stream) {
+    using namespace stitch_kernel;
+    for (const int64_t extent : call.tiles.shape)
+        if (extent == 0) return;
+    for (int axis = 0; axis < 4; ++axis)
+        if (call.out.shape[axis] == 0) return;
+    const DeviceParts device{source_start, target_start, size};
+    const bool narrow = call.tiles.dtype == DType::f16;
+    switch (call.op) {
+        case Op::copy:
+            return narrow ? place<half, Op::copy>(call, device, stream) : place<float, Op::copy>(call, device, stream);
+        case Op::softmax:
+            return narrow ? place<half, Op::softmax>(call, device, stream)
+                          : place<float, Op::softmax>(call, device, stream);
+        case Op::sigmoid:
+            return narrow ? place<half, Op::sigmoid>(call, device, stream)
+                          : place<float, Op::sigmoid>(call, device, stream);
+        case Op::argmax:
+            return narrow ? place<half, Op::argmax>(call, device, stream)
+                          : place<float, Op::argmax>(call, device, stream);
+        case Op::threshold:
+            return narrow ? place<half, Op::threshold>(call, device, stream)
+                          : place<float, Op::threshold>(call, device, stream);
+    }
+}
+
+void tile_blend(const TileBlend& call, const DeviceTable& source_start, const DeviceTable& target_start,
+                const DeviceTable& size, Stream stream) {
+    for (const int64_t extent : call.tiles.shape)
+        if (extent == 0) return;
+    const stitch_kernel::DeviceParts device{source_start, target_start, size};
+    if (call.tiles.dtype == DType::f16)
+        stitch_kernel::blend<half>(call, device, stream);
+    else
+        stitch_kernel::blend<float>(call, device, stream);
+}
+
+void blend_finish(const BlendFinish& call, uint64_t* uncovered, Stream stream) {
+    using namespace stitch_kernel;
+    for (int axis = 0; axis < 4; ++axis)
+        if (call.total.shape[axis] == 0) return;
+    switch (call.op) {
+        case Op::copy:
+            return finish_blend<Op::copy>(call, uncovered, stream);
+        case Op::softmax:
+            return finish_blend<Op::softmax>(call, uncovered, stream);
+        case Op::sigmoid:
+            return finish_blend<Op::sigmoid>(call, uncovered, stream);
+        case Op::argmax:
+            return finish_blend<Op::argmax>(call, uncovered, stream);
+        case Op::threshold:
+            return finish_blend<Op::threshold>(call, uncovered, stream);
+    }
+}
+
+}  // namespace unet_rt::cuda

@@ -1,0 +1,377 @@
+"""The CUDA kernels: the tests of the CPU kernels again, and what devices have besides.
+
+``bodies`` runs the bodies of the kernels on the host (module ``_cuda_host``), ``device`` the kernels themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import test_kernels as cpu
+from device_kernels import DeviceKernels, device_kernels
+
+import unet_rt
+from unet_rt import kernels
+from unet_rt.errors import BackendError, ImageError, OutputError, TileError
+
+SAME_AS_ON_THE_CPU = [
+    name
+    for name in dir(cpu)
+    if name.startswith(("test_gather", "test_stitch", "test_blend", "test_crop", "test_labels", "test_exp"))
+    and not name.endswith("_errors")
+]
+assert len(SAME_AS_ON_THE_CPU) >= 23
+globals().update({name: getattr(cpu, name) for name in SAME_AS_ON_THE_CPU})
+TABLES = ("starts", "source_start", "target_start", "size")
+
+
+@pytest.fixture(
+    scope="module", autouse=True, params=["bodies", pytest.param("device", marks=[pytest.mark.gpu, pytest.mark.torch])]
+)
+def device(request: pytest.FixtureRequest) -> Iterator[DeviceKernels]:
+    """Also what ``kernels`` means to the tests of the CPU kernels."""
+    with device_kernels(request.param) as found, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "kernels", found)
+        yield found
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16"])
+@pytest.mark.parametrize("out_dtype", ["float32", "float16"])
+def test_every_small_integer_is_divided_as_if_by_division(device: DeviceKernels, dtype: str, out_dtype: str) -> None:
+    """The kernel multiplies by the reciprocal and corrects: the bits of the quotient, for all pixels, many divisors."""
+    info = np.iinfo(dtype)
+    every = np.arange(info.min, info.max + 1, dtype=dtype)
+    rng = np.random.default_rng(0)
+    divisors = [255.0, 65535.0, 3.0, -7.0, 1e-12, -1e12, np.nextafter(np.float32(2), np.float32(0)), 2.0**-40, 1.0]
+    divisors += (rng.standard_normal(23) * 10.0 ** rng.uniform(-6, 6, 23)).tolist()
+    offsets = [0.0, -0.0, 0.1, -1e5, 17.0, 2.0**-41, 1e13, *rng.uniform(-300, 300, 25)]
+    clips = [(-np.inf, np.inf), (-np.inf, 99.9), (0.1, 200.0), (-0.0, np.inf)] * 8
+    window = np.broadcast_to(every, (len(divisors), 1, every.size))
+    options: dict[str, Any] = {
+        "offset": np.float32(offsets),
+        "divisor": np.float32(divisors),
+        "clip": ([low for low, _ in clips], [high for _, high in clips]),
+    }
+    found, expected = (np.zeros((1, len(divisors), 1, every.size), out_dtype) for _ in range(2))
+    device.tile_gather(window, [[0, 0]], found, **options)
+    kernels.tile_gather(window, [[0, 0]], expected, **options)
+    np.testing.assert_array_equal(found.view(f"u{found.itemsize}"), expected.view(f"u{found.itemsize}"))
+
+
+@pytest.mark.parametrize("op", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("width", [64, 61])  # rows of all channels alike within 16 bytes, and not
+def test_same_bits_as_the_cpu(device: DeviceKernels, op: Any, dtype: str, width: int) -> None:
+    tiles = (np.random.default_rng(1).standard_normal((2, 5, 20, width)) * 8).astype(dtype)
+    part = ([[0, 0], [3, 2]], [[0, 0], [20, 1]], [[20, width], [17, width - 3]])
+    found, expected = (np.zeros((5, 37, width), np.float32) for _ in range(2))
+    device.tile_stitch(tiles, *part, found, op=op)
+    kernels.tile_stitch(tiles, *part, expected, op=op)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    total, weight = np.abs(expected) * 3 + 1, np.random.default_rng(2).uniform(0.1, 4, (37, width)).astype(np.float32)
+    device.blend_finish(total, weight, found, op=op)
+    kernels.blend_finish(total, weight, expected, op=op)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+def test_more_than_a_launch_takes(device: DeviceKernels) -> None:
+    """Tiles, channels and thresholds beyond one launch's parameters; more planes than blocks."""
+    window = cpu.pixels((37, 30, 41), "uint8")
+    starts = [[y, x] for y in range(-8, 25, 5) for x in range(-9, 36, 6)]
+    assert len(starts) > 32
+    options = {"offset": np.arange(37), "divisor": np.arange(1, 38)}
+    out = np.zeros((len(starts), 37, 8, 11), np.float16)
+    device.tile_gather(window, starts, out, **options)
+    cpu.same(out, reference.tile_gather(window, starts, (8, 11), np.float16, **options)[0])
+    tiles = cpu.pixels((70, 130, 2, 5), "float32")
+    table = np.array([[2 * (n // 7), 5 * (n % 7)] for n in range(70)])
+    parts = (table * 0, table, table * 0 + [2, 5])
+    for op in cpu.EXACT_OPS:
+        cpu.check_stitch(tiles, *parts, (20, 35), op, **({"threshold": np.arange(130)} if op == "threshold" else {}))
+    cpu.check_blend(tiles, *parts, (20, 35))
+    overlapping = np.array([[n % 5, n % 11] for n in range(70)])
+    cpu.check_blend(tiles[:, :3], table * 0, overlapping, parts[2], (7, 16))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_tables_on_the_device(device: DeviceKernels, axes: int) -> None:
+    """The same results, for as many tiles as there are."""
+    on_device = DeviceKernels(device.memory, tables=True)
+    window = cpu.pixels((2, *(14, 23, 18)[:axes]), "uint16")
+    tile = (6, 9, 5)[:axes]
+    starts = list(itertools.product(*[range(-4, 12, 3)] * axes))
+    out = np.zeros((len(starts), 2, *tile), np.float32)
+    on_device.tile_gather(window, starts, out, divisor=3.0)
+    cpu.same(out, reference.tile_gather(window, starts, tile, divisor=3.0)[0])
+    size = np.array([[max(t - n % 3, 0) for t in tile] for n in range(len(starts))])
+    target = np.array(starts) + 4
+    spatial = tuple(int(s) for s in (target + tile).max(axis=0))
+    tiles = cpu.pixels(out.shape, "float32")
+    found, expected = ((np.zeros((2, *spatial), "f4"), np.zeros(spatial, "f4")) for _ in range(2))
+    weight = np.random.default_rng(5).uniform(0.01, 1, tile).astype(np.float32)
+    on_device.tile_blend(tiles, size * 0, target, size, weight, *found)
+    reference.tile_blend(tiles, size * 0, target, size, weight, *expected)
+    cpu.same(found[0], expected[0])
+    cpu.same(found[1], expected[1])
+    apart = np.array([np.unravel_index(n, (6,) * axes) for n in range(len(starts))]) * tile
+    spatial = tuple(6 * t for t in tile)
+    for op in cpu.EXACT_OPS:
+        options = {"threshold": 0.5} if op == "threshold" else {}
+        mask, twin = (cpu.target_of(op, 2, spatial) for _ in range(2))
+        on_device.tile_stitch(tiles, size * 0, apart, size, mask, op=op, **options)
+        reference.tile_stitch(tiles, size * 0, apart, size, twin, op=op, **options)
+        cpu.same(mask, twin)
+
+
+def test_tables_that_nobody_could_check(device: DeviceKernels) -> None:
+    """Nothing outside the arrays is touched: missing pixels are the nearest, parts that do not fit are left out."""
+    on_device = DeviceKernels(device.memory, tables=True)
+    window = cpu.pixels((1, 6, 7), "uint8")
+    out = np.zeros((2, 1, 4, 5), np.float32)
+    starts = [[-40, 1 << 40], [3, -2]]
+    on_device.tile_gather(window, starts, out, image_shape=(100, 1 << 47), window_start=(50, 70))
+    assert set(out[0].ravel()) <= set(window[0].ravel().astype(np.float32))
+    tiles = np.ones((6, 1, 4, 5), np.float32)
+    zero, whole = [0, 0], [4, 5]
+    source = [zero, [-1, 0], [1, 0], zero, zero, [1 << 62, 0]]
+    target = [zero, [4, 0], [4, 0], [5, 0], [4, -1], [4, 0]]
+    size = [whole, whole, whole, whole, whole, [1 << 62, 1]]
+    mask = np.zeros((1, 8, 5), np.float32)
+    on_device.tile_stitch(tiles, source, target, size, mask)
+    assert (mask[:, :4] == 1).all()
+    assert (mask[:, 4:] == 0).all()
+    total, weights = np.zeros_like(mask), np.zeros_like(mask[0])
+    on_device.tile_blend(tiles, source, target, size, np.full((4, 5), 2, np.float32), total, weights)
+    np.testing.assert_array_equal(total, 2 * mask)
+    np.testing.assert_array_equal(weights, 2 * mask[0])
+
+
+def test_channels_last_crop_concat(device: DeviceKernels) -> None:
+    """All three arrays channels-last, as engines have them, with channels that fill 16 bytes and that do not."""
+    for dtype, channels in itertools.product(("float32", "float16", "int8"), ((8, 16), (3, 5), (16, 1))):
+        arrays = [
+            np.moveaxis(cpu.pixels((2, *size, count), dtype), -1, 1)
+            for size, count in zip(((12, 15), (9, 10)), channels, strict=True)
+        ]
+        out = np.moveaxis(np.zeros((2, 9, 10, sum(channels)), dtype), -1, 1)
+        device.crop_concat(*arrays, out)
+        cpu.same(np.ascontiguousarray(out), reference.crop_concat(*arrays))
+
+
+# ------------------------------------------------------------------------------------------------- arrays and errors
+
+
+class ThroughDlpack:
+    """A CUDA array that speaks nothing but DLPack."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, stream: int | None = None) -> Any:
+        return self.array.__dlpack__()
+
+
+def test_dlpack_alone(device: DeviceKernels) -> None:
+    if device.memory.__name__ != "HostMemory":
+        pytest.skip("torch's tensors speak both; what the device does with a pointer does not depend on its origin")
+    window = cpu.pixels((2, 9, 12), "uint16")
+    out = np.zeros((1, 2, 4, 5), np.float32)
+    kernels.tile_gather(ThroughDlpack(window[:, ::2, 1:]), [[-1, 2]], ThroughDlpack(out))
+    cpu.same(out, reference.tile_gather(window[:, ::2, 1:], [[-1, 2]], (4, 5))[0])
+    with pytest.raises(ImageError, match="DLPack type 5"):
+        kernels.tile_gather(ThroughDlpack(window.astype(np.complex64)), [[-1, 2]], ThroughDlpack(out))
+
+
+def test_device_errors(device: DeviceKernels) -> None:
+    window, out = np.zeros((1, 8, 9), np.uint8), np.zeros((1, 1, 4, 4), np.float32)
+    start = np.zeros((1, 2), np.int64)
+    with pytest.raises(BackendError, match="window lives on a CUDA device and out on the host"):
+        kernels.tile_gather(device.put(window), start, out)
+    with pytest.raises(BackendError, match="starts lives on a CUDA device"):
+        kernels.tile_gather(window, device.put(start), out)
+    with pytest.raises(TileError, match=r"\(N, 2\) int64"):
+        kernels.tile_gather(device.put(window), device.put(start.astype(np.int32)), device.put(out))
+    with pytest.raises(TileError, match="the window holds 0 to 7"):
+        kernels.tile_gather(device.put(window), [[6, 0]], device.put(out), image_shape=(20, 9))
+    with pytest.raises(OutputError, match="non_finite"):
+        kernels.tile_gather(device.put(window), start, device.put(out), non_finite=device.put(out))
+    tiles = device.put(out)
+    with pytest.raises(BackendError, match="all three alike"):
+        kernels.tile_stitch(tiles, device.put(start), start, start + 1, device.put(np.zeros((1, 8, 8), np.float32)))
+    out.flags.writeable = False
+    with pytest.raises(OutputError, match="read-only"):
+        kernels.tile_gather(device.put(window), start, device.put(out))
+    array = SimpleNamespace(__cuda_array_interface__={"shape": (1,)})
+    with pytest.raises(ImageError, match="typestr"):
+        kernels.tile_gather(array, start, array)
+
+
+def test_streams_are_those_of_the_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    module = SimpleNamespace(crop_concat=lambda *arguments: seen.append(arguments[-1]))
+    monkeypatch.setattr(kernels, "_cuda", lambda: module)
+
+    def array(stream: int | None) -> Any:
+        typestr, shape = "<f4", (1, 1, 4)
+        if stream is None:
+            return SimpleNamespace(
+                __cuda_array_interface__={"shape": (1, 2, 4), "typestr": typestr, "data": (64, False), "version": 2}
+            )
+        return SimpleNamespace(
+            __cuda_array_interface__={"shape": shape, "typestr": typestr, "data": (64, False), "stream": stream}
+        )
+
+    kernels.crop_concat(array(7), array(7), array(None))
+    kernels.crop_concat(array(7), array(8), array(None), stream=9)
+    with pytest.raises(BackendError, match=r"different CUDA streams \(\[7, 8\]\)"):
+        kernels.crop_concat(array(7), array(8), array(None))
+    assert seen == [7, 9]
+
+
+def test_without_kernels_or_device_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    kernels._cpu()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_cuda", IMPORTED)
+        patch.setattr(kernels.importlib, "import_module", absent)
+        assert "UNET_RT_CUDA=ON" in str(kernels.cuda_missing())
+        array = SimpleNamespace(__cuda_array_interface__={})
+        with pytest.raises(BackendError, match="no CUDA kernels"):
+            kernels.tile_gather(array, [[0, 0]], array)
+
+
+IMPORTED = kernels._cuda.__wrapped__
+
+
+def test_the_module_loads_without_a_driver() -> None:
+    """And says what is missing when it is called. Where there is a device, nothing is."""
+    module = pytest.importorskip("unet_rt._cuda")
+    assert {name for name in dir(module) if name.startswith(("tile", "blend", "crop"))} == {
+        name for name in dir(kernels._cpu()) if name.startswith(("tile", "blend", "crop"))
+    }
+    if module.missing():
+        with pytest.raises(BackendError, match=r"driver|device"):
+            module.crop_concat(
+                (0, 7, (1, 1, 2), (8, 8, 4)), (0, 7, (1, 1, 2), (8, 8, 4)), (0, 7, (1, 2, 2), (16, 8, 4)), [0], 0
+            )
+        with pytest.raises(BackendError, match=r"driver|device"):
+            module.graph_begin(0)
+
+
+# ------------------------------------------------------------------------------------------------------ devices alone
+
+
+@pytest.mark.gpu
+@pytest.mark.torch
+def test_torch_tensors_on_their_stream() -> None:
+    import torch
+
+    image = torch.arange(3 * 700 * 900, dtype=torch.int32).remainder(251).to(torch.uint8).reshape(3, 700, 900).cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    starts = np.array([[-5, 3], [300, 411]])
+    with torch.cuda.stream(stream):
+        out = torch.zeros(2, 3, 256, 252, device="cuda", dtype=torch.float16)
+        kernels.tile_gather(image, starts, out, divisor=255.0, stream=stream.cuda_stream)
+        last = torch.zeros(2, 3, 256, 252, device="cuda").to(memory_format=torch.channels_last)
+        kernels.tile_gather(image, starts, last, divisor=255.0, stream=stream.cuda_stream)
+    stream.synchronize()
+    expected, _ = reference.tile_gather(image.cpu().numpy(), starts, (256, 252), np.float32, divisor=255.0)
+    cpu.same(out.cpu().numpy(), expected.astype(np.float16))
+    cpu.same(last.cpu().contiguous().numpy(), expected)
+    with pytest.raises(ImageError, match="requires grad"):
+        kernels.tile_gather(torch.zeros(1, 4, 4, device="cuda", requires_grad=True), [[0, 0]], out)
+
+
+@pytest.mark.gpu
+@pytest.mark.torch
+def test_a_graph_is_launched_with_new_tables() -> None:
+    import torch
+
+    image = cpu.pixels((1, 300, 400), "uint16")
+    window = torch.from_numpy(image.astype(np.int32)).cuda()
+    starts = torch.zeros(4, 2, dtype=torch.int64, device="cuda")
+    tiles = torch.zeros(4, 1, 64, 64, device="cuda")
+    size = torch.full((4, 2), 64, dtype=torch.int64, device="cuda")
+    mask = torch.zeros(1, 364, 464, device="cuda")
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    kernels.graph_begin(stream.cuda_stream)
+    kernels.tile_gather(window, starts, tiles, divisor=7.0, stream=stream.cuda_stream)
+    kernels.tile_stitch(tiles, size * 0, starts, size, mask, stream=stream.cuda_stream)
+    graph = kernels.graph_end(stream.cuda_stream)
+    try:
+        for shift in (0, 11, 77):
+            new = np.array([[0, 0], [64, 0], [0, 64], [64, 64]]) + shift
+            starts.copy_(torch.from_numpy(new))
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            kernels.graph_launch(graph, stream.cuda_stream)
+            stream.synchronize()
+            assert torch.cuda.memory_allocated() == before
+            expected = image[0, shift : shift + 128, shift : shift + 128] / np.float32(7)
+            cpu.same(mask[0, shift : shift + 128, shift : shift + 128].cpu().numpy(), expected)
+    finally:
+        kernels.graph_destroy(graph)
+
+
+@pytest.mark.gpu
+def test_host_memory_is_not_taken_for_the_device_s() -> None:
+    array = np.zeros((1, 1, 4), np.float32)
+    posing = SimpleNamespace(
+        __cuda_array_interface__={
+            "shape": (1, 1, 4),
+            "typestr": "<f4",
+            "data": (array.ctypes.data, False),
+            "version": 3,
+        }
+    )
+    out = SimpleNamespace(__cuda_array_interface__={**posing.__cuda_array_interface__, "shape": (1, 2, 2)})
+    with pytest.raises(BackendError, match="host memory"):
+        kernels.crop_concat(
+            SimpleNamespace(__cuda_array_interface__={**posing.__cuda_array_interface__, "shape": (1, 1, 2)}),
+            SimpleNamespace(__cuda_array_interface__={**posing.__cuda_array_interface__, "shape": (1, 1, 2)}),
+            out,
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_kernel_that_engines_embed(dtype: str) -> None:
+    """crop_concat.ptx, launched by the driver with one thread per vector, and with fewer."""
+    import torch
+
+    path = Path(unet_rt.__file__).parent / "crop_concat.ptx"
+    driver = ctypes.CDLL("libcuda.so.1")
+    torch.zeros(1, device="cuda")  # makes the context current
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.cuModuleLoadData(ctypes.byref(module), path.read_bytes() + b"\0") == 0
+    name = f"unet_rt_crop_concat_{'f32' if dtype == 'float32' else 'f16'}".encode()
+    assert driver.cuModuleGetFunction(ctypes.byref(function), module, name) == 0
+    for n, c1, h1, w1, c2, h, w in [(2, 3, 60, 71, 4, 51, 58), (1, 16, 64, 64, 16, 56, 56), (1, 1, 5, 4, 2, 5, 3)]:
+        skip, up = cpu.pixels((n, c1, h1, w1), dtype), cpu.pixels((n, c2, h, w), dtype, seed=1)
+        for blocks in (n * (c1 + c2) * h * (-(-w // 4) + 1) // 256 + 1, 2):
+            memory = [torch.from_numpy(a).cuda() for a in (skip, up)]
+            out = torch.zeros(n, c1 + c2, h, w, device="cuda", dtype=memory[0].dtype)
+            torch.cuda.synchronize()
+            values: list[Any] = [ctypes.c_void_p(a.data_ptr()) for a in memory]
+            values += [ctypes.c_int32(size) for size in (n, c1, h1, w1, c2, h, w)] + [ctypes.c_void_p(out.data_ptr())]
+            pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+            assert driver.cuLaunchKernel(function, blocks, 1, 1, 256, 1, 1, 0, None, pointers, None) == 0
+            torch.cuda.synchronize()
+            cpu.same(out.cpu().numpy(), reference.crop_concat(skip, up))
+    driver.cuModuleUnload(module)
