@@ -387,6 +387,8 @@ def _read_mask(path: Path) -> list[Integers]:
         try:
             source = open_image(path, Contract(), spatial=2, network_channels=1)
         except ContractError:  # three planes or three channels: a mask has one channel
+            if path.suffix.lower() not in (".tif", ".tiff", ".npy"):
+                raise
             source = open_image(path, Contract(), axes="IYX", spatial=2, network_channels=1)
         with source:
             planes = [source.read(k, (0, 0), source.shape)[0] for k in range(source.planes)]
