@@ -39,7 +39,7 @@ def test_a_figure_changed_by_hand_is_noticed(tables: ModuleType) -> None:
 
 
 def test_unknown_figures_are_named(tables: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="no figures called 'no-such'.*engine-paper"):
+    with pytest.raises(SystemExit, match=r"no figures called 'no-such'.*engine-paper"):
         tables.filled("<!-- figures: no-such -->\n<!-- end of figures -->")
 
 
