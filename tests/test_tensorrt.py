@@ -20,7 +20,7 @@ import pytest
 from fake_tensorrt import FakeDevice, FakeTensorRt
 
 import unet_rt
-from unet_rt import machine
+from unet_rt import kernels, machine
 from unet_rt.backends import tensorrt, tensorrt_session
 from unet_rt.backends.tensorrt_build import advice, profiles_for, refusal
 from unet_rt.backends.tensorrt_inspect import check_engine, check_network, engine_convolutions
@@ -313,9 +313,12 @@ def test_every_refusal_has_a_way_out(text: str, said: str) -> None:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
     library = FakeTensorRt(profiles=2)
-    monkeypatch.setitem(sys.modules, "unet_rt._cuda", library.graphs)
-    monkeypatch.setattr(unet_rt, "_cuda", library.graphs, raising=False)
-    monkeypatch.setattr(tensorrt_session, "_capturing", lambda stream: False)
+    for name in ("graph_begin", "graph_end", "graph_launch", "graph_destroy"):
+        monkeypatch.setattr(kernels, name, getattr(library.graphs, name))
+    # No run of a session is a part of someone else's recording, but its own.
+    monkeypatch.setattr(
+        tensorrt_session, "_capturing", lambda stream: library.fails and library.graphs.recording is not None
+    )
     return library
 
 
@@ -395,6 +398,21 @@ def test_a_run_inside_another_recording_is_a_part_of_it(fake: FakeTensorRt, monk
         fake.graphs.graph_launch(handle, 77)
         assert np.array_equal(y.host, 2 * x.host)
         fake.graphs.graph_destroy(handle)
+
+
+def test_what_cannot_be_recorded_runs_all_the_same(fake: FakeTensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = 0
+
+    def invalid(stream: int) -> int:
+        nonlocal ended
+        ended, fake.graphs.recording = ended + 1, None
+        raise BackendError("ending a CUDA graph failed")
+
+    monkeypatch.setattr(kernels, "graph_end", invalid)
+    with session_of(fake) as session:
+        for seed in range(4):
+            assert np.array_equal(session.run([tiles(4, seed=seed)])[0], 2 * tiles(4, seed=seed))
+    assert (ended, fake.graphs.launches) == (1, 0)
 
 
 def test_scratch_memory_is_one_block_and_given_back(fake: FakeTensorRt) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unet_rt import kernels
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.backends.tensorrt_build import advice, logger, title
 from unet_rt.backends.tensorrt_plan import PlanHeader
@@ -207,34 +208,38 @@ class TensorRtSession(SessionBase):
         if not self._recording or _capturing(stream):
             self._execute(context, addresses)  # where someone else records, this is a part of it
             return
-        from unet_rt import _cuda
-
         handle = self._graphs.get(key)
         if handle:
             self._graphs.move_to_end(key)
-            _cuda.graph_launch(handle, stream)
+            kernels.graph_launch(handle, stream)
             return
         if handle is None:  # the first run loads kernels, and compiles them in TensorRT-RTX
             self._execute(context, addresses)
             self._remember(key, 0)
             return
-        if hasattr(context.native, "is_stream_capturable") and not context.native.is_stream_capturable(stream):
-            self._recording = False
-            log.info("%s says that its runs cannot be recorded as a CUDA graph; it runs without", title(self._trt))
+        handle = self._record(context, addresses)
+        if handle:
+            self._remember(key, handle)
+            kernels.graph_launch(handle, stream)
+        else:
             self._execute(context, addresses)
-            return
-        _cuda.graph_begin(stream)
-        try:
-            self._execute(context, addresses)
-        except BackendError as error:
-            _discard(stream)
-            self._recording = False
-            log.info("%s cannot be recorded as a CUDA graph (%s); it runs without", title(self._trt), error)
-            self._execute(context, addresses)
-            return
-        handle = int(_cuda.graph_end(stream))
-        self._remember(key, handle)
-        _cuda.graph_launch(handle, stream)
+
+    def _record(self, context: _Context, addresses: Sequence[int]) -> int:
+        """A CUDA graph of one run; 0 where the library cannot be recorded, after which it is not tried again."""
+        stream = self._stream.handle
+        possible = getattr(context.native, "is_stream_capturable", None)  # TensorRT-RTX tells
+        reason: object = "it says so"
+        if possible is None or possible(stream):
+            kernels.graph_begin(stream)
+            try:
+                self._execute(context, addresses)
+                return kernels.graph_end(stream)
+            except BackendError as error:
+                _discard(stream)
+                reason = error
+        self._recording = False
+        log.info("%s: runs cannot be recorded as a CUDA graph (%s); they are launched one by one", self.version, reason)
+        return 0
 
     def _execute(self, context: _Context, addresses: Sequence[int]) -> None:
         native = context.native
@@ -259,10 +264,8 @@ class TensorRtSession(SessionBase):
 
     def _destroy(self, handle: int) -> None:
         if handle:
-            from unet_rt import _cuda
-
             self._stream.synchronize()  # it may still run
-            _cuda.graph_destroy(handle)
+            kernels.graph_destroy(handle)
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
         """Runs arrays of the host; a batch that the plan does not take is padded with its last tile, or cut."""
@@ -443,13 +446,12 @@ def _capturing(stream: int) -> bool:
 
 
 def _discard(stream: int) -> None:
-    """Ends a capture that failed; what it holds is nothing."""
-    from unet_rt import _cuda
-
-    try:
-        _cuda.graph_destroy(_cuda.graph_end(stream))
-    except (BackendError, RuntimeError):
-        return  # a capture that was invalidated ends with an error
+    """Ends a capture that failed, if it has not ended itself; what it holds is nothing."""
+    if _capturing(stream):
+        try:
+            kernels.graph_destroy(kernels.graph_end(stream))
+        except BackendError:
+            return  # a capture that was invalidated ends with an error
 
 
 def _listed(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
