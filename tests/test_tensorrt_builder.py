@@ -14,13 +14,14 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import unet_rt
-from unet_rt.backends import tensorrt
+from unet_rt.backends import crop_concat_plugin, tensorrt
 from unet_rt.backends.tensorrt_build import compile_plan, profiles_for
 from unet_rt.backends.tensorrt_inspect import check_network
 from unet_rt.errors import BackendError, TileError
@@ -395,11 +396,16 @@ def test_the_plugin_registers_and_launches_what_the_kernel_expects(
     assert told["types"] == [["FLOAT"] * 3, ["HALF"] * 3]
 
 
+def test_the_ptx_takes_what_the_plugin_passes() -> None:
+    if not crop_concat_plugin.PTX.is_file():
+        pytest.skip("this installation was built without nvcc: it has no PTX")
+    entries = re.findall(r"\.entry (\w+)\((.*?)\)", crop_concat_plugin.PTX.read_text(), re.DOTALL)
+    found = {name: re.findall(r"\.param \.(\w+)", parameters) for name, parameters in entries}
+    # Inputs, then the integers, then the output.
+    assert found == {name: ["u64"] * 2 + ["u32"] * 7 + ["u64"] for name, _ in crop_concat_plugin._KERNELS.values()}
+
+
 def test_tensorrt_rtx_gets_no_plugin() -> None:
-    from types import SimpleNamespace
-
-    from unet_rt.backends import crop_concat_plugin
-
     rtx: Any = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7")
     assert crop_concat_plugin.missing(rtx) == "TensorRT-RTX has no plugins"
     assert not crop_concat_plugin.register(rtx)
