@@ -373,6 +373,9 @@ class DeviceArray:
 
     def __getitem__(self, index: Any) -> DeviceArray:
         """Integers, slices, ``None`` and ``...``, as NumPy's basic indexing."""
+        index = index if isinstance(index, tuple) else (index,)
+        if not any(part is Ellipsis for part in index):
+            index = (*index, ...)  # a view in any case: a single element would be read, where there is none to read
         return self._like(_layout(self)[index])
 
     def reshape(self, *shape: int) -> DeviceArray:

@@ -22,8 +22,9 @@ def collect() -> dict[str, Any]:
     """Facts as JSON values. A broken installation is a fact too: nothing is raised.
 
     Keys: ``unet_rt``, ``python``, ``os``, ``cpu`` (name, features, cores, threads), ``memory`` (bytes), ``devices``
-    (GPUs, driver, why none), ``backends`` (per name: version, precisions, why not per device), ``native`` (modules and
-    why absent), ``versions`` (installed packages), ``conflicts`` (sentences), ``advice`` (what to do next, or None).
+    (GPUs, driver, why none, why unusable each), ``backends`` (per name: version, precisions, why not per device),
+    ``native`` (modules and why absent), ``versions`` (installed packages), ``conflicts`` (sentences), ``advice`` (what
+    to do next, or None).
     """
     record = machine.describe()
     cuda = machine.cuda()
@@ -41,7 +42,12 @@ def collect() -> dict[str, Any]:
             "threads": record["threads"],
         },
         "memory": {"physical_bytes": record["memory_bytes"], "available_bytes": record["available_bytes"]},
-        "devices": {"cuda": list(cuda.devices), "driver": cuda.driver, "missing": cuda.missing},
+        "devices": {
+            "cuda": list(cuda.devices),
+            "driver": cuda.driver,
+            "missing": cuda.missing,
+            "unusable": {name: _unusable(index) for index, name in enumerate(devices[1:])},
+        },
         "backends": found,
         "native": _native(),
         "versions": record["versions"],
@@ -56,6 +62,16 @@ def conflicts() -> list[str]:
 
     clash = onnxruntime.conflict()
     return [] if clash is None else [clash]
+
+
+def _unusable(index: int) -> str | None:
+    """Why images cannot be predicted on a GPU that the driver lists; None if they can."""
+    from unet_rt import device
+
+    try:
+        return device.missing(index)
+    except UnetRtError as error:
+        return str(error)
 
 
 def _backend(name: str, devices: list[str]) -> dict[str, Any]:
@@ -106,8 +122,11 @@ def format(report: dict[str, Any]) -> str:
             "memory",
             f"{memory['available_bytes'] / 2**30:.1f} of {memory['physical_bytes'] / 2**30:.1f} GiB available",
         ),
-        *(("GPU", f"cuda:{index} {name}, driver for CUDA {devices['driver']}") for index, name in _numbered(devices)),
     ]
+    for index, name in _numbered(devices):
+        lines.append(("GPU", f"cuda:{index} {name}, driver for CUDA {devices['driver']}"))
+        if reason := devices["unusable"].get(f"cuda:{index}"):
+            lines.append(("", f"not usable: {reason}"))
     if devices["missing"]:
         lines.append(("GPU", f"none: {devices['missing']}"))
     for name, backend in report["backends"].items():
