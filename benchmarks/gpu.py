@@ -57,6 +57,19 @@ SAMPLE_S = 0.05  # one timed sample lasts at least this long
 # ------------------------------------------------------------------------------------------------------------ a section
 
 
+class DeviceLost(BaseException):
+    """After an illegal access every call of the process fails; whoever is named here made it."""
+
+
+def alive() -> bool:
+    """Whether the device still answers this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 @dataclass
 class Section:
     """What a section knows and writes: ``figures`` goes to ``path`` after every step."""
@@ -97,10 +110,15 @@ class Section:
         self.figures.setdefault("failed", []).append({"what": what, "why": text[:1500]})
         self.say(f"FAILED {what}: {text[:300]}")
         self.save()
+        if not self.dry and not alive():
+            raise DeviceLost(what)
 
     @contextlib.contextmanager
     def part(self, what: str) -> Iterator[None]:
         """A step whose failure is recorded and ends nothing else."""
+        if not self.dry:  # a crash leaves no other word
+            self.figures["doing"] = what
+            self.save()
         try:
             yield
         except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the record
@@ -200,8 +218,10 @@ def interleave(
                     counts[contender.name] = max(1, min(2000, math.ceil(sample_s / max(once, 1e-7))))
                 else:
                     times[contender.name].append(sample(contender, counts[contender.name]))
-            except Exception as error:  # noqa: BLE001 - one contender's failure is its row
+            except Exception as error:
                 failed[contender.name] = f"{type(error).__name__}: {error}"
+                if device != "cpu" and not alive():
+                    raise DeviceLost(contender.name) from error
         shuffle(order)
     return {name: found for name, found in times.items() if found and name not in failed}, failed
 
@@ -839,6 +859,8 @@ def kernel_cases(device: str, dry: bool) -> Iterator[Case]:
 def section_kernels(section: Section) -> None:
     """Each kernel against a copy of the same bytes, launched from Python and replayed from a CUDA graph."""
     for case in kernel_cases(section.device, section.dry):
+        if case.name.startswith(section.without):
+            continue
         if section.left < 8:
             section.failed(case.name, "no time was left")
             continue
@@ -961,7 +983,7 @@ def section_engines(section: Section, name: str) -> None:
     last_channels = net.module().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     bare: dict[str, BareOnnxRuntime] = {}
     for label in BARE:
-        if section.dry and label != BARE[0]:
+        if (section.dry and label != BARE[0]) or any(word in label for word in section.without):
             continue
         for graph in (False,) if section.dry else (True, False):
             with section.part(f"{label}, {'with' if graph else 'without'} CUDA graph"):
@@ -1001,7 +1023,7 @@ def section_engines(section: Section, name: str) -> None:
         offer(label, functools.partial(eager_contender, label, half, xh, roof="fp16"))
         label = "FP16 channels_last, cudnn.benchmark"
         offer(label, functools.partial(eager_contender, label, half, xh, roof="fp16", benchmark=True))
-        if not section.dry:
+        if not section.dry and "CUDA graph" not in section.without:
             label = "FP16 channels_last, cudnn.benchmark, CUDA graph"
             offer(label, functools.partial(graph_contender, label, half, xh, roof="fp16"))
             torch.cuda.empty_cache()
@@ -1312,7 +1334,7 @@ SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {  # function and
     **{f"build-{name}": (functools.partial(section_build, backend=name), 130) for name in GPU_BACKENDS},
     "paper": (functools.partial(section_engines, name="paper"), 150),
     "predict-paper": (functools.partial(section_predict, name="paper"), 70),
-    "compile": (functools.partial(section_compile, mode="default"), 90),
+    "compile-default": (functools.partial(section_compile, mode="default"), 90),
     "nuclei": (functools.partial(section_engines, name="nuclei"), 80),
     "predict-nuclei": (functools.partial(section_predict, name="nuclei"), 60),
     "repeat": (section_repeat, 40),
@@ -1332,10 +1354,16 @@ def run_section(section: Section) -> None:
                 return
             torch.cuda.init()
         SECTIONS[section.name][0](section)
-    except BaseException as error:
-        section.failed(section.name, error)
-        if not isinstance(error, Exception):
-            raise
+        section.figures.pop("doing", None)
+    except DeviceLost as lost:
+        section.figures["doing"] = str(lost)
+        section.say(f"the device no longer answers after: {lost}")
+        raise SystemExit(70) from lost
+    except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the record
+        section.figures.setdefault("failed", []).append(
+            {"what": section.name, "why": f"{type(error).__name__}: {error}"}
+        )
+        traceback.print_exception(error, file=sys.stdout)
     finally:
         section.figures["seconds"] = round(time.time() - begun, 1)
         section.save()
@@ -1383,17 +1411,42 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.in_process:
             run_section(_section(args, name, limit, ()))
         else:
-            code, note = child(args, name, limit, ())
-            notes += [note] if note else []
-            if code != 0 and not note:
-                notes.append(f"ended with {code}")
-            left = args.seconds - (time.time() - begun)
-            if code < 0 and not note and not name.startswith("build") and "tensorrt" in GPU_BACKENDS and left > 40:
-                code, note = child(args, name, min(limit, left - 12), ("tensorrt",))
-                notes.append(f"run again without tensorrt, which ended with {code} {note}".strip())
+            without: list[str] = []
+            for _ in range(3):
+                left = args.seconds - (time.time() - begun)
+                if without and left < 40:
+                    break
+                code, note = child(args, name, min(limit, left - 12), without)
+                if code == 0 or note:
+                    notes += [note] if note else []
+                    break
+                found = collect(args, name, ())
+                doing = str(found.get("doing", ""))
+                notes.append(
+                    f"ended with {code} in: {doing}; " + "; ".join(f["why"][:300] for f in found.get("failed", [])[-1:])
+                )
+                guilty = next((word for word in SUSPECTS if word in doing and word not in without), None)
+                if guilty is None:
+                    break
+                without.append(guilty)
+                notes.append(f"run again without {guilty}")
         results[name] = collect(args, name, notes)
         write(args, results)
     return results
+
+
+# What can be left out of a section that it ended, in the order of suspicion.
+SUSPECTS = (
+    *GPU_BACKENDS,
+    "fused bias",
+    "bare",
+    "CUDA graph",
+    "tile_gather",
+    "tile_stitch",
+    "tile_blend",
+    "blend_finish",
+    "crop_concat",
+)
 
 
 def _meant(name: str, word: str) -> bool:
@@ -1439,7 +1492,7 @@ def tables(results: dict[str, Any]) -> str:
     for r in rows:
         graph = f"{r['share_graph']:6.2f} {r['gb_s_graph']:7.0f} GB/s" if "share_graph" in r else ""
         lines.append(f"  {r['name']:58s} {r['kernel_us']:9.1f} us  {r['share']:6.2f} | {graph}")
-    for name in ("paper", "nuclei", "compile", "compile-max"):
+    for name in ("paper", "nuclei", "compile-default", "compile-max"):
         rows = results.get(name, {}).get("rows", [])
         for key in dict.fromkeys((r["tile"], r["batch"]) for r in rows):
             lines.append(f"== {name}: tile {key[0]} px, batch {key[1]}")

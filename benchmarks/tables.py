@@ -188,7 +188,7 @@ def gpu_rows(batch: int, net: str, tile: int, sections: dict[str, Record]) -> li
     roof = sections["roof"]
     rows = [r for r in sections[net]["rows"] if (r["tile"], r["batch"]) == (tile, batch)]
     if net == "paper":  # what other sections measured beside the same eager FP32
-        for name in ("compile", "compile-max"):
+        for name in ("compile-default", "compile-max"):
             found = sections.get(name, {}).get("rows", [])
             rows += [r for r in found if r["batch"] == batch and r["name"].startswith("torch.compile")]
     slowest = next(r["median_ms"] for r in rows if r["name"] == "eager FP32")
@@ -346,7 +346,7 @@ def plots() -> dict[Path, str]:
             rows = [r for r in sections.get("paper", {}).get("rows", []) if r["batch"] == batch]
             if not rows:
                 continue
-            for name in ("compile", "compile-max"):
+            for name in ("compile-default", "compile-max"):
                 others = sections.get(name, {}).get("rows", [])
                 rows += [r for r in others if r["batch"] == batch and r["name"].startswith("torch.compile")]
             found[RESULTS / f"gpu-paper-batch-{batch}.svg"] = bars(
