@@ -134,7 +134,8 @@ class HostSession:
 
     def __init__(self, path: str, options: Any, providers: Any, disabled_optimizers: Any, enable_fallback: int) -> None:
         ort = self.library
-        self.options, self.runs = dict(providers[0][1]), []
+        self.options = dict(providers[0][1])
+        self.runs: list[str | None] = []
         if self.strict_fails and options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1":
             raise RuntimeError("fallback to CPU EP has been explicitly disabled by the user")
         assert enable_fallback == 0
@@ -242,7 +243,7 @@ def test_a_session_over_host_memory(host_gpu: HostDevice, halved: Path, baseline
         options = HostSession.made[0].options
         assert options["user_compute_stream"] == str(HostStream.handle)
         assert options["use_tf32"] == "1"  # 0 would keep float16 from the tensor cores
-    assert len(HostSession.made) == 1  # the session that load made serves the first shape
+    assert len(HostSession.made) == 2  # one to see what the graph has, one for the shape
     with pytest.raises(BackendError, match="closed; load it again"):
         session.run_device([source], [target])
     with CudaSession(shipped_model(), "fp32", "cuda:0", 1):
@@ -255,7 +256,7 @@ def test_one_provider_session_per_shape_and_no_more_than_a_few(host_gpu: HostDev
         for side in (32, 40, 32, 48, 40, 32):
             x = pixels(1, side)
             np.testing.assert_array_equal(session.run([x])[0], baseline.run([x])[0])
-        assert len(HostSession.made) == 3
+        assert len(HostSession.made) == 1 + 3
         for side in range(56, 120, 8):
             session.run([pixels(1, side)])
         assert len(session._compiled) == 3
@@ -292,7 +293,7 @@ def test_launches_are_recorded_for_addresses_that_stay(host_gpu: HostDevice) -> 
         session.run_device([once], [stay[1]])
         session.run_device([stay[0]], [stay[1]])
         # the first run finds the shapes; then two runs before these addresses are taken for ones that stay
-        assert HostSession.made[0].runs == ["-1", "-1", "-1", "1", "1", "-1", "1"]
+        assert HostSession.made[1].runs == ["-1", "-1", "-1", "1", "1", "-1", "1"]
 
 
 def test_build_measures_and_load_obeys(host_gpu: HostDevice, tmp_path: Path, baseline: Any) -> None:
@@ -303,6 +304,7 @@ def test_build_measures_and_load_obeys(host_gpu: HostDevice, tmp_path: Path, bas
     assert record["input_shapes"] == [[2, 1, 64, 64]]
     tried = [Options.from_json(t["options"]) for t in record["trials"]]
     assert {(o.prefer_nhwc, o.fuse_conv_bias) for o in tried} == {(False, False), (True, False), (True, True)}
+    assert not any(o.up_conv for o in tried)  # this network has none
     assert {o.search for o in tried} == {"HEURISTIC", "EXHAUSTIVE"}
     assert all(t["ms"] > 0 and not t["note"] for t in record["trials"])
     kept = {p.key: p.value for p in onnx.load(str(shipped_model())).metadata_props}
@@ -314,6 +316,39 @@ def test_build_measures_and_load_obeys(host_gpu: HostDevice, tmp_path: Path, bas
         wanted = chosen.provider(0, "fp16", HostStream.handle)
         assert HostSession.made[0].options == wanted
         assert_close(session.run([x])[0], baseline.run([x])[0], "fp16")
+        assert len(HostSession.made) == 1  # the record says what the graph has, and which shape to begin with
+        assert session.run([pixels(1, 48)])[0].shape == (1, 2, 48, 48)
+
+
+@pytest.mark.torch
+def test_crops_are_constants_in_a_session_for_a_shape(tmp_path: Path) -> None:
+    """Exporters compute where to crop from shapes; those nodes would run on the CPU, between copies."""
+    import networks
+
+    model = networks.export(networks.build(networks.UNetSpec(valid=True)), [(1, 1, 92, 92)], free_batch=True)
+    assert {"Shape", "Slice"} <= {node.op_type for node in model.graph.node}
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "s2"  # as if exported with one name for both
+    inputs, outputs = onnxruntime_cuda._name_sizes(model)
+    assert inputs[0].shape == ("x0:0", 1, "x0:2", "x0:3")
+    assert outputs[0].port.shape[1] == 2
+    x = np.repeat(pixels(1, 92), 3, axis=0)[..., :76]
+    library = onnxruntime._import()
+    options = onnxruntime.session_options(library, 1)
+    options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    for name, size in onnxruntime_cuda.sizes_by_name(inputs, [x.shape]).items():
+        options.add_free_dimension_override_by_name(name, size)
+    session = library.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x0": x})
+    left = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+    assert left == {"Conv", "ConvTranspose", "Relu", "MaxPool", "Slice", "Concat"}
+    free = onnxruntime.session_options(library, 1)
+    free.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    plain = library.InferenceSession(model.SerializeToString(), free, providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(found, plain.run(None, {"x0": x})[0])
+    same = (onnxruntime_cuda.Named("x", (1, "s", "s"), "float32"),)
+    assert onnxruntime_cuda.sizes_by_name(same, [(1, 8, 8)]) == {"s": 8}
+    assert onnxruntime_cuda.sizes_by_name(same, [(1, 8, 16)]) == {}
 
 
 def test_a_setting_that_computes_something_else_is_left_out(
@@ -355,9 +390,9 @@ def test_metadata_is_read_without_onnx(tmp_path: Path) -> None:
     helper.set_model_props(model, wanted)
     onnx.save(model, str(path))
     assert onnxruntime_cuda.metadata(path) == wanted
-    assert onnxruntime_cuda.read_options(path) == Options()
+    assert onnxruntime_cuda.read_record(path) == onnxruntime_cuda.Record()
     with pytest.raises(BackendError, match="does not exist"):
-        onnxruntime_cuda.read_options(tmp_path / "absent.onnx")
+        onnxruntime_cuda.read_record(tmp_path / "absent.onnx")
 
 
 def test_precisions_and_graphs_that_build_takes(
@@ -441,7 +476,7 @@ def test_device_arrays_and_recorded_launches(built: tuple[str, Path]) -> None:
     device = gpu.Device.open(0)
     first, second = pixels(4, 256), pixels(4, 256)[::-1]
     for recorded in (False, True):
-        options = onnxruntime_cuda.read_options(graph)
+        options = onnxruntime_cuda.read_record(graph).options
         options = Options.from_json(options.to_json() | {"cuda_graph": recorded})
         with CudaSession(graph, precision, "cuda:0", options=options) as session:
             wanted = [session.run([np.ascontiguousarray(x)])[0] for x in (first, second)]
@@ -511,7 +546,7 @@ def test_a_layer_that_cuda_does_not_have_is_refused(tmp_path: Path) -> None:
             helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"]),
             helper.make_tensor_value_info("t", TensorProto.STRING, [1]),
         ],
-        [numpy_helper.from_array(np.float32(0), "unused")],
+        [numpy_helper.from_array(np.zeros(1, np.float32), "unused")],
     )
     path = tmp_path / "graph.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))

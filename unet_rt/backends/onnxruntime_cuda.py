@@ -11,7 +11,9 @@ What decides (read in the sources and the binary of 1.31; speeds are measured by
   Nothing is timed by the provider itself, so the trial does it.
 - ``use_tf32``: 0 forbids tensor cores altogether, for float16, too. So it is 0 for FP32 and 1 for FP16, where it can
   matter for islands only (they then have float16's mantissa and float32's range).
-- A convolution plans anew whenever the shape of its input changes, and keeps one plan: hence one provider session per shape.
+- A convolution plans anew whenever the shape of its input changes, and keeps one plan: hence one provider session per
+  shape. It is made for that shape, so that crops are constants: as arithmetic they run on the CPU, between copies.
+- A transposed convolution with a fused bias is refused by cuDNN; rewritten as a convolution it is not.
 - Without cuDNN the provider of 1.31 convolves by kernels of its own and says nothing; such a machine is refused.
 - ``enable_cuda_graph`` records the launches of a run once per set of addresses. It wins where launching takes longer
   than computing, small tiles alone.
@@ -120,15 +122,42 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Named:
+    """An input or output of a graph: free sizes by the names under which a session can be told them (None: unnamed)."""
+
+    name: str
+    shape: tuple[int | str | None, ...]
+    dtype: str
+
+    @property
+    def port(self) -> Port:
+        return Port(self.name, tuple(n if isinstance(n, int) else None for n in self.shape), np.dtype(self.dtype))
+
+
+@dataclass(frozen=True)
 class Record:
     """What ``build`` wrote into a graph: the settings it is to be run with, and what they were chosen from."""
 
     options: Options = field(default_factory=Options)
     input_shapes: tuple[tuple[int, ...], ...] = ()
     trials: tuple[Trial, ...] = ()
+    inputs: tuple[Named, ...] = ()
+    outputs: tuple[Named, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        return cls(
+            Options.from_json(data["options"]),
+            tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"]),
+            tuple(Trial(Options.from_json(t["options"]), t["ms"], t["note"]) for t in data["trials"]),
+            tuple(Named(v["name"], tuple(v["shape"]), v["dtype"]) for v in data["inputs"]),
+            tuple(Named(v["name"], tuple(v["shape"]), v["dtype"]) for v in data["outputs"]),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "inputs": [{**vars(value), "shape": list(value.shape)} for value in self.inputs],
+            "outputs": [{**vars(value), "shape": list(value.shape)} for value in self.outputs],
             "options": self.options.to_json(),
             "input_shapes": [list(shape) for shape in self.input_shapes],
             "trials": [trial.to_json() for trial in self.trials],
@@ -178,13 +207,13 @@ def _varint(stream: BinaryIO) -> int | None:
     return None
 
 
-def read_options(graph: Path) -> Options:
-    """The settings that ``build`` recorded in ``graph``; the provider's own where it recorded none."""
+def read_record(graph: Path) -> Record:
+    """What ``build`` recorded in ``graph``; the provider's own settings and nothing else where it recorded nothing."""
     try:
         text = metadata(graph).get(RECORD)
     except FileNotFoundError as error:
         raise BackendError(f"{graph} does not exist; build the engine again") from error
-    return Options() if text is None else Options.from_json(json.loads(text)["options"])
+    return Record() if text is None else Record.from_json(json.loads(text))
 
 
 def preload(library: Any) -> None:
@@ -238,7 +267,8 @@ class CudaSession(SessionBase):
         self._library = common._import()
         self._errors = common._errors(self._library)
         self._graph = graph
-        self._options = read_options(graph) if options is None else options
+        record = read_record(graph)
+        self._options = record.options if options is None else options
         preload(self._library)
         self._device_handle: Device = Device.open(int(device.partition(":")[2] or 0))
         self._stream: Stream = self._device_handle.stream()
@@ -246,10 +276,18 @@ class CudaSession(SessionBase):
         self._bindings: OrderedDict[Any, _Binding] = OrderedDict()
         self._staging: OrderedDict[Any, tuple[Array, DeviceArray]] = OrderedDict()
         self._graphs = 0
+        self._inputs = record.inputs
         with self._device_handle.activate():
-            self._spare: Any = self._create()
-        self._ports = tuple(common._port(value) for value in self._spare.get_inputs())
-        self._out_ports = tuple(common._port(value) for value in self._spare.get_outputs())
+            # What can be refused is refused now. The shape of the trial is most likely the one that will run.
+            first = self._create(record.input_shapes)
+        if not record.inputs:
+            self._inputs = tuple(_named(value) for value in first.get_inputs())
+        outputs = record.outputs or tuple(_named(value) for value in first.get_outputs())
+        self._ports = tuple(value.port for value in self._inputs)
+        self._out_ports = tuple(value.port for value in outputs)
+        known = record.input_shapes or tuple(tuple(n or 0 for n in port.shape) for port in self._ports)
+        if all(size for shape in known for size in shape):
+            self._compiled[known] = _Compiled(first)
         self._run_options = self._no_wait()
 
     @property
@@ -292,14 +330,17 @@ class CudaSession(SessionBase):
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _create(self) -> Any:
-        """A provider session of the graph; nothing but the arithmetic of sizes may run on the CPU."""
+    def _create(self, key: tuple[tuple[int, ...], ...]) -> Any:
+        """A provider session for these input shapes; nothing but the arithmetic of sizes may run on the CPU.
+
+        Sizes that have no names of their own stay free.
+        """
         refused: Exception | None = None
         for strict in (True, False):
             try:
                 session = self._library.InferenceSession(
                     str(self._graph),
-                    self._session_options(strict),
+                    self._session_options(strict, key),
                     providers=[
                         (
                             "CUDAExecutionProvider",
@@ -329,11 +370,13 @@ class CudaSession(SessionBase):
             )
         return session
 
-    def _session_options(self, strict: bool) -> Any:
+    def _session_options(self, strict: bool, key: tuple[tuple[int, ...], ...]) -> Any:
         options = common.session_options(self._library, self.threads)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         # Strictly, the arithmetic of sizes is refused, too, which is none of the GPU's business.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
+        for name, size in sizes_by_name(self._inputs, key).items():
+            options.add_free_dimension_override_by_name(name, size)
         return options
 
     def _no_wait(self, graph_id: int = -1) -> Any:
@@ -366,8 +409,7 @@ class CudaSession(SessionBase):
                 old, _ = self._compiled.popitem(last=False)
                 for bound in [k for k in self._bindings if k[0] == old]:
                     del self._bindings[bound]
-            session, self._spare = self._spare or self._create(), None
-            found = self._compiled[key] = _Compiled(session)
+            found = self._compiled[key] = _Compiled(self._create(key))
         self._compiled.move_to_end(key)
         return found
 
@@ -502,10 +544,25 @@ class CudaSession(SessionBase):
             self._stream.synchronize()
             self._bindings.clear()
             self._compiled.clear()
-            self._spare = None
             for _, array in self._staging.values():
                 array.free()
             self._staging.clear()
+
+
+def sizes_by_name(inputs: Sequence[Named], key: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Free sizes of the inputs at shapes ``key``; none at all where one name would mean two sizes."""
+    found: dict[str, int] = {}
+    for value, shape in zip(inputs, key, strict=False):
+        for name, size in zip(value.shape, shape, strict=True):
+            if isinstance(name, str) and found.setdefault(name, size) != size:
+                return {}
+    return found
+
+
+def _named(value: Any) -> Named:
+    """An input or output as a provider session describes it."""
+    port = common._port(value)
+    return Named(port.name, tuple(n if isinstance(n, int | str) else None for n in value.shape), port.dtype.name)
 
 
 @dataclass
@@ -552,22 +609,56 @@ def build(
     proto = onnx.load(str(model))
     if precision == "fp16":
         half(proto, islands=islands)
+    inputs, outputs = _name_sizes(proto)
+    _record(proto, Record(input_shapes=shapes, inputs=inputs, outputs=outputs))
     variants = {False: graph.with_name(f"{graph.name}.plain")}
     try:
         onnx.save_model(proto, str(variants[False]))
         if up_conv(proto):
             variants[True] = graph.with_name(f"{graph.name}.rewritten")
             onnx.save_model(proto, str(variants[True]))
-        record = _search(variants, precision, device, shapes)
+        record = replace(_search(variants, precision, device, shapes), inputs=inputs, outputs=outputs)
         if not record.options.up_conv:
             proto = onnx.load(str(variants[False]))
     finally:
         for path in variants.values():
             path.unlink(missing_ok=True)
-    entry = next((p for p in proto.metadata_props if p.key == RECORD), None) or proto.metadata_props.add(key=RECORD)
-    entry.value = json.dumps(record.to_json(), sort_keys=True)
+    _record(proto, record)
     onnx.save_model(proto, str(graph))
     return record
+
+
+def _record(proto: Any, record: Record) -> None:
+    entry = next((p for p in proto.metadata_props if p.key == RECORD), None) or proto.metadata_props.add(key=RECORD)
+    entry.value = json.dumps(record.to_json(), sort_keys=True)
+
+
+def _name_sizes(proto: Any) -> tuple[tuple[Named, ...], tuple[Named, ...]]:
+    """Gives every free size of an input a name of its own; returns inputs and outputs.
+
+    Exporters call two sizes alike, or none. The names elsewhere go: ONNX Runtime infers them again.
+    """
+    import onnx
+
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in stored]
+    for value in inputs:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_value <= 0:
+                dim.Clear()
+                dim.dim_param = f"{value.name}:{axis}"
+    for value in proto.graph.output:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value <= 0:
+                dim.Clear()
+    del proto.graph.value_info[:]
+
+    def named(value: Any) -> Named:
+        kind = value.type.tensor_type
+        shape = (n.dim_value if n.dim_value > 0 else n.dim_param or None for n in kind.shape.dim)
+        return Named(value.name, tuple(shape), onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
+
+    return tuple(named(value) for value in inputs), tuple(named(value) for value in proto.graph.output)
 
 
 def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -594,7 +685,7 @@ def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[
 
 
 def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: tuple[tuple[int, ...], ...]) -> Record:
-    """Greedy: layout and bias first, then cuDNN's heuristics, then the form of up-convolutions, then recording.
+    """Greedy: layout, bias and the form of up-convolutions first, then cuDNN's heuristics, then recording.
 
     Every stage times the best so far and its changes in turn, on the same input; a change whose result is not that of
     the first setting is left out.
@@ -602,10 +693,10 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: 
     begun = time.perf_counter()
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    last = {"up_conv": True in variants}  # a bias is not fused with a transposed convolution
     stages: list[list[dict[str, Any]]] = [
-        [{}, {"prefer_nhwc": True}, {"prefer_nhwc": True, "fuse_conv_bias": True}],
-        [{"search": "EXHAUSTIVE"}],
-        [{"up_conv": True}] if True in variants else [],
+        [{}, {"prefer_nhwc": True}, {"prefer_nhwc": True, "fuse_conv_bias": True, **last}],
+        [{"search": "EXHAUSTIVE"}, *([{"up_conv": True}] if True in variants else [])],
         [{"cuda_graph": True}],
     ]
     trials: list[Trial] = []
@@ -618,6 +709,8 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: 
         try:
             for changes in stage:
                 options = replace(Options() if best is None else best[0], **changes)
+                if options in running:
+                    continue
                 try:
                     contender = _Contender(variants[options.up_conv], precision, device, options, inputs)
                 except BackendError as error:
