@@ -539,7 +539,7 @@ class BareOnnxRuntime:
         settings = {
             "cudnn_conv_algo_search": "EXHAUSTIVE",
             "cudnn_conv_use_max_workspace": "1",
-            "use_tf32": "0",
+            "use_tf32": str(int("fp16" in path.name)),  # 0 takes all tensor cores away, from FP16 too
             "prefer_nhwc": str(int(nhwc)),
             "fuse_conv_bias": str(int(fused)),
             "enable_cuda_graph": str(int(graph)),
