@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from unet_rt import kernels
 from unet_rt.backends import cudnn_api as api
 from unet_rt.backends.cudnn_plan import (
     Combine,
@@ -189,9 +190,7 @@ class CudnnSession(SessionBase):
         self._stream: Stream = self._gpu.stream()
         with self._gpu.activate():
             self._handle = api.Handle(self._stream.handle)
-        import unet_rt._cuda as kernels
-
-        self._kernels: Any = kernels
+        self._kernels: Any = kernels._cuda()
         self._most, self._direct = most, direct
         record = {p.key: p.value for p in self._proto.metadata_props}.get(RECORD)
         self.choices = Choices.from_record(record, self._gpu.name, self.version)
