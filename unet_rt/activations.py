@@ -18,7 +18,7 @@ COUNTED = 1 << 18  # values of a tensor and tile that enter its histogram; extre
 
 
 class Distribution:
-    """Extremes, histogram and channel means of one tensor, gathered tile by tile.
+    """Extremes, histogram and channel means of one tensor, gathered tile by tile; ``positions`` are samples per channel.
 
     The histogram covers ``[-span, span]`` in :data:`BINS` bins; the span is a power of two and grows with the values.
     """
@@ -29,7 +29,7 @@ class Distribution:
         self.counts = np.zeros(BINS, np.int64)
         self.finite = True
         self._sum: Array | float = 0.0
-        self._positions = 0
+        self.positions = 0
 
     def add(self, values: Array) -> None:
         """Takes the values (N, C, ...) of one run."""
@@ -51,12 +51,12 @@ class Distribution:
             axes = (0, *range(2, values.ndim))
             positions = values.size // values.shape[1]
             self._sum = self._sum + values.sum(axis=axes, dtype=np.float64)
-            self._positions += positions
+            self.positions += positions
 
     @property
     def means(self) -> Array:
         """Mean of each channel."""
-        return np.asarray(self._sum) / max(1, self._positions)
+        return np.asarray(self._sum) / max(1, self.positions)
 
     @property
     def centres(self) -> Array:

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends, bench, exam, machine, parity
+from .calibration import Method, draw_tiles, split
 from .contract import Contract
 from .engine import Engine, EngineSpec, Precision, check_target, write_folder
-from .errors import BackendError, ContractError, ImageError, ParityError, TileError
+from .errors import BackendError, ContractError, GraphError, ImageError, ParityError, TileError
 from .model import (
     Model,
     baseline_engine,
@@ -33,8 +34,10 @@ from .model import (
 )
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
+from .passes.qdq import FORMS
 from .predict import MEMORY_SHARE
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
+from .search import LayerCost, Mixture, Quantiser, search
 from .stitch import Blend
 from .tiles import TileGrid, tile_grid
 
@@ -49,6 +52,10 @@ SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without wa
 EXACT_COST = 1.5  # computed over kept pixels up to which the exact halo is the default
 GPU_BATCHES = (1, 4, 16)  # tiles per run that are tried on a GPU
 EXAM_TILES = 8
+CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at
+CALIBRATION_FLOP = 1e12  # of all calibration tiles together: half a minute of two cores
+AS_FAST = 0.97  # of the fastest speed: below the spread of measurements
+Key = tuple[str, Precision, str]  # backend, precision, variant
 SECONDS_FOR_PARITY = 120.0
 
 
@@ -56,7 +63,7 @@ SECONDS_FOR_PARITY = 120.0
 class Candidate:
     """One measured way to run the model; ``verdict`` is None and ``note`` says why where it could not be tried.
 
-    ``latency_ms`` is that of a run of ``batch`` tiles.
+    ``latency_ms`` is that of a run of ``batch`` tiles; ``variant`` says what is not INT8 in an INT8 graph.
     """
 
     backend: str
@@ -69,6 +76,7 @@ class Candidate:
     peak_mb: float | None = None
     verdict: Verdict | None = None
     note: str = ""
+    variant: str = ""
 
     def to_json(self) -> dict[str, Any]:
         data = {key: value for key, value in vars(self).items() if key != "verdict"}
@@ -90,6 +98,7 @@ class BuildReport:
         notes: Decisions, in sentences.
         warnings: What should be looked at.
         advice: The exact command that would make it faster or safer; "" where there is none.
+        layers: Where plain INT8 missed the budget: what returning each layer to FP32 won and cost.
     """
 
     folder: Path
@@ -104,6 +113,7 @@ class BuildReport:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     advice: str = ""
+    layers: tuple[LayerCost, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -119,6 +129,7 @@ class BuildReport:
             "notes": list(self.notes),
             "warnings": list(self.warnings),
             "advice": self.advice,
+            "layers": [layer.to_json() for layer in self.layers],
         }
 
 
@@ -155,7 +166,7 @@ def build(
         contract: A :class:`Contract` (wins over the model's metadata), or the path of its JSON.
         backend: ``auto`` or a backend's name.
         device: ``auto``, ``cpu`` or ``cuda:N``.
-        precision: ``auto``, ``fp32``, ``fp16`` (GPUs) or ``bf16``.
+        precision: ``auto``, ``fp32``, ``fp16`` (GPUs), ``bf16`` or ``int8`` (with layers in FP32 where the budget needs it).
         tile: Tile in pixels per axis; None: measured (exact networks), trained tile (others).
         halo: ``auto``, ``exact``, ``measured``, or a number of samples.
         overlap: Pixels shared by blended tiles per axis; default half a tile. Not for exact networks.
@@ -185,11 +196,13 @@ def build(
         file = Path(contract) if isinstance(contract, str | Path) else None
         opened = open_model(path, work, options=options, contract=file)
         if samples is None and "fp32" not in precisions:
-            raise ContractError(f"precision {precision} needs samples to prove parity on; pass --samples IMAGES")
+            what = "to calibrate and to prove parity on" if "int8" in precisions else "to prove parity on"
+            raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")
         if samples is None:
             precisions = ("fp32",)
         builder = _Build(opened, work, budget or Budget(), threads, say, where)
         builder.read_samples(samples, axes, channels)
+        precisions = builder.calibration_samples(names, precisions, explicit=precision != "auto")
         builder.resolve_task()
         builder.choose_tiling(tile, halo, overlap, blend)
         builder.try_candidates(names, precisions, explicit=backend != "auto" or precision != "auto")
@@ -216,7 +229,7 @@ def _backends(backend: str, device: str) -> tuple[str, list[str]]:
 
 def _precisions(precision: str, device: str) -> tuple[Precision, ...]:
     if precision == "auto":
-        return ("fp32", "bf16") if device == "cpu" else ("fp32", "fp16")
+        return ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "fp16")
     for known in get_args(Precision):
         if precision == known:
             return (known,)
@@ -235,6 +248,10 @@ class _Build:
         self.warnings: list[str] = []
         self.seams: dict[int, float] = {}
         self.files: dict[Engine, tuple[Path, Path | None]] = {}  # graph and plan of every engine
+        self.count = 0  # of quantised graphs
+        self.quantiser: Quantiser | None = None
+        self.calibrating: list[Sample] = []
+        self.kept: dict[Engine, frozenset[str]] = {}  # layers in FP32 of every INT8 engine
         self.whole: list[Array] = []
         self.mismatch: ImageParity | None = None
         self.first: dict[str, Any] = {}
@@ -267,6 +284,24 @@ class _Build:
         if len(images) < 3:
             self.notes.append(f"parity rests on {len(images)} image(s); three or more prove more")
         self.say(f"samples: {len(self.samples)} windows; {self.samples[0].reading}")
+
+    def calibration_samples(
+        self, names: Sequence[str], precisions: Sequence[Precision], *, explicit: bool
+    ) -> tuple[Precision, ...]:
+        """Sets windows aside to calibrate INT8 on, if it is to be tried; returns the precisions that can be."""
+        device = self.spec.device
+        usable = any("int8" in backends.get(name).precisions(device) and name in FORMS for name in names)
+        if "int8" not in precisions or (not usable and not explicit):
+            return tuple(p for p in precisions if p != "int8")
+        try:
+            self.calibrating, self.samples, note = split(self.samples)
+        except ImageError as error:
+            if explicit:
+                raise
+            self.notes.append(f"INT8 was not tried: {error}")
+            return tuple(p for p in precisions if p != "int8")
+        self.notes.append(note)
+        return tuple(precisions)
 
     def _without_normalization(self, images: Sequence[Any], axes: str | None, channels: Sequence[int] | None) -> None:
         from .contract import Normalization
@@ -511,15 +546,22 @@ class _Build:
 
     def try_candidates(self, names: Sequence[str], precisions: Sequence[Precision], *, explicit: bool) -> None:
         self.candidates: list[Candidate] = []
-        self.engines: dict[tuple[str, Precision], Engine] = {}
+        self.engines: dict[Key, Engine] = {}
+        verdicts: dict[Key, Verdict] = {}
         tile = self.spec.tile
         batches = self._batches(tile)
         for name in names:
             for precision in precisions:
                 self.say(f"building {name} {precision}")
                 try:
-                    self.engines[name, precision] = self._engine(name, precision, tile, batches)
-                except BackendError as error:
+                    if precision == "int8":
+                        for mixture in self._mixtures(name, tile, batches):
+                            self.engines[name, precision, mixture.label] = mixture.engine
+                            self.kept[mixture.engine] = mixture.keep
+                            verdicts[name, precision, mixture.label] = mixture.verdict
+                    else:
+                        self.engines[name, precision, ""] = self._engine(name, precision, tile, batches)
+                except (BackendError, GraphError) as error:
                     if explicit and len(names) * len(precisions) == 1:
                         raise
                     self.candidates.append(Candidate(name, precision, tile, note=str(error)))
@@ -529,21 +571,57 @@ class _Build:
         self.say(f"measuring {len(self.engines)} candidates at tile {_by(tile)}")
         runs = [(engine, tile, batch) for engine in self.engines.values() for batch in batches]
         timings = self._times(runs)
-        verdicts = {}
+        keys = [key for key in self.engines for _ in batches]
         for key, engine in self.engines.items():
-            self.say(f"parity of {' '.join(key)}")
-            verdicts[key] = self._same_rows(engine, x, self._verdict(engine), batches)
-        for (engine, _, batch), timing in zip(runs, timings, strict=True):
-            key = (engine.spec.backend, engine.spec.precision)
-            candidate = Candidate(*key, tile, batch)
+            self.say(f"parity of {' '.join(key).rstrip()}")
+            verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), batches)
+        for key, (_, _, batch), timing in zip(keys, runs, timings, strict=True):
+            candidate = Candidate(key[0], key[1], tile, batch, variant=key[2])
             self.candidates.append(self._measured(candidate, tile, timing, verdicts[key]))
 
-    def _engine(self, name: str, precision: Precision, tile: tuple[int, ...], batches: Sequence[int]) -> Engine:
+    def _mixtures(self, name: str, tile: tuple[int, ...], batches: Sequence[int]) -> list[Mixture]:
+        """INT8 for one backend: plain, and with the layers in FP32 that the budget needs."""
+        backend = backends.get(name)
+        if name not in FORMS or "int8" not in backend.precisions(self.spec.device):
+            raise BackendError(f"{name} has no int8 on {self.spec.device} here")
+        if self.quantiser is None:
+            free = self.spec.exact and self.spec.free_size
+            side = square_tile(self.spec.sizes, self.spec.outputs, CALIBRATION_PX) if free else tile
+            count = int(np.clip(CALIBRATION_FLOP / (self.model.report.flops_per_pixel * prod(side) + 1), 6, 48))
+            tiles = draw_tiles(self.calibrating, self.spec, side, count, self.threads)
+            windows = tuple((s.name, s.sha256) for s in self.calibrating)
+            self.quantiser = Quantiser(
+                self.model.graph, self.baseline, tiles, windows=windows, threads=self.threads, say=self.say
+            )
+        quantiser = self.quantiser
+
+        def make(keep: frozenset[str], method: Method) -> Engine:
+            source = self.work / "quantised.onnx"
+            quantiser.write(source, name, keep, method)
+            return self._engine(name, "int8", tile, batches, source=source)
+
+        def drop(engine: Engine) -> None:
+            engine.close()
+            self.files.pop(engine)[0].unlink(missing_ok=True)  # as large as the network, and there may be dozens
+
+        return search(quantiser, make, drop, self._verdict)
+
+    def _engine(
+        self,
+        name: str,
+        precision: Precision,
+        tile: tuple[int, ...],
+        batches: Sequence[int],
+        source: Path | None = None,
+    ) -> Engine:
         """The model built for one backend and precision, loaded; a plan takes this tile and these batches alone."""
         backend, stem = backends.get(name), f"{name}-{precision}-{_by(tile)}"
+        if source is not None:
+            self.count += 1
+            stem += f"-{self.count}"
         graph, blob = self.work / f"{stem}.onnx", self.work / f"{stem}.bin"
         backend.build(
-            self.model.graph,
+            source or self.model.graph,
             graph,
             precision=precision,
             device=self.spec.device,
@@ -607,7 +685,7 @@ class _Build:
             grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
             result = raw_result(engine, sample, grid, self.threads)
             images.append(parity.compare(whole, result, self.spec.contract, sample.name))
-        return parity.judge(images, self.budget)
+        return parity.judge(images, self.budget.of(engine.spec.precision))
 
     def _same_rows(self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int]) -> Verdict:
         """The verdict, with a reason more where identical tiles of one batch, or one alone, give different answers.
@@ -619,7 +697,7 @@ class _Build:
         for n in sorted({2, *batches} - {1}):
             rows = engine.run(np.repeat(x, n, axis=0))[0]
             one = parity.compare(alone, rows[0], self.spec.contract, f"a tile in a batch of {n}")
-            reasons += parity.judge([one], self.budget).reasons
+            reasons += parity.judge([one], self.budget.of(engine.spec.precision)).reasons
             if any(not np.array_equal(rows[0], row) for row in rows[1:]):
                 reasons += (f"identical tiles of one batch of {n} give different answers",)
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
@@ -630,13 +708,13 @@ class _Build:
         accepted = [c for c in self.candidates if c.verdict is not None and c.verdict.accepted]
         if not accepted:
             tried = [c for c in self.candidates if c.verdict is not None]
-            reasons = "; ".join(f"{c.backend} {c.precision}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
+            reasons = "; ".join(f"{_title(c)}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
             ways = ["allow more with --budget"]
             ways += ["use --halo exact"] if self.spec.halo_limit is not None else []
             ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
             raise ParityError(f"no candidate is inside the budget: {reasons}; {', or '.join(ways)}")
-        best = max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0)
-        engine = self.engines[best.backend, best.precision]
+        best = self._closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0))
+        engine = self.engines[best.backend, best.precision, best.variant]
         px = best.batch * prod(best.tile)
         bytes_per_px = max((best.peak_mb or 0.0) * 1e6, self.model.report.activation_bytes(best.tile, best.batch)) / px
         if tile is None and self.spec.exact and self.spec.free_size:
@@ -647,7 +725,7 @@ class _Build:
             among += " (none of them FP32)"
         batch = f", {best.batch} per run" if best.batch > 1 else ""
         self.notes.append(
-            f"chosen: {best.backend} {best.precision}, tile {_by(best.tile)} px{batch}: "
+            f"chosen: {_title(best)}, tile {_by(best.tile)} px{batch}: "
             f"{best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of {among}"
         )
         self.best_engine = engine
@@ -657,8 +735,40 @@ class _Build:
             run_batch=best.batch,
             bytes_per_px=bytes_per_px,
             made_on=machine.describe(),
-            options={"threads": self.threads, "sample_sha256": [s.sha256 for s in self.samples], "kind": self.kind},
+            options={
+                "threads": self.threads,
+                "sample_sha256": [s.sha256 for s in self.samples],
+                "kind": self.kind,
+                **self._int8_options(engine),
+            },
         )
+
+    def _closest(self, accepted: Sequence[Candidate], fastest: Candidate) -> Candidate:
+        """Of INT8 mixtures that are as fast as the fastest, the one that changes least."""
+        alike = [
+            c
+            for c in accepted
+            if (c.backend, c.precision, c.batch) == (fastest.backend, fastest.precision, fastest.batch)
+            and (c.kept_mpx_per_s or 0.0) >= AS_FAST * (fastest.kept_mpx_per_s or 0.0)
+        ]
+        if fastest.precision != "int8" or len(alike) < 2:
+            return fastest
+        return min(alike, key=lambda c: _changed(c.verdict))
+
+    def _int8_options(self, engine: Engine) -> dict[str, Any]:
+        """How the chosen engine was quantised; with it and the calibration the graph can be made again."""
+        if engine not in self.kept or self.quantiser is None:
+            return {}
+        method = self.quantiser.method
+        inputs = {i.name for i in self.spec.inputs}
+        ranges = self.quantiser.calibration.ranges[method or "minmax"]
+        return {
+            "int8": {
+                "method": method,
+                "kept": sorted(self.kept[engine]),
+                "input_range": {name: [r.low, r.high] for name, r in ranges.items() if name in inputs},
+            }
+        }
 
     def _choose_tile(self, best: Candidate, engine: Engine, bytes_per_px: float) -> tuple[Candidate, Engine, float]:
         """The tile that keeps most per second, among that of the comparison and larger ones of as many pixels per run.
@@ -732,7 +842,7 @@ class _Build:
         record = {
             "schema": 1,
             "kind": self.kind,
-            "budget": vars(self.budget),
+            "budget": vars(self.budget.of(self.spec.precision)),
             "graph_sha256": sha256(graph),
             "model_sha256": sha256(self.model.given),
             "baseline": {
@@ -747,12 +857,16 @@ class _Build:
             "verdict": verdict.to_json(),
             "seams": {str(k): v for k, v in self.seams.items()},
             "candidates": [c.to_json() for c in self.candidates],
+            "layers": [layer.to_json() for layer in self._layer_costs()],
         }
         parity_file = self.work / "parity.json"
         parity_file.write_text(exam.record_json(record), encoding="utf-8")
         files: dict[Any, Path] = {"model": self.model.given, "graph": graph, "parity": parity_file}
         if plan is not None:
             files["engine"] = plan
+        if self.best_engine in self.kept and self.quantiser is not None:
+            files["calibration"] = self.work / "calibration.json"
+            files["calibration"].write_text(self.quantiser.calibration.dumps(), encoding="utf-8")
         if keep_exam:
             files["exam"] = self.work / "exam.npz"
             np.savez_compressed(files["exam"], **self._exam())  # type: ignore[arg-type]
@@ -775,7 +889,11 @@ class _Build:
             tuple(self.notes),
             tuple(self.warnings),
             advice,
+            self._layer_costs(),
         )
+
+    def _layer_costs(self) -> tuple[LayerCost, ...]:
+        return tuple(self.quantiser.ranking) if self.quantiser is not None else ()
 
     def _exam(self) -> dict[str, Array]:
         """A few tiles as the network gets them and the baseline's outputs, float32."""
@@ -805,6 +923,19 @@ class _Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.seconds = self._clock() - self._start
+
+
+def _changed(verdict: Verdict | None) -> float:
+    """What a verdict says of the worst image: labels changed, or the error where there are none."""
+    if verdict is None:
+        return float("inf")
+    return verdict.relative if verdict.label_change is None else verdict.label_change
+
+
+def _title(candidate: Candidate) -> str:
+    """Backend, precision and variant of a candidate."""
+    variant = f" ({candidate.variant})" if candidate.variant else ""
+    return f"{candidate.backend} {candidate.precision}{variant}"
 
 
 def _by(shape: Sequence[int]) -> str:

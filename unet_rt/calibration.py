@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,10 +23,12 @@ import numpy.typing as npt
 from .activations import Distribution, probe
 from .errors import EngineError, ImageError
 from .parity import constant_reason
-from .samples import Sample
+from .samples import Sample, tile_of
 
 if TYPE_CHECKING:
     import onnx
+
+    from .engine import EngineSpec
 
 Array = npt.NDArray[Any]
 Method = Literal["minmax", "percentile", "entropy", "mse"]
@@ -54,12 +55,14 @@ class Calibration:
     Attributes:
         ranges: Per method and tensor.
         means: Per tensor the mean of each channel; for the correction of biases.
+        positions: Per tensor the samples per channel that were seen; for the cost of layers.
         windows: Name and SHA-256 of the windows that tiles were taken from.
         tiles: How many.
     """
 
     ranges: Mapping[str, Mapping[str, Range]]
     means: Mapping[str, tuple[float, ...]]
+    positions: Mapping[str, int]
     windows: tuple[tuple[str, str], ...] = ()
     tiles: int = 0
 
@@ -74,6 +77,7 @@ class Calibration:
             "windows": [{"name": name, "sha256": digest} for name, digest in self.windows],
             "tensors": tensors,
             "means": {name: list(values) for name, values in self.means.items()},
+            "positions": dict(self.positions),
         }
 
     @classmethod
@@ -90,7 +94,8 @@ class Calibration:
             }
             means = {name: tuple(values) for name, values in data["means"].items()}
             windows = tuple((str(w["name"]), str(w["sha256"])) for w in data["windows"])
-            return cls(ranges, means, windows, int(data["tiles"]))
+            positions = {name: int(count) for name, count in data["positions"].items()}
+            return cls(ranges, means, positions, windows, int(data["tiles"]))
         except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise EngineError(f"the calibration is damaged ({error}); build the engine again with --samples") from error
 
@@ -124,7 +129,7 @@ def calibrate(
         method: {name: range_of(d, method) for name, d in found.items()} for method in METHODS
     }
     means = {name: tuple(float(v) for v in d.means.ravel()) for name, d in found.items()}
-    return Calibration(ranges, means, (), len(kept))
+    return Calibration(ranges, means, {name: d.positions for name, d in found.items()}, (), len(kept))
 
 
 def range_of(found: Distribution, method: Method) -> Range:
@@ -261,6 +266,15 @@ def tile_starts(sample: Sample, tile: Sequence[int], count: int) -> list[tuple[i
     return [places[k] for k in list(chosen)[:count]]
 
 
-def tile_count(tile: Sequence[int], windows: int, budget_px: int = 4 * 1024 * 1024) -> int:
-    """Tiles per window so that all together stay near ``budget_px`` pixels, at least one and at most eight."""
-    return int(np.clip(budget_px // (prod(tile) * max(1, windows)), 1, 8))
+def draw_tiles(
+    samples: Sequence[Sample], spec: EngineSpec, tile: Sequence[int], count: int, threads: int
+) -> list[Array]:
+    """Up to ``count`` tiles (1, C, *tile), normalised, dealt evenly to the windows; the first of every window first."""
+    share = -(-count // len(samples))
+    starts = [tile_starts(sample, tile, share) for sample in samples]
+    tiles: list[Array] = []
+    for turn in range(share):
+        for sample, places in zip(samples, starts, strict=True):
+            if turn < len(places) and len(tiles) < count:
+                tiles.append(tile_of(sample, spec, tile, threads, start=places[turn]))
+    return tiles

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .build import BuildReport
     from .graph import GraphReport
     from .predict import RunReport
+    from .search import LayerCost
     from .verify import VerifyReport
 
 
@@ -90,6 +91,21 @@ def inspect_text(report: GraphReport) -> str:
     return "\n".join(lines)
 
 
+def _layer_table(layers: Sequence[LayerCost]) -> list[str]:
+    """What returning layers to FP32 won and cost, best first; those that were put back, and the next few."""
+    last = max((k for k, layer in enumerate(layers) if layer.kept), default=-1)
+    shown = layers[: last + 4]
+    rows: list[tuple[str, ...]] = [("", "layer in FP32", "takes away", "work")]
+    rows += [("->" if x.kept else "", x.name, f"{x.won:.1%}", f"{x.cost:.1%}") for x in shown]
+    lines = [
+        "  layers by what they take away of INT8's change near the decision, and their share of the work",
+        _table(rows),
+    ]
+    if len(shown) < len(layers):
+        lines.append(f"  ... and {_count(len(layers) - len(shown), 'layer')} that win less for their work")
+    return [*lines, ""]
+
+
 def build_text(report: BuildReport) -> str:
     """What build did, for people."""
     spec = report.spec
@@ -125,6 +141,7 @@ def build_text(report: BuildReport) -> str:
         if v is not None and v.label_change is None:
             change = f"{v.relative:.1e}"
         note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
+        note = "; ".join(part for part in (c.variant, note) if part)
         rows.append(
             (
                 mark,
@@ -141,6 +158,8 @@ def build_text(report: BuildReport) -> str:
         )
     lines.append(_table(rows))
     lines += [*untried, ""]
+    if report.layers:
+        lines += _layer_table(report.layers)
     lines += [f"  {note}" for note in report.notes]
     if report.whole_mismatch is not None:
         m = report.whole_mismatch

@@ -218,9 +218,15 @@ def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, s
     return samples
 
 
-def tile_of(sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int) -> Array:
-    """(1, C, *tile): the sample's middle as the network gets it, continued by the border rule where it is smaller."""
-    starts = np.array([[max(0, (n - t) // 2) for n, t in zip(sample.shape, tile, strict=True)]], dtype=np.int64)
+def tile_of(
+    sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int, start: Sequence[int] | None = None
+) -> Array:
+    """(1, C, *tile): the sample as the network gets it, continued by the border rule where it is smaller.
+
+    ``start``: the tile's first pixel per axis; None: the middle.
+    """
+    middle = [max(0, (n - t) // 2) for n, t in zip(sample.shape, tile, strict=True)]
+    starts = np.array([middle if start is None else list(start)], dtype=np.int64)
     out = np.empty((1, spec.channels, *tile), dtype=np.float32)
     kernels.tile_gather(
         sample.pixels,

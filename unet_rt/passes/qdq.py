@@ -50,6 +50,7 @@ class Form:
         integer_bias: Biases as int32 with the scale of the products.
         float_outputs: Whether a convolution with quantised inputs may return floats.
         every_operator: A pair behind operators that only move values, too.
+        resize: Whether an interpolating Resize computes on bytes; one that repeats samples does in all forms.
         one_concat: One scale for all that a Concat joins, and its result.
         levels: Largest weight in integers: 127, or 63 on processors whose byte products saturate.
     """
@@ -59,13 +60,20 @@ class Form:
     float_outputs: bool
     every_operator: bool
     one_concat: bool
+    resize: bool
     levels: int = 127
 
 
 FORMS: Mapping[str, Form] = {
-    "onnxruntime": Form(signed=False, integer_bias=True, float_outputs=False, every_operator=True, one_concat=False),
-    "openvino": Form(signed=False, integer_bias=False, float_outputs=True, every_operator=False, one_concat=True),
-    "tensorrt": Form(signed=True, integer_bias=False, float_outputs=True, every_operator=False, one_concat=True),
+    "onnxruntime": Form(
+        signed=False, integer_bias=True, float_outputs=False, every_operator=True, one_concat=False, resize=True
+    ),
+    "openvino": Form(
+        signed=False, integer_bias=False, float_outputs=True, every_operator=False, one_concat=True, resize=False
+    ),
+    "tensorrt": Form(
+        signed=True, integer_bias=False, float_outputs=True, every_operator=False, one_concat=True, resize=False
+    ),
 }
 
 # Operators that move values, pick among them or interpolate: the result has the scale of what they read.
@@ -82,7 +90,7 @@ _MOVES = frozenset(
         "Unsqueeze",
         "Split",
     }
-    | {"Flatten", "Identity", "Resize"}
+    | {"Flatten", "Identity"}
 )
 QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear"})
 
@@ -138,23 +146,24 @@ def layers(model: onnx.ModelProto) -> list[str]:
 
 
 def probed(model: onnx.ModelProto) -> list[str]:
-    """Tensors of a prepared graph whose ranges quantisation needs."""
-    view = _View(model)
+    """Tensors of a prepared graph whose ranges quantisation needs, in any form."""
+    view = _View(model, resize=True)
     nodes = [view.nodes[layer] for layer in layers(model)]
     wanted = dict.fromkeys(name for node in nodes for name in (node.input[0], view.result(node)))
-    sources: dict[str, None] = {}
-    for name in wanted:
-        for source in view.component(name):
-            sources[source] = None
-            # A Concat has a scale of its own in some forms, and sources that are joined nowhere else
-    return list(dict.fromkeys((*wanted, *sources)))
+    return list(dict.fromkeys(source for name in wanted for source in view.component(name)))
+
+
+def results(model: onnx.ModelProto) -> dict[str, str]:
+    """Per layer of a prepared graph the tensor that its result is quantised as: behind its ``Relu``, if it has one."""
+    view = _View(model)
+    return {name: view.result(view.nodes[name]) for name in layers(model)}
 
 
 class _View:
-    """Who writes and who reads a tensor."""
+    """Who writes and who reads a tensor; ``resize``: whether interpolation keeps the scale."""
 
-    def __init__(self, model: onnx.ModelProto):
-        self.model = model
+    def __init__(self, model: onnx.ModelProto, resize: bool = True):
+        self.model, self.resize = model, resize
         self.nodes = {node.name: node for node in model.graph.node}
         self.writer = {name: node for node in model.graph.node for name in node.output}
         self.readers: dict[str, list[Any]] = {}
@@ -167,10 +176,16 @@ class _View:
     def moved_from(self, name: str) -> list[str]:
         """Tensors that ``name`` is a rearrangement of; none where it is computed."""
         node = self.writer.get(name)
-        if node is None or node.op_type not in _MOVES:
+        if node is None or (node.op_type not in _MOVES and not self._repeats(node)):
             return []
         count = len(node.input) if node.op_type == "Concat" else 1
         return [n for n in list(node.input)[:count] if n and n not in self.stored]
+
+    def _repeats(self, node: Any) -> bool:
+        if node.op_type != "Resize":
+            return False
+        mode = next((a.s for a in node.attribute if a.name == "mode"), b"nearest")
+        return mode == b"nearest" or (self.resize and mode == b"linear")  # cubic ones overshoot
 
     def result(self, node: Any) -> str:
         """The tensor that a convolution's result is quantised as: behind its Relu, where that is all that reads it."""
@@ -244,7 +259,7 @@ class _Pass:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(prepared)
         self.ranges, self.form, self.means = ranges, form, means
-        self.view = _View(self.model)
+        self.view = _View(self.model, form.resize)
         self.names = layers(self.model)
         unknown = sorted(keep - set(self.names))
         if unknown:

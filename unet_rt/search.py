@@ -1,0 +1,327 @@
+"""The search for INT8 inside a budget: which ranges, and which layers stay in FP32.
+
+A model is prepared and calibrated once. Candidates are compared on the calibration tiles by what they do near the
+decision: the mean change of the distance to the threshold (or between the two best classes) over the twentieth of samples
+that are closest to it. It is smooth where counts of changed labels are not, and it is what changes labels. Whether a
+candidate is good enough is never decided there, but on the samples that parity is judged on.
+
+Where plain INT8 misses the budget, every layer in turn is reverted to FP32; the layers that take away most of the change
+per cost come first, and the shortest beginning of that list that holds the budget is found by halving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import machine
+from .calibration import METHODS, Method, calibrate
+from .engine import Engine
+from .errors import GraphError
+from .passes import qdq
+from .stitch import decide
+
+if TYPE_CHECKING:
+    from .contract import Contract
+    from .parity import Verdict
+
+Array = npt.NDArray[Any]
+Say = Callable[[str], None]
+
+CLOSE = 0.05  # share of samples that decide about labels
+COMPARED_TILES = 6
+SECONDS_FOR_SEARCH = 240.0  # for one backend; what has not been measured by then is not put back
+WORTH = 0.02  # a layer whose return to FP32 takes away less of the change than this is not put back
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What returning one layer to FP32 won and cost.
+
+    Attributes:
+        name: The convolution.
+        won: Share of the change near the decision that it takes away.
+        cost: Its share of the network's multiplications.
+        kept: Whether it was put back.
+    """
+
+    name: str
+    won: float
+    cost: float
+    kept: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One way to quantise the model.
+
+    Attributes:
+        label: Empty for plain INT8, else what differs.
+        keep: Layers in FP32.
+        engine: Built and loaded.
+        verdict: On the samples of parity.
+    """
+
+    label: str
+    keep: frozenset[str]
+    engine: Engine
+    verdict: Verdict
+
+
+class Quantiser:
+    """A model prepared and calibrated, to be quantised as often as a search asks."""
+
+    def __init__(
+        self,
+        graph: Path,
+        baseline: Engine,
+        tiles: Sequence[Array],
+        *,
+        windows: tuple[tuple[str, str], ...] = (),
+        threads: int = 0,
+        say: Say,
+    ):
+        import onnx
+
+        self.baseline, self.threads, self.say = baseline, threads, say
+        self.prepared = qdq.prepare(onnx.load(str(graph)))
+        self.layers = qdq.layers(self.prepared)
+        if not self.layers:
+            raise GraphError("the graph has no convolution with stored weights, so there is nothing for INT8")
+        say(f"calibrating on {len(tiles)} tiles of {'x'.join(map(str, tiles[0].shape[2:]))} px")
+        inputs = [baseline.graph_inputs(x) for x in tiles]
+        found = calibrate(self.prepared, qdq.probed(self.prepared), inputs, threads=threads)
+        self.calibration = replace(found, windows=windows)
+        self.compared = tiles[:COMPARED_TILES]
+        self.wanted = [baseline.run(x)[0][0] for x in self.compared]
+        self.method: Method | None = None
+        self.ranking: list[LayerCost] = []
+
+    def write(
+        self, path: Path, backend: str, keep: frozenset[str] = frozenset(), method: Method | None = None
+    ) -> qdq.Quantised:
+        """Writes the quantised graph in the form of a backend."""
+        import onnx
+
+        ranges = self.calibration.ranges[method or self.method or METHODS[0]]
+        made = qdq.quantise(self.prepared, ranges, form_of(backend), keep=keep, means=self.calibration.means)
+        onnx.save_model(made.model, str(path))
+        return made
+
+    def change(self, engine: Engine) -> float:
+        """What an engine changes near the decision, on the calibration tiles."""
+        got = [engine.run(x)[0][0] for x in self.compared]
+        return change_near_decision(self.wanted, got, engine.spec.contract)
+
+    def costs(self) -> dict[str, float]:
+        """Each layer's share of the multiplications of all layers."""
+        nodes = {node.name: node for node in self.prepared.graph.node}
+        sizes = {t.name: prod(t.dims) for t in self.prepared.graph.initializer}
+        results = qdq.results(self.prepared)
+        work = {
+            name: sizes[nodes[name].input[1]] * self.calibration.positions.get(results[name], 1) for name in self.layers
+        }
+        return {name: value / sum(work.values()) for name, value in work.items()}
+
+    def first(self) -> frozenset[str]:
+        """Layers that read the graph's inputs: eight bits of a normalised image are fewer than its own."""
+        given = {value.name for value in self.prepared.graph.input}
+        return frozenset(n.name for n in self.prepared.graph.node if n.name in self.layers and n.input[0] in given)
+
+
+def form_of(backend: str) -> qdq.Form:
+    """The form of a quantised graph for a backend on this machine."""
+    form = qdq.FORMS[backend]
+    features = machine.cpu_features()
+    if backend == "onnxruntime" and "avx2" in features and not features & VNNI:
+        # its kernels add pairs of products in 16 bits there, and two of 255 x 127 do not fit
+        return replace(form, levels=63)
+    return form
+
+
+def change_near_decision(wanted: Sequence[Array], got: Sequence[Array], contract: Contract) -> float:
+    """Mean change of the distance to the decision where it is close, over the mean distance; infinite for NaN.
+
+    For regression the root mean square error over the 1st to 99th percentile range.
+    """
+    if contract.task == "regression":
+        w, g = (np.concatenate([y.ravel() for y in ys]).astype(np.float64) for ys in (wanted, got))
+        low, high = np.percentile(w, (1, 99))
+        error = float(np.sqrt(((g - w) ** 2).mean())) / max(float(high - low), 1e-30)
+        return error if np.isfinite(error) else float("inf")
+    before, after = [], []
+    for w, g in zip(wanted, got, strict=True):
+        decision = decide(contract, len(w), "mask")
+        if decision.op == "argmax":
+            order = np.argsort(w, axis=0)
+            best, second = order[-1:], order[-2:-1]
+            before.append(np.take_along_axis(w, best, 0) - np.take_along_axis(w, second, 0))
+            after.append(np.take_along_axis(g, best, 0) - np.take_along_axis(g, second, 0))
+        else:
+            limits = np.array(decision.threshold, np.float32).reshape(-1, *[1] * (w.ndim - 1))
+            before.append(w - limits)
+            after.append(g - limits)
+    b, a = (np.concatenate([y.ravel() for y in ys]).astype(np.float64) for ys in (before, after))
+    distance = np.abs(b)
+    near = distance <= np.quantile(distance, CLOSE)
+    error = float(np.abs(a - b)[near].mean() / max(float(distance.mean()), 1e-30))
+    return error if np.isfinite(error) else float("inf")
+
+
+Make = Callable[[frozenset[str], Method], Engine]
+Drop = Callable[[Engine], None]
+Judge = Callable[[Engine], "Verdict"]
+
+
+def search(
+    quantiser: Quantiser, make: Make, drop: Drop, judge: Judge, *, seconds: float = SECONDS_FOR_SEARCH
+) -> list[Mixture]:
+    """Mixtures worth measuring for one backend: plain INT8, the first layer in FP32, and what holds the budget.
+
+    Args:
+        quantiser: The model.
+        make: Builds and loads an engine with these layers in FP32.
+        drop: Closes an engine that is of no more use, and removes its files.
+        judge: Parity on the user's samples.
+        seconds: Time for the ranking of layers.
+
+    Returns:
+        Plain INT8 first. The engines of all others are dropped.
+    """
+    begun = time.monotonic()
+    say = quantiser.say
+    method = quantiser.method or _best_method(quantiser, make, drop)
+    quantiser.method = method
+    found = [_mixture("", frozenset(), make(frozenset(), method), judge)]
+    start = quantiser.first()
+    plain = quantiser.change(found[0].engine)
+    lowest = plain
+    if start and start != frozenset(quantiser.layers):
+        engine = make(start, method)
+        lowest = quantiser.change(engine)
+        if lowest < plain * (1 - WORTH):
+            found.append(_mixture("first layer in FP32", start, engine, judge))
+        else:
+            drop(engine)
+            start, lowest = frozenset(), plain
+    if any(m.verdict.accepted for m in found):
+        return found
+    ranking = quantiser.ranking or _rank(quantiser, make, drop, method, start, plain, lowest, begun + seconds)
+    quantiser.ranking = ranking
+    useful = [layer.name for layer in ranking if layer.won >= WORTH] or [layer.name for layer in ranking]
+    every = [*useful, *(layer.name for layer in ranking if layer.name not in useful)]
+    mixture = _shortest(every, start, lambda keep: _mixture(_label(keep), keep, make(keep, method), judge), drop, say)
+    if mixture is not None:
+        found.append(mixture)
+        quantiser.ranking = [
+            LayerCost(layer.name, layer.won, layer.cost, layer.name in mixture.keep) for layer in ranking
+        ]
+    return found
+
+
+def _best_method(quantiser: Quantiser, make: Make, drop: Drop) -> Method:
+    """The ranges with which plain INT8 changes least near the decision."""
+    errors: dict[Method, float] = {}
+    for method in METHODS:
+        engine = make(frozenset(), method)
+        errors[method] = quantiser.change(engine)
+        drop(engine)
+    best = min(METHODS, key=lambda name: errors[name])
+    listed = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+    quantiser.say(f"ranges by {best} (change near the decision: {listed})")
+    return best
+
+
+def _label(keep: frozenset[str]) -> str:
+    return f"{len(keep)} layer{'s' * (len(keep) != 1)} in FP32"
+
+
+def _mixture(label: str, keep: frozenset[str], engine: Engine, judge: Judge) -> Mixture:
+    return Mixture(label, keep, engine, judge(engine))
+
+
+def _rank(
+    quantiser: Quantiser,
+    make: Make,
+    drop: Drop,
+    method: Method,
+    start: frozenset[str],
+    plain: float,
+    lowest: float,
+    until: float,
+) -> list[LayerCost]:
+    """Layers by what their return to FP32 wins per cost, on top of ``start``."""
+    costs = quantiser.costs()
+    ranked = [LayerCost(name, (plain - lowest) / plain, costs[name], True) for name in sorted(start)]
+    rest: list[LayerCost] = []
+    todo = [name for name in quantiser.layers if name not in start]
+    for k, name in enumerate(todo):
+        if time.monotonic() > until:
+            quantiser.say(f"{len(todo) - k} of {len(todo)} layers were not tried: the time for the search is used up")
+            break
+        try:
+            engine = make(start | {name}, method)
+        except GraphError:  # the only layer there is
+            continue
+        change = quantiser.change(engine)
+        drop(engine)
+        quantiser.say(f"layer {k + 1}/{len(todo)} in FP32: change near the decision {plain:.3g} -> {change:.3g}")
+        # all of it where plain INT8 is not even finite, and a finite one is reached
+        won = (lowest - change) / plain if np.isfinite(plain) else float(np.isfinite(change))
+        rest.append(LayerCost(name, won, costs[name], False))
+    rest.sort(key=lambda layer: -max(layer.won, 0.0) / (layer.cost + 0.01))
+    return ranked + rest
+
+
+def _shortest(
+    names: Sequence[str], start: frozenset[str], attempt: Callable[[frozenset[str]], Mixture], drop: Drop, say: Say
+) -> Mixture | None:
+    """The shortest beginning of ``names`` (on top of ``start``) that holds the budget, by halving; None if none does."""
+    names = [name for name in names if name not in start]
+    best: Mixture | None = None
+    low, high = 1, len(names)
+    step = 1
+    while step <= len(names):  # doubling first: the shortest is most often short, and long ones are slow
+        mixture = _attempt(start | frozenset(names[:step]), attempt, say)
+        if mixture is not None and mixture.verdict.accepted:
+            best, high = mixture, step - 1
+            break
+        if mixture is not None:
+            drop(mixture.engine)
+        low = step + 1
+        step = min(step * 2, len(names)) if step < len(names) else step + 1
+    if best is None:
+        return None
+    while low <= high:
+        middle = (low + high) // 2
+        mixture = _attempt(start | frozenset(names[:middle]), attempt, say)
+        if mixture is not None and mixture.verdict.accepted:
+            drop(best.engine)
+            best, high = mixture, middle - 1
+        else:
+            if mixture is not None:
+                drop(mixture.engine)
+            low = middle + 1
+    return best
+
+
+def _attempt(keep: frozenset[str], attempt: Callable[[frozenset[str]], Mixture], say: Say) -> Mixture | None:
+    try:
+        mixture = attempt(keep)
+    except GraphError:  # nothing is left in INT8
+        return None
+    change = mixture.verdict.label_change
+    what = f"{mixture.verdict.relative:.1e} of the range" if change is None else f"{change:.3%} of labels"
+    say(f"{_label(keep)}: {what} change, {'inside' if mixture.verdict.accepted else 'outside'} the budget")
+    return mixture
