@@ -354,10 +354,10 @@ def test_crops_are_constants_in_a_session_for_a_shape(tmp_path: Path) -> None:
 def test_a_setting_that_computes_something_else_is_left_out(
     host_gpu: HostDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HostSession, "error", 5.0)
+    monkeypatch.setattr(HostSession, "error", 50.0)
     graph = tmp_path / "graph.onnx"
     record = onnxruntime_cuda.build(
-        shipped_model(), graph, precision="fp32", device="cuda:0", tiles=[(64, 64)], batches=(1,)
+        shipped_model(), graph, precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(1,)
     )
     fused = [t for t in record.trials if t.options.fuse_conv_bias]
     assert [t.ms for t in fused] == [None]
@@ -432,15 +432,17 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, graph
 
 
-def every_option() -> list[Options]:
-    return [
-        Options(),
-        Options(search="EXHAUSTIVE"),
-        Options(prefer_nhwc=True),
-        Options(prefer_nhwc=True, fuse_conv_bias=True),
-        Options(prefer_nhwc=True, fuse_conv_bias=True, search="EXHAUSTIVE"),
-        Options(cuda_graph=True),
-    ]
+# FP32 with channels last may be TF32, without a word: left to the trial, which finds out.
+SETTINGS = [
+    ("fp32", Options()),
+    ("fp32", Options(search="EXHAUSTIVE")),
+    ("fp32", Options(cuda_graph=True)),
+    ("fp16", Options()),
+    ("fp16", Options(prefer_nhwc=True)),
+    ("fp16", Options(prefer_nhwc=True, fuse_conv_bias=True)),
+    ("fp16", Options(prefer_nhwc=True, fuse_conv_bias=True, search="EXHAUSTIVE")),
+    ("fp16", Options(prefer_nhwc=True, cuda_graph=True)),
+]
 
 
 @pytest.mark.gpu
@@ -458,8 +460,7 @@ def test_the_gpu_computes_what_the_baseline_does(built: tuple[str, Path], batch:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("options", every_option(), ids=lambda o: onnxruntime_cuda._text(o))
+@pytest.mark.parametrize(("precision", "options"), SETTINGS, ids=lambda v: v if isinstance(v, str) else v.text)
 def test_every_setting_computes_the_same(options: Options, precision: str, halved: Path, baseline: Any) -> None:
     x = pixels(2, 192)
     wanted = baseline.run([x])[0]
