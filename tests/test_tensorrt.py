@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from fake_tensorrt import FakeDevice, FakeTensorRt
 import unet_rt
 from unet_rt import kernels, machine
 from unet_rt.backends import tensorrt, tensorrt_session
-from unet_rt.backends.tensorrt_build import advice, profiles_for, refusal
+from unet_rt.backends.tensorrt_build import advice, failure, logger, profiles_for, refusal
 from unet_rt.backends.tensorrt_inspect import check_engine, check_network, engine_convolutions
 from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
 from unet_rt.backends.tensorrt_session import TensorRtSession
+from unet_rt.device import DeviceMemoryError
 from unet_rt.errors import BackendError, EngineError, TileError
 
 onnx = pytest.importorskip("onnx")
@@ -287,6 +289,17 @@ def test_a_network_in_another_precision_is_refused() -> None:
         check_network(ASKED, "int8")
 
 
+def test_short_memory_is_an_error_of_its_own(fake: FakeTensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
+    assert isinstance(failure(text, text), DeviceMemoryError)
+    assert type(failure("it failed", "for another reason")) is BackendError
+    messages = logger(fake)[1]
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: messages.errors.append(text))
+    monkeypatch.setattr(fake, "Runtime", lambda sink: runtime)
+    with pytest.raises(DeviceMemoryError, match=r"cannot load the plan: .* use a smaller --tile or --batch"):
+        tensorrt_session.deserialize(fake, b"plan")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -429,7 +442,7 @@ def test_scratch_memory_is_one_block_and_given_back(fake: FakeTensorRt) -> None:
     with pytest.raises(BackendError, match="this TensorRT session is closed"):
         session.run([tiles(1)])
     device.free_bytes = 100
-    with pytest.raises(BackendError, match=r"needs 0 MB of device memory .* use a smaller --tile or --batch"):
+    with pytest.raises(DeviceMemoryError, match=r"needs 0 MB of device memory .* use a smaller --tile or --batch"):
         session_of(fake, device)
 
 

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_tensorrt import FakeDevice
 
 import unet_rt
 from unet_rt.backends import crop_concat_plugin, tensorrt
 from unet_rt.backends.tensorrt_build import compile_plan, profiles_for
 from unet_rt.backends.tensorrt_inspect import check_network
+from unet_rt.backends.tensorrt_plan import PlanHeader, read_plan
 from unet_rt.errors import BackendError, TileError
 
 onnx = pytest.importorskip("onnx")
@@ -182,6 +184,105 @@ def test_what_the_builder_refuses_is_said(rtx: Any, tmp_path: Path) -> None:
     profiles = profiles_for(onnx.load_from_string(graph("paper_w8")), [(100, 100)], [1])
     with pytest.raises((BackendError, TileError), match=r"g\.onnx"):
         compile_plan(rtx, tmp_path / "g.onnx", profiles)
+
+
+class Session:
+    """What ``build`` asks of the sessions of its plans, without running them."""
+
+    def __init__(self, trt: Any, header: PlanHeader, plan: bytes, *rest: Any) -> None:
+        self.header, self.plan = header, plan
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def inspect(self) -> str:
+        return '{"Layers": []}'
+
+    def kernels(self) -> bytes:
+        return b"kernels"
+
+    def run(self, inputs: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        return [2 * x for x in inputs]
+
+
+@pytest.fixture
+def opened(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """``build`` on a GPU that is not there: plans are real, and take these milliseconds per form of the graph."""
+    times = {"native": 2.0, "up_conv": 1.0}
+    device = FakeDevice()
+    device.compute_capability = (9, 0)  # not listed by the library, so that it does not ask the driver for the GPU
+    monkeypatch.setattr(tensorrt, "_open", lambda name: (rtx, device))
+    monkeypatch.setattr(tensorrt, "TensorRtSession", Session)
+    monkeypatch.setattr(tensorrt, "_measured_ms", lambda session: times[session.header.variant])
+    return times
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("fastest", ["native", "up_conv"])
+def test_the_fastest_form_becomes_the_plan(opened: dict[str, float], tmp_path: Path, fastest: str) -> None:
+    opened[fastest] = 0.5
+    model, built = tmp_path / "model.onnx", tmp_path / "built"
+    model.write_bytes(graph("paper_w8"))
+    built.mkdir()
+    tensorrt.build(
+        model, built / "g.onnx", precision="fp16", device="cuda:0", blob=built / "p", tiles=[(188, 188)], batches=[1, 2]
+    )
+    header, plan, compiled = read_plan(built / "p")
+    assert (header.variant, header.measured_ms) == (fastest, opened)
+    assert [p.batch for p in header.profiles] == [2, 1]
+    assert (header.precision, dict(header.layers), compiled) == ("fp16", {"unread": 23}, b"kernels")
+    assert (header.origin.library, header.origin.gpu) == ("tensorrt_rtx", "Fake GPU")
+    assert len(plan) > 1e6
+    kinds = Counter(node.op_type for node in onnx.load(str(built / "g.onnx")).graph.node)
+    assert (kinds["DepthToSpace"], kinds["ConvTranspose"]) == ((4, 0) if fastest == "up_conv" else (0, 4))
+    assert sorted(path.name for path in built.iterdir()) == ["g.onnx", "p"]
+    assert model.read_bytes() == graph("paper_w8")
+
+
+@pytest.mark.tensorrt
+def test_a_form_that_fails_is_left_out(
+    opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tensorrt.compile_plan
+
+    def compile_plan(trt: Any, file: Path, *rest: Any, **more: Any) -> Any:
+        if broken in file.name:
+            raise BackendError(f"no kernel for {file.name}")
+        return real(trt, file, *rest, **more)
+
+    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
+    (tmp_path / "model.onnx").write_bytes(graph("paper_w8"))
+
+    def build() -> None:
+        tensorrt.build(
+            tmp_path / "model.onnx", tmp_path / "g.onnx", precision="fp32", device="cuda:0", blob=tmp_path / "p",
+            tiles=[(188, 188)], batches=[1],
+        )  # fmt: skip
+
+    broken = "up_conv"
+    build()
+    assert read_plan(tmp_path / "p")[0].variant == "native"
+    broken = "g."
+    with pytest.raises(BackendError, match=r"no kernel for g\.onnx"):
+        build()
+
+
+@pytest.mark.tensorrt
+def test_rows_that_disagree_are_no_engine(
+    opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Session, "run", lambda self, inputs: [x + np.arange(len(x))[:, None, None, None] for x in inputs]
+    )
+    with pytest.raises(BackendError, match="128x128 px at batch 2: identical rows give answers that differ"):
+        tensorrt.build(
+            DATA / "nuclei.onnx", tmp_path / "g.onnx", precision="fp32", device="cuda:0", blob=tmp_path / "p",
+            tiles=[(128, 128)], batches=[1, 2],
+        )  # fmt: skip
+    assert not (tmp_path / "p").exists()
 
 
 # --- crop and concatenation -------------------------------------------------------------------------------------------

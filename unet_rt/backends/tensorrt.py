@@ -175,7 +175,7 @@ def build(
                 refused = refused or error
                 log.info("%s: the form %s is left out: %s", graph.name, name, error)
         if refused is not None and not made:
-            raise BackendError(str(refused)) from refused
+            raise refused if isinstance(refused, BackendError) else BackendError(str(refused)) from refused
         chosen = min(made, key=lambda name: made[name].milliseconds)
         times = {name: round(m.milliseconds, 4) for name, m in made.items()} if len(forms) > 1 else {}
         if len(made) > 1:

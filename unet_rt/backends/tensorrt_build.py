@@ -27,9 +27,9 @@ log = logging.getLogger("unet_rt")
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 # Nodes in messages of the builder: "node {ForeignNode[a...b]}", "node /up/ConvTranspose", "(/up/ConvTranspose)".
 _NODE = re.compile(r"node \{?(?:ForeignNode\[)?([^\]\s}]+)")
+_MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.IGNORECASE)
 _ADVICE = (
-    (re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.IGNORECASE),
-     "the GPU's memory is short: use a smaller --tile or --batch, or free the GPU"),
+    (_MEMORY, "the GPU's memory is short: use a smaller --tile or --batch, or free the GPU"),
     (re.compile(r"could not find any implementation|no tactic|kNO_IMPL", re.IGNORECASE),
      "there is no kernel for this layer in this precision: build with another --precision"),
     (re.compile(r"compute capability|UNSUPPORTED_CC|unsupported (SM|GPU|arch)", re.IGNORECASE),
@@ -71,6 +71,15 @@ def logger(trt: Any) -> tuple[Any, Messages]:
             log.debug("%s: %s", trt.__name__, text.strip())
 
     return _Logger(), messages
+
+
+def failure(message: str, text: str) -> BackendError:
+    """The error for a message that ends in the library's words: of its own kind where device memory is short."""
+    if _MEMORY.search(text):
+        from unet_rt.device import DeviceMemoryError
+
+        return DeviceMemoryError(message)
+    return BackendError(message)
 
 
 def advice(text: str) -> str:
@@ -188,7 +197,7 @@ def compile_plan(
         plan = None
     text = messages.take()
     if plan is None:
-        raise BackendError(refusal(trt, graph.name, profiles[0], text))
+        raise failure(refusal(trt, graph.name, profiles[0], text), text)
     if timings is not None:
         _TIMINGS[key] = bytes(timings.serialize())
     return Compiled(bytes(plan), convolutions)

@@ -17,8 +17,9 @@ import numpy as np
 
 from unet_rt import kernels
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
-from unet_rt.backends.tensorrt_build import advice, logger, title
+from unet_rt.backends.tensorrt_build import advice, failure, logger, title
 from unet_rt.backends.tensorrt_plan import PlanHeader
+from unet_rt.device import DeviceMemoryError
 from unet_rt.errors import BackendError, EngineError, TileError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class TensorRtSession(SessionBase):
         size = max(*sizes, engine.device_memory_size_v2, 256)
         free, _ = self._device_.memory()
         if size > free:
-            raise BackendError(
+            raise DeviceMemoryError(
                 f"the plan needs {size / 1e6:.0f} MB of device memory beside its weights, {free / 1e6:.0f} MB are free on "
                 f"{self.device}; use a smaller --tile or --batch, or free the GPU"
             )
@@ -188,7 +189,7 @@ class TensorRtSession(SessionBase):
             native = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if native is None:
             text = messages.take()
-            raise BackendError(f"{title(trt)} makes no execution context: {text or 'no reason given'}; {advice(text)}")
+            raise failure(f"{title(trt)} makes no execution context: {text or 'no reason given'}; {advice(text)}", text)
         if index and not native.set_optimization_profile_async(index, self._stream.handle):
             raise BackendError(f"profile {self.header.profiles[index]} cannot be set: {messages.take()}; build again")
         for name, shape in zip(self._inputs, self.header.profiles[index].inputs, strict=True):
@@ -250,9 +251,10 @@ class TensorRtSession(SessionBase):
         if not native.execute_async_v3(self._stream.handle):
             context.addresses = ()
             text = logger(self._trt)[1].take()
-            raise BackendError(
+            raise failure(
                 f"{title(self._trt)} fails to run {self.header.profiles[context.profile]}: "
-                f"{text or 'no reason given'}; {advice(text)}"
+                f"{text or 'no reason given'}; {advice(text)}",
+                text,
             )
 
     def _remember(self, key: tuple[int, ...], handle: int) -> None:
@@ -381,6 +383,7 @@ def deserialize(trt: Any, plan: bytes) -> tuple[Any, Any]:
 
     Raises:
         EngineError: The library refuses the plan on this machine.
+        DeviceMemoryError: The GPU has no room for its weights.
     """
     sink, messages = logger(trt)
     messages.take()
@@ -396,6 +399,9 @@ def deserialize(trt: Any, plan: bytes) -> tuple[Any, Any]:
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         text = messages.take()
+        found = failure(f"{title(trt)} cannot load the plan: {text}; {advice(text)}", text)
+        if isinstance(found, DeviceMemoryError):
+            raise found
         raise EngineError(
             f"{title(trt)} {trt.__version__} refuses the plan: {text or 'it gives no reason'}; build the engine again"
         )
