@@ -14,6 +14,7 @@ _PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx"),
+    "cudnn": ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
     "eager": ("torch",),
 }
 

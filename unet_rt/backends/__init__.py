@@ -1,4 +1,4 @@
-"""The libraries that run graphs, one module each: :mod:`onnxruntime`, :mod:`openvino`, :mod:`tensorrt`, :mod:`eager`.
+"""The libraries that run graphs, one module each: ``onnxruntime``, ``openvino``, ``tensorrt``, ``cudnn``, ``eager``.
 
 Every module has the three functions of :class:`unet_rt.backends.session.Backend`; none of the libraries is imported
 before one of them is called.
@@ -16,7 +16,7 @@ from unet_rt.errors import BackendError
 __all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable"]
 
 # Engines, the baseline first; a tie in speed goes to the first.
-_ENGINES = ("onnxruntime", "openvino", "tensorrt")
+_ENGINES = ("onnxruntime", "openvino", "tensorrt", "cudnn")
 
 # Baselines: they run a module or a checkpoint, and no engine folder.
 _BASELINES = ("eager",)

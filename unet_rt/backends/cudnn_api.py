@@ -139,7 +139,8 @@ class Descriptor:
         )
 
     def __del__(self) -> None:
-        if getattr(self, "pointer", None):
+        pointer: c_void_p | None = getattr(self, "pointer", None)
+        if pointer is not None and pointer.value is not None:
             self._library.cudnnBackendDestroyDescriptor(self.pointer)
             self.pointer = c_void_p()
 
@@ -200,7 +201,7 @@ class Handle:
 
     def close(self) -> None:
         """With the handle's context active. Closing twice is allowed."""
-        if self.pointer:
+        if self.pointer.value is not None:
             self._library.cudnnDestroy(self.pointer)
             self.pointer = c_void_p()
 

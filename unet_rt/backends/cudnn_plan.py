@@ -586,7 +586,8 @@ class _Compiler:
             counts = [self.shapes[name][1] for name in node.inputs]
             size = self.shapes[node.output][2:]
             buffer = self._buffer(sum(map(_padded, counts)), (size[0], size[1]))
-            offset, places = 0, []
+            offset = 0
+            places: list[int] = []
             for name, count in zip(node.inputs, counts, strict=True):
                 region = Region(buffer, offset, _padded(count), (size[0], size[1]))
                 maker = made.get(name)
@@ -612,9 +613,7 @@ class _Compiler:
         """A tensor in channels-last form; the input is put into it when first asked for."""
         if name not in self.values and name in self.input_names:
             value = self._target(name)
-            self.plan.steps.append(
-                Enter(name, self.input_names.index(name), self.shapes[name][1], value.region)
-            )
+            self.plan.steps.append(Enter(name, self.input_names.index(name), self.shapes[name][1], value.region))
         return self.values[name]
 
     # ------------------------------------------------------------------------------------------------------ steps
@@ -628,9 +627,7 @@ class _Compiler:
                 if value.places != tuple(range(len(value.places))):
                     self._refuse(node, "as output")
                 act = node.after if node.after in ("Sigmoid", "Softmax") else "none"
-                self.plan.steps.append(
-                    Leave(node.output, value.region, len(value.places), _ACTIVATIONS[act], index)
-                )
+                self.plan.steps.append(Leave(node.output, value.region, len(value.places), _ACTIVATIONS[act], index))
 
     def _keep(self, key: str, array: Array) -> str:
         self.plan.constants[key] = np.ascontiguousarray(array)
@@ -685,9 +682,7 @@ class _Compiler:
             spread = np.zeros((filters, source.region.channels), np.float32)
             spread[:, list(source.places)] = _rounded(w[:, :, 0, 0])
             index = self.output_names.index(node.output)
-            self.plan.steps.append(
-                Head(node.name, source.region, spread, b, _ACTIVATIONS[node.after], index)
-            )
+            self.plan.steps.append(Head(node.name, source.region, spread, b, _ACTIVATIONS[node.after], index))
             return
         target = self._target(node.output)
         self._convolve(node, node.name, source, target.region, w, b, convolution)
@@ -740,7 +735,8 @@ class _Compiler:
                     (1, 1),
                     activation="relu" if node.after == "Relu" else "none",
                 )
-                self._convolve(node, f"{node.name}[{i},{j}]", source, part, w[:, :, i : i + 1, j : j + 1].transpose(1, 0, 2, 3), b, what)  # fmt: skip
+                taps = w[:, :, i : i + 1, j : j + 1].transpose(1, 0, 2, 3)
+                self._convolve(node, f"{node.name}[{i},{j}]", source, part, taps, b, what)
         self._activate(node, target)
 
     def _emit_maxpool(self, node: _Node) -> None:

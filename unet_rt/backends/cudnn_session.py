@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("unet_rt")
 
-RECORD: Final = "unet_rt.cudnn"  # key of the metadata entry of a built graph: engines chosen, where and by which version
+RECORD: Final = (
+    "unet_rt.cudnn"  # key of the metadata entry of a built graph: engines chosen, where and by which version
+)
 
 _SHAPES = 3  # input shapes whose memory and plans are kept
 _GRAPHS = 16  # sets of addresses per shape whose launches are recorded
@@ -67,6 +69,7 @@ def calls(plan: Plan, block: int, constants: Mapping[str, int], kernels: Any, bi
 
 def _call(plan: Plan, step: Step, block: int, constants: Mapping[str, int], kernels: Any, bind: Bind) -> Call:
     n = plan.batch
+    sizes: tuple[int, ...]
 
     def at(region: Region | None) -> tuple[int, int, int, int]:
         if region is None:
@@ -83,9 +86,7 @@ def _call(plan: Plan, step: Step, block: int, constants: Mapping[str, int], kern
         sizes = (step.target.channels, *step.target.size)
         return lambda i, o, s: kernels.steps_first(i[index], False, shape, before, weights, bias, relu, out, sizes, s)
     if isinstance(step, Convolve):
-        launch = bind(
-            step, at(step.source)[0], constants[step.weights], constants[step.bias], at(step.target)[0]
-        )
+        launch = bind(step, at(step.source)[0], constants[step.weights], constants[step.bias], at(step.target)[0])
         return lambda i, o, s: launch()
     if isinstance(step, Pool):
         source, out, crop = at(step.source), at(step.target), at(step.crop)
@@ -295,9 +296,7 @@ class CudnnSession(SessionBase):
 
     def _choose(self, key: str, step: Convolve, x: int, w: int, bias: int, y: int) -> api.Plan:
         operations = api.graph(step.convolution, self._handle)
-        found = [
-            c for c in api.configurations(operations) if c.faithful and not dict(c.knobs).get(_STREAM_K, 0)
-        ]
+        found = [c for c in api.configurations(operations) if c.faithful and not dict(c.knobs).get(_STREAM_K, 0)]
         wanted = self.choices.names.get(key)
         for configuration in found:
             if configuration.name == wanted:
