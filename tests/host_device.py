@@ -59,6 +59,9 @@ class HostDevice:
     def activate(self) -> Iterator[None]:
         yield
 
+    def bear_captures(self) -> None:
+        pass
+
     def memory(self) -> tuple[int, int]:
         return 2**34 - self.held, 2**34
 

@@ -6,9 +6,11 @@ early, as events allow, with kernels that run on the host.
 
 from __future__ import annotations
 
+import gc
 import itertools
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -407,3 +409,227 @@ def test_progress_counts_to_the_end(small, texture, on_device):
     assert told[0] == (0, count)
     assert told[-1] == (count, count)
     assert sorted(told) == told
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+class OnHost:
+    """A GPU's session without its way in for arrays that lie there: the pipeline of the host runs it."""
+
+    def __init__(self, session: Any) -> None:
+        self.run, self.version = session.run, session.version
+
+
+@pytest.fixture(scope="module")
+def gpu_engine(engine_for, tmp_path_factory) -> Iterator[Callable[..., Engine]]:
+    """The same engines on the first GPU, in ONNX Runtime with its own choice of settings; nothing is timed."""
+    from unet_rt.backends.onnxruntime_cuda import CudaSession
+    from unet_rt.passes.half import half
+
+    folder, opened = tmp_path_factory.mktemp("halved"), list[Engine]()
+
+    @cache
+    def load(
+        path: Path, contract: Contract | None = None, tile: int = 0, blend: bool = False, half_: bool = False
+    ) -> Engine:
+        import onnx
+
+        cpu = engine_for(path, contract, tile, blend)
+        with_batch = folder / f"{len(opened)}.onnx"
+        proto = onnx.load(str(open_model(path, Path(tempfile.mkdtemp(dir=folder)), options=contract).graph))
+        if half_:
+            half(proto)
+        onnx.save_model(proto, str(with_batch))
+        precision = "fp16" if half_ else "fp32"
+        spec = replace(cpu.spec, device="cuda:0", precision=precision)
+        opened.append(Engine(spec, CudaSession(with_batch, precision, "cuda:0")))
+        return opened[-1]
+
+    yield load
+    for engine in opened:
+        engine.close()
+
+
+def on_host(engine: Engine) -> Engine:
+    return Engine(engine.spec, OnHost(engine._session))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half_", [False, True], ids=["fp32", "fp16"])
+def test_gpu_pipeline_equals_the_host_pipeline_around_the_same_session(gpu_engine, image, half_):
+    """One tile per run on both sides: the session runs the same shapes on the same tiles, so all bits must agree."""
+    gpu = gpu_engine(shipped_model(), None, 192, False, half_)
+    tall = np.concatenate([image, image[::-1]])
+    for output in ("mask", "probability", "raw"):
+        expected, found = both(on_host(gpu), gpu, tall, output=output, batch=1, tile=(160, 192))
+        np.testing.assert_array_equal(found, expected)
+    assert urt.predict(gpu, tall).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.torch
+@pytest.mark.parametrize("what", ["valid", "colours", "volume", "blended", "multilabel"])
+def test_gpu_networks(gpu_engine, network, what):
+    import networks
+
+    rng = np.random.default_rng(1)
+    texture = networks.texture((1, 1, 171, 101), seed=9)[0, 0]
+    options: dict[str, Any] = {}
+    if what == "valid":
+        gpu, pixels = gpu_engine(network(valid=True), SCALE, 76), rng.integers(0, 256, (151, 133), np.uint8)
+    elif what == "colours":
+        gpu, pixels = (
+            gpu_engine(network(inputs=3, norm="batch"), SCALE, 76),
+            rng.integers(0, 256, (91, 83, 3), np.uint8),
+        )
+    elif what == "volume":
+        volume = networks.texture((1, 1, 41, 30, 26), seed=2)[0, 0]
+        gpu, pixels = gpu_engine(network(dims=3, depth=1, convs=1), LOGITS), volume
+    elif what == "blended":
+        gpu, pixels = gpu_engine(network(norm="instance"), LOGITS, 48, True), np.stack([texture, texture[::-1]])
+        options = {"axes": "TYX"}
+    else:
+        contract = Contract(task="multilabel", output_is="logits", threshold=(0.4,), normalization=NONE)
+        gpu, pixels = gpu_engine(network(classes=3, depth=1), contract, 40), texture
+    for output in ("raw", "mask"):
+        expected, found = both(on_host(gpu), gpu, pixels, output=output, batch=1, **options)
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_tiled_equals_whole(gpu_engine, nuclei, image):
+    """Other shapes are other convolution kernels on a GPU, and other roundings: bounded by what they are for one shape.
+
+    The bound is what the GPU and the CPU differ by on the whole image, times 8. A seam is far above it.
+    """
+    gpu = gpu_engine(shipped_model(), None, 192)
+    big = Engine(replace(gpu.spec, tile=(512, 512)), gpu._session)
+    picture = np.concatenate([image, image[::-1]])[:400]
+    whole = urt.predict(big, picture, output="raw")
+    assert big.spec.grid(picture.shape).count == 1
+    on_cpu = urt.predict(Engine(replace(nuclei.spec, tile=(512, 512)), nuclei._session), picture, output="raw")
+    rounding = float(np.abs(whole - on_cpu).max())
+    assert 0 < 8 * rounding < 1e-3 * np.abs(whole).max()
+    for batch in (1, 4):
+        tiled = urt.predict(gpu, picture, output="raw", tile=(160, 160), batch=batch)
+        print(f"batch {batch}: {np.count_nonzero(tiled != whole)} of {whole.size} differ, bound {8 * rounding:.3g}")
+        np.testing.assert_allclose(tiled, whole, rtol=0, atol=8 * rounding)
+    halo = gpu.spec.outputs[0].field[0].halo[0]
+    less = Engine(replace(gpu.spec, halo="given", halo_limit=halo // 2), gpu._session)
+    seams = np.abs(urt.predict(less, picture, output="raw", tile=(160, 160)) - whole).max()
+    assert seams > 8 * rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_gpu_memory_does_not_grow(gpu_engine, image, where):
+    gpu = gpu_engine(shipped_model(), None, 192)
+    session = gpu.device_session
+    assert session is not None
+    device = session.stream.device
+    pixels: Any = np.ascontiguousarray(image[:128, :144])
+    expected = urt.predict(gpu, pixels)
+    if where == "device":
+        own = device.empty(pixels.shape, pixels.dtype)
+        device.copy_in(own, pixels, session.stream)
+        session.stream.synchronize()
+        pixels = own
+
+    def check() -> None:
+        found = urt.predict(gpu, pixels)
+        np.testing.assert_array_equal(found if where == "host" else found.to_host(), expected)
+
+    for _ in range(20):
+        check()
+    gc.collect()
+    before = device.memory()[0]
+    for _ in range(1000):
+        urt.predict(gpu, pixels)
+    check()
+    gc.collect()
+    assert before - device.memory()[0] <= 2 << 20, "1,000 predictions took device memory"
+
+
+@pytest.mark.gpu
+@pytest.mark.torch
+def test_gpu_tensors_stay_on_their_device_and_stream(gpu_engine, image):
+    import torch
+
+    gpu = gpu_engine(shipped_model(), None, 192)
+    expected = urt.predict(gpu, image)
+    raw = urt.predict(gpu, image, output="raw")
+    side = torch.cuda.Stream()
+    for stream in (side, torch.cuda.default_stream()):
+        with torch.cuda.stream(stream):
+            for k in range(3):
+                tensor = torch.zeros(image.shape, dtype=torch.int32, device="cuda")
+                source = torch.from_numpy(image.astype(np.int32)).cuda()
+                torch.cuda._sleep(50_000_000)  # the pixels arrive late on this stream
+                tensor.copy_(source)
+                mask = urt.predict(gpu, tensor, batch=k + 1)
+                assert mask.device == tensor.device
+                assert mask.dtype == torch.uint8
+                tensor.zero_()  # further work of the stream comes after the prediction
+                np.testing.assert_array_equal((mask + 1).cpu().numpy(), expected + 1)
+            found = urt.predict(gpu, source, output="raw")
+            np.testing.assert_array_equal(found.cpu().numpy(), raw)
+            turned = urt.predict(gpu, source.T, output="raw")
+            np.testing.assert_array_equal(turned.cpu().numpy(), urt.predict(gpu, image.T, output="raw"))
+    reports: list[RunReport] = []
+    urt.predict(gpu, source, report=reports.append)
+    urt.predict(gpu, image, report=reports.append)
+    assert reports[0].class_share == reports[1].class_share
+    bad = torch.zeros(image.shape, device="cuda")
+    bad[100, 50] = float("inf")
+    scale = Normalization("scale", scale=255.0)
+    unscaled = Engine(replace(gpu.spec, contract=replace(gpu.spec.contract, normalization=scale)), gpu._session)
+    with pytest.raises(urt.ImageError, match="NaN or infinite pixels in plane 0"):
+        urt.predict(unscaled, bad)
+    with pytest.raises(urt.ImageError, match="the engine runs on cpu"):
+        urt.predict(Engine(replace(gpu.spec, device="cpu"), OnHost(gpu._session)), bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_gpu_two_threads(gpu_engine, image):
+    """Two threads with one engine take turns; two engines work at once."""
+    first = gpu_engine(shipped_model(), None, 192)
+    second = gpu_engine(shipped_model(), None, 192, False, True)
+    images = [image, image[::-1].copy()]
+    wanted = {(e, k): urt.predict(e, images[k]) for e in (first, second) for k in range(2)}
+    for engines in ((first, first), (first, second)):
+        failures: list[BaseException] = []
+
+        def work(engine: Engine, k: int, failures: list[BaseException] = failures) -> None:
+            try:
+                for _ in range(20):
+                    np.testing.assert_array_equal(urt.predict(engine, images[k]), wanted[engine, k])
+            except BaseException as error:  # noqa: BLE001
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(engine, k)) for k, engine in enumerate(engines)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+
+
+@pytest.mark.gpu
+def test_gpu_failures_leave_nothing_behind(gpu_engine, nuclei, image, tmp_path):
+    gpu = gpu_engine(shipped_model(), None, 192)
+    session = gpu.device_session
+    assert session is not None
+    urt.predict(gpu, image)
+    before, threads, calls = session.stream.device.memory()[0], threading.active_count(), itertools.count()
+
+    def interrupt(*_: Any) -> None:
+        if next(calls) > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        urt.predict(gpu, np.concatenate([image] * 20), out=tmp_path / "mask.npy", tile=(160, 192), progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+    urt.predict(gpu, image)
+    assert before - session.stream.device.memory()[0] <= 2 << 20

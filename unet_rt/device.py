@@ -29,6 +29,7 @@ from .errors import BackendError
 Array = npt.NDArray[Any]
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA does not name
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _LEGACY_STREAM = 1  # CU_STREAM_LEGACY
 
@@ -131,6 +132,18 @@ class Device:
             ) from error
         finally:
             self._driver.Context.pop()
+
+    def bear_captures(self) -> None:
+        """Lets this thread wait for events while another one records a CUDA graph.
+
+        Libraries record in the mode that forbids this to all threads (ONNX Runtime, PyTorch), and a thread that does it
+        all the same spoils the recording.
+        """
+        mode = ctypes.c_int(_RELAXED)
+        with self.activate():
+            _check(
+                _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode"
+            )
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes."""

@@ -298,7 +298,8 @@ class _Job:
                 f"the engine returned {self.tiles_out.shape[2:]} samples for a tile of {grid.tile}, and the graph "
                 f"says {expected}; the engine does not belong to its spec: build it again"
             )
-        # Rows of tiles under way: those that a batch spans, those whose bands are not written, those that are read.
+        # Rows of tiles under way: those that a batch spans, those whose bands are not written, those that are read. A
+        # counter is used again as it is: what is not 0 ends the run.
         count = self.batch + BANDS + WINDOWS + 2
         self.counters = take.empty("counters", (2, count), np.uint64)  # non-finite pixels; samples in no tile
         self.counted = take.pinned("counters", (2, count), np.uint64)
@@ -414,6 +415,7 @@ class _Job:
     def _guarded(self, work: Callable[[], None]) -> Callable[[], None]:
         def body() -> None:
             try:
+                self.device.bear_captures()  # the session may record its launches while this thread waits
                 work()
             except Stop:
                 pass
@@ -502,10 +504,6 @@ class _Job:
                 raise Stop
             if row.window is not None:
                 self.compute.wait(row.window.copied)
-            if self.real:
-                self.device.zero(self._counter(0, row.counter), self.compute)
-            if self.blend is not None:
-                self.device.zero(self._counter(1, row.counter), self.compute)
             first = 0
             while first < len(row.index):
                 piece = _Piece(row, first, min(self.batch - held, len(row.index) - first), held)
