@@ -314,6 +314,7 @@ class _Compiler:
         self.batch = inputs[0][0]
         self.values: dict[str, Value] = {}
         self.placed: dict[str, Region] = {}  # tensors that a concatenation wants in its buffer
+        self.weights: dict[str, tuple[Array, Array]] = {}  # of layers, by node
         self.pools: dict[Region, int] = {}  # step that pools a region
         self.plan = Plan(self.inputs, (), [], [], {})
         self.nodes = [self._node(node) for node in proto.graph.node]
@@ -437,6 +438,11 @@ class _Compiler:
 
     def _weights(self, node: _Node) -> tuple[Array, Array]:
         """Weights and bias in float32."""
+        if node.name not in self.weights:
+            self.weights[node.name] = self._read_weights(node)
+        return self.weights[node.name]
+
+    def _read_weights(self, node: _Node) -> tuple[Array, Array]:
         w = self._constant(node, 1, "weights").astype(np.float32)
         filters = w.shape[0] if node.op == "Conv" else w.shape[1]
         has_bias = len(node.inputs) > 2 and node.inputs[2]
