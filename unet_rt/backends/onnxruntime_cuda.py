@@ -54,7 +54,7 @@ RECORD = (
     "unet_rt.onnxruntime.cuda"  # key of the metadata entry of a built graph: its settings, and the trial behind them
 )
 
-_SHAPES = 3  # provider sessions that are kept, one per shape, each with its weights, arena and plans
+_SHAPES = 4  # provider sessions that are kept, one per shape, each with its weights, arena and plans
 _BINDINGS = 64  # sets of addresses whose bindings are kept
 _GRAPHS = 16  # sets of addresses whose launches are recorded
 _RUNS_BEFORE_GRAPH = 2  # runs of a set of addresses before it is taken for one that stays
@@ -456,7 +456,7 @@ class CudaSession(SessionBase):
             kind, way_out = (
                 (DeviceMemoryError, "use a smaller --tile or --batch, or free what others hold")
                 if short
-                else (BackendError, "use --backend tensorrt, or --device cpu")
+                else (BackendError, "use --backend cudnn, or --device cpu")
             )
             raise kind(f"ONNX Runtime fails on {self.device} on an input of {shapes}: {error}; {way_out}") from error
 
