@@ -22,8 +22,10 @@
 #if defined(__CUDA_ARCH__)
 #define UNET_RT_UNROLL _Pragma("unroll")
 #define UNET_RT_UNROLL_TWICE _Pragma("unroll 2")
+#define UNET_RT_ROLLED _Pragma("unroll 1")
 #else
 #define UNET_RT_UNROLL
+#define UNET_RT_ROLLED
 #define UNET_RT_UNROLL_TWICE
 #endif
 
@@ -32,6 +34,7 @@ namespace unet_rt::cuda {
 using Stream = void*;  // a cudaStream_t
 
 constexpr uint32_t kThreads = 256;
+constexpr int kRows = 4;                // per thread, where rows are independent: what it takes to get there is shared
 constexpr int64_t kMostBlocks = 65535;  // along y and z
 constexpr int kTilesPerLaunch = 32;     // whose tables travel in the launch's parameters
 

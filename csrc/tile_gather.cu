@@ -62,7 +62,8 @@ struct Body {
     int64_t image_shape[3];
     char* out;
     int64_t out_stride[5];
-    Rows rows;
+    Rows rows;  // groups of kRows rows
+    uint32_t height;
     Divider depth;
     uint32_t planes;
     Border border;
@@ -82,22 +83,75 @@ struct Body {
     UNET_RT_HD void operator()(const Place& at) const {
         const uint32_t item = at.block_x * kThreads + at.thread;
         if (item >= rows.items) return;
-        const uint32_t y = rows.vectors.quotient(item);
+        const uint32_t group = rows.vectors.quotient(item);
+        const uint32_t y = group * kRows;
         const uint32_t n = at.block_z;
         const int64_t start_x = starts.at(n, 2);
-        const int64_t line = found(starts.at(n, 1) + y, 1);
+        const int64_t start_y = starts.at(n, 1);
+        const int64_t line = start_y + y - window_start[1];
+        const bool held_rows = y + kRows <= height && line >= 0 && line + kRows <= held[1];
         uint64_t bad = 0;
         for (uint32_t plane = at.block_y; plane < planes; plane += at.blocks_y) {
             const uint32_t c = depth.quotient(plane);
             const uint32_t z = plane - c * depth.divisor;
             const int64_t slice = found(starts.at(n, 0) + z, 0);
             char* const to = out + n * out_stride[0] + c * out_stride[1] + z * out_stride[2] + y * out_stride[3];
-            const auto span = rows.span(item, y, to, sizeof(Out), rows.width);
-            if (span.begin >= span.end) continue;
-            const char* const from = window + c * window_stride[0] + slice * window_stride[1] + line * window_stride[2];
-            bad += vector(from, (slice | line) >= 0, start_x, span, to, channels[c]);
+            const char* const from = window + c * window_stride[0] + slice * window_stride[1];
+            if (held_rows && slice >= 0 && four(from + line * window_stride[2], start_x, item, group, to, c, bad))
+                continue;
+            UNET_RT_ROLLED
+            for (uint32_t r = 0; r < kRows && y + r < height; ++r) {
+                char* const row = to + r * out_stride[3];
+                const auto span = rows.span(item, group, row, sizeof(Out), rows.width);
+                const int64_t own = found(start_y + y + r, 1);
+                bad += vector(from + own * window_stride[2], (slice | own) >= 0, start_x, span, row, channels[c]);
+            }
         }
         if (bad != 0 && non_finite != nullptr) add_to(non_finite, bad);
+    }
+
+    // A vector of each of kRows rows, the first of which are at `from` and `to`; false where not all are whole and
+    // held.
+    UNET_RT_HD bool four(const char* from, int64_t start_x, uint32_t item, uint32_t group, char* to, uint32_t c,
+                         uint64_t& bad) const {
+        constexpr int kBytes = kVector * static_cast<int>(sizeof(T));
+        const char* source[kRows];
+        char* target[kRows];
+        uint64_t misaligned = 0;
+        bool whole = true;
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            char* const row = to + r * out_stride[3];
+            const auto span = rows.span(item, group, row, sizeof(Out), rows.width);
+            const int64_t first = start_x + span.x - window_start[2];
+            whole = whole && span.whole && first >= 0 && first + kVector <= held[2];
+            source[r] = from + r * window_stride[2] + first * window_stride[3];
+            target[r] = row + span.x * static_cast<int64_t>(sizeof(Out));
+            misaligned |= address_of(source[r]);
+        }
+        if (!whole) return false;
+        T pixels[kRows][kVector];
+        if (window_stride[3] == static_cast<int64_t>(sizeof(T)) && misaligned % (kBytes < 16 ? kBytes : 16) == 0) {
+            uint32_t words[kRows][kBytes / 4];
+            UNET_RT_UNROLL
+            for (int r = 0; r < kRows; ++r) load_aligned<kBytes / 4>(source[r], words[r]);
+            memcpy(pixels, words, sizeof(pixels));
+        } else {
+            UNET_RT_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                UNET_RT_UNROLL
+                for (int i = 0; i < kVector; ++i) pixels[r][i] = load_one<T>(source[r] + i * window_stride[3]);
+            }
+        }
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            float values[kVector];
+            convert(pixels[r], channels[c], affine, values);
+            store_results(target[r], values, static_cast<Out*>(nullptr));
+            UNET_RT_UNROLL
+            for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[r][i]);
+        }
+        return true;
     }
 
     UNET_RT_HD uint64_t vector(const char* from, bool inside, int64_t start_x, const Rows::Span& span, char* to,
@@ -166,7 +220,9 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
             const int64_t tiles = std::min(most, o.shape[0] - n);
             body.starts = table_of(call.starts, starts, 0, n, tiles);
             body.out = o.data + n * o.stride[0] + c * o.stride[1];
-            body.rows = rows_of(o.shape[3], o.shape[4], body.out, o.stride[4], strides, sizeof(Out), body.kVector);
+            body.rows = rows_of((o.shape[3] + kRows - 1) / kRows, o.shape[4], body.out, o.stride[4], strides,
+                                sizeof(Out), body.kVector);
+            body.height = static_cast<uint32_t>(o.shape[3]);
             launch({blocks_for(body.rows.items), body.planes, tiles}, stream, body);
         }
     }

@@ -1,5 +1,5 @@
-// CUDA kernels. Placing: a thread makes a vector of samples of one row of one tile; blending: of one row of the total,
-// to which it adds the tiles that cover it in their order; finishing: of one row of the output.
+// CUDA kernels. Placing: a thread makes a vector of samples of each of some rows of one tile; blending: of one row of
+// the total, to which it adds the tiles that cover it in their order; finishing: of one row of the output.
 #include <type_traits>
 
 #include "kernels_cuda.h"
@@ -15,35 +15,39 @@ using Result = std::conditional_t<op == Op::argmax || op == Op::threshold, uint8
 // Whether channels do not meet: then each is a plane of its own.
 constexpr bool apart(Op op) { return op == Op::copy || op == Op::sigmoid || op == Op::threshold; }
 
-// kCount samples of all channels of a row of tiles.
-template <class In>
-struct TileRow {
-    const char* data;
+// Vectors of adjacent samples of kLines rows of tiles: where those of the first channel are.
+template <class In, int kLines>
+struct TileRows {
+    const char* data[kLines];
     int64_t channel_stride;
     int64_t stride;
 
+    // kCount samples of each row, row after row.
     template <int kCount>
-    UNET_RT_HD void load(int64_t k, int64_t x, float (&values)[kCount]) const {
-        In samples[kCount];
-        load_many(data + k * channel_stride + x * stride, stride, samples);
+    UNET_RT_HD void load(int64_t k, float (&values)[kLines * kCount]) const {
+        In samples[kLines][kCount];
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) values[i] = widened(samples[i]);
+        for (int r = 0; r < kLines; ++r) load_many(data[r] + k * channel_stride, stride, samples[r]);
+        UNET_RT_UNROLL
+        for (int i = 0; i < kLines * kCount; ++i) values[i] = widened(samples[i / kCount][i % kCount]);
     }
 };
 
 // The same of a blended total, divided by its weights. 0 / 0 is the NaN of a sample that no tile covers.
-struct TotalRow {
-    TileRow<float> total;
-    const char* weight;
+template <int kLines>
+struct TotalRows {
+    TileRows<float, kLines> total;
+    const char* weight[kLines];
     int64_t weight_stride;
 
     template <int kCount>
-    UNET_RT_HD void load(int64_t k, int64_t x, float (&values)[kCount]) const {
-        float weights[kCount];
-        total.load(k, x, values);
-        load_many(weight + x * weight_stride, weight_stride, weights);
+    UNET_RT_HD void load(int64_t k, float (&values)[kLines * kCount]) const {
+        float weights[kLines][kCount];
+        total.template load<kCount>(k, values);
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) values[i] = values[i] / weights[i];
+        for (int r = 0; r < kLines; ++r) load_many(weight[r], weight_stride, weights[r]);
+        UNET_RT_UNROLL
+        for (int i = 0; i < kLines * kCount; ++i) values[i] = values[i] / weights[i / kCount][i % kCount];
     }
 };
 
@@ -52,91 +56,98 @@ struct Finish {
     float bounds[kBounds];  // per channel of the launch
     uint8_t values[256];
     int64_t channel_stride;  // of the output, bytes
-    int64_t stride;
 };
 
-// Stores kCount samples (adjacent and aligned if there are several) at `to`.
-template <int kCount, class T>
-UNET_RT_HD void store(char* to, const T (&values)[kCount]) {
-    if constexpr (kCount == 1)
-        store_result(to, values[0], static_cast<T*>(nullptr));
-    else
-        store_results(to, values, static_cast<T*>(nullptr));
+// Stores kCount samples (adjacent and aligned if there are several) at each of kLines places, `shift` bytes on.
+template <int kCount, int kLines, class T>
+UNET_RT_HD void store(char* const (&to)[kLines], int64_t shift, const T (&values)[kLines * kCount]) {
+    UNET_RT_UNROLL
+    for (int r = 0; r < kLines; ++r) {
+        if constexpr (kCount == 1) {
+            store_result(to[r] + shift, values[r], static_cast<T*>(nullptr));
+        } else {
+            T row[kCount];
+            UNET_RT_UNROLL
+            for (int i = 0; i < kCount; ++i) row[i] = values[r * kCount + i];
+            store_results(to[r] + shift, row, static_cast<T*>(nullptr));
+        }
+    }
 }
 
-// Samples x .. x + kCount of a row: of channel k, or where channels meet of all from channel 0 on. `out` is the row in
-// the output's channel k.
-template <Op op, int kCount, class Row>
-UNET_RT_HD void finish(const Finish& f, const Row& row, uint32_t k, int64_t x, char* out) {
-    char* const to = out + x * f.stride;
-    float values[kCount];
+// kCount samples of each of kLines rows: of channel k, or where channels meet of all from channel 0 on. `to`: the
+// samples' places in the output's channel k.
+template <Op op, int kCount, int kLines, class Source>
+UNET_RT_HD void finish(const Finish& f, const Source& source, uint32_t k, char* const (&to)[kLines]) {
+    constexpr int kAll = kCount * kLines;
+    float values[kAll];
     if constexpr (op == Op::copy) {
-        row.load(k, x, values);
-        store(to, values);
+        source.template load<kCount>(k, values);
+        store<kCount>(to, 0, values);
     } else if constexpr (op == Op::sigmoid) {
-        row.load(k, x, values);
+        source.template load<kCount>(k, values);
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) values[i] = sigmoid_f32(values[i]);
-        store(to, values);
+        for (int i = 0; i < kAll; ++i) values[i] = sigmoid_f32(values[i]);
+        store<kCount>(to, 0, values);
     } else if constexpr (op == Op::threshold) {
-        row.load(k, x, values);
-        uint8_t labels[kCount];
+        source.template load<kCount>(k, values);
+        uint8_t labels[kAll];
         const float bound = f.bounds[k];
+        const uint8_t below = f.values[0], above = f.values[1];
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) labels[i] = values[i] > bound ? f.values[1] : f.values[0];
-        store(to, labels);
+        for (int i = 0; i < kAll; ++i) labels[i] = values[i] > bound ? above : below;
+        store<kCount>(to, 0, labels);
     } else if constexpr (op == Op::argmax) {
-        float best[kCount];
-        uint8_t labels[kCount];
-        row.load(0, x, best);
+        float best[kAll];
+        uint32_t label[kAll];
+        source.template load<kCount>(0, best);
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) labels[i] = f.values[0];
+        for (int i = 0; i < kAll; ++i) label[i] = f.values[0];
         UNET_RT_UNROLL_TWICE
         for (int64_t c = 1; c < f.channels; ++c) {
-            row.load(c, x, values);
-            const uint8_t label = f.values[c];
+            source.template load<kCount>(c, values);
+            const uint32_t next = f.values[c];
             UNET_RT_UNROLL
-            for (int i = 0; i < kCount; ++i) {
+            for (int i = 0; i < kAll; ++i) {
                 const bool take = takes_over(values[i], best[i]);
                 best[i] = take ? values[i] : best[i];
-                labels[i] = take ? label : labels[i];
+                label[i] = take ? next : label[i];
             }
         }
-        store(to, labels);
+        uint8_t labels[kAll];
+        UNET_RT_UNROLL
+        for (int i = 0; i < kAll; ++i) labels[i] = static_cast<uint8_t>(label[i]);
+        store<kCount>(to, 0, labels);
     } else {
         // Three passes over the channels, the later ones from the cache; exp() is cheaper than keeping its results.
-        float largest[kCount], sum[kCount];
-        row.load(0, x, largest);
+        float largest[kAll], sum[kAll];
+        source.template load<kCount>(0, largest);
         UNET_RT_UNROLL_TWICE
         for (int64_t c = 1; c < f.channels; ++c) {
-            row.load(c, x, values);
+            source.template load<kCount>(c, values);
             UNET_RT_UNROLL
-            for (int i = 0; i < kCount; ++i) largest[i] = values[i] > largest[i] ? values[i] : largest[i];
+            for (int i = 0; i < kAll; ++i) largest[i] = values[i] > largest[i] ? values[i] : largest[i];
         }
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
+        for (int i = 0; i < kAll; ++i) sum[i] = 0.0f;
+        UNET_RT_ROLLED
         for (int64_t c = 0; c < f.channels; ++c) {
-            row.load(c, x, values);
+            source.template load<kCount>(c, values);
             UNET_RT_UNROLL
-            for (int i = 0; i < kCount; ++i) sum[i] += exp_f32(values[i] - largest[i]);
+            for (int i = 0; i < kAll; ++i) sum[i] += exp_f32(values[i] - largest[i]);
         }
+        UNET_RT_ROLLED
         for (int64_t c = 0; c < f.channels; ++c) {
-            row.load(c, x, values);
+            source.template load<kCount>(c, values);
             UNET_RT_UNROLL
-            for (int i = 0; i < kCount; ++i) values[i] = exp_f32(values[i] - largest[i]) / sum[i];
-            store(to + c * f.channel_stride, values);
+            for (int i = 0; i < kAll; ++i) values[i] = exp_f32(values[i] - largest[i]) / sum[i];
+            store<kCount>(to, c * f.channel_stride, values);
         }
     }
 }
 
-template <Op op, int kVector, class Row>
-UNET_RT_HD void finish_span(const Finish& f, const Row& row, uint32_t k, const Rows::Span& span, char* out) {
-    if (span.whole) {
-        finish<op, kVector>(f, row, k, span.x, out);
-    } else {
-        for (int64_t x = span.begin; x < span.end; ++x) finish<op, 1>(f, row, k, x, out);
-    }
-}
+// Rows per thread.
+template <Op op>
+constexpr int kLinesOf = apart(op) ? kRows : (op == Op::argmax ? 2 : 1);
 
 // Samples per thread: 16 bytes of the wider of tiles and output.
 template <class In, Op op>
@@ -180,6 +191,7 @@ Parts parts_of(const int64_t* source, const int64_t* target, const int64_t* size
 template <class In, Op op>
 struct Placing {
     static constexpr int kVector = kVectorOf<In, op>;
+    static constexpr int kLines = kLinesOf<op>;
 
     const char* tiles;
     int64_t tile_stride[5];
@@ -187,7 +199,7 @@ struct Placing {
     char* out;
     int64_t out_stride[4];
     int64_t out_shape[3];
-    Rows rows;
+    Rows rows;  // groups of kLines rows
     Divider depth;
     uint32_t planes;
     Parts parts;
@@ -197,9 +209,11 @@ struct Placing {
         const uint32_t item = at.block_x * kThreads + at.thread;
         if (item >= rows.items) return;
         const uint32_t n = at.block_z;
-        const uint32_t y = rows.vectors.quotient(item);
+        const uint32_t group = rows.vectors.quotient(item);
+        const uint32_t y = group * kLines;
         const int64_t width = parts.size.at(n, 2);
-        if (y >= parts.size.at(n, 1)) return;
+        const int64_t height = parts.size.at(n, 1);
+        if (y >= height) return;
         if (parts.size.device != nullptr && !parts.fits(n, tile_shape, out_shape)) return;
         const char* const first = tiles + n * tile_stride[0] + parts.source.at(n, 0) * tile_stride[2] +
                                   (parts.source.at(n, 1) + y) * tile_stride[3] + parts.source.at(n, 2) * tile_stride[4];
@@ -209,10 +223,46 @@ struct Placing {
             const uint32_t k = depth.quotient(plane);
             const uint32_t z = plane - k * depth.divisor;
             if (z >= parts.size.at(n, 0)) continue;
+            const char* const from = first + z * tile_stride[2];
             char* const to = target + k * out_stride[0] + z * out_stride[1];
-            const TileRow<In> row{first + z * tile_stride[2], tile_stride[1], tile_stride[4]};
-            const auto span = rows.span(item, y, to, sizeof(Result<op>), width);
-            finish_span<op, kVector>(to_results, row, k, span, to);
+            if (kLines > 1 && y + kLines <= height && lines(from, item, group, k, width, to)) continue;
+            UNET_RT_ROLLED
+            for (uint32_t r = 0; r < kLines && y + r < height; ++r)
+                line(from + r * tile_stride[3], item, group, k, width, to + r * out_stride[2]);
+        }
+    }
+
+    // A vector of each of kLines rows; false where not all are whole.
+    UNET_RT_HD bool lines(const char* from, uint32_t item, uint32_t group, uint32_t k, int64_t width, char* to) const {
+        TileRows<In, kLines> source;
+        source.channel_stride = tile_stride[1], source.stride = tile_stride[4];
+        char* places[kLines];
+        bool whole = true;
+        UNET_RT_UNROLL
+        for (int r = 0; r < kLines; ++r) {
+            char* const row = to + r * out_stride[2];
+            const auto span = rows.span(item, group, row, sizeof(Result<op>), width);
+            whole = whole && span.whole;
+            source.data[r] = from + r * tile_stride[3] + span.x * tile_stride[4];
+            places[r] = row + span.x * static_cast<int64_t>(sizeof(Result<op>));
+        }
+        if (whole) finish<op, kVector>(to_results, source, k, places);
+        return whole;
+    }
+
+    UNET_RT_HD void line(const char* from, uint32_t item, uint32_t group, uint32_t k, int64_t width, char* to) const {
+        const auto span = rows.span(item, group, to, sizeof(Result<op>), width);
+        TileRows<In, 1> source{{from + span.x * tile_stride[4]}, tile_stride[1], tile_stride[4]};
+        if (span.whole) {
+            char* const place[1] = {to + span.x * static_cast<int64_t>(sizeof(Result<op>))};
+            finish<op, kVector>(to_results, source, k, place);
+            return;
+        }
+        UNET_RT_ROLLED
+        for (int64_t x = span.begin; x < span.end; ++x) {
+            source.data[0] = from + x * tile_stride[4];
+            char* const place[1] = {to + x * out_stride[3]};
+            finish<op, 1>(to_results, source, k, place);
         }
     }
 };
@@ -222,7 +272,6 @@ void set_results(Body& body, Op op, int64_t channels, const Array& out, const fl
     Finish& f = body.to_results;
     f.channels = channels;
     f.channel_stride = out.stride[0];
-    f.stride = out.stride[3];
     if (op == Op::threshold) std::copy(threshold, threshold + channels, f.bounds);
     if (op == Op::argmax) std::copy(values, values + channels, f.values);
     if (op == Op::threshold) std::copy(values, values + 2, f.values);
@@ -256,7 +305,8 @@ void place(const TileStitch& call, const DeviceParts& device, Stream stream) {
             for (int axis = 0; axis < 4; ++axis) body.out_stride[axis] = o.stride[axis];
             for (int axis = 0; axis < 3; ++axis) body.tile_shape[axis] = t.shape[2 + axis];
             for (int axis = 0; axis < 3; ++axis) body.out_shape[axis] = o.shape[1 + axis];
-            body.rows = rows_of(largest[1], largest[2], body.out, o.stride[3], strides, sizeof(Result<op>), vector);
+            body.rows = rows_of((largest[1] + body.kLines - 1) / body.kLines, largest[2], body.out, o.stride[3],
+                                strides, sizeof(Result<op>), vector);
             body.depth = Divider(largest[0]);
             body.planes = static_cast<uint32_t>(largest[0] * (apart(op) ? channels : 1));
             body.parts = parts_of(call.source_start, call.target_start, call.size, device, n, count);
@@ -476,15 +526,29 @@ struct Finishing {
             const uint32_t k = depth.quotient(plane);
             const uint32_t z = plane - k * depth.divisor;
             char* const to = out + k * out_stride[0] + z * out_stride[1] + y * out_stride[2];
-            const TileRow<float> totals{total + z * total_stride[1] + y * total_stride[2], total_stride[0],
-                                        total_stride[3]};
-            const TotalRow row{totals, weight + z * weight_stride[0] + y * weight_stride[1], weight_stride[2]};
+            const char* const totals = total + z * total_stride[1] + y * total_stride[2];
+            const char* const weights = weight + z * weight_stride[0] + y * weight_stride[1];
             const auto span = rows.span(item, y, to, sizeof(Result<op>), rows.width);
-            finish_span<op, kVector>(to_results, row, k, span, to);
+            if (span.whole) {
+                const TotalRows<1> source{{{totals + span.x * total_stride[3]}, total_stride[0], total_stride[3]},
+                                          {weights + span.x * weight_stride[2]},
+                                          weight_stride[2]};
+                char* const place[1] = {to + span.x * static_cast<int64_t>(sizeof(Result<op>))};
+                finish<op, kVector>(to_results, source, k, place);
+            } else {
+                UNET_RT_ROLLED
+                for (int64_t x = span.begin; x < span.end; ++x) {
+                    const TotalRows<1> source{{{totals + x * total_stride[3]}, total_stride[0], total_stride[3]},
+                                              {weights + x * weight_stride[2]},
+                                              weight_stride[2]};
+                    char* const place[1] = {to + x * out_stride[3]};
+                    finish<op, 1>(to_results, source, k, place);
+                }
+            }
             if (k == 0 && uncovered != nullptr) {
                 uint64_t bare = 0;
                 for (int64_t x = span.begin; x < span.end; ++x)
-                    bare += load_one<float>(row.weight + x * row.weight_stride) == 0.0f ? 1 : 0;
+                    bare += load_one<float>(weights + x * weight_stride[2]) == 0.0f ? 1 : 0;
                 if (bare != 0) add_to(uncovered, bare);
             }
         }
