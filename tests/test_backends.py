@@ -562,7 +562,7 @@ def test_openvino_that_keeps_fp32_is_not_bf16(pixels: Array) -> None:
 @pytest.mark.openvino
 def test_openvino_says_why_there_is_no_bf16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(openvino_backend, "_capabilities", lambda: frozenset({"FP32", "INT8"}))
-    assert openvino_backend.precisions() == ("fp32",)
+    assert openvino_backend.precisions() == ("fp32", "int8")
     with pytest.raises(BackendError, match=r"has no BF16 instructions .* would emulate them; use --precision fp32"):
         openvino_backend.build(TRAINED, tmp_path / "graph.onnx", precision="bf16")
 
