@@ -17,11 +17,6 @@ import numpy as np
 Shape = tuple[int, ...]
 
 
-class TensorIOMode(Enum):
-    INPUT = 1
-    OUTPUT = 2
-
-
 class ExecutionContextAllocationStrategy(Enum):
     STATIC = 0
     USER_MANAGED = 2
@@ -172,10 +167,7 @@ class FakeEngine:
         self.num_optimization_profiles = library.profiles
 
     def get_tensor_name(self, index: int) -> str:
-        return "xy"[index]
-
-    def get_tensor_mode(self, name: str) -> TensorIOMode:
-        return TensorIOMode.INPUT if name == "x" else TensorIOMode.OUTPUT
+        return "yx"[index]  # an order of its own
 
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name={"float16": "HALF", "float32": "FLOAT"}[np.dtype(self.dtype).name])
@@ -196,7 +188,7 @@ class FakeTensorRt:
     """The module ``tensorrt``, as far as sessions use it."""
 
     __name__, __version__ = "tensorrt", "11.4.0"
-    TensorIOMode, ILogger, LayerInformationFormat = TensorIOMode, ILogger, LayerInformationFormat
+    ILogger, LayerInformationFormat = ILogger, LayerInformationFormat
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
 
     def __init__(self, profiles: int = 1, dtype: Any = np.float32) -> None:

@@ -98,7 +98,9 @@ def test_a_broken_or_old_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
-    header = PlanHeader(HERE, "fp16", (profile(4), profile(1)), "up_conv", {"fp16": 18}, {"native": 1.5})
+    header = PlanHeader(
+        HERE, "fp16", (profile(4), profile(1)), ("x",), ("y",), "up_conv", {"fp16": 18}, {"native": 1.5}
+    )
     write_plan(tmp_path / "p", header, b"\n\x00plan\n", b"kernels")
     assert read_header(tmp_path / "p") == header
     assert read_plan(tmp_path / "p") == (header, b"\n\x00plan\n", b"kernels")
@@ -108,7 +110,7 @@ def test_a_plan_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p"
     with pytest.raises(EngineError, match=r"cannot be read .* build the engine again"):
         read_plan(path)
-    write_plan(path, PlanHeader(HERE, "fp16", (profile(1),)), b"x" * 100)
+    write_plan(path, PlanHeader(HERE, "fp16", (profile(1),), ("x",), ("y",)), b"x" * 100)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(EngineError, match="ends after 99 of 100 bytes"):
@@ -138,7 +140,7 @@ def test_a_plan_of_elsewhere_is_stale(
     monkeypatch.setattr(tensorrt, "_open", lambda device: (None, None))
     monkeypatch.setattr(tensorrt, "_origin", lambda trt, device: HERE)
     there = Origin(**{**vars(HERE), **change})
-    write_plan(tmp_path / "p", PlanHeader(there, "fp32", (profile(1),)), b"plan")
+    write_plan(tmp_path / "p", PlanHeader(there, "fp32", (profile(1),), ("x",), ("y",)), b"plan")
     reason = tensorrt.stale(tmp_path / "p")
     if said is None:
         assert reason is None
@@ -336,7 +338,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
 
 
 def session_of(library: FakeTensorRt, device: FakeDevice | None = None, precision: str = "fp32") -> TensorRtSession:
-    header = PlanHeader(HERE, precision, (profile(4), profile(1)))
+    header = PlanHeader(HERE, precision, (profile(4), profile(1)), ("x",), ("y",))
     opened: Any = device or FakeDevice()
     return TensorRtSession(library, header, b"plan", b"", opened, "cuda:0", 1)
 

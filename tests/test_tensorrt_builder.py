@@ -234,6 +234,7 @@ def test_the_fastest_form_becomes_the_plan(opened: dict[str, float], tmp_path: P
     assert (header.variant, header.measured_ms) == (fastest, opened)
     assert [p.batch for p in header.profiles] == [2, 1]
     assert (header.precision, dict(header.layers), compiled) == ("fp16", {"unread": 23}, b"kernels")
+    assert (header.inputs, len(header.outputs)) == (("x0",), 1)
     assert (header.origin.library, header.origin.gpu) == ("tensorrt_rtx", "Fake GPU")
     assert len(plan) > 1e6
     kinds = Counter(node.op_type for node in onnx.load(str(built / "g.onnx")).graph.node)
@@ -375,7 +376,7 @@ def test_only_centre_crops_are_rewritten(
 USED = {
     "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
     "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network max_threads",
-    "INetworkDefinition": "num_layers get_layer num_inputs get_input",
+    "INetworkDefinition": "num_layers get_layer num_inputs get_input num_outputs get_output",
     "ILayer": "type name metadata num_inputs get_input get_output",
     "ITensor": "name dtype shape",
     "IBuilderConfig": "profiling_verbosity clear_flag set_flag max_aux_streams add_optimization_profile create_timing_cache "
@@ -385,12 +386,11 @@ USED = {
     "OnnxParser": "parse_from_file num_errors get_error",
     "ParserError": "node_name node_operator desc",
     "Runtime": "deserialize_cuda_engine",
-    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype num_optimization_profiles "
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype num_optimization_profiles "
     "get_device_memory_size_for_profile_v2 device_memory_size_v2 create_execution_context create_engine_inspector",
     "IExecutionContext": "set_optimization_profile_async set_input_shape set_device_memory get_tensor_shape "
     "set_tensor_address execute_async_v3",
     "EngineInspector": "get_engine_information",
-    "TensorIOMode": "INPUT OUTPUT",
 }
 RTX_ALONE = {
     "ComputeCapability": "CURRENT SM75 SM120",

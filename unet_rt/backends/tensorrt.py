@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,8 +190,7 @@ def build(
     for _, other in forms:
         if other != graph:
             other.unlink(missing_ok=True)
-    header = PlanHeader(origin, precision, profiles, chosen, best.header.layers, times)
-    write_plan(Path(blob), header, best.plan, best.kernels)
+    write_plan(Path(blob), replace(best.header, measured_ms=times), best.plan, best.kernels)
 
 
 def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> list[tuple[str, Path]]:
@@ -273,7 +273,7 @@ def _make(
     compiled = compile_plan(trt, graph, profiles, gpu=origin.gpu, compute_capability=(int(major), int(minor)))
     proto = onnx.load(str(graph), load_external_data=False)
     check_network(compiled.convolutions, precision, islands(proto))
-    header = PlanHeader(origin, precision, tuple(profiles), variant)
+    header = PlanHeader(origin, precision, tuple(profiles), compiled.inputs, compiled.outputs, variant)
     with TensorRtSession(trt, header, compiled.plan, b"", device, name, 0) as session:
         told = engine_convolutions(session.inspect(), compiled.convolutions)
         layers = check_engine(told, compiled.convolutions, precision)
@@ -282,8 +282,7 @@ def _make(
         check_rows(session, _ROW_TOLERANCE[precision])
         milliseconds = _measured_ms(session) if measure else 0.0
         kernels = session.kernels()
-    header = PlanHeader(origin, precision, tuple(profiles), variant, layers)
-    return _Made(header, compiled.plan, kernels, milliseconds)
+    return _Made(replace(header, layers=layers), compiled.plan, kernels, milliseconds)
 
 
 def check_rows(session: TensorRtSession, tolerance: float) -> None:

@@ -138,10 +138,12 @@ def _fits(dims: Sequence[int | None], wanted: Sequence[int | None]) -> bool:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A serialised plan, and the precision the network asks for per convolution (by ONNX node)."""
+    """A serialised plan, the precision the network asks for per convolution (by ONNX node), inputs and outputs in order."""
 
     plan: bytes
     convolutions: dict[str, str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 # Timings of kernels, which the builds of one process share: by library, version and GPU. They stay in memory, so that
@@ -200,7 +202,9 @@ def compile_plan(
         raise failure(refusal(trt, graph.name, profiles[0], text), text)
     if timings is not None:
         _TIMINGS[key] = bytes(timings.serialize())
-    return Compiled(bytes(plan), convolutions)
+    inputs = tuple(network.get_input(k).name for k in range(network.num_inputs))
+    outputs = tuple(network.get_output(k).name for k in range(network.num_outputs))
+    return Compiled(bytes(plan), convolutions, inputs, outputs)
 
 
 def refusal(trt: Any, name: str, profile: Profile, text: str) -> str:

@@ -69,6 +69,8 @@ class PlanHeader:
         origin: Library and machine.
         precision: What was asked, and found in the built engine.
         profiles: The shapes it takes, largest tile first.
+        inputs: Names of the inputs in the graph's order.
+        outputs: Names of the outputs, likewise.
         variant: Which form of the graph was the fastest.
         layers: How many convolutions were found in which precision, ``unread`` among them.
         measured_ms: Milliseconds of the first profile, per variant that was measured.
@@ -77,6 +79,8 @@ class PlanHeader:
     origin: Origin
     precision: str
     profiles: tuple[Profile, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     variant: str = "native"
     layers: Mapping[str, int] = field(default_factory=dict)
     measured_ms: Mapping[str, float] = field(default_factory=dict)
@@ -97,7 +101,8 @@ class PlanHeader:
             for p in data["profiles"]
         )
         origin = Origin(**data["origin"])
-        return cls(origin, data["precision"], profiles, data["variant"], data["layers"], data["measured_ms"])
+        names = tuple(data["inputs"]), tuple(data["outputs"])
+        return cls(origin, data["precision"], profiles, *names, data["variant"], data["layers"], data["measured_ms"])
 
 
 def write_plan(path: Path, header: PlanHeader, plan: bytes, kernels: bytes = b"") -> None:

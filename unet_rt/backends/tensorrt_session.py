@@ -5,10 +5,12 @@ What is enqueued often is recorded: the second run on the same arrays is capture
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import logging
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,20 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_OPEN: weakref.WeakSet[TensorRtSession] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """What is still open when the interpreter ends is closed before the device is (which was opened before)."""
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for session in list(_OPEN):
+        session.close()
+
+
 class TensorRtSession(SessionBase):
     """A plan in TensorRT or TensorRT-RTX, on one GPU."""
 
@@ -51,15 +67,19 @@ class TensorRtSession(SessionBase):
         self._staged: tuple[int, _Staging] | None = None
         with device.activate():
             self._engine, self._runtime = deserialize(trt, plan)
-            names = [self._engine.get_tensor_name(k) for k in range(self._engine.num_io_tensors)]
-            mode = trt.TensorIOMode
-            self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == mode.INPUT]
-            self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == mode.OUTPUT]
+            self._inputs, self._outputs = header.inputs, header.outputs  # an engine has an order of its own
+            held = {self._engine.get_tensor_name(k) for k in range(self._engine.num_io_tensors)}
+            if held != {*self._inputs, *self._outputs}:
+                raise EngineError(
+                    f"the plan takes and fills {sorted(held)}, which is not what its header says; build again"
+                )
             self._input_dtypes = tuple(self._dtype(n) for n in self._inputs)
             self._output_dtypes = tuple(self._dtype(n) for n in self._outputs)
             self._config, self._cache = _runtime_config(trt, self._engine, kernels)
             self._stream = device.stream()
             self._scratch = self._new_scratch()
+        _OPEN.add(self)
+        _close_at_exit()
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         found = self._engine.get_tensor_dtype(name).name
