@@ -508,9 +508,9 @@ def fp16_onnx(section: Section, name: str) -> Path:
     path = section.work / f"{name}-bare-fp16.onnx"
     if path.exists():
         return path
-    net = network(name, section.dry)
-    module, tile = net.module().half(), tile_px(name, section.dry)
-    x = torch.zeros(1, 1, tile, tile, dtype=torch.float16)
+    module = network(name, section.dry).module().half().to(section.device)  # FP16 takes minutes on CPUs
+    side = module.spec.size_at_least(1)
+    x = torch.zeros(1, 1, side, side, dtype=torch.float16, device=section.device)
     axes = {"x": {0: "n", 2: "h", 3: "w"}, "y": {0: "n", 2: "u", 3: "v"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1328,7 +1328,7 @@ GPU_BACKENDS = [name for name in backends.names() if name != "openvino"]  # it h
 
 SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {  # function and most seconds
     "machine": (section_machine, 60),
-    "prepare": (section_prepare, 90),
+    "prepare": (section_prepare, 120),
     "roof": (section_roof, 40),
     "kernels": (section_kernels, 75),
     **{f"build-{name}": (functools.partial(section_build, backend=name), 130) for name in GPU_BACKENDS},
