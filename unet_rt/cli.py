@@ -225,6 +225,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="MODEL.pt", required=True, help="the checkpoint; curves are drawn beside it")
     _training_options(p)
 
+    p = _verb(verbs, "export", _export, "write a trained network as ONNX, checked", "CHECKPOINT --out MODEL.onnx ")
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="from unet-rt train; a state dict; nnU-Net's .../fold_0")
+    p.add_argument("--out", metavar="MODEL.onnx", required=True, help="the ONNX file")
+    p.add_argument("--architecture", metavar="NAME=VALUE,..|FILE", help="of a state dict: network=UNet,width=64,..")
+    p.add_argument("--module", metavar="PACKAGE:FUNCTION", help="of a state dict: your function that makes the module")
+    p.add_argument("--arguments", metavar="JSON", help="of that function, e.g. '{\"classes\": 3}'")
+    p.add_argument("--sizes", type=_numbers, metavar="256,320", help="sizes at which graph and module are compared")
+    p.add_argument("--pixels", metavar="IMAGE", help="image to compare them on (default: drawn microscopy)")
+    p.add_argument("--exporter", choices=("auto", "trace", "dynamo"), default="auto", help="of torch; default: auto")
+    p.add_argument("--opset", type=int, metavar="N", help="ONNX operator set")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _contract_options(p)
+
     p = _verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
 
     p = _verb(verbs, "demo", _demo, "build, predict and verify the network that ships with unet-rt on a drawn image")
@@ -744,6 +757,51 @@ def _train(args: argparse.Namespace) -> int:
         f"{shlex.quote(str(result.path.with_suffix('.onnx')))}",
         file=_out(args),
     )
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    _torch("runs the module")
+    from .export import OPSET, export, read_pixels
+    from .models.source import open_module
+
+    out = Path(args.out)
+    if out.exists() and not args.overwrite:
+        raise OutputError(f"{out} exists; pass --overwrite to replace it, or choose another --out")
+    try:
+        arguments = json.loads(args.arguments) if args.arguments else None
+    except json.JSONDecodeError as error:
+        raise ContractError(f"--arguments {args.arguments!r} is not JSON ({error})") from error
+    opened = open_module(
+        Path(args.checkpoint), architecture=args.architecture, factory=args.module, arguments=arguments
+    )
+    contract = _contract(args).over(opened.contract)
+    done = export(
+        opened.module,
+        out,
+        contract=contract,
+        sizes=args.sizes,
+        pixels=read_pixels(args.pixels, contract, args.axes, args.channels) if args.pixels else None,
+        exporter=args.exporter,
+        opset=args.opset or OPSET,
+        metadata=opened.metadata,
+    )
+    if args.json:
+        _print_json({**asdict(done), "path": str(done.path), "contract": contract.to_json()})
+    sizes = " and ".join("x".join(map(str, size)) for size in done.sizes)
+    print(
+        f"{done.path}: {done.parameters:,} parameters, opset {done.opset}, free batch and spatial axes\n"
+        f"equals the module at {sizes} px, off by at most {done.max_error:.2g} ({done.tolerance:.2g} is float32's share)"
+        f"{''.join(f'{chr(10)}note: {note}' for note in (*opened.notes, *done.notes))}",
+        file=_out(args),
+    )
+    if contract.normalization is None:
+        print(
+            "note: nothing says how pixels are normalised; pass --normalize here, or to unet-rt build", file=_out(args)
+        )
     return 0
 
 

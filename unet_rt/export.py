@@ -14,7 +14,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,17 @@ Exporter = Literal["auto", "trace", "dynamo"]
 Array = npt.NDArray[np.float32]
 
 METADATA_KEY = "unet_rt.contract"
+JUMPS = 8  # as many times the samples that the module itself turns may be turned in the graph,
+MOST_JUMPS = 0.05  # but not more than this share
 OPSET = 18  # the highest that both exporters write without conversion
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between graph and module: the largest, and the share of samples beyond the tolerance."""
+
+    worst: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ def export(
     pixels: npt.ArrayLike | None = None,
     exporter: Exporter = "auto",
     opset: int = OPSET,
+    metadata: Mapping[str, str] | None = None,
 ) -> Export:
     """Write ``module`` to ``out`` as ONNX and check it against the module.
 
@@ -87,6 +98,7 @@ def export(
         exporter: ``trace`` is fast and writes small graphs; ``dynamo`` follows more Python. ``auto`` traces, and
             takes the other one if the traced graph cannot be made or does not equal the module at both sizes.
         opset: ONNX operator set.
+        metadata: More entries for the graph's metadata, beside the contract.
 
     Raises:
         GraphError: no exporter gives a graph that equals the module.
@@ -107,7 +119,7 @@ def export(
     frozen = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
     inputs = [_pixels(tile, channels, pixels) for tile in tiles]
     wanted = [_run_torch(frozen, x) for x in inputs]
-    tolerance = _tolerance(frozen, inputs, wanted)
+    tolerance, jumpy = _tolerance(frozen, inputs, wanted)
 
     ways: dict[str, Callable[..., bytes]] = {"trace": _trace, "dynamo": _dynamo}
     tried = ["trace", "dynamo"] if exporter == "auto" else [exporter]
@@ -121,10 +133,18 @@ def export(
         _tidy(model)
         model.producer_name, model.producer_version = "unet-rt", ""
         del model.metadata_props[:]
-        onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(contract.to_json())})
+        onnx.helper.set_model_props(model, {**(metadata or {}), METADATA_KEY: json.dumps(contract.to_json())})
         onnx.checker.check_model(model, full_check=True)
-        errors = _errors(model, inputs, wanted)
-        if all(isinstance(e, float) and e <= tolerance for e in errors):
+        errors = _errors(model, inputs, wanted, tolerance)
+        if all(isinstance(e, Difference) and (e.worst <= tolerance or e.share <= jumpy) for e in errors):
+            found = [e for e in errors if isinstance(e, Difference)]
+            worst, share = max(e.worst for e in found), max(e.share for e in found)
+            if share > 0:
+                notes.append(
+                    f"{share:.3%} of the samples are off by more than {tolerance:.1e}, up to {worst:.1e}: the network takes "
+                    f"decisions (max-unpooling, for one) that the last bit of a number can turn; {jumpy / JUMPS:.3%} of "
+                    "its own samples turn when its input changes by a rounding"
+                )
             _write(model, Path(out))
             return Export(
                 path=Path(out),
@@ -132,7 +152,7 @@ def export(
                 opset=opset,
                 parameters=_parameters(model),
                 sizes=tuple(tiles),
-                max_error=max(e for e in errors if isinstance(e, float)),
+                max_error=worst,
                 tolerance=tolerance,
                 notes=tuple(notes),
             )
@@ -140,13 +160,28 @@ def export(
             size = "x".join(map(str, tile))
             if isinstance(e, str):
                 notes.append(f"{name}: at {size} px the graph fails: {e}")
-            elif e > tolerance:
-                notes.append(f"{name}: at {size} px the graph is off by {e:.3g}, {tolerance:.3g} are allowed")
+            elif e.worst > tolerance:
+                notes.append(f"{name}: at {size} px the graph is off by {e.worst:.3g}, {tolerance:.3g} are allowed")
     raise GraphError(
         "no ONNX graph equals the module:\n  " + "\n  ".join(notes) + "\n"
         "Look for sizes taken as Python numbers in forward() (pass tensors' shapes on), or give sizes=[...] that the "
         "network accepts."
     )
+
+
+def read_pixels(
+    image: str | os.PathLike[str], contract: Contract, axes: str | None = None, channels: str | None = None
+) -> Array:
+    """(C, *spatial) of the first plane of an image, normalised as ``contract`` says: what to compare on."""
+    from .image import open_image
+    from .normalize import affine, normalised
+
+    if contract.normalization is None:
+        raise ContractError("pixels to compare on need a normalisation; declare it in the contract")
+    spatial = len(contract.axes) - 2 if contract.axes else 2
+    with open_image(image, contract, axes=axes, channels=channels, spatial=spatial) as source:
+        raw = source.read(0, (0,) * spatial, source.shape)
+        return normalised(raw, affine(contract.normalization, source).plane(0))
 
 
 def _input_of(module: nn.Module, contract: Contract) -> tuple[int, int]:
@@ -204,7 +239,9 @@ def _pixels(tile: tuple[int, ...], channels: int, pixels: npt.ArrayLike | None) 
         from .synthetic import microscopy
 
         drawn = [microscopy(tile[-2:] if len(tile) > 1 else (32, *tile), seed=seed).image for seed in (1, 2)]
-        planes = [np.asarray(image, np.float32) for image in drawn]
+        # Dithered below one grey level: equal neighbours are an artefact of integers, and ties prove little.
+        random = np.random.default_rng(3)
+        planes = [image + random.random(image.shape, np.float32) for image in drawn]
         planes = [(p - p.min()) / np.float32(max(float(np.ptp(p)), 1.0)) for p in planes]
         if len(tile) == 1:
             planes = [p[0] for p in planes]
@@ -235,21 +272,34 @@ def _run_torch(module: nn.Module, x: npt.NDArray[Any]) -> list[npt.NDArray[Any]]
     return [t.numpy() for t in outputs]
 
 
-def _tolerance(module: nn.Module, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]) -> float:
-    """Eight times the module's own float32 rounding error: another order of summation is allowed, another result not.
+def _tolerance(module: nn.Module, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]) -> tuple[float, float]:
+    """(error, share of samples that may have a larger one).
 
-    Seen: graph and module differ by 0.5 to 2 times that error, folded BatchNorm included.
+    The error is eight times the module's own float32 rounding error: another order of summation is allowed, another
+    result not. Seen: graph and module differ by 0.5 to 2 times that error, folded BatchNorm included. The share is 0
+    unless the module jumps: where a change of the input by a rounding turns some of its samples, so may a graph.
     """
     precise = copy.deepcopy(module).double()
     own, scale, finite = 0.0, 0.0, True
+    offs: list[npt.NDArray[Any]] = []
+    random = np.random.default_rng(0)
     for x, y32 in zip(inputs, wanted, strict=True):
         for a, b in zip(_run_torch(precise, x.astype(np.float64)), y32, strict=True):
-            own = max(own, float(np.max(np.abs(a - b), initial=0.0)))
+            off = np.abs(a - b)
+            offs.append(off)
+            # A jump would hide all else: seen in smooth networks are maxima up to 20 times that quantile.
+            own = max(own, min(float(np.max(off, initial=0.0)), 100 * float(np.quantile(off, 0.9))))
             scale = max(scale, float(np.max(np.abs(a), initial=0.0)))
             finite = finite and bool(np.isfinite(b).all())
     if not finite:
         raise GraphError("the module's output is not finite on realistic pixels; train it, or look for a wrong scale")
-    return max(8 * own, 8 * float(np.finfo(np.float32).eps) * scale)
+    tolerance = max(8 * own, 8 * float(np.finfo(np.float32).eps) * scale)
+    turned = max(float(np.mean(off > tolerance)) for off in offs)
+    for x, y32 in zip(inputs, wanted, strict=True):
+        moved = np.nextafter(x, np.where(random.random(x.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf)))
+        for a, b in zip(_run_torch(module, moved), y32, strict=True):
+            turned = max(turned, float(np.mean(np.abs(a - b) > tolerance)))
+    return tolerance, min(JUMPS * turned, MOST_JUMPS)
 
 
 def _names(x: Array, outputs: int) -> tuple[list[str], dict[str, dict[int, str]]]:
@@ -339,8 +389,10 @@ def _tidy(model: onnx.ModelProto) -> None:
     del graph.metadata_props[:]
 
 
-def _errors(model: onnx.ModelProto, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]) -> list[float | str]:
-    """Per input: the largest difference to torch, or what ONNX Runtime said."""
+def _errors(
+    model: onnx.ModelProto, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]], tolerance: float
+) -> list[Difference | str]:
+    """Per input: the difference to torch, or what ONNX Runtime said."""
     import onnx
 
     backend = backends.get("onnxruntime")
@@ -354,18 +406,20 @@ def _errors(model: onnx.ModelProto, inputs: list[Array], wanted: list[list[npt.N
             session = backend.load(path, precision="fp32", device="cpu", threads=0)
         except BackendError as error:
             return [_first_line(error)] * len(inputs)
-        found: list[float | str] = []
+        found: list[Difference | str] = []
         with session:
             for x, ys in zip(inputs, wanted, strict=True):
-                worst = 0.0
+                worst, share = 0.0, 0.0
                 try:
                     # Two images at once and one alone: a baked batch size shows here.
                     for batch in (slice(0, 2), slice(1, 2)):
                         for got, y in zip(session.run([x[batch]]), ys, strict=True):
                             if got.shape != y[batch].shape:
                                 raise GraphError(f"output is {got.shape}, torch gives {y[batch].shape}")
-                            worst = max(worst, float(np.max(np.abs(got.astype(np.float64) - y[batch]), initial=0.0)))
-                    found.append(worst)
+                            off = np.abs(got.astype(np.float64) - y[batch])
+                            worst = max(worst, float(np.max(off, initial=0.0)))
+                            share = max(share, float(np.mean(off > tolerance)))
+                    found.append(Difference(worst, share))
                 except (BackendError, GraphError, ValueError) as error:
                     found.append(_first_line(error))
     return found

@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .unet import UNetSpec, conv_block, initialize
+from .unet import UNetSpec, being_exported, conv_block, initialize
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,6 @@ class SegNet(nn.Module):
         path = spec.path()
         widths = [spec.width * 2**level for level in range(spec.depth + 1)]
         self.down = nn.ModuleList(conv_block(path, a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
-        self.pool = nn.MaxPool2d(2, return_indices=True)
-        self.unpool = nn.MaxUnpool2d(2)
         self.dropout = nn.Dropout(spec.dropout)
         # Unpooling needs as many channels as were pooled, so that a 1 x 1 convolution narrows before it.
         self.narrow = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in reversed(widths[:-1]))
@@ -83,14 +83,65 @@ class SegNet(nn.Module):
         return cls(**spec.to_json())
 
     def forward(self, x: Tensor) -> Tensor:
+        pool, unpool = (_pool_masks, _unpool_masks) if being_exported() else (_pool, _unpool)
         places: list[Tensor] = []
         for level, part in enumerate(self.down):
             if level:
-                x, index = self.pool(x)
-                places.append(index)
+                x, place = pool(x)
+                places.append(place)
             x = part(x)
         x = self.dropout(x)
         for narrow, part in zip(self.narrow, self.up, strict=True):
-            x = part(self.unpool(narrow(x), places.pop()))
+            x = part(unpool(narrow(x), places.pop()))
         logits: Tensor = self.head(x)
         return logits
+
+
+def _pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled values, and their places as indices into each plane."""
+    values, places = functional.max_pool2d(x, 2, return_indices=True)
+    return values, places
+
+
+def _unpool(x: Tensor, places: Tensor) -> Tensor:
+    return functional.max_unpool2d(x, places, [2, 2])
+
+
+# For ONNX the same in operators that every backend has. Its MaxUnpool is known to few, and its indices count over the
+# whole tensor. Here the place of a maximum is one of four masks, those of the corners of each 2 x 2 window; of equal
+# values the first one counts, as in torch (all zero after a ReLU is common).
+
+
+def _pool_masks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled values (N, C, Y, X), and their places as masks (N, 4 C, Y, X), corner by corner, 1 or 0."""
+    values = functional.max_pool2d(x, 2)
+    rows = x[:, :, ::2], x[:, :, 1::2]
+    corners = [row[..., k::2] for row in rows for k in (0, 1)]
+    masks = [(corners[0] >= values).to(x.dtype)]
+    free = 1 - masks[0]
+    for corner in corners[1:]:
+        masks.append((corner >= values).to(x.dtype) * free)
+        free = free - masks[-1]
+    return values, torch.cat(masks, dim=1)
+
+
+def _unpool_masks(x: Tensor, places: Tensor) -> Tensor:
+    return _Interleaved.apply(torch.cat((x, x, x, x), dim=1) * places)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Interleaved(torch.autograd.Function):
+    """(N, 4 C, Y, X), corner by corner -> (N, C, 2 Y, 2 X): ONNX's DepthToSpace, which torch has in another order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        corners = x.reshape(n, 2, 2, c // 4, height, width)
+        return corners.permute(0, 3, 4, 1, 5, 2).reshape(n, c // 4, 2 * height, 2 * width)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any) -> Any:
+        result = g.op("DepthToSpace", x, blocksize_i=2, mode_s="DCR")
+        sizes = x.type().sizes()
+        if sizes is not None and sizes[1] is not None:  # later operators ask for the number of channels
+            result.setType(x.type().with_sizes([None, sizes[1] // 4, None, None]))
+        return result

@@ -165,7 +165,7 @@ class UNet(nn.Module):
         return cls(values.pop("in_channels"), values.pop("classes"), **values)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _being_exported():
+        if not being_exported():
             self._check(x.shape)
         skips: list[Tensor] = []
         depth = self.spec.depth
@@ -191,7 +191,7 @@ class UNet(nn.Module):
             spec.out_size(size)
 
 
-def _being_exported() -> bool:
+def being_exported() -> bool:
     """Under a tracer sizes are not numbers yet."""
     return bool(torch._C._get_tracing_state()) or torch.compiler.is_compiling()
 
