@@ -94,7 +94,14 @@ def build(
     with _session(graph, device, most=0) as session:
         for shape in shapes:
             session.output_shapes(shape)
-        record = json.dumps(session.choices.to_json(), sort_keys=True)
+        choices = session.choices
+        times = {True: session.milliseconds(shapes[0])} if shapes else {}
+    if shapes:
+        with _session(graph, device, most=0, direct=False, names=choices.names) as session:
+            times[False] = session.milliseconds(shapes[0])
+            choices.names |= session.choices.names
+        choices.direct = times[True] <= times[False]
+    record = json.dumps(choices.to_json(), sort_keys=True)
     entry = next((p for p in proto.metadata_props if p.key == RECORD), None) or proto.metadata_props.add(key=RECORD)
     entry.value = record
     _save(proto, graph)
@@ -117,7 +124,9 @@ def _shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int])
             raise BackendError(
                 f"tiles of {len(tile)} axes were asked; the cuDNN backend runs 2-D networks, use another backend"
             )
-    return [(batch, channels, *(int(n) for n in tile)) for tile in tiles for batch in sorted(batches or (1,))]
+    return [
+        (batch, channels, *(int(n) for n in tile)) for tile in tiles for batch in sorted(batches or (1,), reverse=True)
+    ]
 
 
 def _any_shape(model: Path) -> tuple[int, ...]:

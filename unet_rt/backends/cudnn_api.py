@@ -29,6 +29,7 @@ _LIBRARY: Final = "libcudnn.so.9"
 _DATA_TYPES: Final = {"fp32": 0, "fp16": 2, "bf16": 9}
 _BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}
 _HEURISTICS: Final = {"A": 3, "B": 1, "FALLBACK": 2}
+MODES: Final = tuple(_HEURISTICS)  # what can be asked, best first
 
 _POINTWISE, _CONVOLUTION, _ENGINE, _ENGINE_CONFIG, _HEURISTIC, _PLAN = 0, 1, 2, 3, 4, 5
 _KNOB_CHOICE, _CONVOLUTION_FORWARD, _POINTWISE_OPERATION, _GRAPH, _VARIANT_PACK, _TENSOR = 7, 10, 13, 15, 16, 17
@@ -110,6 +111,20 @@ def candidates() -> list[str]:
     return [*found, _LIBRARY]
 
 
+def _load_cublas(path: str) -> None:
+    """Loads the library that cuDNN would end the process for want of: from the wheels beside it, or the system's."""
+    folders = [Path(path).parent.parent.parent / name / "lib" for name in ("cu13", "cublas")]
+    beside = [str(p) for folder in folders for p in sorted(folder.glob("libcublasLt.so.*"))]
+    reasons = []
+    for name in (*beside, "libcublasLt.so.13", "libcublasLt.so.12"):
+        try:
+            ctypes.CDLL(name)
+            return
+        except OSError as error:
+            reasons.append(str(error))
+    raise OSError(reasons[0])
+
+
 @functools.cache
 def library() -> Library:
     """The library; loaded once.
@@ -120,11 +135,11 @@ def library() -> Library:
     reasons = []
     for path in candidates():
         try:
-            # Its parts find each other beside it; they must be the wheel's, not a mixture.
+            _load_cublas(path)
             return Library(path)
         except (OSError, AttributeError) as error:
             reasons.append(str(error))
-    raise BackendError(f"cuDNN 9 cannot be loaded ({'; '.join(reasons)}); pip install nvidia-cudnn-cu13")
+    raise BackendError(f"cuDNN 9 cannot be loaded ({'; '.join(reasons)}); pip install nvidia-cudnn-cu13 nvidia-cublas")
 
 
 class Descriptor:
@@ -396,7 +411,7 @@ class Configuration:
 
 
 def configurations(
-    operations: Descriptor, modes: Sequence[str] = ("A", "B", "FALLBACK"), device: Descriptor | None = None
+    operations: Descriptor, modes: Sequence[str] = MODES, device: Descriptor | None = None
 ) -> list[Configuration]:
     """What the heuristics propose, best first, each engine's settings once."""
     found: dict[str, Configuration] = {}

@@ -293,6 +293,11 @@ class _Node:
     slope: float = 1.0
     merged: bool = False  # into the node before it
 
+    @property
+    def key(self) -> str:
+        """A name that no other node has."""
+        return str(self.proto.output[0])
+
 
 class _Compiler:
     def __init__(self, proto: onnx.ModelProto, inputs: Sequence[tuple[int, ...]], direct: bool) -> None:
@@ -438,9 +443,9 @@ class _Compiler:
 
     def _weights(self, node: _Node) -> tuple[Array, Array]:
         """Weights and bias in float32."""
-        if node.name not in self.weights:
-            self.weights[node.name] = self._read_weights(node)
-        return self.weights[node.name]
+        if node.key not in self.weights:
+            self.weights[node.key] = self._read_weights(node)
+        return self.weights[node.key]
 
     def _read_weights(self, node: _Node) -> tuple[Array, Array]:
         w = self._constant(node, 1, "weights").astype(np.float32)
@@ -666,8 +671,8 @@ class _Compiler:
                     shape[1],
                     (shape[2], shape[3]),
                     convolution.before,
-                    self._keep(f"{node.name}/first/weights", taps),
-                    self._keep(f"{node.name}/first/bias", _filled(b, value.region.channels, np.float32)),
+                    self._keep(f"{node.key}/first/weights", taps),
+                    self._keep(f"{node.key}/first/bias", _filled(b, value.region.channels, np.float32)),
                     node.after == "Relu",
                     value.region,
                 )
@@ -691,7 +696,7 @@ class _Compiler:
             self.plan.steps.append(Head(node.name, source.region, spread, b, _ACTIVATIONS[node.after], index))
             return
         target = self._target(node.output)
-        self._convolve(node, node.name, source, target.region, w, b, convolution)
+        self._convolve(node, "", source, target.region, w, b, convolution)
         self._activate(node, target.region)
 
     def _activate(self, node: _Node, region: Region) -> None:
@@ -699,9 +704,9 @@ class _Compiler:
             self.plan.steps.append(Combine(f"{node.name}/leaky", region, None, region, node.slope))
 
     def _convolve(
-        self, node: _Node, name: str, source: Value, target: Region, w: Array, b: Array, what: Convolution
+        self, node: _Node, part: str, source: Value, target: Region, w: Array, b: Array, what: Convolution
     ) -> None:
-        """``w``: (filters, channels, kernel Y, kernel X)."""
+        """``part``: which one of several of a node; ``w``: (filters, channels, kernel Y, kernel X)."""
         weights = np.zeros((target.channels, *what.kernel, source.region.channels), np.float16)
         weights[: w.shape[0], :, :, list(source.places)] = w.transpose(0, 2, 3, 1)
         strides = []
@@ -717,12 +722,12 @@ class _Compiler:
         )
         self.plan.steps.append(
             Convolve(
-                name,
+                f"{node.name}{part}",
                 source.region,
                 target,
                 what,
-                self._keep(f"{name}/weights", weights),
-                self._keep(f"{node.name}/bias", _filled(b, target.channels, np.float16)),
+                self._keep(f"{node.key}/weights{part}", weights),
+                self._keep(f"{node.key}/bias", _filled(b, target.channels, np.float16)),
             )
         )
 
@@ -732,7 +737,7 @@ class _Compiler:
         size, factors = source.region.size, (int(w.shape[2]), int(w.shape[3]))
         for i in range(factors[0]):
             for j in range(factors[1]):
-                part = replace(target, size=size, start=(i, j), step=factors)
+                place = replace(target, size=size, start=(i, j), step=factors)
                 what = Convolution(
                     self.batch,
                     size,
@@ -742,7 +747,7 @@ class _Compiler:
                     activation="relu" if node.after == "Relu" else "none",
                 )
                 taps = w[:, :, i : i + 1, j : j + 1].transpose(1, 0, 2, 3)
-                self._convolve(node, f"{node.name}[{i},{j}]", source, part, taps, b, what)
+                self._convolve(node, f"[{i},{j}]", source, place, taps, b, what)
         self._activate(node, target)
 
     def _emit_maxpool(self, node: _Node) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections import OrderedDict
@@ -128,6 +129,7 @@ class Choices:
     gpu: str
     cudnn: str
     names: dict[str, str] = field(default_factory=dict)
+    direct: bool = True  # whether the first layer is read by the kernel for few channels
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,7 +140,7 @@ class Choices:
         if text is not None:
             data = json.loads(text)
             if data.get("gpu") == gpu and data.get("cudnn") == cudnn:
-                return cls(gpu, cudnn, {str(k): str(v) for k, v in data["names"].items()})
+                return cls(gpu, cudnn, {str(k): str(v) for k, v in data["names"].items()}, bool(data["direct"]))
         return cls(gpu, cudnn)
 
 
@@ -174,13 +176,21 @@ class CudnnSession(SessionBase):
         device: ``"cuda:N"``.
         threads: Not used: the host computes nothing.
         most: Engine configurations that are timed for a convolution without a choice on record; 0: all.
-        direct: Whether the kernel for a first layer of few channels may be used.
+        direct: Whether the kernel for a first layer of few channels may be used; None: as it is on record.
+        names: Choices made before, instead of those on record.
     """
 
     title = "cuDNN"
 
     def __init__(
-        self, graph: Path, device: str, threads: int = 0, *, most: int = _QUICK, direct: bool | None = None
+        self,
+        graph: Path,
+        device: str,
+        threads: int = 0,
+        *,
+        most: int = _QUICK,
+        direct: bool | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__("fp16", device, threads)
         from unet_rt.device import Device
@@ -192,9 +202,13 @@ class CudnnSession(SessionBase):
         with self._gpu.activate():
             self._handle = api.Handle(self._stream.handle)
         self._kernels: Any = kernels._cuda()
-        self._most, self._direct = most, direct
+        self._most = most
         record = {p.key: p.value for p in self._proto.metadata_props}.get(RECORD)
         self.choices = Choices.from_record(record, self._gpu.name, self.version)
+        if direct is not None:
+            self.choices.direct = direct
+        if names is not None:
+            self.choices.names = dict(names)
         self.trials: dict[str, list[Trial]] = {}
         known = {t.name for t in self._proto.graph.initializer}
         self._ports = tuple(_port(value) for value in self._proto.graph.input if value.name not in known)
@@ -239,7 +253,36 @@ class CudnnSession(SessionBase):
             ready = self._for(_key(input_shapes))
             return ready.plan, ready.calls
 
+    def milliseconds(self, input_shapes: Sequence[Sequence[int]], repeats: int = 10) -> float:
+        """Of a run from its recorded graph: the median. Waits."""
+        shapes = self.output_shapes(input_shapes)
+        with self._lock, self._gpu.activate():
+            inputs = [self._gpu.empty(shape, np.float16) for shape in input_shapes]
+            outputs = [self._gpu.empty(shape, np.float16) for shape in shapes]
+            for array in inputs:
+                self._gpu.zero(array, self._stream)
+            marks = [self._gpu.event(timing=True) for _ in range(repeats + 1)]
+            for _ in range(3):
+                self._enqueue(inputs, outputs)
+            self._stream.record(marks[0])
+            for mark in marks[1:]:
+                self._enqueue(inputs, outputs)
+                self._stream.record(mark)
+            self._stream.synchronize()
+            times = sorted(b.seconds_since(a) for a, b in itertools.pairwise(marks))
+            self._forget(_key(input_shapes))
+            for array in (*inputs, *outputs):
+                array.free()
+        return 1e3 * times[len(times) // 2]
+
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _forget(self, key: tuple[tuple[int, ...], ...]) -> None:
+        """Drops what was recorded for arrays that are to be freed."""
+        ready = self._ready[key]
+        while ready.graphs:
+            self._kernels.graph_destroy(ready.graphs.popitem()[1])
+        ready.seen.clear()
 
     def _for(self, key: tuple[tuple[int, ...], ...]) -> _Ready:
         ready = self._ready.get(key)
@@ -251,7 +294,7 @@ class CudnnSession(SessionBase):
         return ready
 
     def _made(self, key: tuple[tuple[int, ...], ...]) -> _Ready:
-        plan = compile_plan(self._proto, key, direct=self._direct is not False)
+        plan = compile_plan(self._proto, key, direct=self.choices.direct)
         for name, array in plan.constants.items():
             if name not in self._constants:
                 target = self._gpu.empty(array.shape, array.dtype)
@@ -296,12 +339,13 @@ class CudnnSession(SessionBase):
 
     def _choose(self, key: str, step: Convolve, x: int, w: int, bias: int, y: int) -> api.Plan:
         operations = api.graph(step.convolution, self._handle)
-        found = [c for c in api.configurations(operations) if c.faithful and not dict(c.knobs).get(_STREAM_K, 0)]
         wanted = self.choices.names.get(key)
-        for configuration in found:
-            if configuration.name == wanted:
-                with contextlib.suppress(api.CudnnError):
-                    return api.Plan(configuration, self._handle)
+        for mode in api.MODES if wanted else ():
+            with contextlib.suppress(api.CudnnError):
+                for configuration in api.configurations(operations, (mode,)):
+                    if configuration.name == wanted:
+                        return api.Plan(configuration, self._handle)
+        found = [c for c in api.configurations(operations) if c.faithful and not dict(c.knobs).get(_STREAM_K, 0)]
         best: tuple[float, api.Plan] | None = None
         trials: list[Trial] = []
         for configuration in found:
@@ -433,9 +477,8 @@ class CudnnSession(SessionBase):
     def _drop(self, key: tuple[tuple[int, ...], ...]) -> None:
         """Gives the memory of a shape back."""
         self._stream.synchronize()
+        self._forget(key)
         ready = self._ready.pop(key)
-        for graph in ready.graphs.values():
-            self._kernels.graph_destroy(graph)
         ready.calls.clear()
         for array in (ready.block, *ready.scratch):
             array.free()
