@@ -57,7 +57,8 @@ def build(model: Path, folder: Path, precision: str, tiles: Any = TILES, batches
             model, folder / "graph.onnx", precision=precision, device="cuda:0", blob=blob, tiles=tiles, batches=batches
         )
     except BackendError as error:
-        if (why := unsupported(trt)) is not None:
+        # Refusals of the library begin with its name; a wrong precision or rows that disagree are failures anywhere.
+        if (why := unsupported(trt)) is not None and str(error).startswith("TensorRT-RTX"):
             pytest.xfail(f"{why}; {error}")
         raise
     return blob
