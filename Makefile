@@ -60,8 +60,9 @@ format: .venv-test/.made  ## rewrite sources in the project's style
 docs: .venv-test/.installed  ## run every code block of README.md and docs/
 	$(TEST)/pytest tests/test_docs.py $(ARGS)
 
-bench: .venv-bench/.installed  ## run the benchmarks; the method is in benchmarks/README.md
+bench: .venv-bench/.installed  ## run the benchmarks, draw README's figures anew; the method is in benchmarks/README.md
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BENCH)/python $$script $(ARGS); done
+	@$(BENCH)/python benchmarks/tables.py
 
 wheels: export CUDAARCHS := # every architecture that the compiler knows
 wheels: .venv-test/.made  ## source distribution, and the wheel for this machine, in dist/
