@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from unet_rt import kernels
-from unet_rt.device import DeviceArray, _Memory
+from unet_rt.device import DeviceArray, DeviceMemoryError, _Memory
 from unet_rt.engine import Engine
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -52,6 +52,7 @@ class HostDevice:
     def __init__(self, index: int = 0, eager: Sequence[int] = ()) -> None:
         self.index, self.name, self.closed = index, "host", False
         self.held = self.most = 0  # bytes now, and at most
+        self.limit = 2**34
         self.eager = set(eager)
         self.streams: dict[int, HostStream] = {}
 
@@ -66,6 +67,8 @@ class HostDevice:
         return 2**34 - self.held, 2**34
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        if self.held + prod(shape) * np.dtype(dtype).itemsize > self.limit:
+            raise DeviceMemoryError("the device is out of memory")
         memory = HostMemory(self, max(1, prod(shape) * np.dtype(dtype).itemsize))
         return DeviceArray(self, memory.pointer, shape, dtype, owner=memory)  # type: ignore[arg-type]
 

@@ -124,7 +124,8 @@ class Device:
             yield
         except self._driver.MemoryError as error:
             raise DeviceMemoryError(
-                f"cuda:{self.index} is out of memory ({error}); use a smaller --tile or --batch, or free what others hold"
+                f"cuda:{self.index} is out of memory ({str(error).strip()}); use a smaller --tile or --batch, or free what "
+                "others hold"
             ) from error
         except self._driver.Error as error:
             raise BackendError(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from math import prod
+from math import ceil, floor, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -546,12 +546,29 @@ class RangeWatch:
     def __call__(self, pixels: Array) -> None:
         if self._range is not None and pixels.size:
             low, high = self._range
-            if not (pixels.min() >= low and pixels.max() <= high):  # rare, and ten times as slow to count; NaN, too
-                self._outside += int(np.count_nonzero((pixels < low) | (pixels > high)))
+            lowest, highest = pixels.min(), pixels.max()
+            if not lowest >= low or not highest <= high:  # with NaN, too
+                self._outside += _outside(pixels, low, high)
             self._seen += pixels.size
 
     def share(self) -> float | None:
         return self._outside / self._seen if self._seen else None
+
+
+def _outside(pixels: Array, low: float, high: float) -> int:
+    """Pixels (C, rows, ...) below ``low`` or above ``high``; NaN is neither."""
+    if pixels.dtype.kind in "iu":
+        ends = np.iinfo(pixels.dtype)
+        if low > ends.max or high < ends.min:
+            return pixels.size
+        # Bounds of the pixels' own kind, which are compared ten times as fast.
+        low, high = ceil(max(low, ends.min)), floor(min(high, ends.max))
+    rows = max(1, _COUNTED * pixels.shape[1] // pixels.size)
+    found = 0
+    for k in range(0, pixels.shape[1], rows):
+        part = pixels[:, k : k + rows]
+        found += int(np.count_nonzero(part < low)) + int(np.count_nonzero(part > high))
+    return found
 
 
 def _gather_plane(

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels
-from .device import DeviceArray
+from .device import DeviceArray, DeviceMemoryError
 from .errors import BackendError, ImageError
 from .predict import RangeWatch, StageClock, Stop, StoppableQueue, count_labels, finished_report
 from .stitch import Decision, blend_weight, decision_arguments, uncovered_error
@@ -77,7 +77,7 @@ def run(
         write: As for :func:`unet_rt.predict.run`. None: nothing is copied to the host, labels are not counted.
         affines: The image's normalisation in numbers.
         output: Which output of the graph.
-        batch: Tiles per run.
+        batch: Tiles per run; fewer where the device's memory does not hold them, which a note of the report says.
         threads: Not used: the host has nothing to compute.
         progress: Called from the caller's thread with (tiles done, tiles in all).
         target: (planes, [K,] *spatial) on the device, filled; it may have no other user until this function returns.
@@ -92,12 +92,23 @@ def run(
         )
     workspace = _workspace(session)
     with workspace.lock:
-        job = _Job(engine, session, workspace, source, grid, decision, write, affines, output, batch, target)
-        try:
-            with workspace.device.activate():  # for the kernels, too, whichever device it is
-                return job.run(progress)
-        finally:
-            workspace.trim()
+        size, notes = engine.batch_for(min(batch, source.planes * grid.count)), list[str]()
+        while True:
+            job = _Job(engine, session, workspace, source, grid, decision, write, affines, output, size, target)
+            try:
+                with workspace.device.activate():  # for the kernels, too, whichever device it is
+                    report = job.run(progress)
+                report.notes.extend(notes)
+                return report
+            except DeviceMemoryError as error:
+                less = engine.batch_for(size // 2) if size > 1 else size
+                if job.begun or less >= size:
+                    raise
+                notes = [f"{error}; {less} tiles per run instead of {size}"]
+                size = less
+                workspace.free()
+            finally:
+                workspace.trim()
 
 
 # --- memory kept from one prediction to the next --------------------------------------------------------------------
@@ -260,7 +271,8 @@ class _Job:
         self.decision, self.write, self.affines, self.output, self.target = decision, write, affines, output, target
         self.device, self.compute = workspace.device, session.stream
         self.total = source.planes * grid.count
-        self.batch = engine.batch_for(min(batch, self.total))
+        self.batch = batch
+        self.begun = False  # whether anything was read, run or written
         self.clock = StageClock()
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
@@ -364,6 +376,7 @@ class _Job:
         workers: list[threading.Thread] = []
         try:
             self._allocate()
+            self.begun = True
             self.rows: StoppableQueue = StoppableQueue(WINDOWS, self.stop)
             self.free_windows: StoppableQueue = StoppableQueue(WINDOWS, self.stop)
             self.free_bands: StoppableQueue = StoppableQueue(BANDS, self.stop)
