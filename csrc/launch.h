@@ -52,9 +52,19 @@ struct Grid {
 // Throws for a CUDA error code other than 0 (runtime_cuda.cpp).
 void check(int code, const char* action);
 
+// Blocks that a multiprocessor must have room for: a body's kBlocks, where it waits more than it computes.
+template <class Body>
+constexpr int blocks_of(decltype(Body::kBlocks)) {
+    return Body::kBlocks;
+}
+template <class Body>
+constexpr int blocks_of(...) {
+    return 1;
+}
+
 #if defined(__CUDACC__)
 template <class Body>
-__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(kThreads, blocks_of<Body>(0)) run(const __grid_constant__ Body body) {
     body(Place{blockIdx.x, blockIdx.y, blockIdx.z, gridDim.y, threadIdx.x});
 }
 

@@ -54,6 +54,7 @@ UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<
 template <class T, class Out>
 struct Body {
     static constexpr int kVector = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
+    static constexpr int kBlocks = sizeof(typename Pixel<T>::Compute) == 8 ? 2 : (is_small_integer<T> ? 4 : 3);
 
     const char* window;
     int64_t window_stride[4];

@@ -192,6 +192,7 @@ template <class In, Op op>
 struct Placing {
     static constexpr int kVector = kVectorOf<In, op>;
     static constexpr int kLines = kLinesOf<op>;
+    static constexpr int kBlocks = 3;
 
     const char* tiles;
     int64_t tile_stride[5];
@@ -321,6 +322,7 @@ void place(const TileStitch& call, const DeviceParts& device, Stream stream) {
 template <class In>
 struct Blending {
     static constexpr int kVector = 4;
+    static constexpr int kBlocks = 4;
 
     const char* tiles;
     int64_t tile_stride[5];
@@ -505,6 +507,7 @@ void blend(const TileBlend& call, const DeviceParts& device, Stream stream) {
 template <Op op>
 struct Finishing {
     static constexpr int kVector = 4;
+    static constexpr int kBlocks = op == Op::softmax ? 3 : 4;
 
     const char* total;
     int64_t total_stride[4];
