@@ -13,6 +13,7 @@
 
 #include "array.h"
 #include "crop_concat.h"
+#include "histogram.h"
 #include "tile_gather.h"
 #include "tile_stitch.h"
 
@@ -184,6 +185,15 @@ inline int64_t finish(const py::array& total, const py::array& weight_total, py:
     call.values = values.data();
     const py::gil_scoped_release release;
     return blend_finish(call, threads);
+}
+
+inline void count(const py::array& values, py::array_t<int64_t, py::array::c_style> counts, int threads) {
+    const int64_t kinds = int64_t{1} << (8 * values.itemsize());
+    if (!(values.flags() & py::array::c_style) || values.itemsize() > 2 || counts.size() != kinds)
+        throw std::invalid_argument("unsupported array: call through unet_rt.kernels, which checks arguments");
+    const Histogram call{values.data(), values.size(), static_cast<int>(values.itemsize()), counts.mutable_data()};
+    const py::gil_scoped_release release;
+    histogram(call, threads);
 }
 
 inline void concat(const py::array& skip, const py::array& up, py::array out, const Integers& offset, int threads) {

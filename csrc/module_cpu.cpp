@@ -10,6 +10,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
     m.def("tile_blend", &blend);
     m.def("blend_finish", &finish);
     m.def("crop_concat", &concat);
+    m.def("histogram", &count);
     m.attr("build_info") =
         pybind11::dict(pybind11::arg("compiler") = UNET_RT_COMPILER, pybind11::arg("cuda") = UNET_RT_CUDA_STATUS);
 }

@@ -678,3 +678,22 @@ def test_crop_concat_errors() -> None:
         kernels.crop_concat(skip, up, out, offset=(3, 0))
     with pytest.raises(ImageError, match="convert"):
         kernels.crop_concat(skip.astype("f8"), up, out)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@given(size=st.integers(0, 300_000), threads=st.integers(1, 5), seed=st.integers(0, 9))
+def test_histogram_counts_every_value(dtype: str, size: int, threads: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    top = np.iinfo(dtype).max
+    values = np.clip(rng.normal(top / 9, top / 40, size), 0, top).astype(dtype)  # crowded, as images are
+    values[: size // 50] = rng.integers(0, top, size // 50, endpoint=True)
+    counts = np.ones(top + 1, np.int64)
+    kernels.histogram(values, counts, threads=threads)
+    np.testing.assert_array_equal(counts, 1 + np.bincount(values, minlength=top + 1))
+
+
+def test_histogram_refuses_what_it_cannot_count() -> None:
+    with pytest.raises(ImageError, match="float32"):
+        kernels.histogram(np.zeros(3, np.float32), np.zeros(256, np.int64))
+    with pytest.raises(OutputError, match="256"):
+        kernels.histogram(np.zeros(3, np.uint8), np.zeros(255, np.int64))

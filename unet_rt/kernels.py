@@ -378,6 +378,25 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
         _cpu().crop_concat(skip, up, out, start, _threads(threads))
 
 
+def histogram(values: NDArray[Any], counts: NDArray[np.int64], *, threads: int = 0) -> None:
+    """How often each value occurs: ``counts[v] += number of values equal to v``. On the host alone.
+
+    Args:
+        values: uint8 or uint16 of any shape; copied where it is not C-contiguous.
+        counts: (256,) or (65536,) int64, added to.
+        threads: Most threads to use.
+
+    Raises:
+        ImageError: Another dtype.
+        OutputError: ``counts`` has another shape or dtype.
+    """
+    _check_dtype("values", values, ("u1", "u2"))
+    kinds = 1 << (8 * values.dtype.itemsize)
+    if counts.dtype != np.int64 or counts.shape != (kinds,) or not counts.flags.c_contiguous:
+        raise OutputError(f"counts is {_shape(counts)} {counts.dtype}; allocate it as ({kinds},) int64")
+    _cpu().histogram(np.ascontiguousarray(values), counts, _threads(threads))
+
+
 def cuda_missing() -> str | None:
     """Why the CUDA kernels cannot run here, with the way out; None if they are built and a device is there."""
     try:

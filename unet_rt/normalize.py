@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from . import kernels
 from .contract import Normalization
 from .errors import ContractError, ImageError
 from .image import Source
@@ -159,6 +160,8 @@ def measure(
     clip: tuple[float, float] | None = None,
 ) -> Moments:
     """One pass over an image (or one plane of it). ImageError for non-finite pixels."""
+    if source.dtype in _COUNTABLE and clip is None:
+        return _moments_of_counts(source, channels, plane)
     count, mean, squares = 0, 0.0, 0.0
     low, high = math.inf, -math.inf
     for band in _bands(source, channels, plane, clip):
@@ -174,6 +177,25 @@ def measure(
         mean += delta * n / (count + n)
         count += n
     return Moments(count, low, high, mean, math.sqrt(squares / count))
+
+
+_COUNTABLE = tuple(np.dtype(name) for name in ("u1", "i1", "u2", "i2"))  # few values: counting them is quickest
+
+
+def _moments_of_counts(source: Source, channels: Sequence[int] | None, plane: int | None) -> Moments:
+    """From how often each value occurs: sums of integers, exact, and one rounding each."""
+    bits = source.dtype.itemsize * 8
+    counts = np.zeros(1 << bits, np.int64)
+    for band in _bands(source, channels, plane, None):
+        kernels.histogram(_keys(band), counts)
+    found = np.flatnonzero(counts)
+    values = found - (1 << (bits - 1) if source.dtype.kind == "i" else 0)
+    times = [int(n) for n in counts[found]]
+    count = sum(times)
+    total = sum(n * int(v) for n, v in zip(times, values, strict=True))
+    mean = total / count
+    squares = float(np.dot(counts[found].astype(np.float64), (values - mean) ** 2))
+    return Moments(count, float(values[0]), float(values[-1]), mean, math.sqrt(squares / count))
 
 
 def value_range(source: Source) -> tuple[float, float]:
@@ -279,7 +301,7 @@ def _order_statistics(
             low = (keys >> keys.dtype.type(shift)) & keys.dtype.type((1 << width) - 1) if digits > 1 else keys
             for p, histogram in counts.items():
                 inside = low if digit == 0 else low[(keys >> keys.dtype.type(shift + width)) == p]
-                histogram += np.bincount(inside.reshape(-1), minlength=1 << width)
+                kernels.histogram(inside if digits == 1 else inside.astype(np.uint16), histogram)
         for rank in ranks:
             upto = np.cumsum(counts[prefix[rank]])
             value = int(np.searchsorted(upto, left[rank], side="right"))
