@@ -22,7 +22,7 @@ struct Box {
 template <class T>
 struct Body {
     static constexpr int kBytes = sizeof(T);
-    static constexpr int kBlocks = 5;
+    static constexpr int kBlocks = 4;
     Box boxes[2];
 
     UNET_RT_HD void operator()(const Place& at) const {

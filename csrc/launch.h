@@ -52,7 +52,7 @@ struct Grid {
 // Throws for a CUDA error code other than 0 (runtime_cuda.cpp).
 void check(int code, const char* action);
 
-// Blocks that a multiprocessor must have room for: a body's kBlocks, where it waits more than it computes.
+// Blocks that a multiprocessor must have room for: a body's kBlocks; at most 4, the 1024 threads of the smallest one.
 template <class Body>
 constexpr int blocks_of(decltype(Body::kBlocks)) {
     return Body::kBlocks;
