@@ -77,11 +77,19 @@ def model(nodes: Sequence[Any], shape: Sequence[int | str], weights: dict[str, A
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
 
 
+def f32(values: Any) -> Array:
+    return np.asarray(values, np.float32)
+
+
+def i64(values: Any) -> Array:
+    return np.asarray(values, np.int64)
+
+
 def drawn(seed: int, *shape: int) -> Array:
     """Weights as trained ones are: deviation sqrt(2 / fan-in)."""
     rng = np.random.default_rng(seed)
     fan = int(np.prod(shape[1:])) or 1
-    return (rng.standard_normal(shape) * (2 / fan) ** 0.5).astype(np.float32)
+    return f32(rng.standard_normal(shape) * (2 / fan) ** 0.5)
 
 
 def tile(batch: int, channels: int, y: int, x: int) -> Array:
@@ -193,17 +201,17 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Array], str]] = {
     ),
     "cubic": (
         [helper.make_node("Resize", ["x", "", "s"], ["y"], name="r", mode="cubic")],
-        {"s": np.float32([1, 1, 2, 2])},
+        {"s": f32([1, 1, 2, 2])},
         "cubic",
     ),
     "scale": (
         [helper.make_node("Resize", ["x", "", "s"], ["y"], name="r", mode="linear")],
-        {"s": np.float32([1, 1, 1.5, 1.5])},
+        {"s": f32([1, 1, 1.5, 1.5])},
         "by [",
     ),
     "channels": (
         [helper.make_node("Slice", ["x", "a", "b", "c"], ["y"], name="s")],
-        {"a": np.int64([1]), "b": np.int64([3]), "c": np.int64([1])},
+        {"a": i64([1]), "b": i64([3]), "c": i64([1])},
         "images or channels",
     ),
     "no layer": ([helper.make_node("Identity", ["x"], ["y"])], {}, "Identity"),
@@ -267,8 +275,8 @@ def convolved(what: cudnn_api.Convolution, x: int, w: int, bias: int, y: int) ->
     (top, left), (bottom, right) = what.before, what.after
     image = np.pad(image, ((0, 0), (0, 0), (top, bottom), (left, right)))
     shift = plain(bias, (what.filters,)).astype(np.float32)
-    arrays = [torch.from_numpy(np.ascontiguousarray(a)) for a in (image, weights, shift)]
-    out = F.conv2d(*arrays, stride=what.strides, dilation=what.dilations)
+    x1, w1, b1 = (torch.from_numpy(np.ascontiguousarray(a)) for a in (image, weights, shift))
+    out = F.conv2d(x1, w1, b1, stride=what.strides, dilation=what.dilations)
     out = torch.relu(out) if what.activation == "relu" else out
     strided(y, what, "y")[...] = out.numpy().transpose(0, 2, 3, 1)
 
@@ -401,7 +409,7 @@ def resize(x: str, y: str, **attributes: Any) -> Any:
     return helper.make_node("Resize", [x, "", "scales"], [y], **attributes)
 
 
-BOUNDS = {"a": np.int64([3, 5]), "b": np.int64([-4, 21]), "ax": np.int64([2, 3])}
+BOUNDS = {"a": i64([3, 5]), "b": i64([-4, 21]), "ax": i64([2, 3])}
 
 SMALL: dict[str, tuple[list[Any], dict[str, Array]]] = {
     # name: nodes from x (2, 3, 37, 45) to y, and weights
@@ -435,10 +443,10 @@ SMALL: dict[str, tuple[list[Any], dict[str, Array]]] = {
             "e.w": drawn(6, 16, 20, 3, 3),
             "f.w": drawn(7, 16, 8, 1, 1),
             **BOUNDS,
-            "a2": np.int64([7, 27]),
-            "b2": np.int64([35, 43]),
-            "z": np.int64([0, 0]),
-            "k": np.int64([11, 9]),
+            "a2": i64([7, 27]),
+            "b2": i64([35, 43]),
+            "z": i64([0, 0]),
+            "k": i64([11, 9]),
         },
     ),
     "transposed by 3, one class, sigmoid": (
@@ -458,7 +466,7 @@ SMALL: dict[str, tuple[list[Any], dict[str, Array]]] = {
             conv("d", "r", "z"),
             helper.make_node("Softmax", ["z"], ["y"], axis=1),
         ],
-        {"c.w": drawn(11, 9, 3, 3, 3), "d.w": drawn(12, 5, 9, 1, 1), "scales": np.float32([1, 1, 2, 2])},
+        {"c.w": drawn(11, 9, 3, 3, 3), "d.w": drawn(12, 5, 9, 1, 1), "scales": f32([1, 1, 2, 2])},
     ),
     "nearest, wide head by cuDNN, softmax": (
         [
@@ -467,7 +475,7 @@ SMALL: dict[str, tuple[list[Any], dict[str, Array]]] = {
             conv("d", "r", "z", pads=[1, 1, 1, 1]),
             helper.make_node("Softmax", ["z"], ["y"], axis=1),
         ],
-        {"c.w": drawn(13, 9, 3, 3, 3), "d.w": drawn(14, 21, 9, 3, 3), "scales": np.float32([1, 1, 3, 3])},
+        {"c.w": drawn(13, 9, 3, 3, 3), "d.w": drawn(14, 21, 9, 3, 3), "scales": f32([1, 1, 3, 3])},
     ),
     "input concatenated, then pooled": (
         [
@@ -492,13 +500,13 @@ SMALL: dict[str, tuple[list[Any], dict[str, Array]]] = {
         {
             "c.w": drawn(17, 8, 3, 3, 3),
             "d.w": drawn(18, 2, 8, 3, 3),
-            "g": np.float32(np.linspace(0.5, 2, 8)),
-            "be": np.float32(np.linspace(-1, 1, 8)),
-            "m": np.float32(np.linspace(-0.5, 0.5, 8)),
-            "va": np.float32(np.linspace(0.2, 3, 8)),
-            "six": np.int64([6, 6]),
-            "two": np.int64([2, 2]),
-            "ax": np.int64([2, 3]),
+            "g": f32(np.linspace(0.5, 2, 8)),
+            "be": f32(np.linspace(-1, 1, 8)),
+            "m": f32(np.linspace(-0.5, 0.5, 8)),
+            "va": f32(np.linspace(0.2, 3, 8)),
+            "six": i64([6, 6]),
+            "two": i64([2, 2]),
+            "ax": i64([2, 3]),
         },
     ),
 }
