@@ -195,6 +195,14 @@ class _View:
             return str(readers[0].output[0])
         return name
 
+    def read_by(self, name: str) -> set[str]:
+        """Names of the nodes that compute with ``name`` or a rearrangement of it."""
+        found: set[str] = set()
+        for node in self.readers.get(name, []):
+            moved = node.op_type in _MOVES or self._repeats(node)
+            found |= {n for out in node.output for n in self.read_by(out)} if moved else {node.name}
+        return found
+
     def component(self, name: str) -> dict[str, None]:
         """``name`` and all that it is rearranged from."""
         found: dict[str, None] = {}
@@ -285,9 +293,14 @@ class _Pass:
     def _choose(self) -> None:
         """Which convolutions run in INT8, and which tensors are quantised for them."""
         if not self.form.float_outputs:
+            explicit = frozenset(self.kept)
             for name in self.chosen:
-                if self.view.result(self.view.nodes[name]) in self.view.outputs:
+                result = self.view.result(self.view.nodes[name])
+                if result in self.view.outputs:
                     self.kept[name] = "it returns floats"
+                elif self.view.read_by(result) <= explicit:
+                    # a layer is kept together with its input, which only a layer in FP32 returns unrounded
+                    self.kept[name] = "what it returns is read in FP32 only"
             self.chosen = [name for name in self.chosen if name not in self.kept]
         self.quantised: dict[str, None] = {}
         for name in self.chosen:
