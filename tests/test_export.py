@@ -14,11 +14,13 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip install unet-rt[cpu]")
 
 import unet_rt  # noqa: E402
+from unet_rt.cli import main  # noqa: E402
 from unet_rt.contract import Contract, Normalization  # noqa: E402
 from unet_rt.errors import ContractError, GraphError  # noqa: E402
 from unet_rt.export import METADATA_KEY, export  # noqa: E402
-from unet_rt.models import UNet, unet_from_onnx  # noqa: E402
+from unet_rt.models import FCN8s, SegNet, UNet, unet_from_onnx  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
+from unet_rt.training import save_checkpoint  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
@@ -228,3 +230,141 @@ def test_a_module_comes_back_from_its_graph(tmp_path: Path) -> None:
         unet_from_onnx(model, UNet(width=3, depth=3).spec)
     with pytest.raises(GraphError, match="the architecture has"):
         unet_from_onnx(model, UNet(width=4, depth=2, up="bilinear").spec)
+
+
+# --------------------------------------------------------------------------------------------------- the other networks
+
+
+@pytest.mark.parametrize("kind", [FCN8s, SegNet])
+def test_predecessors_are_exact_in_tiles(tmp_path: Path, kind: Any) -> None:
+    """Their graphs are plain operators that the analysis knows; OpenVINO gives what ONNX Runtime gives."""
+    torch.manual_seed(0)
+    done = export(used(kind(width=3, depth=3, norm="batch")), tmp_path / "model.onnx", sizes=[48, (48, 64)])
+    assert done.exporter == "trace"
+    kinds = {n.op_type for n in onnx.load(done.path).graph.node}
+    assert not {"MaxUnpool", "ScatterND", "Shape", "Reshape"} & kinds
+    (output,) = unet_rt.inspect(done.path).outputs
+    assert output.exact
+    assert [axis.stride for axis in output.field] == [8, 8]
+    session = ort.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).random((1, 1, 160, 160), np.float32)
+    whole = session.run(None, {"input": x})[0]
+    part = session.run(None, {"input": x[:, :, 8:152, 16:160]})[0]
+    halo = max(max(axis.halo) for axis in output.field)
+    inner = slice(halo, 144 - halo)
+    np.testing.assert_allclose(
+        part[:, :, inner, inner], whole[:, :, 8:152, 16:160][:, :, inner, inner], atol=64 * done.tolerance
+    )
+
+
+def test_crop_concat_is_slice_and_concat_in_both_exporters(tmp_path: Path) -> None:
+    for exporter in ("trace", "dynamo"):
+        done = export(UNet(width=2, depth=1), tmp_path / "m.onnx", sizes=[44, (44, 48)], exporter=exporter)  # type: ignore[arg-type]
+        kinds = [n.op_type for n in onnx.load(done.path).graph.node if n.op_type != "Constant"]
+        assert kinds.count("Concat") == 1
+        assert kinds.count("Slice") in (1, 2)  # both axes at once, or one after the other
+        assert {n.domain for n in onnx.load(done.path).graph.node} == {""}
+
+
+class Jumps(torch.nn.Module):
+    """Rounds its features: the last bit of a number decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x: Any) -> Any:
+        return torch.round(200 * self.net(x)) / 10
+
+
+def test_a_network_that_jumps_is_compared_by_the_share_that_jumped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    done = export(Jumps(), tmp_path / "jumps.onnx", sizes=[96, (96, 128)])
+    assert done.tolerance < 0.01
+    assert done.max_error <= done.tolerance or any("last bit" in note for note in done.notes)
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def test_checkpoints_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    network = UNet(width=3, depth=2, padding="same")
+    save_checkpoint(tmp_path / "model.pt", network, CONTRACT)
+    out = tmp_path / "model.onnx"
+    assert main(["export", str(tmp_path / "model.pt"), "--out", str(out), "--classes", "a,b", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["contract"]["classes"] == ["a", "b"]  # options win over the checkpoint
+    props = {p.key: p.value for p in onnx.load(out).metadata_props}
+    assert Contract.from_json(json.loads(props[METADATA_KEY])).normalization == CONTRACT.normalization
+    assert main(["export", str(tmp_path / "model.pt"), "--out", str(out)]) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+
+
+def make_net(channels: int = 4) -> Any:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, channels, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(channels, 2, 1)
+    )
+
+
+def test_state_dicts_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "model.onnx")
+    torch.manual_seed(0)
+    unet = UNet(width=3, depth=1, padding="same")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in unet.state_dict().items()}}, tmp_path / "u.pt")
+    assert main(["export", str(tmp_path / "u.pt"), "--out", out]) == 2
+    assert "without their architecture" in capsys.readouterr().err
+    which = ["--architecture", "network=UNet,width=3,depth=1,padding=same"]
+    assert main(["export", str(tmp_path / "u.pt"), "--out", out, *which, "--normalize", "scale=255"]) == 0
+    assert main(["export", str(tmp_path / "u.pt"), "--out", out, "--overwrite", *which[:1], "network=UNet"]) == 2
+    assert "does not fit the architecture" in capsys.readouterr().err
+    torch.save(make_net(6).state_dict(), tmp_path / "own.pt")
+    (tmp_path / "my_networks.py").write_text(
+        "from torch import nn\n\ndef make_net(channels):\n"
+        "    return nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 2, 1))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["--module", "my_networks:make_net", "--arguments", '{"channels": 6}', "--overwrite"]
+    assert main(["export", str(tmp_path / "own.pt"), "--out", out, *own]) == 0
+    assert "pass --normalize" in capsys.readouterr().out
+    assert (
+        main(["export", str(tmp_path / "own.pt"), "--out", out, "--module", "my_networks:nothing", "--overwrite"]) == 2
+    )
+    assert "cannot be imported" in capsys.readouterr().err
+
+
+def test_whole_modules_are_not_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(make_net(), tmp_path / "pickled.pt")
+    assert main(["export", str(tmp_path / "pickled.pt"), "--out", str(tmp_path / "m.onnx")]) == 2
+    assert "nothing in it is executed" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- other people's nets
+
+
+def test_segmentation_models_pytorch(tmp_path: Path) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="pip install segmentation-models-pytorch")
+    torch.manual_seed(0)
+    contract = Contract.from_smp("resnet18")
+    assert contract.normalization == Normalization(
+        "fixed", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    )
+    network = smp.Unet("resnet18", encoder_weights=None, classes=2)
+    done = export(network, tmp_path / "smp.onnx", contract=contract, sizes=[64, (64, 96)])
+    assert done.max_error <= done.tolerance
+    assert contract.channels == ("red", "green", "blue")
+
+
+@pytest.mark.filterwarnings("ignore")  # MONAI's own deprecations
+@pytest.mark.parametrize("name", ["UNet", "BasicUNet"])
+def test_monai(tmp_path: Path, name: str) -> None:
+    nets = pytest.importorskip("monai.networks.nets", reason="pip install monai")
+    torch.manual_seed(0)
+    if name == "UNet":
+        network = nets.UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(4, 8, 16), strides=(2, 2))
+    else:
+        network = nets.BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(4, 4, 8, 8, 16, 4))
+    done = export(network, tmp_path / "monai.onnx", sizes=[64, (64, 96)])
+    assert done.max_error <= done.tolerance

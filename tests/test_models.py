@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the reference networks need torch; pip install unet-rt[torch]")
 
-from unet_rt.models import UNet, UNetSpec, load_half, save_half, widen  # noqa: E402
+from unet_rt.errors import GraphError  # noqa: E402
+from unet_rt.models import (  # noqa: E402
+    FCN8s,
+    SegNet,
+    UNet,
+    UNetSpec,
+    architecture_of,
+    crop_concat,
+    load_half,
+    network_of,
+    save_half,
+    widen,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -195,3 +207,93 @@ def test_half_weights_come_back(tmp_path: Path) -> None:
     assert not back.training
     for a, b in zip(network.parameters(), back.parameters(), strict=True):
         assert torch.equal(a.half().float(), b)
+
+
+# --------------------------------------------------------------------------------------------------------- its operator
+
+
+@pytest.mark.parametrize("crop", [0, 3])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_crop_concat_is_slicing_and_cat(crop: int, dims: int) -> None:
+    up = torch.randn(2, 3, *[5, 8, 7][:dims])
+    skip = torch.randn(2, 4, *[n + 2 * crop for n in up.shape[2:]])
+    inner = (slice(None), slice(None), *(slice(crop, n + crop) for n in up.shape[2:]))
+    expected = torch.cat((skip[inner], up), 1)
+    assert torch.equal(crop_concat(skip, up, crop), expected)
+    strided = skip.transpose(2, 3).contiguous().transpose(2, 3)  # a layout that the kernel does not take
+    assert torch.equal(crop_concat(strided, up, crop), expected)
+    assert torch.equal(crop_concat(skip.bfloat16(), up.bfloat16(), crop), expected.bfloat16())
+
+
+def test_crop_concat_is_an_operator_of_torch() -> None:
+    """Schema, gradient, shapes without data: torch's own checks, and the gradient against finite differences."""
+    skip = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: crop_concat(a, b, 2), (skip, up))
+    floats = [t.detach().float().requires_grad_() for t in (skip, up)]
+    torch.library.opcheck(torch.ops.unet_rt.crop_concat.default, (*floats, 2))
+    with pytest.raises(ValueError, match="is not 1 samples larger"):
+        crop_concat(skip, up, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- predecessors
+
+
+@pytest.mark.parametrize("kind", [FCN8s, SegNet])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_the_predecessors_keep_the_size(kind: Any, norm: str) -> None:
+    torch.manual_seed(0)
+    network = kind(2, 3, width=2, depth=3, norm=norm).eval()
+    with torch.no_grad():
+        assert network(torch.randn(2, 2, 24, 40)).shape == (2, 3, 24, 40)
+    again = network_of(architecture_of(network))
+    again.load_state_dict(network.state_dict())
+    assert again.spec == network.spec
+    assert network.spec.size_at_least(25) == 32
+    with pytest.raises(ValueError, match="use 32"):
+        network.spec.out_size(30)
+
+
+def test_equal_width_is_equal_terms() -> None:
+    """The contracting path is the same in all three."""
+    sizes = {
+        name: sum(p.numel() for k, p in kind(width=8, **more).named_parameters() if k.startswith("down."))
+        for name, kind, more in (("u", UNet, {}), ("f", FCN8s, {}), ("s", SegNet, {}))
+    }
+    assert len(set(sizes.values())) == 1
+
+
+def test_unpooling_puts_values_where_the_maxima_were() -> None:
+    """With ties, too: all zero after a ReLU, where the first corner counts. The form for ONNX gives the same."""
+    from unet_rt.models.segnet import _pool, _pool_masks, _unpool, _unpool_masks
+
+    torch.manual_seed(0)
+    x = torch.relu(torch.randn(2, 3, 8, 12))
+    values, places = _pool(x)
+    again, masks = _pool_masks(x)
+    other = torch.randn_like(values)
+    assert torch.equal(values, again)
+    assert torch.equal(_unpool(other, places), _unpool_masks(other, masks))
+    kept = _unpool(values, places)
+    assert torch.equal(kept[kept > 0], x[kept > 0])
+    assert int((_unpool(torch.ones_like(values), places) > 0).sum()) == values.numel()
+
+
+def test_fcn_starts_from_bilinear_interpolation() -> None:
+    network = FCN8s(width=2, depth=4)
+    ramp = torch.arange(8.0)[None, None, :, None].expand(1, 2, 8, 8)
+    with torch.no_grad():
+        fine = network.up[2](ramp)
+    inner = fine[0, 0, 4:-4, 16]
+    np.testing.assert_allclose(np.diff(inner.numpy()), 0.25, atol=1e-5)  # a ramp stays one, four times as fine
+
+
+def test_architectures_are_checked() -> None:
+    with pytest.raises(ValueError, match="fuses three scales"):
+        FCN8s(depth=2)
+    with pytest.raises(GraphError, match="known are UNet, FCN8s, SegNet"):
+        network_of({"network": "ResNet"})
+    with pytest.raises(GraphError, match="none of SegNet's"):
+        network_of({"network": "SegNet", "padding": "valid"})
+    with pytest.raises(GraphError, match="is none of"):
+        architecture_of(torch.nn.Conv2d(1, 1, 1))

@@ -90,3 +90,19 @@ class Contract:
         from .contract_io import contract_from_json
 
         return contract_from_json(data)
+
+    @classmethod
+    def from_smp(cls, encoder: str, *, weights: str = "imagenet", classes: tuple[str, ...] = ()) -> Contract:
+        """What a network of segmentation_models_pytorch expects: the normalisation that its encoder was trained with.
+
+        Args:
+            encoder: As given to the network, e.g. ``"resnet34"``.
+            weights: As given to the network; a network trained from the start is normalised as you trained it.
+            classes: Names of the classes.
+
+        Raises:
+            ContractError: the encoder is not known, or wants pixels in an order or range that a contract cannot say.
+        """
+        from .contract_io import contract_from_smp
+
+        return contract_from_smp(encoder, weights, classes)

@@ -591,3 +591,31 @@ def _sums_to_one(sample: Array | tuple[float, float] | None) -> bool | None:
     if sample is None or isinstance(sample, tuple) or sample.ndim < 2 or not sample.size:
         return None
     return bool(np.abs(sample.sum(axis=1, dtype=np.float64) - 1).max() <= TOLERANCE * sample.shape[1])
+
+
+def contract_from_smp(encoder: str, weights: str, classes: tuple[str, ...]) -> Contract:
+    """The contract of an encoder of segmentation_models_pytorch, from its own table. See :meth:`Contract.from_smp`."""
+    try:
+        from segmentation_models_pytorch.encoders import get_preprocessing_params
+    except ModuleNotFoundError as error:
+        raise ContractError(
+            "segmentation_models_pytorch is missing, which knows how its encoders want pixels; "
+            "pip install segmentation-models-pytorch"
+        ) from error
+    try:
+        values = get_preprocessing_params(encoder, pretrained=weights)
+    except (KeyError, ValueError) as error:
+        raise ContractError(
+            f"segmentation_models_pytorch knows no encoder {encoder!r} with {weights!r} weights"
+        ) from error
+    space, reach = values.get("input_space", "RGB"), values.get("input_range") or [0, 1]
+    if space not in ("RGB", "BGR") or reach[0] != 0:
+        raise ContractError(f"encoder {encoder} takes {space} pixels in {reach}, which a contract cannot say")
+    mean, std = values.get("mean") or [0.0] * 3, values.get("std") or [1.0] * 3
+    # Its mean and std are in units of the pixels scaled to [0, range]; ours in units of grey levels over 255.
+    unit = float(reach[1])
+    colours = ("red", "green", "blue") if space == "RGB" else ("blue", "green", "red")
+    normalization = Normalization(
+        "fixed", scale=255.0 / unit, mean=tuple(float(m) for m in mean), std=tuple(float(s) for s in std)
+    )
+    return Contract(axes="NCYX", channels=colours, normalization=normalization, classes=classes)

@@ -275,9 +275,10 @@ def _run_torch(module: nn.Module, x: npt.NDArray[Any]) -> list[npt.NDArray[Any]]
 def _tolerance(module: nn.Module, inputs: list[Array], wanted: list[list[npt.NDArray[Any]]]) -> tuple[float, float]:
     """(error, share of samples that may have a larger one).
 
-    The error is eight times the module's own float32 rounding error: another order of summation is allowed, another
-    result not. Seen: graph and module differ by 0.5 to 2 times that error, folded BatchNorm included. The share is 0
-    unless the module jumps: where a change of the input by a rounding turns some of its samples, so may a graph.
+    The error is 16 times the module's own float32 rounding error: another order of summation is allowed, another
+    result not. Seen: graph and module differ by 0.5 to 2 times that error, folded BatchNorm included; by 10 times in
+    3-D networks of few channels. The share is 0 unless the module jumps: where a change of the input by a rounding
+    turns some of its samples, so may a graph.
     """
     precise = copy.deepcopy(module).double()
     own, scale, finite = 0.0, 0.0, True
@@ -293,7 +294,7 @@ def _tolerance(module: nn.Module, inputs: list[Array], wanted: list[list[npt.NDA
             finite = finite and bool(np.isfinite(b).all())
     if not finite:
         raise GraphError("the module's output is not finite on realistic pixels; train it, or look for a wrong scale")
-    tolerance = max(8 * own, 8 * float(np.finfo(np.float32).eps) * scale)
+    tolerance = max(16 * own, 16 * float(np.finfo(np.float32).eps) * scale)
     turned = max(float(np.mean(off > tolerance)) for off in offs)
     for x, y32 in zip(inputs, wanted, strict=True):
         moved = np.nextafter(x, np.where(random.random(x.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf)))

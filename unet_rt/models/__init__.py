@@ -3,8 +3,9 @@
 from .architecture import Network, architecture_of, network_of
 from .fcn import FCN8s, FCN8sSpec
 from .segnet import SegNet, SegNetSpec
+from .skip import crop_concat
 from .stored import load_half, save_half, unet_from_onnx
-from .unet import UNet, UNetSpec, crop_concat
+from .unet import UNet, UNetSpec
 from .widen import widen
 
 __all__ = [

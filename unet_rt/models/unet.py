@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .skip import crop_concat
+
 Padding = Literal["valid", "same"]
 Norm = Literal["none", "batch"]
 Up = Literal["transposed", "bilinear", "nearest"]
@@ -119,13 +121,6 @@ class UNetSpec:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def crop_concat(skip: Tensor, up: Tensor, crop: int) -> Tensor:
-    """``skip`` (N, C1, *S1) without ``crop`` samples at each side, and ``up`` (N, C2, *S2): (N, C1 + C2, *S2)."""
-    if crop:
-        skip = skip[(slice(None), slice(None), *(slice(crop, -crop) for _ in range(skip.dim() - 2)))]
-    return torch.cat((skip, up), dim=1)
 
 
 class UNet(nn.Module):
