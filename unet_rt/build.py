@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends, bench, exam, machine, parity
+from .backends.onnx_file import precision_of
 from .calibration import Method, draw_tiles, split
 from .contract import Contract
 from .engine import Engine, EngineSpec, Precision, check_target, write_folder
@@ -195,6 +196,13 @@ def build(
         options = contract if isinstance(contract, Contract) else None
         file = Path(contract) if isinstance(contract, str | Path) else None
         opened = open_model(path, work, options=options, contract=file)
+        found = precision_of(opened.graph)
+        if found in ("int8", "fp16", "bf16"):
+            what = "is quantised already" if found == "int8" else f"computes in {found} already"
+            raise GraphError(
+                f"{path.name} {what}, and parity is held against FP32; "
+                "give the FP32 graph that it was made from, and build lowers its precision"
+            )
         if samples is None and "fp32" not in precisions:
             what = "to calibrate and to prove parity on" if "int8" in precisions else "to prove parity on"
             raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")

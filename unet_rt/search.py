@@ -184,9 +184,7 @@ Drop = Callable[[Engine], None]
 Judge = Callable[[Engine], "Verdict"]
 
 
-def search(
-    quantiser: Quantiser, make: Make, drop: Drop, judge: Judge, *, seconds: float = SECONDS_FOR_SEARCH
-) -> list[Mixture]:
+def search(quantiser: Quantiser, make: Make, drop: Drop, judge: Judge) -> list[Mixture]:
     """Mixtures worth measuring for one backend: plain INT8, the first layer in FP32, and what holds the budget.
 
     Args:
@@ -194,7 +192,6 @@ def search(
         make: Builds and loads an engine with these layers in FP32.
         drop: Closes an engine that is of no more use, and removes its files.
         judge: Parity on the user's samples.
-        seconds: Time for the ranking of layers.
 
     Returns:
         Plain INT8 first. The engines of all others are dropped.
@@ -217,7 +214,9 @@ def search(
             start, lowest = frozenset(), plain
     if any(m.verdict.accepted for m in found):
         return found
-    ranking = quantiser.ranking or _rank(quantiser, make, drop, method, start, plain, lowest, begun + seconds)
+    ranking = quantiser.ranking or _rank(
+        quantiser, make, drop, method, start, plain, lowest, begun + SECONDS_FOR_SEARCH
+    )
     quantiser.ranking = ranking
     useful = [layer.name for layer in ranking if layer.won >= WORTH] or [layer.name for layer in ranking]
     every = [*useful, *(layer.name for layer in ranking if layer.name not in useful)]

@@ -27,7 +27,7 @@ from unet_rt.errors import BackendError
 from unet_rt.passes.up_conv import up_conv
 
 # Metadata of a quantised graph: how many convolutions it means to run in INT8.
-QUANTISED_KEY = "unet_rt.quantised_layers"
+QUANTISED_KEY = "quantised_layers"
 
 # Distributions that install into the one folder onnxruntime/ and overwrite each other there.
 DISTRIBUTIONS = (

@@ -1,0 +1,237 @@
+"""The search for INT8 inside a budget: what is compared, which layers go back to FP32, and what a build keeps of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+
+from onnx import numpy_helper  # noqa: E402
+
+import unet_rt as urt  # noqa: E402
+from unet_rt.activations import overflowing, probe, tensors  # noqa: E402
+from unet_rt.build import BuildReport  # noqa: E402
+from unet_rt.calibration import Calibration  # noqa: E402
+from unet_rt.contract import Contract  # noqa: E402
+from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.passes import qdq  # noqa: E402
+from unet_rt.reports import build_text  # noqa: E402
+from unet_rt.search import LayerCost, Mixture, _shortest, change_near_decision, form_of  # noqa: E402
+from unet_rt.synthetic import microscopy  # noqa: E402
+
+pytestmark = [pytest.mark.onnxruntime]
+BUILD = sys.modules["unet_rt.build"]
+Array = np.ndarray[Any, Any]
+SAMPLES = [microscopy((220, 220), seed=seed).image for seed in range(3)]
+
+
+# --- what candidates are compared by -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
+def test_change_near_the_decision_orders_as_changed_labels_do(task: str) -> None:
+    """More noise, more changed labels, more change; noise far from the decision counts for nothing."""
+    contract = Contract(task=task, output_is="logits")  # type: ignore[arg-type]
+    channels = 1 if task == "binary" else 3
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:80, :80] / 12
+    wanted = np.stack([3 * np.sin(x + k) + 3 * np.cos(y - k) for k in range(channels)]).astype(np.float32)
+    noise = rng.normal(size=wanted.shape).astype(np.float32)
+    changes = [change_near_decision([wanted], [wanted + scale * noise], contract) for scale in (0, 0.01, 0.1, 1)]
+    assert changes[0] == 0
+    assert sorted(changes) == changes
+    assert len(set(changes)) == 4
+    # a common rise of all classes decides nothing
+    if task == "multiclass":
+        assert change_near_decision([wanted], [wanted + noise[:1]], contract) < 1e-6
+    broken = wanted.copy()
+    broken[0, 3, 3] = np.nan
+    near = np.abs(wanted) == np.abs(wanted).min()
+    broken[near] = np.nan
+    assert change_near_decision([wanted], [broken], contract) in (np.inf, 0.0) or task == "multiclass"
+    assert change_near_decision([wanted], [np.full_like(wanted, np.nan)], contract) == np.inf
+
+
+def test_change_of_a_regression_is_its_error_over_the_range() -> None:
+    wanted = np.linspace(0, 10, 10_000, dtype=np.float32).reshape(1, 100, 100)
+    change = change_near_decision([wanted], [wanted + 0.049], Contract(task="regression", output_is=None))
+    assert change == pytest.approx(0.049 / 9.8, rel=1e-3)
+
+
+# --- the shortest list --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needed", range(1, 12))
+def test_the_shortest_beginning_that_holds_the_budget(needed: int) -> None:
+    """Found for every length, with few attempts; every engine but that of the answer is dropped."""
+    names = [f"layer {k}" for k in range(10)]
+    dropped: list[Any] = []
+    tried: list[int] = []
+
+    def attempt(keep: frozenset[str]) -> Mixture:
+        tried.append(len(keep))
+        assert keep == frozenset(["first", *names[: len(keep) - 1]])
+        verdict = SimpleNamespace(accepted=len(keep) - 1 >= needed, label_change=0.1, relative=0.1)
+        return Mixture("", keep, object(), verdict)  # type: ignore[arg-type]
+
+    found = _shortest(names, frozenset({"first"}), attempt, dropped.append, lambda _: None)
+    if needed > len(names):
+        assert found is None
+        assert len(dropped) == len(tried)
+    else:
+        assert found is not None
+        assert len(found.keep) - 1 == needed
+        assert len(dropped) == len(tried) - 1
+        assert found.engine not in dropped
+    assert len(tried) <= 8
+
+
+def test_weights_have_seven_bits_where_products_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unet_rt.machine.cpu_features", lambda: frozenset({"avx2", "avx512f"}))
+    assert form_of("onnxruntime").levels == 63
+    assert form_of("openvino").levels == 127
+    monkeypatch.setattr("unet_rt.machine.cpu_features", lambda: frozenset({"avx2", "avx_vnni"}))
+    assert form_of("onnxruntime").levels == 127
+
+
+# --- builds -------------------------------------------------------------------------------------------------------------
+
+
+def pixels() -> Array:
+    """A tile as the shipped network gets it."""
+    x = SAMPLES[0].astype(np.float32)[None, None, :160, :160]
+    low, high = np.percentile(SAMPLES[0], (1, 99.8))
+    return (x - low) / (high - low)
+
+
+def widened(path: Path, factor: float = 1e4) -> Path:
+    """The shipped network with one channel, read by one layer, made larger by ``factor`` and its readers smaller."""
+    model = onnx.load(shipped_model())
+    stored = {t.name: t for t in model.graph.initializer}
+    nodes = {n.name: n for n in model.graph.node}
+    first, second = nodes["/down.2/down.2.0/Conv"], nodes["/down.2/down.2.3/Conv"]
+    seen = probe(model, [second.input[0]], [[pixels()]], threads=1)[second.input[0]]
+    channel = int(seen.means.argmax())
+    for name, axis, by in ((first.input[1], 0, factor), (first.input[2], 0, factor), (second.input[1], 1, 1 / factor)):
+        array = numpy_helper.to_array(stored[name]).copy()
+        array[(slice(None),) * axis + (channel,)] *= by
+        stored[name].CopyFrom(numpy_helper.from_array(array, name))
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BUILD, "CALIBRATION_PX", 160**2)
+    monkeypatch.setattr(BUILD, "TILE_AREAS", ())
+
+
+def built(model: Path, out: Path, **options: Any) -> tuple[BuildReport, urt.Engine]:
+    reports: list[BuildReport] = []
+    options = {"samples": SAMPLES, "threads": 1, "tile": (160, 160), "halo": "exact"} | options
+    engine = urt.build(model, out=out, report=reports.append, **options)
+    return reports[0], engine
+
+
+@pytest.mark.openvino
+@pytest.mark.usefixtures("quick")
+def test_one_wide_channel(tmp_path: Path) -> None:
+    """FP16 would overflow, plain INT8 loses all other channels: both are seen. The mixture passes."""
+    model = widened(tmp_path / "wide.onnx")
+    prepared = qdq.prepare(onnx.load(model))
+    found = probe(prepared, tensors(prepared), [[pixels()]], threads=1)
+    islands = overflowing(prepared, found)
+    assert "/down.2/down.2.3/Conv" in islands
+    assert len(islands) <= 6, "and nothing else"
+    report, engine = built(model, tmp_path / "wide.urt", backend="openvino", precision="int8")
+    with engine:
+        plain, mixed = report.candidates
+        assert plain.variant == ""
+        assert plain.verdict is not None
+        assert not plain.verdict.accepted
+        assert (plain.verdict.label_change or 0) > 0.02
+        assert mixed.verdict is not None
+        assert mixed.verdict.accepted
+        assert (mixed.verdict.label_change or 0) < 5e-3
+        assert report.layers[0].name == "/down.2/down.2.3/Conv"
+        assert report.layers[0].kept
+        assert report.layers[0].won > 0.5
+        assert engine.spec.options["int8"]["kept"] == ["/down.2/down.2.3/Conv"]
+        text = build_text(report)
+        assert "outside the budget" in text
+        assert "/down.2/down.2.3/Conv" in text
+        assert engine._session.layers == {"u8": 17, "f32": 1}  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_engine_keeps_its_calibration(tmp_path: Path) -> None:
+    """From model.onnx, the calibration and the options the same graph is made again; load reads the precision back."""
+    report, engine = built(shipped_model(), tmp_path / "a.urt", backend="onnxruntime", precision="int8")
+    engine.close()
+    assert report.layers == (), "no ranking where plain INT8 is inside the budget"
+    assert any("1 of 3 sample windows calibrate" in note for note in report.notes)
+    folder = engine.folder
+    assert folder is not None
+    calibration = Calibration.from_json(json.loads(folder.file("calibration").read_text()))
+    judged = {image["sha256"] for image in folder.parity["images"]}  # type: ignore[index]
+    assert len(judged) == 2
+    assert {digest for _, digest in calibration.windows}.isdisjoint(judged)
+    options = engine.spec.options["int8"]
+    again = qdq.quantise(
+        qdq.prepare(onnx.load(folder.file("model"))),
+        calibration.ranges[options["method"]],
+        form_of("onnxruntime"),
+        keep=frozenset(options["kept"]),
+        means=calibration.means,
+    )
+    before = onnx.load(folder.file("graph"))
+    after = {t.name: t for t in again.model.graph.initializer}
+    assert after.keys() == {t.name for t in before.graph.initializer}
+    for t in before.graph.initializer:
+        np.testing.assert_array_equal(numpy_helper.to_array(t), numpy_helper.to_array(after[t.name]))
+    assert folder.parity["budget"]["label_change"] == 5e-3  # type: ignore[index]
+    with urt.load(tmp_path / "a.urt", threads=1) as loaded:
+        assert loaded.spec.precision == "int8"
+    # already quantised: the graph is no model
+    with pytest.raises(urt.UnetRtError, match="is quantised already, and parity is held against FP32"):
+        built(folder.file("graph"), tmp_path / "b.urt", backend="onnxruntime", precision="int8")
+
+
+@pytest.mark.usefixtures("quick")
+def test_int8_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        urt.ContractError, match="int8 needs samples to calibrate and to prove parity on; pass --samples"
+    ):
+        built(shipped_model(), tmp_path / "a.urt", samples=None, precision="int8")
+    monkeypatch.setattr("unet_rt.search.SECONDS_FOR_SEARCH", 0.0)
+    budget = urt.Budget(label_change=0)
+    with pytest.raises(urt.ParityError, match=r"no candidate is inside the budget: onnxruntime int8"):
+        built(shipped_model(), tmp_path / "a.urt", backend="onnxruntime", precision="int8", budget=budget)
+    with pytest.raises(urt.ImageError, match="pass three or more images"):
+        built(shipped_model(), tmp_path / "a.urt", samples=[SAMPLES[0][:96, :96]], precision="int8", tile=(64, 64))
+    assert not (tmp_path / "a.urt").exists()
+
+
+def test_of_mixtures_as_fast_as_the_fastest_the_closest_is_taken() -> None:
+    verdicts = [SimpleNamespace(accepted=True, label_change=c, relative=c) for c in (0.002, 0.001, 0.0001)]
+    rows = [
+        BUILD.Candidate("openvino", "int8", (8, 8), kept_mpx_per_s=speed, verdict=verdict, variant=str(k))
+        for k, (speed, verdict) in enumerate(zip((1.0, 0.98, 0.6), verdicts, strict=True))
+    ]
+    builder = object.__new__(BUILD._Build)
+    assert builder._closest(rows, rows[0]) is rows[1]
+    assert builder._closest(
+        [replace(r, precision="fp32") for r in rows], replace(rows[0], precision="fp32")
+    ) == replace(rows[0], precision="fp32")
+
+
+def test_a_layer_cost_is_json() -> None:
+    assert LayerCost("a", 0.5, 0.1, True).to_json() == {"name": "a", "won": 0.5, "cost": 0.1, "kept": True}
