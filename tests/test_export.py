@@ -344,17 +344,25 @@ def test_whole_modules_are_not_unpickled(tmp_path: Path, capsys: pytest.CaptureF
 # ---------------------------------------------------------------------------------------------------- other people's nets
 
 
+def test_contracts_of_encoders() -> None:
+    imagenet = Normalization("fixed", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert Contract.from_smp("resnet34").normalization == imagenet
+    assert Contract.from_smp("timm-efficientnet-b3", weights="noisy-student").normalization == imagenet
+    half = Normalization("fixed", scale=255.0, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert Contract.from_smp("inceptionv4").normalization == half
+    assert Contract.from_smp("timm-efficientnet-b3", weights="advprop").normalization == half
+    with pytest.raises(ContractError, match="'my-own' is not known"):
+        Contract.from_smp("my-own")
+
+
 def test_segmentation_models_pytorch(tmp_path: Path) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch", reason="pip install segmentation-models-pytorch")
     torch.manual_seed(0)
-    contract = Contract.from_smp("resnet18")
-    assert contract.normalization == Normalization(
-        "fixed", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-    )
+    contract = Contract.from_smp("resnet18", classes=("background", "road"))
     network = smp.Unet("resnet18", encoder_weights=None, classes=2)
     done = export(network, tmp_path / "smp.onnx", contract=contract, sizes=[64, (64, 96)])
     assert done.max_error <= done.tolerance
-    assert contract.channels == ("red", "green", "blue")
+    assert [p.key for p in onnx.load(done.path).metadata_props] == [METADATA_KEY]
 
 
 @pytest.mark.filterwarnings("ignore")  # MONAI's own deprecations

@@ -92,7 +92,7 @@ class Contract:
         return contract_from_json(data)
 
     @classmethod
-    def from_smp(cls, encoder: str, *, weights: str = "imagenet", classes: tuple[str, ...] = ()) -> Contract:
+    def from_smp(cls, encoder: str, *, weights: str | None = "imagenet", classes: tuple[str, ...] = ()) -> Contract:
         """What a network of segmentation_models_pytorch expects: the normalisation that its encoder was trained with.
 
         Args:
@@ -101,7 +101,7 @@ class Contract:
             classes: Names of the classes.
 
         Raises:
-            ContractError: the encoder is not known, or wants pixels in an order or range that a contract cannot say.
+            ContractError: the encoder is not known.
         """
         from .contract_io import contract_from_smp
 

@@ -593,29 +593,49 @@ def _sums_to_one(sample: Array | tuple[float, float] | None) -> bool | None:
     return bool(np.abs(sample.sum(axis=1, dtype=np.float64) - 1).max() <= TOLERANCE * sample.shape[1])
 
 
-def contract_from_smp(encoder: str, weights: str, classes: tuple[str, ...]) -> Contract:
-    """The contract of an encoder of segmentation_models_pytorch, from its own table. See :meth:`Contract.from_smp`."""
-    try:
-        from segmentation_models_pytorch.encoders import get_preprocessing_params
-    except ModuleNotFoundError as error:
-        raise ContractError(
-            "segmentation_models_pytorch is missing, which knows how its encoders want pixels; "
-            "pip install segmentation-models-pytorch"
-        ) from error
-    try:
-        values = get_preprocessing_params(encoder, pretrained=weights)
-    except (KeyError, ValueError) as error:
-        raise ContractError(
-            f"segmentation_models_pytorch knows no encoder {encoder!r} with {weights!r} weights"
-        ) from error
-    space, reach = values.get("input_space", "RGB"), values.get("input_range") or [0, 1]
-    if space not in ("RGB", "BGR") or reach[0] != 0:
-        raise ContractError(f"encoder {encoder} takes {space} pixels in {reach}, which a contract cannot say")
-    mean, std = values.get("mean") or [0.0] * 3, values.get("std") or [1.0] * 3
-    # Its mean and std are in units of the pixels scaled to [0, range]; ours in units of grey levels over 255.
-    unit = float(reach[1])
-    colours = ("red", "green", "blue") if space == "RGB" else ("blue", "green", "red")
-    normalization = Normalization(
-        "fixed", scale=255.0 / unit, mean=tuple(float(m) for m in mean), std=tuple(float(s) for s in std)
+# Encoders of segmentation_models_pytorch by the beginning of their names. The library itself asks its hub for these
+# numbers since version 0.4; unet-rt downloads nothing. Colours are red, green, blue scaled to [0, 1] in all of them.
+SMP_HALF = ((0.5,) * 3, (0.5,) * 3)
+SMP_IMAGENET = (IMAGENET.mean, IMAGENET.std)
+SMP_ENCODERS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    **dict.fromkeys(
+        (
+            "resnet", "resnext", "densenet", "vgg", "mobilenet", "efficientnet", "timm-efficientnet", "timm-resnest",
+            "timm-res2", "timm-regnet", "timm-skres", "timm-mobilenet", "se_res", "senet", "mit_b", "mobileone",
+        ),
+        SMP_IMAGENET,
+    ),
+    **dict.fromkeys(("inception", "xception"), SMP_HALF),
+    "dpn": ((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3),
+    "timm-gernet": ((0.0,) * 3, (1.0,) * 3),
+}  # fmt: skip
+
+
+def contract_from_smp(encoder: str, weights: str | None, classes: tuple[str, ...]) -> Contract:
+    """The contract of an encoder of segmentation_models_pytorch. See :meth:`Contract.from_smp`."""
+    if encoder.startswith("tu-"):
+        mean, std = _timm(encoder.removeprefix("tu-"))
+    else:
+        found = [v for name, v in SMP_ENCODERS.items() if encoder.startswith(name)]
+        if not found:
+            raise ContractError(
+                f"the normalisation of encoder {encoder!r} is not known here; declare it, e.g. "
+                "Contract(normalization=parse_normalization('imagenet'))"
+            )
+        mean, std = SMP_HALF if weights == "advprop" else found[0]
+    normalization = Normalization("fixed", scale=255.0, mean=mean, std=std)
+    return Contract(
+        axes="NCYX", channels=("red", "green", "blue"), normalization=normalization, output_is="logits", classes=classes
     )
-    return Contract(axes="NCYX", channels=colours, normalization=normalization, classes=classes)
+
+
+def _timm(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) from timm's own table, which is part of its package."""
+    try:
+        from timm.models import get_pretrained_cfg
+    except ModuleNotFoundError as error:
+        raise ContractError(f"timm is missing, which knows how {encoder} wants pixels; pip install timm") from error
+    found = get_pretrained_cfg(encoder)
+    if found is None:
+        raise ContractError(f"timm knows no encoder {encoder!r}; declare the normalisation of your own training")
+    return tuple(float(m) for m in found.mean), tuple(float(v) for v in found.std)
