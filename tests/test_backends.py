@@ -716,15 +716,15 @@ def test_a_provider_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.onnxruntime
 def test_two_onnxruntime_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
-    monkeypatch.setattr(machine, "package_version", installed.get)
+    installed = {"onnxruntime": Path("site-packages"), "onnxruntime-gpu": Path("site-packages")}
+    monkeypatch.setattr(machine, "package_folder", installed.get)
     reason = onnxruntime_backend.missing()
     assert reason is not None
     assert reason.startswith("onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files")
     assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime" in reason
     with pytest.raises(BackendError, match="overwrite each other"):
         onnxruntime_backend.load(TRAINED, precision="fp32", threads=1)
-    del installed["onnxruntime-gpu"]
+    installed["onnxruntime-gpu"] = Path("another")
     assert onnxruntime_backend.conflict() is None
 
 

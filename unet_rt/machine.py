@@ -362,6 +362,16 @@ def package_version(distribution: str) -> str | None:
         return None
 
 
+def package_folder(distribution: str) -> Path | None:
+    """Folder into which a distribution was installed, None if it is not installed."""
+    import importlib.metadata
+
+    try:
+        return Path(str(importlib.metadata.distribution(distribution).locate_file(""))).resolve()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     """This machine as records name it (JSON values): two records are comparable where these agree."""
     versions = {name: package_version(name) for name in _PACKAGES}

@@ -58,9 +58,13 @@ _DTYPES = {
 
 
 def conflict() -> str | None:
-    """Two ONNX Runtime wheels in one environment, None if there is at most one."""
-    found = [name for name in DISTRIBUTIONS if machine.package_version(name) is not None]
-    if len(found) < 2:
+    """Two ONNX Runtime wheels in one folder, None if there is at most one in each.
+
+    Folders of their own, one before the other on the path, do no harm: the first is what is imported.
+    """
+    folders = {name: folder for name in DISTRIBUTIONS if (folder := machine.package_folder(name)) is not None}
+    found = [name for name, folder in folders.items() if list(folders.values()).count(folder) > 1]
+    if not found:
         return None
     keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found and machine.cuda().devices else "onnxruntime"
     return (
