@@ -27,7 +27,9 @@ from .weights import class_weights
 
 NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
 VALIDATION_SHARE = 0.2
-WATCHED = 8  # images that are validated on while training; the time they take is not spent on learning
+# Validated on while training: so many windows of so many pixels. 20 times 2 million pixels forward cost a tenth of the
+# default training on a CPU; whole images of a million pixels each cost half of it.
+WATCHED, WATCHED_PX = 8, 512
 FIELDS = {f.name for f in fields(Recipe)}
 
 
@@ -272,7 +274,7 @@ def fit(
     train(
         network,
         training,
-        validation[:: -(-len(validation) // WATCHED)],
+        watched(validation),
         recipe,
         device=place,
         state=state,
@@ -297,6 +299,20 @@ def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tupl
     for k in sorted(set(range(1, len(data.classes))) - there):
         say(f"no pixel of {data.classes[k]} in the validation part: its IoU is not watched")
     return training, validation
+
+
+def watched(validation: Sequence[Sample]) -> list[Sample]:
+    """What is validated on while training: of every k-th image the window that holds most foreground."""
+    found = []
+    for s in validation[:: -(-len(validation) // WATCHED)]:
+        height, width = s.target.shape
+        tops, lefts = (
+            sorted({*range(0, max(1, n - WATCHED_PX + 1), 128), max(0, n - WATCHED_PX)}) for n in (height, width)
+        )
+        windows = [(slice(y, y + WATCHED_PX), slice(x, x + WATCHED_PX)) for y in tops for x in lefts]
+        best = max(windows, key=lambda w: int((s.target[w] > 0).sum()))
+        found.append(Sample(s.name, s.image[:, *best], s.target[best], s.weight[best], s.truth[best]))
+    return found
 
 
 def _check_classes(training: Sequence[Sample], classes: int, part: str) -> None:

@@ -53,6 +53,9 @@ class Recipe:
         balance: Exponent of the class weights; 1 gives each class the same say (the paper's), 0 each pixel.
         w0, sigma_px: The border term of the weight map (already in the samples; kept for the record).
         augmentation: Random changes of a tile.
+        freeze_norm: Share of training after which BatchNorm keeps its statistics. Until then they follow the tiles of a
+            batch; from then on the network learns with the numbers that it will be used with. Without that, validation
+            on few tiles of unlike images jumps.
         validate_every: Steps between validations; 0: twenty times in all.
         precision: ``fp32``, or ``bf16``: mixed precision, on CUDA devices.
         seed: Of initial weights, tiles, augmentation and dropout.
@@ -69,6 +72,7 @@ class Recipe:
     w0: float = 10.0
     sigma_px: float = 5.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    freeze_norm: float = 0.5
     validate_every: int = 250
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
@@ -161,6 +165,7 @@ def train(
         while (done := _done(recipe, run.step, clock.seconds())) < 1:
             network.train()
             run.step += 1
+            _set_norms(network, run.step, frozen=done >= recipe.freeze_norm)
             for group in run.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(_done(recipe, run.step, clock.seconds()))
             image, target, border = tiles.draw(recipe.batch, run.step)
@@ -201,6 +206,15 @@ def train(
     if state is not None:
         Path(state).unlink(missing_ok=True)
     return run.history
+
+
+def _set_norms(network: Network, step: int, *, frozen: bool) -> None:
+    """BatchNorm's running statistics: those of about 50 steps, of all of them at the beginning; or kept."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = max(0.02, 1 / step)
+            if frozen:
+                module.eval()
 
 
 class _Clock:
