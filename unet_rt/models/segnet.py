@@ -104,7 +104,8 @@ def _pool(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpool(x: Tensor, places: Tensor) -> Tensor:
-    return functional.max_unpool2d(x, places, [2, 2])
+    # Values are only moved; not every device moves half precision.
+    return functional.max_unpool2d(x.float(), places, [2, 2]).to(x.dtype)
 
 
 # For ONNX the same in operators that every backend has. Its MaxUnpool is known to few, and its indices count over the
