@@ -1,0 +1,88 @@
+"""A training step against a bare loop of the same network: what augmentation, weights and book-keeping cost.
+
+    python benchmarks/bench_train.py [--width 16] [--tile 256] [--batch 2] [--steps 12] [--threads 1]
+
+Bare: forward, cross entropy, backward, Adam on one fixed batch. Recipe: :func:`unet_rt.training.train` with everything on
+(elastic deformation, weight map, learning rate, losses collected), between two validations. Steps alternate in blocks, so
+that a machine that grows slower does so for both; medians are compared. Also: the border weight map of 512 x 512 px.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from unet_rt.models import UNet
+from unet_rt.synthetic import Scene, microscopy
+from unet_rt.training import Augmentation, Recipe, Tiles, border_weights, prepare, train
+from unet_rt.training.fit import NORMALIZATION
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, value in (("width", 16), ("tile", 256), ("batch", 2), ("steps", 12), ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    m = microscopy((512, 512), seed=1, scene=Scene(radius_px=11, cover=0.3))
+    sample = prepare("drawn", m.image, m.truth, NORMALIZATION)
+    bare, recipe = [], []
+    for _ in range(3):
+        bare += bare_steps(args, sample)
+        recipe += recipe_steps(args, sample)
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        border_weights(m.truth)
+        seconds.append(time.perf_counter() - begun)
+    record = {
+        "bare_ms": round(1e3 * statistics.median(bare), 1),
+        "recipe_ms": round(1e3 * statistics.median(recipe), 1),
+        "ratio": round(statistics.median(recipe) / statistics.median(bare), 3),
+        "border_weights_ms": round(1e3 * statistics.median(seconds), 1),
+        "objects": len(np.unique(m.truth)) - 1,
+        **vars(args),
+    }
+    print(json.dumps(record, indent=1))
+    return 0
+
+
+def network_of(args: argparse.Namespace) -> UNet:
+    torch.manual_seed(0)
+    return UNet(width=args.width, padding="same", norm="batch", dropout=0.2)
+
+
+def bare_steps(args: argparse.Namespace, sample: object) -> list[float]:
+    network = network_of(args).train()
+    image, target, _ = Tiles([sample], args.tile, args.tile, Augmentation.none(), 0).draw(args.batch, 0)  # type: ignore[list-item]
+    optimizer = torch.optim.Adam(network.parameters())
+    times = []
+    for _ in range(args.steps):
+        begun = time.perf_counter()
+        loss = torch.nn.functional.cross_entropy(network(image), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        times.append(time.perf_counter() - begun)
+    return times[2:]
+
+
+def recipe_steps(args: argparse.Namespace, sample: object) -> list[float]:
+    stamps = []
+    recipe = Recipe(steps=args.steps, tile_px=args.tile, batch=args.batch, validate_every=args.steps, freeze_norm=1.0)
+
+    def stamp(share: float, step: int, loss: float) -> None:
+        stamps.append(time.perf_counter())
+
+    train(network_of(args), [sample], [sample], recipe, progress=stamp)  # type: ignore[list-item]
+    return list(np.diff(stamps)[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
