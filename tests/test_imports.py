@@ -20,6 +20,7 @@ PACKAGE = Path(unet_rt.__file__).parent
 # The files (relative to the package) that may import a library at all, at module level or in a function.
 MAY_IMPORT = {
     "onnx": (
+        "activations.py",
         "backends/*.py",
         "build.py",
         "export.py",
@@ -29,6 +30,7 @@ MAY_IMPORT = {
         "onnx_file.py",
         "passes/*.py",
         "propagate.py",
+        "search.py",
     ),
     "onnxruntime": ("backends/onnxruntime.py",),
     "openvino": ("backends/openvino.py",),

@@ -1,9 +1,10 @@
 """Activation ranges from real tiles: what eight bits have to cover.
 
-Tiles come from the user's images, and never from those that parity is judged on (:func:`split`). Four ways to a range:
+Tiles come from the user's images, and never from those that parity is judged on (:func:`split`). Five ways to a range:
 
 ``minmax``      everything that was seen
 ``percentile``  all but the 0.01 % farthest out on either side
+``tight``       all but 0.03 %
 ``entropy``     the clipping whose eight-bit histogram tells least apart from the full one (Kullback-Leibler, as TensorRT)
 ``mse``         the clipping of least squared error: what is cut off against what is rounded
 
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
     from .engine import EngineSpec
 
 Array = npt.NDArray[Any]
-Method = Literal["minmax", "percentile", "entropy", "mse"]
-METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse", "entropy")
+Method = Literal["minmax", "percentile", "tight", "entropy", "mse"]
+METHODS: tuple[Method, ...] = ("minmax", "percentile", "tight", "mse", "entropy")
 
-PERCENTILE = 1e-4  # share cut off on either side
+CUT_OFF = {"percentile": 1e-4, "tight": 3e-4}  # share on either side
 CLIPS = np.concatenate([[1.0], 2.0 ** -np.arange(0.25, 5.01, 0.25)])  # of the larger side, tried by mse and entropy
 CALIBRATION_SHARE = 3  # every third window calibrates, the others judge
 SMALLEST_BLOCK_PX = 48  # a window is not cut into blocks narrower than this
@@ -137,11 +138,11 @@ def range_of(found: Distribution, method: Method) -> Range:
     low, high = min(found.low, 0.0), max(found.high, 0.0)
     if low == high or method == "minmax":
         return Range(low, high)
-    if method == "percentile":
+    if method in CUT_OFF:
         share = np.cumsum(found.counts) / max(1, found.counts.sum())
         width = 2 * found.span / len(found.counts)
-        first = int(np.searchsorted(share, PERCENTILE))
-        last = int(np.searchsorted(share, 1 - PERCENTILE))
+        first = int(np.searchsorted(share, CUT_OFF[method]))
+        last = int(np.searchsorted(share, 1 - CUT_OFF[method]))
         return Range(
             max(low, min(0.0, -found.span + width * first)), min(high, max(0.0, -found.span + width * (last + 1)))
         )

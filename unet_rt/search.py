@@ -39,6 +39,7 @@ CLOSE = 0.05  # share of samples that decide about labels
 COMPARED_TILES = 6
 SECONDS_FOR_SEARCH = 240.0  # for one backend; what has not been measured by then is not put back
 WORTH = 0.02  # a layer whose return to FP32 takes away less of the change than this is not put back
+NEXT_TO_NOTHING = 0.02  # share of the work of layers at the ends that are tried in FP32 whatever the budget says
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
@@ -134,10 +135,19 @@ class Quantiser:
         }
         return {name: value / sum(work.values()) for name, value in work.items()}
 
-    def first(self) -> frozenset[str]:
-        """Layers that read the graph's inputs: eight bits of a normalised image are fewer than its own."""
+    def ends(self) -> list[tuple[str, frozenset[str]]]:
+        """Layers that read the graph's inputs, and those that return its outputs; where they are next to no work.
+
+        Eight bits of a normalised image are fewer than its own, and the last layer's rounding is nobody's to mend.
+        """
+        costs = self.costs()
         given = {value.name for value in self.prepared.graph.input}
-        return frozenset(n.name for n in self.prepared.graph.node if n.name in self.layers and n.input[0] in given)
+        asked = {value.name for value in self.prepared.graph.output}
+        behind = qdq.results(self.prepared)
+        first = {n.name for n in self.prepared.graph.node if n.name in self.layers and n.input[0] in given}
+        last = {name for name in self.layers if behind[name] in asked and name not in first}
+        ends = (("first", frozenset(first)), ("last", frozenset(last)))
+        return [(label, names) for label, names in ends if sum(costs[name] for name in names) <= NEXT_TO_NOTHING]
 
 
 def form_of(backend: str) -> qdq.Form:
@@ -185,7 +195,7 @@ Judge = Callable[[Engine], "Verdict"]
 
 
 def search(quantiser: Quantiser, make: Make, drop: Drop, judge: Judge) -> list[Mixture]:
-    """Mixtures worth measuring for one backend: plain INT8, the first layer in FP32, and what holds the budget.
+    """Mixtures worth measuring for one backend: plain INT8, its ends in FP32, and what holds the budget.
 
     Args:
         quantiser: The model.
@@ -201,17 +211,20 @@ def search(quantiser: Quantiser, make: Make, drop: Drop, judge: Judge) -> list[M
     method = quantiser.method or _best_method(quantiser, make, drop)
     quantiser.method = method
     found = [_mixture("", frozenset(), make(frozenset(), method), judge)]
-    start = quantiser.first()
-    plain = quantiser.change(found[0].engine)
-    lowest = plain
-    if start and start != frozenset(quantiser.layers):
-        engine = make(start, method)
-        lowest = quantiser.change(engine)
-        if lowest < plain * (1 - WORTH):
-            found.append(_mixture("first layer in FP32", start, engine, judge))
+    start, words = frozenset[str](), list[str]()
+    plain = lowest = quantiser.change(found[0].engine)
+    for label, names in quantiser.ends():
+        keep = start | names
+        if not names or keep == frozenset(quantiser.layers):
+            continue
+        engine = make(keep, method)
+        change = quantiser.change(engine)
+        if change < lowest * (1 - WORTH):
+            words.append(label)
+            found.append(_mixture(f"{' and '.join(words)} layer in FP32", keep, engine, judge))
+            start, lowest = keep, change
         else:
             drop(engine)
-            start, lowest = frozenset(), plain
     if any(m.verdict.accepted for m in found):
         return found
     ranking = quantiser.ranking or _rank(
