@@ -16,38 +16,100 @@ struct Box {
     Divider second, third;  // sizes of the axes 1 and 2
     Rows rows;              // along the axes 3 and 4
     uint32_t planes;        // of the axes 0 to 2
+    Divider plane;          // vectors of a plane
+    uint32_t first;         // plane of the launch
+    uint32_t items;         // vectors of the launch
 };
 
-// T: an unsigned integer of the elements' size.
+constexpr int64_t kMostItems = INT32_MAX;
+constexpr uint32_t kEach = 4;  // vectors per thread: their loads are under way together
+
+// T: an unsigned integer of the elements' size. Vectors are counted through all planes of a box, and blocks through
+// both boxes, so that none is launched in vain.
 template <class T>
 struct Body {
     static constexpr int kBytes = sizeof(T);
     static constexpr int kBlocks = 4;
     Box boxes[2];
+    uint32_t turn;  // first block of the second box
+
+    // Where a vector comes from and goes to.
+    struct Vector {
+        const char* from;
+        char* to;
+        Rows::Span span;
+    };
 
     UNET_RT_HD void operator()(const Place& at) const {
-        const Box& box = boxes[at.block_z];
-        const uint32_t item = at.block_x * kThreads + at.thread;
-        if (item >= box.rows.items) return;
-        const uint32_t y = box.rows.vectors.quotient(item);
-        for (uint32_t plane = at.block_y; plane < box.planes; plane += at.blocks_y) {
-            const uint32_t lines = box.third.quotient(plane);
-            const uint32_t c = plane - lines * box.third.divisor;
-            const uint32_t a = box.second.quotient(lines);
-            const uint32_t b = lines - a * box.second.divisor;
-            char* const to =
-                box.to + a * box.to_stride[0] + b * box.to_stride[1] + c * box.to_stride[2] + y * box.to_stride[3];
-            const char* const from = box.from + a * box.from_stride[0] + b * box.from_stride[1] +
-                                     c * box.from_stride[2] + y * box.from_stride[3];
-            const auto span = box.rows.span(item, y, to, kBytes, box.rows.width);
-            if (span.whole) {
-                T elements[16 / kBytes];
-                load_many(from + span.x * box.from_stride[4], box.from_stride[4], elements);
-                store_aligned<16>(to + span.x * kBytes, elements);
-            } else {
-                for (int64_t x = span.begin; x < span.end; ++x)
-                    store_one(to + x * box.to_stride[4], load_one<T>(from + x * box.from_stride[4]));
-            }
+        const bool second = at.block_x >= turn;
+        const Box& box = boxes[second ? 1 : 0];
+        const uint32_t first = (at.block_x - (second ? turn : 0)) * (kThreads * kEach) + at.thread;
+        const bool adjacent = box.from_stride[4] == kBytes;
+        const char* from[kEach];
+        char* to[kEach];
+        bool whole[kEach];
+        bool all = true;
+        uint64_t misaligned = 0;
+        UNET_RT_UNROLL
+        for (uint32_t i = 0; i < kEach; ++i) {
+            const uint32_t item = first + i * kThreads;
+            const bool there = item < box.items;
+            const Vector vector = place(box, there ? item : 0);
+            whole[i] = there && adjacent && vector.span.whole;
+            all = all && (whole[i] || !there);
+            from[i] = vector.from + vector.span.x * kBytes;
+            to[i] = vector.to + vector.span.x * kBytes;
+            misaligned |= whole[i] ? address_of(from[i]) : 0;
+        }
+        uint32_t words[kEach][4];
+        if (misaligned % 16 == 0) {
+            UNET_RT_UNROLL
+            for (uint32_t i = 0; i < kEach; ++i)
+                if (whole[i]) load_aligned<4>(from[i], words[i]);
+        } else {
+            UNET_RT_UNROLL
+            for (uint32_t i = 0; i < kEach; ++i)
+                if (whole[i]) load_shifted<4>(from[i], words[i]);
+        }
+        UNET_RT_UNROLL
+        for (uint32_t i = 0; i < kEach; ++i)
+            if (whole[i]) store_aligned<16>(to[i], words[i]);
+        if (all) return;
+        UNET_RT_ROLLED
+        for (uint32_t item = first; item < box.items && item - first < kThreads * kEach; item += kThreads) {
+            const Vector vector = place(box, item);
+            if (!adjacent || !vector.span.whole) one_by_one(box, vector);
+        }
+    }
+
+    static UNET_RT_HD Vector place(const Box& box, uint32_t item) {
+        const uint32_t plane = box.plane.quotient(item);
+        const uint32_t own = item - plane * box.plane.divisor;
+        const uint32_t y = box.rows.vectors.quotient(own);
+        const uint32_t whole = box.first + plane;
+        const uint32_t lines = box.third.quotient(whole);
+        const uint32_t c = whole - lines * box.third.divisor;
+        const uint32_t a = box.second.quotient(lines);
+        const uint32_t b = lines - a * box.second.divisor;
+        char* const to =
+            box.to + a * box.to_stride[0] + b * box.to_stride[1] + c * box.to_stride[2] + y * box.to_stride[3];
+        const char* const from = box.from + a * box.from_stride[0] + b * box.from_stride[1] + c * box.from_stride[2] +
+                                 y * box.from_stride[3];
+        return {from, to, box.rows.span(own, y, to, kBytes, box.rows.width)};
+    }
+
+    static UNET_RT_HD void one_by_one(const Box& box, const Vector& v) {
+        constexpr int kCount = 16 / kBytes;
+        T elements[kCount] = {};
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            const int64_t x = v.span.x + i;
+            if (x >= v.span.begin && x < v.span.end) elements[i] = load_one<T>(v.from + x * box.from_stride[4]);
+        }
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            const int64_t x = v.span.x + i;
+            if (x >= v.span.begin && x < v.span.end) store_one(v.to + x * box.to_stride[4], elements[i]);
         }
     }
 };
@@ -94,6 +156,7 @@ Box box_of(const Array& from, int64_t start, char* to, const Array& out, int64_t
     box.third = Divider(shape[2]);
     const int64_t strides[] = {box.to_stride[0], box.to_stride[1], box.to_stride[2], box.to_stride[3]};
     box.rows = rows_of(shape[3], shape[4], to, box.to_stride[4], strides, bytes, 16 / bytes);
+    box.plane = Divider(box.rows.items);
     return box;
 }
 
@@ -107,12 +170,21 @@ void run(const CropConcat& call, Stream stream) {
     int used = 0;
     if (parts[0] > 0) body.boxes[used++] = box_of(call.skip, start, o.data, o, parts[0], sizeof(T));
     if (parts[1] > 0) body.boxes[used++] = box_of(call.up, 0, o.data + parts[0] * o.stride[1], o, parts[1], sizeof(T));
-    Grid grid{0, 0, used};
-    for (int i = 0; i < used; ++i) {
-        grid.x = std::max(grid.x, blocks_for(body.boxes[i].rows.items));
-        grid.y = std::max<int64_t>(grid.y, body.boxes[i].planes);
+    // Planes go into one launch as long as their vectors can be counted.
+    for (int64_t done[2] = {0, 0};;) {
+        int64_t blocks[2] = {0, 0};
+        for (int i = 0; i < used; ++i) {
+            Box& box = body.boxes[i];
+            const int64_t planes = std::min(box.planes - done[i], kMostItems / box.rows.items);
+            box.first = static_cast<uint32_t>(done[i]);
+            box.items = static_cast<uint32_t>(planes * box.rows.items);
+            done[i] += planes;
+            blocks[i] = (box.items + kThreads * kEach - 1) / (kThreads * kEach);
+        }
+        if (blocks[0] + blocks[1] == 0) return;
+        body.turn = static_cast<uint32_t>(blocks[0]);
+        launch({blocks[0] + blocks[1], 1, 1}, stream, body);
     }
-    launch(grid, stream, body);
 }
 
 }  // namespace concat_kernel

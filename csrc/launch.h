@@ -15,6 +15,7 @@
 #include "geometry.h"
 
 #if defined(__CUDACC__)
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 
@@ -158,6 +159,12 @@ UNET_RT_HD uint32_t read_only(const uint32_t* p) { return __ldg(p); }
 UNET_RT_HD uint16_t read_only(const uint16_t* p) { return __ldg(p); }
 UNET_RT_HD uint8_t read_only(const uint8_t* p) { return __ldg(p); }
 #else
+template <class T>
+T read_only(const T* p) {
+    T value;
+    memcpy(&value, p, sizeof(T));
+    return value;
+}
 inline void require_aligned(const void* p, uint64_t bytes) {
     if (address_of(p) % bytes != 0) throw std::logic_error("a kernel made a misaligned vector access");
 }
@@ -185,22 +192,42 @@ UNET_RT_HD void load_aligned(const char* from, uint32_t* words) {
 #endif
 }
 
+// kWords words from any address: the aligned words that hold them, shifted. Every one of those holds a byte of them.
+template <int kWords>
+UNET_RT_HD void load_shifted(const char* from, uint32_t* words) {
+    const auto excess = static_cast<uint32_t>(address_of(from)) % 4;
+    const char* const base = from - excess;
+    uint32_t held[kWords + 1];
+    UNET_RT_UNROLL
+    for (int i = 0; i < kWords; ++i) load_aligned<1>(base + 4 * i, held + i);
+    load_aligned<1>(base + (excess == 0 ? 4 * kWords - 4 : 4 * kWords), held + kWords);
+    UNET_RT_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+#if defined(__CUDA_ARCH__)
+        words[i] = __funnelshift_r(held[i], held[i + 1], 8 * excess);
+#else
+        words[i] = static_cast<uint32_t>((static_cast<uint64_t>(held[i + 1]) << 32 | held[i]) >> 8 * excess);
+#endif
+    }
+}
+
 // 1, 2 or 4 bytes, or a multiple of 4, from any address, in the widest pieces that its alignment allows. The branches
 // depend on the row alone where rows are cut into vectors of kBytes: a warp takes one of them.
 template <int kBytes>
 UNET_RT_HD void load_bytes(const char* from, void* to) {
     static_assert(kBytes == 1 || kBytes == 2 || kBytes % 4 == 0, "unsupported size");
-#if defined(__CUDA_ARCH__)
     const auto alignment = static_cast<uint32_t>(address_of(from));
     if constexpr (kBytes == 1) {
         *static_cast<uint8_t*>(to) = read_only(reinterpret_cast<const uint8_t*>(from));
     } else if constexpr (kBytes == 2) {
+        uint16_t pair;
         if (alignment % 2 == 0) {
-            *static_cast<uint16_t*>(to) = read_only(reinterpret_cast<const uint16_t*>(from));
+            pair = read_only(reinterpret_cast<const uint16_t*>(from));
         } else {
             const auto* bytes = reinterpret_cast<const uint8_t*>(from);
-            *static_cast<uint16_t*>(to) = static_cast<uint16_t>(read_only(bytes) | read_only(bytes + 1) << 8);
+            pair = static_cast<uint16_t>(read_only(bytes) | read_only(bytes + 1) << 8);
         }
+        memcpy(to, &pair, 2);
     } else {
         constexpr int kWords = kBytes / 4;
         uint32_t words[kWords];
@@ -212,24 +239,11 @@ UNET_RT_HD void load_bytes(const char* from, void* to) {
         } else if (alignment % 4 == 0) {
             UNET_RT_UNROLL
             for (int i = 0; i < kWords; ++i) load_aligned<1>(from + 4 * i, words + i);
-        } else if (alignment % 2 == 0) {
-            const auto* pairs = reinterpret_cast<const uint16_t*>(from);
-            UNET_RT_UNROLL
-            for (int i = 0; i < kWords; ++i)
-                words[i] = read_only(pairs + 2 * i) | static_cast<uint32_t>(read_only(pairs + 2 * i + 1)) << 16;
         } else {
-            const auto* bytes = reinterpret_cast<const uint8_t*>(from);
-            UNET_RT_UNROLL
-            for (int i = 0; i < kWords; ++i)
-                words[i] = read_only(bytes + 4 * i) | static_cast<uint32_t>(read_only(bytes + 4 * i + 1)) << 8 |
-                           static_cast<uint32_t>(read_only(bytes + 4 * i + 2)) << 16 |
-                           static_cast<uint32_t>(read_only(bytes + 4 * i + 3)) << 24;
+            load_shifted<kWords>(from, words);
         }
         memcpy(to, words, kBytes);
     }
-#else
-    memcpy(to, from, kBytes);
-#endif
 }
 
 // One element from any address.
@@ -252,12 +266,26 @@ UNET_RT_HD void load_many(const char* from, int64_t stride, T (&values)[kCount])
 }
 
 // An element to any address.
+//
+// On a device the whole store is spelled out. Left to itself the compiler finds that both branches write the same bytes
+// and writes all values byte by byte; the binary16 results of such code were seen to lose their low byte (nvcc 13.0,
+// sm_90).
+#if defined(__CUDA_ARCH__)
+UNET_RT_HD void store_whole(char* to, uint8_t value) { *reinterpret_cast<uint8_t*>(to) = value; }
+UNET_RT_HD void store_whole(char* to, uint16_t value) { __stwb(reinterpret_cast<unsigned short*>(to), value); }
+UNET_RT_HD void store_whole(char* to, uint32_t value) { __stwb(reinterpret_cast<unsigned int*>(to), value); }
+UNET_RT_HD void store_whole(char* to, float value) { __stwb(reinterpret_cast<float*>(to), value); }
+#endif
+
 template <class T>
 UNET_RT_HD void store_one(char* to, T value) {
-    if (address_of(to) % sizeof(T) == 0)
-        *reinterpret_cast<T*>(to) = value;
-    else
-        memcpy(to, &value, sizeof(T));
+#if defined(__CUDA_ARCH__)
+    if (address_of(to) % sizeof(T) == 0) {
+        store_whole(to, value);
+        return;
+    }
+#endif
+    memcpy(to, &value, sizeof(T));
 }
 
 // kBytes (4, 8 or 16) to an address that is a multiple of them.
@@ -279,9 +307,7 @@ UNET_RT_HD void store_aligned(char* to, const void* from) {
 // The bits of float_of_half() and half_of_float(), but for the payload of NaN, by the device's instructions.
 UNET_RT_HD float widened(half h) {
 #if defined(__CUDA_ARCH__)
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(h.bits));
-    return value;
+    return __half2float(__ushort_as_half(h.bits));
 #else
     return float_of_half(h);
 #endif
@@ -290,9 +316,7 @@ UNET_RT_HD float widened(float value) { return value; }
 
 UNET_RT_HD half narrowed(float value) {
 #if defined(__CUDA_ARCH__)
-    half h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(value));
-    return h;
+    return half{__half_as_ushort(__float2half_rn(value))};
 #else
     return half_of_float(value);
 #endif
