@@ -134,12 +134,12 @@ HALF_MARGIN = 2.0  # images may be brighter than samples
 
 
 def overflowing(model: onnx.ModelProto, found: dict[str, Distribution]) -> frozenset[str]:
-    """Names of the nodes that read or write a tensor too large for FP16, or close to it: islands to be kept in FP32."""
+    """Nodes that read or write a tensor too large for FP16, or close to it: islands for :func:`unet_rt.passes.half.half`."""
+    from .passes.half import node_name
+
     limit = HALF_LARGEST / HALF_MARGIN
     large = {name for name, d in found.items() if not d.finite or max(abs(d.low), abs(d.high)) > limit}
-    return frozenset(
-        node.name for node in model.graph.node if large.intersection(node.output) or large.intersection(node.input)
-    )
+    return frozenset(node_name(node) for node in model.graph.node if large.intersection((*node.output, *node.input)))
 
 
 def tensors(model: onnx.ModelProto) -> list[str]:

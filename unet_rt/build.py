@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends, bench, exam, machine, parity
+from .activations import overflowing, probe, tensors
 from .backends.onnx_file import precision_of
 from .calibration import Method, draw_tiles, split
 from .contract import Contract
@@ -35,6 +36,7 @@ from .model import (
 )
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
+from .passes.half import half
 from .passes.qdq import FORMS
 from .predict import MEMORY_SHARE
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
@@ -256,7 +258,8 @@ class _Build:
         self.warnings: list[str] = []
         self.seams: dict[int, float] = {}
         self.files: dict[Engine, tuple[Path, Path | None]] = {}  # graph and plan of every engine
-        self.count = 0  # of quantised graphs
+        self.count = 0  # of graphs made by a pass
+        self.islands: frozenset[str] | None = None  # nodes that FP16 would overflow in; None: not looked for yet
         self.quantiser: Quantiser | None = None
         self.calibrating: list[Sample] = []
         self.kept: dict[Engine, frozenset[str]] = {}  # layers in FP32 of every INT8 engine
@@ -624,6 +627,8 @@ class _Build:
     ) -> Engine:
         """The model built for one backend and precision, loaded; a plan takes this tile and these batches alone."""
         backend, stem = backends.get(name), f"{name}-{precision}-{_by(tile)}"
+        if precision == "fp16":
+            source = self._half_with_islands()
         if source is not None:
             self.count += 1
             stem += f"-{self.count}"
@@ -646,6 +651,27 @@ class _Build:
         engine = Engine(spec, session)
         self.files[engine] = (graph, plan)
         return engine
+
+    def _half_with_islands(self) -> Path | None:
+        """The graph in FP16 with FP32 islands where activations of the samples leave FP16's range; None if none do."""
+        if self.kind != "samples":
+            return None
+        path = self.work / "half-with-islands.onnx"
+        if self.islands is None:
+            import onnx
+
+            proto = onnx.load(str(self.model.graph))
+            free = self.spec.exact and self.spec.free_size
+            tile = square_tile(self.spec.sizes, self.spec.outputs, CALIBRATION_PX) if free else self.spec.tile
+            tiles = (self.baseline.graph_inputs(tile_of(s, self.spec, tile, self.threads)) for s in self.samples[:4])
+            found = probe(proto, tensors(proto), tiles, threads=self.threads)
+            self.islands = overflowing(proto, found)
+            if self.islands:
+                half(proto, islands=self.islands)
+                onnx.save_model(proto, str(path))
+                count = f"{len(self.islands)} node{'s' * (len(self.islands) != 1)}"
+                self.notes.append(f"FP16 keeps {count} in FP32, where activations of the samples leave its range")
+        return path if self.islands else None
 
     def _batches(self, tile: Sequence[int]) -> tuple[int, ...]:
         """Tiles per run to try: one on a CPU, whose cores one tile keeps busy; several on a GPU, as memory allows."""
