@@ -37,7 +37,7 @@ using Stream = void*;  // a cudaStream_t
 constexpr uint32_t kThreads = 256;
 constexpr int kRows = 4;                // per thread, where rows are independent: what it takes to get there is shared
 constexpr int64_t kMostBlocks = 65535;  // along y and z
-constexpr int kTilesPerLaunch = 32;     // whose tables travel in the launch's parameters
+constexpr int kTilesPerLaunch = 64;     // whose tables travel in the launch's parameters
 
 // Where a thread stands.
 struct Place {
@@ -115,12 +115,13 @@ struct Divider {
 
 // ------------------------------------------------------------------------------------------------------------- tables
 
-// (N, 3) coordinates: by value, or (N, axes) where they lie on the device.
+// (N, 3) coordinates: by value, or (N, axes) where they lie on the device. Int: wide enough for those by value.
+template <class Int>
 struct Table {
     const int64_t* device;
     int32_t axes;
     int32_t missing;  // value of the axes that a table of fewer than three lacks
-    int64_t rows[kTilesPerLaunch][3];
+    Int rows[kTilesPerLaunch][3];
 
     UNET_RT_HD int64_t at(uint32_t n, int axis) const {
         if (device == nullptr) return rows[n][axis];
@@ -136,14 +137,20 @@ struct DeviceTable {
 };
 
 // `count` rows from row `first` on, of a table on the host (with three columns) or on the device.
-inline Table table_of(const int64_t* host, const DeviceTable& device, int32_t missing, int64_t first, int64_t count) {
-    Table table{};
+template <class Int>
+Table<Int> table_of(const int64_t* host, const DeviceTable& device, int32_t missing, int64_t first, int64_t count) {
+    Table<Int> table{};
     table.axes = device.axes;
     table.missing = missing;
-    if (device.data != nullptr)
+    if (device.data != nullptr) {
         table.device = device.data + first * device.axes;
-    else
-        memcpy(table.rows, host + 3 * first, static_cast<size_t>(count) * sizeof(table.rows[0]));
+        return table;
+    }
+    for (int64_t i = 0; i < 3 * count; ++i) {
+        const int64_t value = host[3 * first + i];
+        if (value != static_cast<Int>(value)) throw std::length_error("more than 2^31 samples along an axis");
+        table.rows[i / 3][i % 3] = static_cast<Int>(value);
+    }
     return table;
 }
 

@@ -70,7 +70,7 @@ struct Body {
     Border border;
     bool affine;
     uint64_t* non_finite;
-    Table starts;
+    Table<int64_t> starts;
     Channel<typename Pixel<T>::Compute> channels[kChannels];
 
     // Place in the window of the pixel that stands for pixel `i` of an axis; -1: the constant.
@@ -219,7 +219,7 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
         const int64_t most = starts.data == nullptr ? kTilesPerLaunch : kMostBlocks;
         for (int64_t n = 0; n < o.shape[0]; n += most) {
             const int64_t tiles = std::min(most, o.shape[0] - n);
-            body.starts = table_of(call.starts, starts, 0, n, tiles);
+            body.starts = table_of<int64_t>(call.starts, starts, 0, n, tiles);
             body.out = o.data + n * o.stride[0] + c * o.stride[1];
             body.rows = rows_of((o.shape[3] + kRows - 1) / kRows, o.shape[4], body.out, o.stride[4], strides,
                                 sizeof(Out), body.kVector);

@@ -162,7 +162,7 @@ int64_t vector_of(const Array& out, int64_t vector) {
 
 // One part of every tile: where it begins, where it goes, its size.
 struct Parts {
-    Table source, target, size;
+    Table<int32_t> source, target, size;
 
     // Whether the part lies inside the tile and the output.
     UNET_RT_HD bool fits(uint32_t n, const int64_t (&tile)[3], const int64_t (&whole)[3]) const {
@@ -182,8 +182,9 @@ struct DeviceParts {
 
 Parts parts_of(const int64_t* source, const int64_t* target, const int64_t* size, const DeviceParts& device,
                int64_t first, int64_t count) {
-    return {table_of(source, device.source, 0, first, count), table_of(target, device.target, 0, first, count),
-            table_of(size, device.size, 1, first, count)};
+    return {table_of<int32_t>(source, device.source, 0, first, count),
+            table_of<int32_t>(target, device.target, 0, first, count),
+            table_of<int32_t>(size, device.size, 1, first, count)};
 }
 
 // ------------------------------------------------------------------------------------------------------------- placing
@@ -319,6 +320,32 @@ void place(const TileStitch& call, const DeviceParts& device, Stream stream) {
 
 // ------------------------------------------------------------------------------------------------------------ blending
 
+// Which of up to 64 tiles lie in each of some equal pieces of an axis, bit by bit.
+struct Pieces {
+    static constexpr int kCount = 32;
+    Divider length;  // samples per piece, at least those of a vector
+    uint64_t tiles[kCount];
+
+    Pieces() = default;
+    explicit Pieces(int64_t extent) : length(std::max<int64_t>((extent + kCount - 1) / kCount, 4)), tiles{} {}
+
+    void add(int64_t tile, int64_t first, int64_t end) {
+        for (int64_t i = first / length.divisor; i <= (end - 1) / length.divisor; ++i) tiles[i] |= uint64_t{1} << tile;
+    }
+
+    UNET_RT_HD uint64_t at(uint32_t sample) const { return tiles[length.quotient(sample)]; }
+};
+
+UNET_RT_HD uint32_t lowest_bit(uint64_t mask) {
+#if defined(__CUDA_ARCH__)
+    return static_cast<uint32_t>(__ffsll(static_cast<long long>(mask))) - 1;
+#else
+    uint32_t bit = 0;
+    while ((mask >> bit & 1) == 0) ++bit;
+    return bit;
+#endif
+}
+
 template <class In>
 struct Blending {
     static constexpr int kVector = 4;
@@ -342,6 +369,7 @@ struct Blending {
     uint32_t planes;
     uint32_t count;
     Parts parts;
+    Pieces lines, columns;  // of the box; of no use where the parts lie on the device
 
     // Planes are those of the total's channels and then those of the weights.
     UNET_RT_HD void operator()(const Place& at) const {
@@ -361,15 +389,25 @@ struct Blending {
             const int64_t stride = weights ? weight_total_stride[2] : total_stride[3];
             const auto span = own.span(item, line, to, sizeof(float), width);
             if (span.begin >= span.end) continue;
-            add(k, weights, z, y, span, to, stride);
+            uint64_t near = ~uint64_t{0};
+            if (parts.size.device == nullptr)
+                near = lines.at(line) & (columns.at(static_cast<uint32_t>(span.begin)) |
+                                         columns.at(static_cast<uint32_t>(span.end - 1)));
+            add(near, k, weights, z, y, span, to, stride);
         }
     }
 
-    UNET_RT_HD void add(uint32_t k, bool weights, int64_t z, int64_t y, const Rows::Span& span, char* to,
+    // The tiles `near` of a launch's, or all where there are more.
+    UNET_RT_HD void add(uint64_t near, uint32_t k, bool weights, int64_t z, int64_t y, const Rows::Span& span, char* to,
                         int64_t stride) const {
         float sums[kVector];
         bool loaded = false;
-        for (uint32_t n = 0; n < count; ++n) {
+        const bool listed = parts.size.device == nullptr;
+        for (uint32_t n = 0; listed ? near != 0 : n < count; ++n) {
+            if (listed) {
+                n = lowest_bit(near);
+                near &= near - 1;
+            }
             const int64_t dz = z - parts.target.at(n, 0);
             const int64_t dy = y - parts.target.at(n, 1);
             if (dz < 0 || dy < 0 || dz >= parts.size.at(n, 0) || dy >= parts.size.at(n, 1)) continue;
@@ -498,6 +536,14 @@ void blend(const TileBlend& call, const DeviceParts& device, Stream stream) {
         body.planes = static_cast<uint32_t>((t.shape[1] + 1) * depth);
         body.count = static_cast<uint32_t>(count);
         body.parts = parts_of(call.source_start, call.target_start, call.size, device, n, count);
+        body.lines = Pieces(height), body.columns = Pieces(body.width);
+        for (int64_t i = 0; i < count && !on_device; ++i) {
+            const int64_t* size = call.size + 3 * (n + i);
+            const int64_t* target = call.target_start + 3 * (n + i);
+            if (size[0] == 0 || size[1] == 0 || size[2] == 0) continue;
+            body.lines.add(i, target[1] - first[1], target[1] - first[1] + size[1]);
+            body.columns.add(i, target[2] - first[2], target[2] - first[2] + size[2]);
+        }
         launch({blocks_for(std::max(body.rows.items, body.weight_rows.items)), body.planes, 1}, stream, body);
     }
 }

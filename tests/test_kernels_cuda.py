@@ -86,8 +86,8 @@ def test_same_bits_as_the_cpu(device: DeviceKernels, op: Any, dtype: str, width:
 def test_more_than_a_launch_takes(device: DeviceKernels) -> None:
     """Tiles, channels and thresholds beyond one launch's parameters; more planes than blocks."""
     window = cpu.pixels((37, 30, 41), "uint8")
-    starts = [[y, x] for y in range(-8, 25, 5) for x in range(-9, 36, 6)]
-    assert len(starts) > 32
+    starts = [[y, x] for y in range(-8, 25, 4) for x in range(-9, 36, 6)]
+    assert len(starts) > 64
     options = {"offset": np.arange(37), "divisor": np.arange(1, 38)}
     out = np.zeros((len(starts), 37, 8, 11), np.float16)
     device.tile_gather(window, starts, out, **options)
