@@ -161,7 +161,7 @@ def test_one_wide_channel(tmp_path: Path) -> None:
     assert "/down.2/down.2.3/Conv" in islands
     assert len(islands) <= 6, "and nothing else"
     wanted = run(prepared)
-    assert max(d.high for d in found.values()) > np.finfo(np.float16).max
+    assert max(d.high for d in found.values()) > 65504  # the largest FP16
     half(prepared, islands=islands, keep_io=True)  # (on a CPU, ONNX Runtime computes FP16 graphs in FP32 and rounds)
     assert np.mean(run(prepared).argmax(1) != wanted.argmax(1)) < 1e-3
     report, engine = built(model, tmp_path / "wide.urt", backend="openvino", precision="int8")
