@@ -26,6 +26,7 @@ from .calibration import METHODS, Method, calibrate
 from .engine import Engine
 from .errors import GraphError
 from .passes import qdq
+from .passes.half import half
 from .stitch import decide
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class Quantiser:
 
         ranges = self.calibration.ranges[method or self.method or METHODS[0]]
         made = qdq.quantise(self.prepared, ranges, form_of(backend), keep=keep, means=self.calibration.means)
+        if backend == "tensorrt":  # what is not INT8 there is FP16
+            half(made.model)
         onnx.save_model(made.model, str(path))
         return made
 
