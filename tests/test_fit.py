@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from unet_rt.cli import main  # noqa: E402
 from unet_rt.errors import BackendError, ContractError, ImageError, OutputError  # noqa: E402
 from unet_rt.models import UNet  # noqa: E402
 from unet_rt.synthetic import Scene, microscopy  # noqa: E402
-from unet_rt.training import Recipe, Sample, TrainingError, components, load_checkpoint  # noqa: E402
-from unet_rt.training.fit import NORMALIZATION, Options, fit, planned  # noqa: E402
+from unet_rt.training import Recipe, Sample, TrainingError, components, load_checkpoint, train  # noqa: E402
+from unet_rt.training.fit import NORMALIZATION, Options, fit, planned, split, watched  # noqa: E402
 from unet_rt.training.folder import find_pairs, read_folder  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -190,6 +191,42 @@ def test_colour_among_grey_becomes_luminance(tmp_path: Path, micrographs: list[A
     data = read_folder(tmp_path, NORMALIZATION)
     assert data.channels == ("grey",)
     assert "--channels luma" in " ".join(data.notes)
+
+
+def test_folders_of_training_validation_and_test(tmp_path: Path, micrographs: list[Any]) -> None:
+    for part, which in (("train", (0, 1)), ("val", (2,)), ("test", (3, 4))):
+        for k in which:
+            write(tmp_path / part / "images" / f"{k}.tif", micrographs[k].image)
+            write(tmp_path / part / "masks" / f"{k}.tif", micrographs[k].truth.astype(np.uint16))
+    data = read_folder(tmp_path, NORMALIZATION)
+    assert "2 pairs in a test folder are left out" in " ".join(data.notes)
+    training, validation = split(data)
+    assert [s.name for s in training] == ["0.tif", "1.tif"]
+    assert [s.name for s in validation] == ["2.tif"]
+
+
+def test_windows_that_are_watched_hold_foreground() -> None:
+    target = np.zeros((600, 900), np.uint8)
+    target[500:590, 800:890] = 1
+    sample = Sample("large", target[None].astype(np.float32), target, target.astype(np.float32), target)
+    (window,) = watched([sample])
+    assert window.target.shape == (384, 384)
+    assert window.target.sum() == target.sum()
+    np.testing.assert_array_equal(window.image[0], window.target)
+    assert [s.name for s in watched([replace(sample, name=str(k)) for k in range(20)])] == ["0", "4", "8", "12", "16"]
+
+
+def test_batch_norm_keeps_its_statistics_in_the_second_half(folder: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    data = read_folder(folder, NORMALIZATION)
+    network = UNet(width=3, depth=1, padding="same", norm="batch")
+    norm = network.down[0][1]
+    recipe = Recipe(steps=8, tile_px=32, batch=2, validate_every=8)
+    train(
+        network, data.samples[:2], data.samples[2:3], recipe, progress=lambda *a: seen.append(norm.running_mean.clone())
+    )
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen[:4]))
+    assert all(torch.equal(a, seen[4]) for a in seen[5:])
 
 
 def spoil(folder: Path, what: str) -> None:

@@ -292,8 +292,12 @@ def fit(
 
 
 def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tuple[list[Sample], list[Sample]]:
-    """(training, validation) by blocks; each holds every class, or the user is told."""
-    training, validation = split_by_blocks(data.samples, VALIDATION_SHARE)
+    """(training, validation), by folders or by blocks; each holds every class, or the user is told."""
+    if 0 < len(data.validation) < len(data.samples):
+        training = [s for k, s in enumerate(data.samples) if k not in data.validation]
+        validation = [data.samples[k] for k in data.validation]
+    else:
+        training, validation = split_by_blocks(data.samples, VALIDATION_SHARE)
     _check_classes(training, len(data.classes), "training")
     there = {int(k) for s in validation for k in np.unique(s.target)}
     for k in sorted(set(range(1, len(data.classes))) - there):

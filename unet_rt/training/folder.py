@@ -33,6 +33,9 @@ MASK_WORDS = {
     "annotations", "seg", "segs", "segmentation", "segmentations", "man", "manual", "binary", "instances",
 }  # fmt: skip
 NEUTRAL_WORDS = {"t", "ground", "png", "tif", "8bit"}  # neither, but may differ between the two
+TRAINING_FOLDERS = {"train", "training"}
+VALIDATION_FOLDERS = {"val", "valid", "validation"}
+TEST_FOLDERS = {"test", "testing", "holdout"}
 SKIPPED_FOLDERS = {"tra", "tracking", "overlay", "overlays", "preview"}
 LEAST_PX = 32
 MOST_CLASSES = 64
@@ -58,6 +61,7 @@ class DataSet:
         w0: Of the border weights.
         value_range: (lowest, highest) raw pixel.
         pixel_size_um: Where all files agree on it; else empty.
+        validation: Numbers of the samples that lie in a folder of that name, where there is one.
         notes: Decisions worth knowing, one sentence each.
     """
 
@@ -68,6 +72,7 @@ class DataSet:
     w0: float
     value_range: tuple[float, float]
     pixel_size_um: tuple[float, ...] = ()
+    validation: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -258,6 +263,8 @@ def read_folder(
         ContractError: the images have different channels.
     """
     pairs, notes = find_pairs(folder, images, masks)
+    pairs, note = _without_test(folder, pairs)
+    notes += note
     channels, names, note = _channels([p.image for p in pairs], axes, channels)
     notes += note
     labels = [_labels(p) for p in pairs]
@@ -275,6 +282,7 @@ def read_folder(
     samples: list[Sample] = []
     ranges: list[tuple[float, float]] = []
     sizes = set()
+    validation: list[int] = []
     for pair, stack in zip(pairs, labels, strict=True):
         with _open(pair.image, axes, channels, len(names)) as source:
             if source.planes != len(stack) or any(plane.shape != source.shape for plane in stack):
@@ -288,6 +296,8 @@ def read_folder(
                 )
             numbers = affine(normalization, source)
             sizes.add(source.pixel_size_um)
+            if _folders(folder, pair) & VALIDATION_FOLDERS:
+                validation += range(len(samples), len(samples) + len(stack))
             for plane, mask in enumerate(stack):
                 raw = source.read(plane, (0, 0), source.shape)
                 if raw.dtype.kind == "f" and not np.isfinite(raw).all():
@@ -304,7 +314,22 @@ def read_folder(
         )
     um = sizes.pop() if len(sizes) == 1 else None
     value_range = (min(low for low, _ in ranges), max(high for _, high in ranges))
-    return DataSet(tuple(samples), names, classes, kind, w0, value_range, tuple(um or ()), tuple(notes))
+    return DataSet(
+        tuple(samples), names, classes, kind, w0, value_range, tuple(um or ()), tuple(validation), tuple(notes)
+    )
+
+
+def _folders(folder: Path, pair: Pair) -> set[str]:
+    return {w for part in pair.image.relative_to(folder).parts[:-1] for w in _words(part)}
+
+
+def _without_test(folder: Path, pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
+    """Where there is a folder of training images, those of a test folder are not trained on."""
+    if not any(_folders(folder, p) & TRAINING_FOLDERS for p in pairs):
+        return pairs, []
+    kept = [p for p in pairs if not _folders(folder, p) & TEST_FOLDERS]
+    left = len(pairs) - len(kept)
+    return kept, [f"{left} pairs in a test folder are left out: they are for you to report on"] if left else []
 
 
 def _size(planes: int, shape: Sequence[int]) -> str:

@@ -162,7 +162,10 @@ def train(
     last_saved = clock.seconds()
     rounding: contextlib.AbstractContextManager[Any]
     try:
-        while (done := _done(recipe, run.step, clock.seconds())) < 1:
+        finished = _done(recipe, run.step, run.seconds)
+        # Time that passes while validating ends nothing: the last step is always validated.
+        while finished < 1:
+            done = finished
             network.train()
             run.step += 1
             _set_norms(network, run.step, frozen=done >= recipe.freeze_norm)
