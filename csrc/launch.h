@@ -253,6 +253,32 @@ UNET_RT_HD void load_bytes(const char* from, void* to) {
     }
 }
 
+// kBytes (a multiple of 4) from each of kRowCount addresses, whose bits are united in `alignment`: the way is chosen
+// once, so that all loads are under way together. Rows that are not `wanted` are left out.
+template <int kBytes, int kRowCount>
+UNET_RT_HD void load_rows(const char* const (&from)[kRowCount], const bool (&wanted)[kRowCount], uint64_t alignment,
+                          uint32_t (&words)[kRowCount][kBytes / 4]) {
+    constexpr int kWords = kBytes / 4;
+    if (alignment % (kBytes < 16 ? kBytes : 16) == 0) {
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRowCount; ++r)
+            if (wanted[r]) load_aligned<kWords>(from[r], words[r]);
+    } else if (kWords % 4 == 0 && alignment % 8 == 0) {
+        if constexpr (kWords % 4 == 0) {
+            UNET_RT_UNROLL
+            for (int r = 0; r < kRowCount; ++r) {
+                if (!wanted[r]) continue;
+                UNET_RT_UNROLL
+                for (int i = 0; i < kWords; i += 2) load_aligned<2>(from[r] + 4 * i, words[r] + i);
+            }
+        }
+    } else {
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRowCount; ++r)
+            if (wanted[r]) load_shifted<kWords>(from[r], words[r]);
+    }
+}
+
 // One element from any address.
 template <class T>
 UNET_RT_HD T load_one(const char* from) {

@@ -20,6 +20,15 @@ constexpr bool is_small_integer = sizeof(T) <= 2;
 template <>
 constexpr bool is_small_integer<half> = false;
 
+// clipped() of a number that is not NaN, to bounds that reciprocal_serves() lets pass: none is a negative zero.
+UNET_RT_HD float limited(float x, float low, float high) {
+#if defined(__CUDA_ARCH__)
+    return fminf(fmaxf(x, low), high);
+#else
+    return clipped(x, low, high);
+#endif
+}
+
 template <class T, int kCount>
 UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<T>::Compute>& channel, bool affine,
                         float (&values)[kCount]) {
@@ -41,7 +50,7 @@ UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<
         if (reciprocal != 0.0f) {
             UNET_RT_UNROLL
             for (int i = 0; i < kCount; ++i)
-                values[i] = quotient_by(clipped(value(pixels[i]), low, high) - offset, divisor, reciprocal);
+                values[i] = quotient_by(limited(value(pixels[i]), low, high) - offset, divisor, reciprocal);
             return;
         }
     }
@@ -54,7 +63,7 @@ UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<
 template <class T, class Out>
 struct Body {
     static constexpr int kVector = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
-    static constexpr int kBlocks = sizeof(typename Pixel<T>::Compute) == 8 ? 2 : (is_small_integer<T> ? 4 : 3);
+    static constexpr int kBlocks = sizeof(typename Pixel<T>::Compute) == 8 ? 2 : 3;
 
     const char* window;
     int64_t window_stride[4];
@@ -81,6 +90,21 @@ struct Body {
         return inside < 0 ? 0 : (inside < held[axis] ? inside : held[axis] - 1);
     }
 
+    // The same for pixels that no more than one reflection reaches; `reached` becomes false for others.
+    UNET_RT_HD int64_t found_near(int64_t i, int axis, bool& reached) const {
+        const int64_t last = image_shape[axis] - 1;
+        int64_t pixel = i;
+        if (border == Border::mirror) {
+            pixel = i < 0 ? -i : (i > last ? 2 * last - i : i);
+            reached = reached && pixel >= 0 && pixel <= last;
+        } else if (i < 0 || i > last) {
+            if (border == Border::constant) return -1;
+            pixel = i < 0 ? 0 : last;
+        }
+        const int64_t inside = pixel - window_start[axis];
+        return inside < 0 ? 0 : (inside < held[axis] ? inside : held[axis] - 1);
+    }
+
     UNET_RT_HD void operator()(const Place& at) const {
         const uint32_t item = at.block_x * kThreads + at.thread;
         if (item >= rows.items) return;
@@ -98,10 +122,11 @@ struct Body {
             const int64_t slice = found(starts.at(n, 0) + z, 0);
             char* const to = out + n * out_stride[0] + c * out_stride[1] + z * out_stride[2] + y * out_stride[3];
             const char* const from = window + c * window_stride[0] + slice * window_stride[1];
-            if (held_rows && slice >= 0 && four(from + line * window_stride[2], start_x, item, group, to, c, bad))
-                continue;
+            uint32_t made = 0;  // rows, bit by bit
+            if (held_rows && slice >= 0) made = four(from + line * window_stride[2], start_x, item, group, to, c, bad);
             UNET_RT_ROLLED
             for (uint32_t r = 0; r < kRows && y + r < height; ++r) {
+                if ((made >> r & 1) != 0) continue;
                 char* const row = to + r * out_stride[3];
                 const auto span = rows.span(item, group, row, sizeof(Out), rows.width);
                 const int64_t own = found(start_y + y + r, 1);
@@ -111,48 +136,50 @@ struct Body {
         if (bad != 0 && non_finite != nullptr) add_to(non_finite, bad);
     }
 
-    // A vector of each of kRows rows, the first of which are at `from` and `to`; false where not all are whole and
-    // held.
-    UNET_RT_HD bool four(const char* from, int64_t start_x, uint32_t item, uint32_t group, char* to, uint32_t c,
-                         uint64_t& bad) const {
+    // Vectors of kRows rows, the first of which are at `from` and `to`, as far as they are whole and held: their bits.
+    UNET_RT_HD uint32_t four(const char* from, int64_t start_x, uint32_t item, uint32_t group, char* to, uint32_t c,
+                             uint64_t& bad) const {
         constexpr int kBytes = kVector * static_cast<int>(sizeof(T));
         const char* source[kRows];
         char* target[kRows];
-        uint64_t misaligned = 0;
-        bool whole = true;
+        bool whole[kRows];
+        uint64_t alignment = 0;
+        uint32_t made = 0;
         UNET_RT_UNROLL
         for (int r = 0; r < kRows; ++r) {
             char* const row = to + r * out_stride[3];
             const auto span = rows.span(item, group, row, sizeof(Out), rows.width);
             const int64_t first = start_x + span.x - window_start[2];
-            whole = whole && span.whole && first >= 0 && first + kVector <= held[2];
+            whole[r] = span.whole && first >= 0 && first + kVector <= held[2];
+            made |= whole[r] ? 1u << r : 0;
             source[r] = from + r * window_stride[2] + first * window_stride[3];
             target[r] = row + span.x * static_cast<int64_t>(sizeof(Out));
-            misaligned |= address_of(source[r]);
+            alignment |= whole[r] ? address_of(source[r]) : 0;
         }
-        if (!whole) return false;
+        if (made == 0) return 0;
         T pixels[kRows][kVector];
-        if (window_stride[3] == static_cast<int64_t>(sizeof(T)) && misaligned % (kBytes < 16 ? kBytes : 16) == 0) {
+        if (window_stride[3] == static_cast<int64_t>(sizeof(T))) {
             uint32_t words[kRows][kBytes / 4];
-            UNET_RT_UNROLL
-            for (int r = 0; r < kRows; ++r) load_aligned<kBytes / 4>(source[r], words[r]);
+            load_rows<kBytes>(source, whole, alignment, words);
             memcpy(pixels, words, sizeof(pixels));
         } else {
             UNET_RT_UNROLL
             for (int r = 0; r < kRows; ++r) {
+                if (!whole[r]) continue;
                 UNET_RT_UNROLL
                 for (int i = 0; i < kVector; ++i) pixels[r][i] = load_one<T>(source[r] + i * window_stride[3]);
             }
         }
         UNET_RT_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            if (!whole[r]) continue;
             float values[kVector];
             convert(pixels[r], channels[c], affine, values);
             store_results(target[r], values, static_cast<Out*>(nullptr));
             UNET_RT_UNROLL
             for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[r][i]);
         }
-        return true;
+        return made;
     }
 
     UNET_RT_HD uint64_t vector(const char* from, bool inside, int64_t start_x, const Rows::Span& span, char* to,
@@ -167,6 +194,31 @@ struct Body {
             store_results(to + span.x * static_cast<int64_t>(sizeof(Out)), values, static_cast<Out*>(nullptr));
             UNET_RT_UNROLL
             for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[i]);
+            return bad;
+        }
+        // All loads at once where one reflection is enough.
+        int32_t columns[kVector];
+        bool near = inside && held[2] <= INT32_MAX;
+        UNET_RT_UNROLL
+        for (int i = 0; i < kVector; ++i) {
+            const int64_t x = span.x + i;
+            columns[i] = x >= span.begin && x < span.end ? static_cast<int32_t>(found_near(start_x + x, 2, near)) : -1;
+        }
+        if (near) {
+            T pixels[kVector] = {};
+            UNET_RT_UNROLL
+            for (int i = 0; i < kVector; ++i)
+                if (columns[i] >= 0) pixels[i] = load_one<T>(from + columns[i] * window_stride[3]);
+            float values[kVector];
+            convert(pixels, channel, affine, values);
+            UNET_RT_UNROLL
+            for (int i = 0; i < kVector; ++i) {
+                const int64_t x = span.x + i;
+                if (x < span.begin || x >= span.end) continue;
+                store_result(to + x * out_stride[4], columns[i] >= 0 ? values[i] : channel.beyond,
+                             static_cast<Out*>(nullptr));
+                bad += columns[i] >= 0 ? Pixel<T>::non_finite(pixels[i]) : 0;
+            }
             return bad;
         }
         for (int64_t x = span.begin; x < span.end; ++x) {
