@@ -26,8 +26,50 @@ struct TileRows {
     template <int kCount>
     UNET_RT_HD void load(int64_t k, float (&values)[kLines * kCount]) const {
         In samples[kLines][kCount];
+        raw(k, samples);
+        widen(samples, values);
+    }
+
+    // The same of two channels, whose loads are under way together.
+    template <int kCount>
+    UNET_RT_HD void load_two(int64_t k, int64_t l, float (&first)[kLines * kCount],
+                             float (&second)[kLines * kCount]) const {
+        In samples[kLines][kCount], others[kLines][kCount];
+        raw(k, samples);
+        raw(l, others);
+        widen(samples, first);
+        widen(others, second);
+    }
+
+    template <int kCount>
+    UNET_RT_HD void raw(int64_t k, In (&samples)[kLines][kCount]) const {
+        constexpr int kBytes = kCount * static_cast<int>(sizeof(In));
+        const char* from[kLines];
+        bool wanted[kLines];
+        uint64_t alignment = 0;
         UNET_RT_UNROLL
-        for (int r = 0; r < kLines; ++r) load_many(data[r] + k * channel_stride, stride, samples[r]);
+        for (int r = 0; r < kLines; ++r) {
+            from[r] = data[r] + k * channel_stride;
+            wanted[r] = true;
+            alignment |= address_of(from[r]);
+        }
+        if constexpr (kCount > 1) {
+            if (stride == static_cast<int64_t>(sizeof(In))) {
+                uint32_t words[kLines][kBytes / 4];
+                load_rows<kBytes>(from, wanted, alignment, words);
+                memcpy(samples, words, sizeof(words));
+                return;
+            }
+        }
+        UNET_RT_UNROLL
+        for (int r = 0; r < kLines; ++r) {
+            UNET_RT_UNROLL
+            for (int i = 0; i < kCount; ++i) samples[r][i] = load_one<In>(from[r] + i * stride);
+        }
+    }
+
+    template <int kCount>
+    static UNET_RT_HD void widen(const In (&samples)[kLines][kCount], float (&values)[kLines * kCount]) {
         UNET_RT_UNROLL
         for (int i = 0; i < kLines * kCount; ++i) values[i] = widened(samples[i / kCount][i % kCount]);
     }
@@ -48,6 +90,20 @@ struct TotalRows {
         for (int r = 0; r < kLines; ++r) load_many(weight[r], weight_stride, weights[r]);
         UNET_RT_UNROLL
         for (int i = 0; i < kLines * kCount; ++i) values[i] = values[i] / weights[i / kCount][i % kCount];
+    }
+
+    template <int kCount>
+    UNET_RT_HD void load_two(int64_t k, int64_t l, float (&first)[kLines * kCount],
+                             float (&second)[kLines * kCount]) const {
+        float weights[kLines][kCount];
+        total.template load_two<kCount>(k, l, first, second);
+        UNET_RT_UNROLL
+        for (int r = 0; r < kLines; ++r) load_many(weight[r], weight_stride, weights[r]);
+        UNET_RT_UNROLL
+        for (int i = 0; i < kLines * kCount; ++i) {
+            first[i] = first[i] / weights[i / kCount][i % kCount];
+            second[i] = second[i] / weights[i / kCount][i % kCount];
+        }
     }
 };
 
@@ -99,11 +155,17 @@ UNET_RT_HD void finish(const Finish& f, const Source& source, uint32_t k, char* 
     } else if constexpr (op == Op::argmax) {
         float best[kAll];
         uint32_t label[kAll];
-        source.template load<kCount>(0, best);
+        // A channel never takes over from itself.
+        const int64_t second = f.channels > 1 ? 1 : 0;
+        source.template load_two<kCount>(0, second, best, values);
         UNET_RT_UNROLL
-        for (int i = 0; i < kAll; ++i) label[i] = f.values[0];
+        for (int i = 0; i < kAll; ++i) {
+            const bool take = takes_over(values[i], best[i]);
+            best[i] = take ? values[i] : best[i];
+            label[i] = take ? f.values[1] : f.values[0];
+        }
         UNET_RT_UNROLL_TWICE
-        for (int64_t c = 1; c < f.channels; ++c) {
+        for (int64_t c = 2; c < f.channels; ++c) {
             source.template load<kCount>(c, values);
             const uint32_t next = f.values[c];
             UNET_RT_UNROLL
@@ -118,8 +180,24 @@ UNET_RT_HD void finish(const Finish& f, const Source& source, uint32_t k, char* 
         for (int i = 0; i < kAll; ++i) labels[i] = static_cast<uint8_t>(label[i]);
         store<kCount>(to, 0, labels);
     } else {
-        // Three passes over the channels, the later ones from the cache; exp() is cheaper than keeping its results.
         float largest[kAll], sum[kAll];
+        if (f.channels == 2) {
+            float others[kAll];
+            source.template load_two<kCount>(0, 1, values, others);
+            UNET_RT_UNROLL
+            for (int i = 0; i < kAll; ++i) {
+                largest[i] = others[i] > values[i] ? others[i] : values[i];
+                values[i] = exp_f32(values[i] - largest[i]);
+                others[i] = exp_f32(others[i] - largest[i]);
+                sum[i] = 0.0f + values[i] + others[i];
+                values[i] = values[i] / sum[i];
+                others[i] = others[i] / sum[i];
+            }
+            store<kCount>(to, 0, values);
+            store<kCount>(to, f.channel_stride, others);
+            return;
+        }
+        // Three passes over the channels, the later ones from the cache; exp() is cheaper than keeping its results.
         source.template load<kCount>(0, largest);
         UNET_RT_UNROLL_TWICE
         for (int64_t c = 1; c < f.channels; ++c) {
