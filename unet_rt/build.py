@@ -262,6 +262,7 @@ class _Build:
         self.islands: frozenset[str] | None = None  # nodes that FP16 would overflow in; None: not looked for yet
         self.quantiser: Quantiser | None = None
         self.calibrating: list[Sample] = []
+        self.calibration_whole: list[Array] = []  # the baseline on them
         self.kept: dict[Engine, frozenset[str]] = {}  # layers in FP32 of every INT8 engine
         self.whole: list[Array] = []
         self.mismatch: ImageParity | None = None
@@ -719,7 +720,30 @@ class _Build:
             grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
             result = raw_result(engine, sample, grid, self.threads)
             images.append(parity.compare(whole, result, self.spec.contract, sample.name))
-        return parity.judge(images, self.budget.of(engine.spec.precision))
+        verdict = parity.judge(images, self.budget.of(engine.spec.precision))
+        if engine.spec.precision == "int8" and verdict.accepted:
+            reasons = self._reasons_of_calibration(engine)
+            verdict = replace(verdict, accepted=not reasons, reasons=reasons)
+        return verdict
+
+    def _reasons_of_calibration(self, engine: Engine) -> tuple[str, ...]:
+        """What the windows that calibrated say against an INT8 engine: they prove nothing for it, and may disprove it."""
+        if not self.calibration_whole:
+            spent = 0.0
+            for sample in self.calibrating:
+                whole = self.spec.exact and self.spec.free_size
+                grid = whole_grid(self.spec, sample.shape) if whole else self.spec.grid(sample.shape, self.spec.tile)
+                with _Stopwatch() as watch:
+                    self.calibration_whole.append(raw_result(self.baseline, sample, grid, self.threads))
+                spent += watch.seconds
+                if spent > SECONDS_FOR_PARITY / 4:
+                    break
+        images = []
+        for sample, result in zip(self.calibrating, self.calibration_whole, strict=False):
+            grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
+            got = raw_result(engine, sample, grid, self.threads)
+            images.append(parity.compare(result, got, self.spec.contract, f"{sample.name} (it calibrated)"))
+        return parity.judge(images, self.budget.of("int8")).reasons
 
     def _same_rows(self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int]) -> Verdict:
         """The verdict, with a reason more where identical tiles of one batch, or one alone, give different answers.
