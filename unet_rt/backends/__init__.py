@@ -18,6 +18,10 @@ __all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "nam
 # Engines, the baseline first; a tie in speed goes to the first.
 _ENGINES = ("onnxruntime", "openvino", "tensorrt", "cudnn")
 
+# Tried only where they are asked for by name. cuDNN was the fastest by far on the one GPU it ran on, and gave wrong
+# answers for some batch sizes there, which build's own check of rows and batches found and refused.
+_ON_REQUEST = ("cudnn",)
+
 # Baselines: they run a module or a checkpoint, and no engine folder.
 _BASELINES = ("eager",)
 
@@ -39,12 +43,12 @@ def get(name: str) -> Backend:
 
 
 def usable(device: str = "cpu") -> list[str]:
-    """Names of the backends that are installed and run on ``device``.
+    """Names of the backends that are installed and run on ``device``, without those that must be asked for by name.
 
     Raises:
         BackendError: An installation that is broken.
     """
-    return [name for name in _ENGINES if get(name).missing(device) is None]
+    return [name for name in _ENGINES if name not in _ON_REQUEST and get(name).missing(device) is None]
 
 
 def require(device: str = "cpu") -> list[str]:
