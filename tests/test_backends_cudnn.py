@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -289,6 +290,7 @@ class HostGraphs:
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.recording: list[Callable[[], None]] | None = None
         self.launched: list[int] = []
+        self.numbers = itertools.count(1)  # never twice: a driver's handles of graphs that live differ, too
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         if self.recording is not None:
@@ -305,7 +307,7 @@ class HostGraphs:
 
     def graph_end(self, stream: int) -> int:
         assert self.recording is not None
-        number = len(self.graphs) + 1
+        number = next(self.numbers)
         self.graphs[number], self.recording = self.recording, None
         return number
 
