@@ -57,7 +57,6 @@ class RunReport:
         peak_rss_bytes: Peak resident memory of the process so far.
         class_share: Share of pixels per label (masks only); for a multi-label task per class, which may overlap.
         outside_range: Share of pixels outside the value range seen at build, where that is known.
-        non_finite: NaN and infinite pixels read (a prediction with any is refused).
         notes: What else is worth saying.
     """
 
@@ -75,7 +74,6 @@ class RunReport:
     peak_rss_bytes: int = 0
     class_share: dict[str, float] = field(default_factory=dict)
     outside_range: float | None = None
-    non_finite: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -9,60 +9,24 @@ instead of five they are 16, 8 and 4.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .unet import UNetSpec, conv_block, initialize
+from .encoder import EncoderSpec
+from .unet import initialize
 
 
 @dataclass(frozen=True)
-class FCN8sSpec:
-    """The architecture in values.
-
-    Attributes:
-        in_channels: Channels of the input.
-        classes: Channels of the output (logits).
-        width: Channels of the first level; each level below has twice as many.
-        depth: Number of poolings, from 3.
-        norm: ``none`` or ``batch``.
-        dropout: Probability at the lowest level.
-    """
-
-    in_channels: int = 1
-    classes: int = 2
-    width: int = 64
-    depth: int = 4
-    norm: str = "none"
-    dropout: float = 0.5
+class FCN8sSpec(EncoderSpec):
+    """The architecture in values; ``depth`` from 3, as three scales are fused."""
 
     def __post_init__(self) -> None:
-        self.path()
+        super().__post_init__()
         if self.depth < 3:
             raise ValueError(f"FCN8s depth is {self.depth!r}; use a whole number from 3: it fuses three scales")
-
-    def path(self) -> UNetSpec:
-        """The contracting path's terms."""
-        return UNetSpec(
-            self.in_channels,
-            self.classes,
-            self.width,
-            self.depth,
-            padding="same",
-            norm=self.norm,  # type: ignore[arg-type] # checked by the spec
-            dropout=self.dropout,
-        )
-
-    def out_size(self, size: int) -> int:
-        return self.path().out_size(size)
-
-    def size_at_least(self, size: int) -> int:
-        return self.path().size_at_least(size)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class FCN8s(nn.Module):
@@ -71,9 +35,8 @@ class FCN8s(nn.Module):
     def __init__(self, in_channels: int = 1, classes: int = 2, **values: Any) -> None:
         super().__init__()
         self.spec = spec = FCN8sSpec(in_channels, classes, **values)
-        path = spec.path()
-        widths = [spec.width * 2**level for level in range(spec.depth + 1)]
-        self.down = nn.ModuleList(conv_block(path, a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
+        widths = spec.widths()
+        self.down = spec.blocks()
         self.pool = nn.MaxPool2d(2)
         self.dropout = nn.Dropout(spec.dropout)
         # Scores of the lowest level, of the one above it and of the one above that.

@@ -7,59 +7,20 @@ max-unpooling puts each value back to where its maximum was, and zeros elsewhere
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .unet import UNetSpec, being_exported, conv_block, initialize
+from .encoder import EncoderSpec
+from .unet import being_exported, conv_block, initialize
 
 
 @dataclass(frozen=True)
-class SegNetSpec:
-    """The architecture in values.
-
-    Attributes:
-        in_channels: Channels of the input.
-        classes: Channels of the output (logits).
-        width: Channels of the first level; each level below has twice as many.
-        depth: Number of poolings.
-        norm: ``none`` or ``batch``.
-        dropout: Probability at the lowest level.
-    """
-
-    in_channels: int = 1
-    classes: int = 2
-    width: int = 64
-    depth: int = 4
-    norm: str = "none"
-    dropout: float = 0.5
-
-    def __post_init__(self) -> None:
-        self.path()
-
-    def path(self) -> UNetSpec:
-        """The contracting path's terms."""
-        return UNetSpec(
-            self.in_channels,
-            self.classes,
-            self.width,
-            self.depth,
-            padding="same",
-            norm=self.norm,  # type: ignore[arg-type] # checked by the spec
-            dropout=self.dropout,
-        )
-
-    def out_size(self, size: int) -> int:
-        return self.path().out_size(size)
-
-    def size_at_least(self, size: int) -> int:
-        return self.path().size_at_least(size)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+class SegNetSpec(EncoderSpec):
+    """The architecture in values."""
 
 
 class SegNet(nn.Module):
@@ -69,8 +30,8 @@ class SegNet(nn.Module):
         super().__init__()
         self.spec = spec = SegNetSpec(in_channels, classes, **values)
         path = spec.path()
-        widths = [spec.width * 2**level for level in range(spec.depth + 1)]
-        self.down = nn.ModuleList(conv_block(path, a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
+        widths = spec.widths()
+        self.down = spec.blocks()
         self.dropout = nn.Dropout(spec.dropout)
         # Unpooling needs as many channels as were pooled, so that a 1 x 1 convolution narrows before it.
         self.narrow = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in reversed(widths[:-1]))
