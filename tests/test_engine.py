@@ -7,12 +7,13 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import unet_rt as urt
-from unet_rt import machine
+from unet_rt import backends, machine
 from unet_rt.engine import SCHEMA, Engine, EngineSpec, InputSpec, _key, read_folder, sha256, write_folder
 
 
@@ -265,6 +266,26 @@ def test_builds_that_end_at_once_leave_a_whole_engine(tmp_path, engine_folder):
     assert not errors
     read_folder(target)
     assert len(list(target.glob("parity-*"))) == 1
+
+
+def test_a_stale_plan_is_made_again_from_the_graph_as_built(tmp_path, engine_folder, monkeypatch, caplog):
+    """Not from the FP32 model, which knows neither quantised ranges nor the layers that stay in FP32."""
+    opened = read_folder(engine_folder)
+    blob = tmp_path / "plan"
+    blob.write_bytes(b"of another GPU")
+    files = {kind: opened.file(kind) for kind in opened.files} | {"engine": blob}
+    folder = write_folder(tmp_path / "planned.urt", opened.spec, files)
+    real, built = backends.get(opened.spec.backend), []
+
+    def build(model, graph, **options):
+        built.append((model, options["tiles"], options["batches"]))
+        real.build(model, graph, **options)
+
+    fake = SimpleNamespace(stale=lambda blob, device: "it is another GPU's", build=build, load=real.load)
+    monkeypatch.setattr(backends, "get", lambda name: fake)
+    with urt.load(folder.path) as engine:
+        assert built == [(folder.file("graph"), [engine.spec.tile], (engine.spec.run_batch,))]
+    assert "it is another GPU's" in caplog.text
 
 
 class Doubler:

@@ -257,6 +257,7 @@ class _Build:
         self.notes += [f"size stays fixed: {why}" for why in model.fixed]
         self.warnings: list[str] = []
         self.seams: dict[int, float] = {}
+        self.batches_judged = {1}  # tiles per run
         self.files: dict[Engine, tuple[Path, Path | None]] = {}  # graph and plan of every engine
         self.count = 0  # of graphs made by a pass
         self.islands: frozenset[str] | None = None  # nodes that FP16 would overflow in; None: not looked for yet
@@ -753,6 +754,7 @@ class _Build:
         alone = engine.run(x)[0][0]
         reasons: tuple[str, ...] = ()
         for n in sorted({2, *batches} - {1}):
+            self.batches_judged.add(n)
             rows = engine.run(np.repeat(x, n, axis=0))[0]
             one = parity.compare(alone, rows[0], self.spec.contract, f"a tile in a batch of {n}")
             reasons += parity.judge([one], self.budget.of(engine.spec.precision)).reasons
@@ -840,7 +842,10 @@ class _Build:
             try:
                 at = engine
                 if engine.spec.batches:  # a plan for one tile
-                    at = self._engine(best.backend, best.precision, larger, (batch,))
+                    graph = self.files[engine][0] if best.precision == "int8" else None  # calibrated once
+                    at = self._engine(best.backend, best.precision, larger, (batch,), graph)
+                    if engine in self.kept:
+                        self.kept[at] = self.kept[engine]
                 runs.append((at, larger, batch))
             except BackendError as error:
                 self.notes.append(f"tile {_by(larger)} px was not tried: {error}")
@@ -855,6 +860,9 @@ class _Build:
         self.candidates[row] = tried[0][0]
         for (other, larger, batch), timing in zip(runs[1:], timings[1:], strict=True):
             verdict = best.verdict if other is engine else self._verdict(other)
+            if verdict is not None and self.spec.device != "cpu":  # libraries choose kernels by shape there
+                x = tile_of(self.samples[0], self.spec, larger, self.threads)
+                verdict = self._same_rows(other, x, verdict, (batch,))
             tried.append((self._measured(replace(best, batch=batch), larger, timing, verdict), other))
             self.candidates.append(tried[-1][0])
             bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger) / batch)
@@ -910,7 +918,7 @@ class _Build:
             },
             "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
             "machine": machine.describe(),
-            "batch": sorted({1, 2, *self._batches(best.tile)}),
+            "batch": sorted(self.batches_judged),
             "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
             "verdict": verdict.to_json(),
             "seams": {str(k): v for k, v in self.seams.items()},

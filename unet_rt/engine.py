@@ -558,7 +558,7 @@ def load(
 ) -> Engine:
     """Loads an engine folder.
 
-    A plan that another GPU, driver or library version cannot run is made again from ``model.onnx``, which takes as long
+    A plan that another GPU, driver or library version cannot run is made again from ``graph.onnx``, which takes as long
     as building it did, and one line says so.
 
     The record of parity must be there, belong to these bytes, and be inside the budget it names. On another processor or
@@ -611,13 +611,11 @@ def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> Session:
     stale = None if blob is None else backend.stale(blob, spec.device)
     if stale is None:
         return backend.load(graph, precision=spec.precision, device=spec.device, threads=threads, blob=blob)
-    log.warning("%s: its plan is of no use here (%s); it is made again from the model", opened.path, stale)
+    log.warning("%s: its plan is of no use here (%s); it is made again from its graph", opened.path, stale)
     with tempfile.TemporaryDirectory(prefix="unet-rt-rebuild-") as work:
-        from .model import open_model
-
         anew = Path(work) / "engine.bin"
         backend.build(
-            open_model(opened.file("model"), Path(work), options=spec.contract).graph,
+            graph,  # which holds the precision, quantised ranges and FP32 islands included; the model does not
             Path(work) / "built.onnx",
             precision=spec.precision,
             device=spec.device,

@@ -108,8 +108,8 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     found = next((node for node in copy.graph.node if node.op_type in QUANTISED), None)
     if found is not None:
         raise GraphError(
-            f"the graph is quantised already ({found.op_type} {found.name}); build it as it is with --precision fp32 "
-            "is not possible either: give the FP32 graph it was made from"
+            f"the graph is quantised already ({found.op_type} {found.name}); give the FP32 graph that it was made from, "
+            "and build lowers its precision"
         )
     half = next((t for t in copy.graph.initializer if t.data_type in (t.FLOAT16, t.BFLOAT16) and len(t.dims) > 1), None)
     if half is not None:
