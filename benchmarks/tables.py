@@ -272,13 +272,42 @@ def gpu_predict() -> str:
     return table(head, lines)
 
 
+def precision_paper() -> str:
+    found = record("precision-paper")
+    rows = [
+        (
+            "eager FP32" if k == 0 else f"unet-rt {row['name']}",
+            f"{row['median_ms']:,.0f} ({row['low_ms']:,.0f} to {row['high_ms']:,.0f})",
+            f"{row['speed']:.2f}",
+            f"{row['label_change']:.2%}",
+            f"{row['dice']:.3f}",
+        )
+        for k, row in enumerate(found["rows"])
+    ]
+    head = ("", "ms, median (range)", "eager FP32 = 1", "labels changed, worst sample", "lowest Dice")
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    text = f"**INT8**, the same network and tile, calibrated on drawn micrographs (`{found['command']}`):"
+    return "\n".join([text, "", *lines])
+
+
+def gpu_anchors() -> str:
+    rows = [r for r in record("gpu_anchors")["rows"] if r["name"].startswith("torch.compile") and "ms" in r]
+    each = "; ".join(
+        f"{r['name'].removeprefix('torch.compile ')}, batch {r['batch']}: {r['tiles_per_s']:,.0f}" for r in rows
+    )
+    return f"torch.compile, FP16 channels_last, random weights, an earlier run on a card of the same kind, tiles/s: {each}."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "engine-paper": engine_paper,
     "predict-nuclei": predict_nuclei,
     "memory": memory,
     "startup": startup,
     "kernels": kernels,
+    "precision-paper": precision_paper,
     "gpu-machine": gpu_machine,
+    "gpu-anchors": gpu_anchors,
     "gpu-paper": gpu_paper,
     "gpu-nuclei": gpu_nuclei,
     "gpu-kernels": gpu_kernels,

@@ -104,7 +104,7 @@ class DeviceRun:
         session = engine.device_session
         if session is None:
             raise BackendError(f"{engine.spec.backend} runs on {engine.spec.device}, not on a GPU")
-        device = Device.open(int(engine.spec.device.partition(":")[2] or "0"))
+        device = Device.open(machine.cuda_index(engine.spec.device))
         free = device.memory()[0]
         arrays = engine.graph_inputs(batch)
         self._session, self._inputs, self._outputs = session, list[Any](), list[Any]()

@@ -685,7 +685,7 @@ class _Build:
         """Whether a GPU has the memory for a batch: live activations, twice, for workspaces and the network itself."""
         from .device import Device
 
-        free = Device.open(int(self.spec.device.partition(":")[2] or "0")).memory()[0]
+        free = Device.open(machine.cuda_index(self.spec.device)).memory()[0]
         return 2 * self.model.report.activation_bytes(tile, batch) < free
 
     def _times(self, jobs: Sequence[tuple[Engine, tuple[int, ...], int]], **options: Any) -> list[bench.Timing]:

@@ -699,7 +699,7 @@ def _train(args: argparse.Namespace) -> int:
     from . import machine
     from .contract_io import parse_normalization
 
-    _torch("trains networks")
+    _torch("trains networks", "train")
     from .training.fit import NORMALIZATION, Options, fit
     from .training.trainer import Progress as Validated
 
@@ -764,7 +764,7 @@ def _export(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    _torch("runs the module")
+    _torch("runs the module", "torch")
     from .export import OPSET, export, read_pixels
     from .models.source import open_module
 
@@ -805,14 +805,14 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _torch(what: str) -> None:
+def _torch(what: str, extra: str) -> None:
     """BackendError where torch is missing."""
     from importlib.util import find_spec
 
     from .errors import BackendError
 
     if find_spec("torch") is None:
-        raise BackendError(f"torch is missing, which {what}; pip install unet-rt[torch]")
+        raise BackendError(f"torch is missing, which {what}; pip install 'unet-rt[{extra}]'")
 
 
 def _doctor(args: argparse.Namespace) -> int:

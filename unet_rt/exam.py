@@ -25,7 +25,7 @@ def fingerprint(backend: str, version: str, device: str) -> dict[str, Any]:
     """What a result may depend on besides the engine's bytes: library version, processor, device."""
     if device != "cpu":
         cuda = machine.cuda()
-        index = int(device.partition(":")[2] or "0")
+        index = machine.cuda_index(device)
         gpu = cuda.devices[index] if index < len(cuda.devices) else ""
         return {"backend": backend, "version": version, "gpu": gpu, "driver": cuda.driver}
     return {

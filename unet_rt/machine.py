@@ -328,6 +328,11 @@ def cuda() -> Cuda:
     return Cuda((), "", f"no NVIDIA driver is installed ({names[0]} cannot be loaded)")
 
 
+def cuda_index(device: str) -> int:
+    """N of ``cuda:N``; 0 for ``cuda``."""
+    return int(device.partition(":")[2] or 0)
+
+
 def _ask_driver(library: Any) -> Cuda:
     status = library.cuInit(0)
     if status != 0:

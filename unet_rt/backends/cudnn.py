@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unet_rt import machine
 from unet_rt.errors import BackendError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def missing(device: str = "cpu") -> str | None:
         return "cuDNN computes on NVIDIA GPUs alone; use --device cuda:0, or another backend"
     from unet_rt import device as device_layer
 
-    reason = device_layer.missing(int(device.partition(":")[2] or 0))
+    reason = device_layer.missing(machine.cuda_index(device))
     if reason is not None:
         return f"cuDNN cannot use {device}: {reason}"
     kernels = importlib.import_module("unet_rt._cuda")

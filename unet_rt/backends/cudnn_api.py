@@ -37,7 +37,7 @@ _DEVICE_PROPERTIES: Final = 38
 
 _T_HANDLE, _T_DATA_TYPE, _T_BOOLEAN, _T_INT64, _T_FLOAT, _T_POINTER = 0, 1, 2, 3, 4, 6
 _T_CONVOLUTION_MODE, _T_HEURISTIC_MODE, _T_KNOB, _T_NUMERICAL_NOTE, _T_POINTWISE_MODE = 7, 8, 9, 11, 14
-_T_DESCRIPTOR, _T_BEHAVIOR_NOTE, _T_CHAR = 15, 19, 24
+_T_DESCRIPTOR, _T_CHAR = 15, 24
 
 _ADD, _RELU = 0, 100
 _CROSS_CORRELATION: Final = 1
@@ -386,8 +386,6 @@ class Configuration:
         self.engine = int(number[0])
         notes = (c_int * 16)()
         self.notes = frozenset(notes[: engine.get(1303, _T_NUMERICAL_NOTE, notes)])
-        behaviour = (c_int * 16)()
-        self.behaviour = frozenset(behaviour[: engine.get(1305, _T_BEHAVIOR_NOTE, behaviour)])
         self.knobs = self._knobs()
         self.name = f"eng{self.engine}" + "".join(f"_k{knob}={value}" for knob, value in self.knobs)
 

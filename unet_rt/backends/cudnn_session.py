@@ -7,14 +7,14 @@ import itertools
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from unet_rt import kernels
+from unet_rt import kernels, machine
 from unet_rt.backends import cudnn_api as api
 from unet_rt.backends.cudnn_plan import (
     Combine,
@@ -197,7 +197,7 @@ class CudnnSession(SessionBase):
 
         self._proto: onnx.ModelProto = read(graph)
         self._library = api.library()
-        self._gpu: Device = Device.open(int(device.partition(":")[2] or 0))
+        self._gpu: Device = Device.open(machine.cuda_index(device))
         self._stream: Stream = self._gpu.stream()
         with self._gpu.activate():
             self._handle = api.Handle(self._stream.handle)
@@ -250,6 +250,7 @@ class CudnnSession(SessionBase):
     def steps(self, input_shapes: Sequence[Sequence[int]]) -> tuple[Plan, list[Call]]:
         """The plan for input shapes and its launches, for measurements."""
         with self._lock, self._gpu.activate():
+            self._require_open()
             ready = self._for(_key(input_shapes))
             return ready.plan, ready.calls
 
@@ -399,15 +400,14 @@ class CudnnSession(SessionBase):
 
     def _enqueue(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
         ready = self._for(_key([array.shape for array in inputs]))
+        self._check(ready.plan, inputs, outputs)  # always: memory that was freed comes back at the same address
         ins, outs = [int(a.pointer) for a in inputs], [int(a.pointer) for a in outputs]
         addresses = (*ins, *outs)
         graph = ready.graphs.get(addresses)
         if graph is None:
             seen = ready.seen.get(addresses, 0)
-            if not seen:
-                self._check(ready.plan, inputs, outputs)
-                if len(ready.seen) >= 4 * _GRAPHS:
-                    ready.seen.clear()
+            if not seen and len(ready.seen) >= 4 * _GRAPHS:
+                ready.seen.clear()
             ready.seen[addresses] = seen + 1
             if not seen:  # libraries load what they need in the first run, which a recording does not allow
                 self._launch(ready, ins, outs)
@@ -510,9 +510,3 @@ def _port(value: Any) -> Port:
             "use another backend"
         )
     return Port(value.name, (None, *sizes[1:]), np.dtype(np.float16))
-
-
-def iterate(session: CudnnSession, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[Step, Call]]:
-    """Steps and launches, in order."""
-    plan, made = session.steps(shapes)
-    yield from zip(plan.steps, made, strict=True)

@@ -94,7 +94,7 @@ def missing(device: str = "cpu") -> str | None:
         )
     from unet_rt import device as gpu
 
-    reason = gpu.missing(int(device.partition(":")[2] or 0))
+    reason = gpu.missing(machine.cuda_index(device))
     return None if reason is None else f"ONNX Runtime cannot use {device}: {reason}"
 
 

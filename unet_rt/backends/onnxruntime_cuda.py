@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from unet_rt import bench
+from unet_rt import bench, machine
 from unet_rt.backends import onnxruntime as common
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.errors import BackendError
@@ -277,7 +277,7 @@ class CudaSession(SessionBase):
         record = read_record(graph)
         self._options = record.options if options is None else options
         preload(self._library)
-        self._device_handle: Device = Device.open(int(device.partition(":")[2] or 0))
+        self._device_handle: Device = Device.open(machine.cuda_index(device))
         self._stream: Stream = self._device_handle.stream()
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
         self._bindings: OrderedDict[Any, _Binding] = OrderedDict()

@@ -62,7 +62,7 @@ def missing(device: str = "cpu") -> str | None:
     _import()
     from unet_rt import device as device_layer
 
-    return device_layer.missing(_index(device))
+    return device_layer.missing(machine.cuda_index(device))
 
 
 def precisions(device: str = "cpu") -> tuple[str, ...]:
@@ -92,10 +92,6 @@ def _import() -> Any:
     return trt
 
 
-def _index(device: str) -> int:
-    return int(device.partition(":")[2] or "0")
-
-
 def _open(device: str) -> tuple[Any, Device]:
     """Library and device, or what is missing."""
     reason = missing(device)
@@ -103,7 +99,7 @@ def _open(device: str) -> tuple[Any, Device]:
         raise BackendError(reason)
     from unet_rt.device import Device
 
-    return _import(), Device.open(_index(device))
+    return _import(), Device.open(machine.cuda_index(device))
 
 
 def _origin(trt: Any, device: Device) -> Origin:
