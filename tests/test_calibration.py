@@ -1,4 +1,4 @@
-"""Calibration: what is seen of activations, ranges by four methods, samples that are never in both heaps."""
+"""Calibration: what is seen of activations, ranges by five methods, samples that are never in both heaps."""
 
 from __future__ import annotations
 

@@ -598,8 +598,7 @@ class _Build:
         if name not in FORMS or "int8" not in backend.precisions(self.spec.device):
             raise BackendError(f"{name} has no int8 on {self.spec.device} here")
         if self.quantiser is None:
-            free = self.spec.exact and self.spec.free_size
-            side = square_tile(self.spec.sizes, self.spec.outputs, CALIBRATION_PX) if free else tile
+            side = self._calibration_tile()
             count = int(np.clip(CALIBRATION_FLOP / (self.model.report.flops_per_pixel * prod(side) + 1), 6, 48))
             tiles = draw_tiles(self.calibrating, self.spec, side, count, self.threads)
             windows = tuple((s.name, s.sha256) for s in self.calibrating)
@@ -654,6 +653,12 @@ class _Build:
         self.files[engine] = (graph, plan)
         return engine
 
+    def _calibration_tile(self) -> tuple[int, ...]:
+        """The tile at which activations are looked at: the model's own where it is part of the model."""
+        if self.spec.exact and self.spec.free_size:
+            return square_tile(self.spec.sizes, self.spec.outputs, CALIBRATION_PX)
+        return self.spec.tile
+
     def _half_with_islands(self) -> Path | None:
         """The graph in FP16 with FP32 islands where activations of the samples leave FP16's range; None if none do."""
         if self.kind != "samples":
@@ -663,8 +668,7 @@ class _Build:
             import onnx
 
             proto = onnx.load(str(self.model.graph))
-            free = self.spec.exact and self.spec.free_size
-            tile = square_tile(self.spec.sizes, self.spec.outputs, CALIBRATION_PX) if free else self.spec.tile
+            tile = self._calibration_tile()
             tiles = (self.baseline.graph_inputs(tile_of(s, self.spec, tile, self.threads)) for s in self.samples[:4])
             found = probe(proto, tensors(proto), tiles, threads=self.threads)
             self.islands = overflowing(proto, found)

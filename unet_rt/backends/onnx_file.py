@@ -10,7 +10,7 @@ from unet_rt.errors import BackendError, GraphError
 
 # Layers where the arithmetic is; the type of their weights is the precision of a graph.
 _HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear"})
+QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear"})
 
 
 def _read(model: Path) -> Any:
@@ -31,7 +31,7 @@ def precision_of(model: Path) -> str:
     from onnx import TensorProto
 
     graph = _read(model).graph
-    if any(node.op_type in _QUANTISED for node in graph.node):
+    if any(node.op_type in QUANTISED for node in graph.node):
         return "int8"
     names = {
         TensorProto.FLOAT16: "fp16",

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..backends.onnx_file import QUANTISED
 from ..backends.onnxruntime import QUANTISED_KEY
 from ..errors import GraphError
 from .fold import drop_unused, fold
@@ -92,7 +93,6 @@ _MOVES = frozenset(
     }
     | {"Flatten", "Identity"}
 )
-QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear"})
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract import Contract
 from unet_rt.errors import ImageError
 from unet_rt.export import export
 from unet_rt.models import UNet, UNetSpec, save_half
 from unet_rt.synthetic import microscopy, random_scene
 
 from .augment import Augmentation
+from .fit import NORMALIZATION
 from .samples import Sample, prepare
 from .trainer import Progress, Recipe, evaluate, iou, save_checkpoint, train
 from .weights import F32
 
-NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
 SYNTHETIC_PX = 384
 # Drawn microscopy is varied enough: flips, quarter turns and grey values.
 PLAIN = Augmentation(turn="quarter", scale=0.0, elastic_px=0.0, gamma=0.0, offset=0.03)
@@ -49,33 +49,28 @@ class Shipped:
     recipe: Recipe
 
 
+# What both are trained by.
+DRAWN = Recipe(balance=0.25, w0=5.0, sigma_px=3.0, augmentation=PLAIN, seed=7)
+
 NETWORKS = {
     "nuclei": Shipped(
         UNetSpec(width=12, depth=3, padding="same", norm="batch", dropout=0.0, up="bilinear"),
-        Recipe(
+        replace(
+            DRAWN,
             steps=1300,
             tile_px=160,
             batch=3,
             learning_rate=3e-3,
-            balance=0.25,
-            w0=5.0,
-            sigma_px=3.0,
-            augmentation=PLAIN,
-            seed=7,
         ),
     ),
     "paper_w8": Shipped(
         UNetSpec(width=8, dropout=0.1),
-        Recipe(
+        replace(
+            DRAWN,
             steps=800,
             tile_px=380,
             batch=2,
             learning_rate=2e-3,
-            balance=0.25,
-            w0=5.0,
-            sigma_px=3.0,
-            augmentation=PLAIN,
-            seed=7,
         ),
     ),
 }
