@@ -475,7 +475,6 @@ def test_progress_and_report(nuclei, stack):
     assert report.halo == ((53, 53), (53, 53))
     assert report.class_share == pytest.approx({"background": (mask == 0).mean(), "nucleus": (mask == 1).mean()})
     assert report.outside_range is None
-    assert report.non_finite == 0
     assert report.peak_rss_bytes > 1e7
     assert report.to_json()["mpx_per_s"] == report.mpx_per_s
 
