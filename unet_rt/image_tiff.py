@@ -17,33 +17,12 @@ from typing import Any
 import numpy as np
 
 from .errors import ImageError
-from .pixels import Array, MappedFile, Origin, Stored, Window
+from .pixels import UM, Array, MappedFile, Origin, Stored, Window
 
 CACHE_BYTES = 2**27  # decoded segments kept: a row of 512-px tiles of a 100,000 px wide uint16 image is 100 MB
 MAX_SEGMENT_BYTES = 2**32
 # Measured on a blank 8 MiB image: deflate 988 : 1, LZW 1157, Zstandard 30,500, JPEG XL 36,000, Brotli 599,000.
 MAX_RATIO = 1_000_000
-
-_UM = {
-    "µm": 1.0,
-    "um": 1.0,
-    "micron": 1.0,
-    "microns": 1.0,
-    "micrometer": 1.0,
-    "micrometre": 1.0,
-    "\\u00b5m": 1.0,
-    "μm": 1.0,
-    "nm": 1e-3,
-    "mm": 1e3,
-    "cm": 1e4,
-    "m": 1e6,
-    "inch": 25400.0,
-    "in": 25400.0,
-    "å": 1e-4,
-    "pm": 1e-6,
-    "nanometer": 1e-3,
-    "millimeter": 1e3,
-}
 
 
 def open_tiff(path: Path, name: str) -> Stored:
@@ -373,7 +352,7 @@ def _metadata(tif: Any, series: Any, key: Any) -> tuple[Origin, Mapping[str, flo
         found = dict(tif.imagej_metadata or {})
         wanted = ("unit", "spacing", "finterval", "fps", "min", "max", "Labels", "tunit", "mode")
         tags = {k: found[k] for k in wanted if k in found}
-        um = _UM.get(str(found.get("unit", "")).strip().lower())
+        um = UM.get(str(found.get("unit", "")).strip().lower())
         if um is not None and resolution is not None:
             sizes = {"X": um / resolution[0], "Y": um / resolution[1]}
             if "spacing" in found:
@@ -413,7 +392,7 @@ def _ome(xml: str) -> tuple[dict[str, Any], dict[str, float], tuple[str, ...]]:
     }
     sizes = {}
     for axis in "XYZ":
-        um = _UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").strip().lower())
+        um = UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").strip().lower())
         value = pixels.get(f"PhysicalSize{axis}")
         if um is not None and value is not None and float(value) > 0:
             sizes[axis] = float(value) * um

@@ -21,6 +21,31 @@ Window = tuple[slice, ...]
 
 DTYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
 MAX_WHOLE_PX = 2**30  # formats that only decode whole: 32,768 x 32,768, so that 20,000 x 20,000 passes
+# Micrometres per unit, by the names that ImageJ, OME-XML and OME-Zarr use.
+UM = {
+    "µm": 1.0,
+    "um": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "micrometer": 1.0,
+    "micrometre": 1.0,
+    "\\u00b5m": 1.0,
+    "μm": 1.0,
+    "nm": 1e-3,
+    "mm": 1e3,
+    "cm": 1e4,
+    "m": 1e6,
+    "inch": 25400.0,
+    "in": 25400.0,
+    "å": 1e-4,
+    "pm": 1e-6,
+    "nanometer": 1e-3,
+    "millimeter": 1e3,
+    "angstrom": 1e-4,
+    "picometer": 1e-6,
+    "centimeter": 1e4,
+    "meter": 1e6,
+}
 
 
 class Pixels(Protocol):
