@@ -46,31 +46,24 @@ def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None) -> St
     """``open_tiff`` for a place."""
     import tifffile
 
-    stream = None
-    try:
-        with quiet():
-            if place.path is not None:
-                tif = tifffile.TiffFile(place.path)
-            else:
-                stream = place.open()
-                tif = tifffile.TiffFile(stream, name=name)
-    except Exception as error:  # the parser meets any bytes; whatever it raises, the file is at fault
-        raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
-    try:
-        with quiet():
-            if place.path is not None and _is_geo(tif) and find_spec("rasterio") is not None:
-                from .image_geo import open_geo
+    with contextlib.ExitStack() as opened:
+        try:
+            with quiet():
+                at = place.path if place.path is not None else opened.enter_context(place.open())
+                tif = opened.enter_context(tifffile.TiffFile(at, name=None if at is place.path else name))
+        except Exception as error:  # the parser meets any bytes; whatever it raises, the file is at fault
+            raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
+        try:
+            with quiet():
+                if place.path is not None and _is_geo(tif) and find_spec("rasterio") is not None:
+                    from .image_geo import open_geo
 
-                return open_geo(place.path, name, level)
-            return _stored(tif, place, name, level)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(f"{name}: corrupt TIFF ({type(error).__name__}: {error}); copy it again") from error
-    finally:
-        tif.close()
-        if stream is not None:
-            stream.close()
+                    return open_geo(place.path, name, level)
+                return _stored(tif, place, name, level)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError(f"{name}: corrupt TIFF ({type(error).__name__}: {error}); copy it again") from error
 
 
 def check_whole(tif: Any, size: int, name: str) -> None:
