@@ -128,7 +128,7 @@ def _stored(
     for axis, um, full, n in zip("YX", size_um, shapes[0], shapes[picked], strict=True):
         with contextlib.suppress(TypeError, ValueError):  # not all scanners write it
             if float(um) > 0:
-                sizes[axis] = float(um) * full / n
+                sizes[axis] = float(um) * (full / n)
     samples = pixels.shape[-1]
     if len(shapes) > 1:
         notes = (f"level {picked} of {len(shapes)}", *notes)
