@@ -124,7 +124,7 @@ def test_parts_of_an_aligned_grid_share_no_tile_and_are_the_whole(network, image
         (first,), size = part.out_start(0), part.out_shape(0)[0]
         assert first == ceil(low * field.scale)
         place = part.placement(np.arange(part.count)[:, None], 0)
-        for (source,), (target,), (count,) in zip(place.source, place.target, place.size, strict=True):
+        for (target,), (count,) in zip(place.target, place.size, strict=True):
             assert 0 <= target <= target + count <= size
             written[first + target : first + target + count] += 1
         for start, (source, target, count) in zip(part.axes[0].starts, part.axes[0].owned(field), strict=True):

@@ -85,7 +85,7 @@ def aligned_step(tile: int, stride: int, fields: Sequence[AxisField]) -> int:
 
 
 def lead(stride: int, fields: Sequence[AxisField]) -> int:
-    """Pixels, a multiple of the stride, by which a tile of an aligned grid starts in front of what it owns, in the canvas."""
+    """Pixels by which a tile of an aligned grid starts in front of what it owns: a multiple of the stride."""
     behind = max((f.halo[0] - (_before(fields) * f.scale - f.shrink[0])) / f.scale for f in fields)
     return max(0, ceil(behind / stride) * stride)
 
