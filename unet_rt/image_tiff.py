@@ -20,16 +20,11 @@ from typing import IO, Any
 import numpy as np
 
 from .errors import ImageError
-from .pixels import CACHE_BYTES, UM, Array, MappedFile, Origin, Stored, Window, pick_level
+from .pixels import CACHE_BYTES, GEO_TAGS, NODATA_TAG, UM, Array, MappedFile, Origin, Stored, Window, pick_level
 
 MAX_SEGMENT_BYTES = 2**32
 # Measured on a blank 8 MiB image: deflate 988 : 1, LZW 1157, Zstandard 30,500, JPEG XL 36,000, Brotli 599,000.
 MAX_RATIO = 1_000_000
-
-
-# Tags that place a picture on the earth, and the one that GDAL names nodata in.
-_GEO_TAGS = (33550, 33922, 34264, 34735)
-_NODATA_TAG = 42113
 
 
 @dataclass(frozen=True)
@@ -51,28 +46,24 @@ def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None) -> St
     """``open_tiff`` for a place."""
     import tifffile
 
-    stream = None
-    try:
-        with quiet():
-            stream = None if place.path is not None else place.open()
-            tif = tifffile.TiffFile(place.path if stream is None else stream, name=None if stream is None else name)
-    except Exception as error:  # the parser meets any bytes; whatever it raises, the file is at fault
-        raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
-    try:
-        with quiet():
-            if place.path is not None and _is_geo(tif) and find_spec("rasterio") is not None:
-                from .image_geo import open_geo
+    with contextlib.ExitStack() as opened:
+        try:
+            with quiet():
+                at = place.path if place.path is not None else opened.enter_context(place.open())
+                tif = opened.enter_context(tifffile.TiffFile(at, name=None if at is place.path else name))
+        except Exception as error:  # the parser meets any bytes; whatever it raises, the file is at fault
+            raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
+        try:
+            with quiet():
+                if place.path is not None and _is_geo(tif) and find_spec("rasterio") is not None:
+                    from .image_geo import open_geo
 
-                return open_geo(place.path, name, level)
-            return _stored(tif, place, name, level)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(f"{name}: corrupt TIFF ({type(error).__name__}: {error}); copy it again") from error
-    finally:
-        tif.close()
-        if stream is not None:
-            stream.close()
+                    return open_geo(place.path, name, level)
+                return _stored(tif, place, name, level)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError(f"{name}: corrupt TIFF ({type(error).__name__}: {error}); copy it again") from error
 
 
 def check_whole(tif: Any, size: int, name: str) -> None:
@@ -94,7 +85,7 @@ def check_whole(tif: Any, size: int, name: str) -> None:
 
 def _is_geo(tif: Any) -> bool:
     """Whether a TIFF is georeferenced, and nothing else."""
-    return bool(tif.pages) and not (tif.is_ome or tif.is_imagej) and any(c in tif.pages[0].tags for c in _GEO_TAGS)
+    return bool(tif.pages) and not (tif.is_ome or tif.is_imagej) and any(c in tif.pages[0].tags for c in GEO_TAGS)
 
 
 @contextlib.contextmanager
@@ -133,8 +124,8 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
         notes.append("its georeference is not carried over; pip install 'unet-rt[geo]' for that")
     _check_photometric(key, name, notes)
     _check_codec(key, name)
-    shapes = [tuple(int(n) for n in each.shape) for each in levels]
-    axes, shape = levels[picked].axes, shapes[picked]
+    level_shapes = [tuple(int(n) for n in each.shape) for each in levels]
+    axes, shape = levels[picked].axes, level_shapes[picked]
     if axes != series.axes:
         raise ImageError(
             f"{name}: its levels differ in axes ({series.axes} and {axes}); save the one wanted as its own file"
@@ -144,7 +135,7 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
     pixels = _pixels(levels[picked], key, shape, place, name)
     origin, size, names = _metadata(tif, series, series.keyframe)
     if picked:
-        ratio = {axis: full / n for axis, full, n in zip(axes, shapes[0], shape, strict=True)}
+        ratio = {axis: full / n for axis, full, n in zip(axes, level_shapes[0], shape, strict=True)}
         size = {axis: um * ratio.get(axis, 1.0) for axis, um in size.items()}
         if origin.resolution is not None:
             across, down = origin.resolution
@@ -162,14 +153,14 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
         alpha,
         size,
         tuple(notes),
-        levels=tuple(shapes) if len(shapes) > 1 else (),
+        levels=tuple(level_shapes) if len(levels) > 1 else (),
         nodata=_nodata(series.keyframe),
     )
 
 
 def _nodata(key: Any) -> float | None:
     """The value that GDAL's tag gives, whether or not the dtype can hold it."""
-    tag = key.tags.get(_NODATA_TAG)
+    tag = key.tags.get(NODATA_TAG)
     try:
         return None if tag is None else float(str(tag.value).strip("\0 "))
     except ValueError:

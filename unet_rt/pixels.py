@@ -25,6 +25,9 @@ DTYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float1
 CACHE_BYTES = 2**27  # decoded pieces kept: a row of 512-px tiles of a 100,000 px wide uint16 image is 100 MB
 RUN_BYTES = 2**25  # of chunks that are asked for at once, so that their library can decode them side by side
 MAX_WHOLE_PX = 2**30  # formats that only decode whole: 32,768 x 32,768, so that 20,000 x 20,000 passes
+# TIFF tags that place a picture on the earth: pixel scale, tie points, transformation, coordinate system; GDAL's nodata.
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+NODATA_TAG = 42113
 ZARR_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs")  # files of zarr 3 and zarr 2
 # Micrometres per unit, by the names that ImageJ, OME-XML and OME-Zarr use.
 UM = {
