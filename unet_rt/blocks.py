@@ -10,10 +10,11 @@ Worked example (one axis): image 100,000 px, tile 2048, halo 94, stride 16. A ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from math import ceil, prod
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from .engine import EngineSpec
 from .errors import ContractError, TileError
-from .pipeline import Work
+from .resample import needed
 from .stitch import Decision
 from .tiles import AxisTiles, TileGrid
 
@@ -43,23 +44,18 @@ class Block:
 
 
 @dataclass(frozen=True)
-class BlockWork(Work):
-    """The tiles for a block, or for a part of it."""
-
-    block: Block
-
-
-@dataclass(frozen=True)
 class BlockPlan:
     """All blocks of an image, numbered plane by plane in row-major order.
 
     Attributes:
-        grid: The tiles of the whole image.
+        image: Spatial shape of the image in pixels.
+        grid: The tiles of the whole image; of the resampled one where the network sees another number of pixels.
         planes: Planes of the image.
         cuts: Per axis: image pixels where blocks begin, ascending, and the image's end.
         chunk: Per axis: samples of a stored chunk.
     """
 
+    image: tuple[int, ...]
     grid: TileGrid
     planes: int
     cuts: tuple[tuple[int, ...], ...]
@@ -79,22 +75,40 @@ class BlockPlan:
         start = tuple(cuts[k] for k, cuts in zip(index, self.cuts, strict=True))
         return Block(number, plane, start, tuple(cuts[k + 1] for k, cuts in zip(index, self.cuts, strict=True)))
 
-    def work(self, block: Block) -> BlockWork:
-        return BlockWork(block.plane, self.grid.part(block.start, block.stop), block)
+    def seen(self, start: Sequence[int], stop: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The pixels [start, stop) as the network sees them: of the resampled image, with those that interpolation takes."""
+        sides = zip(start, stop, self.grid.image, self.image, strict=True)
+        ends = [(a, b) if n == m else needed(a, b, n, m) for a, b, n, m in sides]
+        return tuple(a for a, _ in ends), tuple(b for _, b in ends)
+
+    @cached_property
+    def _counts(self) -> list[list[int]]:
+        """Per axis: tiles along it for each stretch between cuts."""
+        counts = []
+        for k, cuts in enumerate(self.cuts):
+            fields = [o.field[k] for o in self.grid.outputs]
+            n, m = self.grid.image[k], self.image[k]
+            ends = [(a, b) if n == m else needed(a, b, n, m) for a, b in pairwise(cuts)]
+            parts = [self.grid.axes[k].part(a, b, fields, blended=self.grid.blended) for a, b in ends]
+            counts.append([len(part.starts) for part in parts])
+        return counts
 
     def tiles(self, number: int) -> int:
         """Tiles that a block takes."""
-        return self.work(self.block(number)).grid.count
+        index = np.unravel_index(number % prod(self.shape), self.shape)
+        return prod(counts[int(k)] for counts, k in zip(self._counts, index, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Enough to make the same plan again with :func:`plan_of`."""
         return {"tile": list(self.grid.tile), "cuts": [list(cuts) for cuts in self.cuts], "chunk": list(self.chunk)}
 
 
-def plan_of(spec: EngineSpec, image: Sequence[int], planes: int, data: dict[str, Any]) -> BlockPlan:
+def plan_of(
+    spec: EngineSpec, image: Sequence[int], planes: int, data: Mapping[str, Any], *, seen: Sequence[int] | None = None
+) -> BlockPlan:
     """The plan that :meth:`BlockPlan.to_json` described."""
-    grid = spec.grid(image, data["tile"], aligned=True)
-    return BlockPlan(grid, planes, tuple(tuple(cuts) for cuts in data["cuts"]), tuple(data["chunk"]))
+    grid = spec.grid(image if seen is None else seen, data["tile"], aligned=True)
+    return BlockPlan(tuple(image), grid, planes, tuple(tuple(cuts) for cuts in data["cuts"]), tuple(data["chunk"]))
 
 
 def plan_blocks(
@@ -108,6 +122,7 @@ def plan_blocks(
     tile: Sequence[int] | None = None,
     batch: int = 1,
     output: int = 0,
+    seen: Sequence[int] | None = None,
 ) -> BlockPlan:
     """Plans the blocks of an image.
 
@@ -121,6 +136,7 @@ def plan_blocks(
         tile: Tile size; None: the rectangle that computes least for this image in that memory.
         batch: Tiles per run.
         output: Which output of the graph.
+        seen: Spatial shape that the network sees, where the image is resampled.
 
     Raises:
         TileError: The tile does not serve.
@@ -128,38 +144,48 @@ def plan_blocks(
     """
     fields = spec.used_outputs()[output]
     scale = float(prod(f.scale for f in fields.field))
-    per_px = spec.bytes_per_px + 4 * (
-        spec.channels + fields.channels * scale
-    )  # the latter are lower bounds where unknown
-    queued = 4 * 4 * (spec.channels + fields.channels * scale)  # tiles and outputs that wait, float32
-    bound = int(RUNNING_SHARE * memory_bytes / (batch * (per_px + queued)))
-    grid = spec.grid(image, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
+    floats = 4 * (spec.channels + fields.channels * scale)  # bytes per tile pixel of inputs and outputs
+    per_px = batch * (max(spec.bytes_per_px, floats) + 4 * floats)  # while it runs, and for tiles that wait
+    bound = int(RUNNING_SHARE * memory_bytes / per_px)
+    given = image if seen is None else seen
+    grid = spec.grid(given, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
     if prod(grid.tile) > bound:
-        need = ceil(prod(grid.tile) * batch * (per_px + queued) / RUNNING_SHARE / 1e6)
         raise ContractError(
-            f"tiles of {'x'.join(map(str, grid.tile))} px, {batch} at a time, take about {need} MB, and "
-            f"{memory_bytes // 10**6} MB are given; use more --memory, a smaller --batch or a smaller --tile"
+            f"tiles of {'x'.join(map(str, grid.tile))} px, {batch} at a time, take about "
+            f"{ceil(prod(grid.tile) * per_px / RUNNING_SHARE / 1e6)} MB, and {memory_bytes // 10**6} MB are there for them; "
+            "use more --memory, a smaller --batch or a smaller --tile"
         )
+    if seen is not None:
+        return _resampled_plan(image, grid, planes)
+    stored = decision.dtype.itemsize * max(1, decision.channels) * scale
     shares = [_share(spec, k, axis) for k, axis in enumerate(grid.axes)]
     counts = [1] * len(shares)  # tiles along each axis of a block: long rows, which files like
-    stored = decision.dtype.itemsize * max(1, decision.channels) * scale
     for k in reversed(range(len(shares))):
         whole = -(-image[k] // shares[k])
-        for count in range(min(whole, TILES // prod(counts)), 0, -1):
-            sides = [
-                min(n, c * s) for n, c, s in zip(image, [*counts[:k], count, *counts[k + 1 :]], shares, strict=True)
-            ]
+
+        def fits(count: int, k: int = k) -> bool:
+            tiles = [*counts[:k], count, *counts[k + 1 :]]
+            sides = [min(n, c * s) for n, c, s in zip(image, tiles, shares, strict=True)]
             window = prod(side + t for side, t in zip(sides, grid.tile, strict=True)) * pixel_bytes
-            if 2 * window + 4 * prod(sides) * stored <= BLOCK_SHARE * memory_bytes or count == 1:
-                counts[k] = count
-                break
+            return 2 * window + 4 * prod(sides) * stored <= BLOCK_SHARE * memory_bytes
+
+        most = max(1, min(whole, TILES // prod(counts)))
+        counts[k] = next((count for count in range(most, 1, -1) if fits(count)), 1)
         if counts[k] < whole:
             break
-    cuts = tuple(_cuts(axis, share * count) for axis, share, count in zip(grid.axes, shares, counts, strict=True))
-    chunk = tuple(
-        _chunk(share * f.scale, n) for share, f, n in zip(shares, fields.field, grid.out_shape(output), strict=True)
-    )
-    return BlockPlan(grid, planes, cuts, chunk)
+    blocks = [share * count for share, count in zip(shares, counts, strict=True)]
+    cuts = tuple(_cuts(axis, block) for axis, block in zip(grid.axes, blocks, strict=True))
+    samples = zip(shares, fields.field, grid.out_shape(output), strict=True)
+    return BlockPlan(tuple(image), grid, planes, cuts, tuple(_chunk(share * f.scale, n) for share, f, n in samples))
+
+
+def _resampled_plan(image: Sequence[int], grid: TileGrid, planes: int) -> BlockPlan:
+    """Blocks of whole chunks, about as large as four tiles: neighbours run the tiles between them twice."""
+    sides = [max(1, round(2 * t * n / m / CHUNK)) * CHUNK for t, n, m in zip(grid.tile, image, grid.image, strict=True)]
+    if len(sides) == 3:
+        sides[0] = image[0]
+    cuts = tuple((*range(0, n, side), n) for n, side in zip(image, sides, strict=True))
+    return BlockPlan(tuple(image), grid, planes, cuts, tuple(min(n, CHUNK) for n in image))
 
 
 def _share(spec: EngineSpec, k: int, axis: AxisTiles) -> int:

@@ -460,6 +460,17 @@ def fresh(pixels: Array, start: Sequence[int], grid: TileGrid, seen: int) -> Arr
     return pixels[tuple(window)]
 
 
+def filled(pixels: Array, valid: Array | None, numbers: Affine) -> Array:
+    """Pixels (C, *spatial) with those that hold no data replaced by what is normalised to (about) 0."""
+    if valid is None:
+        return pixels
+    offset = numbers.offset.reshape(-1, *(1,) * (pixels.ndim - 1)).astype(np.float64)
+    if pixels.dtype.kind in "iu":
+        ends = np.iinfo(pixels.dtype)
+        offset = np.clip(np.rint(offset), ends.min, ends.max)
+    return np.where(valid, pixels, offset.astype(pixels.dtype))
+
+
 def _gather(
     spec: EngineSpec,
     source: Source,
@@ -478,7 +489,7 @@ def _gather(
         origins = grid.origins(index)
         start, stop = grid.window(index, border)
         with clock("read"):
-            window = source.read(work.plane, start, stop)
+            window = filled(source.read(work.plane, start, stop), source.valid(work.plane, start, stop), numbers)
             tally.watch(fresh(window, start, grid, seen), spec.contract.value_range)
             seen = max(seen, stop[0])
         for first in range(0, len(index), batch):

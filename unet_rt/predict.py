@@ -5,28 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from . import machine
-from .contract import Normalization
+from .contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
 from .normalize import affine
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run
-from .stitch import OutputKind, decide
+from .stage import stage_folder
+from .stitch import OutputKind, decide, default_output
 from .tiles import TileGrid
+from .tta import Augmented, Tta
 
 if TYPE_CHECKING:
     from .device import Device, DeviceArray
     from .image import Source
+    from .predict_large import Tables
 
 Array = npt.NDArray[Any]
 
 MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles
+LARGE_PX = (
+    2**26
+)  # from 8192 x 8192 on a result is made in blocks that outlive the process: some 30 s of a small network
+PIXEL_SIZE_TOLERANCE = 0.1
 
 
 def predict(
@@ -34,7 +41,7 @@ def predict(
     image: Any,
     *,
     out: str | Path | None = None,
-    output: OutputKind | None = None,
+    output: OutputKind | Literal["instances"] | None = None,
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
     tile: Sequence[int] | None = None,
@@ -47,6 +54,16 @@ def predict(
     progress: Progress | None = None,
     report: Callable[[RunReport], None] | None = None,
     trace: Spans | None = None,
+    level: int | None = None,
+    pixel_size_um: Sequence[float] = (),
+    resample: bool = False,
+    tta: Tta = "none",
+    region: str | Path | None = None,
+    memory_bytes: int | None = None,
+    shard: tuple[int, int] | None = None,
+    scheduler: str | None = None,
+    restart: bool = False,
+    tables: Tables | None = None,
 ) -> Any:
     """Predicts one image of any size.
 
@@ -55,11 +72,16 @@ def predict(
     complete when this function returns. Normalisation by statistics of the image copies it to the host, band by band,
     once; so does ``luma``. Its labels are counted only where ``report`` asks, and pixels outside the value range not.
 
+    Large results (of ``LARGE_PX`` pixels and more), OME-Zarr, shards and schedulers are computed block by block in a
+    folder ``.NAME.stage`` beside ``out``: after a kill, a full disk or a power cut, the same call goes on where it
+    stopped, and the result is the same bit for bit.
+
     Args:
         engine: From :func:`unet_rt.load`.
-        image: NumPy or DLPack array (``(Y, X)``, ``(C, Y, X)``, ``(Y, X, C)``, ``(Z, Y, X)``, ...), or a path.
-        out: File to write (``.tif``, ``.png``, ``.npy``); None: an array is returned.
-        output: ``"mask"`` (uint8), ``"probability"`` or ``"raw"`` (float32). None: a mask, or raw for a regression.
+        image: NumPy or DLPack array (``(Y, X)``, ``(C, Y, X)``, ``(Y, X, C)``, ``(Z, Y, X)``, ...), a path or a URL.
+        out: File to write (``.tif``, ``.png``, ``.npy``, ``.zarr``); None: an array is returned.
+        output: ``"mask"`` (uint8), ``"probability"`` or ``"raw"`` (float32), ``"instances"`` (uint32: connected components
+            of the mask, numbered). None: a mask, or raw for a regression.
         axes: Axes of the image, where they cannot be told from the file.
         channels: Which channels of the image, in the network's order.
         tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area.
@@ -72,6 +94,17 @@ def predict(
         progress: Called with (tiles done, tiles in all).
         report: Called with the :class:`RunReport` at the end.
         trace: Receives (stage, start, stop) of all that is timed, seconds of ``time.perf_counter``; not on a GPU.
+        level: Of a pyramid, 0 being the finest; default 0.
+        pixel_size_um: Of the image, micrometres along its spatial axes, where the file does not say or is wrong.
+        resample: Bring the image to the pixel size of training (the contract's), and probabilities back before the
+            class decision.
+        tta: Test-time augmentation: mean probabilities over flips (``flip``), or flips and quarter turns (``d4``).
+        region: An image of the same size; predictions are wanted where it is not 0.
+        memory_bytes: What all of it may take beside the loaded engine; None: half of what is free.
+        shard: (index, count): only every count-th block, from block ``index`` on. Whoever finishes last writes ``out``.
+        scheduler: ``local:N`` (processes) or ``tcp://host:port`` of a Dask scheduler that computes the blocks.
+        restart: Throw away what an interrupted run has left of ``out``.
+        tables: Tables of objects to be written as well (``output="instances"``).
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
@@ -84,27 +117,69 @@ def predict(
     from .image import open_image
     from .output import open_output
 
+    if tta != "none":
+        engine = Augmented(engine, tta)
     spec = engine.spec
     batch = spec.run_batch if batch is None else batch
     with open_image(
-        image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels
-    ) as source:
+        image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels,
+        level=level,
+    ) as source:  # fmt: skip
         if out is not None and source.path is not None and Path(out).exists() and Path(out).samefile(source.path):
             raise OutputError(f"{out} is the image itself; choose another output")
-        decision = decide(spec.contract, spec.outputs[0].channels, output, tuple(mask_values))
+        kind: Any = "mask" if output == "instances" else output
+        decision = decide(spec.contract, spec.outputs[0].channels, kind, tuple(mask_values))
         if overlay is not None and decision.dtype != np.uint8:
             raise ContractError("an overlay shows a mask; leave --overlay away, or use --output mask")
         if source.device is not None:
             _check_device(engine, source, source.device)
+        normalization = normalization_of(spec, source, normalization)
+        size = tuple(pixel_size_um) or source.pixel_size_um or ()
+        notes = _pixel_size_notes(spec.contract, size, resample=resample)
+        staged = out is not None and (
+            Path(out).suffix.lower() == ".zarr"
+            or shard is not None
+            or scheduler is not None
+            or source.planes * prod(source.shape) >= LARGE_PX
+            or stage_folder(Path(out)).exists()
+        )
+        if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:
+            if source.device is not None:
+                raise ImageError(
+                    f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
+                )
+            from . import predict_large
+
+            asked = predict_large.Request(
+                output=output or default_output(spec.contract),
+                normalization=normalization,
+                mask_values=tuple(mask_values),
+                tile=None if tile is None else tuple(tile),
+                batch=batch,
+                threads=threads,
+                pixel_size_um=size,
+                resample=resample,
+                region=None if region is None else str(region),
+                memory_bytes=memory_bytes,
+                shard=shard or (0, 1),
+            )
+            finished, made = predict_large.predict(
+                engine, source, asked, None if out is None else Path(out), staged=staged, overwrite=overwrite,
+                restart=restart, scheduler=scheduler, overlay=None if overlay is None else Path(overlay), tables=tables,
+                progress=progress, trace=trace,
+            )  # fmt: skip
+            finished.notes[:0] = notes
+            if report is not None:
+                report(finished)
+            return made
         free = None if engine.device_session is None else engine.device_session.stream.device.memory()[0]
         grid = plan(spec, source, tile=tile, batch=batch, free_bytes=free)
-        affines = affine(normalization_of(spec, source, normalization), source)
+        affines = affine(normalization, source)
         shape = grid.out_shape(0)
         collector = None if overlay is None else OverlayCollector(shape, decision.values)
 
         lead = (decision.channels,) if decision.channels else ()
         whole = (source.planes, *lead, *shape)
-
         works = [Work(plane, grid) for plane in range(source.planes)]
 
         def finish(write: Callable[[int, int, Array], None] | None, target: DeviceArray | None = None) -> RunReport:
@@ -160,6 +235,7 @@ def predict(
             finished = finish(keep)
         if collector is not None and overlay is not None:
             collector.draw(source, Path(overlay))
+        finished.notes[:0] = notes
         if report is not None:
             report(finished)
         if out is not None:
@@ -182,6 +258,18 @@ def _check_device(engine: Engine, source: Source, device: Device) -> None:
             f"{source.name} lies on a GPU, and the engine takes {session.input_dtypes[0]} tiles, which are not filled "
             "there; copy the image to the host (image.cpu())"
         )
+
+
+def _pixel_size_notes(contract: Contract, size: Sequence[float], *, resample: bool) -> list[str]:
+    """What is to be said where image and training differ in pixel size by more than a tenth."""
+    wanted = contract.pixel_size_um
+    if resample or not wanted or not size or len(wanted) != len(size):
+        return []
+    if all(abs(a / b - 1) <= PIXEL_SIZE_TOLERANCE for a, b in zip(size, wanted, strict=True)):
+        return []
+    here, there = (" x ".join(f"{v:g}" for v in values) for values in (size, wanted))
+    text = f"WARNING: the image has pixels of {here} um, the network was trained on {there} um; --resample adapts the image"
+    return [text]
 
 
 def normalization_of(spec: EngineSpec, source: Source, given: Normalization | None) -> Normalization:

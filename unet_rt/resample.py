@@ -1,8 +1,9 @@
 """Resampling by windows: an image brought to the pixel size a network was trained at, and its results back.
 
 Linear interpolation; where pixels become fewer, the triangle is widened by the ratio, so that no pixel is skipped (as
-Pillow's ``BILINEAR`` filter). Sample ``o`` lies at input coordinate ``(o + 0.5) * n_in / n_out - 0.5``; beyond the image the filter
-is cut off and what is left of it weighs 1. The taps of a sample depend on its place alone, so windows agree bit for bit.
+Pillow's ``BILINEAR`` filter). Sample ``o`` lies at input coordinate ``(o + 0.5) * n_in / n_out - 0.5``; beyond the image
+the filter is cut off, and what is left of it weighs 1. The taps of a sample depend on its place alone, so windows agree
+bit for bit.
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def _both_axes(output: OutputField) -> OutputField:
 
 def positions(spatial: int, how: Tta) -> int:
     """How often every tile is run."""
-    return {"none": 1, "flip": 2**spatial, "d4": 8}[how]
+    if how == "flip":
+        return 1 << spatial
+    return 8 if how == "d4" else 1
 
 
 __all__: Sequence[str] = ["Augmented", "Tta", "positions"]
