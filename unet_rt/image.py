@@ -73,6 +73,7 @@ class Source:
         reading: One line: how axes and channels were read.
         pixel_size_um: Micrometres per pixel along the spatial axes; None where not known for all of them.
         metadata: Where the pixels come from, for the output.
+        gaps: Whether pixels may hold no data; see :meth:`valid`.
         levels: Spatial shapes of all levels of a pyramid, finest first; empty where there is one level.
         nodata: The value of pixels that hold no data, None where none is declared; see :meth:`valid`.
         device, stream: The GPU on which the pixels lie, None if they do not, and the stream (cudaStream_t) on which they
@@ -97,6 +98,7 @@ class Source:
         self.pixel_size_um = tuple(s for s in sizes if s is not None) if None not in sizes else None
         self._pixels = stored.pixels
         self._valid = stored.valid
+        self.gaps = stored.valid is not None or stored.nodata is not None
         self._files = tuple((file, _state(file, name)) for file in stored.files)
         self._fingerprint = dict(stored.fingerprint)
         self._layout = layout
@@ -131,7 +133,7 @@ class Source:
         By the mask that the file holds, else by its nodata value: a pixel without data has it in all stored channels.
         Called from the thread that reads.
         """
-        if self._valid is None and self.nodata is None:
+        if not self.gaps:
             return None
         window = self._window(plane, start, stop)
         if self._layout.channel is not None:
