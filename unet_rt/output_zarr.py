@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .durable import Disk
 from .errors import OutputError
 from .output import Shape, ome_axes
 from .pixels import UM, Array, Origin
@@ -93,7 +93,7 @@ class ZarrOutput:
                 group, 0, [shape.full[i] for i in order], [chunks[i] for i in order], shape.dtype,
                 [letters[i] for i in order],
             )  # fmt: skip
-            _sync(list(folder.rglob("*")), folder)
+            Disk().sync_tree(folder.rglob("zarr.json"), folder)
         return cls.open(folder)
 
     @classmethod
@@ -159,7 +159,7 @@ class ZarrOutput:
         window = self._window(plane, start, stop)
         with _guarded(self.folder):
             self._array[tuple(window)] = self._stored(block)
-            return [path for path in self._files(window) if path.exists()]
+            return [path for path in _chunks(self.folder / "0", self._array, window) if path.exists()]
 
     def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
         """What has been written, 0 elsewhere: (K, *spatial), or (*spatial,) without a channel axis."""
@@ -184,13 +184,15 @@ class ZarrOutput:
         with _guarded(self.folder):
             group = zarr.open_group(self.folder, mode="r+", zarr_format=3, use_consolidated=False)
             level, factors, below = 0, [1], self._array
+            written: list[Path] = []
             while max(n for n, letter in zip(below.shape, stored, strict=True) if letter in "yx") > MAX_TOP_PX:
                 level += 1
+                folders = self.folder / str(level - 1), self.folder / str(level)
                 halved = [2 if letter in "yx" else 1 for letter in stored]
                 shape = [-(-n // f) for n, f in zip(below.shape, halved, strict=True)]
                 chunks = [min(c, n) for c, n in zip(self._array.chunks, shape, strict=True)]
                 array = _create_level(group, level, shape, chunks, self.shape.dtype, stored)
-                _halve(below, array, halved)
+                written += _halve(below, array, halved, *folders)
                 factors.append(2**level)
                 below = array
             sizes = _sizes_of(group.attrs["ome"], stored)
@@ -202,7 +204,8 @@ class ZarrOutput:
                 zarr.consolidate_metadata(group.store)
             for path in self.folder.rglob("*.partial"):  # of writers that were killed
                 path.unlink()
-            _sync([p for p in self.folder.rglob("*") if self.folder / "0" / "c" not in p.parents], self.folder)
+            written += [self.folder / "zarr.json", *self.folder.glob("*/zarr.json")]
+            Disk().sync_tree(written, self.folder)
 
     def _check(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
         inside = all(0 <= a <= b <= n for a, b, n in zip(start, stop, self.shape.spatial, strict=True))
@@ -227,14 +230,6 @@ class ZarrOutput:
             block = block[0]
         full = block.reshape((1,) * len(self.shape.plane_shape) + block.shape)
         return full.transpose(_order(self._letters))
-
-    def _files(self, window: Sequence[slice]) -> Iterator[Path]:
-        ranges = [
-            range(part.start // chunk, -(-part.stop // chunk))
-            for part, chunk in zip(window, self._array.chunks, strict=True)
-        ]
-        for index in itertools.product(*ranges):
-            yield self.folder.joinpath("0", "c", *map(str, index))
 
 
 def _zarr(folder: Path) -> Any:
@@ -277,19 +272,31 @@ def _create_level(
     )
 
 
-def _halve(fine: Any, coarse: Any, factors: Sequence[int]) -> None:
-    """Fills ``coarse`` chunk by chunk from the windows of ``fine`` that it halves."""
+def _chunks(level: Path, array: Any, window: Sequence[slice]) -> Iterator[Path]:
+    """Files of the chunks that a window touches, whether they are there or not."""
+    ranges = [range(part.start // c, -(-part.stop // c)) for part, c in zip(window, array.chunks, strict=True)]
+    for index in itertools.product(*ranges):
+        yield level.joinpath("c", *map(str, index))
+
+
+def _halve(fine: Any, coarse: Any, factors: Sequence[int], below: Path, level: Path) -> list[Path]:
+    """Fills ``coarse`` chunk by chunk from the windows of ``fine`` that it halves; the files of its chunks."""
+    written = []
     for index in itertools.product(*(range(0, n, c) for n, c in zip(coarse.shape, coarse.chunks, strict=True))):
         stop = [min(i + c, n) for i, c, n in zip(index, coarse.chunks, coarse.shape, strict=True)]
-        source = tuple(slice(a * f, min(b * f, n)) for a, b, f, n in zip(index, stop, factors, fine.shape, strict=True))
+        source = [slice(a * f, min(b * f, n)) for a, b, f, n in zip(index, stop, factors, fine.shape, strict=True)]
         target = tuple(slice(a, b) for a, b in zip(index, stop, strict=True))
-        pixels = np.asarray(fine[source])
+        if not any(path.exists() for path in _chunks(below, fine, source)):
+            continue  # zeros, as what is missing in `coarse`
+        pixels = np.asarray(fine[tuple(source)])
         if pixels.dtype.kind == "f":
             for axis, factor in enumerate(factors):
                 pixels = _means(pixels, axis) if factor == 2 else pixels
         else:
             pixels = pixels[tuple(slice(None, None, f) for f in factors)]
         coarse[target] = pixels
+        written += [path for path in _chunks(level, coarse, target) if path.exists()]
+    return written
 
 
 def _means(pixels: Array, axis: int) -> Array:
@@ -298,20 +305,6 @@ def _means(pixels: Array, axis: int) -> Array:
     even = np.take(pixels, range(0, n, 2), axis)
     odd = np.take(pixels, [min(i + 1, n - 1) for i in range(0, n, 2)], axis)
     return (even * 0.5 + odd * 0.5).astype(pixels.dtype)
-
-
-def _sync(paths: Sequence[Path], folder: Path) -> None:
-    """Makes files, and where the system can the folders that name them, durable."""
-    for path in (*paths, folder):
-        if path.is_file():
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        elif os.name == "posix":
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------
