@@ -201,7 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
-    _reading_options(p)
+    _reading_options(p).add_argument(
+        "--level", type=int, metavar="N", help="of pyramids (Zarr, TIFF, slides); default: 0, the finest"
+    )
 
     p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
@@ -259,13 +261,11 @@ def _verb(
     return parser
 
 
-def _reading_options(p: argparse.ArgumentParser) -> None:
+def _reading_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = p.add_argument_group("how images are read")
     group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
     group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
-    group.add_argument(
-        "--level", type=int, metavar="N", help="of pyramids (Zarr, TIFF, slides); default: 0, the finest"
-    )
+    return group
 
 
 def _training_options(p: argparse.ArgumentParser) -> None:
@@ -585,6 +585,7 @@ def _predict(args: argparse.Namespace) -> int:
                     output=args.output,
                     axes=args.axes,
                     channels=_channels(args),
+                    level=args.level,
                     tile=args.tile,
                     batch=args.batch,
                     threads=args.threads,
