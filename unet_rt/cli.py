@@ -626,10 +626,11 @@ def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Pat
     suffix = ".tif"
     if out.is_file() and len(images) > 1:
         raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
-    if len(images) == 1 and not out.is_dir() and (out.suffix != "" or out.exists()):
+    zarr = out.suffix.lower() == ".zarr"  # a folder that is one output
+    if len(images) == 1 and (zarr or (not out.is_dir() and (out.suffix != "" or out.exists()))):
         _not_the_image(out, images)
         return [out]
-    if not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy"):
+    if zarr or (not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")):
         raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
     targets = [out / (Path(image).stem.removesuffix(".ome") + suffix) for image in images]
     doubles = {t for t in targets if targets.count(t) > 1}
