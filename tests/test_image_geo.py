@@ -108,6 +108,17 @@ def test_a_mask_in_the_file_is_respected(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.valid(0, (50, 60), (220, 320)), inside[50:220, 60:320])
 
 
+def test_an_alpha_channel_says_what_was_photographed(tmp_path: Path) -> None:
+    pixels = fields(4).copy()
+    pixels[3] = (fields(1)[0] != 0) * 255
+    with open_image(
+        write(tmp_path / "a.tif", pixels, photometric="rgb", alpha="yes"), ANY, channels=(0, 1, 2)
+    ) as source:
+        assert "nodata by the alpha channel" in source.reading
+        np.testing.assert_array_equal(source.read(0, (0, 0), source.shape), pixels[:3])
+        np.testing.assert_array_equal(source.valid(0, (0, 0), source.shape), pixels[3] != 0)
+
+
 def test_an_overview_is_a_level(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", fields(1), nodata=0)
     with rasterio.open(path, "r+") as dataset:

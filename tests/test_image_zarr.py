@@ -304,6 +304,16 @@ def test_hdf5_datasets_are_read_by_windows(shared: Path, monkeypatch: pytest.Mon
 
 def test_without_zarr_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = plain(tmp_path / "a.zarr", STACK[0, 0, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr, "__version__", "2.18.3")
+        with pytest.raises(ImageError, match=r"zarr 2\.18\.3 is installed; pip install --upgrade 'unet-rt\[zarr\]'"):
+            open_image(path, ANY)
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(ImageError, match=r"pip install 'unet-rt\[zarr\]'"):
+    with pytest.raises(ImageError, match=r"missing; pip install --upgrade 'unet-rt\[zarr\]'"):
         open_image(path, ANY)
+
+
+def test_chunks_larger_than_memory_are_refused(tmp_path: Path) -> None:
+    zarr.create_array(store=tmp_path / "a.zarr", shape=(70_000, 70_000), chunks=(70_000, 70_000), dtype="uint8")
+    with pytest.raises(ImageError, match=r"stored in chunks of 4\.9 GB, which decode only whole"):
+        open_image(tmp_path / "a.zarr", ANY)

@@ -53,14 +53,14 @@ def _stored(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: str)
     check_pixels((dataset.count, *dataset.shape), dtype, name)
     pixels = GeoPixels(dataset, dtype, name)
     notes = [f"level {picked} of {len(shapes)}"] if len(shapes) > 1 else []
-    flags = {flag for band in dataset.mask_flag_enums for flag in band}
-    masked = bool(flags & {MaskFlags.nodata, MaskFlags.per_dataset}) or flags == set()
-    if MaskFlags.alpha in flags:
-        masked = False  # an alpha channel is a channel, and the rules for channels decide what becomes of it
+    # All that GDAL has to say which pixels hold data: a nodata value, a mask in the file or beside it, an alpha channel.
+    flags = dataset.mask_flag_enums
+    masked = any(MaskFlags.all_valid not in band for band in flags)
     if dataset.nodata is not None:
         notes.append(f"nodata {dataset.nodata:g}")
     elif masked:
-        notes.append("nodata by the mask in the file")
+        alpha = any(MaskFlags.alpha in band for band in flags)
+        notes.append(f"nodata by the {'alpha channel' if alpha else 'mask in the file'}")
     transform, crs = dataset.transform, dataset.crs
     tags = {"transform": tuple(transform)[:6], "crs": None if crs is None else crs.to_wkt()}
     sizes: dict[str, float] = {}

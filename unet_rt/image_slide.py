@@ -14,8 +14,8 @@ import numpy as np
 from .errors import ImageError
 from .pixels import Array, ChunkedPixels, Origin, Stored, Window, pick_level
 
-# Read at a time and cached: a multiple of the tiles that scanners write (240 to 1024), or near to one.
-CHUNK_PX = 1024
+# Read at a time and cached: one to four of the tiles that scanners write (240 to 512, sometimes 1024).
+CHUNK_PX = 512
 _TIFF_SUFFIXES = (".svs", ".ndpi", ".scn", ".bif", ".svslide")
 
 

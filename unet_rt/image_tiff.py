@@ -20,9 +20,20 @@ from typing import IO, Any
 import numpy as np
 
 from .errors import ImageError
-from .pixels import CACHE_BYTES, GEO_TAGS, NODATA_TAG, UM, Array, MappedFile, Origin, Stored, Window, pick_level
+from .pixels import (
+    CACHE_BYTES,
+    GEO_TAGS,
+    MAX_PIECE_BYTES,
+    NODATA_TAG,
+    UM,
+    Array,
+    MappedFile,
+    Origin,
+    Stored,
+    Window,
+    pick_level,
+)
 
-MAX_SEGMENT_BYTES = 2**32
 # Measured on a blank 8 MiB image: deflate 988 : 1, LZW 1157, Zstandard 30,500, JPEG XL 36,000, Brotli 599,000.
 MAX_RATIO = 1_000_000
 
@@ -322,7 +333,7 @@ class SegmentedSeries:
                     f"{name}: {min(len(offsets), len(counts))} of its {segments} strips or tiles are in the file; "
                     "it is truncated or corrupt; copy it again from its source"
                 )
-        if self._bytes > MAX_SEGMENT_BYTES:
+        if self._bytes > MAX_PIECE_BYTES:
             raise ImageError(
                 f"{name}: stored in pieces of {self._bytes / 1e9:.1f} GB, which decode only whole; save it as a tiled "
                 "TIFF"

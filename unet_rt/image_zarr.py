@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ImageError
+from .errors import ImageError, UnetRtError
 from .pixels import UM, ZARR_METADATA, ChunkedPixels, Origin, Stored, check_pixels, pick_level
 
 OLD_AXES = "TCZYX"  # of OME-Zarr 0.1 and 0.2, which name none
@@ -39,6 +39,18 @@ def open_store(store: Any, name: str, level: int | None, address: str) -> Stored
     digest = hashlib.sha256((meta + json.dumps(found.attributes, default=str, sort_keys=True)).encode())
     fingerprint = {"url": address, "level": found.path, "metadata": digest.hexdigest()}
     return found.stored(name, (), fingerprint)
+
+
+def import_zarr(error: type[UnetRtError], name: object) -> Any:
+    """zarr 3; ``error`` where it is missing or older."""
+    way = "pip install --upgrade 'unet-rt[zarr]'"
+    try:
+        import zarr
+    except ImportError as missing:
+        raise error(f"{name}: Zarr is read and written by zarr, which is missing; {way}") from missing
+    if int(zarr.__version__.partition(".")[0]) < 3:
+        raise error(f"{name}: Zarr is read and written by zarr 3, and zarr {zarr.__version__} is installed; {way}")
+    return zarr
 
 
 class Node:
@@ -79,10 +91,7 @@ def read_node(place: Any, name: str, level: int | None) -> Node:
     Raises:
         ImageError: zarr is missing, nothing is there that it reads, or several images are.
     """
-    try:
-        import zarr
-    except ImportError as error:
-        raise ImageError(f"{name}: Zarr is read by zarr, which is missing; pip install 'unet-rt[zarr]'") from error
+    zarr = import_zarr(ImageError, name)
     try:
         found: Any = zarr.open(place, mode="r")
         if isinstance(found, zarr.Array):

@@ -20,6 +20,7 @@ import numpy as np
 
 from .durable import Disk
 from .errors import OutputError
+from .image_zarr import import_zarr
 from .output import Shape, ome_axes
 from .pixels import UM, Array, Origin
 
@@ -66,7 +67,7 @@ class ZarrOutput:
         Raises:
             OutputError: zarr is missing, the axes are more than OME-Zarr holds, or the folder cannot be written.
         """
-        zarr = _zarr(folder)
+        zarr = import_zarr(OutputError, folder)
         letters = ome_axes(shape.axes).lower()
         order = _order(letters)
         chunk = tuple(min(c, n) for c, n in zip(chunk, shape.spatial, strict=True))
@@ -103,7 +104,7 @@ class ZarrOutput:
         Raises:
             OutputError: There is none in this folder.
         """
-        zarr = _zarr(folder)
+        zarr = import_zarr(OutputError, folder)
         try:
             group = zarr.open_group(folder, mode="r+", zarr_format=3, use_consolidated=False)
             array = group["0"]
@@ -179,7 +180,7 @@ class ZarrOutput:
         Raises:
             OutputError: The disk is full or the folder cannot be written.
         """
-        zarr = _zarr(self.folder)
+        zarr = import_zarr(OutputError, self.folder)
         stored = [self._letters[i] for i in _order(self._letters)]
         with _guarded(self.folder):
             group = zarr.open_group(self.folder, mode="r+", zarr_format=3, use_consolidated=False)
@@ -230,16 +231,6 @@ class ZarrOutput:
             block = block[0]
         full = block.reshape((1,) * len(self.shape.plane_shape) + block.shape)
         return full.transpose(_order(self._letters))
-
-
-def _zarr(folder: Path) -> Any:
-    try:
-        import zarr
-    except ImportError as error:
-        raise OutputError(
-            f"{folder}: OME-Zarr is written by zarr, which is missing; pip install 'unet-rt[zarr]'"
-        ) from (error)
-    return zarr
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ Window = tuple[slice, ...]
 DTYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
 CACHE_BYTES = 2**27  # decoded pieces kept: a row of 512-px tiles of a 100,000 px wide uint16 image is 100 MB
 RUN_BYTES = 2**25  # of chunks that are asked for at once, so that their library can decode them side by side
+MAX_PIECE_BYTES = 2**32  # of a strip, tile or chunk, which decodes only whole
 MAX_WHOLE_PX = 2**30  # formats that only decode whole: 32,768 x 32,768, so that 20,000 x 20,000 passes
 # TIFF tags that place a picture on the earth: pixel scale, tie points, transformation, coordinate system; GDAL's nodata.
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
@@ -241,7 +242,9 @@ class LazyPixels:
         try:
             pixels = np.asarray(self._array[window])
         except Exception as error:  # another library's storage: whatever it raises, these pixels cannot be had
-            raise ImageError(f"{self._name}: cannot be read ({type(error).__name__}: {error})") from error
+            raise ImageError(
+                f"{self._name}: cannot be read ({type(error).__name__}: {error}); check its file"
+            ) from error
         return pixels.astype(self.dtype, copy=False)
 
     def close(self) -> None:
@@ -267,7 +270,12 @@ class ChunkedPixels:
         self._name = name
         self._load = load
         self._close = close
-        self._run = max(1, RUN_BYTES // (math.prod(self._chunk) * self.dtype.itemsize))
+        piece = math.prod(map(min, self._chunk, self.shape)) * self.dtype.itemsize
+        if piece > MAX_PIECE_BYTES:
+            raise ImageError(
+                f"{name}: stored in chunks of {piece / 1e9:.1f} GB, which decode only whole; save it in smaller ones"
+            )
+        self._run = max(1, RUN_BYTES // piece)
         self._cache: OrderedDict[tuple[int, ...], Array] = OrderedDict()
         self._cached = 0
 
