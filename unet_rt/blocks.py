@@ -26,6 +26,7 @@ from .resample import needed
 from .stitch import Decision
 from .tiles import AxisTiles, TileGrid
 
+LARGE_PX = 2**26  # from 8192 x 8192 on a file is made in blocks: half a minute of a small network is worth keeping
 TILES = 16  # per block: a block is some seconds of work, and one writing to disk
 CHUNK = 1024  # longest side of a chunk in samples: 1 MiB of a mask
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import machine
+from . import blocks, machine
 from .contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
@@ -72,7 +72,7 @@ def predict(
     complete when this function returns. Normalisation by statistics of the image copies it to the host, band by band,
     once; so does ``luma``. Its labels are counted only where ``report`` asks, and pixels outside the value range not.
 
-    Large results (of ``LARGE_PX`` pixels and more), OME-Zarr, shards and schedulers are computed block by block in a
+    Large results (of ``blocks.LARGE_PX`` pixels and more), OME-Zarr, shards and schedulers are computed block by block in a
     folder ``.NAME.stage`` beside ``out``: after a kill, a full disk or a power cut, the same call goes on where it
     stopped, and the result is the same bit for bit.
 
@@ -140,7 +140,7 @@ def predict(
             Path(out).suffix.lower() == ".zarr"
             or shard is not None
             or scheduler is not None
-            or source.planes * prod(source.shape) >= LARGE_PX
+            or source.planes * prod(source.shape) >= blocks.LARGE_PX
             or stage_folder(Path(out)).exists()
         )
         if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:
