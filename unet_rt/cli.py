@@ -490,8 +490,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from .reports import inspect_text
 
     report = inspect(args.model)
-    if not any(output.field for output in report.outputs):
-        check_images(report, report.outputs)
+    check_images(report)
     if args.json:
         _print_json(report.to_json())
     else:

@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from .contract import Border, Contract, Method, Normalization, OutputIs, Scope, Task
+from .contract import Border, Contract, Head, Method, Normalization, OutputIs, Scope, Task
 from .errors import ContractError
 from .image import Source
 from .normalize import value_range
@@ -225,14 +225,31 @@ def contract_from_json(data: Mapping[str, Any]) -> Contract:
             values[key] = tuple(int(n) for n in numbers)
         elif key == "normalization":
             values[key] = _normalization_from_json(value)
+        elif key == "heads":
+            values[key] = _heads_from_json(value)
         else:
             values[key] = _word(key, value)
     contract = Contract(**values)
-    if any(not 0 <= t <= 1 for t in contract.threshold):
-        raise ContractError(f"threshold {_text(contract.threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
+    for threshold in (contract.threshold, *(head.threshold for head in contract.heads)):
+        if any(not 0 <= t <= 1 for t in threshold):
+            raise ContractError(f"threshold {_text(threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
     if any(s <= 0 for s in contract.pixel_size_um):
         raise ContractError(f"pixel_size_um {_text(contract.pixel_size_um)} must be above 0")
     return contract
+
+
+def _heads_from_json(value: Any) -> tuple[Head, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, Mapping) and isinstance(v.get("name"), str) for v in value):
+        raise ContractError(f"heads {value!r} must be a list of objects, each with the name of an output of the graph")
+    heads = []
+    for entry in value:
+        _check_keys(entry, [f.name for f in fields(Head)], f"head {entry['name']!r}")
+        said = contract_from_json({key: item for key, item in entry.items() if key != "name"})
+        heads.append(Head(entry["name"], said.task, said.output_is, said.classes, said.threshold))
+    names = [head.name for head in heads]
+    if len(set(names)) < len(names):
+        raise ContractError(f"heads {', '.join(names)}: one is named twice; declare each output once")
+    return tuple(heads)
 
 
 def _check_keys(data: Mapping[str, Any], known: Sequence[str], what: str) -> None:
@@ -479,6 +496,47 @@ def resolve_task(
             f"name {' or '.join(map(str, allowed))}"
         )
     return replace(contract, task=task, output_is=output_is, threshold=threshold)
+
+
+def resolve_heads(
+    contract: Contract,
+    outputs: Sequence[tuple[str, int, str]],
+    samples: Sequence[Array | None],
+) -> Contract:
+    """:func:`resolve_task` for every output of a network: the first is the contract's own, the others are its heads.
+
+    Of the others, what is declared holds; a last operator that tells (Sigmoid, Softmax) is believed; the rest are the
+    values of a regression, since nobody may ever ask for them, and an error about them would keep the first one from use.
+
+    Args:
+        contract: As declared. A head of the first output's name declares that one.
+        outputs: (name, channels, last operator) of every output.
+        samples: Its raw values, as for :func:`resolve_task`.
+
+    Raises:
+        ContractError: As for :func:`resolve_task`; a head that no output has the name of.
+    """
+    names = [name for name, _, _ in outputs]
+    unknown = [head.name for head in contract.heads if head.name not in names]
+    if unknown:
+        raise ContractError(f"the contract declares a head {unknown[0]!r}; the outputs are {', '.join(names)}")
+    resolved, heads = contract, list[Head]()
+    for k, ((name, channels, final_op), sample) in enumerate(zip(outputs, samples, strict=True)):
+        said = contract.of_head(name)
+        if k == 0:
+            said = replace(contract, heads=()).over(said)
+        elif all(head.name != name for head in contract.heads):
+            tells = final_op in (*_SIGMOID, "Softmax", "LogSoftmax") and (final_op != "Softmax" or channels > 1)
+            said = replace(said, task=None if tells else "regression", output_is=None, classes=(), threshold=())
+        try:
+            found = resolve_task(said, channels, final_op, sample)
+        except ContractError as error:
+            raise error if len(names) == 1 else ContractError(f"output {name}: {error}") from error
+        if k:
+            heads.append(Head(name, found.task, found.output_is, found.classes, found.threshold))
+        else:
+            resolved = found
+    return replace(resolved, heads=tuple(heads))
 
 
 def _task(contract: Contract, channels: int, final_op: str, sample: Array | tuple[float, float] | None) -> Task:

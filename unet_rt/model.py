@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .graph import GraphReport
 
 BASELINES = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
+LABEL_OPS = (  # last operators whose results are decisions already
+    "ArgMax", "ArgMin", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Xor", "Not",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Model:
         contract: Options over contract file over the model's metadata; task and thresholds not yet resolved.
         freed: What was made free.
         fixed: Why something could not be.
+        left_out: Outputs of the file that ``graph`` does not have, each with the reason, in a sentence.
     """
 
     given: Path
@@ -45,6 +49,7 @@ class Model:
     contract: Contract
     freed: tuple[str, ...]
     fixed: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -92,6 +97,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     from .free import free_spatial
     from .graph import check_images, inspect
     from .onnx_file import load_model
+    from .passes.outputs import keep_outputs
 
     given = Path(path)
     declared = Contract()
@@ -115,20 +121,38 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         declared = contract_io.contract_from_file(contract).over(declared)
     if options is not None:
         declared = options.over(declared)
-    runner = _runner()
-    freed_proto, fixed = free_spatial(proto, runner)
+    as_given = inspect(proto)
+    check_images(as_given)
+    left_out = _left_out(as_given)
+    if left_out:
+        keep_outputs(proto, {output.name for output in as_given.outputs} - set(left_out))
+    freed_proto, fixed = free_spatial(proto, _runner())
     graph = work / "graph.onnx"
     onnx.save_model(freed_proto, str(graph))
     report = inspect(graph)
-    check_images(report, report.outputs)
-    before, after = inspect(proto).inputs[0], report.inputs[0]
+    before, after = as_given.inputs[0], report.inputs[0]
     freed = tuple(
         f"{axis} ({was} px)" if axis != "N" else f"batch ({was})"
         for axis, was, now in zip(before.axes, before.shape, after.shape, strict=True)
         if was is not None and now is None
     )
     declared = replace(declared, axes=report.inputs[0].axes, border=declared.border or "mirror")
-    return Model(given, graph, report, declared, freed, fixed)
+    return Model(given, graph, report, declared, freed, fixed, tuple(left_out.values()))
+
+
+def _left_out(report: GraphReport) -> dict[str, str]:
+    """Outputs that are not predicted, and why: those that are no images, and labels beside what they were taken from."""
+    names = {output.name for output in report.images}
+    labels = {o.name for o, final in zip(report.outputs, report.final_ops, strict=True) if final in LABEL_OPS} & names
+    if labels == names:
+        labels = set()  # there is nothing else: the task is where it is refused
+    why = {output.name: "; ".join(output.reasons) or "it has other axes" for output in report.outputs}
+    return {
+        output.name: f"output {output.name} is left out: "
+        + ("it holds labels, not values" if output.name in labels else f"it is no image ({why[output.name]})")
+        for output in report.outputs
+        if output.name in labels or output.name not in names
+    }
 
 
 def _folder(path: Path) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,25 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
             raise GraphError(f"nothing in the graph produces its output {value.name!r}; it is damaged: export it again")
     metadata = {p.key: p.value for p in model.metadata_props}
     return Graph(ordered, inputs, outputs, constants, opsets.get("", opsets.get("ai.onnx", 1)), opsets, metadata, place)
+
+
+def needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
+    """Positions of the nodes that these outputs depend on."""
+    producers = {name: k for k, node in enumerate(nodes) for name in node.output if name}
+    found: set[int] = set()
+    waiting = list(outputs)
+    while waiting:
+        k = producers.get(waiting.pop())
+        if k is not None and k not in found:
+            found.add(k)
+            waiting.extend(_uses(nodes[k]))
+    return found
+
+
+def restricted(graph: Graph, outputs: Sequence[Value]) -> Graph:
+    """``graph`` with these outputs alone, and the nodes that they depend on."""
+    kept = needed([node.proto for node in graph.nodes], (value.name for value in outputs))
+    return replace(graph, nodes=tuple(graph.nodes[k] for k in sorted(kept)), outputs=tuple(outputs))
 
 
 def subgraph_nodes(proto: onnx.GraphProto, known: set[str]) -> tuple[Node, ...]:
