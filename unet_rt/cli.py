@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .build import BuildReport
     from .contract import Contract
     from .parity import Budget
-    from .predict import RunReport
+    from .pipeline import RunReport
 
 Progress = Callable[[int, int], None]
 

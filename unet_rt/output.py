@@ -414,7 +414,7 @@ def _tiff_form(path: Path, shape: Shape, origin: Origin, size: tuple[float, ...]
     elif origin.resolution is not None and origin.kind != "raster":
         series |= {"resolution": origin.resolution, "resolutionunit": origin.resolution_unit}
     if ome:
-        series["metadata"] = {"axes": _ome_axes(axes), **_ome_tags(origin, size)}
+        series["metadata"] = {"axes": ome_axes(axes), **_ome_tags(origin, size)}
         return _TiffForm({"ome": True, "bigtiff": big}, series)
     if imagej:
         tags = {k: v for k, v in origin.tags.items() if k in ("unit", "spacing", "finterval", "fps", "tunit")}
@@ -435,13 +435,13 @@ def _in_order(axes: str, among: str) -> bool:
     return -1 not in positions and positions == sorted(positions)
 
 
-def _ome_axes(axes: str) -> str:
+def ome_axes(axes: str) -> str:
     """OME knows T, C, Z besides Y and X; a sequence of another kind takes a letter that is free."""
     for letter in axes:
         if letter not in "TZCYX":
             free = next((f for f in "TZC" if f not in axes), None)
             if free is None:
-                raise OutputError(f"OME-TIFF holds at most five axes T, C, Z, Y, X; this output is {axes}; use .npy")
+                raise OutputError(f"OME holds at most five axes T, C, Z, Y, X; this output is {axes}; use .npy")
             axes = axes.replace(letter, free)
     return axes
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .build import BuildReport
     from .graph import GraphReport
-    from .predict import RunReport
+    from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
 
