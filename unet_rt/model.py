@@ -93,10 +93,9 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     """
     import onnx
 
-    from . import contract_io
+    from . import contract_io, onnx_file
     from .free import free_spatial
     from .graph import check_images, inspect
-    from .onnx_file import load_model
     from .passes.outputs import keep_outputs
 
     given = Path(path)
@@ -105,8 +104,14 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         declared, given = contract_io.contract_from_rdf(
             given, _folder(work / "package"), normalization=options.normalization if options else None
         )
-    proto = load_model(given)
+    proto = onnx_file.load_model(given)
     if _keeps_weights_beside(proto):
+        size = onnx_file.stored_bytes(proto)
+        if size > onnx_file.LARGEST:
+            raise GraphError(
+                f"{given} has {size:,} bytes of graph and weights, and an engine keeps them in one file, which holds "
+                f"{onnx_file.LARGEST:,}; it can be inspected but not built: take a smaller network"
+            )
         try:
             onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -129,7 +134,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     freed_proto, fixed = free_spatial(proto, _runner())
     graph = work / "graph.onnx"
     onnx.save_model(freed_proto, str(graph))
-    report = inspect(graph)
+    report = _of_its_size(inspect(graph), fixed)
     before, after = as_given.inputs[0], report.inputs[0]
     freed = tuple(
         f"{axis} ({was} px)" if axis != "N" else f"batch ({was})"
@@ -138,6 +143,21 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     )
     declared = replace(declared, axes=report.inputs[0].axes, border=declared.border or "mirror")
     return Model(given, graph, report, declared, freed, fixed, tuple(left_out.values()))
+
+
+def _of_its_size(report: GraphReport, fixed: tuple[str, ...]) -> GraphReport:
+    """The report of a graph whose sizes stay as declared: the analysis took them for free, and no proof bore it out."""
+    image = next(i for i in report.inputs if any(axis in "ZYX" for axis in i.axes))
+    declared = [n for axis, n in zip(image.axes, image.shape, strict=True) if axis in "ZYX"]
+    taken = [n is not None and s.fixed is None for n, s in zip(declared, report.sizes, strict=True)]
+    if not any(taken):
+        return report
+    sizes = tuple(replace(s, fixed=n) for n, s in zip(declared, report.sizes, strict=True))
+    return replace(
+        report,
+        sizes=sizes,
+        outputs=tuple(replace(o, exact=False, reasons=(*o.reasons, fixed[0])) for o in report.outputs),
+    )
 
 
 def _left_out(report: GraphReport) -> dict[str, str]:
@@ -250,7 +270,8 @@ def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, b
         TileError: No tile is declared anywhere, or the graph does not accept it.
     """
     fixed = tuple(s.fixed for s in spec.sizes if s.fixed is not None)
-    chosen = tuple(tile or spec.contract.trained_tile or (fixed if len(fixed) == len(spec.sizes) else ()))
+    only = fixed if len(fixed) == len(spec.sizes) else ()  # a graph of one size has no other tile, whatever is declared
+    chosen = tuple(tile or only or spec.contract.trained_tile)
     if not chosen:
         raise TileError(
             f"{given.name} cannot be tiled exactly ({spec.outputs[0].reasons[0]}), so the tile size changes its answer; "
@@ -260,7 +281,8 @@ def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, b
         raise TileError(f"tile {'x'.join(map(str, chosen))} needs {spec.spatial} numbers, one per spatial axis")
     for t, s in zip(chosen, spec.sizes, strict=True):
         if not s.accepts(t):
-            raise TileError(f"tile {t} px is not accepted by the graph; use {s.at_most(t)} or {s.at_least(t)}")
+            near = " or ".join(map(str, sorted({s.at_most(t), s.at_least(t)})))
+            raise TileError(f"tile {t} px is not accepted by the graph; use {near}")
     covered = [covered_px(t, [o.field[k] for o in spec.outputs]) for k, t in enumerate(chosen)]
     overlap = tuple(max(t // 2, t - n) for t, n in zip(chosen, covered, strict=True))
     return replace(spec, tile=chosen, overlap=overlap, blend=blend)
