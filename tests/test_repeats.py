@@ -24,7 +24,9 @@ def test_results_are_those_of_running_every_tile(batches):
         np.testing.assert_array_equal(got, 2 * wanted)
     flat = [n for batch in batches for n in batch]
     assert run >= len(set(flat))
-    assert run <= sum(n not in flat[max(0, k - 1) : k] for k, n in enumerate(flat)), "the tile just before is remembered"
+    assert run <= sum(n not in flat[max(0, k - 1) : k] for k, n in enumerate(flat)), (
+        "the tile just before is remembered"
+    )
 
 
 def test_a_bit_makes_another_tile():

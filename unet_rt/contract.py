@@ -19,7 +19,7 @@ Border = Literal["mirror", "edge", "constant"]
 
 @dataclass(frozen=True)
 class Normalization:
-    """How raw pixels become the network's input: ``(clip(x, *clip) - offset) / divisor``, per channel.
+    """How raw pixels become the network's input: ``clip((clip(x, *clip) - offset) / divisor, *clip_after)``, per channel.
 
     Attributes:
         method: Where offset and divisor come from.
@@ -32,6 +32,8 @@ class Normalization:
         percentiles: (low, high) in percent.
         mean, std: One number, or one per channel, in units of ``scale``.
         clip: (low, high) in raw grey levels, applied first; None for no clipping.
+        clip_after: (low, high) in the network's units, applied last. Done by clipping raw grey levels where they reach
+            these values, so that all channels have to have the same numbers.
         eps: Added to a measured divisor, so that a flat image does not divide by zero.
     """
 
@@ -43,6 +45,7 @@ class Normalization:
     std: tuple[float, ...] = (1.0,)
     clip: tuple[float, float] | None = None
     eps: float = 1e-6
+    clip_after: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
 
     Raises:
         ContractError: Anything but ``none | scale=255 | dtype | minmax | percentile=1,99.8 | zscore | imagenet |
-            mean=..;std=..;scale=..``, each with ``;clip=low,high`` and ``;eps=..`` where wanted.
+            mean=..;std=..;scale=..``, each with ``;clip=low,high`` (grey levels), ``;clip_after=low,high`` (of the
+            result) and ``;eps=..`` where wanted.
     """
     words: dict[str, str] = {}
     for part in text.split(";"):
@@ -57,7 +58,7 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
             raise ContractError(f"--normalize {text!r} gives {word} twice; give it once")
         words[word] = value if equals else ""
     heads: list[str] = [w for w in words if w in ("none", "dtype", "minmax", "percentile", "zscore", "imagenet")]
-    known = (*heads, "scale", "mean", "std", "clip", "eps")
+    known = (*heads, "scale", "mean", "std", "clip", "clip_after", "eps")
     for word in words:
         if word not in known:
             choices = ["none", "dtype", "minmax", "percentile", "zscore", "imagenet", "scale", "mean", "std", "clip"]
@@ -83,7 +84,8 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
             mean=_numbers(words["mean"], "mean", text) if "mean" in words else (0.0,),
             std=_numbers(words["std"], "std", text) if "std" in words else (1.0,),
         )
-    result = replace(result, clip=clip)
+    after = _pair(words["clip_after"], "clip_after", text) if "clip_after" in words else None
+    result = replace(result, clip=clip, clip_after=after)
     if "eps" in words:
         result = replace(result, eps=_number(words["eps"], "eps", text))
     if scope is not None:
@@ -104,6 +106,8 @@ def format_normalization(normalization: Normalization) -> str:
         parts = [n.method]
     if n.clip is not None:
         parts.append(f"clip={_text(n.clip)}")
+    if n.clip_after is not None:
+        parts.append(f"clip_after={_text(n.clip_after)}")
     if n.eps != Normalization("none").eps:
         parts.append(f"eps={_text((n.eps,))}")
     return ";".join(parts)
@@ -111,7 +115,7 @@ def format_normalization(normalization: Normalization) -> str:
 
 def check_normalization(n: Normalization) -> Normalization:
     """The same, or ContractError for numbers that make no sense."""
-    numbers = (n.scale, *n.percentiles, *n.mean, *n.std, *(n.clip or ()), n.eps)
+    numbers = (n.scale, *n.percentiles, *n.mean, *n.std, *(n.clip or ()), *(n.clip_after or ()), n.eps)
     if not all(math.isfinite(v) for v in numbers):
         raise ContractError(f"normalisation {format_normalization(n)}: every number must be finite")
     low, high = n.percentiles
@@ -131,6 +135,8 @@ def check_normalization(n: Normalization) -> Normalization:
         )
     if n.clip is not None and not n.clip[0] < n.clip[1]:
         raise ContractError(f"clip {_text(n.clip)} must rise; use e.g. clip=0,4095")
+    if n.clip_after is not None and not n.clip_after[0] < n.clip_after[1]:
+        raise ContractError(f"clip_after {_text(n.clip_after)} must rise; use e.g. clip_after=0,1")
     if n.eps < 0:
         raise ContractError(f"eps {n.eps:g} must not be negative; leave it out")
     return n
@@ -308,7 +314,7 @@ def _normalization_from_json(value: Any) -> Normalization:
             values[key] = _scope(item)
         elif key in ("scale", "eps"):
             values[key] = _floats(key, item, 1)[0]
-        elif key in ("percentiles", "clip"):
+        elif key in ("percentiles", "clip", "clip_after"):
             values[key] = None if item is None else _floats(key, item, 2)
         elif key in ("mean", "std"):
             values[key] = _floats(key, item)
