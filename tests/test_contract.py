@@ -337,9 +337,11 @@ def test_a_clip_of_scaled_values_is_one_of_grey_levels_for_all_channels() -> Non
     with open_image(pixels[:1], Contract(), axes="CYX") as source:
         numbers = affine(how, source).plane(0)
         assert numbers.clip == pytest.approx(np.percentile(pixels[0], (5, 90)), abs=2e-6)
-    with open_image(pixels, Contract(), axes="CYX", network_channels=2) as source:
-        with pytest.raises(ContractError, match="other grey levels in each of 2 channels"):
-            affine(how, source)
+    with (
+        open_image(pixels, Contract(), axes="CYX", network_channels=2) as source,
+        pytest.raises(ContractError, match="other grey levels in each of 2 channels"),
+    ):
+        affine(how, source)
 
 
 def test_version_0_4(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ class Contract:
         channels: Channel names in the network's order; their number is the number of input channels.
         value_range: (lowest, highest) raw pixel seen or expected, in grey levels.
         normalization: How raw pixels become the input.
-        task: What the output means: the first one that is an image, where there are several.
+        task: What the output means: the first one that is an image, where there are several. An engine that was built
+            without samples may leave it open: its values are all there is.
         output_is: Whether the output has yet to pass a softmax or sigmoid.
         classes: Class names in channel order.
         threshold: One number in [0, 1], or one per channel, for binary and multilabel tasks.
@@ -94,6 +95,11 @@ class Contract:
     trained_tile: tuple[int, ...] = ()
     border: Border | None = None
     heads: tuple[Head, ...] = ()
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the task makes labels of values; not for a regression, nor while the task is open."""
+        return self.task not in (None, "regression")
 
     def of_head(self, name: str) -> Contract:
         """The contract as that of the output ``name`` alone; what no head of that name declares stays as it is."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -433,6 +433,10 @@ _POSITIVE = ("Relu", "Softplus", "Exp", "Abs", "Sqrt")
 TOLERANCE = 1e-3  # on probabilities and their sum: FP16 graphs round to 5e-4
 
 
+class AmbiguousTaskError(ContractError):
+    """An output can be read in two ways, which the message names."""
+
+
 def resolve_task(
     contract: Contract,
     channels: int,
@@ -468,7 +472,8 @@ def resolve_task(
         sample: Raw outputs (N, K, *spatial), or their (lowest, highest) value; None where nothing was run.
 
     Raises:
-        ContractError: Two readings are possible (both are named), or what is declared contradicts the network.
+        AmbiguousTaskError: Two readings are possible; both are named.
+        ContractError: What is declared contradicts the network.
     """
     if final_op in ("ArgMax", "ArgMin"):
         raise ContractError(
@@ -508,6 +513,8 @@ def resolve_heads(
     contract: Contract,
     outputs: Sequence[tuple[str, int, str]],
     samples: Sequence[Array | None],
+    *,
+    left_open: Callable[[str], None] | None = None,
 ) -> Contract:
     """:func:`resolve_task` for every output of a network: the first is the contract's own, the others are its heads.
 
@@ -518,6 +525,8 @@ def resolve_heads(
         contract: As declared. A head of the first output's name declares that one.
         outputs: (name, channels, last operator) of every output.
         samples: Its raw values, as for :func:`resolve_task`.
+        left_open: Receives the two readings of the first output where there are two, and its task stays open; None: that
+            is an error.
 
     Raises:
         ContractError: As for :func:`resolve_task`; a head that no output has the name of.
@@ -537,7 +546,11 @@ def resolve_heads(
         try:
             found = resolve_task(said, channels, final_op, sample)
         except ContractError as error:
-            raise error if len(names) == 1 else ContractError(f"output {name}: {error}") from error
+            text = f"output {name}: {error}" if len(names) > 1 else str(error)
+            if k or left_open is None or not isinstance(error, AmbiguousTaskError):
+                raise type(error)(text) from error
+            left_open(text)
+            found = said
         if k:
             heads.append(Head(name, found.task, found.output_is, found.classes, found.threshold))
         else:
@@ -559,7 +572,7 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
     if not many:
         if final_op in _POSITIVE:
             return "regression"
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output has one channel, its last operator is {final_op}{range_text}: it can be the logit of a "
             "binary mask "
             "or the value of a regression; say which with --task binary or --task regression"
@@ -572,7 +585,7 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
             return "multiclass"
         if said == "probabilities" and sums is False:
             return "multilabel"
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output has {channels} channels in 0 to 1{'' if sums is None else ' that do not add up to one'}, its "
             "last "
             f"operator is {final_op}: it can be multi-label probabilities or the values of a regression; say which "
@@ -580,13 +593,13 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
             "--task multilabel or --task regression"
         )
     if said == "probabilities":
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output is declared probabilities, has {channels} channels, its last operator is "
             f"{final_op}{range_text}: "
             "it can be multi-class or multi-label; say which with --task multiclass or --task multilabel"
         )
     if final_op in _POSITIVE:
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output has {channels} channels, its last operator is {final_op}{range_text}: it can be multi-class "
             "logits "
             "or the values of a regression; say which with --task multiclass or --task regression"

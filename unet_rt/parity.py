@@ -70,7 +70,7 @@ class ImageParity:
         name: Of the image.
         head: The network's output, where it has several, else "".
         pixels: Samples compared (per channel).
-        label_change: Share of pixels whose label differs (in any channel, for multilabel); None for regression.
+        label_change: Share of pixels whose label differs (in any channel, for multilabel); None where there are none.
         dice: Per class name, of the classes present in either mask.
         class_px: Per class name, pixels in the baseline's mask.
         max_abs, mean_abs: Error of the network's own values.
@@ -141,7 +141,7 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
     low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 0.0)
     relative = float(error.max() / (high - low)) if high > low else float("inf" if error.max() else 0.0)
     change, scores, counts = None, dict[str, float](), dict[str, int]()
-    if contract.task != "regression":
+    if contract.has_labels:
         a, b = labels(baseline, contract), labels(candidate, contract)
         change = float(np.count_nonzero((a != b).any(axis=0)) / a[0].size)
         for (key, left), (_, right) in zip(

@@ -118,7 +118,7 @@ def build_text(report: BuildReport) -> str:
         said = spec.contract_of(k)
         classes = f", classes {', '.join(said.classes)}" if said.classes else ""
         name = f"{o.name}: " if len(spec.outputs) > 1 else ""
-        reading = f"{said.task}, {said.output_is or 'values'}{classes}"
+        reading = f"{said.task or 'task left open'}, {said.output_is or 'values'}{classes}"
         lines.append(f"output  {name}{_count(o.channels, 'channel')}: {reading}")
     first = report.first
     low, high = first["input_range"]
@@ -129,7 +129,7 @@ def build_text(report: BuildReport) -> str:
     if "output_range" in first:
         text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
     lines += [text, ""]
-    judged = "largest error" if contract.task == "regression" else "labels changed"
+    judged = "labels changed" if contract.has_labels else "largest error"
     rows: list[tuple[str, ...]] = [
         ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", judged, "lowest Dice", "")
     ]

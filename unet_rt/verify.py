@@ -262,7 +262,7 @@ def _bare(reference: Engine, model: Model, sample: Sample) -> Array | None:
 
 
 def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, spec: EngineSpec) -> Truth:
-    if spec.contract.task == "regression":
+    if not spec.contract.has_labels:
         raise ImageError("labels are for segmentation; a regression is compared with --images only")
     truth = _label_of(sample, labels)
     window = tuple(slice(a, a + n) for a, n in zip(sample.start, sample.shape, strict=True))
@@ -310,7 +310,7 @@ def _label_of(sample: Sample, labels: Any) -> Array:
 
 
 def _draw_worst(sample: Sample, wanted: Array, got: Array, contract: Contract, path: Path) -> Path:
-    if contract.task == "regression":
+    if not contract.has_labels:
         error = np.abs(got[0] - wanted[0])
         a = b = np.zeros(error.shape, np.uint8)
         y, x = (int(v) for v in np.unravel_index(int(error.argmax()), error.shape))
@@ -331,7 +331,7 @@ def _draw_worst(sample: Sample, wanted: Array, got: Array, contract: Contract, p
     if image.shape[:2] != a.shape:
         image = np.zeros((*a.shape, 3), np.uint8)
     panels = [("image", image[rows, columns])]
-    if contract.task != "regression":
+    if contract.has_labels:
         panels += [
             ("FP32, whole image", pictures.overlay(image, a)[rows, columns]),
             ("engine, tiled", pictures.overlay(image, b)[rows, columns]),
