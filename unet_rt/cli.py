@@ -493,8 +493,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from .reports import inspect_text
 
     report = inspect(args.model)
-    if not any(output.field for output in report.outputs):
-        check_images(report, report.outputs)
+    check_images(report)
     if args.json:
         _print_json(report.to_json())
     else:
@@ -532,7 +531,8 @@ def _build(args: argparse.Namespace) -> int:
     _clear()
     done = reports[0]
     if done.advice:
-        done = replace(done, advice=_with_samples(args.argv, done.folder))
+        argv = args.argv if done.spec.contract.task else [*args.argv, "--task", "YOUR_TASK"]
+        done = replace(done, advice=_with_samples(argv, done.folder))
     print(build_text(done), file=_out(args))
     for warning in done.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
