@@ -9,7 +9,8 @@ is a tile as long as the axis. What does not apply:
 - 1-D images (A1) have no network here: shown on geometry, kernels and stitcher. Of 4-D ones (A2) an axis is a plane axis.
 - A17 holds for blended tiles; placed ones are a step apart and the last one is moved back (their overlap is discarded).
 - A18 and A19 (clamped edge tiles, zero padding), the exact numbers of B8's Gaussian and B17 are choices that differ here.
-- B16 (compute on one device, accumulate on another): there are no engines on devices yet.
+- B16 (the result lies on the device that was asked, with the same values): ``test_predict_device.py``, on a double of a
+  device and on a GPU.
 - Steps are never given (they follow from tile and overlap, or from the halo), so "step > tile" cannot be said.
 """
 

@@ -215,8 +215,9 @@ class LossyDisk(Disk):
 
     def replace(self, old: Path, new: Path) -> None:
         super().replace(old, new)
-        if old in self.files:
-            self.files[new] = self.files.pop(old)
+        for known in (self.files, self.names):
+            for path in [p for p in known if p == old or old in p.parents]:
+                known[new / path.relative_to(old)] = known.pop(path)
 
     def power_loss(self, folder: Path) -> None:
         for path in sorted(folder.rglob("*"), key=lambda p: -len(p.parts)):
@@ -291,7 +292,7 @@ def test_kill_9_at_random_moments(engine_folder, stored, whole, tmp_path, name):
     out = tmp_path / name
     rng, kills = np.random.default_rng(5), 0
     command = [sys.executable, "-c", KILLED, str(engine_folder), str(stored), str(out)]
-    while kills < 3:
+    while kills < 2:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert process.stdout is not None
         process.stdout.readline()

@@ -129,6 +129,21 @@ class EngineSpec:
     def free_size(self) -> bool:
         return all(s.fixed is None for s in self.sizes)
 
+    def contract_of(self, output: int) -> Contract:
+        """The contract as that of one output."""
+        return self.contract.of_head(self.outputs[output].name)
+
+    def head(self, name: str | None) -> int:
+        """Number of the output called ``name``; None: the first.
+
+        Raises:
+            ContractError: The engine has no such output.
+        """
+        names = [output.name for output in self.outputs]
+        if name is not None and name not in names:
+            raise ContractError(f"the engine has no output {name!r}; its outputs are {', '.join(names)}")
+        return 0 if name is None else names.index(name)
+
     def used_outputs(self) -> tuple[OutputField, ...]:
         """The outputs with the halo in use."""
         if self.halo_limit is None:

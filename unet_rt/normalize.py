@@ -91,7 +91,7 @@ class Affines:
                 f"{divisor.tolist()}; "
                 "the divisor must not be 0; check --normalize"
             )
-        return Affine(offset, divisor, how.clip)
+        return Affine(offset, divisor, _clip(how, numbers, source.name))
 
 
 def affine(normalization: Normalization, source: Source) -> Affines:
@@ -102,6 +102,22 @@ def affine(normalization: Normalization, source: Source) -> Affines:
         ImageError: Statistics met NaN or infinite pixels.
     """
     return Affines(normalization, source)
+
+
+def _clip(how: Normalization, numbers: Sequence[tuple[float, float]], name: str) -> tuple[float, float] | None:
+    """Grey levels that pixels are clipped to, so that what comes out lies within ``clip_after`` as well."""
+    if how.clip_after is None:
+        return how.clip
+    if len(set(numbers)) > 1:
+        raise ContractError(
+            f"{name}: clip_after {how.clip_after} stands for other grey levels in each of {len(numbers)} channels, and all "
+            "are clipped alike; take statistics over the whole image (--normalize-scope image), or leave clip_after out"
+        )
+    offset, divisor = numbers[0]
+    low, high = sorted(offset + divisor * value for value in how.clip_after)  # a divisor may be negative
+    if how.clip is None:
+        return low, high
+    return min(max(how.clip[0], low), high), min(max(how.clip[1], low), high)
 
 
 def _declared(how: Normalization, source: Source) -> list[tuple[float, float]]:

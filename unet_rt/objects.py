@@ -208,11 +208,6 @@ def window_for(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(window)
 
 
-def missing() -> ContractError:
-    """The error where SciPy is not installed."""
-    return ContractError("finding objects needs scipy, which is missing; pip install 'unet-rt[objects]'")
-
-
 def _check_options(
     shape: tuple[int, ...],
     window: tuple[int, ...],
@@ -273,7 +268,9 @@ class _Labeller:
         try:
             from scipy import ndimage
         except ModuleNotFoundError as error:
-            raise missing() from error
+            raise ContractError(
+                "finding objects needs scipy, which is missing; pip install 'unet-rt[objects]'"
+            ) from error
         self._read, self._classes, self._label = read, classes, ndimage.label
         self._structure = ndimage.generate_binary_structure(axes, axes if connectivity == "full" else 1)
 

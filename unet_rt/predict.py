@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,7 +115,7 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from .image import open_image
+    from .image import is_url, open_image
     from .output import open_output
 
     if tta != "none":
@@ -150,6 +151,19 @@ def predict(
                 )
             from . import predict_large
 
+            if shard is not None and not 0 <= shard[0] < shard[1]:
+                raise ContractError(
+                    f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}"
+                )
+            if (shard is not None or scheduler is not None) and out is None:
+                raise ContractError("shards and schedulers share a file or folder; give --out")
+            processes = 1
+            if scheduler is not None:
+                from . import cluster
+
+                processes = cluster.processes(scheduler)
+                if threads == 0 and processes > 1:
+                    threads = max(1, machine.threads() // processes)
             asked = predict_large.Request(
                 output=output or default_output(spec.contract),
                 normalization=normalization,
@@ -162,10 +176,21 @@ def predict(
                 region=None if region is None else str(region),
                 memory_bytes=memory_bytes,
                 shard=shard or (0, 1),
+                processes=processes,
             )
+            compute = None
+            if scheduler is not None:
+                if engine.folder is None or not isinstance(image, (str, Path)):
+                    raise ContractError(
+                        "a scheduler's workers open engine and image by their paths; give both as paths"
+                    )
+                where = image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
+                folder = str(engine.folder.path.resolve())
+                job = cluster.Job(folder, where, (axes, channels, level), asked, str(Path(str(out)).resolve()), tta)
+                compute = partial(cluster.compute, scheduler, job)
             finished, made = predict_large.predict(
                 engine, source, asked, None if out is None else Path(out), staged=staged, overwrite=overwrite,
-                restart=restart, scheduler=scheduler, overlay=None if overlay is None else Path(overlay), tables=tables,
+                restart=restart, compute=compute, overlay=None if overlay is None else Path(overlay), tables=tables,
                 progress=progress, trace=trace,
             )  # fmt: skip
             finished.notes[:0] = notes

@@ -36,6 +36,8 @@ from .stitch import Decision, decide
 
 Array = npt.NDArray[Any]
 
+Compute = Callable[[Prepared, Sequence[int], Progress], RunReport]
+
 FREE_SHARE = 0.5  # of the memory that is free, where no bound is given
 WINDOW_PX = 4096  # side of the windows in which objects are sought, about
 BAND_BYTES = 2**26  # of a result at a time, where an output is made from blocks
@@ -71,6 +73,7 @@ class Request:
         region: Path of an image: predictions are wanted where it is not 0.
         memory_bytes: What all may take beside the loaded engine; None: a share of what is free.
         shard: (index, count): this process computes every count-th block.
+        processes: How many share this machine's memory and threads.
     """
 
     output: str
@@ -84,6 +87,7 @@ class Request:
     region: str | None = None
     memory_bytes: int | None = None
     shard: tuple[int, int] = (0, 1)
+    processes: int = 1
 
 
 def identity(engine: Engine, source: Source, decision: Decision, asked: Request) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def prepare(engine: Engine, source: Source, asked: Request, run: dict[str, Any] 
     if run is not None:
         plan = plan_of(spec, source.shape, source.planes, run["plan"], seen=shape)
     else:
-        free = machine.memory_bytes()
+        free, given = machine.memory_bytes(), asked.memory_bytes
         if engine.device_session is not None:
             free = min(free, engine.device_session.stream.device.memory()[0])
         plan = plan_blocks(
@@ -140,9 +144,7 @@ def prepare(engine: Engine, source: Source, asked: Request, run: dict[str, Any] 
             source.planes,
             decision,
             pixel_bytes=source.channels * source.dtype.itemsize,
-            memory_bytes=int(FREE_SHARE * free)
-            if asked.memory_bytes is None
-            else asked.memory_bytes - machine.rss_bytes(),
+            memory_bytes=(int(FREE_SHARE * free) if given is None else given - machine.rss_bytes()) // asked.processes,
             tile=asked.tile,
             batch=asked.batch,
             seen=shape,
@@ -201,7 +203,7 @@ def predict(
     staged: bool,
     overwrite: bool = False,
     restart: bool = False,
-    scheduler: str | None = None,
+    compute: Compute | None = None,
     overlay: Path | None = None,
     tables: Tables | None = None,
     progress: Progress | None = None,
@@ -225,7 +227,7 @@ def predict(
 
     if staged and out is not None:
         report = in_stage(
-            engine, source, asked, out, make, restart=restart, scheduler=scheduler, progress=progress, trace=trace
+            engine, source, asked, out, make, restart=restart, compute=compute, progress=progress, trace=trace
         )
         return report, out
     store, report, made = in_memory(engine, source, asked, progress=progress, trace=trace)
@@ -280,7 +282,7 @@ def in_stage(
     make: Callable[[Prepared, Store], None],
     *,
     restart: bool = False,
-    scheduler: str | None = None,
+    compute: Compute | None = None,
     progress: Progress | None = None,
     trace: Spans | None = None,
     disk: Disk | None = None,
@@ -292,7 +294,7 @@ def in_stage(
         out: The output.
         make: Makes the output from the finished blocks.
         restart: Throw away what an interrupted run has left.
-        scheduler: Have workers of Dask compute (see ``cluster``).
+        compute: Computes the missing blocks elsewhere, so that they have their marks afterwards; None: here.
         progress, trace: As for :func:`unet_rt.predict.predict`.
         disk: File operations.
     """
@@ -306,19 +308,26 @@ def in_stage(
             mine = [n for n in range(len(made.plan)) if n % count == index]
             missing = [n for n in mine if n not in there]
             done = sum(made.plan.tiles(n) for n in mine if n in there)
-            if scheduler is None:
+            if compute is None or not missing:
                 put = partial(stage.put, store)
                 report = run_blocks(made, missing, put, done_tiles=done, progress=progress, trace=trace)
             else:
-                from . import cluster
 
-                report = cluster.compute(
-                    scheduler, made, asked, stage, out, missing, done_tiles=done, progress=progress
-                )
-            report.class_share = class_share(stage.tally(made.decision.channels), made.decision, engine.spec)
+                def told(now: int, total: int) -> None:
+                    if progress is not None:
+                        progress(done + now, done + total)
+
+                report = compute(made, missing, told)
             if len(missing) < len(mine):
                 report.notes.append(f"{len(mine) - len(missing)} of {len(mine)} blocks were there from an earlier run")
-            left = len(made.plan) - len(stage.finished())
+            try:
+                total = stage.tally(made.decision.channels)
+                left = len(made.plan) - len(stage.finished())
+            except FileNotFoundError:
+                if stage.folder.exists():
+                    raise
+                return report  # another shard found all marks set, and made the output
+            report.class_share = class_share(total, made.decision, engine.spec)
             if left:
                 report.notes.append(
                     f"shard {index}/{count} is done; {left} of {len(made.plan)} blocks are left to other shards"
@@ -368,7 +377,7 @@ def open_store(stage: Stage, made: Prepared, out: Path) -> Store:
                 begun = stage.data.with_name("data.begun")
                 shutil.rmtree(begun, ignore_errors=True)
                 ZarrOutput.create(begun, _shape(made), made.plan.chunk, made.image.metadata, made.image.pixel_size_um)
-                begun.rename(stage.data)
+                stage.rename(begun, stage.data)
     return ZarrStore(ZarrOutput.open(stage.data), made.place)
 
 

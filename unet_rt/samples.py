@@ -241,6 +241,11 @@ def tile_of(
     return out
 
 
+def raw_results(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0) -> list[Array]:
+    """:func:`raw_result` of every output; the engine runs anew for each, by the way that predictions go."""
+    return [raw_result(engine, sample, grid, threads, output) for output in range(len(engine.spec.outputs))]
+
+
 def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
     """The network's own values (K, *spatial), float32, of a sample."""
     channels = engine.spec.outputs[output].channels

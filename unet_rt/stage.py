@@ -177,6 +177,11 @@ class Stage:
                 "give the same command again: finished blocks are kept"
             ) from error
 
+    def rename(self, old: Path, new: Path) -> None:
+        """Gives a file or folder of the stage another name, durably."""
+        self._disk.replace(old, new)
+        self._disk.sync_folder(self.folder)
+
     def tally(self, channels: int) -> Tally:
         """What was counted of all finished blocks."""
         total = Tally(channels)
