@@ -24,7 +24,7 @@ from .engine import Engine
 from .errors import ContractError, OutputError
 from .image import Source, open_image
 from .normalize import Affine, Affines, OnePlane, affine
-from .output import Output, Shape, check_output, nodata_value, open_output
+from .output import Output, Shape, check_output, nodata_value, open_output, size_of
 from .output_zarr import ZarrOutput
 from .parity import class_name
 from .pictures import OverlayCollector
@@ -374,7 +374,9 @@ def open_store(stage: Stage, made: Prepared, out: Path) -> Store:
             if not stage.data.exists():
                 begun = stage.data.with_name("data.begun")
                 shutil.rmtree(begun, ignore_errors=True)
-                ZarrOutput.create(begun, _shape(made), made.plan.chunk, made.image.metadata, made.image.pixel_size_um)
+                ZarrOutput.create(
+                    begun, _shape(made), made.plan.chunk, made.image.metadata, size_of(made.image, made.shape)
+                )
                 stage.rename(begun, stage.data)
     return ZarrStore(ZarrOutput.open(stage.data), made.place)
 
@@ -470,7 +472,7 @@ def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tabl
             folder = out.with_name(f".{out.name}.instances")
             shutil.rmtree(folder, ignore_errors=True)
             shape = replace(_shape(made), channels=0, dtype=np.dtype(np.uint32))
-            sink = ZarrOutput.create(folder, shape, made.plan.chunk, image.metadata, image.pixel_size_um)
+            sink = ZarrOutput.create(folder, shape, made.plan.chunk, image.metadata, size_of(image, made.shape))
             window = tuple(max(c, WINDOW_PX // c * c) for c in sink.chunk)
         elif out is not None:
             sink = exits.enter_context(_opened(made, out, 0, np.dtype(np.uint32), overwrite=overwrite))
@@ -489,7 +491,7 @@ def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tabl
                 window=window,
                 write=partial(write, plane=plane),
                 min_size=tables.min_size,
-                pixel_size_um=image.pixel_size_um or (),
+                pixel_size_um=size_of(image, made.shape) or (),
                 class_names=names,
             )
             for plane in range(image.planes)
