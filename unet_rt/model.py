@@ -37,6 +37,7 @@ class Model:
         contract: Options over contract file over the model's metadata; task and thresholds not yet resolved.
         freed: What was made free.
         fixed: Why something could not be.
+        members: Names of the networks that are averaged, where there are several.
     """
 
     given: Path
@@ -45,6 +46,7 @@ class Model:
     contract: Contract
     freed: tuple[str, ...]
     fixed: tuple[str, ...]
+    members: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -72,6 +74,27 @@ class Model:
                 )
             specs.append(InputSpec(i.name, i.axes, channels, i.dtype))
         return tuple(specs)
+
+
+def open_models(
+    paths: Sequence[Path], work: Path, *, options: Contract | None = None, contract: Path | None = None
+) -> Model:
+    """Opens one network, or several (the folds of a cross-validation) as the mean of what they say.
+
+    Arguments and errors are those of :func:`open_model`; networks that do not agree are a ContractError or GraphError.
+    """
+    if len(paths) == 1:
+        return open_model(paths[0], work, options=options, contract=contract)
+    from .ensemble import merge
+
+    members = [
+        open_model(path, _folder(work / f"member{k}"), options=options, contract=contract)
+        for k, path in enumerate(paths)
+    ]
+    merged = work / "ensemble.onnx"
+    merge(members, merged)
+    # Its metadata hold what options and contract say of the members.
+    return replace(open_model(merged, work), members=tuple(member.given.name for member in members))
 
 
 def open_model(path: str | Path, work: Path, *, options: Contract | None = None, contract: Path | None = None) -> Model:
