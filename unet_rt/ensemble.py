@@ -115,9 +115,8 @@ def _difference(a: Model, here: Any, b: Model, there: Any, what: str) -> Contrac
 def _check_opsets(a: Model, proto: onnx.ModelProto, b: Model, other: onnx.ModelProto) -> None:
     here, there = _opsets(proto), _opsets(other)
     if here != there:
-        raise GraphError(
-            f"{a.given.name} uses operator sets {here}, {b.given.name} {there}; export them with the same opset"
-        )
+        one, two = (", ".join(f"{domain or 'ai.onnx'} {n}" for domain, n in o.items()) for o in (here, there))
+        raise GraphError(f"{a.given.name} uses opset {one}, {b.given.name} {two}; export them with the same opset")
 
 
 def _opsets(proto: onnx.ModelProto) -> dict[str, int]:

@@ -70,12 +70,13 @@ class Objects:
     @property
     def touches_edge(self) -> npt.NDArray[np.bool_]:
         """(N,) whether an object reaches the edge of the mask, so that it may be cut."""
-        return ((self.start == 0) | (self.stop == np.array(self.shape))).any(axis=1)
+        reached: npt.NDArray[np.bool_] = np.any((self.start == 0) | (self.stop == np.array(self.shape)), axis=1)
+        return reached
 
     @property
     def area_um(self) -> npt.NDArray[np.float64] | None:
         """(N,) areas in square (volumes in cubic) micrometres; None where the pixel size is unknown."""
-        return self.area_px * prod(self.pixel_size_um) if self.pixel_size_um else None
+        return np.multiply(self.area_px, prod(self.pixel_size_um), dtype=np.float64) if self.pixel_size_um else None
 
     def class_name(self, label: int) -> str:
         """The name of a label; its number where it has none."""
@@ -353,7 +354,7 @@ def _measure(local: npt.NDArray[np.int32], labels: Ints, start: Sequence[int], s
     position_sum = at * length[:, None]
     position_sum[:, -1] += length * (length - 1) // 2
     first = np.ravel_multi_index(tuple(at.T), tuple(shape))
-    row = local.reshape(-1)[begin] - 1
+    row = local.reshape(-1)[begin].astype(np.int64) - 1
     measured.add(row, _Pieces(labels[row], length, position_sum, at, last, first))
     return measured
 
@@ -402,7 +403,7 @@ class _Seams:
                 across = [local.shape[j] if j < k else self._shape[j] for j in axes if j != k]
                 self._here[k] = np.zeros(across, np.int32)
             place = [0 if j < k else start[j] for j in axes if j != k]
-            low, high = local.take(0, axis=k), local.take(-1, axis=k)
+            low, high = (local[(*[slice(None)] * k, side)] for side in (0, -1))
             here, below = self._here[k], self._below[k]
             if here is not None:
                 ends = [a + n for a, n in zip(place, high.shape, strict=True)]
