@@ -21,7 +21,7 @@ import unet_rt as urt
 from unet_rt import machine
 from unet_rt.bench import MemoryWatch
 from unet_rt.demo import shipped_model
-from unet_rt.predict import RunReport
+from unet_rt.pipeline import RunReport
 from unet_rt.synthetic import microscopy
 
 

@@ -636,3 +636,21 @@ def test_files_that_are_no_models(tmp_path):
         folder = tmp_path / f"{name}-out"
         folder.mkdir()
         refused(urt.GraphError, name, path, folder)
+
+
+def test_without_samples_a_task_may_stay_open(network, tmp_path, monkeypatch, capsys):
+    """Generated tiles cannot tell a mask's logit from a value, and FP32 is proven on the values; the readings are named."""
+    from unet_rt.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MODULE, "SECONDS_FOR_PARITY", 0.0)
+    model = network(classes=1)
+    assert main(["build", str(model), "--out", "x.urt", "--backend", "onnxruntime"]) == 0
+    out, err = capsys.readouterr()
+    assert "--task binary or --task regression; until then predict gives the values themselves (--output raw)" in err
+    assert "task left open" in out
+    assert out.splitlines()[-1].endswith("--task YOUR_TASK --samples YOUR_IMAGES --overwrite")
+    with urt.load("x.urt") as engine:
+        assert engine.spec.contract.task is None
+        assert engine.folder.parity["verdict"]["label_change"] is None
+    assert urt.verify("x.urt").accepted

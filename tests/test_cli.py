@@ -265,6 +265,35 @@ def test_predict_of_a_folder_fills_a_folder(cli: Callable[..., Outcome], engine_
     assert cli("predict", engine_folder, images, "--out", "new/masks", "--overwrite")[0] == 0
 
 
+def test_zarr_folders_and_urls_are_images_and_zarr_is_an_output(
+    cli: Callable[..., Outcome], engine_folder: Path, images: Path
+) -> None:
+    zarr, fsspec = pytest.importorskip("zarr"), pytest.importorskip("fsspec")
+    pixels = tifffile.imread(images / "a.tif")
+    group = zarr.create_group("in/cells.ome.zarr")
+    for level in (0, 1):
+        group.create_array(str(level), data=np.ascontiguousarray(pixels[:: level + 1, :: level + 1]), chunks=(64, 64))
+    steps = [{"path": str(n), "coordinateTransformations": [{"type": "scale", "scale": [n + 1] * 2}]} for n in (0, 1)]
+    axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": steps}]}
+    fsspec.filesystem("memory").pipe("/bucket/url.tif", (images / "a.tif").read_bytes())
+    code, _, err = cli("predict", engine_folder, "in", "memory://bucket/url.tif", "--out", "masks")
+    assert code == 0, err
+    first, second = (tifffile.imread(f"masks/{name}.tif") for name in ("cells", "url"))
+    np.testing.assert_array_equal(first, second)
+    for again in ([], ["--overwrite"]):  # the folder is there the second time
+        code, text, err = cli("predict", engine_folder, "in", "--out", "mask.ome.zarr", "--level", 1, *again)
+        assert code == 0, err
+        assert "cells.ome.zarr YX 150x130 uint16" in text
+        assert zarr.open_group("mask.ome.zarr", mode="r")["0"].shape == (150, 130)
+    code, _, err = cli("predict", engine_folder, "in", "memory://bucket/url.tif", "--out", "mask.ome.zarr")
+    assert code == 2
+    assert "2 images need a folder" in err
+    code, _, err = cli("predict", engine_folder, "in", "--out", "in/cells.ome.zarr", "--overwrite")
+    assert code == 2
+    assert "is an image to be predicted" in err
+
+
 def test_overlays_draw_outlines_in_the_colour_of_the_label(
     cli: Callable[..., Outcome], engine_folder: Path, images: Path
 ) -> None:

@@ -49,6 +49,7 @@ IMAGENET = Normalization("fixed", scale=255, mean=(0.485, 0.456, 0.406), std=(0.
         ("mean=1;std=2;scale=9;clip=0,4", Normalization("fixed", scale=9, mean=(1,), std=(2,), clip=(0, 4))),
         ("mean=1,2,3", Normalization("fixed", mean=(1, 2, 3))),
         (" minmax ; clip = 100, 900 ", Normalization("minmax", clip=(100, 900))),
+        ("percentile=1,99.8;clip_after=0,1", Normalization("percentile", clip_after=(0, 1))),
     ],
 )  # fmt: skip
 def test_normalisation_words(text: str, expected: Normalization) -> None:
@@ -78,6 +79,7 @@ def test_normalisation_words(text: str, expected: Normalization) -> None:
         ("mean=1;std=0", "std 0 must not be 0"),
         ("mean=1,2;std=1,2,3", "mean has 2 numbers and std 3"),
         ("minmax;clip=9,1", "clip 9,1 must rise"),
+        ("minmax;clip_after=1,0", "clip_after 1,0 must rise"),
     ],
 )
 def test_wrong_words_say_what_is_right(text: str, message: str) -> None:
@@ -108,6 +110,7 @@ CONTRACTS = st.builds(
         mean=st.lists(NUMBERS, min_size=3, max_size=3).map(tuple),
         std=st.lists(NUMBERS, min_size=3, max_size=3).map(tuple),
         clip=st.none() | st.tuples(st.floats(-9, 0), NUMBERS),
+        clip_after=st.none() | st.tuples(st.floats(-9, 0), NUMBERS),
     ),
     task=st.sampled_from([None, "binary", "multiclass", "multilabel", "regression"]),
     output_is=st.sampled_from([None, "logits", "probabilities", "values"]),
@@ -284,6 +287,8 @@ XY = ["y", "x"]
 THREE = [AXES_05[0], {"type": "channel", "channel_names": ["r", "g", "b"]}, *AXES_05[2:]]
 
 
+CLIPPED = [step("scale_range", axes=XY), step("clip", min=0, max=1)]
+RANGE = [step("scale_range", axes=["channel", *XY], min_percentile=5, max_percentile=90)]
 MEANS = step("fixed_zero_mean_unit_variance", axis="channel", mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.1])
 
 
@@ -304,6 +309,9 @@ MEANS = step("fixed_zero_mean_unit_variance", axis="channel", mean=[0.4, 0.5, 0.
         ([step("scale_range", axes=XY, min_percentile=1, max_percentile=99.8)], "percentile"),
         ([step("clip", min=20, max=180), step("scale_range", axes=XY, min_percentile=1)], "percentile"),
         ([step("scale_linear", gain=1 / 255), step("zero_mean_unit_variance", axes=XY, eps=0.05)], "zscore"),
+        ([*RANGE, step("clip", min=0, max=1)], "percentile"),
+        ([step("clip", min=20, max=90), *RANGE, step("clip", min=0.1, max=0.8)], "percentile"),
+        ([step("scale_linear", gain=-2, offset=100), step("clip", min=-50, max=60)], "fixed"),
     ],
 )  # fmt: skip
 def test_preprocessing_is_what_a_consumer_computes(tmp_path: Path, steps: list[Any], method: str) -> None:
@@ -321,6 +329,19 @@ def test_preprocessing_is_what_a_consumer_computes(tmp_path: Path, steps: list[A
     numbers = affine(contract.normalization, open_image(pixels, contract, axes="CYX")).plane(0)
     largest = (255 + np.abs(numbers.offset).max()) / np.abs(numbers.divisor).min()
     np.testing.assert_allclose(found, expected, rtol=0, atol=4 * 6e-8 * largest)
+
+
+def test_a_clip_of_scaled_values_is_one_of_grey_levels_for_all_channels() -> None:
+    pixels = np.random.default_rng(3).gamma(2, 30, (2, 50, 60)).clip(0, 255).astype(np.uint8)
+    how = Normalization("percentile", percentiles=(5, 90), clip_after=(0, 1))
+    with open_image(pixels[:1], Contract(), axes="CYX") as source:
+        numbers = affine(how, source).plane(0)
+        assert numbers.clip == pytest.approx(np.percentile(pixels[0], (5, 90)), abs=2e-6)
+    with (
+        open_image(pixels, Contract(), axes="CYX", network_channels=2) as source,
+        pytest.raises(ContractError, match="other grey levels in each of 2 channels"),
+    ):
+        affine(how, source)
 
 
 def test_version_0_4(tmp_path: Path) -> None:
@@ -381,9 +402,10 @@ def test_statistics_scopes(tmp_path: Path, axes: Any, channels: Any, scope: str)
     [
         (rdf_05([step("binarize", threshold=3)]), "preprocessing binarize is not supported; declare .* --normalize"),
         (rdf_05([step("sigmoid")]), "preprocessing sigmoid"),
-        (rdf_05([step("scale_range", axes=XY), step("clip", min=0, max=1)]), "clip after minmax statistics"),
-        (rdf_05([step("clip", min_percentile=1, max_percentile=99)]), "clip unless it comes first, with fixed"),
-        (rdf_05([step("scale_linear", gain=2), step("clip", min=0, max=1)]), "clip unless it comes first"),
+        (rdf_05([step("scale_range", axes=XY), step("scale_linear", gain=2)]), "scale_linear after minmax statistics"),
+        (rdf_05([*CLIPPED, step("scale_linear", gain=2)]), "scale_linear after a clip of scaled values"),
+        (rdf_05([step("clip", min_percentile=1, max_percentile=99)]), "clip unless it comes once before"),
+        (rdf_05([step("clip", min=1, max=99), step("clip", min=0, max=1)]), "clip unless it comes once before"),
         (rdf_05([step("zero_mean_unit_variance", axes=["x"])]), "over axes without Y"),
         (rdf_05([step("scale_linear", axis="y", gain=[1, 2])]), "along axis y"),
         (rdf_05([step("scale_range", axes=XY, reference_tensor="other")]), "reference_tensor other"),

@@ -220,6 +220,105 @@ def test_a_large_tiff_is_read_in_little_memory(tmp_path: Path, options: dict[str
     assert float(done.stdout) < (160 if options else 60)
 
 
+# Pyramids, nodata, damage -------------------------------------------------------------------------------------------
+
+
+def pyramid(path: Path, **options: Any) -> Path:
+    """Every second pixel per level, as SubIFDs; 0.5 µm pixels."""
+    ome = path.name.endswith(".ome.tif")
+    with tifffile.TiffWriter(path, bigtiff=True, ome=ome) as tif:
+        how: dict[str, Any] = {"photometric": "minisblack", "tile": (16, 16), "compression": "zlib"}
+        size = {"PhysicalSizeY": 0.5, "PhysicalSizeX": 0.25}
+        meta = {"axes": "CYX", **size} if ome else None
+        centimetres = {"resolution": (40_000, 20_000), "resolutionunit": "CENTIMETER"}
+        tif.write(STACK[0, :, 0], subifds=2, metadata=meta, **centimetres, **(how | options))
+        for step in (2, 4):
+            tif.write(STACK[0, :, 0, ::step, ::step], subfiletype=1, metadata=None, **(how | options))
+    return path
+
+
+@pytest.mark.parametrize("name", ["p.tif", "p.ome.tif"])
+def test_levels_of_a_tiff_pyramid(tmp_path: Path, name: str) -> None:
+    path = pyramid(tmp_path / name)
+    for level, step in enumerate((1, 2, 4)):
+        with open_image(path, ANY, network_channels=2, level=level) as source:
+            assert source.levels == ((40, 51), (20, 26), (10, 13))
+            assert f"level {level} of 3" in source.reading
+            np.testing.assert_array_equal(planes_of(source)[0], STACK[0, :, 0, ::step, ::step])
+            assert source.pixel_size_um == pytest.approx((0.5 * 40 / source.shape[0], 0.25 * 51 / source.shape[1]))
+            assert source.fingerprint()["level"] == level
+    with pytest.raises(ImageError, match=r"level 3 does not exist; the image has levels 0 to 2"):
+        open_image(path, ANY, network_channels=2, level=3)
+    tifffile.imwrite(tmp_path / "one.tif", GREY)
+    with pytest.raises(ImageError, match=r"level 1 does not exist; the image has one level, 0; choose with --level"):
+        open_image(tmp_path / "one.tif", ANY, level=1)
+    with pytest.raises(ImageError, match="level 1 does not exist"):
+        open_image(GREY, ANY, level=1)
+
+
+def test_lost_pages_are_an_error(tmp_path: Path) -> None:
+    """A chain of pages that goes on beyond the file's end: pages, or levels of a pyramid, are lost."""
+    path = tmp_path / "pages.tif"
+    for page in range(3):
+        tifffile.imwrite(path, GREY, append=page > 0, metadata=None, photometric="minisblack")
+    with tifffile.TiffFile(path) as tif:
+        start = tif.pages[2].offset
+    data = path.read_bytes()
+    path.write_bytes(data[:start])
+    with pytest.raises(ImageError, match=r"pages\.tif: the file is truncated"):
+        open_image(path, ANY, network_channels=1)
+
+
+def test_nodata_of_a_plain_tiff(tmp_path: Path) -> None:
+    pixels = FLOAT.copy()
+    pixels[10:20, 30:40] = -9999
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, extratags=[(42113, "s", 0, "-9999", True)])
+    with open_image(path, ANY) as source:
+        assert source.nodata == -9999
+        valid = source.valid(0, (5, 5), (30, 45))
+        np.testing.assert_array_equal(valid, pixels[5:30, 5:45] != -9999)
+        assert source.valid(0, (0, 0), (10, 51)) is None
+    tifffile.imwrite(path, GREY, extratags=[(42113, "s", 0, "-9999", True)])  # which uint16 cannot hold
+    with open_image(path, ANY) as source:
+        assert source.valid(0, (0, 0), source.shape) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16), "compression": "zlib"}], ids=["mapped", "tiles"])
+def test_a_file_that_changes_is_an_error(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, GREY, **options)
+    with open_image(path, ANY) as source:
+        before = source.fingerprint()
+        assert before == {
+            "path": str(path),
+            "size": path.stat().st_size,
+            "mtime_ns": path.stat().st_mtime_ns,
+            "level": 0,
+        }
+        source.read(0, (0, 0), (9, 9))
+        with path.open("ab") as stream:
+            stream.write(b"more")
+        with pytest.raises(ImageError, match=r"a\.tif: changed while it was being read"):
+            source.read(0, (0, 0), (9, 9))
+    with open_image(path, ANY) as source:
+        assert source.fingerprint() != before
+
+
+def test_a_damaged_tile_is_an_error_that_names_the_window(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, STACK[0, 0], tile=(16, 16), compression="zlib", metadata=None, photometric="minisblack")
+    with tifffile.TiffFile(path) as tif:
+        start, count = tif.pages[2].dataoffsets[5], tif.pages[2].databytecounts[5]
+    data = bytearray(path.read_bytes())
+    data[start : start + count] = bytes(count)
+    path.write_bytes(data)
+    with open_image(path, ANY, network_channels=1) as source:
+        with pytest.raises(ImageError, match=r"row 16, column 16 .*\(plane 2, window \(10, 10\) to \(20, 30\)\)"):
+            source.read(2, (10, 10), (20, 30))
+        np.testing.assert_array_equal(source.read(1, (10, 10), (20, 30))[0], STACK[0, 0, 1, 10:20, 10:30])
+
+
 # What formats mean --------------------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,36 @@ def test_weights_that_are_missing_are_said(tmp_path, sample_images):
         build(model, tmp_path / "x.urt", sample_images)
 
 
+def test_weights_beyond_what_one_file_holds(tmp_path, sample_images, monkeypatch):
+    """The limit is protobuf's, 2 GB; lowered here, as a network of that size takes minutes to write."""
+    from unet_rt import onnx_file
+
+    model = apart(tmp_path / "model.onnx")
+    monkeypatch.setattr(onnx_file, "LARGEST", 900_000)  # between the graph's bytes and those with its weights
+    assert urt.inspect(model).exact
+    with pytest.raises(urt.GraphError, match="it can be inspected but not built") as error:
+        build(model, tmp_path / "x.urt", sample_images)
+    size = shipped_model().stat().st_size
+    assert 0.95 * size < int(str(error.value).split(" has ")[1].split(" bytes")[0].replace(",", "")) < 1.05 * size
+    with pytest.raises(urt.GraphError, match=r"cannot be whole.*external data"):
+        urt.inspect(shipped_model())
+
+
+def test_a_size_that_nothing_proves_free_is_part_of_the_model(tmp_path, sample_images):
+    """At 48 px the halo of 53 leaves no core, so that no other size can be held against the original."""
+    proto = onnx.load(shipped_model())
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dim in value.type.tensor_type.shape.dim[2:]:
+            dim.dim_value = 48
+    onnx.save_model(proto, tmp_path / "fixed.onnx")
+    options = {"backend": "onnxruntime", "precision": "fp32", "threads": 1, "samples": [sample_images[0][:90, :100]]}
+    with pytest.raises(urt.TileError, match=r"its halo leaves nothing of 48x48 px.*free sizes.*its tiles are blended"):
+        urt.build(tmp_path / "fixed.onnx", out=tmp_path / "x.urt", halo="measured", **options)
+    with urt.build(tmp_path / "fixed.onnx", out=tmp_path / "x.urt", **options) as engine:
+        assert (engine.spec.tile, engine.spec.overlap, engine.spec.free_size) == ((48, 48), (24, 24), False)
+        assert urt.predict(engine, sample_images[0][:90, :100]).shape == (90, 100)
+
+
 def test_a_graph_without_batch_axis_is_built_and_run(tmp_path, sample_images, engine_folder):
     """(C, Y, X) in, (K, Y, X) out: channels are channels, and tiles run one by one."""
     proto = onnx.load(shipped_model())

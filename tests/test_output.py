@@ -80,6 +80,41 @@ def test_strips_do_not_depend_on_the_bands(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(tifffile.imread(first), mask[0, 0])
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_large_masks_are_stored_in_tiles(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    planes, channels = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    spatial = [
+        *data.draw(st.sampled_from([(), (1,), (3,)])),
+        data.draw(st.integers(1, 50)),
+        data.draw(st.integers(33, 70)),
+    ]
+    cuts = sorted(data.draw(st.lists(st.integers(0, spatial[0]), max_size=4)))
+    mask = RNG.integers(0, 3, (planes, channels, *spatial)).astype(data.draw(st.sampled_from(["uint8", "uint16"])))
+    folder = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:  # a mask as small as here is not large
+        patch.setattr(output, "TILED_PX", 32)
+        patch.setattr(output, "TILE_PX", data.draw(st.sampled_from([16, 32])))
+        suffix = data.draw(st.sampled_from([".tif", ".ome.tif"]))
+        path = written(folder / f"a{suffix}", mask, cuts)
+    np.testing.assert_array_equal(tifffile.imread(path).reshape(mask.shape), mask)
+    with tifffile.TiffFile(path) as tif:
+        assert all(page.is_tiled and page.compression.name == "ADOBE_DEFLATE" for page in tif.pages)
+
+
+def test_tiles_and_strips_by_size(tmp_path: Path) -> None:
+    """From 4097 px on; rows of tiles that are held take 128 MiB at most."""
+    for shape, tile in (((10, 4096), None), ((10, 4097), (16, 512)), ((600, 5000), (512, 512))):
+        path = written(tmp_path / "a.tif", np.ones((1, 1, *shape), np.uint8), [])
+        with tifffile.TiffFile(path) as tif:
+            page = tif.pages[0]
+            assert ((page.tilelength, page.tilewidth) if page.is_tiled else None) == tile
+    huge = output.Shape((100_000, 100_000), (), "", 8, np.dtype("uint8"))
+    length, width = output._tile(huge) or (0, 0)
+    assert (length % 16, width) == (0, 512)
+    assert length * 100_000 * 8 <= output.TILE_ROW_BYTES
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
 def test_png(tmp_path: Path, channels: int, mode: str) -> None:
     pixels = RNG.integers(0, 255, (1, channels, 30, 40)).astype(np.uint8)

@@ -3,8 +3,8 @@
 A package is a folder, a zip, or the ``rdf.yaml`` itself. The weights are those of the entry ``onnx``.
 
 Steps of the preprocessing are composed into one normalisation ``(clip(x) - offset) / divisor``: ``scale_linear``,
-``zero_mean_unit_variance`` (fixed or per sample), ``fixed_zero_mean_unit_variance``, ``scale_range``, a leading
-``clip``, ``ensure_dtype`` to a float. A step that this form cannot hold is an error that names it; none is skipped.
+``zero_mean_unit_variance`` (fixed or per sample), ``fixed_zero_mean_unit_variance``, ``scale_range``, ``clip`` before
+and after them, ``ensure_dtype`` to a float. A step that this form cannot hold is an error that names it; none is skipped.
 
 Statistics "per sample" are taken per plane (scope ``slice``): for a 2-D network each picture of a stack is a sample.
 Where the step takes the channels of several together, they are taken over the whole image (scope ``image``).
@@ -241,6 +241,7 @@ class _Chain:
     offset: tuple[float, ...] = (0.0,)
     divisor: tuple[float, ...] = (1.0,)
     clip: tuple[float, float] | None = None
+    clip_after: tuple[float, float] | None = None
     measured: Normalization | None = None
     plain: bool = True  # nothing but clips so far
 
@@ -252,12 +253,14 @@ def _compose(steps: Sequence[Any], axes: Sequence[_Axis], channels: int | None, 
             raise ContractError(f"{name}: preprocessing step {step!r} is not readable; download the package again")
         _add(chain, step, axes, channels, name)
     if chain.measured is not None:
-        return check_normalization(replace(chain.measured, clip=chain.clip))
-    if chain.plain:
-        return Normalization("none", clip=chain.clip)
-    if chain.offset == (0.0,) and len(chain.divisor) == 1 and chain.divisor[0] > 0:
-        return check_normalization(Normalization("scale", scale=chain.divisor[0], clip=chain.clip))
-    return check_normalization(Normalization("fixed", mean=chain.offset, std=chain.divisor, clip=chain.clip))
+        found = chain.measured
+    elif chain.plain:
+        found = Normalization("none")
+    elif chain.offset == (0.0,) and len(chain.divisor) == 1 and chain.divisor[0] > 0:
+        found = Normalization("scale", scale=chain.divisor[0])
+    else:
+        found = Normalization("fixed", mean=chain.offset, std=chain.divisor)
+    return check_normalization(replace(found, clip=chain.clip, clip_after=chain.clip_after))
 
 
 def _add(chain: _Chain, step: Mapping[str, Any], axes: Sequence[_Axis], channels: int | None, name: str) -> None:
@@ -267,12 +270,19 @@ def _add(chain: _Chain, step: Mapping[str, Any], axes: Sequence[_Axis], channels
         if not str(kwargs.get("dtype")).startswith("float"):
             raise _unsupported(name, what, f"dtype {kwargs.get('dtype')}: rounding to integers")
         return
-    if chain.measured is not None:
-        raise _unsupported(name, what, f"after {chain.measured.method} statistics")
+    if chain.clip_after is not None:
+        raise _unsupported(name, what, "after a clip of scaled values")
     if what == "clip":
-        if not chain.plain or chain.clip is not None or None in (kwargs.get("min"), kwargs.get("max")):
-            raise _unsupported(name, what, "unless it comes first, with fixed min and max")
-        chain.clip = (float(kwargs["min"]), float(kwargs["max"]))
+        first = chain.plain and chain.measured is None
+        if (first and chain.clip is not None) or None in (kwargs.get("min"), kwargs.get("max")):
+            raise _unsupported(name, what, "unless it comes once before and once after the others, with min and max")
+        ends = (float(kwargs["min"]), float(kwargs["max"]))
+        if first:
+            chain.clip = ends
+        else:
+            chain.clip_after = ends
+    elif chain.measured is not None:
+        raise _unsupported(name, what, f"after {chain.measured.method} statistics")
     elif what == "scale_linear":
         _per_channel_only(kwargs, axes, name, what)
         gain, offset = _tuple(kwargs.get("gain", 1.0)), _tuple(kwargs.get("offset", 0.0))

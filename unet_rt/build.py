@@ -40,7 +40,7 @@ from .parity import Budget, ImageParity, Verdict
 from .passes.half import half
 from .passes.qdq import FORMS
 from .predict import MEMORY_SHARE
-from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
+from .samples import Sample, draw, raw_result, raw_results, sample_images, synthetic, tile_of
 from .search import LayerCost, Mixture, Quantiser, search
 from .stitch import Blend
 from .tiles import TileGrid, tile_grid
@@ -264,6 +264,7 @@ class _Build:
             self.notes.append(f"the mean {what} of {len(model.members)} networks: {', '.join(model.members)}")
         self.notes += [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
         self.notes += [f"size stays fixed: {why}" for why in model.fixed]
+        self.notes += model.left_out
         self.warnings: list[str] = []
         self.seams: dict[int, float] = {}
         self.batches_judged = {1}  # tiles per run
@@ -272,9 +273,9 @@ class _Build:
         self.islands: frozenset[str] | None = None  # nodes that FP16 would overflow in; None: not looked for yet
         self.quantiser: Quantiser | None = None
         self.calibrating: list[Sample] = []
-        self.calibration_whole: list[Array] = []  # the baseline on them
+        self.calibration_whole: list[list[Array]] = []  # the baseline's outputs on them
         self.kept: dict[Engine, frozenset[str]] = {}  # layers in FP32 of every INT8 engine
-        self.whole: list[Array] = []
+        self.whole: list[list[Array]] = []  # the baseline's outputs on every sample
         self.mismatch: ImageParity | None = None
         self.first: dict[str, Any] = {}
 
@@ -346,22 +347,29 @@ class _Build:
     # 2 ---------------------------------------------------------------------------------------------------------------
 
     def resolve_task(self) -> None:
-        from .contract_io import resolve_task
+        from .contract_io import resolve_heads
 
-        output = self.model.report.outputs[0]
+        report = self.model.report
         tile = square_tile(self.spec.sizes, self.spec.outputs, 256 * 256)
-        values = [self.baseline.run(tile_of(s, self.spec, tile, self.threads))[0] for s in self.samples[:4]]
-        contract = resolve_task(
-            self.model.contract, output.channels, self.model.report.final_ops[0], np.concatenate(values)
+        values = [self.baseline.run(tile_of(s, self.spec, tile, self.threads)) for s in self.samples[:4]]
+        contract = resolve_heads(
+            self.model.contract,
+            [(o.name, o.channels, final) for o, final in zip(report.outputs, report.final_ops, strict=True)],
+            [np.concatenate(ys) for ys in zip(*values, strict=True)],
+            # generated tiles tell nothing of what the values mean, and need not: parity of FP32 is held on the values
+            left_open=self._leave_open if self.kind == "synthetic" else None,
         )
         if self.value_range is not None and contract.value_range is None:
             contract = replace(contract, value_range=self.value_range)
         self.spec = replace(self.spec, contract=contract)
         self.baseline.spec = replace(self.baseline.spec, contract=contract)
 
+    def _leave_open(self, readings: str) -> None:
+        self.warnings.append(f"{readings}; until then predict gives the values themselves (--output raw), and no mask")
+
     def _describe_first(self) -> None:
         """What the first sample looks like to the network, and what it makes of it: all of the sample."""
-        contract, raw = self.spec.contract, self.whole[0]
+        contract, raw = self.spec.contract_of(0), self.whole[0][0]
         x = normalised(self.samples[0].pixels, self.samples[0].numbers)
         self.first = {
             "name": self.samples[0].name,
@@ -369,7 +377,7 @@ class _Build:
             "input_mean": float(x.mean()),
             "input_std": float(x.std()),
         }
-        if contract.task == "regression":
+        if not contract.has_labels:
             self.first["output_range"] = [float(raw.min()), float(raw.max())]
             if raw.max() == raw.min():
                 self.warnings.append(
@@ -493,14 +501,14 @@ class _Build:
         error = 0.0
         for sample, whole in zip(self.samples, self.whole, strict=True):
             for grid in self._seam_grids(sample, limit):
-                result = raw_result(self.baseline, sample, grid, self.threads)
-                found = parity.compare(whole, result, self.spec.contract, sample.name)
-                error = max(error, found.relative if found.label_change is None else found.label_change)
+                results = raw_results(self.baseline, sample, grid, self.threads)
+                found = parity.compare_outputs(whole, results, self.spec, sample.name)
+                error = max(error, *(one.changed for one in found))
         self.seams[limit] = error
         return error
 
     def _seam_text(self, limit: int) -> str:
-        what = "the output by {:.2e} of its range" if self.spec.contract.task == "regression" else "{:.2e} of labels"
+        what = "the output by {:.2e} of its range" if not self.spec.contract.has_labels else "{:.2e} of labels"
         return f"seams change {what.format(self.seams[limit])} on the worst sample"
 
     def _measure_halo(self) -> None:
@@ -548,7 +556,7 @@ class _Build:
             whole = self.spec.exact and self.spec.free_size
             grid = whole_grid(self.spec, sample.shape) if whole else self.spec.grid(sample.shape, self.spec.tile)
             with _Stopwatch() as watch:
-                self.whole.append(raw_result(self.baseline, sample, grid, self.threads))
+                self.whole.append(raw_results(self.baseline, sample, grid, self.threads))
             kept.append(sample)
             spent += watch.seconds
             self.say(f"baseline {k + 1}/{len(self.samples)}: {sample.name}")
@@ -562,7 +570,7 @@ class _Build:
             sample = self.samples[0]
             grid = whole_grid(replace(self.spec, overlap=None), sample.shape)
             untiled = raw_result(self.baseline, sample, grid, self.threads)
-            self.mismatch = parity.compare(untiled, self.whole[0], self.spec.contract, sample.name)
+            self.mismatch = parity.compare(untiled, self.whole[0][0], self.spec.contract_of(0), sample.name)
 
     # 4 ---------------------------------------------------------------------------------------------------------------
 
@@ -729,11 +737,11 @@ class _Build:
         )
 
     def _verdict(self, engine: Engine) -> Verdict:
-        images = []
+        images: list[ImageParity] = []
         for sample, whole in zip(self.samples, self.whole, strict=True):
             grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
-            result = raw_result(engine, sample, grid, self.threads)
-            images.append(parity.compare(whole, result, self.spec.contract, sample.name))
+            results = raw_results(engine, sample, grid, self.threads)
+            images += parity.compare_outputs(whole, results, self.spec, sample.name)
         verdict = parity.judge(images, self.budget.of(engine.spec.precision))
         if engine.spec.precision == "int8" and verdict.accepted:
             reasons = self._reasons_of_calibration(engine)
@@ -748,15 +756,15 @@ class _Build:
                 whole = self.spec.exact and self.spec.free_size
                 grid = whole_grid(self.spec, sample.shape) if whole else self.spec.grid(sample.shape, self.spec.tile)
                 with _Stopwatch() as watch:
-                    self.calibration_whole.append(raw_result(self.baseline, sample, grid, self.threads))
+                    self.calibration_whole.append(raw_results(self.baseline, sample, grid, self.threads))
                 spent += watch.seconds
                 if spent > SECONDS_FOR_PARITY / 4:
                     break
-        images = []
-        for sample, result in zip(self.calibrating, self.calibration_whole, strict=False):
+        images: list[ImageParity] = []
+        for sample, wanted in zip(self.calibrating, self.calibration_whole, strict=False):
             grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
-            got = raw_result(engine, sample, grid, self.threads)
-            images.append(parity.compare(result, got, self.spec.contract, f"{sample.name} (it calibrated)"))
+            got = raw_results(engine, sample, grid, self.threads)
+            images += parity.compare_outputs(wanted, got, self.spec, f"{sample.name} (it calibrated)")
         return parity.judge(images, self.budget.of("int8")).reasons
 
     def _same_rows(self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int]) -> Verdict:
@@ -764,14 +772,14 @@ class _Build:
 
         Some builds of some libraries do (silently, for batches above one); it needs no baseline to be seen.
         """
-        alone = engine.run(x)[0][0]
+        alone = [y[0] for y in engine.run(x)]
         reasons: tuple[str, ...] = ()
         for n in sorted({2, *batches} - {1}):
             self.batches_judged.add(n)
-            rows = engine.run(np.repeat(x, n, axis=0))[0]
-            one = parity.compare(alone, rows[0], self.spec.contract, f"a tile in a batch of {n}")
-            reasons += parity.judge([one], self.budget.of(engine.spec.precision)).reasons
-            if any(not np.array_equal(rows[0], row) for row in rows[1:]):
+            rows = engine.run(np.repeat(x, n, axis=0))
+            images = parity.compare_outputs(alone, [y[0] for y in rows], self.spec, f"a tile in a batch of {n}")
+            reasons += parity.judge(images, self.budget.of(engine.spec.precision)).reasons
+            if any(not np.array_equal(y[0], row) for y in rows for row in y[1:]):
                 reasons += (f"identical tiles of one batch of {n} give different answers",)
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .build import BuildReport
     from .contract import Contract
     from .parity import Budget
-    from .predict import RunReport
+    from .pipeline import RunReport
+    from .predict_large import Tables
 
 Progress = Callable[[int, int], None]
 
@@ -184,12 +185,17 @@ def _parser() -> argparse.ArgumentParser:
 
     p = _verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
-    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="PNG, JPEG, BMP, TIFF, npy; folders of them")
+    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="files, Zarr folders, URLs, folders of images")
     p.add_argument(
-        "--out", metavar="PATH", required=True, help="a file (.tif, .png, .npy), or a folder: NAME.tif for every image"
+        "--out",
+        metavar="PATH",
+        required=True,
+        help="file (.tif, .png, .npy), .zarr, or folder: NAME.tif for every image",
     )
     p.add_argument(
-        "--output", choices=("mask", "probability", "raw"), help="default: a mask; the raw values of a regression"
+        "--output",
+        choices=("mask", "probability", "raw", "instances"),
+        help="default: a mask; the raw values of a regression; instances: objects, numbered",
     )
     p.add_argument(
         "--mask-values",
@@ -206,7 +212,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
-    _reading_options(p)
+    _reading_options(p).add_argument(
+        "--level", type=int, metavar="N", help="of pyramids (Zarr, TIFF, slides); default: 0, the finest"
+    )
+    group = p.add_argument_group("where and how often")
+    group.add_argument("--mask", metavar="IMAGE", help="predict only where this image of the same size is not 0")
+    group.add_argument(
+        "--tta", choices=("none", "flip", "d4"), default="none", help="mean over flips: 4 or 8 times the work"
+    )
+    group.add_argument(
+        "--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of the images, in micrometres"
+    )
+    group.add_argument(
+        "--resample", action="store_true", help="bring images to the pixel size of training, results back"
+    )
+    group = p.add_argument_group("large images: a killed run goes on with the same command")
+    group.add_argument(
+        "--memory", type=_memory, metavar="4GB", help="bound on resident memory; default: half of the free"
+    )
+    group.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th block only; the last shard writes --out")
+    group.add_argument("--scheduler", metavar="local:N|tcp://..", help="have Dask workers compute the blocks")
+    group.add_argument("--restart", action="store_true", help="throw away what an interrupted run has left")
+    group = p.add_argument_group("objects (--output instances)")
+    group.add_argument("--min-size", type=int, default=1, metavar="N", help="leave out objects of fewer pixels")
+    group.add_argument("--objects", metavar="CSV", help="table of all objects")
+    group.add_argument("--areas", metavar="CSV", help="table of what each class covers")
+    group.add_argument("--geojson", metavar="JSON", help="outlines as polygons, for slide viewers")
 
     p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
@@ -264,10 +295,11 @@ def _verb(
     return parser
 
 
-def _reading_options(p: argparse.ArgumentParser) -> None:
+def _reading_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = p.add_argument_group("how images are read")
     group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
     group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
+    return group
 
 
 def _training_options(p: argparse.ArgumentParser) -> None:
@@ -335,6 +367,7 @@ def _contract_options(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--classes", metavar="NAME,..", help="names of the classes, in order")
     group.add_argument("--border", choices=("mirror", "edge", "constant"), help="how images go on beyond their edges")
+    group.add_argument("--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of training, in micrometres")
 
 
 def _shape(text: str) -> tuple[int, ...] | None:
@@ -360,6 +393,35 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0,255") from None
+
+
+def _lengths(text: str) -> tuple[float, ...]:
+    try:
+        lengths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or not all(0 < n < float("inf") for n in lengths):
+        raise argparse.ArgumentTypeError(f"{text!r} is not micrometres along the image's axes, such as 0.5,0.5")
+    return lengths
+
+
+def _memory(text: str) -> int:
+    number = text.upper().removesuffix("B").rstrip("KMGT")
+    unit = text.upper().removesuffix("B")[len(number) :]
+    try:
+        size = int(float(number) * 1000 ** ("", "K", "M", "G", "T").index(unit))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 4GB or 800MB") from None
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: some memory is needed")
+    return size
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard such as 0/8 (the first of eight) to 7/8")
+    return int(index), int(count)
 
 
 def _channels(args: argparse.Namespace) -> Any:
@@ -391,6 +453,7 @@ def _contract(args: argparse.Namespace) -> Contract:
         output_is=None if args.output_is == "auto" else args.output_is,
         threshold=threshold,
         classes=tuple(args.classes.split(",")) if args.classes else (),
+        pixel_size_um=args.pixel_size,
     )
     if args.border:
         found = replace(found, border=args.border)
@@ -451,7 +514,9 @@ class _Bar:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=self._name[:30], unit="tile", delay=2, leave=False)
+            # What an earlier run has done is not counted into the speed.
+            self._bar = tqdm(total=total, initial=done, desc=self._name[:30], unit="tile", delay=2, leave=False)
+            self._done = done
         self._bar.update(done - self._done)
         self._done = done
         if done == total:
@@ -495,8 +560,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from .reports import inspect_text
 
     report = inspect(args.model)
-    if not any(output.field for output in report.outputs):
-        check_images(report, report.outputs)
+    check_images(report)
     if args.json:
         _print_json(report.to_json())
     else:
@@ -534,7 +598,8 @@ def _build(args: argparse.Namespace) -> int:
     _clear()
     done = reports[0]
     if done.advice:
-        done = replace(done, advice=_with_samples(args.argv, done.folder))
+        argv = args.argv if done.spec.contract.task else [*args.argv, "--task", "YOUR_TASK"]
+        done = replace(done, advice=_with_samples(argv, done.folder))
     print(build_text(done), file=_out(args))
     for warning in done.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -568,6 +633,7 @@ def _predict(args: argparse.Namespace) -> int:
     reports: list[RunReport] = []
     results: list[dict[str, Any]] = []
     normalization = parse_normalization(args.normalize, None) if args.normalize else None
+    tables = _tables(args, len(images))
     device = None if args.device == "auto" else args.device
     with (
         ExitStack() as folders,
@@ -587,6 +653,7 @@ def _predict(args: argparse.Namespace) -> int:
                     output=args.output,
                     axes=args.axes,
                     channels=_channels(args),
+                    level=args.level,
                     tile=args.tile,
                     batch=args.batch,
                     threads=args.threads,
@@ -594,8 +661,17 @@ def _predict(args: argparse.Namespace) -> int:
                     normalization=normalization,
                     overlay=overlay,
                     overwrite=args.overwrite,
-                    progress=_Bar(image.name),
+                    progress=_Bar(Path(image).name),
                     report=reports.append,
+                    pixel_size_um=args.pixel_size,
+                    resample=args.resample,
+                    tta=args.tta,
+                    region=args.mask,
+                    memory_bytes=args.memory,
+                    shard=args.shard,
+                    scheduler=args.scheduler,
+                    restart=args.restart,
+                    tables=tables,
                 )
             except (ImageError, ContractError) as error:
                 if len(images) == 1:
@@ -619,7 +695,24 @@ def _predict(args: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
-def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
+def _tables(args: argparse.Namespace, images: int) -> Tables | None:
+    """What is wanted of objects; None where nothing is."""
+    from .predict_large import Tables
+
+    paths = {name: getattr(args, name) for name in ("objects", "areas", "geojson") if getattr(args, name)}
+    if not paths and args.min_size == 1:
+        return None
+    if args.output != "instances":
+        raise ContractError("--min-size, --objects, --areas and --geojson are about objects; use --output instances")
+    if paths and images > 1:
+        raise OutputError(f"{images} images do not go into one table; predict them one by one")
+    for path in paths.values():
+        if Path(path).exists() and not args.overwrite:
+            raise OutputError(f"{path} exists; pass --overwrite to replace it, or choose another name")
+    return Tables(args.min_size, **{name: Path(path) for name, path in paths.items()})
+
+
+def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Path]:
     """One output per image: --out itself for one image, files in the folder --out for several."""
     if not args.out:
         raise OutputError("--out is empty; name a file or a folder")
@@ -627,12 +720,13 @@ def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
     suffix = ".tif"
     if out.is_file() and len(images) > 1:
         raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
-    if len(images) == 1 and not out.is_dir() and (out.suffix != "" or out.exists()):
+    zarr = out.suffix.lower() == ".zarr"  # a folder that is one output
+    if len(images) == 1 and (zarr or (not out.is_dir() and (out.suffix != "" or out.exists()))):
         _not_the_image(out, images)
         return [out]
-    if not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy"):
+    if zarr or (not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")):
         raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
-    targets = [out / (image.name.removesuffix(image.suffix).removesuffix(".ome") + suffix) for image in images]
+    targets = [out / (Path(image).stem.removesuffix(".ome") + suffix) for image in images]
     doubles = {t for t in targets if targets.count(t) > 1}
     if doubles:
         raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
@@ -645,9 +739,9 @@ def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
     return targets
 
 
-def _not_the_image(target: Path, images: Sequence[Path]) -> None:
+def _not_the_image(target: Path, images: Sequence[Path | str]) -> None:
     """OutputError where an output would replace one of the images: --overwrite is not meant for them."""
-    if target.exists() and any(target.samefile(image) for image in images):
+    if target.exists() and any(isinstance(image, Path) and target.samefile(image) for image in images):
         raise OutputError(f"{target} is an image to be predicted, which an output never replaces; choose another --out")
 
 

@@ -19,7 +19,7 @@ Border = Literal["mirror", "edge", "constant"]
 
 @dataclass(frozen=True)
 class Normalization:
-    """How raw pixels become the network's input: ``(clip(x, *clip) - offset) / divisor``, per channel.
+    """How raw pixels become the network's input: ``clip((clip(x, *clip) - offset) / divisor, *clip_after)``, per channel.
 
     Attributes:
         method: Where offset and divisor come from.
@@ -32,6 +32,8 @@ class Normalization:
         percentiles: (low, high) in percent.
         mean, std: One number, or one per channel, in units of ``scale``.
         clip: (low, high) in raw grey levels, applied first; None for no clipping.
+        clip_after: (low, high) in the network's units, applied last. Done by clipping raw grey levels where they reach
+            these values, so that all channels have to have the same numbers.
         eps: Added to a measured divisor, so that a flat image does not divide by zero.
     """
 
@@ -43,6 +45,22 @@ class Normalization:
     std: tuple[float, ...] = (1.0,)
     clip: tuple[float, float] | None = None
     eps: float = 1e-6
+    clip_after: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What one more output of a network with several means; fields as those of :class:`Contract`.
+
+    Attributes:
+        name: Of the graph's output.
+    """
+
+    name: str
+    task: Task | None = None
+    output_is: OutputIs | None = None
+    classes: tuple[str, ...] = ()
+    threshold: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,13 +72,15 @@ class Contract:
         channels: Channel names in the network's order; their number is the number of input channels.
         value_range: (lowest, highest) raw pixel seen or expected, in grey levels.
         normalization: How raw pixels become the input.
-        task: What the output means.
+        task: What the output means: the first one that is an image, where there are several. An engine that was built
+            without samples may leave it open: its values are all there is.
         output_is: Whether the output has yet to pass a softmax or sigmoid.
         classes: Class names in channel order.
         threshold: One number in [0, 1], or one per channel, for binary and multilabel tasks.
         pixel_size_um: Pixel size the network was trained at, per spatial axis, in micrometres.
         trained_tile: Tile size in pixels, per spatial axis, that the network was trained with.
         border: How pixels beyond the image are made: ``mirror`` (the paper's, and the default), ``edge`` or ``constant``.
+        heads: What the other outputs mean, where there are several.
     """
 
     axes: str | None = None
@@ -74,6 +94,21 @@ class Contract:
     pixel_size_um: tuple[float, ...] = ()
     trained_tile: tuple[int, ...] = ()
     border: Border | None = None
+    heads: tuple[Head, ...] = ()
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the task makes labels of values; not for a regression, nor while the task is open."""
+        return self.task not in (None, "regression")
+
+    def of_head(self, name: str) -> Contract:
+        """The contract as that of the output ``name`` alone; what no head of that name declares stays as it is."""
+        head = next((h for h in self.heads if h.name == name), None)
+        if head is None:
+            return replace(self, heads=())
+        return replace(
+            self, heads=(), task=head.task, output_is=head.output_is, classes=head.classes, threshold=head.threshold
+        )
 
     def over(self, other: Contract) -> Contract:
         """This contract, with everything it does not declare taken from ``other``."""
@@ -82,7 +117,10 @@ class Contract:
         return replace(other, **given)
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None and value != ()}
+        given = _declared(asdict(self))
+        if self.heads:
+            given["heads"] = [_declared(asdict(head)) for head in self.heads]
+        return given
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Contract:
@@ -106,3 +144,7 @@ class Contract:
         from .contract_io import contract_from_smp
 
         return contract_from_smp(encoder, weights, classes)
+
+
+def _declared(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None and value != ()}

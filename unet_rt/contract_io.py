@@ -19,14 +19,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from .contract import Border, Contract, Method, Normalization, OutputIs, Scope, Task
+from .contract import Border, Contract, Head, Method, Normalization, OutputIs, Scope, Task
 from .errors import ContractError
 from .image import Source
 from .normalize import value_range
@@ -47,7 +47,8 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
 
     Raises:
         ContractError: Anything but ``none | scale=255 | dtype | minmax | percentile=1,99.8 | zscore | imagenet |
-            mean=..;std=..;scale=..``, each with ``;clip=low,high`` and ``;eps=..`` where wanted.
+            mean=..;std=..;scale=..``, each with ``;clip=low,high`` (grey levels), ``;clip_after=low,high`` (of the
+            result) and ``;eps=..`` where wanted.
     """
     words: dict[str, str] = {}
     for part in text.split(";"):
@@ -57,7 +58,7 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
             raise ContractError(f"--normalize {text!r} gives {word} twice; give it once")
         words[word] = value if equals else ""
     heads: list[str] = [w for w in words if w in ("none", "dtype", "minmax", "percentile", "zscore", "imagenet")]
-    known = (*heads, "scale", "mean", "std", "clip", "eps")
+    known = (*heads, "scale", "mean", "std", "clip", "clip_after", "eps")
     for word in words:
         if word not in known:
             choices = ["none", "dtype", "minmax", "percentile", "zscore", "imagenet", "scale", "mean", "std", "clip"]
@@ -83,7 +84,8 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
             mean=_numbers(words["mean"], "mean", text) if "mean" in words else (0.0,),
             std=_numbers(words["std"], "std", text) if "std" in words else (1.0,),
         )
-    result = replace(result, clip=clip)
+    after = _pair(words["clip_after"], "clip_after", text) if "clip_after" in words else None
+    result = replace(result, clip=clip, clip_after=after)
     if "eps" in words:
         result = replace(result, eps=_number(words["eps"], "eps", text))
     if scope is not None:
@@ -104,6 +106,8 @@ def format_normalization(normalization: Normalization) -> str:
         parts = [n.method]
     if n.clip is not None:
         parts.append(f"clip={_text(n.clip)}")
+    if n.clip_after is not None:
+        parts.append(f"clip_after={_text(n.clip_after)}")
     if n.eps != Normalization("none").eps:
         parts.append(f"eps={_text((n.eps,))}")
     return ";".join(parts)
@@ -111,7 +115,7 @@ def format_normalization(normalization: Normalization) -> str:
 
 def check_normalization(n: Normalization) -> Normalization:
     """The same, or ContractError for numbers that make no sense."""
-    numbers = (n.scale, *n.percentiles, *n.mean, *n.std, *(n.clip or ()), n.eps)
+    numbers = (n.scale, *n.percentiles, *n.mean, *n.std, *(n.clip or ()), *(n.clip_after or ()), n.eps)
     if not all(math.isfinite(v) for v in numbers):
         raise ContractError(f"normalisation {format_normalization(n)}: every number must be finite")
     low, high = n.percentiles
@@ -131,6 +135,8 @@ def check_normalization(n: Normalization) -> Normalization:
         )
     if n.clip is not None and not n.clip[0] < n.clip[1]:
         raise ContractError(f"clip {_text(n.clip)} must rise; use e.g. clip=0,4095")
+    if n.clip_after is not None and not n.clip_after[0] < n.clip_after[1]:
+        raise ContractError(f"clip_after {_text(n.clip_after)} must rise; use e.g. clip_after=0,1")
     if n.eps < 0:
         raise ContractError(f"eps {n.eps:g} must not be negative; leave it out")
     return n
@@ -225,14 +231,31 @@ def contract_from_json(data: Mapping[str, Any]) -> Contract:
             values[key] = tuple(int(n) for n in numbers)
         elif key == "normalization":
             values[key] = _normalization_from_json(value)
+        elif key == "heads":
+            values[key] = _heads_from_json(value)
         else:
             values[key] = _word(key, value)
     contract = Contract(**values)
-    if any(not 0 <= t <= 1 for t in contract.threshold):
-        raise ContractError(f"threshold {_text(contract.threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
+    for threshold in (contract.threshold, *(head.threshold for head in contract.heads)):
+        if any(not 0 <= t <= 1 for t in threshold):
+            raise ContractError(f"threshold {_text(threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
     if any(s <= 0 for s in contract.pixel_size_um):
         raise ContractError(f"pixel_size_um {_text(contract.pixel_size_um)} must be above 0")
     return contract
+
+
+def _heads_from_json(value: Any) -> tuple[Head, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, Mapping) and isinstance(v.get("name"), str) for v in value):
+        raise ContractError(f"heads {value!r} must be a list of objects, each with the name of an output of the graph")
+    heads = []
+    for entry in value:
+        _check_keys(entry, [f.name for f in fields(Head)], f"head {entry['name']!r}")
+        said = contract_from_json({key: item for key, item in entry.items() if key != "name"})
+        heads.append(Head(entry["name"], said.task, said.output_is, said.classes, said.threshold))
+    names = [head.name for head in heads]
+    if len(set(names)) < len(names):
+        raise ContractError(f"heads {', '.join(names)}: one is named twice; declare each output once")
+    return tuple(heads)
 
 
 def _check_keys(data: Mapping[str, Any], known: Sequence[str], what: str) -> None:
@@ -291,7 +314,7 @@ def _normalization_from_json(value: Any) -> Normalization:
             values[key] = _scope(item)
         elif key in ("scale", "eps"):
             values[key] = _floats(key, item, 1)[0]
-        elif key in ("percentiles", "clip"):
+        elif key in ("percentiles", "clip", "clip_after"):
             values[key] = None if item is None else _floats(key, item, 2)
         elif key in ("mean", "std"):
             values[key] = _floats(key, item)
@@ -410,6 +433,10 @@ _POSITIVE = ("Relu", "Softplus", "Exp", "Abs", "Sqrt")
 TOLERANCE = 1e-3  # on probabilities and their sum: FP16 graphs round to 5e-4
 
 
+class AmbiguousTaskError(ContractError):
+    """An output can be read in two ways, which the message names."""
+
+
 def resolve_task(
     contract: Contract,
     channels: int,
@@ -445,7 +472,8 @@ def resolve_task(
         sample: Raw outputs (N, K, *spatial), or their (lowest, highest) value; None where nothing was run.
 
     Raises:
-        ContractError: Two readings are possible (both are named), or what is declared contradicts the network.
+        AmbiguousTaskError: Two readings are possible; both are named.
+        ContractError: What is declared contradicts the network.
     """
     if final_op in ("ArgMax", "ArgMin"):
         raise ContractError(
@@ -481,6 +509,55 @@ def resolve_task(
     return replace(contract, task=task, output_is=output_is, threshold=threshold)
 
 
+def resolve_heads(
+    contract: Contract,
+    outputs: Sequence[tuple[str, int, str]],
+    samples: Sequence[Array | None],
+    *,
+    left_open: Callable[[str], None] | None = None,
+) -> Contract:
+    """:func:`resolve_task` for every output of a network: the first is the contract's own, the others are its heads.
+
+    Of the others, what is declared holds; a last operator that tells (Sigmoid, Softmax) is believed; the rest are the
+    values of a regression, since nobody may ever ask for them, and an error about them would keep the first one from use.
+
+    Args:
+        contract: As declared. A head of the first output's name declares that one.
+        outputs: (name, channels, last operator) of every output.
+        samples: Its raw values, as for :func:`resolve_task`.
+        left_open: Receives the two readings of the first output where there are two, and its task stays open; None: that
+            is an error.
+
+    Raises:
+        ContractError: As for :func:`resolve_task`; a head that no output has the name of.
+    """
+    names = [name for name, _, _ in outputs]
+    unknown = [head.name for head in contract.heads if head.name not in names]
+    if unknown:
+        raise ContractError(f"the contract declares a head {unknown[0]!r}; the outputs are {', '.join(names)}")
+    resolved, heads = contract, list[Head]()
+    for k, ((name, channels, final_op), sample) in enumerate(zip(outputs, samples, strict=True)):
+        said = contract.of_head(name)
+        if k == 0:
+            said = replace(contract, heads=()).over(said)
+        elif all(head.name != name for head in contract.heads):
+            tells = final_op in (*_SIGMOID, "Softmax", "LogSoftmax") and (final_op != "Softmax" or channels > 1)
+            said = replace(said, task=None if tells else "regression", output_is=None, classes=(), threshold=())
+        try:
+            found = resolve_task(said, channels, final_op, sample)
+        except ContractError as error:
+            text = f"output {name}: {error}" if len(names) > 1 else str(error)
+            if k or left_open is None or not isinstance(error, AmbiguousTaskError):
+                raise type(error)(text) from error
+            left_open(text)
+            found = said
+        if k:
+            heads.append(Head(name, found.task, found.output_is, found.classes, found.threshold))
+        else:
+            resolved = found
+    return replace(resolved, heads=tuple(heads))
+
+
 def _task(contract: Contract, channels: int, final_op: str, sample: Array | tuple[float, float] | None) -> Task:
     said, many = contract.output_is, channels > 1
     if said == "values":
@@ -495,7 +572,7 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
     if not many:
         if final_op in _POSITIVE:
             return "regression"
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output has one channel, its last operator is {final_op}{range_text}: it can be the logit of a "
             "binary mask "
             "or the value of a regression; say which with --task binary or --task regression"
@@ -508,7 +585,7 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
             return "multiclass"
         if said == "probabilities" and sums is False:
             return "multilabel"
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output has {channels} channels in 0 to 1{'' if sums is None else ' that do not add up to one'}, its "
             "last "
             f"operator is {final_op}: it can be multi-label probabilities or the values of a regression; say which "
@@ -516,13 +593,13 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
             "--task multilabel or --task regression"
         )
     if said == "probabilities":
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output is declared probabilities, has {channels} channels, its last operator is "
             f"{final_op}{range_text}: "
             "it can be multi-class or multi-label; say which with --task multiclass or --task multilabel"
         )
     if final_op in _POSITIVE:
-        raise ContractError(
+        raise AmbiguousTaskError(
             f"the output has {channels} channels, its last operator is {final_op}{range_text}: it can be multi-class "
             "logits "
             "or the values of a regression; say which with --task multiclass or --task regression"

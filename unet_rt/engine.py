@@ -129,13 +129,35 @@ class EngineSpec:
     def free_size(self) -> bool:
         return all(s.fixed is None for s in self.sizes)
 
+    def contract_of(self, output: int) -> Contract:
+        """The contract as that of one output."""
+        return self.contract.of_head(self.outputs[output].name)
+
+    def head(self, name: str | None) -> int:
+        """Number of the output called ``name``; None: the first.
+
+        Raises:
+            ContractError: The engine has no such output.
+        """
+        names = [output.name for output in self.outputs]
+        if name is not None and name not in names:
+            raise ContractError(f"the engine has no output {name!r}; its outputs are {', '.join(names)}")
+        return 0 if name is None else names.index(name)
+
     def used_outputs(self) -> tuple[OutputField, ...]:
         """The outputs with the halo in use."""
         if self.halo_limit is None:
             return self.outputs
         return tuple(with_halo(o, self.halo_limit) for o in self.outputs)
 
-    def grid(self, image: Sequence[int], tile: Sequence[int] | None = None, max_px: int | None = None) -> TileGrid:
+    def grid(
+        self,
+        image: Sequence[int],
+        tile: Sequence[int] | None = None,
+        max_px: int | None = None,
+        *,
+        aligned: bool = False,
+    ) -> TileGrid:
         """The tiles for an image of spatial shape ``image``.
 
         Args:
@@ -144,6 +166,7 @@ class EngineSpec:
                 area of the built tile) that computes least for this image; the built tile where the halo is not exact,
                 unless ``max_px`` forbids it, and where the network cannot be tiled exactly.
             max_px: Bound on the tile's pixels.
+            aligned: Tiles that are placed own equal stretches, for results that are written in blocks.
 
         Raises:
             TileError: A tile that the graph does not accept, keeps nothing, or that would change the answer (networks
@@ -166,8 +189,8 @@ class EngineSpec:
         if tile is None and self.halo_limit is not None and bound >= prod(self.tile):
             tile = self.tile  # narrower ones would have more seams than the halo was judged on
         elif tile is None:
-            tile = choose_tile(image, self.sizes, outputs, bound)
-        return tile_grid(image, tile, self.sizes, outputs)
+            tile = choose_tile(image, self.sizes, outputs, bound, aligned=aligned)
+        return tile_grid(image, tile, self.sizes, outputs, aligned=aligned)
 
     def canvas_shape(self, image: Sequence[int]) -> tuple[int, ...]:
         """Size in pixels of the canvas that whole-image inference runs on."""

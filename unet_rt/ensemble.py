@@ -22,10 +22,10 @@ from .contract_io import contract_to_metadata, resolve_task
 from .engine import sha256
 from .errors import ContractError, GraphError
 from .model import Model, baseline_engine, square_tile, untiled_spec
+from .onnx_file import LARGEST
 from .samples import synthetic, tile_of
 
 MEMBERS_KEY = "ensemble.members"  # metadata: JSON list of name and SHA-256 of every member
-LARGEST_FILE = 2**31 - 1  # bytes that one protobuf message holds
 SOFTMAX_OPSET = 13  # before it, Softmax flattens the axes behind its own
 LOOK_PX = 256 * 256  # tile area on which a member is run to tell logits from probabilities
 
@@ -52,10 +52,10 @@ def merge(members: Sequence[Model], path: Path) -> None:
     for member, proto in zip(members[1:], protos[1:], strict=True):
         _check_opsets(members[0], protos[0], member, proto)
     size = sum(member.graph.stat().st_size for member in members)
-    if size > LARGEST_FILE:
+    if size > LARGEST:
         raise GraphError(
-            f"{len(members)} networks of {size / 1e9:.2f} GB together pass the 2.15 GB that one ONNX file holds; "
-            "build fewer of them as one engine"
+            f"{len(members)} networks of {size / 1e9:.2f} GB together pass the {LARGEST / 1e9:.2f} GB that "
+            "one ONNX file holds; build fewer of them as one engine"
         )
     contract = contracts[0]
     merged = _merged(members, protos, contract)

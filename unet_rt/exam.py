@@ -14,7 +14,6 @@ from . import machine, parity
 from .errors import EngineError, ParityError
 
 if TYPE_CHECKING:
-    from .contract import Contract
     from .engine import Engine, EngineFolder
 
 log = logging.getLogger("unet_rt")
@@ -98,11 +97,11 @@ def sit(engine: Engine, exam: Mapping[str, Array]) -> parity.Verdict:
         if folder is not None and folder.parity is not None
         else parity.Budget()
     )
-    contract: Contract = engine.spec.contract
-    results = []
+    results: list[parity.ImageParity] = []
     for k, tile in enumerate(exam["input"]):
-        outputs = engine.run(tile[None])
-        results.append(parity.compare(exam["output_0"][k], outputs[0][0], contract, f"exam tile {k}"))
+        outputs = [y[0] for y in engine.run(tile[None])]
+        wanted = [exam[f"output_{n}"][k] for n in range(len(outputs))]
+        results += parity.compare_outputs(wanted, outputs, engine.spec, f"exam tile {k}")
     return parity.judge(results, budget.of(engine.spec.precision))
 
 

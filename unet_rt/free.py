@@ -169,7 +169,12 @@ def _differs_in_space(
             compared += a.size
             if why := _unequal(a, b):
                 return f"at {canvas} px output '{output.name}' {why}"
-    return "" if compared else f"a tile of {tile} px has no core to compare"
+    if compared:
+        return ""
+    return (
+        f"its halo leaves nothing of {'x'.join(map(str, tile))} px that could prove other sizes to be the same network; "
+        "export it with free sizes (dynamic axes)"
+    )
 
 
 def _window(letters: str, names: str, origin: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import onnx
 from unet_rt.errors import GraphError
 from unet_rt.field import AxisField, OutputField, Pair, TileSizes
 from unet_rt.line import Line, input_line
-from unet_rt.onnx_file import Graph, Node, Value, load_model, read_graph
+from unet_rt.onnx_file import Graph, Node, Value, load_model, read_graph, restricted
 from unet_rt.passes.free_crops import free_crops
 from unet_rt.propagate import Axis, Tensor, Walk, plain, sole_line, tracked, value_of, walk
 from unet_rt.shapes import ELEMENT_BYTES
@@ -55,7 +55,7 @@ class GraphReport:
     Attributes:
         inputs: Inputs as declared; the spatial axes of all of them are one pixel grid.
         outputs: One field per output.
-        sizes: Tile sizes that the graph accepts, per spatial axis.
+        sizes: Tile sizes that the graph accepts for the outputs that are images, per spatial axis.
         batch: Fixed batch size, None where it is free.
         parameters: Number of trained weights.
         flops_per_pixel: Twice the multiply-accumulates per pixel of the first output, for a large tile without halo.
@@ -80,9 +80,14 @@ class GraphReport:
     _analysis: Analysis = field(repr=False, compare=False)
 
     @property
+    def images(self) -> tuple[OutputField, ...]:
+        """The outputs that are images: they follow every spatial axis of the input."""
+        return tuple(output for output in self.outputs if len(output.field) == len(self.sizes))
+
+    @property
     def exact(self) -> bool:
-        """Whether every output is exact."""
-        return all(output.exact for output in self.outputs)
+        """Whether every output that is an image is exact; without such an output nothing is."""
+        return bool(self.images) and all(output.exact for output in self.images)
 
     def activation_bytes(self, tile: Sequence[int], batch: int = 1) -> int:
         """Most bytes of tensors alive at once (dtypes as in the graph; weights not counted).
@@ -144,8 +149,9 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
     else:
         proto, folder = load_model(model), Path(model).resolve().parent
     analysis, _ = analyse_model(proto, folder)
-    graph = analysis.graph
+    graph = analysis.given
     outputs = analysis.outputs
+    fields = {output.name: output for output in (*outputs, *analysis.others)}
     sizes = analysis.sizes
     first = next((o for o in outputs if o.field), None)
     scale = math.prod((float(a.scale) for a in first.field), start=1.0) if first else 1.0
@@ -155,7 +161,7 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
     )
     return GraphReport(
         inputs,
-        outputs,
+        tuple(fields[value.name] for value in graph.outputs),
         sizes,
         analysis.batch,
         count_parameters(graph),
@@ -169,12 +175,12 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
     )
 
 
-def check_images(report: GraphReport, outputs: Sequence[OutputField]) -> None:
-    """GraphError where one of these outputs does not follow every spatial axis of the input."""
-    for output in outputs:
-        if len(output.field) != len(report.sizes):
-            why = "; ".join(output.reasons) or "it has other axes than the input"
-            raise GraphError(f"output {output.name} is not an image ({why}); export a network from images to images")
+def check_images(report: GraphReport) -> None:
+    """GraphError where no output follows every spatial axis of the input."""
+    if not report.images:
+        output = report.outputs[0]
+        why = "; ".join(output.reasons) or "it has other axes than the input"
+        raise GraphError(f"output {output.name} is not an image ({why}); export a network from images to images")
 
 
 # ------------------------------------------------------------------------------------------------------------ analysis
@@ -184,9 +190,11 @@ def check_images(report: GraphReport, outputs: Sequence[OutputField]) -> None:
 class Analysis:
     """Everything that the walks tell.
 
+    ``given`` is the whole graph, ``graph`` that of ``outputs``: those that are images, where any are; ``others`` are not.
     ``letters`` are the axes of each input, ``channels`` its channel count, ``declared`` the spatial sizes in the file.
     """
 
+    given: Graph
     graph: Graph
     letters: Mapping[str, str]
     channels: Mapping[str, int]
@@ -198,6 +206,7 @@ class Analysis:
     freed: tuple[str, ...]
     reasons_fixed: tuple[str, ...]
     global_pools: frozenset[str]
+    others: tuple[OutputField, ...] = ()
 
     def walk(self, sizes: Sequence[int], batch: int = 1) -> Walk:
         given = _input_axes(self.graph, self.letters, self.channels, tuple(sizes), batch)
@@ -223,7 +232,20 @@ def analyse_model(
 
 
 def analyse(graph: Graph) -> Analysis:
-    """Find stride, accepted sizes and fields of a graph."""
+    """Find stride, accepted sizes and fields of a graph.
+
+    Outputs that are no images (a class, a few numbers) have no say in which sizes the others accept.
+    """
+    found = _analyse(graph)
+    spatial = len(found.declared)
+    images = [value for value, o in zip(graph.outputs, found.outputs, strict=True) if len(o.field) == spatial]
+    if not images or len(images) == len(graph.outputs):
+        return found
+    others = tuple(o for o in found.outputs if len(o.field) != spatial)
+    return replace(_analyse(restricted(graph, images)), given=graph, others=others)
+
+
+def _analyse(graph: Graph) -> Analysis:
     letters, channels = {}, {}
     for value in graph.inputs:
         letters[value.name], channels[value.name] = _layout(graph, value)
@@ -255,6 +277,7 @@ def analyse(graph: Graph) -> Analysis:
         one = sizes[k]
         sizes = (*sizes[:k], TileSizes(one.stride, size % one.stride, size, size), *sizes[k + 1 :])
     return Analysis(
+        graph,
         graph,
         letters,
         channels,

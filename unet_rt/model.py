@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .graph import GraphReport
 
 BASELINES = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
+LABEL_OPS = (  # last operators whose results are decisions already
+    "ArgMax", "ArgMin", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Xor", "Not",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Model:
         contract: Options over contract file over the model's metadata; task and thresholds not yet resolved.
         freed: What was made free.
         fixed: Why something could not be.
+        left_out: Outputs of the file that ``graph`` does not have, each with the reason, in a sentence.
         members: Names of the networks that are averaged, where there are several.
     """
 
@@ -46,6 +50,7 @@ class Model:
     contract: Contract
     freed: tuple[str, ...]
     fixed: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
 
     @property
@@ -94,7 +99,13 @@ def open_models(
     merged = work / "ensemble.onnx"
     merge(members, merged)
     # Its metadata hold what options and contract say of the members.
-    return replace(open_model(merged, work), members=tuple(member.given.name for member in members))
+    opened = open_model(merged, work)
+    others = members[0].report.outputs[1:]
+    left_out = (
+        *members[0].left_out,
+        *(f"output {o.name} is left out: folds are averaged in the first" for o in others),
+    )
+    return replace(opened, left_out=left_out, members=tuple(member.given.name for member in members))
 
 
 def open_model(path: str | Path, work: Path, *, options: Contract | None = None, contract: Path | None = None) -> Model:
@@ -111,10 +122,10 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     """
     import onnx
 
-    from . import contract_io
+    from . import contract_io, onnx_file
     from .free import free_spatial
     from .graph import check_images, inspect
-    from .onnx_file import load_model
+    from .passes.outputs import keep_outputs
 
     given = Path(path)
     declared = Contract()
@@ -122,8 +133,14 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         declared, given = contract_io.contract_from_rdf(
             given, _folder(work / "package"), normalization=options.normalization if options else None
         )
-    proto = load_model(given)
+    proto = onnx_file.load_model(given)
     if _keeps_weights_beside(proto):
+        size = onnx_file.stored_bytes(proto)
+        if size > onnx_file.LARGEST:
+            raise GraphError(
+                f"{given} has {size:,} bytes of graph and weights, and an engine keeps them in one file, which holds "
+                f"{onnx_file.LARGEST:,}; it can be inspected but not built: take a smaller network"
+            )
         try:
             onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -138,20 +155,53 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         declared = contract_io.contract_from_file(contract).over(declared)
     if options is not None:
         declared = options.over(declared)
-    runner = _runner()
-    freed_proto, fixed = free_spatial(proto, runner)
+    as_given = inspect(proto)
+    check_images(as_given)
+    left_out = _left_out(as_given)
+    if left_out:
+        keep_outputs(proto, {output.name for output in as_given.outputs} - set(left_out))
+    freed_proto, fixed = free_spatial(proto, _runner())
     graph = work / "graph.onnx"
     onnx.save_model(freed_proto, str(graph))
-    report = inspect(graph)
-    check_images(report, report.outputs)
-    before, after = inspect(proto).inputs[0], report.inputs[0]
+    report = _of_its_size(inspect(graph), fixed)
+    before, after = as_given.inputs[0], report.inputs[0]
     freed = tuple(
         f"{axis} ({was} px)" if axis != "N" else f"batch ({was})"
         for axis, was, now in zip(before.axes, before.shape, after.shape, strict=True)
         if was is not None and now is None
     )
     declared = replace(declared, axes=report.inputs[0].axes, border=declared.border or "mirror")
-    return Model(given, graph, report, declared, freed, fixed)
+    return Model(given, graph, report, declared, freed, fixed, tuple(left_out.values()))
+
+
+def _of_its_size(report: GraphReport, fixed: tuple[str, ...]) -> GraphReport:
+    """The report of a graph whose sizes stay as declared: the analysis took them for free, and no proof bore it out."""
+    image = next(i for i in report.inputs if any(axis in "ZYX" for axis in i.axes))
+    declared = [n for axis, n in zip(image.axes, image.shape, strict=True) if axis in "ZYX"]
+    taken = [n is not None and s.fixed is None for n, s in zip(declared, report.sizes, strict=True)]
+    if not any(taken):
+        return report
+    sizes = tuple(replace(s, fixed=n) for n, s in zip(declared, report.sizes, strict=True))
+    return replace(
+        report,
+        sizes=sizes,
+        outputs=tuple(replace(o, exact=False, reasons=(*o.reasons, fixed[0])) for o in report.outputs),
+    )
+
+
+def _left_out(report: GraphReport) -> dict[str, str]:
+    """Outputs that are not predicted, and why: those that are no images, and labels beside what they were taken from."""
+    names = {output.name for output in report.images}
+    labels = {o.name for o, final in zip(report.outputs, report.final_ops, strict=True) if final in LABEL_OPS} & names
+    if labels == names:
+        labels = set()  # there is nothing else: the task is where it is refused
+    why = {output.name: "; ".join(output.reasons) or "it has other axes" for output in report.outputs}
+    return {
+        output.name: f"output {output.name} is left out: "
+        + ("it holds labels, not values" if output.name in labels else f"it is no image ({why[output.name]})")
+        for output in report.outputs
+        if output.name in labels or output.name not in names
+    }
 
 
 def _folder(path: Path) -> Path:
@@ -249,7 +299,8 @@ def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, b
         TileError: No tile is declared anywhere, or the graph does not accept it.
     """
     fixed = tuple(s.fixed for s in spec.sizes if s.fixed is not None)
-    chosen = tuple(tile or spec.contract.trained_tile or (fixed if len(fixed) == len(spec.sizes) else ()))
+    only = fixed if len(fixed) == len(spec.sizes) else ()  # a graph of one size has no other tile, whatever is declared
+    chosen = tuple(tile or only or spec.contract.trained_tile)
     if not chosen:
         raise TileError(
             f"{given.name} cannot be tiled exactly ({spec.outputs[0].reasons[0]}), so the tile size changes its answer; "
@@ -259,7 +310,8 @@ def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, b
         raise TileError(f"tile {'x'.join(map(str, chosen))} needs {spec.spatial} numbers, one per spatial axis")
     for t, s in zip(chosen, spec.sizes, strict=True):
         if not s.accepts(t):
-            raise TileError(f"tile {t} px is not accepted by the graph; use {s.at_most(t)} or {s.at_least(t)}")
+            near = " or ".join(map(str, sorted({s.at_most(t), s.at_least(t)})))
+            raise TileError(f"tile {t} px is not accepted by the graph; use {near}")
     covered = [covered_px(t, [o.field[k] for o in spec.outputs]) for k, t in enumerate(chosen)]
     overlap = tuple(max(t // 2, t - n) for t, n in zip(chosen, covered, strict=True))
     return replace(spec, tile=chosen, overlap=overlap, blend=blend)

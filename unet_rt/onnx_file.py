@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import onnx.shape_inference
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
 from unet_rt.errors import GraphError
-from unet_rt.shapes import MAX_ELEMENTS, Array
+from unet_rt.shapes import ELEMENT_BYTES, MAX_ELEMENTS, Array
 
 # What people hand over by mistake, by its first bytes.
 _FOREIGN = (
@@ -32,6 +32,7 @@ _FOREIGN = (
     (b"MM\x00*", "a TIFF image"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself (git lfs pull)"),
 )
+LARGEST = 2**31 - 1  # bytes of a protobuf message
 _EXPORT = "give the .onnx file of the network (torch.onnx.export writes one)"
 
 
@@ -134,6 +135,11 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         raise GraphError(f"{path} cannot be read: {error}; check its permissions") from error
     if not head:
         raise GraphError(f"{path} is empty (0 bytes); {_EXPORT}")
+    if path.stat().st_size > LARGEST:
+        raise GraphError(
+            f"{path} has {path.stat().st_size:,} bytes, and one ONNX file holds {LARGEST:,}; it cannot be whole: export "
+            "the network with its weights beside the graph (external data)"
+        )
     for magic, what in _FOREIGN:
         if head.startswith(magic):
             raise GraphError(f"{path} is {what}, not an ONNX graph; {_EXPORT}")
@@ -150,6 +156,13 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     if not model.HasField("graph") or not model.graph.output:
         raise GraphError(f"{path} holds no graph with outputs; it is damaged or another format: {_EXPORT}")
     return model
+
+
+def stored_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the model in one file, with the weights that lie beside it."""
+    beside = (t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
+    weights = (int(np.prod(t.dims, dtype=np.int64)) * ELEMENT_BYTES.get(t.data_type, 1) for t in beside)
+    return int(model.ByteSize()) + int(sum(weights))
 
 
 def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None) -> Graph:
@@ -184,6 +197,25 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
             raise GraphError(f"nothing in the graph produces its output {value.name!r}; it is damaged: export it again")
     metadata = {p.key: p.value for p in model.metadata_props}
     return Graph(ordered, inputs, outputs, constants, opsets.get("", opsets.get("ai.onnx", 1)), opsets, metadata, place)
+
+
+def needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
+    """Positions of the nodes that these outputs depend on."""
+    producers = {name: k for k, node in enumerate(nodes) for name in node.output if name}
+    found: set[int] = set()
+    waiting = list(outputs)
+    while waiting:
+        k = producers.get(waiting.pop())
+        if k is not None and k not in found:
+            found.add(k)
+            waiting.extend(_uses(nodes[k]))
+    return found
+
+
+def restricted(graph: Graph, outputs: Sequence[Value]) -> Graph:
+    """``graph`` with these outputs alone, and the nodes that they depend on."""
+    kept = needed([node.proto for node in graph.nodes], (value.name for value in outputs))
+    return replace(graph, nodes=tuple(graph.nodes[k] for k in sorted(kept)), outputs=tuple(outputs))
 
 
 def subgraph_nodes(proto: onnx.GraphProto, known: set[str]) -> tuple[Node, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ import numpy.typing as npt
 from .contract import Contract
 from .errors import ContractError
 from .stitch import decide
+
+if TYPE_CHECKING:
+    from .engine import EngineSpec
 
 Array = npt.NDArray[Any]
 
@@ -65,8 +68,9 @@ class ImageParity:
 
     Attributes:
         name: Of the image.
+        head: The network's output, where it has several, else "".
         pixels: Samples compared (per channel).
-        label_change: Share of pixels whose label differs (in any channel, for multilabel); None for regression.
+        label_change: Share of pixels whose label differs (in any channel, for multilabel); None where there are none.
         dice: Per class name, of the classes present in either mask.
         class_px: Per class name, pixels in the baseline's mask.
         max_abs, mean_abs: Error of the network's own values.
@@ -81,6 +85,17 @@ class ImageParity:
     max_abs: float
     mean_abs: float
     relative: float
+    head: str = ""
+
+    @property
+    def changed(self) -> float:
+        """What an image is judged by first: labels changed, or the error where there are none."""
+        return self.relative if self.label_change is None else self.label_change
+
+    @property
+    def title(self) -> str:
+        """Image and output, for messages."""
+        return f"{self.name}, output {self.head}" if self.head else self.name
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +118,17 @@ def dice(a: Array, b: Array) -> float:
     return 1.0 if total == 0 else 2.0 * int(np.count_nonzero(a & b)) / total
 
 
+def compare_outputs(
+    baseline: Sequence[Array], candidate: Sequence[Array], spec: EngineSpec, name: str
+) -> list[ImageParity]:
+    """Compares every output (K, *spatial) of one image, each by what the contract says that it means."""
+    several = len(spec.outputs) > 1
+    return [
+        replace(compare(a, b, spec.contract_of(k), name), head=spec.outputs[k].name if several else "")
+        for k, (a, b) in enumerate(zip(baseline, candidate, strict=True))
+    ]
+
+
 def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "") -> ImageParity:
     """Compares the network's own values (K, *spatial) of one image."""
     if baseline.shape != candidate.shape:
@@ -115,7 +141,7 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
     low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 0.0)
     relative = float(error.max() / (high - low)) if high > low else float("inf" if error.max() else 0.0)
     change, scores, counts = None, dict[str, float](), dict[str, int]()
-    if contract.task != "regression":
+    if contract.has_labels:
         a, b = labels(baseline, contract), labels(candidate, contract)
         change = float(np.count_nonzero((a != b).any(axis=0)) / a[0].size)
         for (key, left), (_, right) in zip(
@@ -179,7 +205,7 @@ class Verdict:
 
 
 def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
-    """Holds the worst image against the budget."""
+    """Holds the worst image (of every output, where a network has several) against the budget."""
     if not images:
         raise ContractError("no image to judge parity on; pass --images or --samples")
     reasons = []
@@ -188,17 +214,18 @@ def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
     worst_dice = None
     broken = next((i for i in images if not np.isfinite(i.max_abs)), None)
     if broken is not None:
-        reasons.append(f"{broken.name}: NaN, or infinite values that are not the baseline's")
-    if not changes:
-        if worst_relative.relative > budget.error:
+        reasons.append(f"{broken.title}: NaN, or infinite values that are not the baseline's")
+    values = [i for i in images if i.label_change is None]
+    if values:
+        worst = max(values, key=lambda i: i.relative)
+        if worst.relative > budget.error:
             reasons.append(
-                f"{worst_relative.name}: largest error {worst_relative.relative:.2e} of the output's range, "
-                f"budget {budget.error:.2e}"
+                f"{worst.title}: largest error {worst.relative:.2e} of the output's range, budget {budget.error:.2e}"
             )
-    else:
+    if changes:
         worst = max((i for i in images if i.label_change is not None), key=lambda i: i.label_change or 0.0)
         if (worst.label_change or 0.0) > budget.labels:
-            reasons.append(f"{worst.name}: {worst.label_change:.3%} of labels change, budget {budget.labels:.3%}")
+            reasons.append(f"{worst.title}: {worst.label_change:.3%} of labels change, budget {budget.labels:.3%}")
         judged = [
             (score, key, image)
             for image in images
@@ -208,7 +235,7 @@ def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
         if judged:
             worst_dice, key, image = min(judged, key=lambda entry: entry[0])
             if worst_dice < budget.dice:
-                reasons.append(f"{image.name}: Dice {worst_dice:.4f} of class {key}, budget {budget.dice}")
+                reasons.append(f"{image.title}: Dice {worst_dice:.4f} of class {key}, budget {budget.dice}")
     return Verdict(
         not reasons,
         tuple(reasons),

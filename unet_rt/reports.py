@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .build import BuildReport
     from .graph import GraphReport
-    from .predict import RunReport
+    from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
 
@@ -58,6 +58,7 @@ def inspect_text(report: GraphReport) -> str:
         lines.append(f"tiles   {letter}: {rule}")
     lines += [f"        made free: {what}" for what in report.freed]
     lines += [f"        stays fixed: {why}" for why in report.reasons_fixed]
+    images = report.images
     for o, final in zip(report.outputs, report.final_ops, strict=True):
         lines.append(f"output  {o.name}: {o.axes}, {_count(o.channels, 'channel')}, last operator {final}")
         rows: list[tuple[str, ...]] = [("axis", "stride", "reach", "halo", "shrink", "scale")]
@@ -66,15 +67,16 @@ def inspect_text(report: GraphReport) -> str:
             rows.append((letter, str(f.stride), *pairs, str(f.scale)))
         if o.field:
             lines.append(_table(rows))
-        lines.append(
-            "  exact: tiles equal the whole image" if o.exact else "  NOT exact: the tile size changes the answer"
-        )
+        if o not in images:
+            lines.append("  no image: left out by build")
+        else:
+            lines.append(
+                "  exact: tiles equal the whole image" if o.exact else "  NOT exact: the tile size changes the answer"
+            )
         lines += [f"    {reason}" for reason in o.reasons]
         if o.note:
             lines.append(f"    {o.note}")
-    exact = all(o.exact for o in report.outputs)
-    if not any(o.field for o in report.outputs):
-        return "\n".join(lines)
+    exact = report.exact
     lines.append(
         "cost of exactness (computed over kept pixels of inner square tiles)" if exact else "memory of square tiles"
     )
@@ -111,11 +113,13 @@ def build_text(report: BuildReport) -> str:
     spec = report.spec
     contract = spec.contract
     normalization = contract.normalization.method if contract.normalization else "not declared"
-    classes = f", classes {', '.join(contract.classes)}" if contract.classes else ""
-    lines = [
-        f"input   {contract.axes}, {_count(spec.channels, 'channel')}, normalisation {normalization}",
-        f"output  {_count(spec.outputs[0].channels, 'channel')}: {contract.task}, {contract.output_is or 'values'}{classes}",
-    ]
+    lines = [f"input   {contract.axes}, {_count(spec.channels, 'channel')}, normalisation {normalization}"]
+    for k, o in enumerate(spec.outputs):
+        said = spec.contract_of(k)
+        classes = f", classes {', '.join(said.classes)}" if said.classes else ""
+        name = f"{o.name}: " if len(spec.outputs) > 1 else ""
+        reading = f"{said.task or 'task left open'}, {said.output_is or 'values'}{classes}"
+        lines.append(f"output  {name}{_count(o.channels, 'channel')}: {reading}")
     first = report.first
     low, high = first["input_range"]
     text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, "
@@ -125,7 +129,7 @@ def build_text(report: BuildReport) -> str:
     if "output_range" in first:
         text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
     lines += [text, ""]
-    judged = "largest error" if contract.task == "regression" else "labels changed"
+    judged = "labels changed" if contract.has_labels else "largest error"
     rows: list[tuple[str, ...]] = [
         ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", judged, "lowest Dice", "")
     ]
@@ -212,7 +216,8 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
 def verify_text(report: VerifyReport) -> str:
     """What verify measured."""
     v = report.verdict
-    on = "its exam" if report.kind == "exam" else _count(len(v.images), "window")
+    heads = len({image.head for image in v.images})
+    on = "its exam" if report.kind == "exam" else _count(len(v.images) // max(1, heads), "window")
     lines = [f"{report.engine} on {on}: {'inside' if report.accepted else 'OUTSIDE'} the budget"]
     if v.label_change is not None:
         dice = (

@@ -19,7 +19,7 @@ from .engine import Engine, EngineSpec
 from .errors import ImageError
 from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
-from .predict import run
+from .pipeline import Work, run
 from .stitch import Decision
 from .tiles import TileGrid
 
@@ -241,15 +241,20 @@ def tile_of(
     return out
 
 
+def raw_results(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0) -> list[Array]:
+    """:func:`raw_result` of every output; the engine runs anew for each, by the way that predictions go."""
+    return [raw_result(engine, sample, grid, threads, output) for output in range(len(engine.spec.outputs))]
+
+
 def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
     """The network's own values (K, *spatial), float32, of a sample."""
     channels = engine.spec.outputs[output].channels
     result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)
 
-    def keep(plane: int, start: int, band: Array) -> None:
+    def keep(work: Work, start: int, band: Array) -> None:
         result[:, start : start + band.shape[1]] = band
 
     decision = Decision("copy", channels, np.dtype(np.float32))
     with sample.source(engine.spec.contract) as source:
-        run(engine, source, grid, decision, keep, sample.affines, output=output, threads=threads)
+        run(engine, source, [Work(0, grid)], decision, keep, sample.affines, output=output, threads=threads)
     return result

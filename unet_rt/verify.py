@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import exam, parity, pictures
+from .contract import Contract
 from .engine import Engine, EngineSpec, load
 from .errors import EngineError, GraphError, ImageError, OutputError
 from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
-from .samples import Sample, draw, raw_result, sample_images
+from .samples import Sample, draw, raw_results, sample_images
 
 Array = npt.NDArray[Any]
 
@@ -43,8 +44,8 @@ class VerifyReport:
         budget: What was allowed.
         seams: Largest difference of the engine tiled to the same engine on the whole canvas: what tiling alone does;
             None where not measured (exam; networks that cannot be tiled exactly).
-        growth: Largest label change between the canvas and the bare image, for networks that run on any size: what
-            growing the image to an accepted size does, apart from tiling; None where it does not apply.
+        growth: Largest label change of the first output between the canvas and the bare image, for networks that run on
+            any size: what growing the image to an accepted size does, apart from tiling; None where it does not apply.
         truth: Agreement with labels, where they were given.
         picture: The worst tile, where something differed.
     """
@@ -165,12 +166,16 @@ def verify(
 
 def _check_baseline(model: Model, spec: EngineSpec, path: Path) -> None:
     """GraphError where a baseline takes or returns other channels than the engine."""
-    theirs, ours = (model.channels, model.report.outputs[0].channels), (spec.channels, spec.outputs[0].channels)
-    if theirs != ours or model.spatial != spec.spatial:
+    theirs, ours = [[o.channels for o in outputs] for outputs in (model.report.outputs, spec.outputs)]
+    if (theirs, model.channels, model.spatial) != (ours, spec.channels, spec.spatial):
         raise GraphError(
-            f"{path}: a network of {model.spatial} spatial axes from {theirs[0]} to {theirs[1]} channel(s), the engine one "
-            f"of {spec.spatial} from {ours[0]} to {ours[1]}; compare with a graph of the same network"
+            f"{path}: a network of {model.spatial} spatial axes from {model.channels} to {_and(theirs)} channel(s), the "
+            f"engine one of {spec.spatial} from {spec.channels} to {_and(ours)}; compare with a graph of the same network"
         )
+
+
+def _and(counts: Sequence[int]) -> str:
+    return " and ".join(map(str, counts))
 
 
 def _judged(verdict: Verdict, budget: Budget) -> Verdict:
@@ -192,35 +197,35 @@ def _verify_images(
 ) -> VerifyReport:
     spec = engine.spec
     whole_possible = spec.exact and spec.free_size
-    found, seams, growth, truths = [], [], [], []
-    worst: tuple[float, Sample, Array, Array] | None = None
+    found, seams = list[ImageParity](), list[ImageParity]()
+    growth, truths = [], []
+    worst: tuple[float, Sample, Array, Array, Contract] | None = None
     for k, sample in enumerate(samples):
         say(f"{k + 1}/{len(samples)}: {sample.name}")
         small = spec.grid(sample.shape, tile or seam_tile(spec, sample.shape))
         grid = whole_grid(spec, sample.shape) if whole_possible else small
-        wanted = raw_result(reference, sample, grid, threads)
-        got = raw_result(engine, sample, small, threads)
-        one = parity.compare(wanted, got, spec.contract, sample.name)
-        found.append(one)
+        wanted = raw_results(reference, sample, grid, threads)
+        got = raw_results(engine, sample, small, threads)
+        here = parity.compare_outputs(wanted, got, spec, sample.name)
+        found += here
         if whole_possible:
-            untiled = raw_result(engine, sample, grid, threads)
-            seams.append(parity.compare(untiled, got, spec.contract, sample.name))
+            untiled = raw_results(engine, sample, grid, threads)
+            seams += parity.compare_outputs(untiled, got, spec, sample.name)
             bare = _bare(reference, model, sample)
-            if bare is not None and bare.shape == wanted.shape:
-                grown = parity.compare(bare, wanted, spec.contract, sample.name)
-                growth.append(grown.relative if grown.label_change is None else grown.label_change)
-        badness = one.relative if one.label_change is None else one.label_change
-        if worst is None or badness > worst[0]:
-            worst = (badness, sample, wanted, got)
+            if bare is not None and bare.shape == wanted[0].shape:
+                growth.append(parity.compare(bare, wanted[0], spec.contract_of(0), sample.name).changed)
+        for output, one in enumerate(here):
+            if worst is None or one.changed > worst[0]:
+                worst = (one.changed, sample, wanted[output], got[output], spec.contract_of(output))
         if labels is not None:
-            truths.append(_truth(sample, labels, wanted, got, spec))
+            truths.append(_truth(sample, labels, wanted[0], got[0], spec))
     drawn = None
     verdict = parity.judge(found, budget)
     if verdict.accepted and not picture_always:
         picture = None
     if picture is not None and worst is not None and worst[0] > 0 and spec.spatial == 2:
         try:
-            drawn = _draw_worst(worst[1], worst[2], worst[3], spec, picture)
+            drawn = _draw_worst(*worst[1:], picture)
         except OutputError:
             if picture_always:
                 raise
@@ -257,7 +262,7 @@ def _bare(reference: Engine, model: Model, sample: Sample) -> Array | None:
 
 
 def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, spec: EngineSpec) -> Truth:
-    if spec.contract.task == "regression":
+    if not spec.contract.has_labels:
         raise ImageError("labels are for segmentation; a regression is compared with --images only")
     truth = _label_of(sample, labels)
     window = tuple(slice(a, a + n) for a, n in zip(sample.start, sample.shape, strict=True))
@@ -285,7 +290,6 @@ def _iou(a: Array, b: Array) -> float:
 
 
 def _label_of(sample: Sample, labels: Any) -> Array:
-    from .contract import Contract
     from .image import open_image
 
     if sample.path is None:
@@ -305,14 +309,14 @@ def _label_of(sample: Sample, labels: Any) -> Array:
         return label
 
 
-def _draw_worst(sample: Sample, wanted: Array, got: Array, spec: EngineSpec, path: Path) -> Path:
-    if spec.contract.task == "regression":
+def _draw_worst(sample: Sample, wanted: Array, got: Array, contract: Contract, path: Path) -> Path:
+    if not contract.has_labels:
         error = np.abs(got[0] - wanted[0])
         a = b = np.zeros(error.shape, np.uint8)
         y, x = (int(v) for v in np.unravel_index(int(error.argmax()), error.shape))
         diff = np.repeat((error / max(float(error.max()), 1e-12) * 255).astype(np.uint8)[..., None], 3, axis=2)
     else:
-        a, b = parity.labels(wanted, spec.contract)[0], parity.labels(got, spec.contract)[0]
+        a, b = parity.labels(wanted, contract)[0], parity.labels(got, contract)[0]
         diff = pictures.difference(a, b)
         counts = (a != b).astype(np.int64)
         side = 64
@@ -327,7 +331,7 @@ def _draw_worst(sample: Sample, wanted: Array, got: Array, spec: EngineSpec, pat
     if image.shape[:2] != a.shape:
         image = np.zeros((*a.shape, 3), np.uint8)
     panels = [("image", image[rows, columns])]
-    if spec.contract.task != "regression":
+    if contract.has_labels:
         panels += [
             ("FP32, whole image", pictures.overlay(image, a)[rows, columns]),
             ("engine, tiled", pictures.overlay(image, b)[rows, columns]),

@@ -1,0 +1,455 @@
+"""Results made in blocks equal those made at once, bit for bit, however often they were interrupted and by whom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+import unet_rt as urt
+from unet_rt import predict_large, stage
+from unet_rt.blocks import plan_blocks
+from unet_rt.contract import Contract
+from unet_rt.durable import Disk
+from unet_rt.image import open_image
+from unet_rt.resample import needed, resample, resampled_shape
+from unet_rt.stitch import decide
+from unet_rt.synthetic import microscopy
+
+pytestmark = pytest.mark.onnxruntime
+
+TILE = (192, 192)
+
+
+@pytest.fixture(scope="module")
+def engine(engine_folder):
+    """With its exact halo: results do not depend on where tiles lie."""
+    with urt.load(engine_folder) as loaded:
+        loaded.spec = replace(loaded.spec, halo="exact", halo_limit=None)
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def image():
+    return microscopy((430, 530), seed=71).image
+
+
+@pytest.fixture(scope="module")
+def whole(engine, image):
+    return urt.predict(engine, image, tile=TILE)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of two tiles, so that small images have many."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
+
+
+@pytest.fixture
+def stored(image, tmp_path):
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, image, tile=(256, 256), photometric="minisblack")
+    return path
+
+
+def read_zarr(path: Path) -> np.ndarray:
+    import zarr
+
+    return np.asarray(zarr.open_group(path, mode="r")["0"])
+
+
+def test_zarr_output_is_the_whole_result(engine, stored, whole, small_blocks, tmp_path):
+    reports: list[urt.RunReport] = []
+    out = urt.predict(engine, stored, out=tmp_path / "mask.zarr", tile=TILE, report=reports.append)
+    np.testing.assert_array_equal(read_zarr(out), whole)
+    shares = [float((whole == k).mean()) for k in range(2)]
+    assert list(reports[0].class_share.values()) == pytest.approx(shares)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif", "mask.zarr"]
+    with pytest.raises(urt.OutputError, match="--overwrite"):
+        urt.predict(engine, stored, out=out)
+    urt.predict(engine, stored, out=out, overwrite=True, output="probability", tile=TILE)
+    np.testing.assert_array_equal(read_zarr(out), urt.predict(engine, stored, output="probability", tile=TILE))
+
+
+def test_blocks_lie_on_chunks_and_share_no_tile(engine, image, small_blocks):
+    spec = engine.spec
+    decision = decide(spec.contract, 2, "mask")
+    plan = plan_blocks(spec, (5000, 7000), 3, decision, pixel_bytes=2, memory_bytes=2**30, tile=TILE)
+    assert len(plan) == 3 * np.prod(plan.shape)
+    written = np.zeros((3, 5000, 7000), np.uint8)
+    for number in range(len(plan)):
+        block = plan.block(number)
+        assert block.number == number
+        written[block.plane][tuple(map(slice, block.start, block.stop))] += 1
+        for start, stop, chunk, n in zip(block.start, block.stop, plan.chunk, plan.image, strict=True):
+            assert start % chunk == 0
+            assert stop % chunk == 0 or stop == n
+    assert (written == 1).all()
+    assert sum(map(plan.tiles, range(len(plan)))) == 3 * plan.grid.count
+
+
+def test_less_memory_means_smaller_tiles_and_then_an_error(engine):
+    spec = engine.spec
+    decision = decide(spec.contract, 2, "mask")
+
+    def tile_px(memory: int) -> int:
+        plan = plan_blocks(spec, (60_000, 50_000), 1, decision, pixel_bytes=2, memory_bytes=memory)
+        return int(np.prod(plan.grid.tile))
+
+    sizes = [tile_px(m * 10**6) for m in (8, 60, 4000)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    with pytest.raises(urt.ContractError, match="--memory"):
+        tile_px(10**5)
+
+
+def test_shards_make_the_output_together(engine, stored, whole, small_blocks, tmp_path):
+    out = tmp_path / "mask.tif"
+    notes: list[str] = []
+    for k in (2, 0, 1):
+        assert not out.exists()
+        urt.predict(engine, stored, out=out, tile=TILE, shard=(k, 3), report=lambda r: notes.extend(r.notes))
+    np.testing.assert_array_equal(tifffile.imread(out), whole)
+    assert len([n for n in notes if "left to other shards" in n]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif", "mask.tif"]
+
+
+def interrupted(engine, stored, out, after=2, **options):
+    """Runs until ``after`` blocks are kept."""
+    put, kept = stage.Stage.put, []
+
+    def failing(self, *args):
+        if len(kept) == after:
+            raise KeyboardInterrupt
+        put(self, *args)
+        kept.append(args[1].number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.Stage, "put", failing)
+        with pytest.raises(KeyboardInterrupt):
+            urt.predict(engine, stored, out=out, tile=TILE, **options)
+    return kept
+
+
+@pytest.mark.parametrize("name", ["mask.zarr", "mask.tif", "mask.npy"])
+def test_an_interrupted_run_goes_on(engine, stored, whole, small_blocks, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("unet_rt.blocks.LARGE_PX", 1)
+    out = tmp_path / name
+    kept = interrupted(engine, stored, out)
+    assert not out.exists()
+    told: list[tuple[int, int]] = []
+    reports: list[urt.RunReport] = []
+    urt.predict(engine, stored, out=out, tile=TILE, report=reports.append, progress=lambda *n: told.append(n))
+    found = read_zarr(out) if name.endswith("zarr") else tifffile.imread(out) if name.endswith("tif") else np.load(out)
+    np.testing.assert_array_equal(found, whole)
+    assert f"{len(kept)} of " in " ".join(reports[0].notes)
+    assert told[0][0] > 0, "what was done before counts"
+    assert told[-1][0] == told[-1][1]
+    assert list(reports[0].class_share.values()) == pytest.approx([float((whole == k).mean()) for k in range(2)])
+
+
+def test_another_engine_image_or_option_is_refused(engine, stored, small_blocks, tmp_path, image):
+    out = tmp_path / "mask.zarr"
+    interrupted(engine, stored, out)
+    with pytest.raises(urt.OutputError, match="another output"):
+        urt.predict(engine, stored, out=out, tile=TILE, output="probability")
+    with pytest.raises(urt.OutputError, match="another tile"):
+        urt.predict(engine, stored, out=out)
+    with pytest.raises(urt.OutputError, match="another engine"):
+        urt.predict(engine, stored, out=out, tile=TILE, tta="flip", output="mask")
+    tifffile.imwrite(stored, image[::-1], photometric="minisblack")
+    with pytest.raises(urt.OutputError, match="another image"):
+        urt.predict(engine, stored, out=out, tile=TILE)
+    with pytest.raises(urt.OutputError, match="--restart"):
+        urt.predict(engine, stored, out=out, tile=TILE)
+    urt.predict(engine, stored, out=out, tile=TILE, restart=True)
+    np.testing.assert_array_equal(read_zarr(out), urt.predict(engine, image[::-1], tile=TILE))
+
+
+def test_a_full_disk_keeps_what_is_finished(engine, stored, whole, small_blocks, tmp_path, monkeypatch):
+    out = tmp_path / "mask.zarr"
+    sync, left = Disk.sync_tree, [3]
+
+    def full(self, files, root):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device", str(root))
+        sync(self, files, root)
+
+    monkeypatch.setattr(Disk, "sync_tree", full)
+    with pytest.raises(urt.OutputError, match=r"No space left.*same command again"):
+        urt.predict(engine, stored, out=out, tile=TILE)
+    assert not out.exists()
+    monkeypatch.setattr(Disk, "sync_tree", sync)
+    reports: list[urt.RunReport] = []
+    urt.predict(engine, stored, out=out, tile=TILE, report=reports.append)
+    assert any("blocks were there from an earlier run" in note for note in reports[0].notes)
+    np.testing.assert_array_equal(read_zarr(out), whole)
+
+
+class LossyDisk(Disk):
+    """Remembers what was synced; :meth:`power_loss` throws everything else away."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, bytes] = {}  # content at the last sync, under the name it has now
+        self.names: dict[Path, set[str]] = {}  # what a folder held at its last sync
+
+    def sync_file(self, path: Path) -> None:
+        super().sync_file(path)
+        self.files[path] = path.read_bytes()
+
+    def sync_folder(self, path: Path) -> None:
+        super().sync_folder(path)
+        self.names[path] = {p.name for p in path.iterdir()}
+
+    def replace(self, old: Path, new: Path) -> None:
+        super().replace(old, new)
+        for known in (self.files, self.names):
+            for path in [p for p in known if p == old or old in p.parents]:
+                known[new / path.relative_to(old)] = known.pop(path)
+
+    def power_loss(self, folder: Path) -> None:
+        for path in sorted(folder.rglob("*"), key=lambda p: -len(p.parts)):
+            named = path.name in self.names.get(path.parent, set())
+            if path.is_file():
+                if not named:
+                    path.unlink()
+                elif path not in self.files:
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # half of it was on the disk
+                else:
+                    path.write_bytes(self.files[path])
+            elif not named and not any(path.iterdir()):
+                path.rmdir()
+
+
+@pytest.mark.parametrize("name", ["mask.zarr", "mask.npy"])
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_power_cut_loses_no_finished_block(engine, stored, whole, small_blocks, tmp_path, monkeypatch, name, after):
+    """Unsynced data are gone or half there, unsynced names are gone; marks that are left stand for whole blocks."""
+    out, disk = tmp_path / name, LossyDisk()
+    monkeypatch.setattr("unet_rt.blocks.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.stage.Disk", lambda: disk)
+    monkeypatch.setattr("unet_rt.output_zarr.Disk", lambda: disk)
+    kept = interrupted(engine, stored, out, after)
+    folder = stage.stage_folder(out)
+    marks = {int(p.name) for p in (folder / "done").iterdir() if p.name.isdecimal()}
+    disk.names.setdefault(tmp_path, {folder.name})
+    disk.power_loss(folder)
+    assert {int(p.name) for p in (folder / "done").iterdir() if p.name.isdecimal()} == marks == set(kept)
+    urt.predict(engine, stored, out=out, tile=TILE)
+    np.testing.assert_array_equal(read_zarr(out) if name.endswith("zarr") else np.load(out), whole)
+
+
+def test_a_lossy_disk_is_noticed_where_nothing_is_synced(engine, stored, small_blocks, tmp_path, monkeypatch):
+    """The double can fail: without syncing, finished blocks do not outlive a power cut."""
+    out, disk = tmp_path / "mask.npy", LossyDisk()
+    monkeypatch.setattr("unet_rt.blocks.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.stage.Disk", lambda: disk)
+    monkeypatch.setattr(LossyDisk, "sync_tree", lambda *_: None)
+    interrupted(engine, stored, out)
+    folder = stage.stage_folder(out)
+    before = [p.stat().st_size for p in sorted((folder / "data").iterdir())]
+    disk.power_loss(folder)
+    assert before
+    assert before != [p.stat().st_size for p in sorted((folder / "data").glob("*"))]
+
+
+def test_two_processes_are_not_at_one_output(engine, stored, small_blocks, tmp_path):
+    out = tmp_path / "mask.zarr"
+    interrupted(engine, stored, out)
+    lock = stage.Stage(stage.stage_folder(out), {}, Disk()).shard(0, 1)
+    with lock, pytest.raises(urt.OutputError, match="another process"):
+        urt.predict(engine, stored, out=out, tile=TILE)
+    urt.predict(engine, stored, out=out, tile=TILE)
+
+
+KILLED = """
+import dataclasses, sys, unet_rt as urt, unet_rt.blocks
+unet_rt.blocks.TILES, unet_rt.blocks.LARGE_PX = 1, 1
+with urt.load(sys.argv[1]) as engine:
+    engine.spec = dataclasses.replace(engine.spec, halo="exact", halo_limit=None)
+    print("ready", flush=True)
+    urt.predict(engine, sys.argv[2], out=sys.argv[3], tile=(192, 192), threads=1)
+"""
+
+
+@pytest.mark.parametrize("name", ["mask.zarr", "mask.tif"])
+def test_kill_9_at_random_moments(engine_folder, stored, whole, tmp_path, name):
+    """More of the same is in ``benchmarks/kill.py``."""
+    out = tmp_path / name
+    rng, kills = np.random.default_rng(5), 0
+    command = [sys.executable, "-c", KILLED, str(engine_folder), str(stored), str(out)]
+    while kills < 2:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(float(rng.uniform(0.02, 0.5)))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert subprocess.run(command, check=False, capture_output=True).returncode in (0, 1) or out.exists()
+    found = read_zarr(out) if name.endswith("zarr") else tifffile.imread(out)
+    np.testing.assert_array_equal(found, whole)
+
+
+# --- regions and gaps ------------------------------------------------------------------------------------------------
+
+
+def test_a_region_is_all_that_is_run(engine, stored, whole, small_blocks, tmp_path):
+    region = np.zeros(whole.shape, np.uint8)
+    region[10:60, 30:70] = 1
+    region[300:320, 400:530] = 255
+    path = tmp_path / "region.png"
+    Image.fromarray(region).save(path)
+    reports: list[urt.RunReport] = []
+    mask = urt.predict(engine, stored, tile=TILE, region=path, report=reports.append)
+    np.testing.assert_array_equal(mask, np.where(region, whole, 0))
+    assert reports[0].tiles < 6
+    assert sum(reports[0].class_share.values()) == pytest.approx(1)
+    inside = urt.predict(engine, stored, tile=TILE, region=path, output="probability")
+    assert np.isnan(inside[:, region == 0]).all()
+    everywhere = urt.predict(engine, stored, tile=TILE, output="probability")
+    np.testing.assert_array_equal(inside[:, region > 0], everywhere[:, region > 0])
+    Image.fromarray(region[:-1]).save(path)
+    with pytest.raises(urt.ContractError, match="429x530"):
+        urt.predict(engine, stored, tile=TILE, region=path)
+
+
+def test_pixels_without_data_count_for_nothing(engine, image, small_blocks, tmp_path):
+    """Not in statistics, not in results; what lies beside them sees a grey that is normalised to 0."""
+    gaps = np.zeros(image.shape, bool)
+    gaps[:, 350:] = True
+    gaps[100:140, 60:90] = True
+    path = tmp_path / "map.tif"
+    pixels = np.where(gaps, 0, np.maximum(image, 1))
+    tifffile.imwrite(path, pixels, photometric="minisblack", extratags=[(42113, "s", 0, "0", True)])
+    reports: list[urt.RunReport] = []
+    mask = urt.predict(engine, path, tile=TILE, report=reports.append)
+    np.testing.assert_array_equal(mask == 255, gaps)
+    valid = pixels[~gaps]
+    assert engine.spec.contract.normalization.method == "percentile"
+    low, high = np.percentile(valid, engine.spec.contract.normalization.percentiles)
+    filled = np.where(gaps, np.uint16(np.rint(low)), pixels)
+    declared = replace(
+        engine.spec.contract.normalization, method="fixed", mean=(low,), std=(high - low + 1e-6,), scale=1.0
+    )
+    spec = engine.spec
+    try:
+        engine.spec = replace(spec, contract=replace(spec.contract, normalization=declared))
+        expected = urt.predict(engine, filled, tile=TILE)
+    finally:
+        engine.spec = spec
+    np.testing.assert_array_equal(mask[~gaps], expected[~gaps])
+    assert 0 < expected[~gaps].mean() < 0.6
+    assert reports[0].class_share["nucleus"] == pytest.approx((mask == 1).sum() / (mask != 255).sum())
+    out = urt.predict(engine, path, out=tmp_path / "mask.tif", tile=TILE)
+    np.testing.assert_array_equal(tifffile.imread(out), mask)
+    ids = urt.predict(engine, path, tile=TILE, output="instances")
+    np.testing.assert_array_equal(ids > 0, mask == 1)
+
+
+# --- resampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 100), (100, 61), (57, 190), (300, 20), (5, 1)])
+def test_windows_are_resampled_as_the_whole(n, m):
+    line = np.random.default_rng(2).normal(size=(2, n, 40)).astype(np.float32)
+    whole = resample(line, (0, 0), (0, 0), (m, 40), (n, 40), (m, 40))
+    for start in range(0, m, 7):
+        stop = min(start + 7, m)
+        low, high = needed(start, stop, n, m)
+        part = resample(line[:, low:high], (low, 0), (start, 0), (stop, 40), (n, 40), (m, 40))
+        np.testing.assert_array_equal(part, whole[:, start:stop])
+
+
+def test_resampling_is_pillow_s_bilinear_filter():
+    picture = microscopy((211, 190), seed=3).image.astype(np.float32)
+    for shape in [(105, 300), (211, 77), (500, 190)]:
+        ours = resample(picture[None], (0, 0), (0, 0), shape, picture.shape, shape)[0]
+        theirs = np.asarray(Image.fromarray(picture).resize(shape[::-1], Image.Resampling.BILINEAR))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # both sum float32; theirs along x first
+
+
+def test_an_image_of_other_pixels_is_resampled_block_by_block(
+    engine, image, whole, small_blocks, tmp_path, monkeypatch
+):
+    """Twice the pixels of half the size: nearly the mask of the image itself, the same in blocks and at once."""
+    contract = replace(engine.spec.contract, pixel_size_um=(0.5, 0.5))
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, contract=contract))
+    shape = tuple(2 * n for n in image.shape)
+    fine = np.rint(resample(image[None], (0, 0), (0, 0), shape, image.shape, shape)[0]).astype(np.uint16)
+    options = {"pixel_size_um": (0.25, 0.25), "resample": True, "tile": TILE}
+    at_once = urt.predict(engine, fine, **options)
+    expected = whole.repeat(2, axis=0).repeat(2, axis=1)
+    assert (at_once != expected).mean() < 0.01
+    monkeypatch.setattr("unet_rt.blocks.CHUNK", 128)
+    path = tmp_path / "fine.npy"
+    np.save(path, fine)
+    out = urt.predict(engine, path, out=tmp_path / "mask.zarr", **options)
+    np.testing.assert_array_equal(read_zarr(out), at_once)
+    with pytest.raises(urt.ContractError, match="--pixel-size"):
+        urt.predict(engine, fine, resample=True)
+    notes: list[str] = []
+    urt.predict(engine, image, pixel_size_um=(0.4, 0.5), report=lambda r: notes.extend(r.notes))
+    assert any("--resample" in note for note in notes)
+    assert resampled_shape((100, 3), (0.2, 0.2), (0.5, 20.0)) == (40, 1)
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------
+
+
+def test_instances_are_numbered_across_blocks(engine, stored, whole, small_blocks, tmp_path):
+    from skimage.measure import label, regionprops
+
+    expected = label(whole, connectivity=2)
+    out = tmp_path / "ids.zarr"
+    tables = predict_large.Tables(
+        objects=tmp_path / "objects.csv", areas=tmp_path / "areas.csv", geojson=tmp_path / "objects.geojson"
+    )
+    urt.predict(engine, stored, out=out, tile=TILE, output="instances", tables=tables)
+    np.testing.assert_array_equal(read_zarr(out), expected)
+    lines = (tmp_path / "objects.csv").read_text().splitlines()
+    assert len(lines) == 1 + expected.max()
+    sizes = [r.area for r in regionprops(expected)]
+    features = json.loads((tmp_path / "objects.geojson").read_text())["features"]
+    assert [f["properties"]["measurements"]["area px"] for f in features] == sizes
+    assert [int(line.split(",")[3]) for line in lines[1:]] == sizes
+    few = urt.predict(engine, stored, output="instances", tile=TILE, tables=predict_large.Tables(min_size=60))
+    assert few.max() == sum(s >= 60 for s in sizes)
+    urt.predict(engine, stored, out=tmp_path / "ids.tif", tile=TILE, output="instances")
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "ids.tif"), expected)
+    with pytest.raises(urt.ContractError, match="--mask-values"):
+        urt.predict(engine, stored, output="instances", mask_values=(0, 255))
+
+
+def test_a_stack_is_predicted_plane_by_plane(engine, small_blocks, tmp_path):
+    stack = np.stack([microscopy((300, 410), seed=s).image for s in range(3)])
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, stack, metadata={"axes": "ZYX"}, imagej=True)
+    out = urt.predict(engine, path, out=tmp_path / "mask.zarr", tile=TILE, axes="ZYX")
+    expected = urt.predict(engine, stack, tile=TILE, axes="ZYX")
+    np.testing.assert_array_equal(read_zarr(out), expected)
+    with open_image(out, Contract(), spatial=2) as again:
+        assert again.shape == (300, 410)
+
+
+def test_run_json_says_what_is_computed(engine, stored, small_blocks, tmp_path):
+    out = tmp_path / "mask.zarr"
+    interrupted(engine, stored, out)
+    run = json.loads((stage.stage_folder(out) / "run.json").read_text())
+    assert {"identity", "plan", "numbers"} <= set(run)
+    (stage.stage_folder(out) / "run.json").write_text("{}")
+    with pytest.raises(urt.OutputError, match="--restart"):
+        urt.predict(engine, stored, out=out, tile=TILE)
+    shutil.rmtree(stage.stage_folder(out))

@@ -1,0 +1,193 @@
+"""Blocks of one result on several processes or machines, by Dask (dask.distributed).
+
+Workers open engine, image and stage by their paths, once each, so all of them need the same file system. What is sent is the
+numbers of a few blocks; a block is finished when its mark lies in the stage, so a worker may be lost at any time (Dask runs
+its share again elsewhere), and so may the client: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from .engine import Engine, load
+from .errors import BackendError, ContractError
+from .image import Source, open_image
+from .pipeline import Progress, RunReport
+from .predict_blocks import Prepared, run_blocks
+from .predict_large import Request, begun, open_store
+from .stage import Stage, Store
+from .tta import Augmented, Tta
+
+PER_WORKER = 8  # shares of the blocks per worker: the last ones to finish wait for at most an eighth of their work
+RETRIES = 5  # of a share whose worker was lost
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know: paths and plain values.
+
+    Attributes:
+        engine: The engine folder.
+        image: Path or URL of the image.
+        reading: ``axes``, ``channels`` and ``level`` as given by the user.
+        asked: What is asked for; threads are those of one worker.
+        out: The output, beside which the stage lies.
+        tta: Test-time augmentation.
+        accept_unverified: As for :func:`unet_rt.load`.
+    """
+
+    engine: str
+    image: str
+    reading: tuple[str | None, Any, int | None]
+    asked: Request
+    out: str
+    tta: Tta = "none"
+    accept_unverified: bool = False
+
+
+def missing() -> BackendError:
+    return BackendError("dask.distributed is missing, which --scheduler needs; pip install 'unet-rt[dask]'")
+
+
+def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], progress: Progress | None) -> RunReport:
+    """Has workers compute blocks; returns when all of them have their marks.
+
+    Args:
+        scheduler: ``local:N`` starts N processes here, which share the threads; ``tcp://host:port`` names a scheduler.
+        job: What workers need to know.
+        made: The result, for its plan.
+        numbers: Of the blocks that are missing.
+        progress: Called with (tiles done, tiles in all) of these blocks.
+
+    Raises:
+        BackendError: Dask is missing, the scheduler cannot be reached or has no worker, or a block failed on one.
+    """
+    try:
+        from distributed import Client, as_completed
+    except ImportError as error:
+        raise missing() from error
+    tiles = {n: made.plan.tiles(n) for n in numbers}
+    done, total = 0, sum(tiles.values())
+    reports: list[RunReport] = []
+    with contextlib.ExitStack() as exits:
+        client, workers = _client(scheduler, exits, Client)
+        size = max(1, -(-len(numbers) // (PER_WORKER * workers)))
+        shares = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
+        if progress is not None:
+            progress(0, total)
+        futures = client.map(partial(work, job), shares, retries=RETRIES, pure=False)
+        for _, (share, report) in as_completed(futures, with_results=True, raise_errors=True):  # type: ignore[no-untyped-call]
+            reports.append(report)
+            done += sum(tiles[n] for n in share)
+            if progress is not None:
+                progress(done, total)
+    return _merged(reports)
+
+
+def _client(scheduler: str, exits: contextlib.ExitStack, client: Any) -> tuple[Any, int]:
+    """A client and the number of workers."""
+    count = processes(scheduler)
+    if scheduler.startswith("local:"):
+        from distributed import LocalCluster
+
+        # Dask's own bound would stop workers at a share of the machine's memory; theirs is in the plan.
+        options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "memory_limit": 0}
+        cluster = exits.enter_context(LocalCluster(n_workers=count, **options))  # type: ignore[no-untyped-call]
+        return exits.enter_context(client(cluster)), count
+    try:
+        connected = exits.enter_context(client(scheduler, timeout=10))
+    except OSError as error:
+        raise BackendError(
+            f"--scheduler {scheduler} does not answer ({error}); start dask scheduler, or use local:N"
+        ) from error
+    workers = len(connected.scheduler_info()["workers"])
+    if not workers:
+        raise BackendError(
+            f"--scheduler {scheduler} has no workers; start some with: dask worker {scheduler} --nthreads 1"
+        )
+    return connected, workers
+
+
+# --- on workers -----------------------------------------------------------------------------------------------------
+
+
+def work(job: Job, numbers: Sequence[int]) -> tuple[list[int], RunReport]:
+    """Computes blocks on a worker, those that have no mark yet; returns all of them."""
+    stage, store, made = _opened(job)
+    there = stage.finished()
+    report = run_blocks(made, [n for n in numbers if n not in there], partial(stage.put, store))
+    return list(numbers), report
+
+
+@cache
+def _opened(job: Job) -> tuple[Stage, Store, Prepared]:
+    """Engine, image and stage, opened once per process and result; they live as long as the worker."""
+    engine: Engine = load(
+        job.engine,
+        device=_device(job.engine),
+        threads=job.asked.threads or None,
+        accept_unverified=job.accept_unverified,
+    )
+    if job.tta != "none":
+        engine = Augmented(engine, job.tta)
+    spec = engine.spec
+    axes, channels, level = job.reading
+    source: Source = open_image(
+        job.image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels,
+        level=level,
+    )  # fmt: skip
+    stage, made = begun(engine, source, job.asked, Path(job.out))
+    return stage, open_store(stage, made, Path(job.out)), made
+
+
+def _device(engine: str) -> str | None:
+    """The GPU of this worker, where the engine runs on one and there are several: by the worker's name or number."""
+    from .engine import read_folder
+
+    if not read_folder(engine).spec.device.startswith("cuda"):
+        return None
+    from distributed import get_worker
+
+    from . import machine
+
+    count = len(machine.cuda().devices)
+    name = str(get_worker().name)
+    digits = "".join(c for c in name if c.isdecimal())
+    return f"cuda:{int(digits) % count}" if digits and count else None
+
+
+def _merged(reports: Sequence[RunReport]) -> RunReport:
+    """One report of what all workers did; stages are seconds of all of them together."""
+    if not reports:
+        raise BackendError("no worker computed anything")
+    first = reports[0]
+    stages = {name: round(sum(r.stages.get(name, 0.0) for r in reports), 4) for name in first.stages}
+    return replace(
+        first,
+        tiles=sum(r.tiles for r in reports),
+        mpx=sum(r.mpx for r in reports),
+        stages=stages,
+        peak_rss_bytes=max(r.peak_rss_bytes for r in reports),
+        notes=list(dict.fromkeys(note for r in reports for note in r.notes)),
+    )
+
+
+def processes(scheduler: str) -> int:
+    """N of ``local:N``, 1 for a scheduler elsewhere.
+
+    Raises:
+        ContractError: ``scheduler`` is neither.
+    """
+    if scheduler.startswith("local:"):
+        count = scheduler.removeprefix("local:")
+        if not count.isdecimal() or not int(count):
+            raise ContractError(f"--scheduler {scheduler}: give the number of processes, e.g. local:2")
+        return int(count)
+    if "://" not in scheduler:
+        raise ContractError(f"--scheduler {scheduler} is neither local:N nor an address such as tcp://host:8786")
+    return 1

@@ -1,0 +1,527 @@
+"""Results that take blocks: kept in a stage beside the output or in memory, shared by shards, then made into the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import machine, objects, outlines
+from .blocks import Block, plan_blocks, plan_of
+from .contract import Contract, Normalization
+from .durable import Disk, locked
+from .engine import Engine
+from .errors import ContractError, OutputError
+from .image import Source, open_image
+from .normalize import Affine, Affines, OnePlane, affine
+from .output import Output, Shape, check_output, nodata_value, open_output, size_of
+from .output_zarr import ZarrOutput
+from .parity import class_name
+from .pictures import OverlayCollector
+from .pipeline import Progress, RunReport, Spans, Tally, class_share
+from .predict_blocks import Prepared, Resampled, run_blocks
+from .resample import resampled_shape
+from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage
+from .stitch import Decision, decide
+
+Array = npt.NDArray[Any]
+
+Compute = Callable[[Prepared, Sequence[int], Progress], RunReport]
+
+FREE_SHARE = 0.5  # of the memory that is free, where no bound is given
+WINDOW_PX = 4096  # side of the windows in which objects are sought, about
+BAND_BYTES = 2**26  # of a result at a time, where an output is made from blocks
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What is wanted of objects beside their image.
+
+    Attributes:
+        min_size: Objects of fewer pixels (voxels) are left out.
+        objects: CSV of all objects.
+        areas: CSV of what each class covers.
+        geojson: Outlines as GeoJSON polygons, for slide viewers; 2-D images of one plane.
+    """
+
+    min_size: int = 1
+    objects: Path | None = None
+    areas: Path | None = None
+    geojson: Path | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for beyond an engine and an image, in types that JSON and other processes know.
+
+    Attributes:
+        output: ``mask``, ``probability``, ``raw`` or ``instances``.
+        mask_values, tile, batch, threads: As for :func:`unet_rt.predict.predict`.
+        normalization: In use: the contract's or the user's.
+        pixel_size_um: Of the image; empty where not known.
+        resample: Bring the image to the pixel size of the contract.
+        region: Path of an image: predictions are wanted where it is not 0.
+        memory_bytes: What all may take beside the loaded engine; None: a share of what is free.
+        shard: (index, count): this process computes every count-th block.
+        processes: How many share this machine's memory and threads.
+    """
+
+    output: str
+    normalization: Normalization
+    mask_values: tuple[int, ...] = ()
+    tile: tuple[int, ...] | None = None
+    batch: int = 1
+    threads: int = 0
+    pixel_size_um: tuple[float, ...] = ()
+    resample: bool = False
+    region: str | None = None
+    memory_bytes: int | None = None
+    shard: tuple[int, int] = (0, 1)
+    processes: int = 1
+
+
+def identity(engine: Engine, source: Source, decision: Decision, asked: Request) -> dict[str, Any]:
+    """Everything that decides the result, under the names that messages use."""
+    spec = json.dumps(engine.spec.to_json(), sort_keys=True).encode()
+    graph = None if engine.folder is None else engine.folder.files["graph"]["sha256"]
+    return {
+        "engine": [hashlib.sha256(spec).hexdigest()[:16], graph],
+        "image": source.fingerprint() or {"shape": source.shape, "dtype": str(source.dtype)},
+        "reading of the image": source.reading,
+        "output": {**asdict(decision), "dtype": str(decision.dtype)},
+        "normalization": asdict(asked.normalization),
+        "pixel size": [asked.resample, asked.pixel_size_um],
+        "region": asked.region,
+        "tile": asked.tile,
+    }
+
+
+def prepare(engine: Engine, source: Source, asked: Request, run: dict[str, Any] | None = None) -> Prepared:
+    """The result that is asked for, ready to be computed.
+
+    Args:
+        engine: The engine.
+        source: The image, open as long as the result is worked on.
+        asked: What is asked for.
+        run: ``plan`` and ``numbers`` of a run that was begun; None: they are made.
+    """
+    spec = engine.spec
+    channels = spec.outputs[0].channels
+    kind: Any = "mask" if asked.output == "instances" else asked.output
+    decision = first = decide(spec.contract, channels, kind, asked.mask_values)
+    shape = None
+    if asked.resample:
+        shape = _resampled(engine, source, asked)
+        if kind == "mask":
+            first = decide(spec.contract, channels, "probability")
+            settled = replace(spec.contract, output_is="probabilities")
+            decision = decide(settled, channels, "mask", asked.mask_values)
+    affines: Affines | OnePlane
+    if run is not None and run["numbers"] is not None:
+        affines = OnePlane(_affine(run["numbers"]))
+    else:
+        affines = affine(asked.normalization, source)
+    seen = source if shape is None else Resampled(source, shape, affines)
+    if run is not None:
+        plan = plan_of(spec, source.shape, source.planes, run["plan"], seen=shape)
+    else:
+        free, given = machine.memory_bytes(), asked.memory_bytes
+        if engine.device_session is not None:
+            free = min(free, engine.device_session.stream.device.memory()[0])
+        plan = plan_blocks(
+            spec,
+            source.shape,
+            source.planes,
+            decision,
+            pixel_bytes=source.channels * source.dtype.itemsize,
+            memory_bytes=(int(FREE_SHARE * free) if given is None else given - machine.rss_bytes()) // asked.processes,
+            tile=asked.tile,
+            batch=asked.batch,
+            seen=shape,
+        )
+    region = None if asked.region is None else _region(asked.region, source)
+    nodata = nodata_value(decision.dtype, decision.values)
+    return Prepared(engine, source, seen, plan, decision, first, affines, region, nodata, asked.batch, asked.threads)
+
+
+def _resampled(engine: Engine, source: Source, asked: Request) -> tuple[int, ...]:
+    wanted = engine.spec.contract.pixel_size_um
+    if not wanted:
+        raise ContractError("--resample needs the pixel size of training; build the engine with --pixel-size")
+    if not asked.pixel_size_um:
+        raise ContractError(f"{source.name} does not say its pixel size; give it with --pixel-size, in micrometres")
+    if any(f.scale != 1 for f in engine.spec.outputs[0].field):
+        raise ContractError(
+            "--resample needs a network whose output has as many samples as its input; resample yourself"
+        )
+    return resampled_shape(source.shape, asked.pixel_size_um, wanted)
+
+
+def _region(path: str, source: Source) -> Source:
+    region = open_image(path, Contract(), spatial=len(source.shape))
+    if region.shape != source.shape or region.planes not in (1, source.planes):
+        shape = "x".join(map(str, region.shape))
+        region.close()
+        raise ContractError(
+            f"{path}: the region has {region.planes} planes of {shape} px, and {source.name} {source.planes} of "
+            f"{'x'.join(map(str, source.shape))}; draw it on the image"
+        )
+    return region
+
+
+def _numbers(affines: Affines | OnePlane) -> dict[str, Any] | None:
+    """One plane's numbers where they are those of all planes."""
+    if isinstance(affines, Affines) and not affines.same:
+        return None
+    one = affines.plane(0)
+    return {"offset": one.offset.tolist(), "divisor": one.divisor.tolist(), "clip": one.clip}
+
+
+def _affine(data: dict[str, Any]) -> Affine:
+    clip = None if data["clip"] is None else (float(data["clip"][0]), float(data["clip"][1]))
+    return Affine(np.array(data["offset"], np.float32), np.array(data["divisor"], np.float32), clip)
+
+
+def predict(
+    engine: Engine,
+    source: Source,
+    asked: Request,
+    out: Path | None,
+    *,
+    staged: bool,
+    overwrite: bool = False,
+    restart: bool = False,
+    compute: Compute | None = None,
+    overlay: Path | None = None,
+    tables: Tables | None = None,
+    progress: Progress | None = None,
+    trace: Spans | None = None,
+) -> tuple[RunReport, Any]:
+    """A prediction in blocks: its report, and the path written or the array, as :func:`unet_rt.predict.predict` has them."""
+    if tables is not None and asked.output != "instances":
+        raise ContractError("tables list objects; use --output instances")
+    if asked.output == "instances" and asked.mask_values:
+        raise ContractError("--output instances numbers objects from 1 on; leave --mask-values away")
+    if out is not None:
+        check_target(out, overwrite=overwrite)
+
+    ids: list[Array] = []
+
+    def make(made: Prepared, store: Store) -> None:
+        if overlay is not None:
+            draw_overlay(made, store, overlay)
+        if asked.output == "instances":
+            ids.append(write_instances(made, store, out, tables or Tables(), overwrite=overwrite))
+        elif out is not None:
+            write_output(made, store, out, overwrite=overwrite)
+
+    if staged and out is not None:
+        report = in_stage(
+            engine, source, asked, out, make, restart=restart, compute=compute, progress=progress, trace=trace
+        )
+        return report, out
+    store, report, made = in_memory(engine, source, asked, progress=progress, trace=trace)
+    make(made, store)
+    if out is not None:
+        return report, out
+    result = ids[0] if ids else store.array
+    return report, result.reshape(*source.plane_shape, *result.shape[1:])
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """OutputError for what can be known of an output before any work."""
+    if not is_zarr(out):
+        check_output(out, overwrite=overwrite)
+    elif out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
+    elif not out.parent.is_dir():
+        raise OutputError(f"{out}: the folder {out.parent} does not exist; create it, or choose another with --out")
+
+
+# --- computing ------------------------------------------------------------------------------------------------------
+
+
+def in_memory(
+    engine: Engine, source: Source, asked: Request, *, progress: Progress | None = None, trace: Spans | None = None
+) -> tuple[MemoryStore, RunReport, Prepared]:
+    """The result as an array (planes, [K,] *spatial)."""
+    made = prepare(engine, source, asked)
+    try:
+        lead = (made.decision.channels,) if made.decision.channels else ()
+        store = MemoryStore(np.empty((source.planes, *lead, *made.shape), made.decision.dtype), made.place)
+        total = Tally(made.decision.channels)
+
+        def put(block: Block, values: Array, tally: Tally) -> None:
+            store.write(block, values)
+            total.add(tally)
+
+        report = run_blocks(made, range(len(made.plan)), put, progress=progress, trace=trace)
+    finally:
+        _close(made)
+    report.class_share = class_share(total, made.decision, engine.spec)
+    return store, report, made
+
+
+def in_stage(
+    engine: Engine,
+    source: Source,
+    asked: Request,
+    out: Path,
+    make: Callable[[Prepared, Store], None],
+    *,
+    restart: bool = False,
+    compute: Compute | None = None,
+    progress: Progress | None = None,
+    trace: Spans | None = None,
+    disk: Disk | None = None,
+) -> RunReport:
+    """Computes what is missing of a result in a stage, and has the output made where that was the last of it.
+
+    Args:
+        engine, source, asked: As for :func:`prepare`.
+        out: The output.
+        make: Makes the output from the finished blocks.
+        restart: Throw away what an interrupted run has left.
+        compute: Computes the missing blocks elsewhere, so that they have their marks afterwards; None: here.
+        progress, trace: As for :func:`unet_rt.predict.predict`.
+        disk: File operations.
+    """
+    made = None
+    try:
+        stage, made = begun(engine, source, asked, out, restart=restart, disk=disk)
+        index, count = asked.shard
+        with stage.shard(index, count):
+            store = open_store(stage, made, out)
+            there = stage.finished()
+            mine = [n for n in range(len(made.plan)) if n % count == index]
+            missing = [n for n in mine if n not in there]
+            done = sum(made.plan.tiles(n) for n in mine if n in there)
+            if compute is None or not missing:
+                put = partial(stage.put, store)
+                report = run_blocks(made, missing, put, done_tiles=done, progress=progress, trace=trace)
+            else:
+
+                def told(now: int, total: int) -> None:
+                    if progress is not None:
+                        progress(done + now, done + total)
+
+                report = compute(made, missing, told)
+            if len(missing) < len(mine):
+                report.notes.append(f"{len(mine) - len(missing)} of {len(mine)} blocks were there from an earlier run")
+            try:
+                total = stage.tally(made.decision.channels)
+                left = len(made.plan) - len(stage.finished())
+            except FileNotFoundError:
+                if stage.folder.exists():
+                    raise
+                return report  # another shard found all marks set, and made the output
+            report.class_share = class_share(total, made.decision, engine.spec)
+            if left:
+                report.notes.append(
+                    f"shard {index}/{count} is done; {left} of {len(made.plan)} blocks are left to other shards"
+                )
+            else:
+                stage.finish(partial(make, made, store))
+        return report
+    finally:
+        if made is not None:
+            _close(made)
+
+
+def begun(
+    engine: Engine, source: Source, asked: Request, out: Path, *, restart: bool = False, disk: Disk | None = None
+) -> tuple[Stage, Prepared]:
+    """The stage of a result, begun here or before, and the result."""
+    fresh: list[Prepared] = []
+
+    def plan() -> dict[str, Any]:
+        fresh.append(prepare(engine, source, asked))
+        return {"plan": fresh[0].plan.to_json(), "numbers": _numbers(fresh[0].affines)}
+
+    decision = decide(
+        engine.spec.contract,
+        engine.spec.outputs[0].channels,
+        "mask" if asked.output == "instances" else asked.output,  # type: ignore[arg-type]
+        asked.mask_values,
+    )
+    stage = open_stage(out, identity(engine, source, decision, asked), plan, restart=restart, disk=disk)
+    for other in fresh:
+        _close(other)
+    return stage, prepare(engine, source, asked, dict(stage.run))
+
+
+def _close(made: Prepared) -> None:
+    if made.region is not None:
+        made.region.close()
+
+
+def open_store(stage: Stage, made: Prepared, out: Path) -> Store:
+    """Where the blocks of a stage are kept: as its output wants them."""
+    if not is_zarr(out):
+        return PackedStore(stage.data, made.cuts)
+    if not stage.data.exists():
+        with locked(stage.folder / "start.lock"):
+            if not stage.data.exists():
+                begun = stage.data.with_name("data.begun")
+                shutil.rmtree(begun, ignore_errors=True)
+                ZarrOutput.create(
+                    begun, _shape(made), made.plan.chunk, made.image.metadata, size_of(made.image, made.shape)
+                )
+                stage.rename(begun, stage.data)
+    return ZarrStore(ZarrOutput.open(stage.data), made.place)
+
+
+def is_zarr(out: Path) -> bool:
+    return out.suffix.lower() == ".zarr"
+
+
+def _shape(made: Prepared) -> Shape:
+    image = made.image
+    return Shape(made.shape, image.plane_shape, image.plane_axes, made.decision.channels, made.decision.dtype)
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+
+def bands(store: Store, made: Prepared) -> Iterator[tuple[int, int, Array]]:
+    """(plane, first row, band) of the whole result, in order."""
+    lead = max(1, made.decision.channels)
+    rows = max(1, BAND_BYTES // (lead * prod(made.shape[1:]) * made.decision.dtype.itemsize))
+    for plane in range(made.image.planes):
+        for start in range(0, made.shape[0], rows):
+            stop = min(start + rows, made.shape[0])
+            yield plane, start, store.window(plane, (start, *(0,) * (len(made.shape) - 1)), (stop, *made.shape[1:]))
+
+
+def write_output(made: Prepared, store: Store, out: Path, *, overwrite: bool) -> None:
+    """Makes the output: the stage's OME-Zarr itself, or a file from its blocks."""
+    if isinstance(store, ZarrStore):
+        store.output.finish()
+        move_folder(store.output.folder, out, overwrite=overwrite)
+        return
+    nodata = made.nodata if made.image.gaps else None
+    with _opened(made, out, made.decision.channels, made.decision.dtype, nodata, overwrite=overwrite) as sink:
+        for plane, start, band in bands(store, made):
+            sink.write(plane, (start,) + (0,) * (len(made.shape) - 1), band)
+        sink.commit()
+
+
+def _opened(
+    made: Prepared, out: Path, channels: int, dtype: np.dtype[Any], nodata: float | None = None, *, overwrite: bool
+) -> Output:
+    return open_output(
+        out,
+        shape=made.shape,
+        planes=made.image.planes,
+        plane_shape=made.image.plane_shape,
+        plane_axes=made.image.plane_axes,
+        channels=channels,
+        dtype=dtype,
+        source=made.image,
+        overwrite=overwrite,
+        nodata=nodata,
+    )
+
+
+def move_folder(folder: Path, out: Path, *, overwrite: bool) -> None:
+    """Gives a finished folder its name; what had the name before is deleted after that."""
+    before = out.with_name(f".{out.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if out.exists():
+        if not overwrite:
+            raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
+        out.rename(before)
+    folder.rename(out)
+    Disk().sync_folder(out.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def draw_overlay(made: Prepared, store: Store, path: Path) -> None:
+    collector = OverlayCollector(made.shape, made.decision.values)
+    for plane, start, band in bands(store, made):
+        if plane:
+            break
+        collector(plane, start, band)
+    collector.draw(made.image, path)
+
+
+def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tables, *, overwrite: bool) -> Array:
+    """Numbers the objects of a finished mask, plane by plane; writes their image and tables.
+
+    Returns:
+        The ids, (planes, *spatial) uint32, where ``out`` is None, else an empty array.
+    """
+    image = made.image
+    if tables.geojson is not None and (len(made.shape) != 2 or image.planes != 1):
+        raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+    ids = np.zeros((image.planes, *(made.shape if out is None else (0,) * len(made.shape))), np.uint32)
+    window: tuple[int, ...] = (max(1, BAND_BYTES // 8 // prod(made.shape[1:])), *made.shape[1:])
+    with ExitStack() as exits:
+        sink: Output | ZarrOutput | None = None
+        if out is not None and is_zarr(out):
+            folder = out.with_name(f".{out.name}.instances")
+            shutil.rmtree(folder, ignore_errors=True)
+            shape = replace(_shape(made), channels=0, dtype=np.dtype(np.uint32))
+            sink = ZarrOutput.create(folder, shape, made.plan.chunk, image.metadata, size_of(image, made.shape))
+            window = tuple(max(c, WINDOW_PX // c * c) for c in sink.chunk)
+        elif out is not None:
+            sink = exits.enter_context(_opened(made, out, 0, np.dtype(np.uint32), overwrite=overwrite))
+
+        def write(start: Sequence[int], block: Array, plane: int) -> None:
+            if sink is not None:
+                sink.write(plane, start, block)
+            else:
+                ids[plane][tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
+
+        names = {k: class_name(made.engine.spec.contract, k) for k in range(1, len(made.decision.values))}
+        planes = [
+            objects.find_objects(
+                partial(_labels, made, store, plane),
+                made.shape,
+                window=window,
+                write=partial(write, plane=plane),
+                min_size=tables.min_size,
+                pixel_size_um=size_of(image, made.shape) or (),
+                class_names=names,
+            )
+            for plane in range(image.planes)
+        ]
+        if isinstance(sink, ZarrOutput) and out is not None:
+            sink.finish()
+            move_folder(sink.folder, out, overwrite=overwrite)
+        elif isinstance(sink, Output):
+            sink.commit()
+    if tables.objects is not None:
+        objects.write_table(tables.objects, planes, overwrite=overwrite)
+    if tables.areas is not None:
+        objects.write_class_areas(tables.areas, planes, overwrite=overwrite)
+    if tables.geojson is not None:
+        _write_outlines(planes[0], image, ids[0] if out is None else out, tables.geojson, overwrite=overwrite)
+    return ids
+
+
+def _write_outlines(found: objects.Objects, image: Source, ids: Any, path: Path, *, overwrite: bool) -> None:
+    """Outlines of the ids in an array or file: in map coordinates where the image has them, else in pixels."""
+    place = {}
+    if image.metadata.kind == "geo":
+        place = {"transform": image.metadata.tags["transform"], "crs": image.metadata.tags["crs"]}
+    with open_image(ids, Contract(), spatial=2) as source:
+        outlines.write_geojson(
+            path, found, lambda start, stop: source.read(0, start, stop)[0], overwrite=overwrite, **place
+        )
+
+
+def _labels(made: Prepared, store: Store, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
+    """A window of the mask; what holds no data is background."""
+    labels = store.window(plane, start, stop)
+    return np.where(labels == made.nodata, 0, labels).astype(labels.dtype) if made.image.gaps else labels
