@@ -15,6 +15,7 @@ from . import blocks, machine
 from .contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
+from .heads import Headed
 from .normalize import affine
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run
@@ -65,6 +66,7 @@ def predict(
     scheduler: str | None = None,
     restart: bool = False,
     tables: Tables | None = None,
+    head: str | None = None,
 ) -> Any:
     """Predicts one image of any size.
 
@@ -106,6 +108,7 @@ def predict(
         scheduler: ``local:N`` (processes) or ``tcp://host:port`` of a Dask scheduler that computes the blocks.
         restart: Throw away what an interrupted run has left of ``out``.
         tables: Tables of objects to be written as well (``output="instances"``).
+        head: Name of the network's output to predict, where it has several; None: the first.
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
@@ -118,6 +121,9 @@ def predict(
     from .image import is_url, open_image
     from .output import open_output
 
+    several = "" if len(engine.spec.outputs) == 1 else ", ".join(o.name for o in engine.spec.outputs)
+    if head is not None:
+        engine = Headed(engine, head)
     if tta != "none":
         engine = Augmented(engine, tta)
     spec = engine.spec
@@ -137,6 +143,7 @@ def predict(
         normalization = normalization_of(spec, source, normalization)
         size = tuple(pixel_size_um) or source.pixel_size_um or ()
         notes = _pixel_size_notes(spec.contract, size, resample=resample)
+        notes += [f"output {spec.outputs[0].name} of {several}"] if several else []
         staged = out is not None and (
             Path(out).suffix.lower() == ".zarr"
             or shard is not None
@@ -186,7 +193,9 @@ def predict(
                     )
                 where = image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
                 folder = str(engine.folder.path.resolve())
-                job = cluster.Job(folder, where, (axes, channels, level), asked, str(Path(str(out)).resolve()), tta)
+                job = cluster.Job(
+                    folder, where, (axes, channels, level), asked, str(Path(str(out)).resolve()), tta, head
+                )
                 compute = partial(cluster.compute, scheduler, job)
             finished, made = predict_large.predict(
                 engine, source, asked, None if out is None else Path(out), staged=staged, overwrite=overwrite,
