@@ -143,6 +143,7 @@ def predict(
         normalization = normalization_of(spec, source, normalization)
         size = tuple(pixel_size_um) or source.pixel_size_um or ()
         notes = _pixel_size_notes(spec.contract, size, resample=resample)
+        notes += _batch_notes(engine, batch)
         notes += [f"output {spec.outputs[0].name} of {several}"] if several else []
         staged = out is not None and (
             Path(out).suffix.lower() == ".zarr"
@@ -292,6 +293,17 @@ def _check_device(engine: Engine, source: Source, device: Device) -> None:
             f"{source.name} lies on a GPU, and the engine takes {session.input_dtypes[0]} tiles, which are not filled "
             "there; copy the image to the host (image.cpu())"
         )
+
+
+def _batch_notes(engine: Engine, batch: int) -> list[str]:
+    """What is to be said where more tiles are run at once than parity was judged with."""
+    record = None if engine.folder is None else engine.folder.parity
+    judged = [] if record is None else record.get("batch", [])
+    if not judged or batch <= max(judged):
+        return []
+    return [
+        f"{batch} tiles per run, and parity was judged with up to {max(judged)}; leave --batch away to stay with those"
+    ]
 
 
 def _pixel_size_notes(contract: Contract, size: Sequence[float], *, resample: bool) -> list[str]:
