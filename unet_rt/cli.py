@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .contract import Contract
     from .parity import Budget
     from .pipeline import RunReport
+    from .predict_large import Tables
 
 Progress = Callable[[int, int], None]
 
@@ -181,10 +182,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="files, Zarr folders, URLs, folders of images")
     p.add_argument(
-        "--out", metavar="PATH", required=True, help="a file (.tif, .png, .npy), or a folder: NAME.tif for every image"
+        "--out",
+        metavar="PATH",
+        required=True,
+        help="file (.tif, .png, .npy), .zarr, or folder: NAME.tif for every image",
     )
     p.add_argument(
-        "--output", choices=("mask", "probability", "raw"), help="default: a mask; the raw values of a regression"
+        "--output",
+        choices=("mask", "probability", "raw", "instances"),
+        help="default: a mask; the raw values of a regression; instances: objects, numbered",
     )
     p.add_argument(
         "--head", metavar="NAME", help="which output of the network, where it has several (default: the first)"
@@ -207,6 +213,29 @@ def _parser() -> argparse.ArgumentParser:
     _reading_options(p).add_argument(
         "--level", type=int, metavar="N", help="of pyramids (Zarr, TIFF, slides); default: 0, the finest"
     )
+    group = p.add_argument_group("where and how often")
+    group.add_argument("--mask", metavar="IMAGE", help="predict only where this image of the same size is not 0")
+    group.add_argument(
+        "--tta", choices=("none", "flip", "d4"), default="none", help="mean over flips: 4 or 8 times the work"
+    )
+    group.add_argument(
+        "--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of the images, in micrometres"
+    )
+    group.add_argument(
+        "--resample", action="store_true", help="bring images to the pixel size of training, results back"
+    )
+    group = p.add_argument_group("large images: a killed run goes on with the same command")
+    group.add_argument(
+        "--memory", type=_memory, metavar="4GB", help="bound on resident memory; default: half of the free"
+    )
+    group.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th block only; the last shard writes --out")
+    group.add_argument("--scheduler", metavar="local:N|tcp://..", help="have Dask workers compute the blocks")
+    group.add_argument("--restart", action="store_true", help="throw away what an interrupted run has left")
+    group = p.add_argument_group("objects (--output instances)")
+    group.add_argument("--min-size", type=int, default=1, metavar="N", help="leave out objects of fewer pixels")
+    group.add_argument("--objects", metavar="CSV", help="table of all objects")
+    group.add_argument("--areas", metavar="CSV", help="table of what each class covers")
+    group.add_argument("--geojson", metavar="JSON", help="outlines as polygons, for slide viewers")
 
     p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
@@ -336,6 +365,7 @@ def _contract_options(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--classes", metavar="NAME,..", help="names of the classes, in order")
     group.add_argument("--border", choices=("mirror", "edge", "constant"), help="how images go on beyond their edges")
+    group.add_argument("--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of training, in micrometres")
 
 
 def _shape(text: str) -> tuple[int, ...] | None:
@@ -361,6 +391,35 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0,255") from None
+
+
+def _lengths(text: str) -> tuple[float, ...]:
+    try:
+        lengths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or not all(0 < n < float("inf") for n in lengths):
+        raise argparse.ArgumentTypeError(f"{text!r} is not micrometres along the image's axes, such as 0.5,0.5")
+    return lengths
+
+
+def _memory(text: str) -> int:
+    number = text.upper().removesuffix("B").rstrip("KMGT")
+    unit = text.upper().removesuffix("B")[len(number) :]
+    try:
+        size = int(float(number) * 1000 ** ("", "K", "M", "G", "T").index(unit))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 4GB or 800MB") from None
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: some memory is needed")
+    return size
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard such as 0/8 (the first of eight) to 7/8")
+    return int(index), int(count)
 
 
 def _channels(args: argparse.Namespace) -> Any:
@@ -392,6 +451,7 @@ def _contract(args: argparse.Namespace) -> Contract:
         output_is=None if args.output_is == "auto" else args.output_is,
         threshold=threshold,
         classes=tuple(args.classes.split(",")) if args.classes else (),
+        pixel_size_um=args.pixel_size,
     )
     if args.border:
         found = replace(found, border=args.border)
@@ -452,7 +512,9 @@ class _Bar:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=self._name[:30], unit="tile", delay=2, leave=False)
+            # What an earlier run has done is not counted into the speed.
+            self._bar = tqdm(total=total, initial=done, desc=self._name[:30], unit="tile", delay=2, leave=False)
+            self._done = done
         self._bar.update(done - self._done)
         self._done = done
         if done == total:
@@ -569,6 +631,7 @@ def _predict(args: argparse.Namespace) -> int:
     reports: list[RunReport] = []
     results: list[dict[str, Any]] = []
     normalization = parse_normalization(args.normalize, None) if args.normalize else None
+    tables = _tables(args, len(images))
     device = None if args.device == "auto" else args.device
     with (
         ExitStack() as folders,
@@ -599,6 +662,15 @@ def _predict(args: argparse.Namespace) -> int:
                     overwrite=args.overwrite,
                     progress=_Bar(Path(image).name),
                     report=reports.append,
+                    pixel_size_um=args.pixel_size,
+                    resample=args.resample,
+                    tta=args.tta,
+                    region=args.mask,
+                    memory_bytes=args.memory,
+                    shard=args.shard,
+                    scheduler=args.scheduler,
+                    restart=args.restart,
+                    tables=tables,
                 )
             except (ImageError, ContractError) as error:
                 if len(images) == 1:
@@ -620,6 +692,23 @@ def _predict(args: argparse.Namespace) -> int:
     if bad:
         print(f"{bad} of {len(images)} images were not predicted", file=sys.stderr)
     return 2 if bad else 0
+
+
+def _tables(args: argparse.Namespace, images: int) -> Tables | None:
+    """What is wanted of objects; None where nothing is."""
+    from .predict_large import Tables
+
+    paths = {name: getattr(args, name) for name in ("objects", "areas", "geojson") if getattr(args, name)}
+    if not paths and args.min_size == 1:
+        return None
+    if args.output != "instances":
+        raise ContractError("--min-size, --objects, --areas and --geojson are about objects; use --output instances")
+    if paths and images > 1:
+        raise OutputError(f"{images} images do not go into one table; predict them one by one")
+    for path in paths.values():
+        if Path(path).exists() and not args.overwrite:
+            raise OutputError(f"{path} exists; pass --overwrite to replace it, or choose another name")
+    return Tables(args.min_size, **{name: Path(path) for name, path in paths.items()})
 
 
 def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Path]:

@@ -100,7 +100,7 @@ def _client(scheduler: str, exits: contextlib.ExitStack, client: Any) -> tuple[A
 
         # Dask's own bound would stop workers at a share of the machine's memory; theirs is in the plan.
         options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "memory_limit": 0}
-        cluster = exits.enter_context(LocalCluster(n_workers=count, **options))
+        cluster = exits.enter_context(LocalCluster(n_workers=count, **options))  # type: ignore[no-untyped-call]
         return exits.enter_context(client(cluster)), count
     try:
         connected = exits.enter_context(client(scheduler, timeout=10))

@@ -63,7 +63,7 @@ class Source:
 
     Attributes:
         name: For messages: the file's name, or ``"array"``.
-        path: The file, None for arrays.
+        path: The file or Zarr folder, None for arrays and URLs.
         axes: Axes as stored, e.g. ``"TCZYX"``.
         shape: (Y, X) or (Z, Y, X).
         channels: Channels that the network gets.
@@ -133,9 +133,9 @@ class Source:
         By the mask that the file holds, else by its nodata value: a pixel without data has it in all stored channels.
         Called from the thread that reads.
         """
-        if not self.gaps:
-            return None
         window = self._window(plane, start, stop)
+        if not self.gaps or any(low == high for low, high in zip(start, stop, strict=True)):
+            return None
         if self._layout.channel is not None:
             window[self._layout.channel] = slice(0, self._layout.channels)
         with self._guarded(plane, start, stop):
@@ -150,7 +150,8 @@ class Source:
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells this image from others and from itself after a change, as JSON; None for an array.
 
-        A file: path, size and time of its last change; a Zarr: path or URL, and a hash of its metadata. No pixel is read.
+        A file: path, size, time of its last change, level; a Zarr: path or URL, level, and a hash of its metadata. No pixel
+        is read, so that a chunk of a Zarr that was replaced goes unnoticed.
         """
         return dict(self._fingerprint) or None
 

@@ -196,6 +196,7 @@ def measure(
         squares += float(flat @ flat) + delta * delta * count * n / (count + n)
         mean += delta * n / (count + n)
         count += n
+    _refuse_empty(source, count)
     return Moments(count, low, high, mean, math.sqrt(squares / count))
 
 
@@ -212,6 +213,7 @@ def _moments_of_counts(source: Source, channels: Sequence[int] | None, plane: in
     values = found - (1 << (bits - 1) if source.dtype.kind == "i" else 0)
     times = [int(n) for n in counts[found]]
     count = sum(times)
+    _refuse_empty(source, count)
     total = sum(n * int(v) for n, v in zip(times, values, strict=True))
     mean = total / count
     squares = float(np.dot(counts[found].astype(np.float64), (values - mean) ** 2))
@@ -288,6 +290,9 @@ def percentiles(
     """Exact percentiles, as ``numpy.percentile`` of the pixels in float64; one pass per 16 bits of the dtype."""
     planes = source.planes if plane is None else 1
     count = math.prod(source.shape) * planes * (source.channels if channels is None else len(channels))
+    if source.gaps:
+        count = sum(band.size for band in _bands(source, channels, plane, None))
+        _refuse_empty(source, count)
     at = [q / 100 * (count - 1) for q in percent]
     below = [math.floor(position) for position in at]
     ranks = sorted({rank for b in below for rank in (b, min(b + 1, count - 1))})
@@ -359,7 +364,7 @@ def _from_key(key: int, dtype: np.dtype[np.generic]) -> float:
 def _bands(
     source: Source, channels: Sequence[int] | None, plane: int | None, clip: tuple[float, float] | None
 ) -> Iterator[Array]:
-    """The pixels of an image band by band, checked to be finite."""
+    """The pixels of an image band by band, (C, ...), checked to be finite; those that hold no data are left out."""
     wanted = range(source.channels) if channels is None else channels
     for number, start, stop in source.bands():
         if plane is not None and number != plane:
@@ -367,10 +372,20 @@ def _bands(
         band = source.read_band(number, start, stop)
         if len(wanted) != source.channels:
             band = band[list(wanted)] if len(wanted) > 1 else band[wanted[0] : wanted[0] + 1]
-        _refuse_non_finite(source, band, number, start, wanted)
+        valid = source.valid(number, (start, *(0 for _ in source.shape[1:])), (stop, *source.shape[1:]))
+        _refuse_non_finite(source, band if valid is None else np.where(valid, band, 0), number, start, wanted)
+        if valid is not None:
+            band = band[:, valid]
+            if not band.size:
+                continue
         if clip is not None:
             band = np.clip(band.astype(np.float64), *clip)
         yield band
+
+
+def _refuse_empty(source: Source, count: int) -> None:
+    if not count:
+        raise ImageError(f"{source.name}: no pixel holds data, so there is nothing to take statistics of")
 
 
 def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, channels: Sequence[int]) -> None:

@@ -266,7 +266,7 @@ def open_output(
             "space or "
             "choose another folder with --out"
         )
-    size = tuple(pixel_size_um) if pixel_size_um is not None else _size_of(source, spatial)
+    size = tuple(pixel_size_um) if pixel_size_um is not None else size_of(source, spatial)
     origin = source.metadata if source is not None else Origin("array")
     writer: Writer
     try:
@@ -288,7 +288,7 @@ def open_output(
     return Output(target, what, part, writer)
 
 
-def _size_of(source: Source | None, spatial: tuple[int, ...]) -> tuple[float, ...] | None:
+def size_of(source: Source | None, spatial: tuple[int, ...]) -> tuple[float, ...] | None:
     """The source's pixel size, scaled where the output has another number of samples."""
     if source is None or source.pixel_size_um is None or len(source.shape) != len(spatial):
         return None

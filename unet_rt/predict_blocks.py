@@ -205,8 +205,12 @@ def run_blocks(
 
 
 def _counted(made: Prepared, result: Array) -> Tally:
+    """Labels of a block's result, those of pixels without data left out."""
     tally = Tally(made.decision.channels)
-    tally.count(result, made.decision)
+    if made.decision.dtype == np.uint8:
+        for counts, labels in zip(tally.labels, result if made.decision.channels else result[None], strict=True):
+            found = np.bincount(labels.reshape(-1), minlength=256)
+            counts[list(set(made.decision.values))] += found[list(set(made.decision.values))]
     return tally
 
 

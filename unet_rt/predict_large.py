@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import machine, objects
+from . import machine, objects, outlines
 from .blocks import Block, plan_blocks, plan_of
-from .contract import Normalization
+from .contract import Contract, Normalization
 from .durable import Disk, locked
 from .engine import Engine
 from .errors import ContractError, OutputError
 from .image import Source, open_image
 from .normalize import Affine, Affines, OnePlane, affine
-from .output import Output, Shape, check_output, nodata_value, open_output
+from .output import Output, Shape, check_output, nodata_value, open_output, size_of
 from .output_zarr import ZarrOutput
 from .parity import class_name
 from .pictures import OverlayCollector
@@ -168,8 +168,6 @@ def _resampled(engine: Engine, source: Source, asked: Request) -> tuple[int, ...
 
 
 def _region(path: str, source: Source) -> Source:
-    from .contract import Contract
-
     region = open_image(path, Contract(), spatial=len(source.shape))
     if region.shape != source.shape or region.planes not in (1, source.planes):
         shape = "x".join(map(str, region.shape))
@@ -217,11 +215,13 @@ def predict(
     if out is not None:
         check_target(out, overwrite=overwrite)
 
+    ids: list[Array] = []
+
     def make(made: Prepared, store: Store) -> None:
         if overlay is not None:
             draw_overlay(made, store, overlay)
         if asked.output == "instances":
-            write_instances(made, store, out, tables or Tables(), overwrite=overwrite)
+            ids.append(write_instances(made, store, out, tables or Tables(), overwrite=overwrite))
         elif out is not None:
             write_output(made, store, out, overwrite=overwrite)
 
@@ -234,9 +234,7 @@ def predict(
     make(made, store)
     if out is not None:
         return report, out
-    result = store.array
-    if asked.output == "instances":
-        result = np.stack([objects.label_mask(plane, min_size=(tables or Tables()).min_size)[0] for plane in result])
+    result = ids[0] if ids else store.array
     return report, result.reshape(*source.plane_shape, *result.shape[1:])
 
 
@@ -376,7 +374,9 @@ def open_store(stage: Stage, made: Prepared, out: Path) -> Store:
             if not stage.data.exists():
                 begun = stage.data.with_name("data.begun")
                 shutil.rmtree(begun, ignore_errors=True)
-                ZarrOutput.create(begun, _shape(made), made.plan.chunk, made.image.metadata, made.image.pixel_size_um)
+                ZarrOutput.create(
+                    begun, _shape(made), made.plan.chunk, made.image.metadata, size_of(made.image, made.shape)
+                )
                 stage.rename(begun, stage.data)
     return ZarrStore(ZarrOutput.open(stage.data), made.place)
 
@@ -409,21 +409,28 @@ def write_output(made: Prepared, store: Store, out: Path, *, overwrite: bool) ->
         store.output.finish()
         move_folder(store.output.folder, out, overwrite=overwrite)
         return
-    with open_output(
+    nodata = made.nodata if made.image.gaps else None
+    with _opened(made, out, made.decision.channels, made.decision.dtype, nodata, overwrite=overwrite) as sink:
+        for plane, start, band in bands(store, made):
+            sink.write(plane, (start,) + (0,) * (len(made.shape) - 1), band)
+        sink.commit()
+
+
+def _opened(
+    made: Prepared, out: Path, channels: int, dtype: np.dtype[Any], nodata: float | None = None, *, overwrite: bool
+) -> Output:
+    return open_output(
         out,
         shape=made.shape,
         planes=made.image.planes,
         plane_shape=made.image.plane_shape,
         plane_axes=made.image.plane_axes,
-        channels=made.decision.channels,
-        dtype=made.decision.dtype,
+        channels=channels,
+        dtype=dtype,
         source=made.image,
         overwrite=overwrite,
-        nodata=made.nodata if made.image.gaps else None,
-    ) as sink:
-        for plane, start, band in bands(store, made):
-            sink.write(plane, (start,) + (0,) * (len(made.shape) - 1), band)
-        sink.commit()
+        nodata=nodata,
+    )
 
 
 def move_folder(folder: Path, out: Path, *, overwrite: bool) -> None:
@@ -448,62 +455,70 @@ def draw_overlay(made: Prepared, store: Store, path: Path) -> None:
     collector.draw(made.image, path)
 
 
-def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tables, *, overwrite: bool) -> None:
-    """Numbers the objects of a finished mask, plane by plane; writes their image and tables."""
-    image, planes = made.image, []
-    names = {k: class_name(made.engine.spec.contract, k) for k in range(1, len(made.decision.values))}
+def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tables, *, overwrite: bool) -> Array:
+    """Numbers the objects of a finished mask, plane by plane; writes their image and tables.
+
+    Returns:
+        The ids, (planes, *spatial) uint32, where ``out`` is None, else an empty array.
+    """
+    image = made.image
+    if tables.geojson is not None and (len(made.shape) != 2 or image.planes != 1):
+        raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+    ids = np.zeros((image.planes, *(made.shape if out is None else (0,) * len(made.shape))), np.uint32)
+    window: tuple[int, ...] = (max(1, BAND_BYTES // 8 // prod(made.shape[1:])), *made.shape[1:])
     with ExitStack() as exits:
-        sink: Output | None = None
-        target: ZarrOutput | None = None
+        sink: Output | ZarrOutput | None = None
         if out is not None and is_zarr(out):
             folder = out.with_name(f".{out.name}.instances")
             shutil.rmtree(folder, ignore_errors=True)
             shape = replace(_shape(made), channels=0, dtype=np.dtype(np.uint32))
-            target = ZarrOutput.create(folder, shape, made.plan.chunk, image.metadata, image.pixel_size_um)
-            window = tuple(max(c, WINDOW_PX // c * c) for c in made.plan.chunk)
+            sink = ZarrOutput.create(folder, shape, made.plan.chunk, image.metadata, size_of(image, made.shape))
+            window = tuple(max(c, WINDOW_PX // c * c) for c in sink.chunk)
         elif out is not None:
-            sink = exits.enter_context(
-                open_output(
-                    out,
-                    shape=made.shape,
-                    planes=image.planes,
-                    plane_shape=image.plane_shape,
-                    plane_axes=image.plane_axes,
-                    dtype=np.uint32,
-                    source=image,
-                    overwrite=overwrite,
-                )
-            )
-        if target is None:
-            window = (max(1, BAND_BYTES // 8 // prod(made.shape[1:])), *made.shape[1:])
-        for plane in range(image.planes):
+            sink = exits.enter_context(_opened(made, out, 0, np.dtype(np.uint32), overwrite=overwrite))
 
-            def write(start: Sequence[int], ids: Array, plane: int = plane) -> None:
-                if sink is not None:
-                    sink.write(plane, start, ids)
-                elif target is not None:
-                    target.write(plane, start, ids)
+        def write(start: Sequence[int], block: Array, plane: int) -> None:
+            if sink is not None:
+                sink.write(plane, start, block)
+            else:
+                ids[plane][tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
 
-            planes.append(
-                objects.find_objects(
-                    partial(_labels, made, store, plane),
-                    made.shape,
-                    window=window,
-                    write=None if out is None else write,
-                    min_size=tables.min_size,
-                    pixel_size_um=image.pixel_size_um or (),
-                    class_names=names,
-                )
+        names = {k: class_name(made.engine.spec.contract, k) for k in range(1, len(made.decision.values))}
+        planes = [
+            objects.find_objects(
+                partial(_labels, made, store, plane),
+                made.shape,
+                window=window,
+                write=partial(write, plane=plane),
+                min_size=tables.min_size,
+                pixel_size_um=size_of(image, made.shape) or (),
+                class_names=names,
             )
-        if sink is not None:
+            for plane in range(image.planes)
+        ]
+        if isinstance(sink, ZarrOutput) and out is not None:
+            sink.finish()
+            move_folder(sink.folder, out, overwrite=overwrite)
+        elif isinstance(sink, Output):
             sink.commit()
-        elif target is not None and out is not None:
-            target.finish()
-            move_folder(target.folder, out, overwrite=overwrite)
     if tables.objects is not None:
         objects.write_table(tables.objects, planes, overwrite=overwrite)
     if tables.areas is not None:
         objects.write_class_areas(tables.areas, planes, overwrite=overwrite)
+    if tables.geojson is not None:
+        _write_outlines(planes[0], image, ids[0] if out is None else out, tables.geojson, overwrite=overwrite)
+    return ids
+
+
+def _write_outlines(found: objects.Objects, image: Source, ids: Any, path: Path, *, overwrite: bool) -> None:
+    """Outlines of the ids in an array or file: in map coordinates where the image has them, else in pixels."""
+    place = {}
+    if image.metadata.kind == "geo":
+        place = {"transform": image.metadata.tags["transform"], "crs": image.metadata.tags["crs"]}
+    with open_image(ids, Contract(), spatial=2) as source:
+        outlines.write_geojson(
+            path, found, lambda start, stop: source.read(0, start, stop)[0], overwrite=overwrite, **place
+        )
 
 
 def _labels(made: Prepared, store: Store, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
