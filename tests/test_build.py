@@ -653,4 +653,10 @@ def test_without_samples_a_task_may_stay_open(network, tmp_path, monkeypatch, ca
     with urt.load("x.urt") as engine:
         assert engine.spec.contract.task is None
         assert engine.folder.parity["verdict"]["label_change"] is None
+        image = np.zeros((40, 30), np.float32)
+        assert urt.predict(engine, image, output="raw").shape == (1, 40, 30)
+        with pytest.raises(
+            urt.ContractError, match="make no mask; use --output raw, or build again with --task binary"
+        ):
+            urt.predict(engine, image)
     assert urt.verify("x.urt").accepted

@@ -18,6 +18,8 @@ from unet_rt.contract import Contract, Head
 from unet_rt.contract_io import contract_from_json, resolve_heads
 from unet_rt.demo import shipped_model
 from unet_rt.graph import inspect
+from unet_rt.image import open_image
+from unet_rt.normalize import affine, normalised
 from unet_rt.parity import Budget
 from unet_rt.reports import build_text, inspect_text
 
@@ -136,6 +138,28 @@ def test_the_first_image_is_that_of_the_network_alone(
     with urt.load(built[0]) as engine, urt.load(engine_folder) as alone:
         for image in windows:
             np.testing.assert_array_equal(urt.predict(engine, image), urt.predict(alone, image))
+
+
+def test_another_output_is_predicted(built: tuple[Path, Any], windows: list[Array]) -> None:
+    """Each is what the network returns for the whole image, at its own scale, by its own decision."""
+    image = windows[0][:144, :136]  # sizes that the network takes as they are: the canvas is the image
+    reports: list[Any] = []
+    with urt.load(built[0]) as engine, open_image(image, engine.spec.contract) as source:
+        numbers = affine(engine.spec.contract.normalization, source).plane(0)
+        logits, probability, half = (y[0] for y in engine.run(normalised(image[None], numbers)[None]))
+        np.testing.assert_array_equal(urt.predict(engine, image, head="half", report=reports.append), half)
+        assert reports[0].notes == ["output half of output, probability, half"]
+        np.testing.assert_array_equal(urt.predict(engine, image, head="probability", output="raw"), probability)
+        np.testing.assert_array_equal(urt.predict(engine, image, head="probability"), probability > 0.5)
+        np.testing.assert_array_equal(
+            urt.predict(engine, image, head="output", report=reports.append), logits.argmax(0)
+        )
+        np.testing.assert_array_equal(urt.predict(engine, image), logits.argmax(0))
+        assert set(reports[1].class_share) == {"background", "nucleus"}
+        with pytest.raises(urt.ContractError, match="no output 'shares'"):
+            urt.predict(engine, image, head="shares")
+        with pytest.raises(urt.ContractError, match="a regression has no mask"):
+            urt.predict(engine, image, head="half", output="mask")
 
 
 @pytest.mark.parametrize(("output", "name"), [(1, "probability"), (2, "half")])

@@ -653,3 +653,13 @@ def test_an_image_is_never_replaced_by_its_mask(engine_folder, tmp_path, sample_
     with urt.load(engine_folder) as engine, pytest.raises(urt.OutputError, match="is the image itself"):
         urt.predict(engine, path, out=path, overwrite=True)
     assert path.read_bytes() == before
+
+
+def test_larger_batches_than_parity_was_judged_with_are_said(engine_folder, sample_images):
+    reports = []
+    with urt.load(engine_folder) as engine:
+        masks = [urt.predict(engine, sample_images[1], batch=n, report=reports.append) for n in (1, 2, 3)]
+        assert engine.folder.parity["batch"] == [1, 2]
+    assert [report.notes for report in reports] == [[], [], [reports[2].notes[0]]]
+    assert "3 tiles per run, and parity was judged with up to 2" in reports[2].notes[0]
+    np.testing.assert_array_equal(masks[0], masks[2])

@@ -198,6 +198,9 @@ def _parser() -> argparse.ArgumentParser:
         help="default: a mask; the raw values of a regression; instances: objects, numbered",
     )
     p.add_argument(
+        "--head", metavar="NAME", help="which output of the network, where it has several (default: the first)"
+    )
+    p.add_argument(
         "--mask-values",
         type=_numbers,
         default=(),
@@ -651,6 +654,7 @@ def _predict(args: argparse.Namespace) -> int:
                     image,
                     out=target,
                     output=args.output,
+                    head=args.head,
                     axes=args.axes,
                     channels=_channels(args),
                     level=args.level,

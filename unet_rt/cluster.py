@@ -16,6 +16,7 @@ from typing import Any
 
 from .engine import Engine, load
 from .errors import BackendError, ContractError
+from .heads import Headed
 from .image import Source, open_image
 from .pipeline import Progress, RunReport
 from .predict_blocks import Prepared, run_blocks
@@ -38,6 +39,7 @@ class Job:
         asked: What is asked for; threads are those of one worker.
         out: The output, beside which the stage lies.
         tta: Test-time augmentation.
+        head: Name of the network's output; None: the first.
         accept_unverified: As for :func:`unet_rt.load`.
     """
 
@@ -47,6 +49,7 @@ class Job:
     asked: Request
     out: str
     tta: Tta = "none"
+    head: str | None = None
     accept_unverified: bool = False
 
 
@@ -133,6 +136,8 @@ def _opened(job: Job) -> tuple[Stage, Store, Prepared]:
         threads=job.asked.threads or None,
         accept_unverified=job.accept_unverified,
     )
+    if job.head is not None:
+        engine = Headed(engine, job.head)
     if job.tta != "none":
         engine = Augmented(engine, job.tta)
     spec = engine.spec

@@ -15,6 +15,7 @@ from . import blocks, machine
 from .contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
+from .heads import Headed
 from .normalize import affine
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run
@@ -65,6 +66,7 @@ def predict(
     scheduler: str | None = None,
     restart: bool = False,
     tables: Tables | None = None,
+    head: str | None = None,
 ) -> Any:
     """Predicts one image of any size.
 
@@ -106,6 +108,7 @@ def predict(
         scheduler: ``local:N`` (processes) or ``tcp://host:port`` of a Dask scheduler that computes the blocks.
         restart: Throw away what an interrupted run has left of ``out``.
         tables: Tables of objects to be written as well (``output="instances"``).
+        head: Name of the network's output to predict, where it has several; None: the first.
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
@@ -122,6 +125,9 @@ def predict(
         raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
     if (shard is not None or scheduler is not None) and out is None:
         raise ContractError("shards and schedulers share a file or folder; give --out")
+    several = "" if len(engine.spec.outputs) == 1 else ", ".join(o.name for o in engine.spec.outputs)
+    if head is not None:
+        engine = Headed(engine, head)
     if tta != "none":
         engine = Augmented(engine, tta)
     spec = engine.spec
@@ -141,6 +147,8 @@ def predict(
         normalization = normalization_of(spec, source, normalization)
         size = tuple(pixel_size_um) or source.pixel_size_um or ()
         notes = _pixel_size_notes(spec.contract, size, resample=resample)
+        notes += _batch_notes(engine, batch)
+        notes += [f"output {spec.outputs[0].name} of {several}"] if several else []
         staged = out is not None and (
             Path(out).suffix.lower() == ".zarr"
             or shard is not None
@@ -184,7 +192,9 @@ def predict(
                     )
                 where = image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
                 folder = str(engine.folder.path.resolve())
-                job = cluster.Job(folder, where, (axes, channels, level), asked, str(Path(str(out)).resolve()), tta)
+                job = cluster.Job(
+                    folder, where, (axes, channels, level), asked, str(Path(str(out)).resolve()), tta, head
+                )
                 compute = partial(cluster.compute, scheduler, job)
             finished, made = predict_large.predict(
                 engine, source, asked, None if out is None else Path(out), staged=staged, overwrite=overwrite,
@@ -281,6 +291,17 @@ def _check_device(engine: Engine, source: Source, device: Device) -> None:
             f"{source.name} lies on a GPU, and the engine takes {session.input_dtypes[0]} tiles, which are not filled "
             "there; copy the image to the host (image.cpu())"
         )
+
+
+def _batch_notes(engine: Engine, batch: int) -> list[str]:
+    """What is to be said where more tiles are run at once than parity was judged with."""
+    record = None if engine.folder is None else engine.folder.parity
+    judged = [] if record is None else record.get("batch", [])
+    if not judged or batch <= max(judged):
+        return []
+    return [
+        f"{batch} tiles per run, and parity was judged with up to {max(judged)}; leave --batch away to stay with those"
+    ]
 
 
 def _pixel_size_notes(contract: Contract, size: Sequence[float], *, resample: bool) -> list[str]:

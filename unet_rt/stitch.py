@@ -53,7 +53,7 @@ def decide(
     """The decision for an output of ``channels`` channels.
 
     Args:
-        contract: Its task, output_is and threshold must be declared.
+        contract: Its task, output_is and threshold must be declared, but for ``raw``.
         channels: Channels of the network's output.
         output: ``mask`` (uint8), ``probability`` (float32) or ``raw`` (float32). None: by the task.
         mask_values: Value per class (multiclass), or (off, on); empty: 0, 1, 2, ...
@@ -63,10 +63,15 @@ def decide(
             mask values or thresholds.
     """
     task, kind = contract.task, output or default_output(contract)
-    if task is None or (contract.output_is is None and task != "regression"):
-        raise ContractError("the task of the network is not declared; pass --task and --output-is")
     if kind == "raw":
         return Decision("copy", channels, np.dtype(np.float32))
+    if task is None:
+        raise ContractError(
+            f"what the network's values mean was left open, so that they make no {kind}; use --output raw, or build again "
+            "with --task binary, multiclass, multilabel or regression"
+        )
+    if contract.output_is is None and task != "regression":
+        raise ContractError(f"nothing says whether the {task} output is logits or probabilities; pass --output-is")
     if task == "regression":
         raise ContractError(f"a regression has no {kind}; use --output raw")
     logits = contract.output_is == "logits"
