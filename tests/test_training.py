@@ -321,6 +321,12 @@ def test_a_valid_network_trains_with_mirrored_borders(samples: list[Sample]) -> 
     assert predict_whole(network, samples[4].image).shape == (2, 160, 160)
 
 
+def test_networks_for_volumes_are_refused(samples: list[Sample]) -> None:
+    network = UNet(width=2, depth=1, dims=3, padding="same")
+    with pytest.raises(TrainingError, match="3 spatial axes, and tiles are cut from images of 2"):
+        train(network, samples[:1], samples[:1], Recipe(steps=1))
+
+
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best(samples: list[Sample]) -> None:
     torch.manual_seed(0)
     network = UNet(width=4, depth=2, padding="same")
