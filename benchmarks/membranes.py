@@ -31,7 +31,7 @@ NETWORKS = ("UNet", "FCN8s", "SegNet")
 TRAINING, TUNING, TEST = slice(0, 18), slice(18, 21), slice(21, 24)
 PAPER = {"warping error": 0.000353, "Rand error": 0.0382, "pixel error": 0.0611}  # its table 1, hidden test slices
 BAND_PX = 2.0  # nearer to a border of the truth than this is "near"
-SHOWN_PX = 192  # of the first test slice
+SHOWN_FROM_PX, SHOWN_PX = 128, 240  # of the first test slice
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,6 +217,10 @@ def _read(path: Path) -> Any:
         return np.asarray(picture)
 
 
+def _mean(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: round(float(np.mean([f[key] for f in found])), 6) for key in found[0]}
+
+
 @dataclass(frozen=True)
 class Run:
     """A training of the folder ``--out``: its record, and probability and truth of the slices by name."""
@@ -227,13 +231,11 @@ class Run:
     truth: dict[str, Any]
 
     def mean(self, names: Sequence[str]) -> dict[str, float]:
-        found = [figures(self.probability[n], self.truth[n]) for n in names]
-        return {key: round(float(np.mean([f[key] for f in found])), 6) for key in found[0]}
+        return _mean([figures(self.probability[n], self.truth[n]) for n in names])
 
     def everything_cell(self) -> dict[str, float]:
         """What "cell everywhere" would score, which finds no membrane."""
-        found = [figures(np.ones(self.truth[n].shape, np.float32), self.truth[n]) for n in self.record["test"]]
-        return {key: round(float(np.mean([f[key] for f in found])), 6) for key in ("IoU", "pixel error", "Rand error")}
+        return _mean([figures(np.ones(t.shape), t) for t in (self.truth[n] for n in self.record["test"])])
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on."""
@@ -300,18 +302,19 @@ def report(args: argparse.Namespace) -> None:
         rows.append(row)
     first = found[0].record["test"][0]
     truth = found[0].truth[first]
-    part = (slice(128, 128 + SHOWN_PX), slice(128, 128 + SHOWN_PX))
     image = _read(args.data / "image" / first)
-    panels = [(f"slice {first}", grey(image[None])[part]), ("truth", _shade(truth)[part])]
+    panels = [(f"slice {first}; below: truth", _stacked(grey(image[None]), _shade(truth)))]
     for run, row in zip(found, rows, strict=True):
         if row["seed"] == rows[0]["seed"]:
-            panels.append((f"{row['network']}: probability", _shade(run.probability[first])[part]))
-            panels.append((f"{row['network']}: wrong", difference(truth, run.probability[first] > 0.5)[part]))
+            probability = run.probability[first]
+            wrong = difference(truth, probability > 0.5)
+            panels.append((f"{row['network']}: probability; below: wrong", _stacked(_shade(probability), wrong)))
     path = record.write(
         "membranes",
         {
             "slices": {key: found[0].record[key] for key in ("training", "tuning", "test")},
-            "figures_are": f"means over the test slices; near: within {BAND_PX:g} px of a border of the truth",
+            "figures_are": "means over the test slices, of the mask of probability above one half",
+            "band_px": BAND_PX,
             "rows": rows,
             "all_cell": found[0].everything_cell(),
             "paper_other_hidden_slices": PAPER,
@@ -328,6 +331,13 @@ def plot(args: argparse.Namespace) -> None:
     rows = [{**run.settings(), "figures": run.mean(run.record["test"])} for run in found]
     figures_ = {"rows": rows, "all_cell": found[0].everything_cell()}
     print(record.write("membranes-slices", figures_, args.record).read_text())
+
+
+def _stacked(above: Any, below: Any) -> Any:
+    """The shown part of two pictures (Y, X, 3), one above the other."""
+    part = slice(SHOWN_FROM_PX, SHOWN_FROM_PX + SHOWN_PX)
+    gap = np.full((8, SHOWN_PX, 3), 255, np.uint8)
+    return np.vstack([above[part, part], gap, below[part, part]])
 
 
 def _shade(values: Any) -> Any:
