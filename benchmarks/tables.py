@@ -191,12 +191,11 @@ def membranes_slices() -> str:
         lines.append(
             (str(count), *(f"{f[key]:.4f}" if f else "" for key in ("IoU", "membrane IoU", "Rand error") for f in pair))
         )
-    head = (
-        "slices", "IoU of cells, augmented", "plain", "IoU of membranes, augmented", "plain", "Rand error, augmented", "plain",
-    )  # fmt: skip
+    columns = ((f"{what}, augmented", "plain") for what in ("IoU of cells", "IoU of membranes", "Rand error"))
+    head = ("slices", *(title for pair in columns for title in pair))
     return (
-        f"U-Net of width {one['width']} ({one['parameters']:,} parameters), {one['steps']:,} steps of {one['batch']} tiles of "
-        f"{one['tile_px']} px, seed {one['seed']}:\n\n{table(head, lines)}"
+        f"U-Net of width {one['width']} ({one['parameters']:,} parameters), {one['steps']:,} steps of {one['batch']} tiles "
+        f"of {one['tile_px']} px, seed {one['seed']}:\n\n{table(head, lines)}"
     )
 
 
@@ -417,7 +416,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str)
 
 def curves(title: str, x_label: str, series: dict[str, list[tuple[float, float]]]) -> str:
     """An SVG of lines with their points: name -> (x, y) in order of x."""
-    wide, height, left, right, top, bottom = 620, 380, 64, 24, 44, 48
+    wide, height, left, right, top, bottom = 640, 400, 64, 24, 68, 48
     points = [point for line in series.values() for point in line]
     most_x = max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
@@ -449,8 +448,8 @@ def curves(title: str, x_label: str, series: dict[str, list[tuple[float, float]]
         way = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
         parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4" fill="{colour}"/>' for x, y in line]
-        y = height - bottom - 16 * (len(series) - k) + 4
-        parts.append(f'<text x="{wide - right - 8}" y="{y}" text-anchor="end" fill="{colour}">{escape(name)}</text>')
+        x = left + (wide - left - right) * k / len(series)
+        parts.append(f'<text x="{x:.1f}" y="50" fill="{colour}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
