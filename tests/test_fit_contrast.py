@@ -23,7 +23,12 @@ pytestmark = pytest.mark.torch
 CELLS = Scene(radius_px=20, radius_spread=0.25, elongation=1.7, cover=0.4, cluster=2.5)
 FRAME_PX = 192
 # The defaults' recipe at a size for a test; 1000 steps of width 16 and 256 px take minutes.
-SMALL = Options(architecture={"width": 8, "depth": 3}, recipe={"steps": 70, "tile_px": 128}, device="cpu", threads=1)
+SMALL = Options(
+    architecture={"width": 8, "depth": 3},
+    recipe={"steps": 70, "tile_px": 128, "validate_every": 14},
+    device="cpu",
+    threads=1,
+)
 
 Drawing = Callable[[Any, np.random.Generator], Any]
 
