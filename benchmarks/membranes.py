@@ -281,7 +281,7 @@ def best_threshold(run: Run) -> float:
 
 def report(args: argparse.Namespace) -> None:
     """Table and picture of the networks in ``--out``."""
-    from unet_rt.pictures import comparison, difference, grey
+    from unet_rt.pictures import comparison, grey
     from unet_rt.training.metrics import rand_error, warping_error
 
     found = sorted(
@@ -307,7 +307,7 @@ def report(args: argparse.Namespace) -> None:
     for run, row in zip(found, rows, strict=True):
         if row["seed"] == rows[0]["seed"]:
             probability = run.probability[first]
-            wrong = difference(truth, probability > 0.5)
+            wrong = _shade(truth != (probability > 0.5))
             panels.append((f"{row['network']}: probability; below: wrong", _stacked(_shade(probability), wrong)))
     path = record.write(
         "membranes",
