@@ -10,11 +10,12 @@ that a machine that grows slower does so for both; medians are compared. Also: t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
+import record
 import torch
 
 from unet_rt.models import UNet
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, value in (("width", 16), ("tile", 256), ("batch", 2), ("steps", 12), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     m = microscopy((512, 512), seed=1, scene=Scene(radius_px=11, cover=0.3))
@@ -35,21 +37,32 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(3):
         bare += bare_steps(args, sample)
         recipe += recipe_steps(args, sample)
+    crowd = microscopy((512, 512), seed=1, scene=Scene(radius_px=18, cover=0.35)).truth  # a good hundred objects
     seconds = []
     for _ in range(5):
         begun = time.perf_counter()
-        border_weights(m.truth)
+        border_weights(crowd)
         seconds.append(time.perf_counter() - begun)
-    record = {
-        "bare_ms": round(1e3 * statistics.median(bare), 1),
-        "recipe_ms": round(1e3 * statistics.median(recipe), 1),
-        "ratio": round(statistics.median(recipe) / statistics.median(bare), 3),
-        "border_weights_ms": round(1e3 * statistics.median(seconds), 1),
-        "objects": len(np.unique(m.truth)) - 1,
-        **vars(args),
-    }
-    print(json.dumps(record, indent=1))
+    path = record.write(
+        "train",
+        {
+            "settings": {name: getattr(args, name) for name in ("width", "tile", "batch", "steps", "threads")},
+            "bare_ms": spread(bare),
+            "recipe_ms": spread(recipe),
+            "ratio": round(statistics.median(recipe) / statistics.median(bare), 3),
+            "border_weights_ms": spread(seconds),
+            "objects": len(np.unique(crowd)) - 1,
+        },
+        args.out,
+    )
+    print(path.read_text(encoding="utf-8"))
     return 0
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, fastest and slowest in milliseconds."""
+    values = {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+    return {name: round(1e3 * value, 1) for name, value in values.items()}
 
 
 def network_of(args: argparse.Namespace) -> UNet:

@@ -2,11 +2,13 @@
 
     python benchmarks/membranes.py train --data isbi2012 --out runs --network UNet --width 64 --minutes 4
     python benchmarks/membranes.py report --data isbi2012 --out runs
+    python benchmarks/membranes.py plot --data isbi2012 --out few
 
 ``--data`` holds ``image/*.png`` and ``label/*.png``: consecutive slices of the ISBI 2012 stack. Slices 00 to 17 are
 trained on, 18 to 20 choose the best weights, 21 to 23 are reported on: blocks, because neighbours look alike. ``train``
-writes a checkpoint, the curves and the probabilities of the test slices; ``report`` makes table and pictures from
-whatever was trained, on any machine (scikit-image scores Rand errors).
+writes a checkpoint, the curves and the probabilities of the tuning and test slices. ``report`` makes table and picture of
+whatever was trained, on any machine (scikit-image scores Rand errors); ``plot`` those of networks that saw different
+numbers of slices. Both write records, from which ``tables.py`` draws what docs/membranes.md shows.
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 
 from unet_rt.training.trainer import Progress
 
+NETWORKS = ("UNet", "FCN8s", "SegNet")
 TRAINING, TUNING, TEST = slice(0, 18), slice(18, 21), slice(21, 24)
 PAPER = {"warping error": 0.000353, "Rand error": 0.0382, "pixel error": 0.0611}  # its table 1, hidden test slices
+BAND_PX = 2.0  # nearer to a border of the truth than this is "near"
+SHOWN_FROM_PX, SHOWN_PX = 128, 240  # of the first test slice
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", help="of the run; default: told by its options")
-    parser.add_argument("--network", choices=("UNet", "FCN8s", "SegNet"), default="UNet")
+    parser.add_argument("--network", choices=NETWORKS, default="UNet")
     parser.add_argument("--preset", choices=("default", "paper"), default="paper")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--norm", choices=("batch", "none"))
@@ -43,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--tile", type=int, help="input size; default 572 unpadded, 384 padded")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--validate-every", type=int, help="steps; default: twenty times in all")
     parser.add_argument("--optimizer", choices=("adam", "sgd"))
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--balance", type=float)
@@ -51,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--record", type=Path, help="of report and plot; default: benchmarks/results/")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.verb == "train":
@@ -76,7 +85,17 @@ def train_one(args: argparse.Namespace) -> None:
     place = device_of(args.device)
     recipe_values: dict[str, Any] = {
         key: value
-        for key in ("minutes", "steps", "batch", "optimizer", "learning_rate", "balance", "w0", "seed")
+        for key in (
+            "minutes",
+            "steps",
+            "batch",
+            "optimizer",
+            "learning_rate",
+            "balance",
+            "w0",
+            "seed",
+            "validate_every",
+        )
         if (value := getattr(args, key)) is not None
     }
     padded = args.network != "UNet" or args.preset == "default"
@@ -109,7 +128,7 @@ def train_one(args: argparse.Namespace) -> None:
         trained_tile=(recipe.tile_px, recipe.tile_px),
         border="mirror",
     )
-    record: dict[str, Any] = {
+    document: dict[str, Any] = {
         "network": architecture,
         "parameters": sum(p.numel() for p in network.parameters()),
         "recipe": recipe.to_json(),
@@ -119,7 +138,7 @@ def train_one(args: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {args.threads} threads",
         "torch": torch.__version__,
     }
-    print(f"{name}: {record['parameters']:,} parameters on {record['device']}; {recipe}", flush=True)
+    print(f"{name}: {document['parameters']:,} parameters on {document['device']}; {recipe}", flush=True)
     history: list[Progress] = []
 
     def keep(now: Progress) -> None:
@@ -131,21 +150,21 @@ def train_one(args: argparse.Namespace) -> None:
         )
         training_curves(history, out.with_suffix(".png"))
         if now.best:
-            save_checkpoint(out, network, contract, record)
+            save_checkpoint(out, network, contract, document)
 
     begun = time.monotonic()
     state = out.with_suffix(".state.pt")
     train(network, training, tuning, recipe, device=place, state=state, resume=args.resume, report=keep)
-    record["seconds"] = round(time.monotonic() - begun, 1)
-    record["steps"] = history[-1].step
-    record["tuning_iou"] = round(max(p.iou for p in history), 5)
-    record["history"] = [[p.step, round(p.loss, 5), round(p.iou, 5), round(p.seconds, 1)] for p in history]
-    save_checkpoint(out, network, contract, record)
+    document["seconds"] = round(time.monotonic() - begun, 1)
+    document["steps"] = history[-1].step
+    document["tuning_iou"] = round(max(p.iou for p in history), 5)
+    document["history"] = [[p.step, round(p.loss, 5), round(p.iou, 5), round(p.seconds, 1)] for p in history]
+    save_checkpoint(out, network, contract, document)
     shown = {s.name: _probability(network, s.image) for s in (*tuning, *test)}
     np.savez_compressed(args.out / f"{name}.npz", **{k: v.astype(np.float16) for k, v in shown.items()})
-    (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if place.type == "cuda" else ""
-    print(f"{name}: {record['steps']} steps in {record['seconds']} s{peak}; tuning IoU {record['tuning_iou']}")
+    print(f"{name}: {document['steps']} steps in {document['seconds']} s{peak}; tuning IoU {document['tuning_iou']}")
 
 
 def _probability(network: Any, image: Any) -> Any:
@@ -165,19 +184,30 @@ def _probability(network: Any, image: Any) -> Any:
 
 
 def figures(probability: Any, truth: Any) -> dict[str, float]:
-    """Of one slice."""
-    from unet_rt.training import iou
-    from unet_rt.training.metrics import dice, pixel_error, rand_error, warping_error
+    """Of one slice: probability of being inside a cell, and the truth, both (Y, X)."""
+    from unet_rt.training.metrics import dice, iou, pixel_error, rand_error, warping_error
 
     mask = probability > 0.5
+    near = border_band(truth)
     return {
         "IoU": iou(mask, truth),
         "membrane IoU": iou(~mask, ~truth),
         "membrane Dice": dice(~mask, ~truth),
         "pixel error": pixel_error(mask, truth),
+        "pixel error near": pixel_error(mask[near], truth[near]),
+        "pixel error far": pixel_error(mask[~near], truth[~near]),
+        "unsure": float(np.mean((probability > 0.1) & (probability < 0.9))),
         "Rand error": rand_error(mask, truth),
         "warping error": warping_error(mask, truth),
     }
+
+
+def border_band(truth: Any, reach_px: float = BAND_PX) -> Any:
+    """Pixels within ``reach_px`` of a border of the truth, the trimap of Kohli et al. (2009): where edges are judged."""
+    from scipy.ndimage import distance_transform_edt
+
+    # The distance to the nearest pixel of the other class is 1 at a border.
+    return np.where(truth, distance_transform_edt(truth), distance_transform_edt(~truth)) <= reach_px
 
 
 def _read(path: Path) -> Any:
@@ -187,80 +217,132 @@ def _read(path: Path) -> Any:
         return np.asarray(picture)
 
 
-def best_threshold(stored: Any, names: list[str], labels: Path) -> float:
+def _mean(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: round(float(np.mean([f[key] for f in found])), 6) for key in found[0]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of the folder ``--out``: its record, and probability and truth of the slices by name."""
+
+    name: str
+    record: dict[str, Any]
+    probability: dict[str, Any]
+    truth: dict[str, Any]
+
+    def mean(self, names: Sequence[str]) -> dict[str, float]:
+        return _mean([figures(self.probability[n], self.truth[n]) for n in names])
+
+    def everything_cell(self) -> dict[str, float]:
+        """What "cell everywhere" would score, which finds no membrane."""
+        return _mean([figures(np.ones(t.shape), t) for t in (self.truth[n] for n in self.record["test"])])
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        recipe, network = self.record["recipe"], self.record["network"]
+        keys = ("batch", "tile_px", "optimizer", "learning_rate", "balance", "seed")
+        return {
+            "name": self.name,
+            "network": network["network"],
+            "width": network["width"],
+            "parameters": self.record["parameters"],
+            "training_slices": len(self.record["training"]),
+            "augmented": recipe["augmentation"]["elastic_px"] > 0,
+            "steps": self.record["steps"],
+            **{key: recipe[key] for key in keys},
+            "best_step": max(self.record["history"], key=lambda row: row[2])[0],
+            "tuning_iou": self.record["tuning_iou"],
+            "trained_on": {"device": self.record["device"], "torch": self.record["torch"]},
+        }
+
+
+def runs(out: Path, data: Path) -> list[Run]:
+    found = []
+    for path in sorted(out.glob("*.npz")):
+        with np.load(path) as stored:
+            probability = {n: stored[n].astype(np.float32) for n in stored.files}
+        truth = {n: _read(data / "label" / n) > 0 for n in probability}
+        found.append(Run(path.stem, json.loads(path.with_suffix(".json").read_text()), probability, truth))
+    if not found:
+        sys.exit(f"{out} holds no run; train one first")
+    return found
+
+
+def best_threshold(run: Run) -> float:
     """The probability above which a pixel is cell that gives the lowest Rand error on the tuning slices."""
     from unet_rt.training.metrics import rand_error
 
     choices = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-    errors = [np.mean([rand_error(stored[n] > t, _read(labels / n) > 0) for n in names]) for t in choices]
+    errors = [
+        np.mean([rand_error(run.probability[n] > t, run.truth[n]) for n in run.record["tuning"]]) for t in choices
+    ]
     return choices[int(np.argmin(errors))]
 
 
 def report(args: argparse.Namespace) -> None:
-    from unet_rt.pictures import comparison, difference, grey
+    """Table and picture of the networks in ``--out``."""
+    from unet_rt.pictures import comparison, grey
     from unet_rt.training.metrics import rand_error, warping_error
 
-    rows: dict[str, Any] = {}
-    panels = []
-    crop = (slice(128, 384), slice(128, 384))
-    for path in sorted(args.out.glob("*.npz")):
-        record = json.loads(path.with_suffix(".json").read_text())
-        with np.load(path) as stored:
-            found = [figures(stored[n], _read(args.data / "label" / n) > 0) for n in record["test"]]
-            mean = {key: round(float(np.mean([f[key] for f in found])), 6) for key in found[0]}
-            # The challenge scored the best threshold of each submission; here the tuning slices choose it.
-            threshold = best_threshold(stored, record["tuning"], args.data / "label")
-            tuned = [(stored[n] > threshold, _read(args.data / "label" / n) > 0) for n in record["test"]]
-            mean["threshold"] = threshold
-            mean["Rand error, threshold"] = round(float(np.mean([rand_error(m, t) for m, t in tuned])), 6)
-            mean["warping error, threshold"] = round(float(np.mean([warping_error(m, t) for m, t in tuned])), 6)
-            first = record["test"][0]
-            mask, truth = stored[first] > 0.5, _read(args.data / "label" / first) > 0
-        if not panels:
-            image = _read(args.data / "image" / first)
-            panels += [("slice " + first, grey(image[None])[crop]), ("truth", _white(truth)[crop])]
-        panels.append((path.stem[:40], _white(mask)[crop]))
-        panels.append(("differs", difference(truth, mask)[crop]))
-        keys = ("parameters", "steps", "seconds", "tuning_iou", "device")
-        rows[path.stem] = {**mean, **{k: record[k] for k in keys}}
-    if not rows:
-        sys.exit(f"{args.out} holds no run; train one first")
-    comparison(panels, args.out / "membranes.png")
-    document = {"slices": "mean of 21 to 23", "runs": rows, "paper (other, hidden slices)": PAPER}
-    (args.out / "membranes.json").write_text(json.dumps(document, indent=1) + "\n")
-    columns = [k for k in next(iter(rows.values())) if k != "device"]
-    print("| run | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{row[c]:.4g}" if isinstance(row[c], float) else f"{row[c]:,}" for c in columns)
-              + " |")  # fmt: skip
-    print(f"The paper, on the challenge's hidden slices: {PAPER}")
-
-
-def _white(mask: Any) -> Any:
-    return np.repeat((mask * np.uint8(255))[..., None], 3, axis=2)
+    found = sorted(
+        runs(args.out, args.data), key=lambda run: (NETWORKS.index(run.record["network"]["network"]), run.name)
+    )
+    rows = []
+    for run in found:
+        test = run.record["test"]
+        row = {**run.settings(), "figures": run.mean(test)}
+        # The challenge scored the best threshold of each submission; here the tuning slices choose it.
+        threshold = best_threshold(run)
+        tuned = [(run.probability[n] > threshold, run.truth[n]) for n in test]
+        row["at_threshold"] = {
+            "threshold": threshold,
+            "Rand error": round(float(np.mean([rand_error(m, t) for m, t in tuned])), 6),
+            "warping error": round(float(np.mean([warping_error(m, t) for m, t in tuned])), 6),
+        }
+        rows.append(row)
+    first = found[0].record["test"][0]
+    truth = found[0].truth[first]
+    image = _read(args.data / "image" / first)
+    panels = [(f"slice {first}; below: truth", _stacked(grey(image[None]), _shade(truth)))]
+    for run, row in zip(found, rows, strict=True):
+        if row["seed"] == rows[0]["seed"]:
+            probability = run.probability[first]
+            wrong = _shade(truth != (probability > 0.5))
+            panels.append((f"{row['network']}: probability; below: wrong", _stacked(_shade(probability), wrong)))
+    path = record.write(
+        "membranes",
+        {
+            "slices": {key: found[0].record[key] for key in ("training", "tuning", "test")},
+            "figures_are": "means over the test slices, of the mask of probability above one half",
+            "band_px": BAND_PX,
+            "rows": rows,
+            "all_cell": found[0].everything_cell(),
+            "paper_other_hidden_slices": PAPER,
+        },
+        args.record,
+    )
+    comparison(panels, path.with_suffix(".png"))
+    print(path.read_text())
 
 
 def plot(args: argparse.Namespace) -> None:
-    """IoU of the test slices against the number of training slices, with and without augmentation."""
-    from unet_rt.training.curves import Panel, chart
+    """Figures of the test slices against the number of training slices, with and without augmentation."""
+    found = sorted(runs(args.out, args.data), key=lambda run: (len(run.record["training"]), run.name))
+    rows = [{**run.settings(), "figures": run.mean(run.record["test"])} for run in found]
+    figures_ = {"rows": rows, "all_cell": found[0].everything_cell()}
+    print(record.write("membranes-slices", figures_, args.record).read_text())
 
-    series: dict[str, list[tuple[float, float]]] = {"augmented": [], "plain": []}
-    membrane: dict[str, list[tuple[float, float]]] = {"augmented": [], "plain": []}
-    for path in sorted(args.out.glob("*.npz")):
-        record = json.loads(path.with_suffix(".json").read_text())
-        line = "plain" if path.stem.endswith("-plain") else "augmented"
-        with np.load(path) as stored:
-            found = [figures(stored[n], _read(args.data / "label" / n) > 0) for n in record["test"]]
-        for target, key in ((series, "IoU"), (membrane, "membrane IoU")):
-            target[line].append((len(record["training"]), float(np.mean([f[key] for f in found]))))
-    panels = [
-        Panel(title, "training slices", {k: sorted(v) for k, v in each.items() if v})
-        for title, each in (("IoU of cells", series), ("IoU of membranes", membrane))
-    ]
-    chart(panels, args.out / "slices.png")
-    document = {"cells": series, "membranes": membrane}
-    (args.out / "slices.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
+
+def _stacked(above: Any, below: Any) -> Any:
+    """The shown part of two pictures (Y, X, 3), one above the other."""
+    part = slice(SHOWN_FROM_PX, SHOWN_FROM_PX + SHOWN_PX)
+    gap = np.full((8, SHOWN_PX, 3), 255, np.uint8)
+    return np.vstack([above[part, part], gap, below[part, part]])
+
+
+def _shade(values: Any) -> Any:
+    """(Y, X) from 0 to 1 as grey."""
+    return np.repeat((values * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the figures of README.md and of benchmarks/README.md from ``benchmarks/results/*.json``; none is typed by hand.
+"""Draws the figures of README.md and other pages from ``benchmarks/results/*.json``; none is typed by hand.
 
     python benchmarks/tables.py           # rewrites the marked blocks, and the plots in benchmarks/results/
     python benchmarks/tables.py --check   # exit status 1 where they are not what the records say
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "membranes.md")
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 Record = dict[str, Any]
 
@@ -143,6 +144,58 @@ def kernels() -> str:
         f"(softmax {softmax:.2f}); gather {rounded_range(of('twin', 'tile_gather'), 0)}, argmax\nand threshold "
         f"{rounded_range(of('twin', 'tile_stitch argmax', 'tile_stitch threshold'), 0)}, placing float32 "
         f"{rounded_range(placing, 0)} times the NumPy twin (`bench_kernels.py`)."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- membranes
+
+
+def membranes() -> str:
+    data = record("membranes")
+    rows: list[Record] = data["rows"]
+    one, near = rows[0], data["band_px"]
+    columns = {
+        "pixel error": "pixel error",
+        f"within {near:g} px of a border": "pixel error near",
+        "farther": "pixel error far",
+        "Rand error": "Rand error",
+        "warping error": "warping error",
+        "IoU of cells": "IoU",
+        "IoU of membranes": "membrane IoU",
+        "unsure pixels": "unsure",
+    }
+    named = [(f"{r['network']}, {r['parameters']:,} parameters", r["figures"]) for r in rows]
+    lines = [
+        (name, *(f"{found[key]:.{6 if key == 'warping error' else 4}f}" for key in columns.values()))
+        for name, found in (*named, ("cell everywhere", data["all_cell"]))
+    ]
+    tuned = ", ".join(f"{r['network']} {r['at_threshold']['Rand error']:.4f}" for r in rows)
+    paper = data["paper_other_hidden_slices"]
+    return (
+        f"{one['training_slices']} slices to train on, width {one['width']}, {one['steps']:,} steps of {one['batch']} tiles "
+        f"of {one['tile_px']} px, {one['optimizer'].title()} at {one['learning_rate']:g}, augmented, seed {one['seed']}, on "
+        f"{one['trained_on']['device']}:\n\n{table(('', *columns), lines)}\n\n"
+        f"Rand error at the threshold that serves the tuning slices best: {tuned}.\n"
+        f"The paper, on the challenge's hidden slices: warping error {paper['warping error']:.6f}, Rand error "
+        f"{paper['Rand error']:.4f}, pixel error {paper['pixel error']:.4f}."
+    )
+
+
+def membranes_slices() -> str:
+    rows: list[Record] = record("membranes-slices")["rows"]
+    one = rows[0]
+    found = {(r["training_slices"], r["augmented"]): r["figures"] for r in rows}
+    lines = []
+    for count in sorted({n for n, _ in found}):
+        pair = [found.get((count, way)) for way in (True, False)]
+        lines.append(
+            (str(count), *(f"{f[key]:.4f}" if f else "" for key in ("IoU", "membrane IoU", "Rand error") for f in pair))
+        )
+    columns = ((f"{what}, augmented", "plain") for what in ("IoU of cells", "IoU of membranes", "Rand error"))
+    head = ("slices", *(title for pair in columns for title in pair))
+    return (
+        f"U-Net of width {one['width']} ({one['parameters']:,} parameters), {one['steps']:,} steps of {one['batch']} tiles "
+        f"of {one['tile_px']} px, seed {one['seed']}:\n\n{table(head, lines)}"
     )
 
 
@@ -306,6 +359,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "startup": startup,
     "kernels": kernels,
     "precision-paper": precision_paper,
+    "membranes": membranes,
+    "membranes-slices": membranes_slices,
     "gpu-machine": gpu_machine,
     "gpu-anchors": gpu_anchors,
     "gpu-paper": gpu_paper,
@@ -359,6 +414,45 @@ def bars(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def curves(title: str, x_label: str, series: dict[str, list[tuple[float, float]]]) -> str:
+    """An SVG of lines with their points: name -> (x, y) in order of x."""
+    wide, height, left, right, top, bottom = 640, 400, 64, 24, 68, 48
+    points = [point for line in series.values() for point in line]
+    most_x = max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    step = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8)
+    first, last = math.floor(low / step), math.ceil(high / step)
+
+    def x_of(x: float) -> float:
+        return left + (wide - left - right) * x / most_x
+
+    def y_of(y: float) -> float:
+        return height - bottom - (height - top - bottom) * (y / step - first) / max(last - first, 1)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{wide}" height="{height}" fill="white"/>',
+        f'<text x="12" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
+        f'<text x="{(left + wide - right) / 2}" y="{height - 10}" text-anchor="middle">{escape(x_label)}</text>',
+    ]
+    for k in range(first, last + 1):
+        y = y_of(k * step)
+        parts += [
+            f'<line x1="{left}" x2="{wide - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>',
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{k * step:.3g}</text>',
+        ]
+    for x in sorted({x for x, _ in points}):
+        parts.append(f'<text x="{x_of(x):.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
+    for k, (name, line) in enumerate(series.items()):
+        colour = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")[k % 4]  # Okabe & Ito
+        way = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4" fill="{colour}"/>' for x, y in line]
+        x = left + (wide - left - right) * k / len(series)
+        parts.append(f'<text x="{x:.1f}" y="50" fill="{colour}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 def plots() -> dict[Path, str]:
     """Pictures by their paths: of every record that is there."""
     data = record("engine-paper")
@@ -369,6 +463,19 @@ def plots() -> dict[Path, str]:
             "ms",
         )
     }
+    if (RESULTS / "membranes-slices.json").exists():
+        rows = record("membranes-slices")["rows"]
+        found[RESULTS / "membranes-slices.svg"] = curves(
+            "IoU on three slices of ISBI 2012 that were not trained on",
+            "training slices",
+            {
+                f"{what}, {'augmented' if way else 'plain'}": sorted(
+                    (r["training_slices"], r["figures"][key]) for r in rows if r["augmented"] == way
+                )
+                for what, key in (("cells", "IoU"), ("membranes", "membrane IoU"))
+                for way in (True, False)
+            },
+        )
     if (RESULTS / "gpu.json").exists():
         sections = gpu_sections()
         for batch in (1, 16):

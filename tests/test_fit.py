@@ -309,6 +309,14 @@ def test_presets() -> None:
         planned(Options(recipe={"precision": "bf16"}), cpu, 1, 2)
 
 
+def test_a_tile_larger_than_the_images_is_taken_down_and_said(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = {"steps": 1, "tile_px": 500, "batch": 1}
+    done = fit(folder, tmp_path / "model.pt", Options(architecture=TINY, recipe=recipe, threads=1), say=said.append)
+    assert done.record["recipe"]["tile_px"] == 128  # the images are 96 x 128 px
+    assert "tiles of 128 px instead of 500" in "\n".join(said)
+
+
 def test_the_command_trains_and_says_what_it_did(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ MAY_IMPORT = {
         "activations.py",
         "backends/*.py",
         "build.py",
+        "ensemble.py",
         "export.py",
         "free.py",
         "graph.py",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
 }
 # The ones among them that may do so at module level: nothing imports these before they are asked for.
 AT_MODULE_LEVEL = {
-    "onnx": ("export.py", "free.py", "graph.py", "onnx_file.py", "passes/*.py", "propagate.py"),
+    "onnx": ("ensemble.py", "export.py", "free.py", "graph.py", "onnx_file.py", "passes/*.py", "propagate.py"),
     "torch": ("export.py", "models/*.py", "training/*.py"),
 }
 # Never at module level elsewhere: `import unet_rt` pays for NumPy alone.

@@ -167,6 +167,20 @@ def test_what_is_no_nnunet_is_refused(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"trainer_name": "MyTrainer"}, "MyTrainer"), ({"init_args": {"configuration": "3d_fullres"}}, "3d_fullres")],
+)
+def test_what_nnunet_does_not_know_is_named(trained: Path, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    (tmp_path / "fold_0").mkdir()
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / name).write_bytes((trained.parent / name).read_bytes())
+    checkpoint = torch.load(trained / "checkpoint_final.pth", weights_only=False)
+    torch.save({**checkpoint, **changed}, tmp_path / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(GraphError, match=said):
+        open_nnunet(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("scheme", "expected"),
     [
         ("NoNormalization", Normalization("none")),

@@ -264,6 +264,23 @@ def test_validation_is_a_block(samples: list[Sample]) -> None:
         split_by_blocks([])
 
 
+@pytest.mark.parametrize(("empty", "held"), [([3, 4], "drawn 2"), ([4], "drawn 3"), ([0, 1, 2, 3], "drawn 4")])
+def test_validation_holds_every_class(samples: list[Sample], empty: list[int], held: str) -> None:
+    """Where one image alone holds foreground no split serves, and the last one stands."""
+    some = [replace(s, target=s.target * (k not in empty)) for k, s in enumerate(samples[:5])]
+    training, validation = split_by_blocks(some, 0.2)
+    assert len(training) == 4
+    assert [s.name for s in validation] == [held]
+
+
+def test_rows_that_validate_hold_every_class(samples: list[Sample]) -> None:
+    target = samples[0].target.copy()
+    target[100:] = 0
+    training, validation = split_by_blocks([replace(samples[0], target=target)], 0.25)
+    assert validation[0].name.endswith("(top)")
+    np.testing.assert_array_equal(np.vstack([validation[0].target, training[0].target]), target)
+
+
 def test_images_and_masks_that_do_not_match_are_refused() -> None:
     with pytest.raises(ImageError, match=r"a\.png: image \(4, 5\) and mask \(5, 4\)"):
         prepare("a.png", np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.int32), PERCENTILE)
@@ -319,6 +336,12 @@ def test_a_valid_network_trains_with_mirrored_borders(samples: list[Sample]) -> 
     history = train(network, samples[:2], samples[4:], replace(SHORT, steps=2, tile_px=108, batch=1))
     assert len(history) == 1
     assert predict_whole(network, samples[4].image).shape == (2, 160, 160)
+
+
+def test_networks_for_volumes_are_refused(samples: list[Sample]) -> None:
+    network = UNet(width=2, depth=1, dims=3, padding="same")
+    with pytest.raises(TrainingError, match="3 spatial axes, and tiles are cut from images of 2"):
+        train(network, samples[:1], samples[:1], Recipe(steps=1))
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best(samples: list[Sample]) -> None:

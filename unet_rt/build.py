@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from .model import (
     keeps,
     kept_share,
     largest_halo,
-    open_model,
+    open_models,
     seam_tile,
     square_tile,
     untiled_spec,
@@ -137,7 +138,7 @@ class BuildReport:
 
 
 def build(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     *,
     samples: Any = None,
     out: str | Path | None = None,
@@ -161,10 +162,10 @@ def build(
     """Builds an engine folder and returns the loaded engine.
 
     Args:
-        model: ONNX file, bioimage.io package or ``rdf.yaml``.
+        model: ONNX file, bioimage.io package or ``rdf.yaml``; several (folds) become one engine of their mean probability.
         samples: A path, several paths, or arrays: images like those the network will see. None: generated ones, which
             prove FP32 only.
-        out: The folder; default: the model's name with ``.urt``.
+        out: The folder; default: the model's name with ``.urt``, ``ensemble.urt`` for several.
         budget: What may differ from FP32.
         contract: A :class:`Contract` (wins over the model's metadata), or the path of its JSON.
         backend: ``auto`` or a backend's name.
@@ -188,7 +189,10 @@ def build(
     from .engine import load
 
     say = say or log.info
-    path = Path(model)
+    paths = [Path(model)] if isinstance(model, str | Path) else [Path(one) for one in model]
+    if not paths:
+        raise ContractError("no model is given; pass an ONNX file, or several of them")
+    path = paths[0] if len(paths) == 1 else Path("ensemble.onnx")
     folder = Path(out) if out is not None else Path(path.name).with_suffix(".urt")
     check_target(folder, overwrite=overwrite)
     where, names = _backends(backend, device)
@@ -197,7 +201,7 @@ def build(
         work = Path(temporary)
         options = contract if isinstance(contract, Contract) else None
         file = Path(contract) if isinstance(contract, str | Path) else None
-        opened = open_model(path, work, options=options, contract=file)
+        opened = open_models(paths, work, options=options, contract=file)
         found = precision_of(opened.graph)
         if found in ("int8", "fp16", "bf16"):
             what = "is quantised already" if found == "int8" else f"computes in {found} already"
@@ -217,7 +221,8 @@ def build(
         builder.choose_tiling(tile, halo, overlap, blend)
         builder.try_candidates(names, precisions, explicit=backend != "auto" or precision != "auto")
         builder.choose(tile)
-        result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=f"unet-rt build {path}")
+        command = shlex.join(["unet-rt", "build", *map(str, paths)])
+        result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=command)
     if report is not None:
         report(result)
     return load(folder, threads=threads or None)
@@ -253,7 +258,11 @@ class _Build:
         self.model, self.work, self.budget, self.threads, self.say = model, work, budget, threads, say
         self.spec = replace(untiled_spec(model), device=device)
         self.baseline = baseline_engine(model, self.spec, threads=threads)
-        self.notes: list[str] = [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
+        self.notes: list[str] = []
+        if model.members:
+            what = "value" if model.contract.task == "regression" else "probability"
+            self.notes.append(f"the mean {what} of {len(model.members)} networks: {', '.join(model.members)}")
+        self.notes += [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
         self.notes += [f"size stays fixed: {why}" for why in model.fixed]
         self.notes += model.left_out
         self.warnings: list[str] = []

@@ -155,10 +155,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL.onnx", help="ONNX file")
 
-    p = _verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ")
-    p.add_argument("model", metavar="MODEL.onnx", help="ONNX file, bioimage.io package or rdf.yaml")
+    p = _verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ... ")
+    p.add_argument(
+        "model",
+        metavar="MODEL.onnx",
+        nargs="+",
+        help="ONNX file, bioimage.io package or rdf.yaml; several (folds) become one engine of their mean probability",
+    )
     p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
-    p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt)")
+    p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt; ensemble.urt for several)")
     p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt or cudnn")
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")

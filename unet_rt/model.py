@@ -41,6 +41,7 @@ class Model:
         freed: What was made free.
         fixed: Why something could not be.
         left_out: Outputs of the file that ``graph`` does not have, each with the reason, in a sentence.
+        members: Names of the networks that are averaged, where there are several.
     """
 
     given: Path
@@ -50,6 +51,7 @@ class Model:
     freed: tuple[str, ...]
     fixed: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -77,6 +79,33 @@ class Model:
                 )
             specs.append(InputSpec(i.name, i.axes, channels, i.dtype))
         return tuple(specs)
+
+
+def open_models(
+    paths: Sequence[Path], work: Path, *, options: Contract | None = None, contract: Path | None = None
+) -> Model:
+    """Opens one network, or several (the folds of a cross-validation) as the mean of what they say.
+
+    Arguments and errors are those of :func:`open_model`; networks that do not agree are a ContractError or GraphError.
+    """
+    if len(paths) == 1:
+        return open_model(paths[0], work, options=options, contract=contract)
+    from .ensemble import merge
+
+    members = [
+        open_model(path, _folder(work / f"member{k}"), options=options, contract=contract)
+        for k, path in enumerate(paths)
+    ]
+    merged = work / "ensemble.onnx"
+    merge(members, merged)
+    # Its metadata hold what options and contract say of the members.
+    opened = open_model(merged, work)
+    others = members[0].report.outputs[1:]
+    left_out = (
+        *members[0].left_out,
+        *(f"output {o.name} is left out: folds are averaged in the first" for o in others),
+    )
+    return replace(opened, left_out=left_out, members=tuple(member.given.name for member in members))
 
 
 def open_model(path: str | Path, work: Path, *, options: Contract | None = None, contract: Path | None = None) -> Model:

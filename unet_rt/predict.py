@@ -121,6 +121,10 @@ def predict(
     from .image import is_url, open_image
     from .output import open_output
 
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
+    if (shard is not None or scheduler is not None) and out is None:
+        raise ContractError("shards and schedulers share a file or folder; give --out")
     several = "" if len(engine.spec.outputs) == 1 else ", ".join(o.name for o in engine.spec.outputs)
     if head is not None:
         engine = Headed(engine, head)
@@ -159,12 +163,6 @@ def predict(
                 )
             from . import predict_large
 
-            if shard is not None and not 0 <= shard[0] < shard[1]:
-                raise ContractError(
-                    f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}"
-                )
-            if (shard is not None or scheduler is not None) and out is None:
-                raise ContractError("shards and schedulers share a file or folder; give --out")
             processes = 1
             if scheduler is not None:
                 from . import cluster

@@ -33,6 +33,11 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         self.path()
 
+    @property
+    def dims(self) -> int:
+        """Spatial axes."""
+        return 2
+
     def path(self) -> UNetSpec:
         """The contracting path's terms."""
         return UNetSpec(

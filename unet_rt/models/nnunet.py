@@ -104,13 +104,20 @@ def _network(
         from nnunetv2.inference.predict_from_raw_data import recursive_find_trainer_class_by_name
         from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        manager = PlansManager(plans)
+        plan = manager.get_configuration(configuration)
+        kind = recursive_find_trainer_class_by_name(trainer)  # imports all trainers to find an unusual one
     except ModuleNotFoundError as error:
         raise BackendError(f"{error.name} is missing, which builds nnU-Net's networks; pip install nnunetv2") from error
-    manager = PlansManager(plans)
-    plan = manager.get_configuration(configuration)
+    except RuntimeError as error:
+        raise GraphError(f"nnU-Net does not know what the checkpoint asks for: {error}") from error
+    if kind is None:  # older versions only say so
+        raise GraphError(
+            f"nnU-Net has no trainer {trainer}, which the checkpoint names; install it where nnU-Net looks"
+        )
     channels = determine_num_input_channels(manager, plan, dataset)
     heads = manager.get_label_manager(dataset).num_segmentation_heads
-    kind = recursive_find_trainer_class_by_name(trainer)
     try:
         module: nn.Module = kind.build_network_architecture(
             manager, plan, channels, heads, enable_deep_supervision=False

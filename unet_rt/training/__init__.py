@@ -2,6 +2,7 @@
 
 from .augment import Augmentation, Tiles
 from .components import components
+from .metrics import iou
 from .samples import MaskKind, Sample, normalized, prepare, sample_of, split_by_blocks
 from .trainer import (
     Progress,
@@ -9,7 +10,6 @@ from .trainer import (
     TrainingError,
     class_iou,
     evaluate,
-    iou,
     load_checkpoint,
     predict_whole,
     save_checkpoint,

@@ -215,6 +215,9 @@ def fit(
         recipe = replace(recipe, w0=data.w0, tile_px=fitting_tile(network, recipe.tile_px, training))
     except ValueError as error:
         raise ContractError(str(error)) from error
+    asked = options.recipe.get("tile_px")
+    if asked is not None and asked != recipe.tile_px:
+        say(f"tiles of {recipe.tile_px} px instead of {asked}: as large as the images ask for and the network accepts")
     parameters = sum(p.numel() for p in network.parameters())
     say(
         f"{len(training)} images to train on, {len(validation)} to validate ({_names(validation)}), "

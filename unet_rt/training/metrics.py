@@ -17,8 +17,14 @@ Mask = npt.NDArray[np.bool_]
 
 
 def pixel_error(mask: Labels, truth: Labels) -> float:
-    """Share of pixels of another class (ISBI 2012's pixel error, for a mask instead of a probability map)."""
+    """Share of pixels of another class: of masks, ISBI 2012's squared distance (Arganda-Carreras et al. 2015)."""
     return float(np.mean(mask != truth))
+
+
+def iou(mask: Mask, truth: Mask) -> float:
+    """|A and B| / |A or B|, intersection over union (Jaccard 1901); 1 where both are empty."""
+    union = int((mask | truth).sum())
+    return int((mask & truth).sum()) / union if union else 1.0
 
 
 def dice(mask: Mask, truth: Mask) -> float:

@@ -32,8 +32,9 @@ from unet_rt.synthetic import microscopy, random_scene
 
 from .augment import Augmentation
 from .fit import NORMALIZATION
+from .metrics import iou
 from .samples import Sample, prepare
-from .trainer import Progress, Recipe, evaluate, iou, save_checkpoint, train
+from .trainer import Progress, Recipe, evaluate, save_checkpoint, train
 from .weights import F32
 
 SYNTHETIC_PX = 384

@@ -86,20 +86,43 @@ def sample_of(
 
 
 def split_by_blocks(samples: Sequence[Sample], share: float = 0.2) -> tuple[list[Sample], list[Sample]]:
-    """(training, validation): the last ``share`` in one block, since neighbours in a stack look alike.
+    """(training, validation): ``share`` of the images in one block, since neighbours in a stack look alike.
 
-    Fewer than five images are each cut in two, the lower rows for validation.
+    Fewer than five images are each cut in two, the lower rows for validation. Where a part would miss a class, the last
+    block that leaves none missing validates, or the upper rows: by images without foreground the network that finds
+    nothing would be the best one.
     """
     if not samples:
         raise ImageError("no images to train on; give at least one with its mask")
-    if len(samples) >= 5:
-        held = max(1, round(share * len(samples)))
-        return list(samples[:-held]), list(samples[-held:])
-    cuts = [max(1, min(round((1 - share) * s.target.shape[0]), s.target.shape[0] - 1)) for s in samples]
-    return (
-        [_rows(s, 0, cut, "top") for s, cut in zip(samples, cuts, strict=True)],
-        [_rows(s, cut, s.target.shape[0], "bottom") for s, cut in zip(samples, cuts, strict=True)],
-    )
+    if len(samples) < 5:
+        cuts = [_cut_in_two(samples, share, upper_validates=upper) for upper in (False, True)]
+        return next((cut for cut in cuts if _serves(*([_classes(s) for s in part] for part in cut))), cuts[0])
+    held = max(1, round(share * len(samples)))
+    present = [_classes(s) for s in samples]
+    firsts = range(len(samples) - held, -1, -1)
+    first = next((k for k in firsts if _serves(present[:k] + present[k + held :], present[k : k + held])), firsts[0])
+    return [*samples[:first], *samples[first + held :]], list(samples[first : first + held])
+
+
+def _cut_in_two(samples: Sequence[Sample], share: float, *, upper_validates: bool) -> tuple[list[Sample], list[Sample]]:
+    training, validation = list[Sample](), list[Sample]()
+    for s in samples:
+        height = s.target.shape[0]
+        kept = max(1, min(round((1 - share) * height), height - 1))
+        cut = height - kept if upper_validates else kept
+        above, below = _rows(s, 0, cut, "top"), _rows(s, cut, height, "bottom")
+        training.append(below if upper_validates else above)
+        validation.append(above if upper_validates else below)
+    return training, validation
+
+
+def _classes(s: Sample) -> set[int]:
+    return set(np.unique(s.target).tolist())
+
+
+def _serves(training: Sequence[set[int]], validation: Sequence[set[int]]) -> bool:
+    """Whether both parts hold every class of either."""
+    return set().union(*training) == set().union(*validation)
 
 
 def _rows(s: Sample, start: int, stop: int, part: str) -> Sample:

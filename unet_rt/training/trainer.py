@@ -23,6 +23,7 @@ from unet_rt.errors import UnetRtError
 from unet_rt.models import Network, SegNet, architecture_of, network_of
 
 from .augment import Augmentation, Tiles
+from .metrics import iou
 from .samples import Sample, padded
 from .weights import F32, class_weights
 
@@ -139,12 +140,17 @@ def train(
         progress: Called after each step with the share of work that is done, the step and the last known loss.
 
     Raises:
-        TrainingError: the loss became NaN or infinite (the network then holds the best weights so far), or ``state``
-            is of another training.
+        TrainingError: the network is not one for images; the loss became NaN or infinite (the network then holds the
+            best weights so far), or ``state`` is of another training.
     """
+    spec = network.spec
+    if spec.dims != 2:
+        raise TrainingError(
+            f"the network has {spec.dims} spatial axes, and tiles are cut from images of 2; use dims=2 (stacks are trained "
+            "on plane by plane), or train a volume's network by a loop of your own"
+        )
     place = torch.device(device)
     network.to(place)
-    spec = network.spec
     # Tensor cores want channels last; max-unpooling is not fast in it.
     layout = (
         torch.channels_last if place.type == "cuda" and not isinstance(network, SegNet) else torch.contiguous_format
@@ -384,12 +390,6 @@ def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any], *, background: 
     """Mean IoU over the classes that occur in either, without 0 unless ``background``; 1 where none does."""
     present = sorted({*np.unique(labels).tolist(), *np.unique(truth).tolist()} - (set() if background else {0}))
     return float(np.mean([iou(labels == k, truth == k) for k in present])) if present else 1.0
-
-
-def iou(mask: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
-    """Intersection over union; 1 where both are empty."""
-    union = int((mask | truth).sum())
-    return int((mask & truth).sum()) / union if union else 1.0
 
 
 def save_checkpoint(
