@@ -253,3 +253,23 @@ def test_a_regression_beside_labels_is_judged_by_its_error() -> None:
     verdict = judge([label, value], Budget())
     assert not verdict.accepted
     assert verdict.reasons == ("a, output distance: largest error 5.00e-01 of the output's range, budget 1.00e-02",)
+
+
+def test_tiles_run_once_for_all_outputs(built: tuple[Path, Any], windows: list[Array]) -> None:
+    from unet_rt.samples import draw, raw_result, raw_results
+
+    runs = []
+
+    def count(y: Array) -> Array:
+        runs.append(len(y))
+        return y
+
+    with urt.load(built[0]) as engine:
+        (sample,) = draw(windows[:1], engine.spec.contract, spatial=2, network_channels=1)
+        grid = engine.spec.grid(sample.shape, (128, 128))
+        expected = [raw_result(engine, sample, grid, output=k) for k in range(3)]
+        engine._session = Changed(engine._session, 0, count)
+        found = raw_results(engine, sample, grid)
+    assert sum(runs) <= grid.count
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -242,8 +242,25 @@ def tile_of(
 
 
 def raw_results(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0) -> list[Array]:
-    """:func:`raw_result` of every output; the engine runs anew for each, by the way that predictions go."""
+    """:func:`raw_result` of every output, by the way that predictions go: one output after the other."""
+    if len(engine.spec.outputs) > 1 and engine.device_session is None:
+        engine = _Remembered(engine)
     return [raw_result(engine, sample, grid, threads, output) for output in range(len(engine.spec.outputs))]
+
+
+class _Remembered(Engine):
+    """An engine that is given the same tiles once per output, and runs them the first time."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.spec, engine._session, engine.folder)
+        self._engine = engine
+        self._results: dict[bytes, list[npt.NDArray[np.float32]]] = {}
+
+    def run(self, batch: Array) -> list[npt.NDArray[np.float32]]:
+        key = hashlib.sha256(batch.tobytes()).digest()
+        if key not in self._results:
+            self._results[key] = self._engine.run(batch)
+        return self._results[key]
 
 
 def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
