@@ -85,7 +85,7 @@ endef
 	@echo "installing build tools, linters and test tools"
 	@$(@D)/bin/pip install -q --group build --group lint --group test --group tensorrt
 	@echo "installing unet-rt[cpu,torch,tiff,zarr,...] and what it needs (torch is large)"
-	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote]'
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote,objects,dask]'
 	@touch $@
 
 .venv-test/.installed: .venv-test/.made $(SOURCES)
@@ -103,5 +103,5 @@ endef
 .venv-bench/.installed: $(SOURCES) constraints/test.txt
 	$(new_environment)
 	@echo "installing unet-rt[cpu,torch,tiff] and the benchmarks' tools (torch is large)"
-	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group bench '.[cpu,torch,train,tiff]'
+	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group bench '.[cpu,torch,train,tiff,zarr,objects,dask]'
 	@touch $@
