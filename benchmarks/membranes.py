@@ -242,7 +242,7 @@ def _white(mask: Any) -> Any:
 
 def plot(args: argparse.Namespace) -> None:
     """IoU of the test slices against the number of training slices, with and without augmentation."""
-    from unet_rt.training.curves import Panel, chart
+    from unet_rt.charts import Panel, chart
 
     series: dict[str, list[tuple[float, float]]] = {"augmented": [], "plain": []}
     membrane: dict[str, list[tuple[float, float]]] = {"augmented": [], "plain": []}
