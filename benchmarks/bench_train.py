@@ -15,6 +15,7 @@ import statistics
 import time
 
 import numpy as np
+import record
 import torch
 
 from unet_rt.models import UNet
@@ -24,15 +25,17 @@ from unet_rt.training.fit import NORMALIZATION
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = record.parser(__doc__, seconds=60)
     for name, value in (("width", 16), ("tile", 256), ("batch", 2), ("steps", 12), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args(argv)
+    if args.quick:
+        args.width, args.tile, args.batch, args.steps = 4, 64, 1, 4
     torch.set_num_threads(args.threads)
     m = microscopy((512, 512), seed=1, scene=Scene(radius_px=11, cover=0.3))
     sample = prepare("drawn", m.image, m.truth, NORMALIZATION)
     bare, recipe = [], []
-    for _ in range(3):
+    for _ in range(1 if args.quick else 3):
         bare += bare_steps(args, sample)
         recipe += recipe_steps(args, sample)
     seconds = []
@@ -40,15 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         begun = time.perf_counter()
         border_weights(m.truth)
         seconds.append(time.perf_counter() - begun)
-    record = {
+    figures = {
         "bare_ms": round(1e3 * statistics.median(bare), 1),
         "recipe_ms": round(1e3 * statistics.median(recipe), 1),
         "ratio": round(statistics.median(recipe) / statistics.median(bare), 3),
         "border_weights_ms": round(1e3 * statistics.median(seconds), 1),
         "objects": len(np.unique(m.truth)) - 1,
-        **vars(args),
+        **{name: getattr(args, name) for name in ("width", "tile", "batch", "steps", "threads")},
     }
-    print(json.dumps(record, indent=1))
+    print(json.dumps(figures, indent=1))
+    print(record.write("train", figures, args.out, quick=args.quick))
     return 0
 
 
