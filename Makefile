@@ -94,8 +94,8 @@ endef
 	$(new_environment)
 	@echo "installing build tools, linters and test tools"
 	@$(@D)/bin/pip install -q --group build --group lint --group test --group tensorrt
-	@echo "installing unet-rt[cpu,torch,tiff] and what it needs (torch is large)"
-	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff]'
+	@echo "installing unet-rt[cpu,torch,tiff,zarr,...] and what it needs (torch is large)"
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote]'
 	@touch $@
 
 .venv-test/.installed: .venv-test/.made $(SOURCES)

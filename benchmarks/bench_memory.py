@@ -20,18 +20,20 @@ import unet_rt as urt
 from unet_rt import machine
 from unet_rt.bench import MemoryWatch
 from unet_rt.demo import shipped_model
-from unet_rt.predict import RunReport
+from unet_rt.pipeline import RunReport
 from unet_rt.synthetic import microscopy
 
 
 def write_image(path: Path, side: int, compressed: bool) -> None:
     """A large drawn image, written strip by strip from a block that is repeated; this process keeps none of it."""
     block = microscopy((1000, 1000), seed=7).image
-    rows = np.tile(block, (1, -(-side // 1000)))[:, :side]
+    # A few grey levels set the repetitions apart: tiles of equal pixels would be computed once.
+    rows = np.tile(block, (1, -(-side // 1000)))[:, :side] + (np.arange(side) // 1000).astype(np.uint16)
 
     def strips():
         for start in range(0, side, 250):
-            yield rows[start % 1000 : start % 1000 + min(250, side - start)]
+            strip = rows[start % 1000 : start % 1000 + min(250, side - start)]
+            yield strip + np.uint16(17 * (start // 1000))
 
     options = {"compression": "zlib"} if compressed else {}
     tifffile.imwrite(path, strips(), shape=(side, side), dtype=np.uint16, rowsperstrip=250, **options)

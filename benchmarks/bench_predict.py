@@ -38,7 +38,7 @@ from unet_rt import bench, machine
 from unet_rt.backends import eager
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
-from unet_rt.predict import RunReport
+from unet_rt.pipeline import RunReport
 from unet_rt.synthetic import microscopy
 
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -227,18 +227,19 @@ def traced(engine: urt.Engine, image: Path, folder: Path) -> list[tuple[str, flo
 def engine_labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> Labels:
     """Labels of a crop, with the whole image's statistics, in tiles of at most 768 px."""
     from unet_rt.normalize import OnePlane
-    from unet_rt.predict import run
+    from unet_rt.pipeline import Work, run
     from unet_rt.stitch import decide
 
     spec = engine.spec
     result = np.empty(pixels.shape, np.uint8)
 
-    def keep(plane: int, start: int, band: np.ndarray) -> None:
+    def keep(work: Work, start: int, band: np.ndarray) -> None:
         result[start : start + len(band)] = band
 
     with open_image(pixels, spec.contract, spatial=2) as source:
         grid = spec.grid(source.shape, max_px=768 * 768)
-        run(engine, source, grid, decide(spec.contract, spec.outputs[0].channels, "mask"), keep, OnePlane(numbers))
+        decision = decide(spec.contract, spec.outputs[0].channels, "mask")
+        run(engine, source, [Work(0, grid)], decision, keep, OnePlane(numbers))
     return result
 
 

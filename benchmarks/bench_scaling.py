@@ -38,7 +38,7 @@ import unet_rt as urt
 from unet_rt import bench, machine
 from unet_rt.image import open_image
 from unet_rt.normalize import affine
-from unet_rt.predict import RunReport, run
+from unet_rt.pipeline import RunReport, Work, run
 from unet_rt.stitch import decide
 from unet_rt.synthetic import microscopy
 from unet_rt.tiles import cost_ratio
@@ -157,7 +157,7 @@ def halo(engine: urt.Engine, tile: int, side: int) -> dict[str, Any]:
                 grid = spec.grid(source.shape, (tile, tile))
                 decision = decide(spec.contract, spec.outputs[0].channels, "mask")
                 numbers = affine(spec.contract.normalization, source)
-                report = run(engine, source, grid, decision, lambda plane, start, band: None, numbers)
+                report = run(engine, source, [Work(0, grid)], decision, lambda work, start, band: None, numbers)
             spent[name].append(report.stages["infer"])
             counts[name] = grid.computed_px
     engine.spec = exact

@@ -45,7 +45,7 @@ from unet_rt import backends, kernels, machine  # noqa: E402
 from unet_rt.contract import Normalization  # noqa: E402
 from unet_rt.image import open_image  # noqa: E402
 from unet_rt.normalize import affine, normalised  # noqa: E402
-from unet_rt.predict import RunReport  # noqa: E402
+from unet_rt.pipeline import RunReport  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 PRECISIONS = ("fp32", "fp16", "int8")

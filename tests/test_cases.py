@@ -1,7 +1,7 @@
 """What any tiler should meet: the behavioural cases that other tilers' suites hold, in our own words, named by their ids.
 
 The network is a function of the tile (x + 1, 2x, the tile's own number, ...) behind a real ``Engine``; pixels go through
-``unet_rt.predict`` or ``predict.run``, so that windows, gathering, stitching and blending are those of every prediction.
+``unet_rt.predict`` or ``pipeline.run``, so that windows, gathering, stitching and blending are those of every prediction.
 
 Fractions of overlap are written as whole pixels (``overlap`` is the pixels that neighbours share); "-1 = the whole axis"
 is a tile as long as the axis. What does not apply:
@@ -34,7 +34,7 @@ from unet_rt.field import AxisField, OutputField, TileSizes
 from unet_rt.image import open_image
 from unet_rt.normalize import affine
 from unet_rt.output import open_output
-from unet_rt.predict import run
+from unet_rt.pipeline import Work, run
 from unet_rt.stitch import BandStitcher, Decision, blend_weight, decide
 from unet_rt.tiles import TileGrid, tile_grid
 
@@ -497,11 +497,11 @@ def test_b7_nothing_is_added_to_a_finished_row(overlap, tmp_path):
 
 
 def numbered(batch: int) -> Callable[[Array], Array]:
-    """Adds 2 to the first ``batch`` tiles, 3 to the next, ...: in the order in which they come."""
+    """1, and 2 more for the first ``batch`` tiles, 3 more for the next, ...: in the order in which they come."""
     counter = itertools.count()
 
     def network(x: Array) -> Array:
-        return x + np.array([2 + next(counter) // batch for _ in x], np.float32).reshape(-1, 1, 1, 1)
+        return np.ones_like(x) + np.array([2 + next(counter) // batch for _ in x], np.float32).reshape(-1, 1, 1, 1)
 
     return network
 
@@ -509,14 +509,15 @@ def numbered(batch: int) -> Callable[[Array], Array]:
 @pytest.mark.parametrize("batch", [1, 3, 10])
 def test_b8_every_tile_in_its_place_and_turn(batch):
     made = engine(numbered(10), tile=(3, 3), overlap=(2, 2))
-    result = predicted(made, np.ones((1, 7, 7), np.float32), batch=batch)
+    # No two tiles are alike, or the second would not be run.
+    result = predicted(made, np.arange(49, dtype=np.float32).reshape(1, 7, 7), batch=batch)
     expected = np.array([3, 3, 10 / 3, 11 / 3, 13 / 3, 4.5, 5])
     np.testing.assert_allclose(result[0], np.repeat(expected[:, None], 7, axis=1), rtol=2 * EPS)
 
 
 def test_b8_every_tile_weighs_as_it_should():
     made = engine(numbered(1), tile=(3, 3), overlap=(2, 2), blend="gaussian")
-    result = predicted(made, np.ones((1, 7, 7), np.float32), batch=2)
+    result = predicted(made, np.arange(49, dtype=np.float32).reshape(1, 7, 7), batch=2)
     weight = blend_weight((3, 3), "gaussian").astype(np.float64)
     total, weights = np.zeros((7, 7)), np.zeros((7, 7))
     for k, (y, x) in enumerate(itertools.product(range(5), repeat=2)):
@@ -594,12 +595,12 @@ def test_b13_outputs_of_several_scales(overlap):
     for k, wanted in enumerate(expected):
         result = np.full((wanted.shape[0], *grid.out_shape(k)), np.nan, np.float32)
 
-        def keep(plane, start, band, result=result):
+        def keep(work, start, band, result=result):
             result[:, start : start + band.shape[1]] = band
 
         with open_image(image, made.spec.contract, axes="CYX", spatial=2, network_channels=6) as source:
             numbers = affine(made.spec.contract.normalization, source)
-            run(made, source, grid, raw(wanted.shape[0]), keep, numbers, output=k, batch=2)
+            run(made, source, [Work(0, grid)], raw(wanted.shape[0]), keep, numbers, output=k, batch=2)
         np.testing.assert_array_equal(result, wanted)
 
 
@@ -701,7 +702,7 @@ def test_c_a_grid_of_another_image():
     with open_image(sample(), made.spec.contract, axes="CYX", spatial=2) as source:
         numbers = affine(made.spec.contract.normalization, source)
         with pytest.raises(urt.TileError, match="20x24"):
-            run(made, source, grid, raw(), lambda *_: None, numbers)
+            run(made, source, [Work(0, grid)], raw(), lambda *_: None, numbers)
 
 
 def test_c_unknown_blend():

@@ -27,7 +27,7 @@ from unet_rt.image import open_image
 from unet_rt.model import open_model, square_tile, untiled_spec
 from unet_rt.normalize import affine
 from unet_rt.pictures import COLOURS
-from unet_rt.predict import RunReport, run
+from unet_rt.pipeline import RunReport, Work, run
 from unet_rt.stitch import Decision
 from unet_rt.synthetic import microscopy
 
@@ -185,12 +185,12 @@ def test_two_inputs_three_scales(engine_for, tmp_path):
         assert shape == [(45, 38), (23, 19), (90, 76)][k]
         result = np.full((expected.shape[1], *shape), np.nan, np.float32)
 
-        def keep(plane: int, start: int, band: Array, result: Array = result) -> None:
+        def keep(work: Work, start: int, band: Array, result: Array = result) -> None:
             result[:, start : start + band.shape[1]] = band
 
         decision = Decision("copy", expected.shape[1], np.dtype(np.float32))
         with open_image(image, engine.spec.contract, axes="CYX", spatial=2, network_channels=3) as source:
-            run(engine, source, grid, decision, keep, affine(NONE, source), output=k)
+            run(engine, source, [Work(0, grid)], decision, keep, affine(NONE, source), output=k)
         np.testing.assert_array_equal(result, expected[0][:, : shape[0], : shape[1]])
 
 

@@ -26,7 +26,7 @@ from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import Engine
 from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
-from unet_rt.predict import RunReport
+from unet_rt.pipeline import RunReport
 from unet_rt.synthetic import microscopy
 
 pytestmark = pytest.mark.onnxruntime
@@ -351,7 +351,7 @@ def test_a_failure_anywhere_reaches_the_caller(small, texture, on_device, tmp_pa
     elif where == "inferring":
         session_of(gpu).fail_at = len(session_of(gpu).runs) + 5
     elif where == "writing":
-        monkeypatch.setattr("unet_rt.predict_device.count_labels", fail)
+        monkeypatch.setattr("unet_rt.pipeline.count_labels", fail)
     else:
         options["progress"] = fail
     with pytest.raises((OSError, RuntimeError, TypeError, KeyboardInterrupt)):

@@ -96,6 +96,70 @@ def test_every_sample_is_owned_once_and_away_from_inner_edges(network, image, la
     assert (written == 1).all()
 
 
+def test_worked_example_of_an_aligned_grid():
+    field = same_padded()
+    grid = tile_grid((1000,), (512,), (TileSizes(16, 0, 16),), (output(field),), aligned=True)
+    assert grid.axes[0].starts == (0, 224, 496)
+    assert grid.axes[0].owned(field) == [(0, 0, 320), (96, 320, 320), (144, 640, 360)]
+    paper = tile_grid((1000,), (572,), (PAPER_SIZES,), (output(PAPER),), aligned=True)
+    assert paper.axes[0].starts == (0, 384, 624)
+    assert paper.axes[0].owned(PAPER) == [(0, 0, 384), (0, 384, 384), (144, 768, 232)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(networks(), st.integers(1, 700), st.integers(0, 12), st.booleans(), st.data())
+def test_parts_of_an_aligned_grid_share_no_tile_and_are_the_whole(network, image, larger, fixed, data):
+    field, sizes = network
+    tile = smallest_tile(sizes, [field], aligned=True) + larger * sizes.stride
+    if fixed:
+        sizes = replace(sizes, fixed=tile)
+    grid = tile_grid((image,), (tile,), (sizes,), (output(field),), aligned=True)
+    axis = grid.axes[0]
+    assert {b - a for a, b in pairwise(axis.ends[:-1])} <= {axis.ends[0]}
+    cuts = sorted({0, image, *data.draw(st.lists(st.sampled_from(axis.ends)))})
+    written, tiles = np.zeros(ceil(image * field.scale), int), 0
+    for low, high in pairwise(cuts):
+        part = grid.part((low,), (high,))
+        tiles += part.count
+        (first,), size = part.out_start(0), part.out_shape(0)[0]
+        assert first == ceil(low * field.scale)
+        place = part.placement(np.arange(part.count)[:, None], 0)
+        for (target,), (count,) in zip(place.target, place.size, strict=True):
+            assert 0 <= target <= target + count <= size
+            written[first + target : first + target + count] += 1
+        for start, (source, target, count) in zip(part.axes[0].starts, part.axes[0].owned(field), strict=True):
+            canvas_first = axis.canvas.before * field.scale - field.shrink[0]
+            assert start % field.stride == 0
+            assert start * field.scale + source == first + target + canvas_first  # the same sample of the canvas
+            assert source >= (field.halo[0] if start else 0)
+            at_end = start + axis.tile == axis.canvas.size
+            assert source + count <= field.out_size(axis.tile) - (0 if at_end else field.halo[1])
+    assert (written == 1).all()
+    assert tiles == grid.count
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 300), st.integers(2, 8), st.booleans(), st.data())
+def test_any_part_gets_all_tiles_that_its_samples_need(size, tile, blended, data):
+    field = same_padded(4, 9)
+    whole = tile_grid(
+        (size,), (tile * 8 + 16,), (TileSizes(4, 0, 4),), (output(field),), overlap=(tile * 4,) if blended else None
+    )
+    low = data.draw(st.integers(0, size - 1))
+    high = data.draw(st.integers(low + 1, size))
+    part = whole.part((low,), (high,))
+    table = whole.axes[0].covered(field) if blended else whole.axes[0].owned(field)
+    holding = [
+        s
+        for s, (_, target, n) in zip(whole.axes[0].starts, table, strict=True)
+        if target < high and target + n > low and n
+    ]
+    assert list(part.axes[0].starts) == holding
+    assert sum(b - a for a, b in (part.band(k, 0) for k in range(part.shape[0]))) == high - low
+    with pytest.raises(TileError, match="no part of an axis"):
+        whole.part((low,), (size + 1,))
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 8), st.integers(2, 8), st.data())
 def test_blended_tiles_cover_everything(height, width, a, b, data):

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .export import export
     from .graph import inspect
     from .parity import Budget
-    from .predict import RunReport, predict
+    from .pipeline import RunReport
+    from .predict import predict
     from .verify import VerifyReport, verify
 
 __all__ = [
@@ -71,7 +72,7 @@ _MODULE = {
     "Engine": "engine",
     "EngineSpec": "engine",
     "Normalization": "contract",
-    "RunReport": "predict",
+    "RunReport": "pipeline",
     "VerifyReport": "verify",
     "build": "build",
     "export": "export",

@@ -27,7 +27,8 @@ from .engine import Engine, EngineSpec, load, read_folder
 from .errors import BackendError, ContractError, ImageError, ParityError
 from .model import Model, baseline_engine, open_model, seam_tile, square_tile, whole_grid
 from .normalize import normalised
-from .predict import normalization_of, plan, run
+from .pipeline import Work, run
+from .predict import normalization_of, plan
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
 from .stitch import blend_weight, decide
 from .tiles import TileGrid, tile_grid
@@ -302,13 +303,13 @@ def _engine_contender(name: str, engine: Engine, threads: int) -> _Contender:
         lead = (decision.channels,) if decision.channels else ()
         result = np.empty((*lead, *grid.out_shape(0)), decision.dtype)
 
-        def keep(plane: int, start: int, band: Array) -> None:
+        def keep(work: Work, start: int, band: Array) -> None:
             rows = slice(start, start + band.shape[len(lead)])
             (result[:, rows] if lead else result[rows])[...] = band
 
         batch = engine.spec.run_batch
         with sample.source(engine.spec.contract) as source:
-            run(engine, source, grid, decision, keep, sample.affines, batch=batch, threads=threads)
+            run(engine, source, [Work(0, grid)], decision, keep, sample.affines, batch=batch, threads=threads)
         return result
 
     def tiled(sample: Sample, grid: TileGrid) -> Array:

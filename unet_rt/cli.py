@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .build import BuildReport
     from .contract import Contract
     from .parity import Budget
-    from .predict import RunReport
+    from .pipeline import RunReport
 
 Progress = Callable[[int, int], None]
 
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = _verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
-    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="PNG, JPEG, BMP, TIFF, npy; folders of them")
+    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="files, Zarr folders, URLs, folders of images")
     p.add_argument(
         "--out", metavar="PATH", required=True, help="a file (.tif, .png, .npy), or a folder: NAME.tif for every image"
     )
@@ -285,6 +285,9 @@ def _reading_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("how images are read")
     group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
     group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
+    group.add_argument(
+        "--level", type=int, metavar="N", help="of pyramids (Zarr, TIFF, slides); default: 0, the finest"
+    )
 
 
 def _training_options(p: argparse.ArgumentParser) -> None:
@@ -617,7 +620,7 @@ def _predict(args: argparse.Namespace) -> int:
                     normalization=normalization,
                     overlay=overlay,
                     overwrite=args.overwrite,
-                    progress=_Bar(image.name),
+                    progress=_Bar(Path(image).name),
                     report=reports.append,
                 )
             except (ImageError, ContractError) as error:
@@ -642,7 +645,7 @@ def _predict(args: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
-def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
+def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Path]:
     """One output per image: --out itself for one image, files in the folder --out for several."""
     if not args.out:
         raise OutputError("--out is empty; name a file or a folder")
@@ -655,7 +658,7 @@ def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
         return [out]
     if not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy"):
         raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
-    targets = [out / (image.name.removesuffix(image.suffix).removesuffix(".ome") + suffix) for image in images]
+    targets = [out / (Path(image).stem.removesuffix(".ome") + suffix) for image in images]
     doubles = {t for t in targets if targets.count(t) > 1}
     if doubles:
         raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
@@ -668,9 +671,9 @@ def _targets(args: argparse.Namespace, images: Sequence[Path]) -> list[Path]:
     return targets
 
 
-def _not_the_image(target: Path, images: Sequence[Path]) -> None:
+def _not_the_image(target: Path, images: Sequence[Path | str]) -> None:
     """OutputError where an output would replace one of the images: --overwrite is not meant for them."""
-    if target.exists() and any(target.samefile(image) for image in images):
+    if target.exists() and any(isinstance(image, Path) and target.samefile(image) for image in images):
         raise OutputError(f"{target} is an image to be predicted, which an output never replaces; choose another --out")
 
 

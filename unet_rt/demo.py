@@ -14,7 +14,8 @@ from . import parity
 from .build import BuildReport, build
 from .engine import load
 from .errors import OutputError
-from .predict import Progress, RunReport, predict
+from .pipeline import Progress, RunReport
+from .predict import predict
 from .reports import build_text, run_text, verify_text
 from .synthetic import microscopy
 from .verify import verify

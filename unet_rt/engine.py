@@ -135,7 +135,14 @@ class EngineSpec:
             return self.outputs
         return tuple(with_halo(o, self.halo_limit) for o in self.outputs)
 
-    def grid(self, image: Sequence[int], tile: Sequence[int] | None = None, max_px: int | None = None) -> TileGrid:
+    def grid(
+        self,
+        image: Sequence[int],
+        tile: Sequence[int] | None = None,
+        max_px: int | None = None,
+        *,
+        aligned: bool = False,
+    ) -> TileGrid:
         """The tiles for an image of spatial shape ``image``.
 
         Args:
@@ -144,6 +151,7 @@ class EngineSpec:
                 area of the built tile) that computes least for this image; the built tile where the halo is not exact,
                 unless ``max_px`` forbids it, and where the network cannot be tiled exactly.
             max_px: Bound on the tile's pixels.
+            aligned: Tiles that are placed own equal stretches, for results that are written in blocks.
 
         Raises:
             TileError: A tile that the graph does not accept, keeps nothing, or that would change the answer (networks
@@ -166,8 +174,8 @@ class EngineSpec:
         if tile is None and self.halo_limit is not None and bound >= prod(self.tile):
             tile = self.tile  # narrower ones would have more seams than the halo was judged on
         elif tile is None:
-            tile = choose_tile(image, self.sizes, outputs, bound)
-        return tile_grid(image, tile, self.sizes, outputs)
+            tile = choose_tile(image, self.sizes, outputs, bound, aligned=aligned)
+        return tile_grid(image, tile, self.sizes, outputs, aligned=aligned)
 
     def canvas_shape(self, image: Sequence[int]) -> tuple[int, ...]:
         """Size in pixels of the canvas that whole-image inference runs on."""

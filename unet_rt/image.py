@@ -1,4 +1,4 @@
-"""Windows of an image, whatever its storage: arrays, npy, TIFF, PNG, JPEG.
+"""Windows of an image, whatever its storage: arrays, npy, TIFF, Zarr, whole slides, PNG, JPEG, here or behind a URL.
 
 ``open_image`` reads the header and decides how the axes and channels are meant (``axes``); pixels are read by windows,
 as they are needed where the format allows it.
@@ -6,27 +6,45 @@ as they are needed where the format allows it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .axes import Choice, Layout, choose_channels, parse_channels, read_axes, size_text
 from .contract import Contract
 from .errors import BackendError, ContractError, ImageError
-from .pixels import Array, ArrayPixels, MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels
+from .pixels import (
+    Array,
+    ArrayPixels,
+    LazyPixels,
+    MappedFile,
+    MappedPixels,
+    Origin,
+    Pixels,
+    Stored,
+    check_pixels,
+    is_zarr,
+    pick_level,
+)
 
 if TYPE_CHECKING:
     from .device import Device, DeviceArray, Stream
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".btf", ".tf8", ".npy")
+SLIDES = (".svs", ".ndpi", ".scn", ".bif", ".mrxs", ".vms", ".vmu", ".svslide")  # whole slides: the suffix decides
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".btf", ".tf8", ".npy", *SLIDES)
 BAND_SAMPLES = 2**22  # samples read at a time where a whole image is gone through: 8 MiB of uint16
 
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NPY_MAGIC = b"\x93NUMPY"
 _FOREIGN = (  # first bytes of what people try, and what to do about it
     (b"\x89HDF", "an HDF5 file", "open it with h5py and pass the array, or save it as .npy"),
     (b"PK\x03\x04", "a zip archive (npz?)", "save the array as .npy"),
@@ -55,6 +73,9 @@ class Source:
         reading: One line: how axes and channels were read.
         pixel_size_um: Micrometres per pixel along the spatial axes; None where not known for all of them.
         metadata: Where the pixels come from, for the output.
+        gaps: Whether pixels may hold no data; see :meth:`valid`.
+        levels: Spatial shapes of all levels of a pyramid, finest first; empty where there is one level.
+        nodata: The value of pixels that hold no data, None where none is declared; see :meth:`valid`.
         device, stream: The GPU on which the pixels lie, None if they do not, and the stream (cudaStream_t) on which they
             were made. ``read`` copies to the host.
         on_device: :meth:`device_plane` gives the pixels where they lie; luma and channels in no even order it does not.
@@ -71,9 +92,15 @@ class Source:
         self.plane_shape = layout.plane_shape
         self.plane_axes = layout.plane_axes
         self.metadata = stored.origin
+        self.levels = tuple(tuple(shape[i] for i in layout.spatial) for shape in stored.levels)
+        self.nodata = stored.nodata
         sizes = [stored.pixel_size_um.get("ZYX"[-len(self.shape) :][i]) for i in range(len(self.shape))]
         self.pixel_size_um = tuple(s for s in sizes if s is not None) if None not in sizes else None
         self._pixels = stored.pixels
+        self._valid = stored.valid
+        self.gaps = stored.valid is not None or stored.nodata is not None
+        self._files = tuple((file, _state(file, name)) for file in stored.files)
+        self._fingerprint = dict(stored.fingerprint)
         self._layout = layout
         self._choice = choice
         on_gpu = isinstance(stored.pixels, DevicePixels)
@@ -92,14 +119,61 @@ class Source:
 
         Called from one thread at a time.
         """
+        window = self._window(plane, start, stop)
+        if any(low == high for low, high in zip(start, stop, strict=True)):
+            return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
+        with self._guarded(plane, start, stop):
+            if self._choice.luma:
+                return _luma(self._channels(window, (0, 1, 2)))[None]
+            return self._channels(window, self._choice.channels)
+
+    def valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> NDArray[np.bool_] | None:
+        """Which pixels [start, stop) of one plane hold data: (*spatial); None where all of them do.
+
+        By the mask that the file holds, else by its nodata value: a pixel without data has it in all stored channels.
+        Called from the thread that reads.
+        """
+        if not self.gaps:
+            return None
+        window = self._window(plane, start, stop)
+        if self._layout.channel is not None:
+            window[self._layout.channel] = slice(0, self._layout.channels)
+        with self._guarded(plane, start, stop):
+            if self._valid is not None:
+                mask = self._arrange(self._valid(tuple(window))).view(np.bool_)[0]
+            else:
+                pixels = self._arrange(self._pixels.read(tuple(window)))
+                nodata = self.nodata
+                mask = (~np.isnan(pixels) if nodata != nodata else pixels != nodata).any(axis=0)
+        return None if bool(mask.all()) else mask
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What tells this image from others and from itself after a change, as JSON; None for an array.
+
+        A file: path, size and time of its last change; a Zarr: path or URL, and a hash of its metadata. No pixel is read.
+        """
+        return dict(self._fingerprint) or None
+
+    @contextlib.contextmanager
+    def _guarded(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Iterator[None]:
+        """Names the window in errors of its pixels, and notices where the file is no longer the one opened."""
+        for file, state in self._files:
+            if _state(file, self.name) != state:
+                raise ImageError(f"{file}: changed while it was being read; start again when nothing writes to it")
+        try:
+            yield
+        except ImageError as error:
+            place = f"plane {plane}, " if self.planes > 1 else ""
+            raise ImageError(f"{error} ({place}window {_numbers(start)} to {_numbers(stop)})") from error
+
+    def _window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> list[slice]:
+        """Of the stored axes; the first channel."""
         if not 0 <= plane < self.planes:
             raise ImageError(f"{self.name}: plane {plane} does not exist; the image has {self.planes}")
         if any(not 0 <= a <= b <= n for a, b, n in zip(start, stop, self.shape, strict=True)):
             raise ImageError(
                 f"{self.name}: window {tuple(start)} to {tuple(stop)} is not inside the image ({size_text(self.shape)})"
             )
-        if any(low == high for low, high in zip(start, stop, strict=True)):
-            return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
         window = [slice(0, 1)] * len(self._layout.shape)
         for position, index in zip(
             self._layout.planes, np.unravel_index(plane, self.plane_shape or (1,)), strict=False
@@ -107,9 +181,7 @@ class Source:
             window[position] = slice(int(index), int(index) + 1)
         for position, low, high in zip(self._layout.spatial, start, stop, strict=True):
             window[position] = slice(int(low), int(high))
-        if self._choice.luma:
-            return _luma(self._channels(window, (0, 1, 2)))[None]
-        return self._channels(window, self._choice.channels)
+        return window
 
     def device_plane(self, plane: int) -> DeviceArray:
         """All pixels of one plane of an image on a GPU, (C, *spatial), any strides; a view of the caller's memory."""
@@ -197,29 +269,44 @@ def open_image(
     spatial: int = 2,
     network_channels: int | None = None,
     name: str | None = None,
+    level: int | None = None,
 ) -> Source:
     """Opens an image for a network.
 
     Args:
-        image: A path, a NumPy array, or anything with DLPack (on the CPU), ``__array_interface__`` or a buffer.
+        image: A path, a URL (``s3://...``, ``https://...``), a NumPy array, anything with DLPack (on the CPU),
+            ``__array_interface__`` or a buffer, or an array that is read by windows (h5py, zarr, Dask, ...).
         contract: Its channel names and their number are used.
         axes: The user's declaration, one letter per stored axis.
         channels: The user's choice: indices, names, or ``"luma"``; text is parsed.
         spatial: Spatial axes of the network, 2 or 3.
         network_channels: Channels of the network; default: as many as the contract names, else whatever the image has.
         name: For messages, where ``image`` is an array.
+        level: Of a pyramid (Zarr, TIFF, whole slide), 0 being the finest; default 0.
 
     Raises:
-        ImageError: It cannot be read.
+        ImageError: It cannot be read, or has no such level.
         ContractError: It can be read in two ways, or in none that fits the network.
     """
     path: Path | None = None
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, str) and is_url(image):
+        from .image_url import open_url
+
+        name = image.rstrip("/").rpartition("/")[2] or image
+        stored = open_url(image, name, level)
+    elif isinstance(image, (str, os.PathLike)):
         path = Path(image)
         name = path.name or str(path)
-        stored = _open_path(path, name)
+        stored = _open_path(path, name, level)
+        if not stored.files:
+            stored = replace(stored, files=(path,))
+        if not stored.fingerprint:
+            size, changed = _state(path, name)
+            state = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "level": level or 0}
+            stored = replace(stored, fingerprint=state)
     else:
         name = name or "array"
+        pick_level(level, 1, name)
         stored = Stored(_array_pixels(image, name), None, Origin("array"))
     try:
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
@@ -300,6 +387,10 @@ def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
                 )
 
 
+def _numbers(position: Sequence[int]) -> str:
+    return f"({', '.join(str(int(n)) for n in position)})"
+
+
 def _step(channels: Sequence[int]) -> int | None:
     """Distance between channels that are evenly spaced (0: the same again), else None."""
     steps = {b - a for a, b in pairwise(channels)} or {1}
@@ -319,20 +410,35 @@ def _luma(colours: Array) -> Array:
     return real.astype(colours.dtype)
 
 
-def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files and the images in folders (sorted by name, known suffixes), each once.
+def is_url(text: str) -> bool:
+    """Whether a name is a URL (``s3://...``) rather than a path."""
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme.replace("+", "").replace(":", "").isalnum()
+
+
+def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
+    """Files, Zarr folders, URLs (as text) and the images in folders (sorted by name, known suffixes), each once.
 
     Raises:
         ImageError: A path does not exist, or a folder holds no image.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
+    found: list[Path | str] = []
+    for given in paths:
+        if isinstance(given, str) and is_url(given):
+            found.append(given)
+            continue
+        path = Path(given)
+        if path.is_dir() and not is_zarr(path):
             inside = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+                p
+                for p in path.iterdir()
+                if not p.name.startswith(".")
+                and (is_zarr(p) if p.is_dir() else p.suffix.lower() in SUFFIXES and p.is_file())
             )
             if not inside:
-                raise ImageError(f"{path}: the folder holds no image; files ending in {', '.join(SUFFIXES)} are read")
+                raise ImageError(
+                    f"{path}: the folder holds no image; Zarr and files ending in {', '.join(SUFFIXES)} are read"
+                )
             found += inside
         elif path.exists():
             found.append(path)
@@ -343,9 +449,22 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _open_path(path: Path, name: str) -> Stored:
+def _state(file: Path, name: str) -> tuple[int, int]:
+    """(bytes, time of the last change in nanoseconds)."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror or error}); check {file}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _open_path(path: Path, name: str, level: int | None) -> Stored:
     try:
         if path.is_dir():
+            if is_zarr(path):
+                from .image_zarr import open_zarr
+
+                return open_zarr(path, name, level)
             raise ImageError(f"{path}: a folder, not an image; name the files, or let list_images find them")
         with path.open("rb") as stream:
             head = stream.read(32)
@@ -353,21 +472,33 @@ def _open_path(path: Path, name: str) -> Stored:
         raise ImageError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     if not head:
         raise ImageError(f"{name}: the file is empty (0 bytes); copy it again from its source")
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if path.suffix.lower() in SLIDES:
+        from .image_slide import open_slide
+
+        return open_slide(path, name, level)
+    if head[:4] in TIFF_MAGIC:
         from .image_tiff import open_tiff
 
-        return open_tiff(path, name)
-    if head[:6] == b"\x93NUMPY":
+        return open_tiff(path, name, level)
+    pick_level(level, 1, name)
+    if head[:6] == NPY_MAGIC:
         return _open_npy(path, name)
-    if head[:8] == b"\x89PNG\r\n\x1a\n" or head[:2] in (b"\xff\xd8", b"BM"):
-        from .image_raster import open_raster
+    check_magic(head, name)
+    from .image_raster import open_raster
 
-        return open_raster(path, name)
+    return open_raster(path, name)
+
+
+def check_magic(head: bytes, name: str) -> None:
+    """ImageError, with what to do, unless a file that begins so is a PNG, JPEG or BMP."""
+    if head[:8] == b"\x89PNG\r\n\x1a\n" or head[:2] in (b"\xff\xd8", b"BM"):
+        return
     for magic, what, way in _FOREIGN:
         if head.startswith(magic):
             raise ImageError(f"{name}: {what}; {way}")
     raise ImageError(
-        f"{name}: not an image that is read here (first bytes {head[:8]!r}); PNG, JPEG, BMP, TIFF and npy are"
+        f"{name}: not an image that is read here (first bytes {head[:8]!r}); PNG, JPEG, BMP, TIFF, npy, Zarr and whole "
+        "slides are"
     )
 
 
@@ -420,6 +551,12 @@ def _array_pixels(image: Any, name: str) -> Pixels:
             except BackendError as error:
                 raise ImageError(str(error)) from error
             return DevicePixels(array, stream)
+        shared = ("__dlpack__", "__array_interface__")
+        if all(hasattr(image, a) for a in ("shape", "dtype", "__getitem__")) and not any(
+            hasattr(image, a) for a in shared
+        ):
+            check_pixels(tuple(image.shape), np.dtype(image.dtype).newbyteorder("="), name)
+            return LazyPixels(image, name)
     return ArrayPixels(_as_array(image, name))
 
 
@@ -456,4 +593,4 @@ def _as_array(image: Any, name: str) -> Array:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Source", "list_images", "open_image"]
+__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Source", "is_url", "list_images", "open_image"]

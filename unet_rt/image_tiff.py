@@ -9,65 +9,87 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from .errors import ImageError
-from .pixels import Array, MappedFile, Origin, Stored, Window
+from .pixels import CACHE_BYTES, GEO_TAGS, NODATA_TAG, UM, Array, MappedFile, Origin, Stored, Window, pick_level
 
-CACHE_BYTES = 2**27  # decoded segments kept: a row of 512-px tiles of a 100,000 px wide uint16 image is 100 MB
 MAX_SEGMENT_BYTES = 2**32
 # Measured on a blank 8 MiB image: deflate 988 : 1, LZW 1157, Zstandard 30,500, JPEG XL 36,000, Brotli 599,000.
 MAX_RATIO = 1_000_000
 
-_UM = {
-    "µm": 1.0,
-    "um": 1.0,
-    "micron": 1.0,
-    "microns": 1.0,
-    "micrometer": 1.0,
-    "micrometre": 1.0,
-    "\\u00b5m": 1.0,
-    "μm": 1.0,
-    "nm": 1e-3,
-    "mm": 1e3,
-    "cm": 1e4,
-    "m": 1e6,
-    "inch": 25400.0,
-    "in": 25400.0,
-    "å": 1e-4,
-    "pm": 1e-6,
-    "nanometer": 1e-3,
-    "millimeter": 1e3,
-}
+
+@dataclass(frozen=True)
+class TiffBytes:
+    """Where a TIFF lies: a local file, or a stream over something remote, which cannot be mapped."""
+
+    size: int
+    open: Callable[[], IO[bytes]]
+    path: Path | None = None
 
 
-def open_tiff(path: Path, name: str) -> Stored:
+def open_tiff(path: Path, name: str, level: int | None = None) -> Stored:
     """ImageError for anything that cannot be read exactly as stored."""
+    place = TiffBytes(path.stat().st_size, lambda: path.open("rb", buffering=0), path)
+    return open_tiff_bytes(place, name, level)
+
+
+def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None) -> Stored:
+    """``open_tiff`` for a place."""
     import tifffile
 
-    try:
-        with _quiet():
-            tif = tifffile.TiffFile(path)
-    except Exception as error:  # the parser meets any bytes; whatever it raises, the file is at fault
-        raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
-    try:
-        with _quiet():
-            return _stored(tif, path, name)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(f"{name}: corrupt TIFF ({type(error).__name__}: {error}); copy it again") from error
-    finally:
-        tif.close()
+    with contextlib.ExitStack() as opened:
+        try:
+            with quiet():
+                at = place.path if place.path is not None else opened.enter_context(place.open())
+                tif = opened.enter_context(tifffile.TiffFile(at, name=None if at is place.path else name))
+        except Exception as error:  # the parser meets any bytes; whatever it raises, the file is at fault
+            raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
+        try:
+            with quiet():
+                if place.path is not None and _is_geo(tif) and find_spec("rasterio") is not None:
+                    from .image_geo import open_geo
+
+                    return open_geo(place.path, name, level)
+                return _stored(tif, place, name, level)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError(f"{name}: corrupt TIFF ({type(error).__name__}: {error}); copy it again") from error
+
+
+def check_whole(tif: Any, size: int, name: str) -> None:
+    """ImageError where the last page of the file names a next one beyond the file's end: pages or levels are lost."""
+    if not tif.pages:
+        return
+    form, stream, at = tif.tiff, tif.filehandle, int(tif.pages[-1].offset)
+    stream.seek(at)
+    (tags,) = struct.unpack(form.tagnoformat, stream.read(form.tagnosize))
+    stream.seek(at + form.tagnosize + tags * form.tagsize)
+    following = stream.read(form.offsetsize)
+    end = at + form.tagnosize + tags * form.tagsize + form.offsetsize
+    if len(following) == form.offsetsize:
+        (offset,) = struct.unpack(form.offsetformat, following)
+        end = offset + form.tagnosize if offset else end
+    if end > size:
+        raise _truncated(name, end, size)
+
+
+def _is_geo(tif: Any) -> bool:
+    """Whether a TIFF is georeferenced, and nothing else."""
+    return bool(tif.pages) and not (tif.is_ome or tif.is_imagej) and any(c in tif.pages[0].tags for c in GEO_TAGS)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without tifffile's own log: it says what it then raises or works around, and the messages here say it better."""
     logger = logging.getLogger("tifffile")
     level = logger.level
@@ -78,11 +100,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _stored(tif: Any, path: Path, name: str) -> Stored:
+def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
     if not tif.pages or not tif.series:
         raise ImageError(f"{name}: the TIFF holds no image; copy it again from its source")
+    check_whole(tif, place.size, name)
     series = tif.series[0]
-    key = series.keyframe
+    levels = series.levels
+    picked = pick_level(level, len(levels), name)
+    key = levels[picked].keyframe
     notes = []
     if len(tif.series) > 1:
         sizes = {s.keyframe.shape for s in tif.series}
@@ -93,21 +118,53 @@ def _stored(tif: Any, path: Path, name: str) -> Stored:
                 "file"
             )
         notes.append(f"series 0 of {len(tif.series)}")
-    if len(series.levels) > 1:
-        notes.append(f"level 0 of {len(series.levels)}")
+    if len(levels) > 1:
+        notes.append(f"level {picked} of {len(levels)}")
+    if _is_geo(tif):
+        notes.append("its georeference is not carried over; pip install 'unet-rt[geo]' for that")
     _check_photometric(key, name, notes)
     _check_codec(key, name)
-    axes, shape = series.axes, tuple(int(n) for n in series.shape)
+    level_shapes = [tuple(int(n) for n in each.shape) for each in levels]
+    axes, shape = levels[picked].axes, level_shapes[picked]
+    if axes != series.axes:
+        raise ImageError(
+            f"{name}: its levels differ in axes ({series.axes} and {axes}); save the one wanted as its own file"
+        )
     if 0 in shape:
         raise ImageError(f"{name}: the image is empty ({'x'.join(map(str, shape))}); give one with pixels")
-    pixels = _pixels(series, key, shape, path, name)
-    origin, size, names = _metadata(tif, series, key)
+    pixels = _pixels(levels[picked], key, shape, place, name)
+    origin, size, names = _metadata(tif, series, series.keyframe)
+    if picked:
+        ratio = {axis: full / n for axis, full, n in zip(axes, level_shapes[0], shape, strict=True)}
+        size = {axis: um * ratio.get(axis, 1.0) for axis, um in size.items()}
+        if origin.resolution is not None:
+            across, down = origin.resolution
+            origin = replace(origin, resolution=(across / ratio.get("X", 1.0), down / ratio.get("Y", 1.0)))
     colours = 0 if key.samplesperpixel == 1 else 3 if int(key.photometric) in (2, 6) else 1
     extra = [int(sample) for sample in key.extrasamples]
     alpha = colours if colours and len(extra) == 1 and extra[0] in (1, 2) else None
     if colours == 0 or axes.count("S") != 1 or (alpha is not None and shape[axes.index("S")] != colours + 1):
         alpha = None
-    return Stored(pixels, axes, origin, names, alpha, size, tuple(notes))
+    return Stored(
+        pixels,
+        axes,
+        origin,
+        names,
+        alpha,
+        size,
+        tuple(notes),
+        levels=tuple(level_shapes) if len(levels) > 1 else (),
+        nodata=_nodata(series.keyframe),
+    )
+
+
+def _nodata(key: Any) -> float | None:
+    """The value that GDAL's tag gives, whether or not the dtype can hold it."""
+    tag = key.tags.get(NODATA_TAG)
+    try:
+        return None if tag is None else float(str(tag.value).strip("\0 "))
+    except ValueError:
+        return None
 
 
 def _check_photometric(key: Any, name: str, notes: list[str]) -> None:
@@ -143,8 +200,10 @@ def _check_codec(key: Any, name: str) -> None:
         ) from error
 
 
-def _pixels(series: Any, key: Any, shape: tuple[int, ...], path: Path, name: str) -> MappedSeries | SegmentedSeries:
-    size = path.stat().st_size
+def _pixels(
+    series: Any, key: Any, shape: tuple[int, ...], place: TiffBytes, name: str
+) -> MappedSeries | SegmentedSeries:
+    size, path = place.size, place.path
     dtype = np.dtype(series.dtype)
     need = math.prod(shape) * dtype.itemsize
     if need > size * MAX_RATIO:
@@ -154,7 +213,7 @@ def _pixels(series: Any, key: Any, shape: tuple[int, ...], path: Path, name: str
             "which cannot hold them; the file is truncated or malicious"
         )
     stored = np.dtype(dtype.newbyteorder(key.parent.byteorder))
-    if series.dataoffset is not None and key.bitspersample == dtype.itemsize * 8:
+    if path is not None and series.dataoffset is not None and key.bitspersample == dtype.itemsize * 8:
         end = series.dataoffset + need
         if end > size:
             raise _truncated(name, end, size)
@@ -178,13 +237,13 @@ def _pixels(series: Any, key: Any, shape: tuple[int, ...], path: Path, name: str
         ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=False) if n]
         if ends and max(ends) > size:
             raise _truncated(name, max(ends), size)
-    if all(page.is_contiguous for page in pages) and key.is_memmappable:
+    if path is not None and all(page.is_contiguous for page in pages) and key.is_memmappable:
         bytes_per_page = math.prod(key.shape) * dtype.itemsize
         end = max(int(page.dataoffsets[0]) for page in pages) + bytes_per_page
         if end > size:
             raise _truncated(name, end, size)
         return MappedSeries(MappedFile(path, name), [int(p.dataoffsets[0]) for p in pages], outer, key.shape, stored)
-    return SegmentedSeries(pages, key, outer, path, name)
+    return SegmentedSeries(pages, key, outer, place.open, name)
 
 
 def _truncated(name: str, end: int, size: int) -> ImageError:
@@ -238,7 +297,9 @@ def _read_pages(window: Window, outer: tuple[int, ...], page: Any) -> Array:
 class SegmentedSeries:
     """Pages stored in strips or tiles that are decoded one by one."""
 
-    def __init__(self, pages: Sequence[Any], key: Any, outer: tuple[int, ...], path: Path, name: str) -> None:
+    def __init__(
+        self, pages: Sequence[Any], key: Any, outer: tuple[int, ...], reopen: Callable[[], IO[bytes]], name: str
+    ) -> None:
         self._name = name
         self._key = key
         self._outer = outer
@@ -269,7 +330,7 @@ class SegmentedSeries:
         self._cache: OrderedDict[tuple[int, int], Array] = OrderedDict()
         self._cached = 0
         self._decode = key.decode
-        self._stream = path.open("rb", buffering=0)
+        self._stream = reopen()
 
     def read(self, window: Window) -> Array:
         return _read_pages(window, self._outer, lambda number: self._page(number, window[len(self._outer) :]))
@@ -334,8 +395,8 @@ class SegmentedSeries:
         try:
             self._stream.seek(offset)
             data = self._stream.read(count)
-        except OSError as error:
-            raise ImageError(f"{where} cannot be read ({error}); check the disk") from error
+        except Exception as error:  # remote file systems have errors of their own beside OSError
+            raise ImageError(f"{where} cannot be read ({error}); check the disk or network") from error
         if len(data) < count:
             raise ImageError(
                 f"{where} ends early ({len(data):,} of {count:,} bytes); copy the file again from its source"
@@ -373,7 +434,7 @@ def _metadata(tif: Any, series: Any, key: Any) -> tuple[Origin, Mapping[str, flo
         found = dict(tif.imagej_metadata or {})
         wanted = ("unit", "spacing", "finterval", "fps", "min", "max", "Labels", "tunit", "mode")
         tags = {k: found[k] for k in wanted if k in found}
-        um = _UM.get(str(found.get("unit", "")).strip().lower())
+        um = UM.get(str(found.get("unit", "")).strip().lower())
         if um is not None and resolution is not None:
             sizes = {"X": um / resolution[0], "Y": um / resolution[1]}
             if "spacing" in found:
@@ -413,7 +474,7 @@ def _ome(xml: str) -> tuple[dict[str, Any], dict[str, float], tuple[str, ...]]:
     }
     sizes = {}
     for axis in "XYZ":
-        um = _UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").strip().lower())
+        um = UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").strip().lower())
         value = pixels.get(f"PhysicalSize{axis}")
         if um is not None and value is not None and float(value) > 0:
             sizes[axis] = float(value) * um

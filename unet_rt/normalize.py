@@ -49,20 +49,24 @@ class OnePlane:
 
 
 class Affines:
-    """The numbers for each plane of an image; computed once, per plane where the scope is ``slice``."""
+    """The numbers for each plane of an image; computed once, per plane where the scope is ``slice``.
+
+    Attributes:
+        same: All planes have the same.
+    """
 
     def __init__(self, normalization: Normalization, source: Source) -> None:
         self.normalization = normalization
         self._source = source
         self._lock = threading.Lock()
         self._planes: dict[int, Affine] = {}
-        self._same = normalization.method not in ("minmax", "percentile", "zscore") or normalization.scope != "slice"
-        if self._same:
+        self.same = normalization.method not in ("minmax", "percentile", "zscore") or normalization.scope != "slice"
+        if self.same:
             self._planes[0] = self._numbers(None)
 
     def plane(self, plane: int) -> Affine:
         """The numbers of one plane. With scope ``slice`` the first call reads the plane (ImageError as for reading)."""
-        key = 0 if self._same else plane
+        key = 0 if self.same else plane
         with self._lock:
             if key not in self._planes:
                 self._planes[key] = self._numbers(plane)

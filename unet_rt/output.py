@@ -23,11 +23,15 @@ from numpy.typing import DTypeLike
 
 from .errors import OutputError
 from .image import Source
-from .pixels import MAX_WHOLE_PX, Array, Origin
+from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
 
 SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 # Strips of a compressed mask: 2**18 samples are 64 rows of 4096; small enough for windows, large enough to pack.
 STRIP_SAMPLES = 2**18
+# Larger pictures are stored in tiles, for viewers and windows; smaller ones in strips, which any program reads.
+TILED_PX = 4096
+TILE_PX = 512
+TILE_ROW_BYTES = 2**27  # rows of tiles that are held until they are complete, all channels
 # Masks of nuclei and of EM: level 3 packs 38 : 1 at 105 MB/s, level 4 33 : 1 at 49, level 6 58 : 1 at 37, level 9 at 4.
 COMPRESSION_LEVEL = 3
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # offsets are 32 bits; some room for the directories
@@ -224,6 +228,7 @@ def open_output(
     source: Source | None = None,
     overwrite: bool = False,
     pixel_size_um: Sequence[float] | None = None,
+    nodata: float | None = None,
 ) -> Output:
     """Starts an output.
 
@@ -235,6 +240,7 @@ def open_output(
         plane_shape, plane_axes: Default: those of ``source`` if their number is ``planes``, else one axis.
         source: The image; its pixel size and metadata are carried over.
         pixel_size_um: Where the output has another pixel size than the source, e.g. at another scale.
+        nodata: What the caller writes where the source holds no data (see ``nodata_value``); TIFF declares it.
 
     Raises:
         OutputError: Before any work: unknown suffix, existing file, folder, dtype or shape that the format cannot hold.
@@ -264,14 +270,15 @@ def open_output(
     origin = source.metadata if source is not None else Origin("array")
     writer: Writer
     try:
+        extra = _extra_tags(source, what, nodata) if suffix in (".tif", ".tiff") else ()
         if suffix == ".png":
             writer = _PngWriter(target, part, what, origin)
         elif suffix == ".npy":
             writer = _NpyWriter(part, what)
         elif packed:
-            writer = _PackedTiffWriter(target, part, what, origin, size)
+            writer = _PackedTiffWriter(part, what, _tiff_form(target, what, origin, size, extra))
         else:
-            writer = _PlainTiffWriter(target, part, what, origin, size)
+            writer = _PlainTiffWriter(target, part, what, _tiff_form(target, what, origin, size, extra))
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
@@ -286,6 +293,27 @@ def _size_of(source: Source | None, spatial: tuple[int, ...]) -> tuple[float, ..
     if source is None or source.pixel_size_um is None or len(source.shape) != len(spatial):
         return None
     return tuple(s * n / m for s, n, m in zip(source.pixel_size_um, source.shape, spatial, strict=True))
+
+
+def nodata_value(dtype: DTypeLike, labels: Sequence[int] = ()) -> float:
+    """What marks samples without data in an output: NaN, or the largest integer that is not among the labels."""
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return math.nan
+    return next(n for n in range(np.iinfo(kind).max, -1, -1) if n not in labels)
+
+
+def _extra_tags(source: Source | None, shape: Shape, nodata: float | None) -> tuple[Any, ...]:
+    """TIFF tags for where the picture lies on the earth, and for samples without data."""
+    tags: tuple[Any, ...] = ()
+    if nodata is not None:
+        text = "nan" if math.isnan(nodata) else f"{nodata:.17g}"
+        tags = ((NODATA_TAG, "s", 0, text, True),)
+    if source is not None and source.metadata.kind == "geo" and len(shape.spatial) == 2:
+        from .output_geo import geo_tags
+
+        tags += geo_tags(source.metadata, tuple(n / m for n, m in zip(source.shape, shape.spatial, strict=True)))
+    return tags
 
 
 def _part_path(path: Path) -> Path:
@@ -391,7 +419,9 @@ class _TiffForm:
     series: dict[str, Any]
 
 
-def _tiff_form(path: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None) -> _TiffForm:
+def _tiff_form(
+    path: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None, extra: tuple[Any, ...]
+) -> _TiffForm:
     lower = path.name.lower()
     ome = lower.endswith((".ome.tif", ".ome.tiff")) or origin.kind == "ome"
     axes, full = shape.axes, shape.full
@@ -399,22 +429,27 @@ def _tiff_form(path: Path, shape: Shape, origin: Origin, size: tuple[float, ...]
     imagej = (
         not ome
         and not big
+        and not extra
         and origin.kind == "imagej"
         and shape.dtype.name in ("uint8", "uint16", "float32")
         and _in_order(axes, "TZCYX")
     )
-    if not ome and not imagej and size is not None and len(full) > 2 and not _in_order(axes, "IYX"):
+    geo = not ome and origin.kind == "geo" and shape.planes == 1
+    if not ome and not imagej and not geo and size is not None and len(full) > 2 and not _in_order(axes, "IYX"):
         ome = True  # axes and pixel sizes of more than a picture need a form that names them
-    series: dict[str, Any] = {"photometric": "minisblack", "software": "unet-rt"}
+    series: dict[str, Any] = {"photometric": "minisblack", "software": "unet-rt", "extratags": extra}
     if full[-1] == 1 and len(full) > 2:
         # Without these, tifffile takes the last axis of a picture that is one pixel wide for its samples.
         series |= {"planarconfig": "separate", "extrasamples": ()}
-    if size is not None:
+    if geo and shape.channels > 1:
+        # Bands of one picture, which programs for maps expect, rather than a page each.
+        series |= {"planarconfig": "separate", "extrasamples": (0,) * (shape.channels - 1)}
+    if size is not None and not geo:
         series |= {"resolution": (1e4 / size[-1], 1e4 / size[-2]), "resolutionunit": "CENTIMETER"}
     elif origin.resolution is not None and origin.kind != "raster":
         series |= {"resolution": origin.resolution, "resolutionunit": origin.resolution_unit}
     if ome:
-        series["metadata"] = {"axes": _ome_axes(axes), **_ome_tags(origin, size)}
+        series["metadata"] = {"axes": ome_axes(axes), **_ome_tags(origin, size)}
         return _TiffForm({"ome": True, "bigtiff": big}, series)
     if imagej:
         tags = {k: v for k, v in origin.tags.items() if k in ("unit", "spacing", "finterval", "fps", "tunit")}
@@ -425,7 +460,7 @@ def _tiff_form(path: Path, shape: Shape, origin: Origin, size: tuple[float, ...]
                 tags["spacing"] = size[0]
         series["metadata"] = {"axes": axes, **tags}
         return _TiffForm({"imagej": True, "byteorder": "<"}, series)
-    plain = _in_order(axes, "IYX")
+    plain = geo or _in_order(axes, "IYX")
     series["metadata"] = None if plain else {"axes": axes}
     return _TiffForm({"bigtiff": big}, series)
 
@@ -435,13 +470,13 @@ def _in_order(axes: str, among: str) -> bool:
     return -1 not in positions and positions == sorted(positions)
 
 
-def _ome_axes(axes: str) -> str:
+def ome_axes(axes: str) -> str:
     """OME knows T, C, Z besides Y and X; a sequence of another kind takes a letter that is free."""
     for letter in axes:
         if letter not in "TZCYX":
             free = next((f for f in "TZC" if f not in axes), None)
             if free is None:
-                raise OutputError(f"OME-TIFF holds at most five axes T, C, Z, Y, X; this output is {axes}; use .npy")
+                raise OutputError(f"OME holds at most five axes T, C, Z, Y, X; this output is {axes}; use .npy")
             axes = axes.replace(letter, free)
     return axes
 
@@ -457,10 +492,9 @@ def _ome_tags(origin: Origin, size: tuple[float, ...] | None) -> dict[str, Any]:
 class _PlainTiffWriter(_RowFile):
     """Uncompressed: the file is laid out first, so that rows of any plane and channel go where they belong."""
 
-    def __init__(self, path: Path, part: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None) -> None:
+    def __init__(self, path: Path, part: Path, shape: Shape, form: _TiffForm) -> None:
         import tifffile
 
-        form = _tiff_form(path, shape, origin, size)
         with tifffile.TiffWriter(part, **form.file) as tiff:
             tiff.write(None, shape=shape.full, dtype=shape.dtype, **form.series)
         with tifffile.TiffFile(part) as laid:
@@ -471,27 +505,40 @@ class _PlainTiffWriter(_RowFile):
         super().__init__(part.open("rb+", buffering=0), offset, shape, shape.dtype.newbyteorder(order))
 
 
-class _PackedTiffWriter:
-    """Integers, compressed in strips.
+def _tile(shape: Shape) -> tuple[int, int] | None:
+    """Length and width of tiles; None for strips."""
+    height, width = shape.spatial[-2:]
+    if max(height, width) <= TILED_PX:
+        return None
+    length = min(TILE_PX, -(-height // 16) * 16)  # a multiple of 16, as the format wants
+    row = width * max(1, shape.channels) * shape.dtype.itemsize
+    while length > 64 and length * row > TILE_ROW_BYTES:
+        length = -(-length // 32) * 16
+    return length, min(TILE_PX, -(-width // 16) * 16)
 
-    Bands hold all channels, while the pages of a TIFF follow each other: strips are kept in an unnamed file (masks
-    shrink 20 to 80 times) and copied in the order of the pages at the end.
+
+class _PackedTiffWriter:
+    """Integers, compressed in strips, or in tiles where the picture is large.
+
+    Bands hold all channels, while the pages of a TIFF follow each other: strips and tiles are kept in an unnamed file
+    (masks shrink 20 to 80 times) and copied in the order of the pages at the end.
     """
 
-    def __init__(self, path: Path, part: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None) -> None:
-        self._form = _tiff_form(path, shape, origin, size)
+    def __init__(self, part: Path, shape: Shape, form: _TiffForm) -> None:
+        self._form = form
         self._part = part
         self._shape = shape
         self._pages_per_plane = max(1, shape.channels) * math.prod(shape.spatial[:-2])
         self._height, self._width = shape.spatial[-2:]
-        self._strip = max(1, min(self._height, STRIP_SAMPLES // self._width))
-        strips = -(-self._height // self._strip)
+        self._tile = _tile(shape)
+        self._strip = self._tile[0] if self._tile else max(1, min(self._height, STRIP_SAMPLES // self._width))
+        self._across = -(-self._width // self._tile[1]) if self._tile else 1
+        pieces = -(-self._height // self._strip) * self._across
         self._where: list[list[tuple[int, int]]] = [
-            [(0, 0)] * strips for _ in range(shape.planes * self._pages_per_plane)
+            [(0, 0)] * pieces for _ in range(shape.planes * self._pages_per_plane)
         ]
-        self._held: dict[
-            tuple[int, int], list[Array]
-        ] = {}  # rows of a strip that is not complete, per (plane, channel)
+        # Rows of a strip, or of a row of tiles, that is not complete, per (plane, channel).
+        self._held: dict[tuple[int, int], list[Array]] = {}
         self._end = 0
         part.touch()
         # No name where the system can: nothing is left behind even by kill -9.
@@ -518,10 +565,18 @@ class _PackedTiffWriter:
                     held.clear()
 
     def _pack(self, page: int, strip: int, rows: Array) -> None:
-        little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+        length, width = self._tile or rows.shape
+        for i in range(self._across):
+            piece = rows[:, i * width : (i + 1) * width]
+            if piece.shape != (length, width):  # tiles are whole: what lies beyond the picture is 0
+                piece = np.pad(piece, ((0, length - piece.shape[0]), (0, width - piece.shape[1])))
+            self._keep(page, strip * self._across + i, piece)
+
+    def _keep(self, page: int, index: int, pixels: Array) -> None:
+        little = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<"))
         packed = zlib.compress(little.data, COMPRESSION_LEVEL)
         _write_all(self._spool, np.frombuffer(packed, np.uint8))
-        self._where[page][strip] = (self._end, len(packed))
+        self._where[page][index] = (self._end, len(packed))
         self._end += len(packed)
 
     def finish(self) -> None:
@@ -533,7 +588,7 @@ class _PackedTiffWriter:
                 shape=self._shape.full,
                 dtype=self._shape.dtype,
                 compression="zlib",
-                rowsperstrip=self._strip,
+                **({"tile": self._tile} if self._tile else {"rowsperstrip": self._strip}),
                 **self._form.series,
             )
 

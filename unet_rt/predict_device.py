@@ -24,9 +24,9 @@ import numpy.typing as npt
 from . import kernels
 from .device import DeviceArray, DeviceMemoryError
 from .errors import BackendError, ImageError
-from .predict import RangeWatch, StageClock, Stop, StoppableQueue, count_labels, finished_report
+from .pipeline import Seen, StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
 from .stitch import Decision, blend_weight, decision_arguments, uncovered_error
-from .tiles import Ints, TileGrid, border_window
+from .tiles import Ints
 
 if TYPE_CHECKING:
     from .backends.session import DeviceSession
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .engine import Engine, EngineSpec
     from .image import Source
     from .normalize import Affine, Affines, OnePlane
-    from .predict import Progress, RunReport, Write
+    from .pipeline import Done, Progress, RunReport, Tally, Write
 
 Array = npt.NDArray[Any]
 
@@ -56,31 +56,32 @@ def serves(engine: Engine, output: int = 0) -> bool:
 def run(
     engine: Engine,
     source: Source,
-    grid: TileGrid,
+    works: Sequence[Work],
     decision: Decision,
     write: Write | None,
     affines: Affines | OnePlane,
     *,
     output: int = 0,
     batch: int = 1,
-    threads: int = 0,
     progress: Progress | None = None,
+    done: Done | None = None,
     target: DeviceArray | None = None,
 ) -> RunReport:
-    """Runs all planes of a source on the engine's device, as :func:`unet_rt.predict.run` does on the host.
+    """Runs works on the engine's device, as :func:`unet_rt.pipeline.run` does on the host.
 
     Args:
         engine: One that this module :func:`serves`.
         source: The image, on the host or on the engine's device.
-        grid: Its tiles.
+        works: What is to be computed. Their grids are parts of one: tiles of one size.
         decision: What becomes of output ``output``.
-        write: As for :func:`unet_rt.predict.run`. None: nothing is copied to the host, labels are not counted.
+        write: As for :func:`unet_rt.pipeline.run`. None: nothing is copied to the host, labels are not counted.
         affines: The image's normalisation in numbers.
         output: Which output of the graph.
         batch: Tiles per run; fewer where the device's memory does not hold them, which a note of the report says.
-        threads: Not used: the host has nothing to compute.
         progress: Called from the caller's thread with (tiles done, tiles in all).
-        target: (planes, [K,] *spatial) on the device, filled; it may have no other user until this function returns.
+        done: As for :func:`unet_rt.pipeline.run`.
+        target: (planes, [K,] *spatial) on the device, filled by works that are whole planes; it may have no other user
+            until this function returns.
 
     The report's ``stages`` gather, infer and stitch are seconds on the device. Of an image on the device the pixels
     outside the value range are not counted.
@@ -92,9 +93,12 @@ def run(
         )
     workspace = _workspace(session)
     with workspace.lock:
-        size, notes = engine.batch_for(min(batch, source.planes * grid.count)), list[str]()
+        total = sum(work.grid.count for work in works)
+        size, notes = engine.batch_for(min(batch, total)), list[str]()
         while True:
-            job = _Job(engine, session, workspace, source, grid, decision, write, affines, output, size, target)
+            job = _Job(
+                engine, session, workspace, source, works, decision, write, affines, output, size, total, done, target
+            )
             try:
                 with workspace.device.activate():  # for the kernels, too, whichever device it is
                     report = job.run(progress)
@@ -208,7 +212,8 @@ class _Band:
 class _Row:
     """One row of tiles with its pixels."""
 
-    plane: int
+    work: Work
+    tally: Tally
     row: int
     index: Ints
     origins: Ints
@@ -258,26 +263,29 @@ class _Job:
         session: DeviceSession,
         workspace: _Workspace,
         source: Source,
-        grid: TileGrid,
+        works: Sequence[Work],
         decision: Decision,
         write: Write | None,
         affines: Affines | OnePlane,
         output: int,
         batch: int,
+        total: int,
+        done: Done | None,
         target: DeviceArray | None,
     ) -> None:
-        self.engine, self.session, self.workspace, self.source, self.grid = engine, session, workspace, source, grid
+        self.engine, self.session, self.workspace, self.source, self.works = engine, session, workspace, source, works
+        self.grid = works[0].grid  # all have its tiles and outputs
         self.spec: EngineSpec = engine.spec
         self.decision, self.write, self.affines, self.output, self.target = decision, write, affines, output, target
         self.device, self.compute = workspace.device, session.stream
-        self.total = source.planes * grid.count
+        self.total, self.done = total, done
         self.batch = batch
         self.begun = False  # whether anything was read, run or written
         self.clock = StageClock()
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
-        self.watch = RangeWatch(self.spec.contract.value_range)
-        self.shares = np.zeros((max(1, decision.channels), 256), dtype=np.int64)
+        self.seen = Seen(decision)
+        self._looked = 0  # rows of the image that were looked at already, of the work that is read
         self.finished = 0  # tiles whose bands were written
         self.real = source.dtype.kind == "f"  # integers are always finite
         self.border = self.spec.contract.border or "mirror"
@@ -329,10 +337,13 @@ class _Job:
             )  # the rest of a short batch is computed, too: no accidental NaN or garbage
 
     def _allocate_windows(self) -> None:
-        source, grid = self.source, self.grid
-        sizes = [stop - start for start, stop in map(self._rows_of, range(grid.shape[0]))]
-        shape = (source.channels, max(1, *sizes), *source.shape[1:])
-        for k in range(min(WINDOWS, source.planes * grid.shape[0])):
+        source, sizes = self.source, [1]
+        for work in self._distinct():
+            for row in range(work.grid.shape[0]):
+                start, stop = work.grid.window(work.grid.row(row), self.border)
+                sizes.append(prod(b - a for a, b in zip(start, stop, strict=True)))
+        shape = (source.channels, max(sizes))
+        for k in range(min(WINDOWS, sum(work.grid.shape[0] for work in self.works))):
             self.windows.append(
                 _Window(
                     self.workspace.pinned(f"window {k}", (prod(shape),), source.dtype),
@@ -343,9 +354,12 @@ class _Job:
             )
 
     def _allocate_bands(self) -> None:
-        grid, decision = self.grid, self.decision
-        sizes = [stop - start for start, stop in (grid.band(k, self.output) for k in range(grid.shape[0]))]
-        shape = self._band_shape(max(1, *sizes))
+        decision, sizes = self.decision, [1]
+        for work in self._distinct():
+            for row in range(work.grid.shape[0]):
+                start, stop = work.grid.band(row, self.output)
+                sizes.append(prod(self._band_shape(work, stop - start)))
+        shape = (max(sizes),)
         self.bands = [
             _Band(
                 None if self.write is None else self.workspace.pinned(f"band {k}", (prod(shape),), decision.dtype),
@@ -353,19 +367,18 @@ class _Job:
                 self.device.event(),
                 self.device.event(),
             )
-            for k in range(min(BANDS, self.source.planes * grid.shape[0]))
+            for k in range(min(BANDS, sum(work.grid.shape[0] for work in self.works)))
         ]
-        self.blend = _Blend(self) if grid.blended else None
+        self.blend = _Blend(self) if self.grid.blended else None
 
-    def _rows_of(self, row: int) -> tuple[int, int]:
-        """The image rows that a row of tiles needs."""
-        first = int(self.grid.origins(self.grid.row(row)[:1])[0, 0])
-        return border_window(first, first + self.grid.tile[0], self.source.shape[0], self.border)
+    def _distinct(self) -> list[Work]:
+        """One work for each grid: all planes of a stack have the same."""
+        return list({id(work.grid): work for work in self.works}.values())
 
-    def _band_shape(self, rows: int) -> tuple[int, ...]:
+    def _band_shape(self, work: Work, rows: int) -> tuple[int, ...]:
         """As the kernels take a band: without channel axis for argmax alone."""
         lead = () if self.decision.op == "argmax" else (max(self.decision.channels, 1),)
-        return (*lead, rows, *self.grid.out_shape(self.output)[1:])
+        return (*lead, rows, *work.grid.out_shape(self.output)[1:])
 
     # --- the run --------------------------------------------------------------------------------------------------
 
@@ -412,9 +425,7 @@ class _Job:
         self._tell()
         while self._timings:
             self._account(self._timings.popleft())
-        return finished_report(
-            self.spec, self.source, self.grid, self.decision, self.output, begun, self.clock, self.shares, self.watch
-        )
+        return self.seen.report(self.spec, self.source, self.output, begun, self.clock)
 
     def _drain(self, *, failed: bool) -> None:
         """Waits for all streams: nothing may use the buffers, or the caller's arrays, any more."""
@@ -446,67 +457,51 @@ class _Job:
     # --- reading: a thread of its own -----------------------------------------------------------------------------
 
     def _read(self) -> None:
-        source, stream, number = self.source, self.workspace.copy_in, 0
-        for plane in range(source.planes):
-            numbers = self.affines.plane(plane)
-            seen = 0  # rows of the image that were looked at already
-            for row in range(self.grid.shape[0]):
-                low, high = self._rows_of(row)
-                start = (low, *(0 for _ in source.shape[1:]))
-                window = self.free_windows.get()
-                with self.clock("read"):
-                    pixels = source.read(plane, start, (high, *source.shape[1:]))
-                    self.watch(pixels[:, max(seen - low, 0) :])
-                    seen = max(seen, high)
-                    window.copied.synchronize()  # the last copy out of this memory is over
-                    placed, packed, on_device = _packed(pixels, window.pinned, window.memory)
-                    np.copyto(placed, pixels[:1] if placed.shape[0] != pixels.shape[0] else pixels)
-                stream.wait(window.read)
-                if packed.nbytes:
-                    self.device.copy_in(window.memory[: packed.size], packed, stream)
-                stream.record(window.copied)
-                index = self.grid.row(row)
-                self.rows.put(
-                    _Row(
-                        plane,
-                        row,
-                        index,
-                        self.grid.origins(index),
-                        numbers,
-                        on_device,
-                        start,
-                        (low, high),
-                        number % self.counter_count,
-                        window,
-                    )
-                )
-                number += 1
+        stream = self.workspace.copy_in
+        for row in self._planned():
+            work, (start, stop) = row.work, row.work.grid.window(row.index, self.border)
+            window = row.window = self.free_windows.get()
+            with self.clock("read"):
+                pixels = self.source.read(work.plane, start, stop)
+                pixels = filled(pixels, self.source.valid(work.plane, start, stop), row.numbers)
+                row.tally.watch(fresh(pixels, start, work.grid, self._looked), self.spec.contract.value_range)
+                self._looked = max(self._looked, stop[0])
+                window.copied.synchronize()  # the last copy out of this memory is over
+                placed, packed, row.pixels = _packed(pixels, window.pinned, window.memory)
+                np.copyto(placed, pixels[:1] if placed.shape[0] != pixels.shape[0] else pixels)
+            stream.wait(window.read)
+            if packed.nbytes:
+                self.device.copy_in(window.memory[: packed.size], packed, stream)
+            stream.record(window.copied)
+            row.start, row.rows = start, (start[0], stop[0])
+            self.rows.put(row)
         self.rows.put(None)
+
+    def _planned(self) -> Iterator[_Row]:
+        """All rows of tiles; their pixels are yet to come."""
+        number, nothing = 0, self.counters[0, :0]
+        for work in self.works:
+            check_image(work, self.source)
+            numbers, tally = self.affines.plane(work.plane), self.seen.begin(work)
+            self._looked = 0
+            for row in range(work.grid.shape[0]):
+                index = work.grid.row(row)
+                start = tuple(0 for _ in self.source.shape)
+                yield _Row(
+                    work, tally, row, index, work.grid.origins(index), numbers, nothing, start, (0, 0),
+                    number % self.counter_count,
+                )  # fmt: skip
+                number += 1
 
     def _rows(self) -> Iterator[_Row]:
         """Rows of tiles whose pixels are on the device, or will be there when the stream gets to them."""
         if not self.source.on_device:
             yield from self.rows
             return
-        number = 0
-        for plane in range(self.source.planes):
-            numbers = self.affines.plane(plane)
-            pixels = self.source.device_plane(plane)
-            for row in range(self.grid.shape[0]):
-                index = self.grid.row(row)
-                start = tuple(0 for _ in self.source.shape)
-                yield _Row(
-                    plane,
-                    row,
-                    index,
-                    self.grid.origins(index),
-                    numbers,
-                    pixels,
-                    start,
-                    self._rows_of(row),
-                    number % self.counter_count,
-                )
-                number += 1
+        for row in self._planned():
+            start, stop = row.work.grid.window(row.index, self.border)
+            row.pixels, row.rows = self.source.device_plane(row.work.plane), (start[0], stop[0])
+            yield row
 
     # --- computing: the caller's thread ---------------------------------------------------------------------------
 
@@ -567,11 +562,13 @@ class _Job:
     def _stitch(self, piece: _Piece) -> None:
         row = piece.row
         tiles = self.tiles_out[piece.at : piece.at + piece.count]
-        place = self.grid.placement(row.index[piece.first : piece.first + piece.count], self.output)
-        start, stop = self.grid.band(row.row, self.output)
+        place = row.work.grid.placement(row.index[piece.first : piece.first + piece.count], self.output)
+        start, stop = row.work.grid.band(row.row, self.output)
         goal = place.target.copy()
         if self.blend is not None:
-            self.blend.add(tiles, place.source, goal, place.size, fresh=row.row == 0 and piece.begins)
+            if row.row == 0 and piece.begins:
+                self.blend.begin(row.work)
+            self.blend.add(tiles, place.source, goal, place.size)
         else:
             if piece.begins:
                 self._open_band(row, start, stop)
@@ -595,12 +592,12 @@ class _Job:
         """Takes the next free slot; its last band was written, hence copied, hence nothing on the device uses it."""
         self._band: _Band = self.free_bands.get()
         if self._band.memory is not None:
-            shape = self._band_shape(stop - start)
+            shape = self._band_shape(row.work, stop - start)
             self._view = self._band.memory[: prod(shape)].reshape(*shape)
         else:
             assert self.target is not None  # noqa: S101 - bands have memory, or there is a target
             rows = slice(start, stop)
-            plane = self.target[row.plane]
+            plane = self.target[row.work.plane]
             if self.decision.op != "argmax" and not self.decision.channels:
                 plane = plane[None]
             self._view = plane[rows] if self.decision.op == "argmax" else plane[:, rows]
@@ -637,17 +634,18 @@ class _Job:
         for item in self.written:
             item.band.copied.synchronize()
             self._check(item)
-            band = item.pinned
-            if band is not None and self.write is not None:
-                if decision.channels == 0 and band.ndim > spatial:
-                    band = band[0]
-                if decision.dtype == np.uint8:
-                    with self.clock("write"):
-                        for counts, labels in zip(self.shares, band if decision.channels else band[None], strict=True):
-                            count_labels(counts, labels, decision.values)
-                with self.clock("write"):
-                    self.write(item.row.plane, item.start, band)
-            self.finished += len(item.row.index)
+            band, row = item.pinned, item.row
+            with self.clock("write"):
+                if band is not None and self.write is not None:
+                    if decision.channels == 0 and band.ndim > spatial:
+                        band = band[0]
+                    row.tally.count(band, decision)
+                    self.write(row.work, item.start, band)
+                if row.row == row.work.grid.shape[0] - 1:
+                    self.seen.end(row.tally)
+                    if self.done is not None:
+                        self.done(row.work, row.tally)
+            self.finished += len(row.index)
             self.free_bands.put(item.band)
 
     def _check(self, item: _Finished) -> None:
@@ -656,7 +654,7 @@ class _Job:
         bad = int(self.counted[0, row.counter]) if self.real else 0
         if bad:
             raise ImageError(
-                f"{self.source.name}: NaN or infinite pixels in plane {row.plane}, rows {row.rows[0]} to {row.rows[1]} "
+                f"{self.source.name}: NaN or infinite pixels in plane {row.work.plane}, rows {row.rows[0]} to {row.rows[1]} "
                 f"({bad} read); a network spreads them over its whole reach: replace them first"
             )
         bare = int(self.counted[1, row.counter]) if self.blend is not None else 0
@@ -694,17 +692,25 @@ class _Blend:
         given = take.pinned("weight", tile, np.float32)
         given[...] = weight
         job.device.copy_in(self._weight, given, job.compute)
-        self._rows = min(tile[0], grid.out_shape(job.output)[0])
-        width = grid.out_shape(job.output)[1:]
-        channels = grid.outputs[job.output].channels
-        # The last "channel" is the sum of weights.
-        self._sums = [take.empty(f"total {k}", (channels + 1, self._rows, *width), np.float32) for k in range(2)]
-        self._top = 0  # row of the result that the totals' first row stands for
+        shapes = [self._shape(work) for work in job._distinct()]
+        self._memory = [take.empty(f"total {k}", (max(map(prod, shapes)),), np.float32) for k in range(2)]
+        self.begin(job.works[0])
 
-    def add(self, tiles: DeviceArray, source: Ints, goal: Ints, size: Ints, *, fresh: bool) -> None:
-        if fresh:
-            self._top = 0
-            self._job.device.zero(self._sums[0], self._job.compute)
+    def _shape(self, work: Work) -> tuple[int, ...]:
+        """Of the totals; the last "channel" is the sum of weights."""
+        out, grid = self._job.output, work.grid
+        whole = grid.out_shape(out)
+        return (grid.outputs[out].channels + 1, min(grid.tile_out_shape(out)[0], whole[0]), *whole[1:])
+
+    def begin(self, work: Work) -> None:
+        """Starts a result: nothing was added to it yet."""
+        shape = self._shape(work)
+        self._sums = [memory[: prod(shape)].reshape(*shape) for memory in self._memory]
+        self._rows = shape[1]
+        self._top = 0  # row of the result that the totals' first row stands for
+        self._job.device.zero(self._sums[0], self._job.compute)
+
+    def add(self, tiles: DeviceArray, source: Ints, goal: Ints, size: Ints) -> None:
         goal[:, 0] -= self._top
         sums = self._sums[0]
         kernels.tile_blend(

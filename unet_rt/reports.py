@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .bench_model import BenchReport
     from .build import BuildReport
     from .graph import GraphReport
-    from .predict import RunReport
+    from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
 

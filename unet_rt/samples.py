@@ -19,7 +19,7 @@ from .engine import Engine, EngineSpec
 from .errors import ImageError
 from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
-from .predict import run
+from .pipeline import Work, run
 from .stitch import Decision
 from .tiles import TileGrid
 
@@ -246,10 +246,10 @@ def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0,
     channels = engine.spec.outputs[output].channels
     result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)
 
-    def keep(plane: int, start: int, band: Array) -> None:
+    def keep(work: Work, start: int, band: Array) -> None:
         result[:, start : start + band.shape[1]] = band
 
     decision = Decision("copy", channels, np.dtype(np.float32))
     with sample.source(engine.spec.contract) as source:
-        run(engine, source, grid, decision, keep, sample.affines, output=output, threads=threads)
+        run(engine, source, [Work(0, grid)], decision, keep, sample.affines, output=output, threads=threads)
     return result

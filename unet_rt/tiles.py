@@ -8,6 +8,10 @@ samples: [0, 418), [414, 738), [590, 1008). A sample belongs to the lowest tile 
 
 The paper's network (shrink 92 + 92, halo 0, stride 16, sizes 12 mod 16), image 1000 px: the canvas starts 92 px before
 the image and is 1196 px long (1000 + 184 = 1184, next size that is 12 mod 16); tile 572 -> 388, step 384.
+
+*Aligned* grids cut the image into equal stretches instead, for results that are written in chunks by several writers: tile k
+owns pixels [k * share, (k + 1) * share). Above, a tile of 512 owns 320 px: it starts 96 px (94 up to the stride) before its
+share, and 512 - 96 - 94 is rounded down to the stride. ``part`` takes the tiles for a rectangle of the image out of a grid.
 """
 
 from __future__ import annotations
@@ -47,9 +51,7 @@ def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField]) -> Canvas:
     """
     if image < 1:
         raise TileError(f"an image axis of {image} px cannot be tiled; it needs at least 1 px")
-    grid = lcm(*(f.scale.denominator for f in fields))
-    before = max(0, *(ceil(f.shrink[0] / f.scale) for f in fields))
-    before += -before % grid  # the image's first pixel has to meet an output sample
+    before = _before(fields)
     need = max(before + ceil((ceil(image * f.scale) + f.shrink[1]) / f.scale) for f in fields)
     need = max(need, before + image)
     if sizes.fixed is None:
@@ -59,10 +61,33 @@ def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField]) -> Canvas:
     return Canvas(image, before, size)
 
 
+def _before(fields: Sequence[AxisField]) -> int:
+    """Pixels of the canvas in front of the image."""
+    before = max(0, *(ceil(f.shrink[0] / f.scale) for f in fields))
+    return before + -before % lcm(
+        *(f.scale.denominator for f in fields)
+    )  # the first pixel has to meet an output sample
+
+
 def exact_step(tile: int, stride: int, fields: Sequence[AxisField]) -> int:
     """Distance of tile origins in pixels: what a tile keeps between its halos, down to the stride; may be <= 0."""
     kept = min((f.out_size(tile) - sum(f.halo)) / f.scale for f in fields)
     return int(kept // stride) * stride
+
+
+def aligned_step(tile: int, stride: int, fields: Sequence[AxisField]) -> int:
+    """Pixels that a tile owns in an aligned grid: what is left of it behind its :func:`lead`, down to the stride."""
+    ends = (
+        (f.out_size(tile) - f.halo[1] - (_before(fields) * f.scale - f.shrink[0])) / f.scale - lead(stride, fields)
+        for f in fields
+    )
+    return int(min(ends) // stride) * stride
+
+
+def lead(stride: int, fields: Sequence[AxisField]) -> int:
+    """Pixels by which a tile of an aligned grid starts in front of what it owns: a multiple of the stride."""
+    behind = max((f.halo[0] - (_before(fields) * f.scale - f.shrink[0])) / f.scale for f in fields)
+    return max(0, ceil(behind / stride) * stride)
 
 
 def covered_px(tile: int, fields: Sequence[AxisField]) -> int:
@@ -70,11 +95,11 @@ def covered_px(tile: int, fields: Sequence[AxisField]) -> int:
     return int(min(f.out_size(tile) / f.scale for f in fields))
 
 
-def smallest_tile(sizes: TileSizes, fields: Sequence[AxisField]) -> int:
+def smallest_tile(sizes: TileSizes, fields: Sequence[AxisField], *, aligned: bool = False) -> int:
     """Smallest accepted tile size along one axis that keeps at least one stride of samples."""
-    tile = sizes.at_least(1)
+    tile, kept = sizes.at_least(1), aligned_step if aligned else exact_step
     if sizes.fixed is None:
-        while exact_step(tile, sizes.stride, fields) <= 0:
+        while kept(tile, sizes.stride, fields) <= 0:
             tile += sizes.stride
     return tile
 
@@ -87,33 +112,71 @@ class AxisTiles:
         canvas: The padded image.
         tile: Tile size in pixels.
         starts: Origins in canvas pixels, increasing; multiples of the stride.
+        ends: Image pixels where what the tiles own ends at the latest, in aligned grids; else empty: as far as cores reach.
+        box: [start, stop) of the image pixels whose results are wanted; None: all.
     """
 
     canvas: Canvas
     tile: int
     starts: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+    box: tuple[int, int] | None = None
+
+    @property
+    def wanted(self) -> tuple[int, int]:
+        """[start, stop) of the image pixels whose results are wanted."""
+        return (0, self.canvas.image) if self.box is None else self.box
+
+    def samples(self, field: AxisField) -> tuple[int, int]:
+        """[start, stop) of the wanted samples in the image's output."""
+        start, stop = self.wanted
+        return ceil(start * field.scale), ceil(stop * field.scale)
 
     def owned(self, field: AxisField) -> list[tuple[int, int, int]]:
-        """Per tile (first sample in the tile's output, first sample in the image's output, number of samples).
+        """Per tile (first sample in the tile's output, first sample in the wanted output, number of samples).
 
-        The samples of the image's output are covered once each; the number is 0 for tiles that own none of them.
+        The wanted samples are covered once each; the number is 0 for tiles that own none of them.
         """
-        out_image = ceil(self.canvas.image * field.scale)
-        first = self.canvas.before * field.scale - field.shrink[0]  # image sample 0 in the canvas's output
+        first = int(self.canvas.before * field.scale - field.shrink[0])  # image sample 0 in the canvas's output
+        begin, stop = (first + sample for sample in self.samples(field))
         size = field.out_size(self.tile)
-        end = int(first)
+        end = begin
         owned = []
         for k, start in enumerate(self.starts):
             origin = int(start * field.scale)
-            last = k == len(self.starts) - 1
-            lo = max(origin + (field.halo[0] if k else 0), end)
-            hi = min(origin + size - (0 if last else field.halo[1]), int(first) + out_image)
-            if k and lo > end and hi > lo:
-                raise TileError(f"tile {self.tile} px leaves samples {end} to {lo} uncovered; use a larger tile")
+            lo = max(origin + (field.halo[0] if start else 0), end)  # at the canvas's edges there is no halo
+            hi = min(origin + size - (field.halo[1] if start + self.tile < self.canvas.size else 0), stop)
+            if self.ends:
+                hi = min(hi, first + ceil(self.ends[k] * field.scale))
+            if lo > end and hi > lo:
+                raise TileError(
+                    f"tile {self.tile} px leaves samples {end - first} to {lo - first} uncovered; use a larger tile"
+                )
             count = max(0, hi - lo)
-            owned.append((lo - origin, lo - int(first), count))
+            owned.append((lo - origin, lo - begin, count))
             end = max(end, lo + count)
         return owned
+
+    def covered(self, field: AxisField) -> list[tuple[int, int, int]]:
+        """As :meth:`owned`, but all that a tile holds of the wanted samples, for blending."""
+        first = int(self.canvas.before * field.scale - field.shrink[0])
+        begin, end = (first + sample for sample in self.samples(field))
+        size = field.out_size(self.tile)
+        covered = []
+        for start in self.starts:
+            origin = int(start * field.scale)
+            lo, hi = max(origin, begin), min(origin + size, end)
+            covered.append((lo - origin, lo - begin, max(0, hi - lo)))
+        return covered
+
+    def part(self, start: int, stop: int, fields: Sequence[AxisField], *, blended: bool) -> AxisTiles:
+        """The tiles that hold results for the image pixels [start, stop): those that own some, or all that cover some."""
+        boxed = replace(self, box=(start, stop))
+        held = [boxed.covered(f) if blended else boxed.owned(f) for f in fields]
+        kept = [k for k in range(len(self.starts)) if any(table[k][2] for table in held)]
+        return replace(
+            boxed, starts=tuple(self.starts[k] for k in kept), ends=tuple(self.ends[k] for k in kept if self.ends)
+        )
 
 
 def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bool = False) -> AxisTiles:
@@ -128,6 +191,25 @@ def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bo
         gaps, strides = len(starts) - 1, last // stride
         starts = [(2 * k * strides + gaps) // (2 * gaps) * stride for k in range(len(starts))]
     return AxisTiles(canvas, tile, tuple(starts))
+
+
+def _aligned_tiles(canvas: Canvas, tile: int, share: int, stride: int, fields: Sequence[AxisField]) -> AxisTiles:
+    last = canvas.size - tile
+    if last % stride:
+        raise TileError(
+            f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}"
+        )
+    count = _aligned_count(canvas, tile, share, lead(stride, fields))
+    starts = [min(max(0, k * share - lead(stride, fields)), last) for k in range(count)]
+    ends = [*(k * share for k in range(1, count)), canvas.image]
+    return AxisTiles(canvas, tile, tuple(starts), tuple(ends))
+
+
+def _aligned_count(canvas: Canvas, tile: int, share: int, ahead: int) -> int:
+    """Tiles of an aligned grid: up to the first one that ends with the canvas, or owns the image's last pixel."""
+    if tile == canvas.size:
+        return 1
+    return min(-(-canvas.image // share), 1 + -(-(canvas.size - tile + ahead) // share))
 
 
 @dataclass(frozen=True)
@@ -170,10 +252,43 @@ class TileGrid:
     def computed_px(self) -> int:
         return self.count * prod(self.tile)
 
+    @property
+    def image(self) -> tuple[int, ...]:
+        """Spatial shape of the image in pixels."""
+        return tuple(axis.canvas.image for axis in self.axes)
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """First image pixel whose results are wanted, per axis: 0 but for parts."""
+        return tuple(axis.wanted[0] for axis in self.axes)
+
+    def part(self, start: Sequence[int], stop: Sequence[int]) -> TileGrid:
+        """The tiles for the image pixels [start, stop), whose results are all that is wanted of them.
+
+        In aligned grids, parts that begin where what a tile owns ends have no tile in common.
+        """
+        axes = []
+        for k, (axis, low, high) in enumerate(zip(self.axes, start, stop, strict=True)):
+            if not 0 <= low < high <= axis.canvas.image:
+                raise TileError(f"pixels {low} to {high} are no part of an axis of {axis.canvas.image} px")
+            axes.append(axis.part(low, high, [o.field[k] for o in self.outputs], blended=self.blended))
+        return replace(self, axes=tuple(axes))
+
     def out_shape(self, output: int) -> tuple[int, ...]:
-        """Spatial shape of the image's output."""
-        fields = self.outputs[output].field
-        return tuple(ceil(axis.canvas.image * f.scale) for axis, f in zip(self.axes, fields, strict=True))
+        """Spatial shape of the wanted output: the image's, or a part of it."""
+        ends = [axis.samples(f) for axis, f in self._paired(self.outputs[output])]
+        return tuple(stop - start for start, stop in ends)
+
+    def out_start(self, output: int) -> tuple[int, ...]:
+        """First wanted sample in the image's output, per axis: 0 but for parts."""
+        return tuple(axis.samples(f)[0] for axis, f in self._paired(self.outputs[output]))
+
+    def window(self, rows: Ints, border: Border) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(start, stop) of the image pixels that the tiles at grid indices ``rows`` (tiles, axes) need."""
+        origins = self.origins(rows)
+        low, high = origins.min(axis=0), origins.max(axis=0) + np.array(self.tile)
+        ends = [border_window(int(a), int(b), n, border) for a, b, n in zip(low, high, self.image, strict=True)]
+        return tuple(a for a, _ in ends), tuple(b for _, b in ends)
 
     def tile_out_shape(self, output: int) -> tuple[int, ...]:
         """Spatial shape of one tile's output."""
@@ -205,15 +320,13 @@ class TileGrid:
     @cached_property
     def _covered(self) -> list[list[Ints]]:
         """As ``_owned``, but all a tile covers of the image, for blending."""
-        return [
-            [np.array(list(_covered(axis, f)), dtype=np.int64) for axis, f in self._paired(o)] for o in self.outputs
-        ]
+        return [[np.array(axis.covered(f), dtype=np.int64) for axis, f in self._paired(o)] for o in self.outputs]
 
     def _paired(self, output: OutputField) -> Iterator[tuple[AxisTiles, AxisField]]:
         return zip(self.axes, output.field, strict=True)
 
     def placement(self, index: npt.ArrayLike, output: int) -> Placement:
-        """What the tiles at grid indices ``index`` contribute to an output, in samples of the image's output."""
+        """What the tiles at grid indices ``index`` contribute to an output, in samples of the wanted output."""
         index = np.asarray(index)
         table = (self._covered if self.blended else self._owned)[output]
         parts = np.stack([table[k][index[:, k]] for k in range(len(self.axes))], axis=1)  # (tiles, axes, 3)
@@ -231,16 +344,6 @@ class TileGrid:
         return start, stop
 
 
-def _covered(axis: AxisTiles, field: AxisField) -> Iterator[tuple[int, int, int]]:
-    out_image = ceil(axis.canvas.image * field.scale)
-    first = int(axis.canvas.before * field.scale - field.shrink[0])
-    size = field.out_size(axis.tile)
-    for start in axis.starts:
-        origin = int(start * field.scale) - first
-        lo, hi = max(origin, 0), min(origin + size, out_image)
-        yield lo - origin, lo, max(0, hi - lo)
-
-
 def tile_grid(
     image: Sequence[int],
     tile: Sequence[int],
@@ -248,6 +351,7 @@ def tile_grid(
     outputs: Sequence[OutputField],
     *,
     overlap: Sequence[int] | None = None,
+    aligned: bool = False,
 ) -> TileGrid:
     """The tiles of an image.
 
@@ -258,6 +362,7 @@ def tile_grid(
         outputs: What the outputs depend on, halos as they are to be used.
         overlap: Pixels shared by neighbouring tiles at least, per axis, for tiles that are blended (they are spread
             evenly). None: exact tiles, whose overlap follows from the halo.
+        aligned: Exact tiles own equal stretches of the image (the last ones less).
 
     Raises:
         TileError: A tile that the graph does not accept or that keeps nothing; an overlap outside [0, tile).
@@ -289,15 +394,21 @@ def tile_grid(
                     f"use an overlap of {t - covered} px or more"
                 )
         else:
-            step = exact_step(t, s.stride, fields)
-            if step <= 0:
+            share = aligned_step(t, s.stride, fields) if aligned else exact_step(t, s.stride, fields)
+            if share <= 0:
                 if t < c.size:
                     halo = max((sum(f.halo) for f in fields), default=0)
                     hint = (
-                        "build again with --halo measured" if s.fixed else f"use {smallest_tile(s, fields)} px or more"
+                        "build again with --halo measured"
+                        if s.fixed
+                        else f"use {smallest_tile(s, fields, aligned=aligned)} px or more"
                     )
                     raise TileError(f"a tile of {t} px keeps nothing: its halo takes {halo} samples; {hint}")
-                step = s.stride
+                share = s.stride
+            if aligned:
+                axes.append(_aligned_tiles(c, t, share, s.stride, fields))
+                continue
+            step = share
         axes.append(_axis_tiles(c, t, step, s.stride, evenly=overlap is not None))
     return TileGrid(tuple(axes), tuple(outputs), blended=overlap is not None)
 
@@ -327,26 +438,36 @@ def with_halo(output: OutputField, halo: int) -> OutputField:
 
 
 def choose_tile(
-    image: Sequence[int], sizes: Sequence[TileSizes], outputs: Sequence[OutputField], max_px: int
+    image: Sequence[int],
+    sizes: Sequence[TileSizes],
+    outputs: Sequence[OutputField],
+    max_px: int,
+    *,
+    aligned: bool = False,
 ) -> tuple[int, ...]:
     """The tile of at most ``max_px`` pixels that computes the fewest pixels for this image; rectangles are welcome.
 
     A tile as wide as the canvas has no halo at its sides. Ties go to the longer last axis (contiguous rows). Where no
     tile that keeps anything fits into ``max_px``, the smallest that does is returned.
     """
+    kept = aligned_step if aligned else exact_step
     options = []  # per axis: (tile, tiles along the axis)
     for k, (n, s) in enumerate(zip(image, sizes, strict=True)):
         fields = [output.field[k] for output in outputs]
         c = canvas(n, s, fields)
         if s.fixed is not None:
-            step = max(exact_step(s.fixed, s.stride, fields), s.stride)
+            step = max(kept(s.fixed, s.stride, fields), s.stride)
             options.append([(s.fixed, 1 + -(-(c.size - s.fixed) // step))])
             continue
         best: dict[int, int] = {}  # number of tiles -> smallest tile that does with it
-        for t in range(min(smallest_tile(s, fields), c.size), c.size + 1, s.stride):
-            step = exact_step(t, s.stride, fields)
+        for t in range(min(smallest_tile(s, fields, aligned=aligned), c.size), c.size + 1, s.stride):
+            step = kept(t, s.stride, fields)
             if t == c.size or step > 0:
-                best.setdefault(1 if t == c.size else 1 + -(-(c.size - t) // step), t)
+                ahead = lead(s.stride, fields) if aligned else 0
+                count = (
+                    1 if t == c.size else _aligned_count(c, t, step, ahead) if aligned else 1 + -(-(c.size - t) // step)
+                )
+                best.setdefault(count, t)
         options.append([(t, count) for count, t in best.items()])
     fitting = []
     for choice in itertools.product(*options):

@@ -1,0 +1,105 @@
+"""Files that are there whole or not at all, also after the power was cut, and locks between processes.
+
+A file is durable once its data are synced, it has its name, and the folder that holds the name is synced: in that order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import OutputError
+
+
+class Disk:
+    """The operations that durability rests on. Tests put one in its place that forgets what was not synced."""
+
+    def write(self, path: Path, data: bytes) -> None:
+        with path.open("wb") as stream:
+            stream.write(data)
+
+    def sync_file(self, path: Path) -> None:
+        with path.open("rb+") as stream:  # Windows syncs only what is open for writing
+            os.fsync(stream.fileno())
+
+    def sync_folder(self, path: Path) -> None:
+        if sys.platform == "win32":  # folders cannot be opened there
+            return
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def replace(self, old: Path, new: Path) -> None:
+        os.replace(old, new)
+
+    # --- built from these ---------------------------------------------------------------------------------------------
+
+    def write_whole(self, path: Path, data: bytes) -> None:
+        """Writes a durable file in one step."""
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            self.write(part, data)
+            self.sync_file(part)
+            self.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        self.sync_folder(path.parent)
+
+    def sync_tree(self, files: Iterable[Path], root: Path) -> None:
+        """Makes files durable that were written under ``root``, with all folders on the way to them."""
+        folders = {root}
+        for file in files:
+            self.sync_file(file)
+            folders.update(parent for parent in file.parents if parent.is_relative_to(root))
+        for folder in sorted(folders, key=lambda p: -len(p.parts)):
+            self.sync_folder(folder)
+
+
+@contextmanager
+def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Holds the lock of a file, which is made for that time; the end of the process gives it back.
+
+    Args:
+        path: The file.
+        busy: What to say where another process holds the lock; None: wait for it.
+
+    Raises:
+        OutputError: Another process holds it, and ``busy`` is given.
+    """
+    with path.open("a+b") as file:
+        try:
+            _lock(file.fileno(), wait=busy is None)
+        except OSError as error:
+            raise OutputError(busy or f"{path} cannot be locked ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            _unlock(file.fileno())
+    with suppress(OSError):  # another process has it, on Windows
+        path.unlink(missing_ok=True)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(handle: int, *, wait: bool) -> None:
+        msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+
+    def _unlock(handle: int) -> None:
+        os.lseek(handle, 0, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(handle: int, *, wait: bool) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_UN)

@@ -1,0 +1,139 @@
+"""GeoTIFF and COG by rasterio: windows at one level, with coordinate system, transform and nodata."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ImageError
+from .pixels import CACHE_BYTES, Array, Origin, Stored, Window, check_pixels, pick_level
+
+_COLOURS = ("red", "green", "blue", "alpha")
+
+
+def open_geo(path: Path, name: str, level: int | None = None) -> Stored:
+    """ImageError for anything that cannot be read exactly as stored. Needs rasterio."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    try:
+        with _gdal():
+            shapes = []
+            with rasterio.open(path) as full:
+                shapes += [full.shape, *((-(-full.height // f), -(-full.width // f)) for f in full.overviews(1))]
+            picked = pick_level(level, len(shapes), name)
+            dataset = rasterio.open(path, **({"overview_level": picked - 1} if picked else {}))
+            shapes[picked] = dataset.shape  # as stored: some writers round down
+    except (RasterioError, OSError, ValueError) as error:
+        raise ImageError(f"{name}: not a readable GeoTIFF ({error}); copy it again from its source") from error
+    try:
+        with _gdal():
+            return _stored(dataset, shapes, picked, name)
+    except BaseException:
+        dataset.close()
+        raise
+
+
+def _stored(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: str) -> Stored:
+    from rasterio.enums import MaskFlags
+
+    if len(set(dataset.dtypes)) > 1:
+        raise ImageError(f"{name}: bands of different dtypes ({', '.join(dataset.dtypes)}); save them as one dtype")
+    if dataset.count == 0:
+        raise ImageError(f"{name}: the file holds no bands; copy it again from its source")
+    dtype = np.dtype(dataset.dtypes[0])
+    colours = tuple(c.name for c in dataset.colorinterp)
+    rgb = dataset.count in (3, 4) and colours == _COLOURS[: dataset.count]
+    axes = "YX" if dataset.count == 1 else "SYX" if rgb else "CYX"
+    check_pixels((dataset.count, *dataset.shape), dtype, name)
+    pixels = GeoPixels(dataset, dtype, name)
+    notes = [f"level {picked} of {len(shapes)}"] if len(shapes) > 1 else []
+    flags = {flag for band in dataset.mask_flag_enums for flag in band}
+    masked = bool(flags & {MaskFlags.nodata, MaskFlags.per_dataset}) or flags == set()
+    if MaskFlags.alpha in flags:
+        masked = False  # an alpha channel is a channel, and the rules for channels decide what becomes of it
+    if dataset.nodata is not None:
+        notes.append(f"nodata {dataset.nodata:g}")
+    elif masked:
+        notes.append("nodata by the mask in the file")
+    transform, crs = dataset.transform, dataset.crs
+    tags = {"transform": tuple(transform)[:6], "crs": None if crs is None else crs.to_wkt()}
+    sizes: dict[str, float] = {}
+    if crs is not None and crs.is_projected:
+        metres = float(crs.linear_units_factor[1])
+        sizes = {
+            "X": float(np.hypot(transform.a, transform.d)) * metres * 1e6,
+            "Y": float(np.hypot(transform.b, transform.e)) * metres * 1e6,
+        }
+    lead = (dataset.count,) if dataset.count > 1 else ()
+    names = tuple(dataset.descriptions)
+    return Stored(
+        pixels,
+        axes,
+        Origin("geo", tags=tags),
+        names=names if all(names) else (),
+        alpha=3 if rgb and dataset.count == 4 else None,
+        pixel_size_um=sizes,
+        notes=tuple(notes),
+        levels=tuple((*lead, *shape) for shape in shapes) if len(shapes) > 1 else (),
+        nodata=None if dataset.nodata is None else float(dataset.nodata),
+        valid=pixels.valid if masked else None,
+    )
+
+
+class GeoPixels:
+    """Bands of an open dataset: (Y, X), or (C, Y, X) where there are several."""
+
+    def __init__(self, dataset: Any, dtype: np.dtype[Any], name: str) -> None:
+        self._dataset = dataset
+        self._name = name
+        self._lead = (dataset.count,) if dataset.count > 1 else ()
+        self.shape = (*self._lead, *dataset.shape)
+        self.dtype = dtype
+
+    def read(self, window: Window) -> Array:
+        bands = list(range(*window[0].indices(self._lead[0]))) if self._lead else [0]
+        with self._guarded(), _gdal():
+            pixels: Array = self._dataset.read([band + 1 for band in bands], window=self._place(window))
+        return pixels if self._lead else pixels[0]
+
+    def valid(self, window: Window) -> Array:
+        """Where at least one band holds data, by nodata value or mask: bool, (1,) Y, X."""
+        with self._guarded(), _gdal():
+            mask: Array = self._dataset.dataset_mask(window=self._place(window)) > 0
+        return mask[None] if self._lead else mask
+
+    def _place(self, window: Window) -> Any:
+        from rasterio.windows import Window as Place
+
+        height, width = self.shape[-2:]
+        (top, bottom, _), (left, right, _) = window[-2].indices(height), window[-1].indices(width)
+        return Place(left, top, right - left, bottom - top)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except (
+            Exception
+        ) as error:  # GDAL has its own errors beside rasterio's; whatever it raises, the file is at fault
+            raise ImageError(f"{self._name}: cannot be read ({error}); copy it again from its source") from error
+
+    def close(self) -> None:
+        self._dataset.close()
+
+
+@contextlib.contextmanager
+def _gdal() -> Iterator[None]:
+    """GDAL with as much cache as other formats have here, and no warning that a picture lacks a georeference."""
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield

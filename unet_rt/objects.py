@@ -1,0 +1,525 @@
+"""Objects of a mask: connected components with ids that hold across windows, and a table of what they measure.
+
+The mask is read window by window, twice. The first pass labels every window by itself; a component of one window is a
+*piece*. Pieces of neighbouring windows that touch are united, and whole objects are measured, sorted and filtered. The
+second pass labels every window again (the same pixels give the same pieces) and writes the final ids. Beside one window
+this takes memory for the pieces (some 100 bytes each) and for one cross-section of the mask, whatever the mask's size.
+
+Ids are 1 to N in the order of the objects' first pixels (rows first, as arrays are stored), so they depend on the mask
+alone, never on the windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ContractError, ImageError, OutputError
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Read = Callable[[Sequence[int], Sequence[int]], Array]  # (start, stop) -> the pixels of that window
+Write = Callable[[Sequence[int], Array], None]  # (start, ids of a window)
+Connectivity = Literal["full", "face"]
+
+WINDOW_PX = 2**24  # of a window where none is given: 16 MB of labels, about 150 MB with what is made of them
+MOST_PIECES = 2**31 - 1  # SciPy's graphs count nodes in 32 bits
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """What was found, one row per object; row k describes id k + 1.
+
+    Attributes:
+        shape: Of the mask, (Y, X) or (Z, Y, X), in pixels.
+        label: (N,) int64: the label of the mask that the object is made of (its class).
+        area_px: (N,) int64: pixels, or voxels of a volume.
+        centroid: (N, axes) float64: mean pixel position; the centre of the first pixel is 0.
+        start, stop: (N, axes) int64: bounding box, ``stop`` excluded.
+        pixel_size_um: Micrometres per pixel of each axis; empty where unknown.
+        class_names: Names of labels, as far as they have any.
+    """
+
+    shape: tuple[int, ...]
+    label: Ints
+    area_px: Ints
+    centroid: npt.NDArray[np.float64]
+    start: Ints
+    stop: Ints
+    pixel_size_um: tuple[float, ...] = ()
+    class_names: Mapping[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def ids(self) -> Ints:
+        """(N,) the ids in the written image: 1 to N."""
+        return np.arange(1, len(self) + 1)
+
+    @property
+    def touches_edge(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether an object reaches the edge of the mask, so that it may be cut."""
+        return ((self.start == 0) | (self.stop == np.array(self.shape))).any(axis=1)
+
+    @property
+    def area_um(self) -> npt.NDArray[np.float64] | None:
+        """(N,) areas in square (volumes in cubic) micrometres; None where the pixel size is unknown."""
+        return self.area_px * prod(self.pixel_size_um) if self.pixel_size_um else None
+
+    def class_name(self, label: int) -> str:
+        """The name of a label; its number where it has none."""
+        return self.class_names.get(label, str(label))
+
+    def to_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes one line per object. See :func:`write_table`."""
+        write_table(path, [self], overwrite=overwrite)
+
+    def class_areas_to_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes one line per class. See :func:`write_class_areas`."""
+        write_class_areas(path, [self], overwrite=overwrite)
+
+
+def label_mask(
+    mask: Array,
+    *,
+    min_size: int = 1,
+    classes: Sequence[int] | None = None,
+    connectivity: Connectivity = "full",
+    pixel_size_um: Sequence[float] = (),
+    class_names: Mapping[int, str] | None = None,
+) -> tuple[npt.NDArray[np.uint32], Objects]:
+    """(ids, objects) of a mask in memory (or mapped): (Y, X) or (Z, Y, X). See :func:`find_objects`."""
+    mask = np.asarray(mask)
+    ids = np.empty(mask.shape, np.uint32)
+
+    def read(start: Sequence[int], stop: Sequence[int]) -> Array:
+        return mask[_box(start, stop)]
+
+    def write(start: Sequence[int], block: Array) -> None:
+        ids[_box(start, [a + n for a, n in zip(start, block.shape, strict=True)])] = block
+
+    found = find_objects(
+        read,
+        mask.shape,
+        write=write,
+        min_size=min_size,
+        classes=classes,
+        connectivity=connectivity,
+        pixel_size_um=pixel_size_um,
+        class_names=class_names,
+    )
+    return ids, found
+
+
+def find_objects(
+    read: Read,
+    shape: Sequence[int],
+    *,
+    window: Sequence[int] | None = None,
+    write: Write | None = None,
+    min_size: int = 1,
+    classes: Sequence[int] | None = None,
+    connectivity: Connectivity = "full",
+    pixel_size_um: Sequence[float] = (),
+    class_names: Mapping[int, str] | None = None,
+) -> Objects:
+    """Finds the connected components of a mask, class by class.
+
+    Args:
+        read: ``read(start, stop)`` gives the labels of a window: integers or bool, 0 is background. It is called twice
+            for every window (once without ``write``), and has to give the same both times.
+        shape: Of the mask, (Y, X) or (Z, Y, X).
+        window: Size of a window: what is read, and written, at a time. Multiples of the stored chunks read each chunk
+            once per pass. It never changes the result.
+        write: Receives ``(start, ids)`` for every window, in raster order, background included; ids are uint32.
+        min_size: Objects of fewer pixels (voxels) than this are left out. It applies to whole objects.
+        classes: The labels whose pixels are objects; None: all but 0.
+        connectivity: ``full``: pixels that touch by a corner belong together, the convention of scikit-image, ImageJ
+            and CellProfiler; ``face``: only those that share an edge (a face, in volumes) do.
+        pixel_size_um: Micrometres per pixel of each axis, where known.
+        class_names: Names of labels, for tables and viewers.
+
+    Raises:
+        ContractError: An option makes no sense, or SciPy is missing.
+        ImageError: The mask holds no labels, changes while it is read, or falls into more pieces than can be counted.
+    """
+    shape = tuple(int(n) for n in shape)
+    window = window_for(shape) if window is None else tuple(min(int(w), n) for w, n in zip(window, shape, strict=True))
+    _check_options(shape, window, min_size, classes, connectivity, pixel_size_um)
+    labeller = _Labeller(read, None if classes is None else tuple(classes), connectivity, len(shape))
+
+    # Pieces meet across a cross-section of the mask, which is smallest along its longest axis.
+    order = sorted(range(len(shape)), key=lambda k: -shape[k])
+    seams = _Seams([shape[k] for k in order], connectivity)
+    pieces: list[_Pieces] = []
+    numbers: dict[tuple[int, ...], range] = {}  # of a window's pieces among all
+    total = 0
+    for index in np.ndindex(*(ceil(shape[k] / window[k]) for k in order)):
+        place = tuple(index[order.index(k)] for k in range(len(shape)))
+        start, stop = _corners(place, window, shape)
+        local, labels = labeller(start, stop)
+        numbers[place] = range(total, total + len(labels))
+        total += len(labels)
+        if total > MOST_PIECES:
+            raise ImageError(f"the mask falls into more than {MOST_PIECES:,} pieces: it is noise; raise the threshold")
+        pieces.append(_measure(local, labels, start, shape))
+        seams.add(index, [start[k] for k in order], local.transpose(order), numbers[place].start)
+    found, final = _united(_Pieces.concatenated(pieces, len(shape)), seams.touching(), min_size)
+    if write is not None:
+        for place in np.ndindex(*(ceil(n / w) for n, w in zip(shape, window, strict=True))):
+            start, stop = _corners(place, window, shape)
+            local, labels = labeller(start, stop)
+            own = numbers[place]
+            if len(labels) != len(own):
+                raise ImageError(
+                    f"the mask changed while it was read: its window {_text(start, stop)} has {len(labels)} pieces now, "
+                    f"{len(own)} before; try again when nothing writes to it"
+                )
+            write(start, np.concatenate([np.zeros(1, np.uint32), final[own.start : own.stop]])[local])
+    return Objects(
+        shape,
+        found.label,
+        found.area,
+        found.position_sum / found.area[:, None],
+        found.low,
+        found.high + 1,
+        tuple(float(s) for s in pixel_size_um),
+        dict(class_names or {}),
+    )
+
+
+def window_for(shape: Sequence[int]) -> tuple[int, ...]:
+    """A window of at most ``WINDOW_PX`` pixels: all of the short axes, equal parts of the long ones."""
+    window, room = [0] * len(shape), WINDOW_PX
+    for left, k in zip(range(len(shape), 0, -1), sorted(range(len(shape)), key=lambda k: shape[k]), strict=True):
+        window[k] = max(1, min(shape[k], int(room ** (1 / left))))
+        room //= window[k]
+    return tuple(window)
+
+
+def missing() -> ContractError:
+    """The error where SciPy is not installed."""
+    return ContractError("finding objects needs scipy, which is missing; pip install 'unet-rt[objects]'")
+
+
+def _check_options(
+    shape: tuple[int, ...],
+    window: tuple[int, ...],
+    min_size: int,
+    classes: Sequence[int] | None,
+    connectivity: str,
+    pixel_size_um: Sequence[float],
+) -> None:
+    if not 2 <= len(shape) <= 3 or min(shape) < 1:
+        raise ImageError(f"a mask of shape {'x'.join(map(str, shape))} has no objects; give (Y, X) or (Z, Y, X)")
+    if min(window) < 1:
+        raise ContractError(f"a window of {'x'.join(map(str, window))} px reads nothing; use 1 or more along each axis")
+    if min_size < 1:
+        raise ContractError(f"min_size {min_size} px must be 1 or more; 1 keeps every object")
+    if classes is not None and (not len(classes) or min(classes) < 1 or len(set(classes)) != len(classes)):
+        raise ContractError(f"classes {list(classes)} must be different labels above 0, which is background")
+    if connectivity not in ("full", "face"):
+        raise ContractError(f"connectivity {connectivity!r} is unknown; use full (corners touch) or face (they do not)")
+    if len(pixel_size_um) not in (0, len(shape)) or not all(s > 0 for s in pixel_size_um):
+        raise ContractError(f"pixel_size_um {list(pixel_size_um)} must be {len(shape)} numbers above 0, one per axis")
+
+
+# Windows ------------------------------------------------------------------------------------------------------------
+
+
+def _corners(
+    place: tuple[int, ...], window: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    start = tuple(i * w for i, w in zip(place, window, strict=True))
+    return start, tuple(min(a + w, n) for a, w, n in zip(start, window, shape, strict=True))
+
+
+def _box(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+
+
+def _text(start: Sequence[int], stop: Sequence[int]) -> str:
+    return "[" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
+
+
+def read_window(read: Read, start: Sequence[int], stop: Sequence[int]) -> Array:
+    """The pixels of a window, or ImageError where they are no labels or not as many as asked for."""
+    block = np.asarray(read(start, stop))
+    expected = tuple(b - a for a, b in zip(start, stop, strict=True))
+    if block.shape != expected:
+        raise ImageError(f"reading the window {_text(start, stop)} gave {block.shape} pixels, not {expected}")
+    if block.dtype.kind not in "bui":
+        raise ImageError(
+            f"the mask holds {block.dtype} pixels, objects need labels (bool, integers); threshold it first"
+        )
+    return block
+
+
+class _Labeller:
+    """Labels one window: the same pixels always get the same numbers."""
+
+    def __init__(self, read: Read, classes: tuple[int, ...] | None, connectivity: Connectivity, axes: int):
+        try:
+            from scipy import ndimage
+        except ModuleNotFoundError as error:
+            raise missing() from error
+        self._read, self._classes, self._label = read, classes, ndimage.label
+        self._structure = ndimage.generate_binary_structure(axes, axes if connectivity == "full" else 1)
+
+    def __call__(self, start: Sequence[int], stop: Sequence[int]) -> tuple[npt.NDArray[np.int32], Ints]:
+        """(pieces of the window numbered from 1, 0 elsewhere; the label that each is made of)."""
+        block = read_window(self._read, start, stop)
+        present = np.unique(block).tolist()
+        if min(present) < 0:
+            raise ImageError(f"the mask holds {min(present)} in its window {_text(start, stop)}; labels are 0 or more")
+        local = np.zeros(block.shape, np.int32)
+        labels: list[int] = []
+        for value in present:
+            if value == 0 or (self._classes is not None and value not in self._classes):
+                continue
+            of_class, count = self._label(block == value, self._structure, output=np.int32)
+            np.add(local, of_class + len(labels), out=local, where=of_class > 0)
+            labels += [int(value)] * count
+        return local, np.array(labels, np.int64)
+
+
+# Pieces -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Pieces, or whole objects, one per row; positions in pixels of the mask, ``high`` included.
+
+    ``first`` is the place of the first pixel in raster order.
+    """
+
+    label: Ints
+    area: Ints
+    position_sum: Ints
+    low: Ints
+    high: Ints
+    first: Ints
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[_Pieces], axes: int) -> _Pieces:
+        empty = cls.empty(np.zeros(0, np.int64), axes)
+        return cls(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in vars(empty)))
+
+    @classmethod
+    def empty(cls, label: Ints, axes: int) -> _Pieces:
+        """As many as there are labels, to be filled by :meth:`add`."""
+        n, most = len(label), np.iinfo(np.int64).max
+        return cls(
+            label,
+            np.zeros(n, np.int64),
+            np.zeros((n, axes), np.int64),
+            np.full((n, axes), most),
+            np.full((n, axes), -1),
+            np.full(n, most),
+        )
+
+    def add(self, row: Ints, parts: _Pieces) -> None:
+        """Takes parts into the rows that they belong to."""
+        np.add.at(self.area, row, parts.area)
+        np.add.at(self.position_sum, row, parts.position_sum)
+        np.minimum.at(self.low, row, parts.low)
+        np.maximum.at(self.high, row, parts.high)
+        np.minimum.at(self.first, row, parts.first)
+
+    def take(self, rows: Ints) -> _Pieces:
+        return _Pieces(*(getattr(self, name)[rows] for name in vars(self)))
+
+
+def _measure(local: npt.NDArray[np.int32], labels: Ints, start: Sequence[int], shape: Sequence[int]) -> _Pieces:
+    """The pieces of a window, measured by runs along the last axis: there are far fewer of them than pixels."""
+    measured = _Pieces.empty(labels, len(shape))
+    differs = local[..., 1:] != local[..., :-1]
+    begins, ends = local != 0, local != 0
+    begins[..., 1:] &= differs
+    ends[..., :-1] &= differs
+    begin, end = np.flatnonzero(begins), np.flatnonzero(ends)
+    length = end - begin + 1
+    at = np.stack(np.unravel_index(begin, local.shape), axis=1) + np.array(start, np.int64)
+    last = at.copy()
+    last[:, -1] += length - 1
+    position_sum = at * length[:, None]
+    position_sum[:, -1] += length * (length - 1) // 2
+    first = np.ravel_multi_index(tuple(at.T), tuple(shape))
+    row = local.reshape(-1)[begin] - 1
+    measured.add(row, _Pieces(labels[row], length, position_sum, at, last, first))
+    return measured
+
+
+def _united(pieces: _Pieces, touching: Ints, min_size: int) -> tuple[_Pieces, npt.NDArray[np.uint32]]:
+    """(objects in the order of their ids, the id of every piece: 0 where its object is too small)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(pieces.label)
+    a, b = touching[pieces.label[touching[:, 0]] == pieces.label[touching[:, 1]]].T
+    _, group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)
+    label = np.zeros(int(group.max(initial=-1)) + 1, np.int64)
+    label[group] = pieces.label
+    objects = _Pieces.empty(label, pieces.low.shape[1])
+    objects.add(group, pieces)
+    order = np.argsort(objects.first)
+    order = order[objects.area[order] >= min_size]
+    ids = np.zeros(len(label), np.uint32)
+    ids[order] = np.arange(1, len(order) + 1)
+    return objects.take(order), ids[group]
+
+
+class _Seams:
+    """Which pieces touch across the sides of windows, which come in raster order of the axes given.
+
+    Per axis k it keeps the numbers of the pieces that lie in the layer of pixels just below the windows at hand: a plane
+    across k that reaches over the whole mask along the axes after k (whose windows follow before the next along k), and
+    over the window along those before.
+    """
+
+    def __init__(self, shape: Sequence[int], connectivity: Connectivity):
+        self._shape = tuple(shape)
+        reach = (-1, 0, 1) if connectivity == "full" else (0,)
+        self._shifts = list(itertools.product(reach, repeat=len(shape) - 1))
+        self._below: list[npt.NDArray[np.int32] | None] = [None] * len(shape)
+        self._here: list[npt.NDArray[np.int32] | None] = [None] * len(shape)
+        self._pairs: list[Ints] = []
+
+    def add(self, index: Sequence[int], start: Sequence[int], local: npt.NDArray[np.int32], offset: int) -> None:
+        """A window: its index among windows, its first pixel, its pieces, and how many pieces came before."""
+        axes = range(len(self._shape))
+        for k in axes:
+            if not any(index[k + 1 :]):  # the first window of a layer along k
+                self._below[k] = self._here[k] if index[k] else None
+                across = [local.shape[j] if j < k else self._shape[j] for j in axes if j != k]
+                self._here[k] = np.zeros(across, np.int32)
+            place = [0 if j < k else start[j] for j in axes if j != k]
+            low, high = local.take(0, axis=k), local.take(-1, axis=k)
+            here, below = self._here[k], self._below[k]
+            if here is not None:
+                ends = [a + n for a, n in zip(place, high.shape, strict=True)]
+                here[_box(place, ends)] = np.where(high, high + offset, 0)
+            if below is not None:
+                self._meet(low, below, place, offset)
+
+    def _meet(
+        self, low: npt.NDArray[np.int32], below: npt.NDArray[np.int32], place: Sequence[int], offset: int
+    ) -> None:
+        keys: list[Ints] = []
+        for shift in self._shifts:
+            # The part of ``low`` whose neighbours by this shift lie inside ``below``.
+            first = [max(0, -(a + s)) for a, s in zip(place, shift, strict=True)]
+            end = [min(n, m - a - s) for n, m, a, s in zip(low.shape, below.shape, place, shift, strict=True)]
+            move = [a + s for a, s in zip(place, shift, strict=True)]
+            own = low[_box(first, end)]
+            other = below[
+                _box([a + m for a, m in zip(first, move, strict=True)], [a + m for a, m in zip(end, move, strict=True)])
+            ]
+            both = (own > 0) & (other > 0)
+            keys.append(np.unique((own[both].astype(np.int64) + offset) << 32 | other[both]))
+        key = np.unique(np.concatenate(keys))
+        self._pairs.append(np.stack([key >> 32, key & 0xFFFFFFFF], axis=1) - 1)
+
+    def touching(self) -> Ints:
+        """(M, 2) pairs of pieces, counted from 0 over all windows."""
+        return np.concatenate([np.zeros((0, 2), np.int64), *self._pairs])
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[TextIO]:
+    """A text file that gets its name when the block ends well; nothing is left behind otherwise.
+
+    Raises:
+        OutputError: The file exists already, or cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target}: exists already; use --overwrite to replace it, or choose another name")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        raise OutputError(
+            f"{target}: cannot be written ({error.strerror or error}); nothing was left behind; free some space or "
+            "choose another folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_table(path: str | os.PathLike[str], planes: Sequence[Objects], *, overwrite: bool = False) -> None:
+    """Writes objects as CSV, one line each.
+
+    Columns: ``plane`` (from 0; only for several planes), ``id``, ``label``, ``class``, ``area_px`` and ``area_um2``
+    (``volume_px`` and ``volume_um3`` of volumes), ``centroid_y``, ``centroid_x``, ``start_y``, ``start_x``, ``stop_y``,
+    ``stop_x`` (pixels; ``_z`` first in volumes), ``touches_edge`` (0 or 1).
+
+    Args:
+        path: The file; it appears whole or not at all.
+        planes: The objects of each plane.
+        overwrite: Replace what is there.
+
+    Raises:
+        OutputError: The file exists already, or cannot be written.
+    """
+    axes = "zyx"[-len(planes[0].shape) :]
+    names = [f"{what}_{axis}" for what in ("centroid", "start", "stop") for axis in axes]
+    with written_whole(path, overwrite=overwrite) as stream:
+        lines = csv.writer(stream, lineterminator="\n")
+        lines.writerow([*_plane(planes, "plane"), "id", "label", "class", *_area_names(planes), *names, "touches_edge"])
+        for number, found in enumerate(planes):
+            columns = [found.ids, found.label, map(found.class_name, found.label.tolist()), *_areas(found)]
+            columns += [*found.centroid.T, *found.start.T, *found.stop.T, found.touches_edge.astype(int)]
+            lists = [c.tolist() if isinstance(c, np.ndarray) else c for c in columns]
+            lines.writerows([*_plane(planes, number), *line] for line in zip(*lists, strict=True))
+
+
+def write_class_areas(path: str | os.PathLike[str], planes: Sequence[Objects], *, overwrite: bool = False) -> None:
+    """Writes what the objects of each class cover as CSV, one line per class that has a name or an object.
+
+    Columns: ``plane`` (only for several planes), ``label``, ``class``, ``objects`` (their number), ``area_px``,
+    ``area_um2`` (``volume_...`` of volumes), ``share`` (of all pixels of the mask). Arguments and errors are those of
+    :func:`write_table`.
+    """
+    with written_whole(path, overwrite=overwrite) as stream:
+        lines = csv.writer(stream, lineterminator="\n")
+        lines.writerow([*_plane(planes, "plane"), "label", "class", "objects", *_area_names(planes), "share"])
+        for number, found in enumerate(planes):
+            for label in sorted({*found.label.tolist(), *(k for k in found.class_names if k)}):
+                of_class = found.label == label
+                areas = [of.sum(where=of_class).item() for of in _areas(found)]
+                share = areas[0] / prod(found.shape)
+                count = int(of_class.sum())
+                lines.writerow([*_plane(planes, number), label, found.class_name(label), count, *areas, share])
+
+
+def _plane(planes: Sequence[Objects], value: Any) -> list[Any]:
+    return [value] if len(planes) > 1 else []
+
+
+def _area_names(planes: Sequence[Objects]) -> list[str]:
+    what, power = ("area", 2) if len(planes[0].shape) == 2 else ("volume", 3)
+    return [f"{what}_px", *([f"{what}_um{power}"] if planes[0].pixel_size_um else [])]
+
+
+def _areas(found: Objects) -> list[Array]:
+    area_um = found.area_um
+    return [found.area_px, *([] if area_um is None else [area_um])]

@@ -1,0 +1,394 @@
+"""OME-Zarr 0.5 (zarr 3), written block by block in any order, by any number of processes.
+
+The folder holds the image at full size in the array ``0`` and, once it is finished, a pyramid of halved copies in
+``1``, ``2``, ... Every chunk is one file, replaced as a whole; chunks of zeros are left out, as zarr has it, unless the
+pixels are floating-point (where 0 and -0 are two values).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import OutputError
+from .output import Shape, ome_axes
+from .pixels import UM, Array, Origin
+
+VERSION = "0.5"
+MAX_TOP_PX = 512  # the coarsest level is no larger along Y and X: a thumbnail
+OURS = "unet-rt"  # key of what `open` needs to know and OME has no word for
+AXIS_TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
+
+
+@dataclass(frozen=True)
+class ZarrOutput:
+    """An OME-Zarr 0.5 image (zarr 3) being written block by block, by any number of processes.
+
+    Attributes:
+        folder: Where it is.
+        shape: What is written.
+        chunk: Samples per chunk along the spatial axes. Planes and channels lie in chunks of their own.
+    """
+
+    folder: Path
+    shape: Shape
+    chunk: tuple[int, ...]
+    _letters: str  # of shape.axes, as OME has them: one of t, c, z, y, x each, in the order of shape.full
+    _array: Any
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        shape: Shape,
+        chunk: tuple[int, ...],
+        origin: Origin,
+        pixel_size_um: tuple[float, ...] | None,
+    ) -> ZarrOutput:
+        """Lays out the image, all of its samples 0.
+
+        Args:
+            folder: Must not exist, or be an empty folder.
+            shape: Masks of no channels and an integer dtype are marked as label images.
+            chunk: Samples per chunk along the spatial axes, at most those of the image.
+            origin: Of the source: pixel sizes along axes that ``pixel_size_um`` leaves out.
+            pixel_size_um: Micrometres per sample along the spatial axes, None if not known.
+
+        Raises:
+            OutputError: zarr is missing, the axes are more than OME-Zarr holds, or the folder cannot be written.
+        """
+        zarr = _zarr(folder)
+        letters = ome_axes(shape.axes).lower()
+        order = _order(letters)
+        chunk = tuple(min(c, n) for c, n in zip(chunk, shape.spatial, strict=True))
+        chunks = (1,) * (len(shape.full) - len(chunk)) + chunk
+        known = _plane_sizes(origin)
+        sizes = {letter.lower(): known[letter] for letter in shape.plane_axes if letter in known}
+        sizes |= _spatial_sizes(pixel_size_um)
+        ours = {
+            "plane_shape": shape.plane_shape,
+            "plane_axes": shape.plane_axes,
+            "channels": shape.channels,
+            "spatial": len(shape.spatial),
+        }
+        label = shape.channels == 0 and shape.dtype.kind in "iu"
+        with _guarded(folder):
+            if folder.exists() and any(folder.iterdir()):
+                raise OutputError(f"{folder}: is there already and is not empty; choose another name")
+            group = zarr.create_group(
+                folder,
+                zarr_format=3,
+                attributes={"ome": _metadata([letters[i] for i in order], sizes, [1], label), OURS: ours},
+            )
+            _create_level(
+                group, 0, [shape.full[i] for i in order], [chunks[i] for i in order], shape.dtype,
+                [letters[i] for i in order],
+            )  # fmt: skip
+            _sync(list(folder.rglob("*")), folder)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> ZarrOutput:
+        """One that ``create`` laid out.
+
+        Raises:
+            OutputError: There is none in this folder.
+        """
+        zarr = _zarr(folder)
+        try:
+            group = zarr.open_group(folder, mode="r+", zarr_format=3, use_consolidated=False)
+            array = group["0"]
+            ours = group.attrs[OURS]
+            stored = tuple(array.metadata.dimension_names)
+            plane_axes, channels = str(ours["plane_axes"]), int(ours["channels"])
+            axes = plane_axes + ("C" if channels else "") + "ZYX"[-int(ours["spatial"]) :]
+            letters = ome_axes(axes).lower()
+            at = [stored.index(letter) for letter in letters]
+        except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
+            raise OutputError(f"{folder}: not an OME-Zarr that was begun here ({error}); write it anew") from error
+        spatial = int(ours["spatial"])
+        full = [int(array.shape[i]) for i in at]
+        shape = Shape(
+            tuple(full[-spatial:]),
+            tuple(int(n) for n in ours["plane_shape"]),
+            plane_axes,
+            channels,
+            np.dtype(array.dtype).newbyteorder("="),
+        )
+        return cls(folder, shape, tuple(int(array.chunks[i]) for i in at[-spatial:]), letters, array)
+
+    def write(self, plane: int, start: Sequence[int], block: Array) -> list[Path]:
+        """Writes one block; blocks of different processes must not share a chunk, and the checks here see to it.
+
+        Args:
+            plane: Index of the plane.
+            start: Its first sample along each spatial axis, a multiple of ``chunk``.
+            block: (K, *spatial), or (*spatial,) without a channel axis. Each size is a multiple of ``chunk`` or ends
+                with the image.
+
+        Returns:
+            The chunk files that hold it, some already complete before; to be synced, and their folders, before anything
+            says that the block is done. Chunks of zeros have none.
+
+        Raises:
+            OutputError: The disk is full or the folder cannot be written.
+            ValueError: The block does not lie on chunks.
+        """
+        if block.ndim == len(self.shape.spatial):
+            block = block[None]
+        stop = tuple(int(a) + n for a, n in zip(start, block.shape[1:], strict=True))
+        self._check(plane, start, stop)
+        aligned = all(
+            a % c == 0 and (b % c == 0 or b == n)
+            for a, b, c, n in zip(start, stop, self.chunk, self.shape.spatial, strict=True)
+        )
+        if not aligned or len(block) != max(1, self.shape.channels) or block.dtype != self.shape.dtype:
+            raise ValueError(
+                f"{self.folder.name}: block {block.shape} {block.dtype} at {tuple(start)} does not lie on chunks of "
+                f"{self.chunk} of {self.shape.full} {self.shape.dtype}"
+            )
+        window = self._window(plane, start, stop)
+        with _guarded(self.folder):
+            self._array[tuple(window)] = self._stored(block)
+            return [path for path in self._files(window) if path.exists()]
+
+    def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
+        """What has been written, 0 elsewhere: (K, *spatial), or (*spatial,) without a channel axis."""
+        self._check(plane, start, stop)
+        with _guarded(self.folder):
+            pixels = np.asarray(self._array[tuple(self._window(plane, start, stop))])
+        order = _order(self._letters)
+        moved = pixels.transpose([order.index(i) for i in range(len(order))])
+        return moved.reshape(moved.shape[len(self.shape.plane_shape) :])
+
+    def finish(self) -> None:
+        """Adds the pyramid and its metadata. May be repeated, e.g. after it was interrupted.
+
+        Each level halves Y and X of the one before: labels take every second sample, floating-point values the mean.
+        Memory: four chunks at a time.
+
+        Raises:
+            OutputError: The disk is full or the folder cannot be written.
+        """
+        zarr = _zarr(self.folder)
+        stored = [self._letters[i] for i in _order(self._letters)]
+        with _guarded(self.folder):
+            group = zarr.open_group(self.folder, mode="r+", zarr_format=3, use_consolidated=False)
+            level, factors, below = 0, [1], self._array
+            while max(n for n, letter in zip(below.shape, stored, strict=True) if letter in "yx") > MAX_TOP_PX:
+                level += 1
+                halved = [2 if letter in "yx" else 1 for letter in stored]
+                shape = [-(-n // f) for n, f in zip(below.shape, halved, strict=True)]
+                chunks = [min(c, n) for c, n in zip(self._array.chunks, shape, strict=True)]
+                array = _create_level(group, level, shape, chunks, self.shape.dtype, stored)
+                _halve(below, array, halved)
+                factors.append(2**level)
+                below = array
+            sizes = _sizes_of(group.attrs["ome"], stored)
+            ome = _metadata(stored, sizes, factors, "image-label" in group.attrs["ome"], self.shape.dtype.kind)
+            group.attrs["ome"] = ome
+            with warnings.catch_warnings():
+                # zarr warns that consolidated metadata are not in the specification of zarr 3; readers may ignore them.
+                warnings.simplefilter("ignore")
+                zarr.consolidate_metadata(group.store)
+            for path in self.folder.rglob("*.partial"):  # of writers that were killed
+                path.unlink()
+            _sync([p for p in self.folder.rglob("*") if self.folder / "0" / "c" not in p.parents], self.folder)
+
+    def _check(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
+        inside = all(0 <= a <= b <= n for a, b, n in zip(start, stop, self.shape.spatial, strict=True))
+        if not inside or not 0 <= plane < self.shape.planes:
+            raise ValueError(
+                f"{self.folder.name}: {tuple(start)} to {tuple(stop)} of plane {plane} is not inside "
+                f"{self.shape.planes} planes of {self.shape.spatial}"
+            )
+
+    def _window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> list[slice]:
+        """Of the stored array."""
+        index = np.unravel_index(plane, self.shape.plane_shape or (1,))[: len(self.shape.plane_shape)]
+        window = [slice(int(i), int(i) + 1) for i in index]
+        if self.shape.channels:
+            window.append(slice(0, self.shape.channels))
+        window += [slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)]
+        return [window[i] for i in _order(self._letters)]
+
+    def _stored(self, block: Array) -> Array:
+        """(K, *spatial) -> all axes of the stored array."""
+        if not self.shape.channels:
+            block = block[0]
+        full = block.reshape((1,) * len(self.shape.plane_shape) + block.shape)
+        return full.transpose(_order(self._letters))
+
+    def _files(self, window: Sequence[slice]) -> Iterator[Path]:
+        ranges = [
+            range(part.start // chunk, -(-part.stop // chunk))
+            for part, chunk in zip(window, self._array.chunks, strict=True)
+        ]
+        for index in itertools.product(*ranges):
+            yield self.folder.joinpath("0", "c", *map(str, index))
+
+
+def _zarr(folder: Path) -> Any:
+    try:
+        import zarr
+    except ImportError as error:
+        raise OutputError(
+            f"{folder}: OME-Zarr is written by zarr, which is missing; pip install 'unet-rt[zarr]'"
+        ) from (error)
+    return zarr
+
+
+@contextlib.contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror or error}); free some space or choose another folder"
+        ) from error
+
+
+def _order(letters: str) -> list[int]:
+    """Positions of the axes in the order that OME wants: time, channel, space."""
+    return sorted(range(len(letters)), key=lambda i: "tczyx".index(letters[i]))
+
+
+def _create_level(
+    group: Any, level: int, shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype[Any], names: Sequence[str]
+) -> Any:
+    return group.create_array(
+        str(level),
+        shape=tuple(shape),
+        chunks=tuple(chunks),
+        dtype=dtype,
+        fill_value=0,
+        dimension_names=list(names),
+        config={"write_empty_chunks": dtype.kind == "f"},
+        overwrite=level > 0,  # a pyramid that was interrupted is built anew
+    )
+
+
+def _halve(fine: Any, coarse: Any, factors: Sequence[int]) -> None:
+    """Fills ``coarse`` chunk by chunk from the windows of ``fine`` that it halves."""
+    for index in itertools.product(*(range(0, n, c) for n, c in zip(coarse.shape, coarse.chunks, strict=True))):
+        stop = [min(i + c, n) for i, c, n in zip(index, coarse.chunks, coarse.shape, strict=True)]
+        source = tuple(slice(a * f, min(b * f, n)) for a, b, f, n in zip(index, stop, factors, fine.shape, strict=True))
+        target = tuple(slice(a, b) for a, b in zip(index, stop, strict=True))
+        pixels = np.asarray(fine[source])
+        if pixels.dtype.kind == "f":
+            for axis, factor in enumerate(factors):
+                pixels = _means(pixels, axis) if factor == 2 else pixels
+        else:
+            pixels = pixels[tuple(slice(None, None, f) for f in factors)]
+        coarse[target] = pixels
+
+
+def _means(pixels: Array, axis: int) -> Array:
+    """Means of neighbouring pairs along an axis; a last one without a neighbour stays."""
+    n = pixels.shape[axis]
+    even = np.take(pixels, range(0, n, 2), axis)
+    odd = np.take(pixels, [min(i + 1, n - 1) for i in range(0, n, 2)], axis)
+    return (even * 0.5 + odd * 0.5).astype(pixels.dtype)
+
+
+def _sync(paths: Sequence[Path], folder: Path) -> None:
+    """Makes files, and where the system can the folders that name them, durable."""
+    for path in (*paths, folder):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        elif os.name == "posix":
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+
+def _metadata(
+    letters: Sequence[str], sizes: Mapping[str, tuple[float, str]], factors: Sequence[int], label: bool, kind: str = ""
+) -> dict[str, Any]:
+    """The ``ome`` attribute.
+
+    Args:
+        letters: Stored axes.
+        sizes: (step, unit) of the axes where they are known.
+        factors: Down-sampling of Y and X per level.
+        label: Marks a label image.
+        kind: Of the dtype.
+    """
+    axes = []
+    for letter in letters:
+        axes.append({"name": letter, "type": AXIS_TYPES[letter]})
+        if letter in sizes:
+            axes[-1]["unit"] = sizes[letter][1]
+    datasets = []
+    for level, factor in enumerate(factors):
+        steps = [sizes.get(letter, (1.0, ""))[0] for letter in letters]
+        scale = [s * factor if letter in "yx" else s for s, letter in zip(steps, letters, strict=True)]
+        transforms: list[dict[str, Any]] = [{"type": "scale", "scale": scale}]
+        if kind == "f" and factor > 1:
+            # The mean of 2^n samples belongs to their middle.
+            shift = [s * (factor - 1) / 2 if letter in "yx" else 0.0 for s, letter in zip(steps, letters, strict=True)]
+            transforms.append({"type": "translation", "translation": shift})
+        datasets.append({"path": str(level), "coordinateTransformations": transforms})
+    multiscale: dict[str, Any] = {"axes": axes, "datasets": datasets}
+    if len(factors) > 1:
+        multiscale["type"] = "mean" if kind == "f" else "nearest"
+    return {"version": VERSION, "multiscales": [multiscale], **({"image-label": {}} if label else {})}
+
+
+def _sizes_of(ome: Mapping[str, Any], letters: Sequence[str]) -> dict[str, tuple[float, str]]:
+    """What ``_metadata`` was told."""
+    multiscale = ome["multiscales"][0]
+    scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
+    return {
+        letter: (float(step), str(axis["unit"]))
+        for letter, axis, step in zip(letters, multiscale["axes"], scale, strict=True)
+        if "unit" in axis
+    }
+
+
+def _spatial_sizes(pixel_size_um: tuple[float, ...] | None) -> dict[str, tuple[float, str]]:
+    sizes = pixel_size_um or ()
+    return {letter: (float(um), "micrometer") for letter, um in zip("zyx"[-len(sizes) :], sizes, strict=False)}
+
+
+def _plane_sizes(origin: Origin) -> dict[str, tuple[float, str]]:
+    """Steps along Z and T of an image that is predicted plane by plane."""
+    found: dict[str, tuple[float, str]] = {}
+    tags = origin.tags
+    if origin.kind == "ome":
+        depth, interval = tags.get("PhysicalSizeZ"), tags.get("TimeIncrement")
+        um = UM.get(str(tags.get("PhysicalSizeZUnit", "µm")).strip().lower())
+        unit = str(tags.get("TimeIncrementUnit", "s"))
+    elif origin.kind == "imagej":
+        depth, interval = tags.get("spacing"), tags.get("finterval")
+        um = UM.get(str(tags.get("unit", "")).strip().lower())
+        unit = str(tags.get("tunit", "s"))
+    else:
+        return {}
+    if depth is not None and um is not None and _positive(depth):
+        found["Z"] = (float(depth) * um, "micrometer")
+    if interval is not None and unit in ("s", "sec") and _positive(interval):
+        found["T"] = (float(interval), "second")
+    return found
+
+
+def _positive(number: Any) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
+
+
+__all__ = ["ZarrOutput"]

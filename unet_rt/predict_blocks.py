@@ -1,0 +1,287 @@
+"""Results computed block by block, so that a run can be killed and go on, and several processes share one.
+
+Blocks run through one pipeline, which does not drain between them; a thread of its own keeps what is finished. Where only
+a region is wanted, or parts of the image hold no data, tiles that nothing is wanted of are not run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import kernels
+from .blocks import Block, BlockPlan
+from .engine import Engine
+from .image import Source
+from .normalize import Affines, OnePlane
+from .pipeline import Progress, RunReport, Spans, Stop, StoppableQueue, Tally, Work, filled, run
+from .resample import needed, resample
+from .stitch import Decision, decision_arguments
+
+Array = npt.NDArray[Any]
+Put = Callable[
+    [Block, Array, Tally], None
+]  # (block, its part of the result: (K, *spatial) or (*spatial,), what was counted)
+
+
+class Resampled(Source):
+    """An image brought to another number of pixels while it is read; its pixels are float32."""
+
+    def __init__(self, source: Source, shape: tuple[int, ...], affines: Affines | OnePlane) -> None:
+        self.__dict__.update(vars(source))
+        self._inner, self._affines = source, affines
+        self.shape = shape
+        self.dtype = np.dtype(np.float32)
+
+    def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
+        shapes = self._inner.shape, self.shape
+        ends = [needed(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
+        first = tuple(a for a, _ in ends)
+        last = tuple(b for _, b in ends)
+        valid = self._inner.valid(plane, first, last)
+        window = filled(self._inner.read(plane, first, last), valid, self._affines.plane(plane))
+        return resample(window, first, start, stop, *shapes)
+
+    def valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
+        """Not asked of resampled pixels: those without data are filled before."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A result that can be computed, block by block, in this process.
+
+    Attributes:
+        engine: Runs tiles.
+        image: The image as it is stored.
+        seen: The image as the network sees it: the same, or ``Resampled``.
+        plan: The blocks.
+        decision: What is stored.
+        first: What the pipeline decides where the image is resampled: probabilities or values; else ``decision``.
+        affines: The image's normalisation in numbers.
+        region: Where predictions are wanted: other than 0; None: everywhere.
+        nodata: Value of results where the image holds no data.
+        batch, threads: Tiles per run; threads of the kernels.
+    """
+
+    engine: Engine
+    image: Source
+    seen: Source
+    plan: BlockPlan
+    decision: Decision
+    first: Decision
+    affines: Affines | OnePlane
+    region: Source | None = None
+    nodata: float = 0.0
+    batch: int = 1
+    threads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Spatial shape of the result."""
+        return self._samples(self.plan.image)
+
+    @property
+    def cuts(self) -> list[list[int]]:
+        """Per axis: samples of the result where blocks begin, and its end."""
+        axes = len(self.plan.cuts)
+        return [[self._samples([cut] * axes)[k] for cut in cuts] for k, cuts in enumerate(self.plan.cuts)]
+
+    def place(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """[start, stop) of a block in samples of the result."""
+        return self._samples(block.start), self._samples(block.stop)
+
+    def _samples(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        if self.seen is not self.image:
+            return tuple(pixels)
+        return tuple(ceil(n * f.scale) for n, f in zip(pixels, self.plan.grid.outputs[0].field, strict=True))
+
+
+@dataclass(frozen=True)
+class _BlockWork(Work):
+    """What is to be computed of a block.
+
+    Attributes:
+        block: The block.
+        start, stop: The pixels of it that a tile is needed for.
+        wanted, valid: Of all its pixels: what the region holds, what is data; None: all.
+    """
+
+    block: Block
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    wanted: Array | None
+    valid: Array | None
+
+
+def run_blocks(
+    made: Prepared,
+    numbers: Sequence[int],
+    put: Put,
+    *,
+    done_tiles: int = 0,
+    progress: Progress | None = None,
+    trace: Spans | None = None,
+) -> RunReport:
+    """Computes blocks, in the order given.
+
+    Args:
+        made: The result.
+        numbers: Of the blocks.
+        put: Keeps a block; called from one thread.
+        done_tiles: Tiles that need not be run any more, for ``progress``.
+        progress: Called with (tiles done, tiles in all).
+        trace: As for :func:`unet_rt.pipeline.run`.
+    """
+    stop, errors = threading.Event(), list[BaseException]()
+    queue = StoppableQueue(1, stop)
+    total = sum(map(made.plan.tiles, numbers))
+    values: dict[int, Array] = {}
+
+    def keep() -> None:
+        try:
+            for item in queue:
+                put(*item)
+        except Stop:
+            pass
+        except BaseException as error:  # noqa: BLE001 - handed to the pipeline, which raises it
+            errors.append(error)
+            stop.set()
+
+    def hand_on(block: Block, result: Array, tally: Tally) -> None:
+        try:
+            queue.put((block, result, tally))
+        except Stop:
+            raise errors[0] if errors else Stop from None
+
+    def works() -> Iterator[Work]:
+        for number in numbers:
+            work = _work(made, made.plan.block(number))
+            if isinstance(work, Work):
+                yield work
+            else:
+                hand_on(made.plan.block(number), work, _counted(made, work))
+
+    def write(work: Work, start: int, band: Array) -> None:
+        assert isinstance(work, _BlockWork)  # noqa: S101 - works() makes no others
+        lead = band.ndim - len(work.grid.axes)
+        shape = (*band.shape[:lead], *work.grid.out_shape(0))
+        whole = values.setdefault(work.block.number, np.empty(shape, band.dtype))
+        whole[(slice(None),) * lead + (slice(start, start + band.shape[lead]),)] = band
+
+    def done(work: Work, tally: Tally) -> None:
+        assert isinstance(work, _BlockWork)  # noqa: S101 - works() makes no others
+        result = values.pop(work.block.number)
+        whole = _complete(made, work, result)
+        if whole is not result:  # what was counted is not what is stored
+            tally.labels = _counted(made, whole).labels
+        hand_on(work.block, whole, tally)
+
+    def told(now: int, _: int) -> None:
+        if progress is not None:
+            progress(done_tiles + now, done_tiles + total)
+
+    keeper = threading.Thread(target=keep, name="keep")
+    keeper.start()
+    try:
+        report = run(
+            made.engine, made.seen, works(), made.first, write, made.affines,
+            batch=made.batch, threads=made.threads, total=total, progress=told, done=done, trace=trace,
+        )  # fmt: skip
+        queue.put(None)
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        keeper.join()
+    if errors:
+        raise errors[0]
+    return report
+
+
+def _counted(made: Prepared, result: Array) -> Tally:
+    tally = Tally(made.decision.channels)
+    tally.count(result, made.decision)
+    return tally
+
+
+def _work(made: Prepared, block: Block) -> _BlockWork | Array:
+    """What is to be computed of a block, or its result where that is nothing."""
+    wanted: Array | None = None
+    if made.region is not None:
+        plane = block.plane if made.region.planes > 1 else 0
+        wanted = np.asarray(made.region.read(plane, block.start, block.stop).any(axis=0))
+    valid: Array | None = made.image.valid(block.plane, block.start, block.stop)
+    start, stop = block.start, block.stop
+    if wanted is not None or valid is not None:
+        both = np.ones((1,) * len(start), bool)
+        for mask in (wanted, valid):
+            both = both if mask is None else both & mask
+        if not both.any():
+            return _marked(made, block, _outside(made, block), wanted, valid)
+        ends = [np.flatnonzero(both.any(axis=tuple(j for j in range(both.ndim) if j != k))) for k in range(both.ndim)]
+        start = tuple(a + int(e[0]) for a, e in zip(block.start, ends, strict=True))
+        stop = tuple(a + int(e[-1]) + 1 for a, e in zip(block.start, ends, strict=True))
+    grid = made.plan.grid.part(*made.plan.seen(start, stop))
+    return _BlockWork(block.plane, grid, block, start, stop, wanted, valid)
+
+
+def _outside(made: Prepared, block: Block) -> Array:
+    """The result of a block where nothing is wanted: label 0, or NaN."""
+    start, stop = made.place(block)
+    lead = (made.decision.channels,) if made.decision.channels else ()
+    shape = (*lead, *(b - a for a, b in zip(start, stop, strict=True)))
+    return np.full(shape, made.decision.values[0] if made.decision.values else np.nan, made.decision.dtype)
+
+
+def _complete(made: Prepared, work: _BlockWork, result: Array) -> Array:
+    """A block's result from what the pipeline decided for its tiles."""
+    if made.seen is not made.image:
+        first, _ = made.plan.seen(work.start, work.stop)
+        back = resample(result, first, work.start, work.stop, made.seen.shape, made.image.shape)
+        result = back if made.first is made.decision else decided(back, made.decision)
+    if (work.start, work.stop) != (work.block.start, work.block.stop):
+        whole, origin = _outside(made, work.block), made.place(work.block)[0]
+        ends = zip(made._samples(work.start), made._samples(work.stop), origin, strict=True)
+        lead = (slice(None),) * (whole.ndim - len(origin))
+        whole[lead + tuple(slice(a - o, b - o) for a, b, o in ends)] = result
+        result = whole
+    return _marked(made, work.block, result, work.wanted, work.valid)
+
+
+def _marked(made: Prepared, block: Block, result: Array, wanted: Array | None, valid: Array | None) -> Array:
+    """The result with what is not wanted, and what is no data, overwritten."""
+    if wanted is None and valid is None:
+        return result
+    result = result.copy()
+    if wanted is not None:
+        result[..., ~_at_samples(made, block, wanted)] = made.decision.values[0] if made.decision.values else np.nan
+    if valid is not None:
+        result[..., ~_at_samples(made, block, valid)] = made.nodata
+    return result
+
+
+def _at_samples(made: Prepared, block: Block, pixels: Array) -> Array:
+    """A mask of a block's pixels at the samples of its result."""
+    start, stop = made.place(block)
+    for k, (a, b, first) in enumerate(zip(start, stop, block.start, strict=True)):
+        if b - a != pixels.shape[k]:
+            scale = made.plan.grid.outputs[0].field[k].scale
+            index = np.array([int(j / scale) - first for j in range(a, b)])
+            pixels = pixels.take(np.clip(index, 0, pixels.shape[k] - 1), axis=k)
+    return pixels
+
+
+def decided(values: Array, decision: Decision) -> Array:
+    """(K, *spatial) float32 values to what a decision makes of them."""
+    lead = () if decision.op == "argmax" else (max(decision.channels, 1),)
+    out = np.empty((*lead, *values.shape[1:]), decision.dtype)
+    zero = np.zeros((1, values.ndim - 1), np.int64)
+    size = np.array([values.shape[1:]], np.int64)
+    kernels.tile_stitch(np.ascontiguousarray(values[None]), zero, zero, size, out, **decision_arguments(decision))
+    return out[0] if decision.channels == 0 and out.ndim == values.ndim else out
