@@ -1,6 +1,6 @@
 """Quality, not only speed: truth metrics of whole-image inference, trained-size tiles, measured halo and exact halo.
 
-    python benchmarks/bench_quality.py [--data DIR] [--model MODEL.onnx] [--limit N] [--out FILE]
+    python benchmarks/bench_quality.py [--data DIR [--only NAME,..]] [--model MODEL.onnx] [--limit N] [--out FILE]
 
 A network with zero padding has seen its tile's edge at every training step; on larger tiles, inner samples see none. It
 has been warned that this may lower the quality (nnUNet#2105). Here every way is held against the same truth:
@@ -46,9 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", type=Path, default=shipped_model())
     parser.add_argument("--name", help="of the record: quality-NAME")
+    parser.add_argument("--only", metavar="NAME,..", help="names without suffix: images that training did not see")
     parser.add_argument("--limit", type=int, default=40, help="at most so many images")
     args = parser.parse_args(argv)
-    images = list(pairs(args.data, 2 if args.quick else args.limit, 256 if args.quick else 512))
+    only = args.only.split(",") if args.only else None
+    images = list(pairs(args.data, only, 2 if args.quick else args.limit, 256 if args.quick else 512))
+    if not images:
+        raise SystemExit(f"{args.data} holds none of the images asked for")
     with tempfile.TemporaryDirectory() as folder:
         model = open_model(args.model, Path(folder))
         spec = untiled_spec(model)
@@ -71,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     figures = {
         "data": name,
         "images": len(images),
+        "only": only,
         "model": args.model.name,
         "trained_tile": list(trained),
         "halo": max(max(f.halo) for o in spec.outputs for f in o.field),
@@ -81,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def pairs(data: Path | None, limit: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def pairs(data: Path | None, only: list[str] | None, limit: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images and their foreground."""
     if data is None:
         for seed in range(min(limit, 12)):
@@ -90,6 +95,8 @@ def pairs(data: Path | None, limit: int, side: int) -> Iterator[tuple[np.ndarray
         return
     found = 0
     for path in sorted((data / "image").glob("*.png")):
+        if only is not None and path.stem not in only:
+            continue
         with Image.open(path) as picture, Image.open(data / "label" / path.name) as label:
             image, truth = np.asarray(picture), np.asarray(label) > 0
         if image.ndim == 3 and (image[..., :1] != image[..., :3]).any():
