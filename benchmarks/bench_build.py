@@ -1,6 +1,6 @@
 """How long building takes: one engine without a search, INT8 with its search, the default build, and loading.
 
-    python benchmarks/bench_build.py [--net nuclei|paper] [--seconds 240] [--out FILE]
+    python benchmarks/bench_build.py [--net nuclei|paper] [--seconds 150] [--out FILE]
 
 Wall time of one run each (a build is what a user waits for once), from the ONNX file to the engine folder; samples are
 six drawn micrographs. ``search`` is the part of it between the first and the last thing said of layers and ranges.
@@ -38,7 +38,7 @@ print(time.perf_counter() - begun)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = record.parser(__doc__, seconds=240)
+    parser = record.parser(__doc__, seconds=150)
     parser.add_argument("--net", choices=("nuclei", "paper"), default="nuclei")
     args = parser.parse_args(argv)
     net = paper_net.paper() if args.net == "paper" else paper_net.nuclei()

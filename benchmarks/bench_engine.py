@@ -1,6 +1,6 @@
 """Latency per tile: eager PyTorch in named settings, the libraries used directly, and engines of unet-rt.
 
-    python benchmarks/bench_engine.py [--net paper|nuclei] [--tile 572] [--batches 1,4] [--seconds 240] [--out FILE]
+    python benchmarks/bench_engine.py [--net paper|nuclei] [--tile 572] [--batches 1,4] [--seconds 180] [--out FILE]
 
 One process, per batch one interleaved run after a warm-up round of every contender, medians with the fastest and slowest
 run; speeds are medians of the rounds' ratios, with a 95 % interval in the record; as many threads as the process may use.
@@ -63,7 +63,7 @@ def compiled(module: torch.nn.Module, x: np.ndarray) -> Contender:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = record.parser(__doc__, seconds=240)
+    parser = record.parser(__doc__, seconds=180)
     parser.add_argument("--net", choices=("paper", "nuclei"), default="paper")
     parser.add_argument("--tile", type=int)
     parser.add_argument("--batches", default="1", metavar="1,4", help="tiles per run")
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.net, args.tile, args.batches, args.runs, args.int8, args.no_compile = "nuclei", 192, "1,2", 1, "none", True
     threads = machine.threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if args.quick else threads)
     net = paper_net.paper() if args.net == "paper" else paper_net.nuclei()
     tile = args.tile or (572 if args.net == "paper" else 512)
     x = tile_of(net.contract, tile)

@@ -36,7 +36,7 @@ NATIVE = {
 def main(argv: list[str] | None = None) -> int:
     args = record.parser(__doc__, seconds=60).parse_args(argv)
     threads = machine.threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if args.quick else threads)
     seconds = 1.0 if args.quick else args.seconds / 4
     products, skipped = peaks(256 if args.quick else 2048, seconds)
     copied = copy_rate(2**22 if args.quick else 2**28, threads, seconds)

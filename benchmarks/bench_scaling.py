@@ -1,6 +1,6 @@
 """How cost grows: with the image's side, the tile, the batch, the channels, the network's width, the threads.
 
-    python benchmarks/bench_scaling.py [--sides 1024,2048,4096,8192,16384] [--seconds 420] [--out FILE]
+    python benchmarks/bench_scaling.py [--sides 1024,2048,4096,8192,16384] [--seconds 300] [--out FILE]
 
 The network that ships, an FP32 engine, drawn microscopy. Every image side is a process of its own: seconds from file to
 file, and resident memory beyond the loaded engine. A side that would not end within ``--seconds`` is left out, and the
@@ -45,7 +45,7 @@ from unet_rt.tiles import cost_ratio
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = record.parser(__doc__, seconds=420)
+    parser = record.parser(__doc__, seconds=300)
     parser.add_argument("--sides", default="1024,2048,4096,8192,16384")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--one", nargs=3, metavar=("ENGINE", "IMAGE", "MASK"), help="used by the script itself")

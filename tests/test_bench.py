@@ -171,11 +171,12 @@ def test_eager_pytorch_is_the_first_baseline(
         assert len(set(picture.convert("L").tobytes())) > 4
 
 
+@pytest.mark.parametrize(("pad", "task"), [(1, "multiclass"), (0, "multiclass"), (0, "regression")])
 def test_engines_are_built_from_an_onnx_file(
-    tmp_path: Path, sample_images: list[Array], capsys: pytest.CaptureFixture[str]
+    pad: int, task: str, tmp_path: Path, sample_images: list[Array], capsys: pytest.CaptureFixture[str]
 ) -> None:
     weight = np.array([[[[0, -1, 0], [-1, -2, -1], [0, -1, 0]]], [[[0, 1, 0], [1, 2, 1], [0, 1, 0]]]], np.float32)
-    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[pad] * 4)
     shapes = {"x": ["N", 1, "H", "W"], "y": ["N", 2, "H", "W"]}
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items())
     graph = helper.make_graph([node], "edges", [x], [y], [numpy_helper.from_array(weight, "w")])
@@ -183,7 +184,7 @@ def test_engines_are_built_from_an_onnx_file(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "edges.onnx"
     )
     np.save(tmp_path / "image.npy", sample_images[0])
-    contract = ["--normalize", "zscore", "--task", "multiclass", "--output-is", "logits"]
+    contract = ["--normalize", "zscore", "--task", task, *(["--output-is", "logits"] if task == "multiclass" else [])]
     measured = [
         "--image",
         str(tmp_path / "image.npy"),
@@ -199,8 +200,10 @@ def test_engines_are_built_from_an_onnx_file(
     rows = {row["name"]: row for row in found["rows"]}
     assert "unet-rt onnxruntime fp32" in rows
     assert found["tile"] == [128, 128]
-    assert found["tiles"] == 9  # steps of 126 px: the halo is a sample
+    assert found["tiles"] == 9  # 300 x 260 px in steps of 126 px: a sample of halo, or of shrink
     assert all(row["seam"] == 0 for row in rows.values())
+    assert all(row["relative_error"] < 1e-5 for row in rows.values())
+    assert all((row["label_agreement"] is None) == (task == "regression") for row in rows.values())
     assert any("FP32 alone" in note for note in found["notes"])
 
 
