@@ -109,7 +109,7 @@ def built(
     """Engines by name, and why others are missing."""
     engines: dict[str, urt.Engine] = {}
     skipped: dict[str, str] = {}
-    samples = paper_net.drawn(2, 200) if quick else paper_net.drawn(4, 640)
+    samples = paper_net.drawn(2, 200) if quick else paper_net.drawn(4, 400)
     for backend in backends.usable("cpu"):
         for precision in ("fp32", "bf16", *(["int8"] if backend in int8 else [])):
             name = f"unet-rt {backend} {precision}"

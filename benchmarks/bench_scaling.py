@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(one(*args.one)))
         return 0
     sides = [256] if args.quick else [int(side) for side in args.sides.split(",")]
-    tiles = [192, 224] if args.quick else [256, 384, 512, 768, 1024, 1536]
+    tiles = [192] if args.quick else [256, 384, 512, 768, 1024, 1536]
     begun = time.perf_counter()
     net = paper_net.nuclei()
     found: dict[str, Any] = {"threads": machine.threads(), "skipped": {}}
@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         engine = built(net.onnx, folder / "engine.urt", largest, args.backend)
         found["backend"] = engine.spec.backend
         found["tile_sizes"] = tile_sizes(engine, net, tiles)
-        found["halo"] = [halo(engine, tile, 2 * tiles[-1]) for tile in tiles[:-1]]
+        found["halo"] = [halo(engine, tile, 384 if args.quick else 1536) for tile in tiles if tile <= 768]
         found["batches"] = batches(engine, net, [1, 2] if args.quick else [1, 2, 4, 8], 192 if args.quick else 256)
         found["thread_counts"] = thread_counts(folder / "engine.urt", net, 192 if args.quick else 512)
-        found["channels"] = channels(net, folder, [1, 3] if args.quick else [1, 3, 8], 192 if args.quick else 512)
+        found["channels"] = channels(net, folder, [1, 2] if args.quick else [1, 3, 8], 192 if args.quick else 512)
         found["widths"] = widths(folder, [1] if args.quick else [1, 2, 4], 192 if args.quick else 512)
         engine.close()
         show(found)

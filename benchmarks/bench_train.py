@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.width, args.tile, args.batch, args.steps = 4, 64, 1, 4
     torch.set_num_threads(args.threads)
-    m = microscopy((512, 512), seed=1, scene=Scene(radius_px=11, cover=0.3))
+    m = microscopy((128, 128) if args.quick else (512, 512), seed=1, scene=Scene(radius_px=11, cover=0.3))
     sample = prepare("drawn", m.image, m.truth, NORMALIZATION)
     bare, recipe = [], []
     for _ in range(1 if args.quick else 3):
         bare += bare_steps(args, sample)
         recipe += recipe_steps(args, sample)
     seconds = []
-    for _ in range(5):
+    for _ in range(1 if args.quick else 5):
         begun = time.perf_counter()
         border_weights(m.truth)
         seconds.append(time.perf_counter() - begun)

@@ -193,7 +193,8 @@ def bench_model(
         contenders = [_engine_contender(name, engine, threads) for name, engine in engines.items()]
         reference = stack.enter_context(baseline_engine(opened, spec, threads=threads))
         contenders += _baseline_contenders(names, opened, spec, module, threads, skipped, stack)
-        grid = plan(spec, windows[0].source(spec.contract), tile=tile)
+        with windows[0].source(spec.contract) as source:
+            grid = plan(spec, source, tile=tile)
         return _measured(str(model), contenders, reference, windows, grid, runs, seconds, threads, skipped, notes, say)
 
 
