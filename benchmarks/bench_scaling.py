@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     sides = [256] if args.quick else [int(side) for side in args.sides.split(",")]
     tiles = [192] if args.quick else [256, 384, 512, 768, 1024, 1536]
+    runs = 1 if args.quick else 7
     begun = time.perf_counter()
     net = paper_net.nuclei()
     found: dict[str, Any] = {"threads": machine.threads(), "skipped": {}}
@@ -63,12 +64,14 @@ def main(argv: list[str] | None = None) -> int:
         largest = (tiles[-1],) * 2 if args.quick else (1024, 1024)
         engine = built(net.onnx, folder / "engine.urt", largest, args.backend)
         found["backend"] = engine.spec.backend
-        found["tile_sizes"] = tile_sizes(engine, net, tiles)
+        found["tile_sizes"] = tile_sizes(engine, net, tiles, runs)
         found["halo"] = [halo(engine, tile, 384 if args.quick else 1536) for tile in tiles if tile <= 768]
-        found["batches"] = batches(engine, net, [1, 2] if args.quick else [1, 2, 4, 8], 192 if args.quick else 256)
-        found["thread_counts"] = thread_counts(folder / "engine.urt", net, 192 if args.quick else 512)
-        found["channels"] = channels(net, folder, [1, 2] if args.quick else [1, 3, 8], 192 if args.quick else 512)
-        found["widths"] = widths(folder, [1] if args.quick else [1, 2, 4], 192 if args.quick else 512)
+        found["batches"] = batches(
+            engine, net, [1, 2] if args.quick else [1, 2, 4, 8], 192 if args.quick else 256, runs
+        )
+        found["thread_counts"] = thread_counts(folder / "engine.urt", net, 192 if args.quick else 512, runs)
+        found["channels"] = channels(net, folder, [1, 2] if args.quick else [1, 3, 8], 192 if args.quick else 512, runs)
+        found["widths"] = widths(folder, [1] if args.quick else [1, 2, 4], 192 if args.quick else 512, runs)
         engine.close()
         show(found)
         found["sides"] = rows = []
@@ -102,8 +105,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def built(model: Path, out: Path, tile: tuple[int, ...], backend: str, channels: int = 1) -> urt.Engine:
-    samples = paper_net.drawn(2, max(200, tile[0])) if channels == 1 else None
-    return urt.build(model, samples=samples, out=out, precision="fp32", device="cpu", tile=tile, backend=backend)
+    samples = [np.stack([image] * channels) for image in paper_net.drawn(2, max(200, tile[0]))]
+    where: dict[str, Any] = {"tile": tile, "halo": "exact", "device": "cpu", "backend": backend}
+    return urt.build(model, samples=samples, axes="CYX", out=out, precision="fp32", **where)
 
 
 def one(engine: str, image: str, mask: str) -> dict[str, Any]:
@@ -125,16 +129,16 @@ def one(engine: str, image: str, mask: str) -> dict[str, Any]:
     }
 
 
-def interleaved(calls: dict[Any, Callable[[], object]], runs: int = 7) -> dict[Any, dict[str, Any]]:
+def interleaved(calls: dict[Any, Callable[[], object]], runs: int) -> dict[Any, dict[str, Any]]:
     """At most ten seconds each: there are six of them."""
     timings = bench.interleave(list(calls.values()), runs=runs, seconds=10)
     return {key: record.spread(timing) for key, timing in zip(calls, timings, strict=True)}
 
 
-def tile_sizes(engine: urt.Engine, net: paper_net.Net, tiles: list[int]) -> list[dict[str, Any]]:
+def tile_sizes(engine: urt.Engine, net: paper_net.Net, tiles: list[int], runs: int) -> list[dict[str, Any]]:
     """Time of one square tile of each size, and what of it is kept."""
     arrays = {tile: tile_of(net.contract, tile) for tile in tiles}
-    times = interleaved({t: (lambda x=x: engine.run(x)) for t, x in arrays.items()})
+    times = interleaved({t: (lambda x=x: engine.run(x)) for t, x in arrays.items()}, runs)
     rows = []
     for tile, figures in times.items():
         ratio = cost_ratio((tile, tile), engine.spec.sizes, engine.spec.outputs)
@@ -173,27 +177,28 @@ def halo(engine: urt.Engine, tile: int, side: int) -> dict[str, Any]:
     }
 
 
-def batches(engine: urt.Engine, net: paper_net.Net, sizes: list[int], tile: int) -> list[dict[str, Any]]:
+def batches(engine: urt.Engine, net: paper_net.Net, sizes: list[int], tile: int, runs: int) -> list[dict[str, Any]]:
     x = tile_of(net.contract, tile)
     arrays = {n: np.repeat(x, n, axis=0) for n in sizes}
     calls = {n: (lambda x=x: engine.run(x)) for n, x in arrays.items()}
     return [
-        {"batch": n, "tile": tile, **f, "tiles_per_s": n / f["median_ms"] * 1e3} for n, f in interleaved(calls).items()
+        {"batch": n, "tile": tile, **f, "tiles_per_s": n / f["median_ms"] * 1e3}
+        for n, f in interleaved(calls, runs).items()
     ]
 
 
-def thread_counts(folder: Path, net: paper_net.Net, tile: int) -> list[dict[str, Any]]:
+def thread_counts(folder: Path, net: paper_net.Net, tile: int, runs: int) -> list[dict[str, Any]]:
     x = tile_of(net.contract, tile)
     most = machine.threads()
     counts = sorted({1 << k for k in range(most.bit_length()) if 1 << k <= most} | {most})
     engines = {n: urt.load(folder, threads=n) for n in counts}
-    times = interleaved({n: (lambda e=e: e.run(x)) for n, e in engines.items()})
+    times = interleaved({n: (lambda e=e: e.run(x)) for n, e in engines.items()}, runs)
     for engine in engines.values():
         engine.close()
     return [{"threads": n, "tile": tile, **f} for n, f in times.items()]
 
 
-def channels(net: paper_net.Net, folder: Path, counts: list[int], tile: int) -> list[dict[str, Any]]:
+def channels(net: paper_net.Net, folder: Path, counts: list[int], tile: int, runs: int) -> list[dict[str, Any]]:
     x = tile_of(net.contract, tile)
     engines = {}
     for n in counts:
@@ -203,7 +208,7 @@ def channels(net: paper_net.Net, folder: Path, counts: list[int], tile: int) -> 
     arrays = {n: np.repeat(x, n, axis=1) for n in counts}
     calls = {n: (lambda e=e, x=arrays[n]: e.run(x)) for n, e in engines.items()}
     answers = {n: call()[0].argmax(axis=1) for n, call in calls.items()}
-    times = interleaved(calls)
+    times = interleaved(calls, runs)
     for engine in engines.values():
         engine.close()
     first = answers[counts[0]]
@@ -238,7 +243,7 @@ def with_channels(model: onnx.ModelProto, count: int) -> onnx.ModelProto:
     return model
 
 
-def widths(folder: Path, factors: list[int], tile: int) -> list[dict[str, Any]]:
+def widths(folder: Path, factors: list[int], tile: int, runs: int) -> list[dict[str, Any]]:
     engines, parameters = {}, {}
     for n in factors:
         net = paper_net.nuclei(widen=n)
@@ -247,7 +252,7 @@ def widths(folder: Path, factors: list[int], tile: int) -> list[dict[str, Any]]:
             net.parameters,
         )
     x = tile_of(net.contract, tile)
-    times = interleaved({n: (lambda e=e: e.run(x)) for n, e in engines.items()})
+    times = interleaved({n: (lambda e=e: e.run(x)) for n, e in engines.items()}, runs)
     for engine in engines.values():
         engine.close()
     return [
