@@ -34,7 +34,7 @@ export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench docs wheels clean
+.PHONY: help demo test lint format bench guard docs wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -60,9 +60,19 @@ format: .venv-test/.made  ## rewrite sources in the project's style
 docs: .venv-test/.installed  ## run every code block of README.md and docs/
 	$(TEST)/pytest tests/test_docs.py $(ARGS)
 
+# Half an hour on two cores. On demand besides: bench_precision, membranes (training), gpu.py; ARGS=--quick tries all.
+BENCHES := bench_startup bench_kernels bench_roofline bench_overhead bench_engine bench_predict bench_scaling bench_memory \
+	bench_build bench_quality bench_train
+# The directory of a script is on sys.path here: the benchmarks import each other, and no unet_rt lies beside them.
+bench guard: export PYTHONSAFEPATH :=
+
 bench: .venv-bench/.installed  ## run the benchmarks, draw README's figures anew; the method is in benchmarks/README.md
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BENCH)/python $$script $(ARGS); done
+	@set -e; for name in $(BENCHES); do echo "== $$name"; $(BENCH)/python benchmarks/$$name.py $(ARGS); done
 	@$(BENCH)/python benchmarks/tables.py
+
+guard: .venv-bench/.installed  ## has anything become slower? instructions of the kernels, engines against bare libraries
+	$(BENCH)/python benchmarks/guard_kernels.py
+	$(BENCH)/python benchmarks/bench_overhead.py --out build/overhead.json $(ARGS)
 
 wheels: export CUDAARCHS := # every architecture that the compiler knows
 wheels: .venv-test/.made  ## source distribution, and the wheel for this machine, in dist/

@@ -1,11 +1,12 @@
 """Latency per tile: eager PyTorch in named settings, the libraries used directly, and engines of unet-rt.
 
-    python benchmarks/bench_engine.py [--net paper|nuclei] [--tile 572] [--seconds 300] [--out FILE]
+    python benchmarks/bench_engine.py [--net paper|nuclei] [--tile 572] [--batches 1,4] [--seconds 180] [--out FILE]
 
-One process, one interleaved run after a warm-up round of every contender, medians with the fastest and slowest run,
-batch 1, as many threads as the process may use. The network is trained and the tile is real (drawn) microscopy, so that
-the share of labels equal to eager FP32's stands beside every time. Included: from a float32 NumPy array to a float32
-NumPy array. Not included: building, compiling, the first run.
+One process, per batch one interleaved run after a warm-up round of every contender, medians with the fastest and slowest
+run; speeds are medians of the rounds' ratios, with a 95 % interval in the record; as many threads as the process may use.
+The network is trained and the tile is real (drawn) microscopy, so that the share of labels equal to eager FP32's stands
+beside every time. Included: from a float32 NumPy array to a float32 NumPy array. Not included: building, compiling, the
+first run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import record
 import torch
 
 import unet_rt as urt
-from unet_rt import bench, machine
+from unet_rt import backends, bench, machine
+from unet_rt.backends import onnxruntime, openvino
 from unet_rt.synthetic import microscopy
 
 Contender = Callable[[], np.ndarray]
@@ -60,105 +62,122 @@ def compiled(module: torch.nn.Module, x: np.ndarray) -> Contender:
     return run
 
 
-def bare_onnxruntime(model: Path, x: np.ndarray, threads: int) -> Contender:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda: session.run(None, {name: x})[0]
-
-
-def bare_openvino(model: Path, x: np.ndarray, threads: int, precision: str) -> Contender:
-    import openvino
-
-    core = openvino.Core()
-    network = core.read_model(str(model))
-    network.reshape(list(x.shape))
-    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    request = core.compile_model(network, "CPU", settings).create_infer_request()
-    return lambda: np.array(request.infer([x])[0])
-
-
-def engine(model: Path, folder: Path, x: np.ndarray, backend: str, precision: str) -> Contender:
-    samples = [microscopy((700, 700), seed=s).image for s in range(2)]
-    tile = x.shape[2:]
-    built = urt.build(
-        model,
-        samples=samples if precision != "fp32" else None,
-        out=folder / f"{backend}-{precision}.urt",
-        backend=backend,
-        precision=precision,
-        tile=tile,
-    )
-    return lambda: built.run(x)[0]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = record.parser(__doc__, seconds=180)
     parser.add_argument("--net", choices=("paper", "nuclei"), default="paper")
     parser.add_argument("--tile", type=int)
+    parser.add_argument("--batches", default="1", metavar="1,4", help="tiles per run")
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument(
+        "--int8", default="openvino", metavar="NAME,..", help="backends to build INT8 engines for; none"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.net, args.tile, args.batches, args.runs, args.int8, args.no_compile = "nuclei", 192, "1,2", 1, "none", True
     threads = machine.threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if args.quick else threads)
     net = paper_net.paper() if args.net == "paper" else paper_net.nuclei()
     tile = args.tile or (572 if args.net == "paper" else 512)
     x = tile_of(net.contract, tile)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        engines, skipped = built(
+            net, Path(folder), tile, [] if args.int8 == "none" else args.int8.split(","), args.quick
+        )
+        for batch in (int(n) for n in args.batches.split(",")):
+            rows += measured(net, engines, np.repeat(x, batch, axis=0), threads, args, skipped)
+        for engine in engines.values():
+            engine.close()
+    print(f"{args.net}, {net.parameters:,} parameters, tile {tile} px, {threads} threads; eager FP32 = 1")
+    for row in rows:
+        print(
+            f"  batch {row['batch']}: {row['name']:32s} {row['median_ms']:8.0f} ms ({row['low_ms']:.0f} to "
+            f"{row['high_ms']:.0f})  {row['speed']:5.2f} x  {row['tiles_per_s']:.3f} tiles/s  "
+            f"labels equal {row['label_agreement']:.4%}"
+        )
+    for name, why in skipped.items():
+        print(f"  {name:32s} not run: {why}")
+    figures = {"net": args.net, "parameters": net.parameters, "tile": tile, "threads": threads, "rows": rows}
+    print(record.write(f"engine-{args.net}", {**figures, "skipped": skipped}, args.out, quick=args.quick))
+    return 0
+
+
+def built(
+    net: paper_net.Net, folder: Path, tile: int, int8: list[str], quick: bool
+) -> tuple[dict[str, urt.Engine], dict[str, str]]:
+    """Engines by name, and why others are missing."""
+    engines: dict[str, urt.Engine] = {}
+    skipped: dict[str, str] = {}
+    samples = paper_net.drawn(2, 200) if quick else paper_net.drawn(4, 400)
+    for backend in backends.usable("cpu"):
+        for precision in ("fp32", "bf16", *(["int8"] if backend in int8 else [])):
+            name = f"unet-rt {backend} {precision}"
+            try:
+                engines[name] = urt.build(
+                    net.onnx,
+                    samples=samples,
+                    out=folder / f"{backend}-{precision}.urt",
+                    backend=backend,
+                    precision=precision,
+                    device="cpu",
+                    tile=(tile, tile),
+                    halo="exact",
+                )
+            except (urt.BackendError, urt.ParityError) as error:
+                skipped[name] = str(error)
+    return engines, skipped
+
+
+def measured(
+    net: paper_net.Net,
+    engines: dict[str, urt.Engine],
+    x: np.ndarray,
+    threads: int,
+    args: argparse.Namespace,
+    skipped: dict[str, str],
+) -> list[dict[str, Any]]:
+    """One interleaved run of everybody at one batch; the first is eager FP32, whose speed is 1."""
     contenders: dict[str, Contender] = {
         "eager FP32": eager(net.module(), x, channels_last=False, dtype=None),
         "eager FP32 channels_last": eager(net.module(), x, channels_last=True, dtype=None),
         "autocast BF16 channels_last": eager(net.module(), x, channels_last=True, dtype=torch.bfloat16),
     }
-    if not args.no_compile:
+    if args.no_compile:
+        skipped["torch.compile FP32"] = "left out by --no-compile"
+    else:
         contenders["torch.compile FP32"] = compiled(net.module(), x)
-    skipped: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        engines: dict[str, Contender] = {}
-        for backend in ("onnxruntime", "openvino"):
-            for precision in ("fp32", "bf16"):
-                name = f"unet-rt {backend} {precision}"
-                try:
-                    engines[name] = engine(net.onnx, Path(folder), x, backend, precision)
-                except urt.BackendError as error:
-                    skipped[name] = str(error)
-        # after the engines: their backends import the libraries without telemetry
-        contenders["ONNX Runtime FP32, bare"] = bare_onnxruntime(net.onnx, x, threads)
-        contenders["OpenVINO FP32, bare"] = bare_openvino(net.onnx, x, threads, "f32")
-        contenders.update(engines)
-        timings = bench.interleave(list(contenders.values()), runs=args.runs, seconds=args.seconds)
-        baseline = contenders["eager FP32"]()
-        labels = baseline.argmax(axis=1)
-        rows: list[dict[str, Any]] = []
-        for (name, contender), timing in zip(contenders.items(), timings, strict=True):
-            result = contender()
-            rows.append(
-                {
-                    "name": name,
-                    "median_ms": timing.median_s * 1e3,
-                    "low_ms": timing.low_s * 1e3,
-                    "high_ms": timing.high_s * 1e3,
-                    "runs": timing.runs,
-                    "speed": timings[0].median_s / timing.median_s,
-                    "label_agreement": float((result.argmax(axis=1) == labels).mean()),
-                    "max_abs_error": float(np.abs(result - baseline).max()),
-                }
-            )
-    print(f"{args.net}, {net.parameters:,} parameters, tile {tile} px, batch 1, {threads} threads; eager FP32 = 1")
-    for row in rows:
-        print(
-            f"  {row['name']:32s} {row['median_ms']:8.0f} ms ({row['low_ms']:.0f} to {row['high_ms']:.0f})  "
-            f"{row['speed']:5.2f} x  labels equal {row['label_agreement']:.4%}"
+    for name, library in (("ONNX Runtime", onnxruntime), ("OpenVINO", openvino)):
+        reason = library.missing()
+        if reason is None:
+            bare = library.bare(net.onnx, threads)
+            contenders[f"{name} FP32, bare"] = lambda bare=bare: bare([x])[0]  # type: ignore[misc]
+        else:
+            skipped[f"{name} FP32, bare"] = reason
+    for name, engine in engines.items():
+        contenders[name] = lambda engine=engine: engine.run(x)[0]  # type: ignore[misc]
+    timings = bench.interleave(list(contenders.values()), runs=args.runs, seconds=1 if args.quick else args.seconds)
+    baseline = contenders["eager FP32"]()
+    labels = baseline.argmax(axis=1)
+    rows: list[dict[str, Any]] = []
+    for (name, contender), timing in zip(contenders.items(), timings, strict=True):
+        result = contender()
+        ratio = bench.ratio(timings[0], timing)
+        rows.append(
+            {
+                "name": name,
+                "batch": len(x),
+                **record.spread(timing),
+                "tiles_per_s": len(x) / timing.median_s,
+                "speed": ratio.median,
+                "speed_low": ratio.low,
+                "speed_high": ratio.high,
+                "label_agreement": float((result.argmax(axis=1) == labels).mean()),
+                "max_abs_error": float(np.abs(result - baseline).max()),
+            }
         )
-    for name, why in skipped.items():
-        print(f"  {name:32s} not run: {why}")
-    figures = {"net": args.net, "parameters": net.parameters, "tile": tile, "threads": threads, "rows": rows}
-    print(record.write(f"engine-{args.net}", {**figures, "skipped": skipped}, args.out))
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -9,12 +9,11 @@ and from them
 - ``twin``: time of the twin / time of the kernel. Where a kernel only moves float32 (``copy``, ``crop_concat``), NumPy
   itself runs at the speed of memory, and the twin is slower only by the copies it makes on the way.
 
-Run: ``python benchmarks/bench_kernels.py [--threads N] [--rounds N] [--out benchmarks/results/kernels.json]``
+Run: ``python benchmarks/bench_kernels.py [--threads N] [--rounds N] [--out FILE]``
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -145,6 +144,9 @@ def measure(cases: list[Case], threads: int, rounds: int) -> list[dict[str, Any]
                     "name": name,
                     "bytes": touched,
                     **{f"{key}_ms": round(value, 4) for key, value in ms.items()},
+                    "median_ms": round(ms["kernel"], 4),
+                    "low_ms": round(min(times["kernel"]), 4),
+                    "high_ms": round(max(times["kernel"]), 4),
                     "bandwidth": round(ms["copy"] / ms["kernel"], 3),
                     "twin": round(ms["twin"] / ms["kernel"], 2),
                 }
@@ -152,20 +154,15 @@ def measure(cases: list[Case], threads: int, rounds: int) -> list[dict[str, Any]
     return results
 
 
-def test_bench_kernels() -> None:
-    """Once, small: the benchmark itself works."""
-    cases = [*gather_cases(160, 1), *stitch_cases(160, 1), *other_cases(160, 1)]
-    assert all(result["kernel_ms"] > 0 for result in measure(cases, 1, 1))
-
-
-def main() -> None:
-    """Measures, prints a table, writes JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints a table, writes the record."""
+    parser = record.parser(__doc__, seconds=60)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as this process may use")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--size", type=int, default=2048, help="tile size in px")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.rounds, options.size = 1, 160
     threads = options.threads or kernels.default_threads()
     cases = [*gather_cases(options.size, threads), *stitch_cases(options.size, threads)]
     results = measure([*cases, *other_cases(options.size, threads)], threads, options.rounds)
@@ -175,10 +172,10 @@ def main() -> None:
             f"{r['name']:44} {r['kernel_ms']:10.2f} {r['copy_ms']:10.2f} {r['twin_ms']:9.1f} {r['bandwidth']:10.2f} "
             f"{r['twin']:7.1f}"
         )
-    if options.out:
-        figures = {"threads": threads, "rounds": options.rounds, "tile_px": options.size, "results": results}
-        record.write("kernels", figures, options.out)
+    figures = {"threads": threads, "rounds": options.rounds, "tile_px": options.size, "results": results}
+    print(record.write("kernels", figures, options.out, quick=options.quick))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,7 +7,6 @@ A drawn uint16 TIFF of side x side pixels becomes a mask file; a thread samples 
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -28,22 +27,25 @@ from unet_rt.synthetic import microscopy
 def write_image(path: Path, side: int, compressed: bool) -> None:
     """A large drawn image, written strip by strip from a block that is repeated; this process keeps none of it."""
     block = microscopy((1000, 1000), seed=7).image
-    rows = np.tile(block, (1, -(-side // 1000)))[:, :side]
+    # A few grey levels set the repetitions apart: tiles of equal pixels would be computed once.
+    rows = np.tile(block, (1, -(-side // 1000)))[:, :side] + (np.arange(side) // 1000).astype(np.uint16)
 
     def strips():
         for start in range(0, side, 250):
-            yield rows[start % 1000 : start % 1000 + min(250, side - start)]
+            strip = rows[start % 1000 : start % 1000 + min(250, side - start)]
+            yield strip + np.uint16(17 * (start // 1000))
 
     options = {"compression": "zlib"} if compressed else {}
     tifffile.imwrite(path, strips(), shape=(side, side), dtype=np.uint16, rowsperstrip=250, **options)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = record.parser(__doc__, seconds=60)
     parser.add_argument("--side", type=int, default=10_000)
     parser.add_argument("--compressed", action="store_true")
-    parser.add_argument("--out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.side = 400
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_image(folder / "image.tif", args.side, args.compressed)
@@ -56,6 +58,7 @@ def main() -> None:
             str(shipped_model()),
             "--out",
             str(folder / "engine.urt"),
+            *(["--tile", "192x192", "--halo", "exact"] if args.quick else []),
         ]
         subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
         engine = urt.load(folder / "engine.urt")
@@ -83,8 +86,9 @@ def main() -> None:
         f"{args.side} x {args.side} uint16: {watch.grown / 1e6:.0f} MB beyond the engine ({watch.before / 1e6:.0f} MB), "
         f"{run.seconds:.0f} s, {run.mpx_per_s:.2f} Mpx/s, tile {run.tile}"
     )
-    print(record.write("memory", figures, args.out))
+    print(record.write("memory", figures, args.out, quick=args.quick))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

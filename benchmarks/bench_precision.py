@@ -10,7 +10,6 @@ is timed apart. Parity is that of the worst sample, which calibrated nothing.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +24,6 @@ from bench_engine import Contender, eager, tile_of
 import unet_rt as urt
 from unet_rt import backends, bench, machine
 from unet_rt.build import BuildReport
-from unet_rt.synthetic import microscopy
 
 NETS = {
     "paper": (paper_net.paper, 572),
@@ -72,26 +70,26 @@ def row(name: str, report: BuildReport, seconds: float) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = record.parser(__doc__, seconds=300)
     parser.add_argument("--net", choices=sorted(NETS), default="paper")
     parser.add_argument("--tile", type=int)
     parser.add_argument("--samples", help="folder of images (default: six drawn micrographs)")
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--no-auto", action="store_true", help="leave --precision auto out")
-    parser.add_argument("--out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.net, args.tile, args.runs, args.no_auto = "nuclei", 192, 1, True
     threads = machine.threads()
     torch.set_num_threads(threads)
     make, side = NETS[args.net]
     net, tile = make(), args.tile or side
     x = tile_of(net.contract, tile)
-    samples = args.samples or [microscopy((640, 640), seed=s).image for s in range(6)]
+    samples = args.samples or paper_net.drawn(2 if args.quick else 6, 200 if args.quick else 640)
     wanted = [
         (name, precision)
         for name in backends.usable("cpu")
-        for precision in ("fp32", "bf16", "int8")
+        for precision in (("fp32",) if args.quick else ("fp32", "bf16", "int8"))
         if precision in backends.get(name).precisions("cpu")
     ]
     wanted += [] if args.no_auto else [("auto", "auto")]
@@ -131,8 +129,9 @@ def main() -> None:
     for name, why in skipped.items():
         print(f"  {name:44s} not run: {why}")
     figures = {"net": args.net, "parameters": net.parameters, "tile": tile, "threads": threads, "rows": rows}
-    print(record.write(f"precision-{args.net}", {**figures, "skipped": skipped}, args.out))
+    print(record.write(f"precision-{args.net}", {**figures, "skipped": skipped}, args.out, quick=args.quick))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

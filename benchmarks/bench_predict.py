@@ -1,13 +1,21 @@
-"""From image file to mask file: unet-rt against its own tile times, and against MONAI's sliding window over eager PyTorch.
+"""From image to mask: unet-rt's engines against MONAI's sliding window over eager PyTorch, and where the time goes.
 
     python benchmarks/bench_predict.py [--net nuclei|nuclei-wide] [--size 4096] [--rounds 2] [--no-monai] [--out FILE]
 
 The same trained network and the same drawn image for everybody, as many threads as the process may use. One process;
-rounds are interleaved (every contender once per round, after each has run a small image to warm up), medians are
-reported. Included: opening the TIFF, statistics, normalisation, tiles, inference, stitching, decision, writing the mask.
-MONAI (`sliding_window_inference`, roi 512, overlap 0.25, Gaussian, sw_batch_size 1) gets the normalised image as a
-tensor, so reading and normalising are not in its time, and writing is not either. Seams: labels that differ from
-whole-image FP32 inference, counted on a centre crop of 2048 px (both tile it as they tile the image).
+rounds are interleaved, after each has run a small image to warm up; medians with the fastest and slowest. Engines (the
+backend that build finds fastest in FP32, in every precision):
+opening the TIFF, statistics, normalisation, tiles, inference, stitching, decision, writing the mask. MONAI
+(``sliding_window_inference``, windows of 512 px, ``sw_batch_size`` 1) gets the normalised image as a tensor, so reading,
+normalising and writing are not in its time:
+
+- *defaults*: overlap 0.25, constant weights; on the whole image
+- *Gaussian*: overlap 0.25, Gaussian weights; on the centre of half the side
+- *nnU-Net's setting*: overlap 0.5, Gaussian weights; on the centre of half the side
+- *nnU-Net's setting, mirrored*: the same, mean of the four mirror images; on the centre of a quarter of the side
+
+Speeds of smaller images are comparable as Mpx/s: MONAI takes a little fewer windows per pixel there. Labels are compared
+with whole-image FP32 inference on the centre (at most 1024 px), which everybody tiles as it tiles the image.
 """
 
 from __future__ import annotations
@@ -28,127 +36,194 @@ import torch
 
 import unet_rt as urt
 from unet_rt import bench, machine
+from unet_rt.backends import eager
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
 from unet_rt.pipeline import RunReport
 from unet_rt.synthetic import microscopy
 
+Labels = np.ndarray[Any, np.dtype[np.uint8]]
+WINDOW = 512  # MONAI's
+MIRRORS = ((), (2,), (3,), (2, 3))
 
-def monai(module: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
-    from monai.inferers import sliding_window_inference
 
+def labels(values: np.ndarray) -> Labels:
+    return values[0].argmax(axis=0).astype(np.uint8)
+
+
+def whole(module: torch.nn.Module, x: np.ndarray) -> Labels:
     with torch.inference_mode():
-        out = sliding_window_inference(x, (512, 512), 1, module, overlap=0.25, mode="gaussian")
-        return out[0].argmax(dim=0).to(torch.uint8).numpy()
+        return labels(module(torch.from_numpy(x)).numpy())
 
 
-def whole(module: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
-    with torch.inference_mode():
-        return module(x)[0].argmax(dim=0).to(torch.uint8).numpy()
+def monai(
+    module: torch.nn.Module, x: np.ndarray, side: int, *, overlap: float, mode: str, mirrored: bool = False
+) -> Labels:
+    window = (min(side, x.shape[2]),) * 2
+    total: np.ndarray | float = 0.0
+    for axes in MIRRORS if mirrored else ((),):
+        turned = np.ascontiguousarray(np.flip(x, axes))
+        total = total + np.flip(eager.sliding_window(module, turned, window, overlap=overlap, mode=mode), axes)
+    return labels(np.asarray(total))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# name -> (settings, divisor of the side that it is timed on)
+MONAI: dict[str, tuple[dict[str, Any], int]] = {
+    "MONAI defaults, eager FP32": ({"overlap": 0.25, "mode": "constant"}, 1),
+    "MONAI Gaussian, eager FP32": ({"overlap": 0.25, "mode": "gaussian"}, 2),
+    "MONAI in nnU-Net's setting, eager FP32": ({"overlap": 0.5, "mode": "gaussian"}, 2),
+    "MONAI in nnU-Net's setting, mirrored, eager FP32": ({"overlap": 0.5, "mode": "gaussian", "mirrored": True}, 4),
+}
+
+
+def centre(array: np.ndarray, side: int) -> np.ndarray:
+    """The middle of the last two axes, at a multiple of 16 px."""
+    cuts = [slice(s := (n - min(side, n)) // 32 * 16, s + min(side, n)) for n in array.shape[-2:]]
+    return array[(..., *cuts)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = record.parser(__doc__, seconds=240)
     parser.add_argument("--net", choices=("nuclei", "nuclei-wide"), default="nuclei")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precisions", default="fp32,bf16,int8")
     parser.add_argument("--no-monai", action="store_true")
-    parser.add_argument("--out")
-    args = parser.parse_args()
-    torch.set_num_threads(machine.threads())
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.size, args.rounds, args.precisions, args.seconds = 320, 1, "fp32", 1.0
+    torch.set_num_threads(1 if args.quick else machine.threads())
     net = paper_net.nuclei(widen=4 if args.net == "nuclei-wide" else 1)
     module = net.module()
     pixels = microscopy((args.size, args.size), seed=4343).image
-    rows: dict[str, list[float]] = {}
-    runs: dict[str, list[RunReport]] = {}
-    contenders: dict[str, Callable[[], object]] = {}
+    judged = min(args.size, 1024)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         image = folder / "image.tif"
         tifffile.imwrite(image, pixels, tile=(512, 512))
-        samples = [microscopy((1024, 1024), seed=s).image for s in range(3)]
-        engines: dict[str, urt.Engine] = {}
-        skipped: dict[str, str] = {}
-        for precision in ("fp32", "bf16"):
-            try:
-                engines[precision] = urt.build(
-                    net.onnx, samples=samples, out=folder / f"{precision}.urt", precision=precision
-                )
-            except urt.BackendError as error:
-                skipped[precision] = str(error)
-        for precision, engine in engines.items():
-            label = f"unet-rt {engine.spec.backend} {precision}"
-            runs[label] = []
+        engines, skipped = built(net, folder, args)
+        runs: dict[str, list[RunReport]] = {label: [] for label in engines}
+        contenders: dict[str, tuple[Callable[[], object], int]] = {}
+        for label, engine in engines.items():
 
             def end_to_end(engine: urt.Engine = engine, label: str = label) -> None:
                 urt.predict(engine, image, out=folder / "mask.tif", overwrite=True, report=runs[label].append)
 
-            contenders[label] = end_to_end
+            urt.predict(engine, centre(pixels, 1024))
+            contenders[label] = (end_to_end, args.size)
         with open_image(pixels, net.contract, spatial=2) as source:
             numbers = affine(net.contract.normalization, source).plane(0)
-        x = torch.from_numpy(normalised(pixels[None], numbers)[None])
-        if not args.no_monai:
-            contenders["MONAI sliding window, eager FP32"] = lambda: monai(module, x)
-            monai(module, x[..., :1024, :1024])
-        for engine in engines.values():
-            urt.predict(engine, pixels[:1024, :1024])
-        for _ in range(args.rounds):
-            for label, contender in contenders.items():
-                begun = time.perf_counter()
-                contender()
-                rows.setdefault(label, []).append(time.perf_counter() - begun)
-        # the engine's own time: the same tiles, one after the other, nothing else
-        overhead: dict[str, Any] = {}
-        for label, engine in zip(runs, engines.values(), strict=True):
-            report = runs[label][-1]
-            tile = np.ascontiguousarray(x[..., : report.tile[0], : report.tile[1]].numpy())
-            padded = [(0, 0), (0, 0), *((0, t - n) for t, n in zip(report.tile, tile.shape[2:], strict=True))]
-            tile = np.pad(tile, padded, mode="reflect")
-            (timing,) = bench.interleave([lambda e=engine, t=tile: e.run(t)], runs=5, seconds=60)
-            end = statistics.median(rows[label])
-            overhead[label] = {
-                "tile": list(report.tile),
-                "tiles": report.tiles,
-                "sum_of_tile_times_s": timing.median_s * report.tiles,
-                "end_to_end_s": end,
-                "ratio": end / (timing.median_s * report.tiles),
-                "infer_s_in_run": statistics.median(r.stages["infer"] for r in runs[label]),
-                "stages": report.stages,
-            }
-        crop = (slice(args.size // 2 - 1024, args.size // 2 + 1024),) * 2 if args.size > 2048 else (slice(None),) * 2
-        part = x[(..., *crop)]
-        truth = whole(module, part)
-        seams = {}
-        for label, engine in zip(runs, engines.values(), strict=True):
-            seams[label] = float((_labels(engine, pixels[crop], numbers) != truth).mean())
-        if not args.no_monai:
-            seams["MONAI sliding window, eager FP32"] = float((monai(module, part) != truth).mean())
-    medians = {label: statistics.median(t) for label, t in rows.items()}
-    slowest = medians.get("MONAI sliding window, eager FP32")
+        x = normalised(pixels[None], numbers)[None]
+        side = 128 if args.quick else WINDOW
+        for label, (setting, divisor) in {} if args.no_monai else MONAI.items():
+            part = centre(x, args.size // divisor)
+            monai(module, centre(x, min(512, part.shape[2])), side, **setting)  # imports, allocations
+            contenders[label] = (lambda p=part, s=setting: monai(module, p, side, **s), part.shape[2])  # type: ignore[misc]
+        timings = timed([call for call, _ in contenders.values()], args.rounds, args.seconds)
+        rows = []
+        truth = whole(module, centre(x, judged))
+        for (label, (_, px)), times in zip(contenders.items(), timings, strict=True):
+            row: dict[str, Any] = {"name": label, "side": px, **figures_of(times)}
+            row["mpx_per_s"] = px**2 / 1e6 / row["median_s"]
+            if label in engines:
+                got = engine_labels(engines[label], centre(pixels, judged), numbers)
+                row |= overhead(engines[label], runs[label], x, row["median_s"])
+            else:
+                got = monai(module, centre(x, judged), side, **MONAI[label][0])
+            row["changed_labels"] = float((got != truth).mean())
+            rows.append(row)
+        spans = traced(next(iter(engines.values())), image, folder)
+    slowest = next((row["mpx_per_s"] for row in rows if row["name"].startswith("MONAI defaults")), None)
     print(f"{args.net}, {net.parameters:,} parameters, {args.size} x {args.size} px, {machine.threads()} threads")
-    for label, median in medians.items():
-        speed = f"{slowest / median:5.2f} x" if slowest else ""
+    for row in rows:
+        speed = f"{row['mpx_per_s'] / slowest:5.2f} x" if slowest else ""
+        alone = f"; {row['end_to_end']:.3f} of the engine's own time for {row['tiles']} tiles" if "tiles" in row else ""
         print(
-            f"  {label:36s} {median:8.1f} s ({min(rows[label]):.1f} to {max(rows[label]):.1f})  "
-            f"{args.size**2 / median / 1e6:6.3f} Mpx/s  {speed}  labels not those of whole-image FP32: {seams[label]:.5%}"
+            f"  {row['name']:50s} {row['side']:5d} px {row['median_s']:7.1f} s ({row['low_s']:.1f} to {row['high_s']:.1f}) "
+            f"{row['mpx_per_s']:6.3f} Mpx/s {speed} labels changed {row['changed_labels']:.5%}{alone}"
         )
-    for label, found in overhead.items():
-        print(f"  {label}: end to end is {found['ratio']:.3f} of {found['tiles']} tiles of {found['tile']} run alone")
+    for label, why in skipped.items():
+        print(f"  {label:50s} not run: {why}")
     figures = {
         "net": args.net,
         "parameters": net.parameters,
         "size": args.size,
+        "judged": judged,
         "threads": machine.threads(),
-        "seconds": rows,
-        "median_s": medians,
-        "seams": seams,
-        "overhead": overhead,
+        "rows": rows,
         "skipped": skipped,
+        "spans": {"name": next(iter(engines)), "spans": spans},
     }
-    print(record.write(f"predict-{args.net}", figures, args.out))
+    print(record.write(f"predict-{args.net}", figures, args.out, quick=args.quick))
+    return 0
 
 
-def _labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> np.ndarray:
+def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[dict[str, urt.Engine], dict[str, str]]:
+    """Engines by name, one per precision, of the backend that build finds fastest in FP32; and why others are missing."""
+    engines: dict[str, urt.Engine] = {}
+    skipped: dict[str, str] = {}
+    samples = paper_net.drawn(2, 200) if args.quick else paper_net.drawn(4, 1024)
+    for precision in args.precisions.split(","):
+        try:
+            engine = urt.build(
+                net.onnx,
+                samples=samples,
+                out=folder / f"{precision}.urt",
+                precision=precision,
+                device="cpu",
+                backend=next((engine.spec.backend for engine in engines.values()), "auto"),
+                halo="exact",
+                tile=(192, 192) if args.quick else None,
+            )
+        except urt.UnetRtError as error:
+            skipped[f"unet-rt {precision}"] = str(error)
+        else:
+            engines[f"unet-rt {engine.spec.backend} {precision}"] = engine
+    return engines, skipped
+
+
+def timed(calls: list[Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
+    """Seconds of every call, round by round; after two, what has used up its share of ``seconds`` is not run again."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for k, call in enumerate(calls):
+            if len(times[k]) >= 2 and sum(times[k]) + times[k][-1] > seconds / len(calls):
+                continue
+            begun = time.perf_counter()
+            call()
+            times[k].append(time.perf_counter() - begun)
+    return times
+
+
+def figures_of(times: list[float]) -> dict[str, Any]:
+    return {"median_s": statistics.median(times), "low_s": min(times), "high_s": max(times), "runs": len(times)}
+
+
+def overhead(engine: urt.Engine, runs: list[RunReport], x: np.ndarray, seconds: float) -> dict[str, Any]:
+    """An end-to-end run against the engine's own time: the same tiles, one after the other, nothing else."""
+    report = runs[-1]
+    tile = np.ascontiguousarray(x[..., : report.tile[0], : report.tile[1]])
+    beyond = [(0, 0), (0, 0), *((0, t - n) for t, n in zip(report.tile, tile.shape[2:], strict=True))]
+    tile = np.pad(tile, beyond, mode="reflect")
+    (timing,) = bench.interleave([lambda: engine.run(tile)], runs=5, seconds=15)
+    return {
+        "tile": list(report.tile),
+        "tiles": report.tiles,
+        "tile_ms": timing.median_s * 1e3,
+        "end_to_end": seconds / (timing.median_s * report.tiles),
+        "stages": report.stages,
+    }
+
+
+def traced(engine: urt.Engine, image: Path, folder: Path) -> list[tuple[str, float, float]]:
+    """(stage, start, stop) of one run, in seconds from its beginning."""
+    spans: list[tuple[str, float, float]] = []
+    urt.predict(engine, image, out=folder / "mask.tif", overwrite=True, trace=spans)
+    begun = min(start for _, start, _ in spans)
+    return [(stage, round(start - begun, 4), round(stop - begun, 4)) for stage, start, stop in sorted(spans, key=str)]
+
+
+def engine_labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> Labels:
     """Labels of a crop, with the whole image's statistics, in tiles of at most 768 px."""
     from unet_rt.normalize import OnePlane
     from unet_rt.pipeline import Work, run
@@ -168,4 +243,4 @@ def _labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

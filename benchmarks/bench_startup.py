@@ -7,7 +7,6 @@ python benchmarks/bench_startup.py [--runs 15] [--out FILE]
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -31,13 +30,16 @@ def start(code: str) -> float:
     return (time.perf_counter() - begun) * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = record.parser(__doc__, seconds=30)
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    runs = 1 if args.quick else args.runs
+    begun = time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in STARTS}
-    for turn in range(args.runs + 2):
+    for turn in range(runs + 2):
+        if turn >= 5 and time.perf_counter() - begun > args.seconds:
+            break
         for name, code in STARTS.items():
             spent = start(code)
             if turn >= 2:
@@ -49,12 +51,13 @@ def main() -> None:
             f"  {name:16s} {median:6.0f} ms   beyond NumPy {median - numpy:5.0f} ms   "
             f"({min(times[name]):.0f} to {max(times[name]):.0f})"
         )
-    print(
-        record.write(
-            "startup", {"median_ms": medians, "beyond_numpy_ms": {n: m - numpy for n, m in medians.items()}}, args.out
-        )
-    )
+    rows = [
+        {"name": n, "median_ms": medians[n], "low_ms": min(t), "high_ms": max(t), "beyond_numpy_ms": medians[n] - numpy}
+        for n, t in times.items()
+    ]
+    print(record.write("startup", {"rows": rows}, args.out, quick=args.quick))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

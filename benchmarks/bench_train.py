@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import record
@@ -25,36 +24,34 @@ from unet_rt.training.fit import NORMALIZATION
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = record.parser(__doc__, seconds=60)
     for name, value in (("width", 16), ("tile", 256), ("batch", 2), ("steps", 12), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train.json")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.width, args.tile, args.batch, args.steps = 4, 64, 1, 4
     torch.set_num_threads(args.threads)
-    m = microscopy((512, 512), seed=1, scene=Scene(radius_px=11, cover=0.3))
+    m = microscopy((128, 128) if args.quick else (512, 512), seed=1, scene=Scene(radius_px=11, cover=0.3))
     sample = prepare("drawn", m.image, m.truth, NORMALIZATION)
     bare, recipe = [], []
-    for _ in range(3):
+    for _ in range(1 if args.quick else 3):
         bare += bare_steps(args, sample)
         recipe += recipe_steps(args, sample)
     crowd = microscopy((512, 512), seed=1, scene=Scene(radius_px=18, cover=0.35)).truth  # a good hundred objects
     seconds = []
-    for _ in range(5):
+    for _ in range(1 if args.quick else 5):
         begun = time.perf_counter()
         border_weights(crowd)
         seconds.append(time.perf_counter() - begun)
-    path = record.write(
-        "train",
-        {
-            "settings": {name: getattr(args, name) for name in ("width", "tile", "batch", "steps", "threads")},
-            "bare_ms": spread(bare),
-            "recipe_ms": spread(recipe),
-            "ratio": round(statistics.median(recipe) / statistics.median(bare), 3),
-            "border_weights_ms": spread(seconds),
-            "objects": len(np.unique(crowd)) - 1,
-        },
-        args.out,
-    )
+    figures = {
+        "settings": {name: getattr(args, name) for name in ("width", "tile", "batch", "steps", "threads")},
+        "bare_ms": spread(bare),
+        "recipe_ms": spread(recipe),
+        "ratio": round(statistics.median(recipe) / statistics.median(bare), 3),
+        "border_weights_ms": spread(seconds),
+        "objects": len(np.unique(crowd)) - 1,
+    }
+    path = record.write("train", figures, args.out, quick=args.quick)
     print(path.read_text(encoding="utf-8"))
     return 0
 

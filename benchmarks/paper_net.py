@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +64,11 @@ def paper(widen: int = 8) -> Net:
 def nuclei(widen: int = 1) -> Net:
     """The embedded default (same padding, depth 3, width 12), widened by a factor."""
     return _made("nuclei", DATA / "nuclei.onnx", factor=widen)
+
+
+def drawn(count: int, side: int) -> list[Any]:
+    """Drawn micrographs of ``side`` px, (side, side) uint16: samples to build from, other ones than are measured on."""
+    return [microscopy((side, side), seed=seed).image for seed in range(count)]
 
 
 def cache_folder() -> Path:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+from plots import bars, lines, number, spans  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,14 +49,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" if line[0] else "|" + " | ".join(line) + " |" for line in lines)
 
 
-def number(value: float, digits: int = 3) -> str:
-    """``digits`` significant ones, thousands apart: 2,340, 12.3, 0.0457."""
-    if value >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    text = f"{value:#.{digits}g}".rstrip(".")
-    return text if "e" not in text else f"{value:.{digits}f}"
-
-
 def spread(low: float, high: float, digits: int = 3) -> str:
     return f"{number(low, digits)} to {number(high, digits)}"
 
@@ -67,47 +61,281 @@ def rounded_range(values: Sequence[float], digits: int = 1) -> str:
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 
+CPU_RECORDS = (
+    "engine-paper",
+    "predict-nuclei",
+    "precision-paper",
+    "memory",
+    "startup",
+    "kernels",
+    "scaling",
+    "overhead-nuclei",
+    "build-nuclei",
+    "quality-drawn",
+    "quality-dsb2018",
+    "quality-isbi2012",
+    "roofline",
+)
+
+
+def cpu_machine() -> str:
+    """The machines of the CPU's records, in a sentence each."""
+    found: dict[str, list[str]] = {}
+    for name in CPU_RECORDS:
+        if (RESULTS / f"{name}.json").exists():
+            found.setdefault(_machine(record(name)["machine"]), []).append(name)
+    if len(found) == 1:
+        (said,) = found
+        return f"{said}."
+    return "\n".join(f"- {said}: {', '.join(f'`{name}`' for name in names)}" for said, names in found.items())
+
+
+def _machine(data: Record) -> str:
+    features = set(data["features"])
+    vectors = next(
+        (said for key, said in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON")) if key in features), ""
+    )
+    vnni = features & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
+    bf16 = features & {"avx512_bf16", "amx_bf16", "bf16"}
+    versions = data["versions"]
+    libraries = [
+        f"{said} {versions[key]}"
+        for key, said in (("torch", "PyTorch"), ("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO"))
+        if key in versions
+    ]
+    return (
+        f"{data['threads']} cores of {data['cpu']} with {vectors}, {'with' if vnni else 'without'} VNNI and "
+        f"{'with' if bf16 else 'without'} BF16 instructions; {', '.join(libraries)}"
+    )
+
+
 def engine_paper() -> str:
     data = record("engine-paper")
     rows = [
         (
             row["name"],
             f"{row['median_ms']:,.0f} ({row['low_ms']:,.0f} to {row['high_ms']:,.0f})",
-            f"{row['speed']:.2f}",
+            _speed(row),
             f"{row['label_agreement']:.4%}",
         )
         for row in data["rows"]
+        if row.get("batch", 1) == 1
     ]
-    quiet = {row["name"]: row["speed"] for row in record("engine-paper-quiet")["rows"]}
-    ours = [f"{quiet[row['name']]:.2f}" for row in data["rows"][-2:]]
     head = ("", "ms, median (range)", "eager FP32 = 1", "labels equal to eager FP32")
+    skipped = "".join(
+        f"\n\nNot run: {name}: {why}." for name, why in data.get("skipped", {}).items() if "unet-rt" in name
+    )
     return (
         f"**One tile** of the paper's U-Net ({data['parameters']:,} parameters, trained weights, "
         f"{data['tile']} x {data['tile']} px, batch 1, FP32 unless said;\n`{data['command']}`):\n\n"
-        f"{table(head, rows)}\n\n"
-        f"The machine was noisy in that run; a quieter one (`engine-paper-quiet.json`) gave {ours[0]} and {ours[1]} for the "
-        "last two."
+        f"{table(head, rows)}{skipped}"
     )
+
+
+def _speed(row: Record) -> str:
+    interval = f" ({row['speed_low']:.2f} to {row['speed_high']:.2f})" if "speed_low" in row else ""
+    return f"{row['speed']:.2f}{interval}"
 
 
 def predict_nuclei() -> str:
-    data, idle = record("predict-nuclei"), record("predict-nuclei-idle")
-    slowest = max(data["median_s"].values())
+    data = record("predict-nuclei")
+    base = next((r for r in data["rows"] if r["name"].startswith("MONAI defaults")), data["rows"][-1])
     rows = [
-        (name, number(seconds), f"{slowest / seconds:.2f}", f"{data['seams'][name]:.4%}")
-        for name, seconds in data["median_s"].items()
+        (
+            row["name"],
+            f"{row['side']} px",
+            f"{number(row['median_s'])} ({spread(row['low_s'], row['high_s'])})",
+            number(row["mpx_per_s"]),
+            f"{row['mpx_per_s'] / base['mpx_per_s']:.2f}",
+            f"{row['changed_labels']:.4%}",
+        )
+        for row in data["rows"]
     ]
-    (alone,), (later,) = data["overhead"].values(), idle["overhead"].values()
-    head = ("", "s, median", "MONAI = 1", "labels not those of whole-image inference")
+    alone = "; ".join(
+        f"{row['name']} {row['end_to_end']:.2f} times ({row['tiles']} tiles)" for row in data["rows"] if "tiles" in row
+    )
+    head = ("", "image", "s, median (range)", "Mpx/s", "MONAI = 1", "labels not those of whole-image inference")
     side = data["size"]
     return (
         f"**End to end**, a TIFF of {side} x {side} px to a mask, with the network that ships "
-        f"({data['parameters']:,} parameters;\n`{data['command']}`); MONAI's window is 512 px, overlap 0.25, Gaussian,\n"
-        "and its time holds neither reading nor writing; labels were compared on the centre 2048 x 2048 px, in tiles of at "
-        f"most 768 px:\n\n{table(head, rows)}\n\n"
-        f"That is {alone['ratio']:.2f} times the engine's own time for the same {alone['tiles']} tiles run alone "
-        f"({later['ratio']:.2f} in a later run on an idle machine,\n`predict-nuclei-idle.json`)."
+        f"({data['parameters']:,} parameters;\n`{data['command']}`); 1 is {base['name']}, whose window is 512 px and "
+        f"whose time\nholds neither reading nor writing; labels were compared on the centre {data['judged']} x "
+        f"{data['judged']} px, in tiles of at most 768 px:\n\n{table(head, rows)}\n\n"
+        f"End to end against the engine's own time for the same tiles run alone: {alone}."
     )
+
+
+def pipeline() -> str:
+    data = record("predict-nuclei")
+    recorded = data["spans"]["spans"]
+    long = max(stop for *_, stop in recorded)
+    busy = sum(stop - start for stage, start, stop in recorded if stage == "infer")
+    return (
+        f"![where the time goes](benchmarks/results/pipeline.svg)\n\nWhere the time of one such run goes "
+        f"({data['spans']['name']}, {long:.1f} s): the engine computes {busy / long:.0%} of it, the other stages overlap."
+    )
+
+
+def scaling() -> str:
+    data = record("scaling")
+    rows = [
+        (
+            f"{r['side']:,} px",
+            number(r["seconds"]),
+            number(r["mpx_per_s"]),
+            f"{r['beyond_engine_bytes'] / 1e6:,.0f}",
+            f"{r['tiles']:,} of {' x '.join(map(str, r['tile']))} px",
+        )
+        for r in data["sides"]
+    ]
+    halos = [
+        (
+            f"{r['tile']} px",
+            _measured(r),
+            f"{r['computed_px']:.2f}",
+            "-" if r["formula"] is None else f"{r['formula']:.2f}",
+        )
+        for r in data["halo"]
+    ]
+    left = "".join(f" {what} was not run: {why}." for what, why in data["skipped"].items())
+    return (
+        f"Image side, `{data['command']}`:\n\n"
+        f"{table(('', 's', 'Mpx/s', 'MB beyond the engine', 'tiles'), rows)}\n\n"
+        f"What the exact halo costs, against the same tiles without any:{left}\n\n"
+        f"{table(('tile', 'time in the engine (range)', 'pixels computed', 'formula, inner tiles'), halos)}\n\n"
+        + " ".join(f"![{name}](benchmarks/results/scaling-{name}.svg)" for name in scaling_plots(data))
+    )
+
+
+def _measured(row: Record) -> str:
+    return f"{row['median_measured']:.2f} ({row['low_measured']:.2f} to {row['high_measured']:.2f})"
+
+
+def scaling_plots(data: Record) -> dict[str, str]:
+    """Plots of the record of scaling, by name."""
+    found = {
+        "side": lines(
+            "Mpx/s by the image's side", "side in px",
+            {"Mpx/s": [(r["side"], r["mpx_per_s"]) for r in data["sides"]]}, log=True,
+        ),
+        "memory": lines(
+            "Memory beyond the engine, MB", "side in px",
+            {"MB": [(r["side"], max(r["beyond_engine_bytes"] / 1e6, 1)) for r in data["sides"]]}, log=True,
+        ),
+        "tile": lines(
+            "Mpx/s by the tile", "tile in px",
+            {
+                "computed": [(r["tile"], r["computed_mpx_per_s"]) for r in data["tile_sizes"]],
+                "kept": [(r["tile"], r["kept_mpx_per_s"]) for r in data["tile_sizes"] if r["kept_mpx_per_s"]],
+            },
+        ),
+        "halo": lines(
+            "Cost of the exact halo, times none", "tile in px",
+            {
+                "measured": [(r["tile"], r["median_measured"]) for r in data["halo"]],
+                "pixels computed": [(r["tile"], r["computed_px"]) for r in data["halo"]],
+                "formula": [(r["tile"], r["formula"]) for r in data["halo"] if r["formula"] is not None],
+            },
+        ),
+    }  # fmt: skip
+    for name, key, x in (
+        ("batch", "batches", "batch"), ("threads", "thread_counts", "threads"), ("channels", "channels", "channels"),
+        ("width", "widths", "factor"),
+    ):  # fmt: skip
+        found[name] = lines(
+            f"ms by {'width, times the shipped' if name == 'width' else name}, tile {data[key][0]['tile']} px",
+            name,
+            {"ms": [(r[x], r["median_ms"]) for r in data[key]]},
+        )
+    return found
+
+
+def overhead() -> str:
+    data = record("overhead-nuclei")
+    rows = [
+        (
+            row["name"],
+            f"{number(row['median_ms'])} ({spread(row['low_ms'], row['high_ms'])})",
+            f"{number(row['bare']['median_ms'])} ({spread(row['bare']['low_ms'], row['bare']['high_ms'])})",
+            f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
+        )
+        for row in data["rows"]
+    ]
+    head = ("", "unet-rt, ms (range)", "library bare, ms (range)", "ratio (95 % interval)")
+    return (
+        f"What unet-rt adds to the library it runs on, one tile of {data['tile']} px of the network that ships "
+        f"(`{data['command']}`;\n*own graph*: bare on the graph that the engine runs, *given graph*: on the user's ONNX "
+        f"file; limit {data['limit']}):\n\n{table(head, rows)}"
+    )
+
+
+def build_nuclei() -> str:
+    data = record("build-nuclei")
+    rows = [
+        (
+            row["name"],
+            number(row["seconds"]),
+            number(row["search_s"]),
+            str(row["candidates"]),
+            row["chosen"],
+            f"{row['load_s']:.2f}",
+        )
+        for row in data["rows"]
+    ]
+    head = ("", "s", "of it searching", "candidates measured", "chosen", "load to first tile, s")
+    return f"Building from six images of 640 px (`{data['command']}`, one run each):\n\n{table(head, rows)}"
+
+
+def quality() -> str:
+    parts = []
+    for name, said in (
+        ("dsb2018", "Nuclei (dsb2018, fluorescence)"),
+        ("isbi2012", "Membranes (isbi2012)"),
+        ("drawn", "Drawn"),
+    ):
+        if not (RESULTS / f"quality-{name}.json").exists():
+            continue
+        data = record(f"quality-{name}")
+        rows = [
+            (
+                row["name"]
+                + (f" ({data['measured_halo']} of {data['halo']} samples)" if "measured" in row["name"] else ""),
+                f"{row['iou']:.4f}",
+                f"{row['dice']:.4f}",
+                f"{row['difference']:+.4f} ({row['difference_low']:+.4f} to {row['difference_high']:+.4f})",
+                f"{row['changed_labels']:.3%}",
+            )
+            for row in data["rows"]
+        ]
+        head = ("", "IoU", "Dice", "IoU minus whole's (95 % interval)", "labels not whole's")
+        parts.append(
+            f"{said}, {data['images']} images, trained on tiles of {' x '.join(map(str, data['trained_tile']))} px "
+            f"(`{data['command']}`):\n\n{table(head, rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+def roofline() -> str:
+    data = record("roofline")
+    products = ", ".join(f"{row['name'].upper()} {row['gflop_s']:,.0f} ({row['library']})" for row in data["products"])
+    engines = [
+        (row["name"], f"{row['tile']} px", f"{row['gflop_s']:,.0f}", f"{row['share']:.0%} of {row['roof'].upper()}")
+        for row in data["engines"]
+    ]
+    kernels = [(row["name"], f"{row['gb_s']:.1f}", f"{row['share']:.0%}") for row in data["kernels"]]
+    left = "".join(f" {name.upper()}: {why}." for name, why in data["skipped"].items())
+    return (
+        f"{_machine(data['machine'])}, `{data['command']}`. Products of matrices, GFLOP/s: {products}; copy "
+        f"{data['copy']['gb_s']:.1f} GB/s.{left}\n\n"
+        f"{table(('', 'tile', 'GFLOP/s', 'share of the product'), engines)}\n\n"
+        f"{table(('', 'GB/s', 'share of the copy'), kernels)}"
+    )
+
+
+def instructions() -> str:
+    data = record("instructions")
+    rows = [(name, f"{value:.2f}") for name, value in data["per_pixel"].items()]
+    return table(("", "instructions per pixel"), rows)
 
 
 def memory() -> str:
@@ -120,12 +348,11 @@ def memory() -> str:
 
 
 def startup() -> str:
-    beyond = record("startup")["beyond_numpy_ms"]
-    alone = record("startup")["median_ms"]
+    rows = {row["name"]: row for row in record("startup")["rows"]}
     return (
-        f"`import unet_rt` takes {alone['import unet_rt']:.0f} ms (it loads names when they are used);\n"
-        f"what a program that predicts imports takes {beyond['image line']:.0f} ms beyond NumPy's own import "
-        "(`bench_startup.py`)."
+        f"`import unet_rt` takes {rows['import unet_rt']['median_ms']:.0f} ms (it loads names when they are used);\n"
+        f"what a program that predicts imports takes {rows['image line']['beyond_numpy_ms']:.0f} ms beyond NumPy's own "
+        "import (`bench_startup.py`)."
     )
 
 
@@ -353,6 +580,14 @@ def gpu_anchors() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "cpu-machine": cpu_machine,
+    "pipeline": pipeline,
+    "scaling": scaling,
+    "overhead": overhead,
+    "build-nuclei": build_nuclei,
+    "quality": quality,
+    "roofline": roofline,
+    "instructions": instructions,
     "engine-paper": engine_paper,
     "predict-nuclei": predict_nuclei,
     "memory": memory,
@@ -385,87 +620,19 @@ def filled(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- plots
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str) -> str:
-    """An SVG of horizontal bars: (name, median, low, high), the whisker from fastest to slowest."""
-    wide, name_px, row_px, top = 860, 330, 26, 44
-    room = wide - name_px - 90
-    most = max(high for _, _, _, high in rows)
-    height = top + row_px * len(rows) + 12
-
-    def x(value: float) -> float:
-        return name_px + room * value / most
-
-    font = 'font-family="sans-serif" font-size="13"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{height}" {font}>',
-        f'<rect width="{wide}" height="{height}" fill="white"/>',
-        f'<text x="12" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
-    ]
-    for k, (name, median, low, high) in enumerate(rows):
-        y = top + row_px * k
-        colour = "#0072b2" if name.startswith("unet-rt") else "#999999"  # Okabe & Ito
-        middle = y + row_px / 2 - 3
-        parts += [
-            f'<text x="{name_px - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>',
-            f'<rect x="{name_px}" y="{y}" width="{room * median / most:.1f}" height="{row_px - 6}" fill="{colour}"/>',
-            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{middle}" y2="{middle}" stroke="black"/>',
-            f'<text x="{x(high) + 6:.1f}" y="{y + 15}">{number(median)} {escape(unit)}</text>',
-        ]
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def curves(title: str, x_label: str, series: dict[str, list[tuple[float, float]]]) -> str:
-    """An SVG of lines with their points: name -> (x, y) in order of x."""
-    wide, height, left, right, top, bottom = 640, 400, 64, 24, 68, 48
-    points = [point for line in series.values() for point in line]
-    most_x = max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    step = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8)
-    first, last = math.floor(low / step), math.ceil(high / step)
-
-    def x_of(x: float) -> float:
-        return left + (wide - left - right) * x / most_x
-
-    def y_of(y: float) -> float:
-        return height - bottom - (height - top - bottom) * (y / step - first) / max(last - first, 1)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{wide}" height="{height}" fill="white"/>',
-        f'<text x="12" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
-        f'<text x="{(left + wide - right) / 2}" y="{height - 10}" text-anchor="middle">{escape(x_label)}</text>',
-    ]
-    for k in range(first, last + 1):
-        y = y_of(k * step)
-        parts += [
-            f'<line x1="{left}" x2="{wide - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>',
-            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{k * step:.3g}</text>',
-        ]
-    for x in sorted({x for x, _ in points}):
-        parts.append(f'<text x="{x_of(x):.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
-    for k, (name, line) in enumerate(series.items()):
-        colour = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")[k % 4]  # Okabe & Ito
-        way = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
-        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4" fill="{colour}"/>' for x, y in line]
-        x = left + (wide - left - right) * k / len(series)
-        parts.append(f'<text x="{x:.1f}" y="50" fill="{colour}">{escape(name)}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
 def plots() -> dict[Path, str]:
     """Pictures by their paths: of every record that is there."""
     data = record("engine-paper")
     found = {
         RESULTS / "engine-paper.svg": bars(
             f"The paper's U-Net, one tile of {data['tile']} px, {data['threads']} threads: ms, less is better",
-            [(r["name"], r["median_ms"], r["low_ms"], r["high_ms"]) for r in data["rows"]],
+            [(r["name"], r["median_ms"], r["low_ms"], r["high_ms"]) for r in data["rows"] if r.get("batch", 1) == 1],
             "ms",
         )
     }
     if (RESULTS / "membranes-slices.json").exists():
         rows = record("membranes-slices")["rows"]
-        found[RESULTS / "membranes-slices.svg"] = curves(
+        found[RESULTS / "membranes-slices.svg"] = lines(
             "IoU on three slices of ISBI 2012 that were not trained on",
             "training slices",
             {
@@ -475,7 +642,15 @@ def plots() -> dict[Path, str]:
                 for what, key in (("cells", "IoU"), ("membranes", "membrane IoU"))
                 for way in (True, False)
             },
+            zero=False,
         )
+    predicted = record("predict-nuclei")
+    if "spans" in predicted:
+        size, name = predicted["size"], predicted["spans"]["name"]
+        found[RESULTS / "pipeline.svg"] = spans(f"{size} x {size} px, {name}: busy stages", predicted["spans"]["spans"])
+    if (RESULTS / "scaling.json").exists():
+        drawn = scaling_plots(record("scaling"))
+        found |= {RESULTS / f"scaling-{name}.svg": text for name, text in drawn.items()}
     if (RESULTS / "gpu.json").exists():
         sections = gpu_sections()
         for batch in (1, 16):

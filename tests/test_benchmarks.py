@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: timing, isolation, tables; all of ``gpu.py`` on the CPU at tiny sizes."""
+"""The benchmarks' own logic: timing, isolation, comparison, tables; every script once, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+import unet_rt as urt
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
@@ -26,6 +29,121 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     yield load("gpu")
     patch.undo()
+
+
+# What every script writes with --quick, beside machine and versions; figures drawn from it.
+QUICK = {
+    "bench_startup": ("startup", ("startup",)),
+    "bench_kernels": ("kernels", ("kernels",)),
+    "bench_roofline": ("roofline", ("roofline",)),
+    "bench_overhead": ("overhead-nuclei", ("overhead",)),
+    "bench_engine": ("engine-paper", ("engine-paper",)),
+    "bench_scaling": ("scaling", ("scaling",)),
+    "bench_memory": ("memory", ("memory",)),
+    "bench_build": ("build-nuclei", ("build-nuclei",)),
+    "bench_quality": ("quality-drawn", ("quality",)),
+    "bench_train": ("train", ()),
+}
+
+
+@pytest.mark.openvino
+@pytest.mark.parametrize("script", QUICK)
+def test_every_script_runs(script: str, gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it writes is what the tables are drawn from, and agrees with itself."""
+    name, blocks = QUICK[script]
+    out = tmp_path / f"{name}.json"
+    monkeypatch.setattr(sys, "argv", [script])
+    if not _installed():  # child processes are to see the same
+        monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    assert load(script).main(["--quick", "--out", str(out)]) == 0
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["machine"]["versions"]["numpy"]
+    tables, record = load("tables"), load("record")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for block in blocks:
+        assert re.search(r"\d", tables.BLOCKS[block]())
+    same = record.compared(document, document)
+    assert all(agree for *_, agree in same)
+    if script not in ("bench_train", "bench_memory", "bench_build", "bench_quality"):  # which have no spread
+        assert same
+
+
+def _installed() -> bool:
+    return Path(urt.__file__).parents[1] != BENCHMARKS.parent
+
+
+@pytest.mark.skipif("trace" not in signature(urt.predict).parameters, reason="this predict records no spans")
+@pytest.mark.filterwarnings("ignore")  # MONAI's imports and torch's own deprecations
+def test_the_end_to_end_script_runs(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("monai")
+    out = tmp_path / "predict-nuclei.json"
+    monkeypatch.setattr(sys, "argv", ["bench_predict"])
+    assert load("bench_predict").main(["--quick", "--out", str(out)]) == 0
+    document = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["name"].partition(",")[0]: row for row in document["rows"]}
+    ours = next(row for name, row in rows.items() if name.startswith("unet-rt"))
+    assert ours["changed_labels"] <= 1e-5
+    assert rows["MONAI defaults"]["changed_labels"] > ours["changed_labels"]
+    stages = {stage for stage, *_ in document["spans"]["spans"]}
+    assert stages == {"read", "gather", "infer", "stitch", "write"}
+    tables = load("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "MONAI in nnU-Net's setting" in tables.predict_nuclei()
+    assert "pipeline.svg" in tables.pipeline()
+
+
+def test_figures_agree_where_their_ranges_meet(gpu: ModuleType, tmp_path: Path) -> None:
+    record = load("record")
+
+    def written(name: str, cpu: str, median: float, low: float, high: float) -> Path:
+        row = {"name": "tile", "median_ms": median, "low_ms": low, "high_ms": high}
+        document = {"machine": {"cpu": cpu, "threads": 2, "versions": {}}, "rows": [row, {**row, "name": "other"}]}
+        path = tmp_path / name / "engine.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document))
+        return path.parent
+
+    first = written("first", "A", 10.0, 9.0, 12.0)
+    assert record.main([str(first), str(written("same", "A", 12.5, 11.0, 14.0))]) == 0
+    slower = written("slower", "A", 13.0, 12.5, 14.0)
+    assert record.main([str(first), str(slower)]) == 1
+    assert record.main([str(first), str(written("elsewhere", "B", 13.0, 12.5, 14.0))]) == 0
+    names = [
+        name for name, *_ in record.compared(*(json.loads((f / "engine.json").read_text()) for f in (first, slower)))
+    ]
+    assert names == ["tile ms", "other ms"]
+    with pytest.raises(SystemExit, match="no record in common"):
+        record.main([str(first), str(tmp_path)])
+
+
+def test_the_guard_sees_a_kernel_that_lost_its_vectors(gpu: ModuleType) -> None:
+    guard = load("guard_kernels")
+    recorded = json.loads((BENCHMARKS / "results" / "instructions.json").read_text())["per_pixel"]
+    name = "tile_gather uint8 grey to float32"
+    assert guard.above(recorded, recorded) == []
+    (said,) = guard.above({**recorded, name: 2 * recorded[name]}, recorded)
+    assert said.startswith(name)
+
+
+def test_the_kernels_need_no_more_instructions_than_recorded(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = load("guard_kernels")
+    if (reason := guard.missing()) is not None:
+        pytest.skip(reason)
+    if not _installed():
+        monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    recorded = json.loads((BENCHMARKS / "results" / "instructions.json").read_text())["per_pixel"]
+    found = guard.count()
+    assert found.keys() == recorded.keys()
+    assert guard.above(found, recorded) == []
+
+
+def test_spans_overlap_in_the_picture(gpu: ModuleType) -> None:
+    drawn = load("plots").spans(
+        "run", [("read", 5.0, 5.5), ("infer", 5.5, 7.0), ("read", 5.5, 6.0), ("write", 7.0, 7.1)]
+    )
+    assert "read 48%" in drawn
+    assert "infer 71%" in drawn
+    assert drawn.count('fill="#0072b2"') == 2
 
 
 def load(name: str) -> ModuleType:
@@ -112,8 +230,6 @@ def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     """A mask of another image, or of one shifted by a pixel, is seen."""
     import numpy as np
 
-    import unet_rt as urt
-
     net = gpu.network("nuclei", True)
     pixels = gpu.drawn(320)
     numbers = gpu.numbers_of(net, pixels)
@@ -123,7 +239,6 @@ def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     with gpu.torch.inference_mode():
         whole = module(gpu.torch.from_numpy(normalised(pixels[None], numbers)[None]))[0].argmax(0)
     mask = whole.to(gpu.torch.uint8).numpy()
-    assert urt.__version__
     changed, compared = gpu.changed_labels(net, pixels, numbers, mask, "cpu")
     assert compared > 10_000
     assert changed <= 1e-5

@@ -1,4 +1,4 @@
-"""Measuring: interleaved runs, warm-up, medians with spread, resident memory while running. Returns numbers only."""
+"""Measuring: interleaved runs, warm-up, medians with spread, ratios with intervals, memory. Returns numbers only."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Timing:
         low_s, high_s: Fastest and slowest run.
         runs: Runs counted (the warm-up is not).
         peak_bytes: Resident memory above that before the first run; 0 where it did not grow. On a GPU its memory.
+        times_s: Every run counted; those of one round stand at the same place for all contenders.
     """
 
     median_s: float
@@ -35,6 +36,33 @@ class Timing:
     high_s: float
     runs: int
     peak_bytes: int
+    times_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one contender takes as another.
+
+    Attributes:
+        median: Of the ratios of the rounds.
+        low, high: 95 % interval of that median.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(timing: Timing, to: Timing, *, resamples: int = 2000) -> Ratio:
+    """The ratio of two contenders of one interleaved run, by the percentile bootstrap over its rounds.
+
+    Rounds are paired: what slowed a whole round down cancels. The resampling is seeded, so that the same times give the
+    same interval.
+    """
+    ratios = np.array(timing.times_s) / np.array(to.times_s)
+    picked = np.random.default_rng(0).integers(0, len(ratios), (resamples, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picked], axis=1), (2.5, 97.5))
+    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 class MemoryWatch:
@@ -67,6 +95,9 @@ def interleave(
 ) -> list[Timing]:
     """Runs contenders in turn, so that what disturbs the machine disturbs all of them alike.
 
+    Every other round goes backwards: what a contender leaves behind (warm caches, threads that still spin) meets
+    another one each time.
+
     Args:
         contenders: Functions without arguments.
         runs: Rounds counted; fewer where ``seconds`` are used up, but at least two.
@@ -79,15 +110,17 @@ def interleave(
     for turn in range(warm_up + runs):
         if turn >= warm_up + 2 and time.perf_counter() - begun > seconds:
             break
-        for k, contender in enumerate(contenders):
+        for k in range(len(contenders))[:: 1 if turn % 2 == 0 else -1]:
             with MemoryWatch() as watch:
                 start = time.perf_counter()
-                contender()
+                contenders[k]()
                 spent = time.perf_counter() - start
             peaks[k] = max(peaks[k], watch.grown)
             if turn >= warm_up:
                 times[k].append(spent)
-    return [Timing(statistics.median(t), min(t), max(t), len(t), p) for t, p in zip(times, peaks, strict=True)]
+    return [
+        Timing(statistics.median(t), min(t), max(t), len(t), p, tuple(t)) for t, p in zip(times, peaks, strict=True)
+    ]
 
 
 class DeviceRun:

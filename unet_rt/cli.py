@@ -259,6 +259,28 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _reading_options(p)
 
+    p = _verb(
+        verbs, "bench", _bench, "time a network's engines beside the libraries used directly", "ENGINE|MODEL.onnx "
+    )
+    p.add_argument("model", metavar="ENGINE|MODEL.onnx", help="engine folder, or ONNX file: engines are built from it")
+    p.add_argument("--image", metavar="PATH", help="image to measure on (default: drawn microscopy)")
+    p.add_argument("--samples", metavar="PATH", nargs="+", help="images to build lower precisions from (ONNX files)")
+    p.add_argument(
+        "--baselines",
+        metavar="NAME",
+        nargs="*",
+        help="out of onnxruntime, openvino, eager, monai, monai-gaussian (default: those that are installed)",
+    )
+    p.add_argument("--checkpoint", metavar="PATH", help="the same network for PyTorch: what unet-rt export takes")
+    p.add_argument("--architecture", metavar="NAME=VALUE,..|FILE", help="of a state dict, as in unet-rt export")
+    p.add_argument("--module", metavar="PACKAGE:FUNCTION", help="of a state dict, as in unet-rt export")
+    p.add_argument("--plot", metavar="PNG", help="picture: a point per contender, speed against agreement")
+    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile of everybody in pixels")
+    p.add_argument("--runs", type=_count, default=5, metavar="N", help="rounds that count (default: 5)")
+    p.add_argument("--seconds", type=float, default=120.0, metavar="N", help="of each of two timings (default: 120)")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    _contract_options(p)
+
     p = _verb(verbs, "train", _train, "train a network on a folder of images and masks", "DATA --out MODEL.pt ")
     p.add_argument("data", metavar="DATA", help="folder of images and masks, e.g. images/a.png and masks/a.png")
     p.add_argument("--out", metavar="MODEL.pt", required=True, help="the checkpoint; curves are drawn beside it")
@@ -388,6 +410,12 @@ def _shape(text: str) -> tuple[int, ...] | None:
 def _side(text: str) -> int:
     if not text.isdecimal() or not 64 <= int(text) <= 20000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels from 64 to 20000")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
 
 
@@ -796,6 +824,51 @@ def _verify(args: argparse.Namespace) -> int:
     if args.picture and report.picture is None:
         print(f"{args.picture} is not drawn: that takes 2-D images and a difference", file=sys.stderr)
     return 0 if report.accepted else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench_model import bench_model
+    from .reports import bench_text
+
+    if args.plot and not Path(args.plot).absolute().parent.is_dir():
+        raise OutputError(f"{Path(args.plot).parent} is not a folder; choose another --plot")
+    module = None
+    if args.checkpoint is not None:
+        _torch("runs the module", "torch")
+        from .models.source import open_module
+
+        opened = open_module(Path(args.checkpoint), architecture=args.architecture, factory=args.module)
+        module = opened.module
+    elif args.architecture or args.module:
+        raise ContractError("--architecture and --module say how --checkpoint is read; pass it as well")
+    report = bench_model(
+        args.model,
+        image=args.image,
+        samples=args.samples,
+        baselines=args.baselines,
+        module=module,
+        contract=_contract(args),
+        axes=args.axes,
+        channels=_channels(args),
+        tile=args.tile,
+        threads=args.threads,
+        runs=args.runs,
+        seconds=args.seconds,
+        say=_say(args),
+    )
+    _clear()
+    if args.json:
+        _print_json(report.to_json())
+    print(bench_text(report), file=_out(args))
+    if args.plot:
+        from .charts import scatter
+
+        points = [
+            (r.name, r.mpx_per_s, 100 * (1 - r.relative_error if r.label_agreement is None else r.label_agreement))
+            for r in report.rows
+        ]
+        scatter("agreement with FP32 in %", "Mpx/s", points, Path(args.plot))
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:

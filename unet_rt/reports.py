@@ -1,4 +1,4 @@
-"""Reports for people: what inspect, build, predict and verify found, as text. Nothing here decides anything."""
+"""Reports for people: what inspect, build, predict, verify and bench found, as text. Nothing here decides anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .bench import Timing
+    from .bench_model import BenchReport
     from .build import BuildReport
     from .graph import GraphReport
     from .pipeline import RunReport
@@ -252,3 +254,35 @@ def verify_text(report: VerifyReport) -> str:
     if report.picture is not None:
         lines.append(f"  worst tile: {report.picture}")
     return "\n".join(lines)
+
+
+def bench_text(report: BenchReport) -> str:
+    """What bench measured: one table."""
+    judged = "labels equal" if any(r.label_agreement is not None for r in report.rows) else "largest error"
+    head = ("", "ms per tile", "s", "Mpx/s", "peak MB", judged, "seam error", "speed")
+    rows: list[tuple[str, ...]] = [head]
+    for r in report.rows:
+        rows.append(
+            (
+                r.name,
+                _spread(r.tile, 1e3),
+                _spread(r.window, 1),
+                f"{r.mpx_per_s:.3g}",
+                f"{r.window.peak_bytes / 1e6:.0f}",
+                f"{r.relative_error:.1e}" if r.label_agreement is None else f"{r.label_agreement:.4%}",
+                "-" if r.seam is None else f"{r.seam:.1e}",
+                f"{r.speed.median:.2f} ({r.speed.low:.2f} to {r.speed.high:.2f})",
+            )
+        )
+    tiles = f"{_count(report.tiles, 'tile')} of {_by(report.tile)} px"
+    lines = [
+        f"{report.model} on {report.image}: {_by(report.shape)} px, {tiles}, {_count(report.threads, 'thread')}",
+        _table(rows),
+        f"  medians (fastest to slowest) of interleaved runs; speed: {report.baseline} = 1, with its 95 % interval",
+    ]
+    lines += [f"  not run: {name}: {why}" for name, why in report.skipped.items()]
+    return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
+
+
+def _spread(timing: Timing, unit: float) -> str:
+    return f"{timing.median_s * unit:.3g} ({timing.low_s * unit:.3g} to {timing.high_s * unit:.3g})"

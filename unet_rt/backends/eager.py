@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,45 @@ class EagerSession(SessionBase):
 
     def _release(self) -> None:
         self._module = None
+
+
+def monai_missing() -> str | None:
+    """None if MONAI's sliding window can be used here; else what is missing and how to get it."""
+    if importlib.util.find_spec("monai") is None:
+        return "MONAI is not installed; pip install monai"
+    return missing()
+
+
+def sliding_window(
+    module: nn.Module | Callable[[Array], Array], x: Array, window: Sequence[int], *, overlap: float, mode: str
+) -> Array:
+    """MONAI's ``sliding_window_inference``: what most people predict large images with.
+
+    Args:
+        module: The network; a module, or any function of a batch of windows.
+        x: (N, C, *spatial), float32, normalised.
+        window: Size of the windows.
+        overlap: Share of a window that neighbours have in common; MONAI's default is 0.25.
+        mode: ``"constant"``, MONAI's default, or ``"gaussian"``.
+
+    Returns:
+        (N, K, *spatial), float32.
+    """
+    from monai.inferers.utils import sliding_window_inference
+
+    torch = _import()
+
+    def predictor(batch: Any) -> Any:
+        if isinstance(module, torch.nn.Module):
+            return module(batch)
+        return torch.from_numpy(module(batch.numpy()))
+
+    with torch.inference_mode():
+        found: Any = sliding_window_inference(
+            torch.from_numpy(x), tuple(window), 1, predictor, overlap=overlap, mode=mode
+        )
+    result: Array = found.numpy()
+    return result
 
 
 def _tensors(found: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, Session, SessionBase, arrays_for
+from unet_rt.backends.session import Array, Port, Session, SessionBase, arrays_for, thread_count
 from unet_rt.errors import BackendError
 from unet_rt.passes.up_conv import up_conv
 
@@ -210,6 +210,19 @@ def load(graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, 
     from unet_rt.backends.onnxruntime_cuda import CudaSession
 
     return CudaSession(Path(graph), precision, device, threads)
+
+
+def bare(graph: Path, threads: int) -> Callable[[Sequence[Array]], list[Array]]:
+    """The library used directly on the CPU, as its documentation shows: what an engine must not be slower than.
+
+    Its defaults, but for the threads. Returns a function of the graph's inputs, in graph order.
+    """
+    library = _import()
+    options = library.SessionOptions()
+    options.intra_op_num_threads = thread_count(threads)
+    session = library.InferenceSession(str(graph), options, providers=[_provider()])
+    names = [value.name for value in session.get_inputs()]
+    return lambda inputs: list(session.run(None, dict(zip(names, inputs, strict=True))))
 
 
 class OnnxRuntimeSession(SessionBase):

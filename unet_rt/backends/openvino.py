@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
+from unet_rt.backends.session import Array, Port, SessionBase, arrays_for, thread_count
 from unet_rt.errors import BackendError
 
 # Hint that is asked for -> runtime precision that layers report.
@@ -183,6 +183,33 @@ def load(
         raise BackendError(reason)
     _require_precision(precision)
     return OpenVinoSession(Path(graph), precision, threads, cache)
+
+
+def bare(graph: Path, threads: int, precision: str = "fp32") -> Callable[[Sequence[Array]], list[Array]]:
+    """The library used directly, as its documentation shows: what an engine must not be slower than.
+
+    Latency hint, the threads and the precision; shapes are compiled static when they first come. Returns a function of
+    the graph's inputs, in graph order.
+    """
+    core, library = _core(), _import()
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": thread_count(threads),
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+    }
+    requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def run(inputs: Sequence[Array]) -> list[Array]:
+        shapes = tuple(array.shape for array in inputs)
+        if shapes not in requests:
+            model = core.read_model(str(graph))
+            partial = library.PartialShape
+            model.reshape({model.input(k): partial(list(shape)) for k, shape in enumerate(shapes)})
+            requests[shapes] = core.compile_model(model, "CPU", config).create_infer_request()
+        found = requests[shapes].infer(list(inputs))
+        return [np.array(found[k]) for k in range(len(found))]
+
+    return run
 
 
 @dataclass(frozen=True)

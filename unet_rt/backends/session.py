@@ -201,6 +201,25 @@ class SessionBase(ABC):
         self.close()
 
 
+class Called(SessionBase):
+    """A library used directly, in the form of a session: a function of the graph's inputs, in graph order."""
+
+    def __init__(self, run: Callable[[Sequence[Array]], list[Array]], title: str, threads: int) -> None:
+        super().__init__("fp32", "cpu", threads)
+        self.title = title
+        self._call = run
+
+    @property
+    def version(self) -> str:
+        return self.title
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        return self._call(inputs)
+
+    def _release(self) -> None:
+        del self._call  # and with it what the function holds
+
+
 @dataclass(frozen=True)
 class Port:
     """An input of a graph: name, shape with None for free sizes, dtype."""

@@ -1,0 +1,237 @@
+"""Measuring: ratios that noise cannot fool, engines beside the libraries used directly, and the verb ``bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from PIL import Image
+
+import unet_rt as urt
+from unet_rt import bench
+from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
+from unet_rt.cli import main
+from unet_rt.demo import shipped_model
+from unet_rt.reports import bench_text
+from unet_rt.samples import draw, raw_result
+from unet_rt.tiles import tile_grid
+
+pytestmark = pytest.mark.onnxruntime
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def timing(*times: float) -> bench.Timing:
+    return bench.Timing(statistics.median(times), min(times), max(times), len(times), 0, times)
+
+
+def test_noise_that_both_share_cancels() -> None:
+    rng = np.random.default_rng(5)
+    noise = rng.lognormal(0, 1, 21)  # rounds that differ by a factor of ten
+    found = bench.ratio(timing(*(2.0 * noise)), timing(*noise))
+    assert found == bench.Ratio(pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0))
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(200):
+        times = rng.lognormal(0.0, 0.1, (2, 25))
+        found = bench.ratio(timing(*times[0]), timing(*times[1]), resamples=300)
+        assert found.low <= found.median <= found.high
+        held += found.low <= 1.0 <= found.high
+    # 95 % of 200, and five standard deviations below: a bootstrap of a median is a little narrow
+    assert held >= 174
+
+
+def test_every_other_round_goes_backwards() -> None:
+    order: list[str] = []
+    found = bench.interleave([lambda: order.append("a"), lambda: order.append("b")], runs=3, warm_up=1)
+    assert "".join(order) == "abbaabba"
+    assert [len(t.times_s) for t in found] == [3, 3]
+
+
+@pytest.mark.parametrize("overlap", [None, (64, 64)], ids=["placed", "blended"])
+def test_tiles_by_hand_are_the_pipeline_s(engine_folder: Path, sample_images: list[Array], overlap: Any) -> None:
+    with urt.load(engine_folder) as engine:
+        engine.spec = replace(engine.spec, overlap=overlap)
+        (sample,) = draw(sample_images[:1], engine.spec.contract, spatial=2, network_channels=1, count=1)
+        grid = tile_grid(sample.shape, (192, 192), engine.spec.sizes, engine.spec.outputs, overlap=overlap)
+        assert grid.count > 1
+        by_hand, ours = tiles_by_hand(engine, sample, grid), raw_result(engine, sample, grid)
+    if overlap is None:
+        np.testing.assert_array_equal(by_hand, ours)
+    else:  # sums of at most four weighted float32 values, in another order
+        np.testing.assert_allclose(by_hand, ours, rtol=8 * 2.0**-23, atol=8 * 2.0**-23 * np.abs(ours).max())
+
+
+@pytest.fixture(scope="module")
+def report(engine_folder: Path, sample_images: list[Array]) -> BenchReport:
+    names = ("onnxruntime", "openvino") if importlib.util.find_spec("openvino") else ("onnxruntime",)
+    return bench_model(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=2, seconds=1)
+
+
+def test_an_engine_beside_the_libraries(report: BenchReport) -> None:
+    rows = {row.name: row for row in report.rows}
+    assert {"unet-rt onnxruntime fp32", "ONNX Runtime FP32, bare"} <= set(rows)
+    assert [row.engine for row in rows.values()].count(True) == 1
+    assert report.baseline == "ONNX Runtime FP32, bare"
+    assert rows[report.baseline].speed == bench.Ratio(1.0, 1.0, 1.0)
+    assert report.tiles > 1
+    for name, row in rows.items():
+        assert row.mpx_per_s == pytest.approx(report.shape[0] * report.shape[1] / 1e6 / row.window.median_s)
+        assert row.window.peak_bytes > 0
+        assert row.label_agreement is not None
+        assert row.label_agreement >= 1 - 1e-4, name  # another library's rounding at most
+        assert row.seam == 0, name
+    json.dumps(report.to_json())
+
+
+def test_the_table_names_everybody(report: BenchReport) -> None:
+    text = bench_text(report)
+    for row in report.rows:
+        assert row.name in text
+    assert f"speed: {report.baseline} = 1" in text
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")  # MONAI's imports and torch's own deprecations
+def test_monai_leaves_seams(engine_folder: Path, sample_images: list[Array]) -> None:
+    pytest.importorskip("monai")
+    names = ("onnxruntime", "monai", "monai-gaussian")
+    found = bench_model(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=1, seconds=1)
+    seams = {row.name: row.seam for row in found.rows}
+    constant, gaussian = (
+        seams[f"MONAI sliding window ({mode}), ONNX Runtime FP32"] for mode in ("constant", "gaussian")
+    )
+    assert constant is not None
+    assert gaussian is not None
+    assert 0 < gaussian < constant < 0.05  # a quarter of overlap; smooth weights hide the worst of it
+
+
+def test_without_torch_the_rest_is_measured(
+    engine_folder: Path, sample_images: list[Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name in ("torch", "monai", "openvino") else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    found = bench_model(engine_folder, image=sample_images[1], runs=1, seconds=1)
+    assert {row.name for row in found.rows} == {"unet-rt onnxruntime fp32", "ONNX Runtime FP32, bare"}
+    assert "pip install torch" in found.skipped["eager"]
+    assert "pip install monai" in found.skipped["monai"]
+    assert "pip install openvino" in found.skipped["openvino"]
+
+
+@pytest.mark.torch
+def test_eager_pytorch_is_the_first_baseline(
+    engine_folder: Path, tmp_path: Path, sample_images: list[Array], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint beside an engine, from the command line: one JSON document, and one picture."""
+    from unet_rt.models import UNetSpec, unet_from_onnx
+    from unet_rt.training import save_checkpoint
+
+    shipped, checkpoint, image = shipped_model(), tmp_path / "nuclei.pt", tmp_path / "image.npy"
+    architecture = json.loads(shipped.with_suffix(".json").read_text())["architecture"]
+    with urt.load(engine_folder) as engine:
+        contract = engine.spec.contract
+    save_checkpoint(checkpoint, unet_from_onnx(onnx.load(shipped), UNetSpec(**architecture)), contract, {})
+    np.save(image, sample_images[0][:160, :200])
+    plot = tmp_path / "plot.png"
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--baselines",
+        "onnxruntime",
+        "eager",
+        "--runs",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    code = main(["bench", str(engine_folder), "--image", str(image), *arguments, "--plot", str(plot)])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    found = json.loads(captured.out)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert found["baseline"] == "eager PyTorch FP32"
+    assert rows["eager PyTorch FP32"]["label_agreement"] >= 1 - 1e-4
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 300
+        assert len(set(picture.convert("L").tobytes())) > 4
+
+
+@pytest.mark.parametrize(("pad", "task"), [(1, "multiclass"), (0, "multiclass"), (0, "regression")])
+def test_engines_are_built_from_an_onnx_file(
+    pad: int, task: str, tmp_path: Path, sample_images: list[Array], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = np.array([[[[0, -1, 0], [-1, -2, -1], [0, -1, 0]]], [[[0, 1, 0], [1, 2, 1], [0, 1, 0]]]], np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[pad] * 4)
+    shapes = {"x": ["N", 1, "H", "W"], "y": ["N", 2, "H", "W"]}
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items())
+    graph = helper.make_graph([node], "edges", [x], [y], [numpy_helper.from_array(weight, "w")])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "edges.onnx"
+    )
+    np.save(tmp_path / "image.npy", sample_images[0])
+    contract = ["--normalize", "zscore", "--task", task, *(["--output-is", "logits"] if task == "multiclass" else [])]
+    measured = [
+        "--image",
+        str(tmp_path / "image.npy"),
+        "--baselines",
+        "onnxruntime",
+        "--runs",
+        "1",
+        "--tile",
+        "128x128",
+    ]
+    assert main(["bench", str(tmp_path / "edges.onnx"), *contract, *measured, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert "unet-rt onnxruntime fp32" in rows
+    assert found["tile"] == [128, 128]
+    assert found["tiles"] == 9  # 300 x 260 px in steps of 126 px: a sample of halo, or of shrink
+    assert all(row["seam"] == 0 for row in rows.values())
+    assert all(row["relative_error"] < 1e-5 for row in rows.values())
+    assert all((row["label_agreement"] is None) == (task == "regression") for row in rows.values())
+    assert any("FP32 alone" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--baselines", "tensorflow"], "there is no baseline 'tensorflow'; choose from onnxruntime"),
+        (["--baselines", "eager"], "baseline eager: a graph has no module to run; give the network's checkpoint"),
+        (["--samples", "image.npy"], "is an engine, which has its contract and is built already"),
+        (["--normalize", "zscore"], "is an engine, which has its contract and is built already"),
+        (["--module", "a:b"], "say how --checkpoint is read; pass it as well"),
+        (["--image", "missing.png"], "missing.png"),
+        (["--tile", "100x100"], "tile 100 px is not a multiple of stride 8; use 96 or 104"),
+        (["--runs", "0"], "'0' is not a number from 1"),
+        (["--plot", "no/such/plot.png"], "no/such is not a folder"),
+    ],
+)
+def test_wrong_use_is_said(
+    arguments: list[str],
+    said: str,
+    engine_folder: Path,
+    sample_images: list[Array],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("image.npy", sample_images[2])
+    options = [] if "--image" in arguments else ["--image", "image.npy"]
+    assert main(["bench", str(engine_folder), *options, *arguments]) == 2
+    assert said in capsys.readouterr().err
