@@ -89,7 +89,7 @@ def refused(error: type[Exception], text: str, model: Path, folder: Path, **opti
 def test_no_option_at_all(network, tmp_path, monkeypatch):
     """FP32, all backends, generated tiles, a record that says so, and the command that would prove more."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MODULE, "SECONDS_FOR_PARITY", 0.0)  # one generated sample is enough here
+    monkeypatch.setattr(MODULE, "PARITY_SHARE", 0.0)  # one generated sample is enough here
     model = network(norm="batch")
     reports: list[BuildReport] = []
     with urt.build(model, report=reports.append) as engine:

@@ -83,7 +83,8 @@ def test_the_shortest_beginning_that_holds_the_budget(needed: int) -> None:
         verdict = SimpleNamespace(accepted=len(keep) - 1 >= needed, label_change=0.1, relative=0.1)
         return Mixture("", keep, object(), verdict)  # type: ignore[arg-type]
 
-    found = _shortest(names, frozenset({"first"}), attempt, dropped.append, lambda _: None)
+    found, complete = _shortest(names, frozenset({"first"}), attempt, dropped.append, lambda _: None)
+    assert complete
     if needed > len(names):
         assert found is None
         assert len(dropped) == len(tried)
@@ -219,15 +220,15 @@ def test_the_engine_keeps_its_calibration(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_int8_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(
         urt.ContractError, match="int8 needs samples to calibrate and to prove parity on; pass --samples"
     ):
         built(shipped_model(), tmp_path / "a.urt", samples=None, precision="int8")
-    monkeypatch.setattr("unet_rt.search.SECONDS_FOR_SEARCH", 0.0)
     budget = urt.Budget(label_change=0)
+    options = {"backend": "onnxruntime", "precision": "int8", "budget": budget, "search_minutes": 0.01}
     with pytest.raises(urt.ParityError, match=r"no candidate is inside the budget: onnxruntime int8"):
-        built(shipped_model(), tmp_path / "a.urt", backend="onnxruntime", precision="int8", budget=budget)
+        built(shipped_model(), tmp_path / "a.urt", **options)
     with pytest.raises(urt.ImageError, match="pass three or more images"):
         built(shipped_model(), tmp_path / "a.urt", samples=[SAMPLES[0][:96, :96]], precision="int8", tile=(64, 64))
     assert not (tmp_path / "a.urt").exists()
