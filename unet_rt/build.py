@@ -46,7 +46,7 @@ from .model import (
     whole_grid,
 )
 from .normalize import normalised
-from .parity import Budget, ImageParity, Verdict
+from .parity import BatchParity, Budget, ImageParity, Verdict
 from .passes.half import half
 from .passes.qdq import FORMS
 from .predict import MEMORY_SHARE
@@ -272,7 +272,13 @@ def build(
         builder.choose_tiling(tile, halo, overlap, blend)
         builder.try_candidates(names, precisions, explicit=backend != "auto" or precision != "auto")
         builder.choose(tile)
-        result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=f"unet-rt build {path}")
+        try:
+            result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=f"unet-rt build {path}")
+        except OutputError:
+            if overwrite or not _holds(folder, builder.asked):
+                raise
+            say(f"{folder} was built by another process meanwhile")  # from the same: either engine is what was asked
+            return load(folder, threads=threads or None)
         if kept is not None:
             kept.put(read_folder(folder), builder.asked)
     if report is not None:
@@ -299,6 +305,14 @@ def _same_engine(folder: Path, asked: Asked) -> EngineFolder | None:
     if other:
         raise OutputError(_another(folder, other))
     return found
+
+
+def _holds(folder: Path, asked: Asked) -> bool:
+    """Whether a folder holds the engine that was asked for."""
+    try:
+        return not differs(read_folder(folder), asked)
+    except EngineError:
+        return False
 
 
 def _another(folder: Path, other: Sequence[str]) -> str:
@@ -384,6 +398,8 @@ class _Build:
         self.calibration_whole: list[Array] = []  # the baseline on them
         self.kept: dict[Engine, frozenset[str]] = {}  # layers in FP32 of every INT8 engine
         self.whole: list[Array] = []
+        self.rows: dict[Key, tuple[BatchParity, ...]] = {}  # of every candidate, per batch size
+        self.wanted_tile: Array | None = None  # the baseline on the tile that they were judged on
         self.mismatch: ImageParity | None = None
         self.first: dict[str, Any] = {}
 
@@ -714,7 +730,7 @@ class _Build:
         keys = [key for key in self.engines for _ in batches]
         for key, engine in self.engines.items():
             self.say(f"parity of {' '.join(key).rstrip()}")
-            verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), batches)
+            verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), batches, key)
         for key, (_, _, batch), timing in zip(keys, runs, timings, strict=True):
             candidate = Candidate(key[0], key[1], tile, batch, variant=key[2])
             self.candidates.append(self._measured(candidate, tile, timing, verdicts[key]))
@@ -908,20 +924,31 @@ class _Build:
             images.append(parity.compare(result, got, self.spec.contract, f"{sample.name} (it calibrated)"))
         return parity.judge(images, self.budget.of("int8")).reasons
 
-    def _same_rows(self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int]) -> Verdict:
+    def _same_rows(
+        self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int], key: Key | None = None
+    ) -> Verdict:
         """The verdict, with a reason more where identical tiles of one batch, or one alone, give different answers.
 
-        Some builds of some libraries do (silently, for batches above one); it needs no baseline to be seen.
+        Some builds of some libraries do (silently, for batches above one); it needs no baseline to be seen. For the
+        record of ``key`` the tile is compared with the baseline, too, at every batch size.
         """
         alone = engine.run(x)[0][0]
-        reasons: tuple[str, ...] = ()
+        found, reasons = {1: (alone, True)}, tuple[str, ...]()
         for n in sorted({2, *batches} - {1}):
             self.batches_judged.add(n)
             rows = engine.run(np.repeat(x, n, axis=0))[0]
             one = parity.compare(alone, rows[0], self.spec.contract, f"a tile in a batch of {n}")
             reasons += parity.judge([one], self.budget.of(engine.spec.precision)).reasons
-            if any(not np.array_equal(rows[0], row) for row in rows[1:]):
+            found[n] = (rows[0], all(np.array_equal(rows[0], row) for row in rows[1:]))
+            if not found[n][1]:
                 reasons += (f"identical tiles of one batch of {n} give different answers",)
+        if key is not None:
+            if self.wanted_tile is None:
+                self.wanted_tile = self.baseline.run(x)[0][0]
+            self.rows[key] = tuple(
+                BatchParity(n, same, parity.compare(self.wanted_tile, row, self.spec.contract, f"a tile, batch {n}"))
+                for n, (row, same) in found.items()
+            )
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
 
     # 5 ---------------------------------------------------------------------------------------------------------------
@@ -1098,6 +1125,11 @@ class _Build:
             "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
             "machine": machine.describe(),
             "batch": sorted(self.batches_judged),
+            "rows": [
+                {"backend": name, "precision": precision, "variant": variant, **row.to_json()}
+                for (name, precision, variant), rows in self.rows.items()
+                for row in rows
+            ],
             "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
             "verdict": verdict.to_json(),
             "seams": {str(k): v for k, v in self.seams.items()},

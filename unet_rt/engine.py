@@ -12,6 +12,8 @@ An engine folder holds ``spec.json`` and files named by content, which ``spec.js
     engine-<hash>.bin      the backend's own plan, where it compiles one ahead of time
     calibration-<hash>.json  activation ranges, where the graph was quantised
     exam-<hash>.npz        a few real tiles and the baseline's outputs (absent with ``--no-exam``)
+
+Beside them, ``row-<graph>-<machine>.json`` is what the exam gave on another machine: written there, no part of the engine.
 """
 
 from __future__ import annotations
@@ -425,6 +427,8 @@ def place_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool 
                     os.replace(staging / "spec.json", folder / "spec.json")
                     for name in replaced - names:
                         (folder / name).unlink(missing_ok=True)
+                    for row in folder.glob("row-*.json"):  # exams of the graph that was replaced
+                        row.unlink(missing_ok=True)
                 else:
                     os.replace(staging, folder)
     except OSError as error:
