@@ -18,7 +18,7 @@ from . import backends, bench, exam, machine, parity
 from .activations import overflowing, probe, tensors
 from .backends.onnx_file import precision_of
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
-from .calibration import Method, draw_tiles, split
+from .calibration import Method, draw_tiles, input_range, split
 from .contract import Contract
 from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, read_folder, write_folder
 from .errors import (
@@ -411,7 +411,7 @@ class _Build:
         spatial, wanted = self.model.spatial, self.model.channels
         if samples is None:
             self.samples = synthetic(contract, wanted, spatial)
-            self.value_range = None
+            self.value_range = self.input_range = None
             return
         images = sample_images(samples)
         if contract.normalization is None:
@@ -428,6 +428,8 @@ class _Build:
         )
         lows, highs = zip(*((float(s.pixels.min()), float(s.pixels.max())) for s in self.samples), strict=True)
         self.value_range = (min(lows), max(highs))
+        lows, highs = zip(*map(input_range, self.samples), strict=True)
+        self.input_range = [min(lows), max(highs)]
         if len(images) < 3:
             self.notes.append(f"parity rests on {len(images)} image(s); three or more prove more")
         self.say(f"samples: {len(self.samples)} windows; {self.samples[0].reading}")
@@ -994,6 +996,7 @@ class _Build:
                 "threads": self.threads,
                 "sample_sha256": [s.sha256 for s in self.samples],
                 "kind": self.kind,
+                "input_range": self.input_range,
                 "asked": dict(self.asked),
                 **self._int8_options(engine),
             },
