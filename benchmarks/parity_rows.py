@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", metavar="NAME=FILE", nargs="+", default=[])
     parser.add_argument("--net", metavar="WORD", nargs="+", help="only networks whose name holds one of these")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--samples", type=int, default=20, help="images that are built on")
     parser.add_argument("--count", type=int, default=20, help="windows held back that are judged")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -219,6 +220,7 @@ def main() -> None:
         for k, subject in enumerate(subjects(args.shared, checkpoints, Path(temporary))):
             if args.net and not any(word in subject.name for word in args.net):
                 continue
+            subject = replace(subject, samples=list(subject.samples)[: args.samples])
             work = made(Path(temporary) / str(k))
             for backend in backends.usable("cpu"):
                 for precision in args.precision:

@@ -80,6 +80,7 @@ TILES_END = 0.95
 TILED_COST = 1.6  # of a verdict over the baseline's own run: tiles have halos
 INT8_RUNS = 2.0  # that INT8 costs per backend, in runs of the baseline: plain, its ends, mixtures
 FEWEST_WINDOWS = 3
+LEAST_OF_RANGE = 0.02  # of the declared grey levels that samples should cover: 0 to 1 is not 0 to 255
 
 
 @dataclass(frozen=True)
@@ -483,8 +484,19 @@ class _Build:
         )
         if self.value_range is not None and contract.value_range is None:
             contract = replace(contract, value_range=self.value_range)
+        elif self.value_range is not None and contract.value_range is not None:
+            self._compare_ranges(contract.value_range, self.value_range)
         self.spec = replace(self.spec, contract=contract)
         self.baseline.spec = replace(self.baseline.spec, contract=contract)
+
+    def _compare_ranges(self, declared: tuple[float, float], seen: tuple[float, float]) -> None:
+        """A warning where samples hold other grey levels than the model declares: most often another bit depth."""
+        beyond = seen[0] < declared[0] or seen[1] > declared[1]
+        if beyond or seen[1] - seen[0] < LEAST_OF_RANGE * (declared[1] - declared[0]):
+            self.warnings.append(
+                f"the samples run from {seen[0]:g} to {seen[1]:g}, and the model declares {declared[0]:g} to "
+                f"{declared[1]:g}: look at their bit depth and --normalize first, results are proven for what was passed"
+            )
 
     def _describe_first(self) -> None:
         """What the first sample looks like to the network, and what it makes of it: all of the sample."""
