@@ -32,7 +32,7 @@ from unet_rt.build import BuildReport
 from unet_rt.calibration import Calibration
 from unet_rt.demo import shipped_model
 from unet_rt.engine import Engine, read_folder
-from unet_rt.model import baseline_engine, open_model, seam_tile, whole_grid
+from unet_rt.model import baseline_engine, judged_tile, open_model, whole_grid
 from unet_rt.passes import qdq
 from unet_rt.passes.half import half
 from unet_rt.remote import connect
@@ -192,11 +192,18 @@ def judged(subject: Subject, model: Any, engine: Engine, count: int) -> parity.V
     images = []
     with baseline_engine(model, spec) as reference:
         for sample in samples:
-            small = spec.grid(sample.shape, seam_tile(spec, sample.shape))
+            small = spec.grid(sample.shape, judged_tile(spec, sample.shape))
             grid = whole_grid(spec, sample.shape) if spec.exact and spec.free_size else small
             wanted, got = raw_result(reference, sample, grid), raw_result(engine, sample, small)
             images.append(parity.compare(wanted, got, spec.contract, sample.name))
     return parity.judge(images, urt.Budget().of(spec.precision))
+
+
+def others(rows: Sequence[dict[str, Any]], out: str | None) -> list[dict[str, Any]]:
+    """Rows of an earlier run, of networks that this one did not measure."""
+    path = Path(out) if out is not None else record.RESULTS / "parity.json"
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in earlier if row["net"] not in {r["net"] for r in rows}]
 
 
 def made(folder: Path) -> Path:
@@ -226,7 +233,7 @@ def main() -> None:
                 for precision in args.precision:
                     rows += measured(subject, work, backend, precision, args.count)
             rows += in_onnxruntime(subject, work, args.count)
-            record.write("parity", {"rows": rows}, args.out)  # what there is, should the next network fail
+            record.write("parity", {"rows": [*others(rows, args.out), *rows]}, args.out)  # should the next one fail
     for row in rows:
         found = row.get("held_back")
         text = row.get("note") or (

@@ -36,6 +36,7 @@ from .model import (
     baseline_engine,
     baseline_name,
     blended_spec,
+    judged_tile,
     keeps,
     kept_share,
     largest_halo,
@@ -910,7 +911,7 @@ class _Build:
     def _verdict(self, engine: Engine) -> Verdict:
         images = []
         for sample, whole in zip(self.samples, self.whole, strict=True):
-            grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
+            grid = engine.spec.grid(sample.shape, judged_tile(engine.spec, sample.shape))
             result = raw_result(engine, sample, grid, self.threads)
             images.append(parity.compare(whole, result, self.spec.contract, sample.name))
         verdict = parity.judge(images, self.budget.of(engine.spec.precision))
@@ -933,7 +934,7 @@ class _Build:
                     break
         images = []
         for sample, result in zip(self.calibrating, self.calibration_whole, strict=False):
-            grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
+            grid = engine.spec.grid(sample.shape, judged_tile(engine.spec, sample.shape))
             got = raw_result(engine, sample, grid, self.threads)
             images.append(parity.compare(result, got, self.spec.contract, f"{sample.name} (it calibrated)"))
         return parity.judge(images, self.budget.of("int8")).reasons

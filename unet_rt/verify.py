@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import exam, parity, pictures
 from .engine import Engine, EngineSpec, load
 from .errors import EngineError, GraphError, ImageError, OutputError
-from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
+from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
 from .samples import Sample, draw, raw_result, sample_images
@@ -196,7 +196,7 @@ def _verify_images(
     worst: tuple[float, Sample, Array, Array] | None = None
     for k, sample in enumerate(samples):
         say(f"{k + 1}/{len(samples)}: {sample.name}")
-        small = spec.grid(sample.shape, tile or seam_tile(spec, sample.shape))
+        small = spec.grid(sample.shape, tile or judged_tile(spec, sample.shape))
         grid = whole_grid(spec, sample.shape) if whole_possible else small
         wanted = raw_result(reference, sample, grid, threads)
         got = raw_result(engine, sample, small, threads)
