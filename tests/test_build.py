@@ -598,7 +598,7 @@ def test_an_engine_is_not_overwritten(network, textures, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MODULE, "open_model", lambda *a, **k: pytest.fail("work was done before the refusal"))
         with pytest.raises(urt.OutputError, match="--overwrite"):
-            built(network(), tmp_path / "x.urt", **options)
+            built(network(), tmp_path / "x.urt", **options | {"tile": (80, 80)})
     assert {p.name for p in (tmp_path / "x.urt").iterdir()} == before
     built(network(norm="batch"), tmp_path / "x.urt", overwrite=True, **options)[1].close()
     assert {p.name for p in (tmp_path / "x.urt").iterdir()} != before
