@@ -30,12 +30,12 @@ from unet_rt.synthetic import microscopy
 Contender = Callable[[], np.ndarray]
 
 
-def tile_of(contract: urt.Contract, tile: int) -> np.ndarray:
+def tile_of(contract: urt.Contract, tile: int, seed: int = 4242) -> np.ndarray:
     """(1, 1, tile, tile): drawn microscopy, normalised as the contract says."""
     from unet_rt.image import open_image
     from unet_rt.normalize import affine, normalised
 
-    pixels = microscopy((tile, tile), seed=4242).image
+    pixels = microscopy((tile, tile), seed=seed).image
     with open_image(pixels, contract, spatial=2) as source:
         numbers = affine(contract.normalization, source).plane(0)
     return normalised(pixels[None], numbers)[None]

@@ -1,4 +1,4 @@
-"""Draws the figures of README.md and other pages from ``benchmarks/results/*.json``; none is typed by hand.
+"""Draws the figures of the pages in :data:`PAGES` from ``benchmarks/results/*.json``; none is typed by hand.
 
     python benchmarks/tables.py           # rewrites the marked blocks, and the plots in benchmarks/results/
     python benchmarks/tables.py --check   # exit status 1 where they are not what the records say
@@ -23,7 +23,7 @@ from plots import bars, lines, number, spans  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "membranes.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "benchmarks/README.md", "docs/membranes.md", "docs/precision.md"))
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 Record = dict[str, Any]
 
@@ -571,6 +571,59 @@ def precision_paper() -> str:
     return "\n".join([text, "", *lines])
 
 
+def parity_rows() -> str:
+    found = record("parity")
+    lines = []
+    for row in found["rows"]:
+        name = (row["net"], row["backend"], row["precision"] + (f" ({row['variant']})" if row.get("variant") else ""))
+        held = row.get("held_back")
+        if held is None:
+            lines.append((*name, "not built: " + row["note"], "", "", ""))
+            continue
+        regression = held["labels_ppm_worst"] is None
+        truth = row.get("truth")
+        lines.append(
+            (
+                *name,
+                f"error {held['relative']:.1e} of the range"
+                if regression
+                else f"{held['labels_ppm_worst'] / 1e4:.3f}% ({held['labels_ppm_mean'] / 1e4:.3f}%)",
+                "" if held["dice_lowest"] is None else f"{held['dice_lowest']:.4f}",
+                "" if truth is None else f"{truth['engine_dice']:.4f} ({truth['baseline_dice']:.4f})",
+                "inside" if row["accepted"] else "outside",
+            )
+        )
+    head = (
+        "network", "backend", "precision", "labels changed, worst image (mean)", "lowest Dice against FP32",
+        "Dice against the truth (FP32)", "default budget",
+    )  # fmt: skip
+    counts = sorted({row["held_back"]["images"] for row in found["rows"] if row.get("held_back")})
+    images = " or ".join(map(str, counts))
+    return (
+        f"{images} images held back from the build for each network, on {found['machine']['cpu']}\n"
+        f"(`{found['command']}`):\n\n{table(head, lines)}"
+    )
+
+
+def passes() -> str:
+    parts = []
+    for path in sorted(RESULTS.glob("passes-*.json")):
+        found: Record = json.loads(path.read_text(encoding="utf-8"))
+        rows = [
+            (
+                row["name"],
+                row["backend"],
+                f"{row['before_ms']:,.1f} -> {row['after_ms']:,.1f}",
+                f"{row['speed']:.2f} ({row['speed_low']:.2f} to {row['speed_high']:.2f})",
+                row["difference"],
+            )
+            for row in found["rows"]
+        ]
+        head = ("pass", "backend", "ms without -> with", "speed (range)", "result")
+        parts.append(f"`{found['net']}`, {found['tile']} px, {found['threads']} threads:\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
 def gpu_anchors() -> str:
     rows = [r for r in record("gpu_anchors")["rows"] if r["name"].startswith("torch.compile") and "ms" in r]
     each = "; ".join(
@@ -596,6 +649,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "precision-paper": precision_paper,
     "membranes": membranes,
     "membranes-slices": membranes_slices,
+    "parity": parity_rows,
+    "passes": passes,
     "gpu-machine": gpu_machine,
     "gpu-anchors": gpu_anchors,
     "gpu-paper": gpu_paper,

@@ -226,6 +226,34 @@ def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path, monkeypa
     assert len(tables.gpu_predict().splitlines()) == 2 + 2 * 2 * 2  # two networks, two sizes, two ways
 
 
+def test_rows_of_parity_and_of_passes_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segmentation, a regression, what was not built; a pass before and after."""
+    tables = load("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    held = {"images": 9, "labels_ppm_worst": 2100.0, "labels_ppm_mean": 760.0, "dice_lowest": 0.9712, "relative": 0.01}
+    row = {"net": "n", "backend": "openvino", "precision": "int8", "variant": "2 layers in FP32", "accepted": False}
+    row |= {"held_back": held, "truth": {"engine_dice": 0.85, "baseline_dice": 0.851}}
+    other = {"net": "r", "backend": "openvino", "precision": "fp32", "accepted": True}
+    other["held_back"] = held | {"labels_ppm_worst": None, "labels_ppm_mean": None, "dice_lowest": None}
+    missing = {"net": "n", "backend": "openvino", "precision": "bf16", "note": "no BF16 here"}
+    document = {"command": "python x.py", "machine": {"cpu": "a processor"}, "rows": [row, other, missing]}
+    (tmp_path / "parity.json").write_text(json.dumps(document))
+    text = tables.BLOCKS["parity"]()
+    assert "| n | openvino | int8 (2 layers in FP32) | 0.210% (0.076%) | 0.9712 | 0.8500 (0.8510) | outside |" in text
+    assert "error 1.0e-02 of the range" in text
+    assert "not built: no BF16 here" in text
+    times = {"before_ms": 20.0, "after_ms": 10.0, "speed": 2.0, "speed_low": 1.9, "speed_high": 2.1}
+    passes = {
+        "net": "n",
+        "tile": 64,
+        "threads": 2,
+        "rows": [{"name": "QDQ", "backend": "b", "difference": "d", **times}],
+    }
+    (tmp_path / "passes-n.json").write_text(json.dumps(passes))
+    assert "| QDQ | b | 20.0 -> 10.0 | 2.00 (1.90 to 2.10) | d |" in tables.BLOCKS["passes"]()
+
+
 def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     """A mask of another image, or of one shifted by a pixel, is seen."""
     import numpy as np

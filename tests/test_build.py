@@ -89,7 +89,7 @@ def refused(error: type[Exception], text: str, model: Path, folder: Path, **opti
 def test_no_option_at_all(network, tmp_path, monkeypatch):
     """FP32, all backends, generated tiles, a record that says so, and the command that would prove more."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MODULE, "SECONDS_FOR_PARITY", 0.0)  # one generated sample is enough here
+    monkeypatch.setattr(MODULE, "PARITY_SHARE", 0.0)  # one generated sample is enough here
     model = network(norm="batch")
     reports: list[BuildReport] = []
     with urt.build(model, report=reports.append) as engine:
@@ -598,7 +598,7 @@ def test_an_engine_is_not_overwritten(network, textures, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MODULE, "open_model", lambda *a, **k: pytest.fail("work was done before the refusal"))
         with pytest.raises(urt.OutputError, match="--overwrite"):
-            built(network(), tmp_path / "x.urt", **options)
+            built(network(), tmp_path / "x.urt", **options | {"tile": (80, 80)})
     assert {p.name for p in (tmp_path / "x.urt").iterdir()} == before
     built(network(norm="batch"), tmp_path / "x.urt", overwrite=True, **options)[1].close()
     assert {p.name for p in (tmp_path / "x.urt").iterdir()} != before

@@ -13,12 +13,22 @@ from hypothesis import strategies as st
 onnx = pytest.importorskip("onnx")
 
 from unet_rt.activations import BINS, Distribution, overflowing, probe, tensors  # noqa: E402
-from unet_rt.calibration import METHODS, Calibration, Range, calibrate, range_of, split, tile_starts  # noqa: E402
+from unet_rt.calibration import (  # noqa: E402
+    METHODS,
+    Calibration,
+    Range,
+    calibrate,
+    input_range,
+    range_of,
+    split,
+    tile_starts,
+)
+from unet_rt.contract import Contract, Normalization  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.errors import EngineError, ImageError  # noqa: E402
-from unet_rt.normalize import Affine  # noqa: E402
+from unet_rt.normalize import Affine, normalised  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
-from unet_rt.samples import Sample  # noqa: E402
+from unet_rt.samples import Sample, draw  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
@@ -172,6 +182,21 @@ def test_no_pixel_calibrates_and_judges(count: int, sides: tuple[int, int]) -> N
         origin = next(s for s in given_ if int(s.name) == int(part.name.split()[0]))
         y, x = part.start
         np.testing.assert_array_equal(part.pixels, origin.pixels[:, y:, x:][:, : part.shape[0], : part.shape[1]])
+
+
+def test_the_window_of_the_farthest_values_calibrates() -> None:
+    """By what the network gets: an image of few bright objects goes far beyond its standard deviation."""
+    contract = Contract(normalization=Normalization("zscore"))
+    images = [microscopy((96, 96), seed=seed).image for seed in range(6)]
+    images[4][40:43, 50:53] = 65535
+    samples = draw(images, contract, spatial=2, network_channels=1)
+    low, high = input_range(samples[4])
+    x = normalised(samples[4].pixels, samples[4].numbers)
+    assert (low, high) == pytest.approx((x.min(), x.max()), rel=1e-5)
+    calibrating, judging, _ = split(samples)
+    assert calibrating[0] is samples[4]
+    assert samples[0] in judging
+    assert max(input_range(s)[1] for s in judging) < high
 
 
 def test_a_window_too_small_to_be_cut() -> None:

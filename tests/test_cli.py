@@ -85,7 +85,8 @@ def environment() -> dict[str, str]:
 
 def test_help_explains_every_verb_and_option(cli: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]) -> None:
     (verbs,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-    assert set(verbs.choices) == {"inspect", "build", "predict", "verify", "doctor", "demo", "train", "export"}
+    known = {"inspect", "build", "predict", "verify", "pack", "unpack", "doctor", "demo", "train", "export"}
+    assert set(verbs.choices) == known
     for name, parser in verbs.choices.items():
         for action in parser._actions:
             assert action.help, f"{name} {action.dest} is not explained"

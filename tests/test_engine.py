@@ -164,6 +164,42 @@ def test_on_another_machine_the_exam_is_sat_again(folder, monkeypatch):
     assert sat
 
 
+def test_a_passed_exam_is_kept_for_such_machines(folder, monkeypatch):
+    """It is sat once per machine and graph; a row that was changed, or is another machine's, is worth nothing."""
+    sat = []
+    from unet_rt import exam
+
+    real = exam.sit
+    monkeypatch.setattr(exam, "sit", lambda *args: sat.append(1) or real(*args))
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another processor")
+    before = json.loads((folder / "spec.json").read_text())["key"]
+    urt.load(folder).close()
+    urt.load(folder).close()
+    assert len(sat) == 1
+    (row,) = folder.glob("row-*.json")
+    assert json.loads((folder / "spec.json").read_text())["key"] == before, "it is no part of the engine"
+    document = json.loads(row.read_text())
+    for change in (
+        {"graph_sha256": "0"},
+        {"fingerprint": {**document["fingerprint"], "cpu": "a third"}},
+        {"verdict": {**document["verdict"], "label_change": 0.5}},
+        {"verdict": {**document["verdict"], "accepted": False}},
+        {"verdict": {}},
+    ):
+        row.write_text(json.dumps({**document, **change}))
+        sat.clear()
+        urt.load(folder).close()
+        assert sat, change
+    row.write_text("{")
+    urt.load(folder).close()
+    monkeypatch.setattr(machine, "cpu_name", lambda: "a third processor")
+    urt.load(folder).close()
+    assert len(list(folder.glob("row-*.json"))) == 2
+    opened = read_folder(folder)
+    write_folder(folder, opened.spec, {kind: opened.file(kind) for kind in opened.files}, overwrite=True)
+    assert not list(folder.glob("row-*.json"))
+
+
 def test_a_failed_exam_is_refused(folder, monkeypatch):
     opened = read_folder(folder)
     arrays = opened.exam()

@@ -25,7 +25,7 @@ from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402
-from unet_rt.search import LayerCost, Mixture, _shortest, change_near_decision, form_of  # noqa: E402
+from unet_rt.search import LayerCost, Mixture, _best_method, _shortest, change_near_decision, form_of  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.onnxruntime]
@@ -83,7 +83,8 @@ def test_the_shortest_beginning_that_holds_the_budget(needed: int) -> None:
         verdict = SimpleNamespace(accepted=len(keep) - 1 >= needed, label_change=0.1, relative=0.1)
         return Mixture("", keep, object(), verdict)  # type: ignore[arg-type]
 
-    found = _shortest(names, frozenset({"first"}), attempt, dropped.append, lambda _: None)
+    found, complete = _shortest(names, frozenset({"first"}), attempt, dropped.append, lambda _: None)
+    assert complete
     if needed > len(names):
         assert found is None
         assert len(dropped) == len(tried)
@@ -101,6 +102,44 @@ def test_weights_have_seven_bits_where_products_saturate(monkeypatch: pytest.Mon
     assert form_of("openvino").levels == 127
     monkeypatch.setattr("unet_rt.machine.cpu_features", lambda: frozenset({"avx2", "avx_vnni"}))
     assert form_of("onnxruntime").levels == 127
+
+
+class Clock:
+    """The monotonic clock, which goes on by the seconds that attempts take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 100.0
+        monkeypatch.setattr("unet_rt.search.time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+@pytest.mark.parametrize("seconds", [0, 5, 39, 41, 55, 60, 1000])
+def test_no_attempt_begins_that_would_end_behind_the_deadline(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts of ten seconds: the answer is the shortest list that was found in time, and whether it is known to be."""
+    clock, names = Clock(monkeypatch), [f"layer {k}" for k in range(16)]
+    needed, dropped = 5, list[Any]()
+
+    def attempt(keep: frozenset[str]) -> Mixture:
+        clock.now += 10
+        verdict = SimpleNamespace(accepted=len(keep) >= needed, label_change=0.1, relative=0.1)
+        return Mixture("", keep, object(), verdict)  # type: ignore[arg-type]
+
+    end = clock.now + seconds
+    found, complete = _shortest(names, frozenset(), attempt, dropped.append, lambda _: None, end)
+    assert clock.now <= end + 10  # the first attempt's time is not known before
+    assert (found is not None) == (seconds >= 40)  # lists of 1, 2, 4 and 8 layers were tried
+    assert complete == (seconds >= 60)  # and of 6 and 5
+    if found is not None:
+        assert len(found.keep) == {41: 8, 55: 6}.get(seconds, needed)
+        assert found.engine not in dropped
+
+
+def test_ranges_are_chosen_by_the_worst_tile() -> None:
+    """A method that is best on most tiles and cuts a bright one off is not taken."""
+    changes = {"minmax": [0.02, 0.02], "percentile": [0.001, 0.9], "tight": [0.001, 0.9], "mse": [0.01, 0.03]}
+    changes["entropy"] = [0.04, 0.04]
+    quantiser = SimpleNamespace(worst_change=max, say=lambda _: None)
+    made = lambda keep, method: changes[method]  # noqa: E731
+    assert _best_method(quantiser, made, lambda _: None) == "minmax"  # type: ignore[arg-type]
 
 
 # --- builds -------------------------------------------------------------------------------------------------------------
@@ -219,15 +258,18 @@ def test_the_engine_keeps_its_calibration(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_int8_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(
         urt.ContractError, match="int8 needs samples to calibrate and to prove parity on; pass --samples"
     ):
         built(shipped_model(), tmp_path / "a.urt", samples=None, precision="int8")
-    monkeypatch.setattr("unet_rt.search.SECONDS_FOR_SEARCH", 0.0)
+    for minutes in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(urt.ContractError, match="search_minutes"):
+            built(shipped_model(), tmp_path / "a.urt", search_minutes=minutes)
     budget = urt.Budget(label_change=0)
+    options = {"backend": "onnxruntime", "precision": "int8", "budget": budget, "search_minutes": 0.01}
     with pytest.raises(urt.ParityError, match=r"no candidate is inside the budget: onnxruntime int8"):
-        built(shipped_model(), tmp_path / "a.urt", backend="onnxruntime", precision="int8", budget=budget)
+        built(shipped_model(), tmp_path / "a.urt", **options)
     with pytest.raises(urt.ImageError, match="pass three or more images"):
         built(shipped_model(), tmp_path / "a.urt", samples=[SAMPLES[0][:96, :96]], precision="int8", tile=(64, 64))
     assert not (tmp_path / "a.urt").exists()

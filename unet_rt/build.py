@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -17,15 +18,26 @@ import numpy.typing as npt
 from . import backends, bench, exam, machine, parity
 from .activations import overflowing, probe, tensors
 from .backends.onnx_file import precision_of
-from .calibration import Method, draw_tiles, split
+from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
+from .calibration import Method, draw_tiles, input_range, split
 from .contract import Contract
-from .engine import Engine, EngineSpec, Precision, check_target, write_folder
-from .errors import BackendError, ContractError, GraphError, ImageError, ParityError, TileError
+from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, read_folder, write_folder
+from .errors import (
+    BackendError,
+    ContractError,
+    EngineError,
+    GraphError,
+    ImageError,
+    OutputError,
+    ParityError,
+    TileError,
+)
 from .model import (
     Model,
     baseline_engine,
     baseline_name,
     blended_spec,
+    judged_tile,
     keeps,
     kept_share,
     largest_halo,
@@ -36,12 +48,12 @@ from .model import (
     whole_grid,
 )
 from .normalize import normalised
-from .parity import Budget, ImageParity, Verdict
+from .parity import BatchParity, Budget, ImageParity, Verdict
 from .passes.half import half
 from .passes.qdq import FORMS
 from .predict import MEMORY_SHARE
 from .samples import Sample, draw, raw_result, raw_results, sample_images, synthetic, tile_of
-from .search import LayerCost, Mixture, Quantiser, search
+from .search import Deadline, LayerCost, Mixture, Quantiser, plain_and_ends, put_back
 from .stitch import Blend
 from .tiles import TileGrid, tile_grid
 
@@ -60,7 +72,17 @@ CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at
 CALIBRATION_FLOP = 1e12  # of all calibration tiles together: half a minute of two cores
 AS_FAST = 0.95  # of the fastest speed: about the spread of measurements
 Key = tuple[str, Precision, str]  # backend, precision, variant
-SECONDS_FOR_PARITY = 120.0
+SEARCH_MINUTES = 10.0
+# How the time for the search is dealt out: the windows that parity is judged on are chosen so that the verdicts of all
+# candidates take PARITY_SHARE of it; INT8 ends when the second and third share are used up, tiles when nearly all is.
+PARITY_SHARE = 0.4
+INT8_ENDS = 0.6
+PUT_BACK_ENDS = 0.75
+TILES_END = 0.95
+TILED_COST = 1.6  # of a verdict over the baseline's own run: tiles have halos
+INT8_RUNS = 2.0  # that INT8 costs per backend, in runs of the baseline: plain, its ends, mixtures
+FEWEST_WINDOWS = 3
+LEAST_OF_RANGE = 0.02  # of the declared grey levels that samples should cover: 0 to 1 is not 0 to 255
 
 
 @dataclass(frozen=True)
@@ -156,10 +178,15 @@ def build(
     channels: Sequence[int] | None = None,
     keep_exam: bool = True,
     overwrite: bool = False,
+    cache: str | Path | None = None,
+    search_minutes: float = SEARCH_MINUTES,
     say: Say | None = None,
     report: Callable[[BuildReport], None] | None = None,
 ) -> Engine:
     """Builds an engine folder and returns the loaded engine.
+
+    Where ``out`` already holds the engine that the same model, samples and options made on this machine, or ``cache``
+    does, that one is loaded and nothing is built.
 
     Args:
         model: ONNX file, bioimage.io package or ``rdf.yaml``; several (folds) become one engine of their mean probability.
@@ -178,9 +205,12 @@ def build(
         threads: Of backend and kernels; 0: by affinity and quota.
         axes, channels: How samples are to be read.
         keep_exam: Whether a few tiles travel with the engine.
-        overwrite: Replace an existing engine.
+        overwrite: Replace an existing engine, whatever it was built from.
+        cache: Folder that keeps engines by everything that decided them (see :mod:`unet_rt.cache`).
+        search_minutes: Time for the search; what there is no time for is said in the report. At least one verdict per
+            candidate is reached in any case.
         say: Receives progress in sentences.
-        report: Receives the :class:`BuildReport`.
+        report: Receives the :class:`BuildReport`; not called where nothing was built.
 
     Raises:
         ParityError: No candidate is inside the budget.
@@ -188,15 +218,36 @@ def build(
     """
     from .engine import load
 
-    say = say or log.info
+    deadline = Deadline(time.monotonic(), 60 * search_minutes)
+    if not 0 < search_minutes < float("inf"):
+        raise ContractError(f"search_minutes={search_minutes} is not a time; pass minutes above 0")
+    say = _timed(say or log.info, deadline)
     paths = [Path(model)] if isinstance(model, str | Path) else [Path(one) for one in model]
     if not paths:
         raise ContractError("no model is given; pass an ONNX file, or several of them")
     path = paths[0] if len(paths) == 1 else Path("ensemble.onnx")
     folder = Path(out) if out is not None else Path(path.name).with_suffix(".urt")
-    check_target(folder, overwrite=overwrite)
     where, names = _backends(backend, device)
     precisions = _precisions(precision, where)
+    budget = budget or Budget()
+    asked = asked_first(
+        {
+            "budget": vars(budget),
+            "backends": names,
+            "precision": precision,
+            "tile": tile,
+            "halo": halo,
+            "overlap": overlap,
+            "blend": blend,
+            "threads": threads or machine.threads(),
+            "exam": keep_exam,
+            "minutes": search_minutes,
+        },
+        where,
+    )
+    same = None if overwrite else _same_engine(folder, asked)
+    if same is None:
+        check_target(folder, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as temporary:
         work = Path(temporary)
         options = contract if isinstance(contract, Contract) else None
@@ -214,18 +265,88 @@ def build(
             raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")
         if samples is None:
             precisions = ("fp32",)
-        builder = _Build(opened, work, budget or Budget(), threads, say, where)
+        builder = _Build(opened, work, budget, threads, say, where, deadline)
         builder.read_samples(samples, axes, channels)
+        builder.asked = {**asked, **asked_of(opened.given, builder.model.contract, builder.samples)}
+        kept = EngineCache(cache) if cache is not None else None
+        if _reused(folder, same, kept, builder.asked, overwrite=overwrite, say=say):
+            builder.baseline.close()
+            return load(folder, threads=threads or None)
         precisions = builder.calibration_samples(names, precisions, explicit=precision != "auto")
         builder.resolve_task()
+        builder.deal_time(names, precisions)
         builder.choose_tiling(tile, halo, overlap, blend)
         builder.try_candidates(names, precisions, explicit=backend != "auto" or precision != "auto")
         builder.choose(tile)
         command = shlex.join(["unet-rt", "build", *map(str, paths)])
-        result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=command)
+        try:
+            result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=command)
+        except OutputError:
+            if overwrite or not _holds(folder, builder.asked):
+                raise
+            say(f"{folder} was built by another process meanwhile")  # from the same: either engine is what was asked
+            return load(folder, threads=threads or None)
+        if kept is not None:
+            kept.put(read_folder(folder), builder.asked)
     if report is not None:
         report(result)
     return load(folder, threads=threads or None)
+
+
+def _timed(say: Say, deadline: Deadline) -> Say:
+    """Progress beside the time that it took and may take."""
+    return lambda text: say(f"{deadline.spent:.0f} of {deadline.seconds:.0f} s: {text}")
+
+
+def _same_engine(folder: Path, asked: Asked) -> EngineFolder | None:
+    """The engine in ``folder`` that may be what was asked, as far as that is known yet.
+
+    Raises:
+        OutputError: It is another one.
+    """
+    try:
+        found = read_folder(folder)
+    except EngineError:
+        return None
+    other = differs(found, asked)
+    if other:
+        raise OutputError(_another(folder, other))
+    return found
+
+
+def _holds(folder: Path, asked: Asked) -> bool:
+    """Whether a folder holds the engine that was asked for."""
+    try:
+        return not differs(read_folder(folder), asked)
+    except EngineError:
+        return False
+
+
+def _another(folder: Path, other: Sequence[str]) -> str:
+    return (
+        f"{folder} exists, and was built from another {', '.join(other)}; pass --overwrite to replace it, or choose "
+        "another --out"
+    )
+
+
+def _reused(
+    folder: Path, same: EngineFolder | None, kept: EngineCache | None, asked: Asked, *, overwrite: bool, say: Say
+) -> bool:
+    """Whether ``folder`` holds what was asked: since an earlier build, or from the cache."""
+    if same is not None:
+        other = differs(same, asked)
+        if other:
+            raise OutputError(_another(folder, other))
+        say(f"{folder} is up to date")
+        if kept is not None:
+            kept.put(same, asked)
+        return True
+    found = None if kept is None else kept.get(asked)
+    if found is None:
+        return False
+    copy_folder(found, folder, overwrite=overwrite)
+    say(f"{folder} comes from the cache")
+    return True
 
 
 def _backends(backend: str, device: str) -> tuple[str, list[str]]:
@@ -254,7 +375,20 @@ def _precisions(precision: str, device: str) -> tuple[Precision, ...]:
 class _Build:
     """The steps of one build, in the order in which ``build`` calls them; each fills in what the next needs."""
 
-    def __init__(self, model: Model, work: Path, budget: Budget, threads: int, say: Say, device: str = "cpu"):
+    def __init__(
+        self,
+        model: Model,
+        work: Path,
+        budget: Budget,
+        threads: int,
+        say: Say,
+        device: str = "cpu",
+        deadline: Deadline | None = None,
+    ):
+        self.deadline = deadline or Deadline(time.monotonic(), 60 * SEARCH_MINUTES)
+        self.asked: Asked = {}
+        self.parity_seconds = PARITY_SHARE * self.deadline.seconds  # for the baseline on the samples
+        self.left_out: list[str] = []  # what there was no time for
         self.model, self.work, self.budget, self.threads, self.say = model, work, budget, threads, say
         self.spec = replace(untiled_spec(model), device=device)
         self.baseline = baseline_engine(model, self.spec, threads=threads)
@@ -276,6 +410,8 @@ class _Build:
         self.calibration_whole: list[list[Array]] = []  # the baseline's outputs on them
         self.kept: dict[Engine, frozenset[str]] = {}  # layers in FP32 of every INT8 engine
         self.whole: list[list[Array]] = []  # the baseline's outputs on every sample
+        self.rows: dict[Key, tuple[BatchParity, ...]] = {}  # of every candidate, per batch size: its first output
+        self.wanted_tile: Array | None = None  # the baseline on the tile that they were judged on
         self.mismatch: ImageParity | None = None
         self.first: dict[str, Any] = {}
 
@@ -287,7 +423,7 @@ class _Build:
         spatial, wanted = self.model.spatial, self.model.channels
         if samples is None:
             self.samples = synthetic(contract, wanted, spatial)
-            self.value_range = None
+            self.value_range = self.input_range = None
             return
         images = sample_images(samples)
         if contract.normalization is None:
@@ -304,6 +440,8 @@ class _Build:
         )
         lows, highs = zip(*((float(s.pixels.min()), float(s.pixels.max())) for s in self.samples), strict=True)
         self.value_range = (min(lows), max(highs))
+        lows, highs = zip(*map(input_range, self.samples), strict=True)
+        self.input_range = [min(lows), max(highs)]
         if len(images) < 3:
             self.notes.append(f"parity rests on {len(images)} image(s); three or more prove more")
         self.say(f"samples: {len(self.samples)} windows; {self.samples[0].reading}")
@@ -361,11 +499,22 @@ class _Build:
         )
         if self.value_range is not None and contract.value_range is None:
             contract = replace(contract, value_range=self.value_range)
+        elif self.value_range is not None and contract.value_range is not None:
+            self._compare_ranges(contract.value_range, self.value_range)
         self.spec = replace(self.spec, contract=contract)
         self.baseline.spec = replace(self.baseline.spec, contract=contract)
 
     def _leave_open(self, readings: str) -> None:
         self.warnings.append(f"{readings}; until then predict gives the values themselves (--output raw), and no mask")
+
+    def _compare_ranges(self, declared: tuple[float, float], seen: tuple[float, float]) -> None:
+        """A warning where samples hold other grey levels than the model declares: most often another bit depth."""
+        beyond = seen[0] < declared[0] or seen[1] > declared[1]
+        if beyond or seen[1] - seen[0] < LEAST_OF_RANGE * (declared[1] - declared[0]):
+            self.warnings.append(
+                f"the samples run from {seen[0]:g} to {seen[1]:g}, and the model declares {declared[0]:g} to "
+                f"{declared[1]:g}: look at their bit depth and --normalize first, results are proven for what was passed"
+            )
 
     def _describe_first(self) -> None:
         """What the first sample looks like to the network, and what it makes of it: all of the sample."""
@@ -397,6 +546,12 @@ class _Build:
                 f"the output of {self.samples[0].name} is saturated (nearly every probability is 0 or 1 to six digits): "
                 "check --normalize first, then --output-is"
             )
+
+    def deal_time(self, names: Sequence[str], precisions: Sequence[Precision]) -> None:
+        """How long the baseline may run on samples, so that as many can be judged for every candidate."""
+        floats = len(names) * sum(p != "int8" for p in precisions)
+        runs = 1 + TILED_COST * floats + INT8_RUNS * len(names) * ("int8" in precisions)
+        self.parity_seconds = PARITY_SHARE * self.deadline.seconds / runs
 
     # 3 ---------------------------------------------------------------------------------------------------------------
 
@@ -560,10 +715,9 @@ class _Build:
             kept.append(sample)
             spent += watch.seconds
             self.say(f"baseline {k + 1}/{len(self.samples)}: {sample.name}")
-            if spent > SECONDS_FOR_PARITY and k + 1 < len(self.samples):
-                self.notes.append(
-                    f"parity is judged on {k + 1} of {len(self.samples)} samples, to keep the search short"
-                )
+            least = FEWEST_WINDOWS if self.kind == "samples" else 1
+            if k + 1 >= least and spent * (k + 2) / (k + 1) > self.parity_seconds and k + 1 < len(self.samples):
+                self.left_out.append(f"parity is judged on {k + 1} of {len(self.samples)} sample windows")
                 break
         self.samples = kept
         if not self.spec.exact and self.spec.free_size:
@@ -580,21 +734,25 @@ class _Build:
         verdicts: dict[Key, Verdict] = {}
         tile = self.spec.tile
         batches = self._batches(tile)
-        for name in names:
-            for precision in precisions:
+        found: dict[str, list[Mixture]] = {}
+        for precision in precisions:
+            for name in names:
                 self.say(f"building {name} {precision}")
                 try:
                     if precision == "int8":
-                        for mixture in self._mixtures(name, tile, batches):
-                            self.engines[name, precision, mixture.label] = mixture.engine
-                            self.kept[mixture.engine] = mixture.keep
-                            verdicts[name, precision, mixture.label] = mixture.verdict
+                        found[name] = self._mixtures(name, tile, batches)
                     else:
                         self.engines[name, precision, ""] = self._engine(name, precision, tile, batches)
                 except (BackendError, GraphError) as error:
                     if explicit and len(names) * len(precisions) == 1:
                         raise
                     self.candidates.append(Candidate(name, precision, tile, note=str(error)))
+        self._put_back(found, tile, batches)
+        for name, mixtures in found.items():
+            for mixture in mixtures:
+                self.engines[name, "int8", mixture.label] = mixture.engine
+                self.kept[mixture.engine] = mixture.keep
+                verdicts[name, "int8", mixture.label] = mixture.verdict
         if not self.engines:
             raise BackendError("no candidate could be built: " + "; ".join(c.note for c in self.candidates))
         x = tile_of(self.samples[0], self.spec, tile, self.threads)
@@ -604,13 +762,13 @@ class _Build:
         keys = [key for key in self.engines for _ in batches]
         for key, engine in self.engines.items():
             self.say(f"parity of {' '.join(key).rstrip()}")
-            verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), batches)
+            verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), batches, key)
         for key, (_, _, batch), timing in zip(keys, runs, timings, strict=True):
             candidate = Candidate(key[0], key[1], tile, batch, variant=key[2])
             self.candidates.append(self._measured(candidate, tile, timing, verdicts[key]))
 
     def _mixtures(self, name: str, tile: tuple[int, ...], batches: Sequence[int]) -> list[Mixture]:
-        """INT8 for one backend: plain, and with the layers in FP32 that the budget needs."""
+        """INT8 for one backend: plain, and with its ends in FP32."""
         backend = backends.get(name)
         if name not in FORMS or "int8" not in backend.precisions(self.spec.device):
             raise BackendError(f"{name} has no int8 on {self.spec.device} here")
@@ -622,18 +780,49 @@ class _Build:
             self.quantiser = Quantiser(
                 self.model.graph, self.baseline, tiles, windows=windows, threads=self.threads, say=self.say
             )
-        quantiser = self.quantiser
+            self.quantiser.left_out = self.left_out
+        make = self._maker(self.quantiser, name, tile, batches)
+        return plain_and_ends(self.quantiser, make, self._drop, self._verdict, self.deadline, INT8_ENDS)
 
+    def _maker(
+        self, quantiser: Quantiser, name: str, tile: tuple[int, ...], batches: Sequence[int]
+    ) -> Callable[[frozenset[str], Method], Engine]:
         def make(keep: frozenset[str], method: Method) -> Engine:
             source = self.work / "quantised.onnx"
             quantiser.write(source, name, keep, method)
             return self._engine(name, "int8", tile, batches, source=source)
 
-        def drop(engine: Engine) -> None:
-            engine.close()
-            self.files.pop(engine)[0].unlink(missing_ok=True)  # as large as the network, and there may be dozens
+        return make
 
-        return search(quantiser, make, drop, self._verdict)
+    def _drop(self, engine: Engine) -> None:
+        engine.close()
+        self.files.pop(engine)[0].unlink(missing_ok=True)  # as large as the network, and there may be dozens
+
+    def _put_back(self, found: dict[str, list[Mixture]], tile: tuple[int, ...], batches: Sequence[int]) -> None:
+        """Layers returned to FP32 where a backend's INT8 misses the budget, and would be the fastest inside it."""
+        waiting = [name for name, mixtures in found.items() if not any(m.verdict.accepted for m in mixtures)]
+        if not waiting or self.quantiser is None:
+            return
+        inside = [*self.engines.values(), *(m.engine for ms in found.values() for m in ms if m.verdict.accepted)]
+        fastest = min((self._quick_seconds(engine, tile) for engine in inside), default=float("inf"))
+        seconds = {name: self._quick_seconds(found[name][0].engine, tile) for name in waiting}
+        for name in sorted(waiting, key=lambda name: seconds[name]):
+            if seconds[name] >= fastest:  # and layers in FP32 make no engine faster
+                self.notes.append(
+                    f"{name} int8 is outside the budget and no faster than what is inside: no layers were returned to FP32"
+                )
+                continue
+            make = self._maker(self.quantiser, name, tile, batches)
+            mixture = put_back(
+                self.quantiser, found[name], make, self._drop, self._verdict, self.deadline, PUT_BACK_ENDS
+            )
+            if mixture is not None:
+                found[name].append(mixture)
+                fastest = min(fastest, self._quick_seconds(mixture.engine, tile))
+
+    def _quick_seconds(self, engine: Engine, tile: tuple[int, ...]) -> float:
+        """Of one run, roughly: what is worth searching on with; candidates are compared by ``_times``."""
+        return self._times([(engine, tile, 1)], runs=2, seconds=5.0)[0].low_s
 
     def _engine(
         self,
@@ -739,7 +928,7 @@ class _Build:
     def _verdict(self, engine: Engine) -> Verdict:
         images: list[ImageParity] = []
         for sample, whole in zip(self.samples, self.whole, strict=True):
-            grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
+            grid = engine.spec.grid(sample.shape, judged_tile(engine.spec, sample.shape))
             results = raw_results(engine, sample, grid, self.threads)
             images += parity.compare_outputs(whole, results, self.spec, sample.name)
         verdict = parity.judge(images, self.budget.of(engine.spec.precision))
@@ -758,29 +947,40 @@ class _Build:
                 with _Stopwatch() as watch:
                     self.calibration_whole.append(raw_results(self.baseline, sample, grid, self.threads))
                 spent += watch.seconds
-                if spent > SECONDS_FOR_PARITY / 4:
+                if spent > self.parity_seconds / 4:
                     break
         images: list[ImageParity] = []
         for sample, wanted in zip(self.calibrating, self.calibration_whole, strict=False):
-            grid = engine.spec.grid(sample.shape, seam_tile(engine.spec, sample.shape))
+            grid = engine.spec.grid(sample.shape, judged_tile(engine.spec, sample.shape))
             got = raw_results(engine, sample, grid, self.threads)
             images += parity.compare_outputs(wanted, got, self.spec, f"{sample.name} (it calibrated)")
         return parity.judge(images, self.budget.of("int8")).reasons
 
-    def _same_rows(self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int]) -> Verdict:
+    def _same_rows(
+        self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int], key: Key | None = None
+    ) -> Verdict:
         """The verdict, with a reason more where identical tiles of one batch, or one alone, give different answers.
 
-        Some builds of some libraries do (silently, for batches above one); it needs no baseline to be seen.
+        Some builds of some libraries do (silently, for batches above one); it needs no baseline to be seen. For the
+        record of ``key`` the tile is compared with the baseline, too, at every batch size.
         """
         alone = [y[0] for y in engine.run(x)]
-        reasons: tuple[str, ...] = ()
+        found, reasons = {1: (alone[0], True)}, tuple[str, ...]()
         for n in sorted({2, *batches} - {1}):
             self.batches_judged.add(n)
             rows = engine.run(np.repeat(x, n, axis=0))
             images = parity.compare_outputs(alone, [y[0] for y in rows], self.spec, f"a tile in a batch of {n}")
             reasons += parity.judge(images, self.budget.of(engine.spec.precision)).reasons
-            if any(not np.array_equal(y[0], row) for y in rows for row in y[1:]):
+            found[n] = (rows[0][0], all(np.array_equal(y[0], row) for y in rows for row in y[1:]))
+            if not found[n][1]:
                 reasons += (f"identical tiles of one batch of {n} give different answers",)
+        if key is not None:
+            if self.wanted_tile is None:
+                self.wanted_tile = self.baseline.run(x)[0][0]
+            self.rows[key] = tuple(
+                BatchParity(n, same, parity.compare(self.wanted_tile, row, self.spec.contract, f"a tile, batch {n}"))
+                for n, (row, same) in found.items()
+            )
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
 
     # 5 ---------------------------------------------------------------------------------------------------------------
@@ -809,6 +1009,12 @@ class _Build:
             f"chosen: {_title(best)}, tile {_by(best.tile)} px{batch}: "
             f"{best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of {among}"
         )
+        if self.left_out:
+            minutes = self.deadline.seconds / 60
+            self.notes.append(
+                f"the search kept to {minutes:g} minutes, and left out: {'; '.join(self.left_out)}; "
+                "--search-minutes allows more"
+            )
         self.best_engine = engine
         self.spec = replace(
             engine.spec,
@@ -820,6 +1026,8 @@ class _Build:
                 "threads": self.threads,
                 "sample_sha256": [s.sha256 for s in self.samples],
                 "kind": self.kind,
+                "input_range": self.input_range,
+                "asked": dict(self.asked),
                 **self._int8_options(engine),
             },
         )
@@ -873,7 +1081,9 @@ class _Build:
         if len(runs) < 2:
             return best, engine, bytes_per_px
         self.say("measuring tiles " + ", ".join(_by(tile) for _, tile, _ in runs))
-        slow = (best.latency_ms or 0.0) / 1e3 / best.batch / prod(best.tile) * prod(runs[-1][1]) > SLOW_RUN_S
+        slow = self._seconds_of(best, runs[-1][1]) > SLOW_RUN_S or self.deadline.left(TILES_END) < 4 * sum(
+            batch * self._seconds_of(best, tried) for _, tried, batch in runs
+        )
         timings = self._times(runs, runs=1 if slow else 3, warm_up=0 if slow else 1)
         row = self.candidates.index(best)
         again = self._measured(best, best.tile, timings[0], best.verdict)
@@ -894,18 +1104,26 @@ class _Build:
                 other.close()
         return best, chosen, bytes_per_px
 
+    def _seconds_of(self, candidate: Candidate, tile: Sequence[int]) -> float:
+        """What a run of one tile is expected to take, by the one that was measured."""
+        return (candidate.latency_ms or 0.0) / 1e3 / prod(candidate.tile) / candidate.batch * prod(tile)
+
     def _larger_tiles(self, best: Candidate, bytes_per_px: float) -> list[tuple[int, ...]]:
         """Tiles above the one that candidates were compared at, as far as time and memory allow to try them."""
-        seconds_per_px = (best.latency_ms or 0.0) / 1e3 / prod(best.tile) / best.batch
+        left = self.deadline.left(TILES_END) - self._seconds_of(best, best.tile)
         tiles: list[tuple[int, ...]] = []
         for area in TILE_AREAS:
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), area)
             if prod(tile) <= prod(best.tile):
                 continue
             last = _by(tiles[-1] if tiles else best.tile)
-            if seconds_per_px * prod(tile) > LARGEST_RUN_S:
-                seconds = seconds_per_px * prod(tile)
+            seconds = self._seconds_of(best, tile)
+            if seconds > LARGEST_RUN_S:
                 self.notes.append(f"tiles above {last} px were not tried: the next would take {seconds:.0f} s")
+                break
+            left -= seconds
+            if left < 0:
+                self.left_out.append(f"tiles above {last} px were not tried")
                 break
             cpu = self.spec.device == "cpu"
             if (cpu and bytes_per_px * prod(tile) > MEMORY_SHARE * machine.memory_bytes()) or (
@@ -940,6 +1158,11 @@ class _Build:
             "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
             "machine": machine.describe(),
             "batch": sorted(self.batches_judged),
+            "rows": [
+                {"backend": name, "precision": precision, "variant": variant, **row.to_json()}
+                for (name, precision, variant), rows in self.rows.items()
+                for row in rows
+            ],
             "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
             "verdict": verdict.to_json(),
             "seams": {str(k): v for k, v in self.seams.items()},
@@ -1002,14 +1225,11 @@ class _Build:
 
 class _Stopwatch:
     def __enter__(self) -> _Stopwatch:
-        import time
-
-        self._clock = time.perf_counter
-        self._start = self._clock()
+        self._start = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = self._clock() - self._start
+        self.seconds = time.perf_counter() - self._start
 
 
 def _changed(verdict: Verdict | None) -> float:

@@ -201,12 +201,14 @@ def _divergence(found: Distribution, option: Range) -> float:
 def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) -> tuple[list[Sample], list[Sample], str]:
     """(windows to calibrate on, windows to judge on, a sentence about it); no pixel is in both.
 
-    Three windows or more: every third calibrates, the first among them never (reports are about it). Fewer: each is
-    cut along its longest axis, one third calibrates and two judge.
+    Three windows or more: a third calibrates, in order of how far their values go as the network gets them, the farthest
+    among them: what judges lies inside the range that was seen. The first window never calibrates (reports are about
+    it). Fewer: each is cut along its longest axis, one third calibrates and two judge.
     """
     if len(samples) >= CALIBRATION_SHARE:
-        chosen = set(range(1, len(samples), CALIBRATION_SHARE))
-        calibrating = [s for k, s in enumerate(samples) if k in chosen]
+        order = sorted(range(1, len(samples)), key=lambda k: -max(map(abs, input_range(samples[k]))))
+        chosen = order[::CALIBRATION_SHARE]
+        calibrating = [samples[k] for k in chosen]
         judging = [s for k, s in enumerate(samples) if k not in chosen]
         return calibrating, judging, f"{len(calibrating)} of {len(samples)} sample windows calibrate, the others judge"
     calibrating, judging = [], []
@@ -222,6 +224,17 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
         judging.append(_block(sample, axis, cut, sample.shape[axis]))
     count = "the one sample window is" if len(samples) == 1 else "the two sample windows are"
     return calibrating, judging, f"{count} cut: one third calibrates, two thirds judge; three or more images prove more"
+
+
+def input_range(sample: Sample) -> tuple[float, float]:
+    """Lowest and highest value of a window as the network gets it: normalised."""
+    axes = tuple(range(1, sample.pixels.ndim))
+    numbers, ends = sample.numbers, list[Array]()
+    for end in (sample.pixels.min(axis=axes), sample.pixels.max(axis=axes)):
+        value = end.astype(np.float64)
+        value = value if numbers.clip is None else np.clip(value, *numbers.clip)
+        ends.append((value - numbers.offset) / numbers.divisor)
+    return float(min(e.min() for e in ends)), float(max(e.max() for e in ends))
 
 
 def _block(sample: Sample, axis: int, start: int, stop: int) -> Sample:

@@ -180,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    p.add_argument(
+        "--cache",
+        metavar="DIR",
+        default=os.environ.get("UNET_RT_CACHE"),
+        help="keep engines here by all that decided them (default: $UNET_RT_CACHE, else nowhere)",
+    )
+    p.add_argument("--search-minutes", type=float, metavar="N", help="time for the search (default: 10)")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _contract_options(p)
 
@@ -280,6 +287,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, default=120.0, metavar="N", help="of each of two timings (default: 120)")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _contract_options(p)
+    p = _verb(verbs, "pack", _pack, "make an engine folder one archive, the same bytes every time", "ENGINE ")
+    p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
+    p.add_argument("--out", metavar="FILE", help="the archive (default: ENGINE.tar)")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    p = _verb(verbs, "unpack", _unpack, "make an archive an engine folder again", "ARCHIVE ")
+    p.add_argument("archive", metavar="ARCHIVE", help="from unet-rt pack")
+    p.add_argument("--out", metavar="DIR", help="the engine folder (default: ARCHIVE without .tar)")
+    p.add_argument("--sha256", metavar="HASH", help="refuse an archive that has another")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     p = _verb(verbs, "train", _train, "train a network on a folder of images and masks", "DATA --out MODEL.pt ")
     p.add_argument("data", metavar="DATA", help="folder of images and masks, e.g. images/a.png and masks/a.png")
@@ -600,7 +617,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from .build import build
+    from .build import SEARCH_MINUTES, build
     from .reports import build_text
 
     reports: list[BuildReport] = []
@@ -622,11 +639,23 @@ def _build(args: argparse.Namespace) -> int:
         channels=_channels(args),
         keep_exam=not args.no_exam,
         overwrite=args.overwrite,
+        cache=args.cache,
+        search_minutes=SEARCH_MINUTES if args.search_minutes is None else args.search_minutes,
         say=_say(args),
         report=reports.append,
     )
     engine.close()
     _clear()
+    if not reports:
+        folder = "" if engine.folder is None else str(engine.folder.path)
+        if args.json:
+            _print_json({"folder": folder, "up_to_date": True, "spec": engine.spec.to_json()})
+        print(
+            f"{folder}: up to date ({engine.spec.backend} {engine.spec.precision}); the same model, samples and options "
+            "built it on this machine",
+            file=_out(args),
+        )
+        return 0
     done = reports[0]
     if done.advice:
         argv = args.argv if done.spec.contract.task else [*args.argv, "--task", "YOUR_TASK"]
@@ -868,6 +897,28 @@ def _bench(args: argparse.Namespace) -> int:
             for r in report.rows
         ]
         scatter("agreement with FP32 in %", "Mpx/s", points, Path(args.plot))
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from .archive import pack
+
+    out = Path(args.out) if args.out else Path(Path(args.engine).resolve().name + ".tar")
+    digest = pack(args.engine, out, overwrite=args.overwrite)
+    if args.json:
+        _print_json({"archive": str(out), "sha256": digest, "bytes": out.stat().st_size})
+    print(f"{digest}  {out}", file=_out(args))
+    return 0
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    from .archive import unpack
+
+    opened = unpack(args.archive, args.out, expected=args.sha256, overwrite=args.overwrite)
+    spec = opened.spec
+    if args.json:
+        _print_json({"folder": str(opened.path), "spec": spec.to_json()})
+    print(f"{opened.path}: {spec.backend} {spec.precision} for {spec.device}", file=_out(args))
     return 0
 
 

@@ -33,6 +33,7 @@ from .normalize import value_range
 from .pixels import Array
 
 METADATA_KEY = "unet_rt.contract"
+_RECORDS = (METADATA_KEY, "unet_rt.half", "unet_rt.cudnn")  # what passes and backends say of a graph: no fields
 CHOICES = (
     "none (the network takes grey levels), scale=255, dtype (largest value of the dtype), minmax, percentile=1,99.8, "
     "zscore, imagenet, or mean=..;std=..;scale=..;clip=.."
@@ -342,7 +343,7 @@ def contract_from_metadata(metadata: Mapping[str, str]) -> Contract:
         if not isinstance(data, dict):
             raise ContractError(f"metadata key {METADATA_KEY} is not an object; export the network again")
         contract = contract_from_json(data).over(contract)
-    own = {k.removeprefix("unet_rt."): v for k, v in metadata.items() if k.startswith("unet_rt.") and k != METADATA_KEY}
+    own = {k.removeprefix("unet_rt."): v for k, v in metadata.items() if k.startswith("unet_rt.") and k not in _RECORDS}
     _check_keys(own, _SINGLE, "metadata key unet_rt.<field>")
     values: dict[str, Any] = {}
     for key, text in own.items():

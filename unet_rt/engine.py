@@ -12,18 +12,21 @@ An engine folder holds ``spec.json`` and files named by content, which ``spec.js
     engine-<hash>.bin      the backend's own plan, where it compiles one ahead of time
     calibration-<hash>.json  activation ranges, where the graph was quantised
     exam-<hash>.npz        a few real tiles and the baseline's outputs (absent with ``--no-exam``)
+
+Beside them, ``row-<graph>-<machine>.json`` is what the exam gave on another machine: written there, no part of the engine.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -392,7 +395,7 @@ def write_folder(
     Args:
         folder: Where. A new folder appears by one rename; an existing engine is replaced by its ``spec.json``.
         spec: The spec.
-        files: Files to move in (same file system preferred), by kind.
+        files: Files to copy in, by kind.
         overwrite: Replace an existing engine.
 
     Raises:
@@ -400,14 +403,8 @@ def write_folder(
     """
     import shutil
 
-    check_target(folder, overwrite=overwrite)
-    entries: dict[str, dict[str, Any]] = {}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    except OSError as error:
-        raise OutputError(f"{folder}: the engine cannot be written ({error.strerror}); choose another --out") from error
-    try:
+    def fill(staging: Path) -> None:
+        entries: dict[str, dict[str, Any]] = {}
         for kind, path in files.items():
             digest = sha256(path)
             name = f"{kind}-{digest[:12]}{_SUFFIX[kind]}"
@@ -415,28 +412,98 @@ def write_folder(
             shutil.copyfile(path, staging / name)
         document = {"schema": list(SCHEMA), "files": entries, **spec.to_json()}
         document["key"] = _key(document)
-        text = json.dumps(document, indent=2) + "\n"
-        (staging / "spec.json").write_text(text, encoding="utf-8")
-        for path in staging.iterdir():
-            with path.open("rb+") as stream:  # Windows syncs only what is open for writing
-                os.fsync(stream.fileno())
-        staging.chmod(0o755)
-        with _only_writer(folder.parent):
-            check_target(folder, overwrite=overwrite)  # again: another build may have ended meanwhile
-            if folder.exists() and any(folder.iterdir()):
-                replaced = _file_names(folder)
-                for entry in entries.values():
-                    os.replace(staging / entry["name"], folder / entry["name"])
-                os.replace(staging / "spec.json", folder / "spec.json")
-                for name in replaced - {entry["name"] for entry in entries.values()}:
-                    (folder / name).unlink(missing_ok=True)
-            else:
-                os.replace(staging, folder)
+        (staging / "spec.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    return place_folder(folder, fill, overwrite=overwrite)
+
+
+def place_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> EngineFolder:
+    """Puts an engine that ``fill`` writes, ``spec.json`` and all, into place: seen whole or not at all.
+
+    A process that is killed meanwhile leaves a hidden ``.part`` folder, which is no engine, and which the next one that
+    writes an engine of this name removes.
+
+    Args:
+        folder: Where.
+        fill: Writes the files of the engine into the empty folder that it is given. What it raises is passed on, and
+            nothing is placed.
+        overwrite: Replace an existing engine.
+
+    Raises:
+        OutputError: The folder exists and holds something else, or cannot be written.
+    """
+    check_target(folder, overwrite=overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _staging(folder) as staging:
+            fill(staging)
+            for path in staging.iterdir():
+                with path.open("rb+") as stream:  # Windows syncs only what is open for writing
+                    os.fsync(stream.fileno())
+            staging.chmod(0o755)
+            with _only_writer(folder.parent):
+                check_target(folder, overwrite=overwrite)  # again: another build may have ended meanwhile
+                if folder.exists() and any(folder.iterdir()):
+                    replaced, names = _file_names(folder), _file_names(staging)
+                    for name in names:
+                        os.replace(staging / name, folder / name)
+                    os.replace(staging / "spec.json", folder / "spec.json")
+                    for name in replaced - names:
+                        (folder / name).unlink(missing_ok=True)
+                    for row in folder.glob("row-*.json"):  # exams of the graph that was replaced
+                        row.unlink(missing_ok=True)
+                else:
+                    os.replace(staging, folder)
     except OSError as error:
         raise OutputError(f"{folder}: the engine cannot be written ({error.strerror}); choose another --out") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return read_folder(folder)
+
+
+PART = ".part"  # suffix of folders in which engines are being written
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder``, gone afterwards; those that killed processes have left are removed first."""
+    import shutil
+
+    with _only_writer(folder.parent), ExitStack() as held:
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}"):
+            with _held(left) as alone:
+                if alone:
+                    shutil.rmtree(left, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
+        held.enter_context(_held(staging))
+        ours = held.pop_all()
+    with ours:
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Holds a folder for as long as this process lives; whether nobody else does. On Windows nobody can tell."""
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # it was put into place at this moment, or belongs to another user
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -501,7 +568,7 @@ def read_folder(folder: str | Path) -> EngineFolder:
     while True:
         text = _spec_text(folder)
         try:
-            return _read_folder(folder, text)
+            return check_folder(folder, text)
         except (EngineError, FileNotFoundError):
             if _spec_text(folder) == text:
                 raise
@@ -510,6 +577,12 @@ def read_folder(folder: str | Path) -> EngineFolder:
 
 def _spec_text(folder: Path) -> str:
     path = folder / "spec.json"
+    if folder.name.startswith(".") and folder.name.endswith(PART):
+        raise EngineError(f"{folder} was being written when its process ended; build the engine again")
+    if folder.is_file():
+        raise EngineError(
+            f"{folder} is a file, and an engine is a folder; if unet-rt pack made it: unet-rt unpack {folder}"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -519,7 +592,8 @@ def _spec_text(folder: Path) -> str:
         raise EngineError(f"{path} cannot be read ({error}); build the engine again") from error
 
 
-def _read_folder(folder: Path, text: str) -> EngineFolder:
+def check_folder(folder: Path, text: str) -> EngineFolder:
+    """The engine in ``folder`` by the ``text`` of its ``spec.json``, files and hashes checked. Raises EngineError."""
     path = folder / "spec.json"
     try:
         document = json.loads(text)

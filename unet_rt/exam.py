@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,10 +52,7 @@ def check_record(folder: EngineFolder) -> None:
         raise EngineError(f"{folder.path}: the record of parity is damaged ({error}); {way_out}") from error
     if graph != folder.files["graph"]["sha256"]:
         raise EngineError(f"{folder.path}: the record of parity belongs to another graph; {way_out}")
-    change, dice = verdict.get("label_change"), verdict.get("dice")
-    missed = (change is not None and change > budget.labels) or (dice is not None and dice < budget.dice)
-    missed |= change is None and not float(verdict.get("relative", "nan")) <= budget.error  # a regression
-    if not accepted or missed:
+    if not accepted or _missed(verdict, budget):
         raise EngineError(f"{folder.path}: the recorded parity misses its budget; {way_out}")
     if kind == "synthetic" and folder.spec.precision != "fp32":
         raise EngineError(f"{folder.path}: parity on synthetic tiles is accepted for fp32 only; {way_out}")
@@ -68,6 +68,8 @@ def sit_if_elsewhere(engine: Engine) -> None:
     if here == there:
         return
     changed = ", ".join(key for key in here if not isinstance(there, Mapping) or there.get(key) != here[key])
+    if _passed_here(folder, here):
+        return
     exam = folder.exam()
     if exam is None:
         if engine.spec.precision == "fp32":
@@ -87,6 +89,58 @@ def sit_if_elsewhere(engine: Engine) -> None:
             f"{folder.path}: fails its exam on this machine: {'; '.join(verdict.reasons)}; build it again here"
         )
     log.info("%s: built elsewhere (%s differs); passed its exam here", folder.path, changed)
+    _keep_row(folder, here, verdict)
+
+
+def _row(folder: EngineFolder, here: Mapping[str, Any]) -> Path:
+    """The file beside an engine's own that says how its graph did on a machine; no part of the engine."""
+    machine_id = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()
+    return folder.path / f"row-{folder.files['graph']['sha256'][:12]}-{machine_id[:12]}.json"
+
+
+def _keep_row(folder: EngineFolder, here: Mapping[str, Any], verdict: parity.Verdict) -> None:
+    """Writes what the exam gave here, so that it need not be sat at every load; folders may be read-only."""
+    row = {
+        "schema": 1,
+        "graph_sha256": folder.files["graph"]["sha256"],
+        "exam_sha256": folder.files["exam"]["sha256"],
+        "fingerprint": dict(here),
+        "machine": machine.describe(),
+        "verdict": verdict.to_json(),
+    }
+    path = _row(folder, here)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(record_json(row), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        log.info("%s: what the exam gave here is not kept (%s)", folder.path, error.strerror)
+        part.unlink(missing_ok=True)
+
+
+def _passed_here(folder: EngineFolder, here: Mapping[str, Any]) -> bool:
+    """Whether this very graph has passed this very exam on such a machine before, and holds the budget on record."""
+    if folder.parity is None or "exam" not in folder.files:
+        return False
+    try:
+        row = json.loads(_row(folder, here).read_text(encoding="utf-8"))
+        verdict, budget = row["verdict"], parity.Budget(**folder.parity["budget"]).of(folder.spec.precision)
+        same = (
+            row["fingerprint"] == dict(here)
+            and row["graph_sha256"] == folder.files["graph"]["sha256"]
+            and row["exam_sha256"] == folder.files["exam"]["sha256"]
+        )
+        return bool(same and verdict["accepted"]) and not _missed(verdict, budget)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # no row, or none that can be trusted: the exam is sat
+
+
+def _missed(verdict: Mapping[str, Any], budget: parity.Budget) -> bool:
+    """Whether the numbers of a written verdict are outside a budget, whatever the verdict says of itself."""
+    change, dice = verdict.get("label_change"), verdict.get("dice")
+    if change is None:  # a regression
+        return not float(verdict.get("relative", "nan")) <= budget.error
+    return bool(change > budget.labels or (dice is not None and dice < budget.dice))
 
 
 def sit(engine: Engine, exam: Mapping[str, Array]) -> parity.Verdict:

@@ -355,3 +355,21 @@ def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
     tile = square_tile(spec.sizes, spec.used_outputs(), max(prod(shape) // 4, 1))
     tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
     return tile if keeps(spec, tile) else spec.tile
+
+
+SEAM_KEPT = 0.2  # kept over computed pixels of the tiles that parity is judged with
+
+
+def judged_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """A tile that gives an image of ``shape`` seams at a bearable cost; the engine's own where it is part of the model.
+
+    Halos do not shrink with the image: quarters of a small one (:func:`seam_tile`) may compute it dozens of times over.
+    """
+    if not (spec.exact and spec.free_size):
+        return spec.tile
+    for share in (0.25, 0.5, 0.75):
+        tile = square_tile(spec.sizes, spec.used_outputs(), max(round(prod(shape) * share), 1))
+        tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
+        if keeps(spec, tile) and kept_share(spec, tile) >= SEAM_KEPT:
+            return tile
+    return spec.tile

@@ -204,6 +204,34 @@ class Verdict:
         return {**data, "reasons": list(self.reasons), "images": [image.to_json() for image in self.images]}
 
 
+@dataclass(frozen=True)
+class BatchParity:
+    """Agreement of one tile with the baseline when ``batch`` copies of it are run at once.
+
+    Attributes:
+        batch: Tiles per run.
+        identical: Whether all copies gave the same bits.
+        tile: Agreement of the first.
+    """
+
+    batch: int
+    identical: bool
+    tile: ImageParity
+
+    def to_json(self) -> dict[str, Any]:
+        one = self.tile
+        change = one.label_change
+        return {
+            "batch": self.batch,
+            "identical_rows": self.identical,
+            "labels_changed_per_million": None if change is None else 1e6 * change,
+            "dice": dict(one.dice),
+            "max_abs": one.max_abs,
+            "mean_abs": one.mean_abs,
+            "relative": one.relative,
+        }
+
+
 def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
     """Holds the worst image (of every output, where a network has several) against the budget."""
     if not images:

@@ -7,6 +7,9 @@ candidate is good enough is never decided there, but on the samples that parity 
 
 Where plain INT8 misses the budget, every layer in turn is reverted to FP32; the layers that take away most of the change
 per cost come first, and the shortest beginning of that list that holds the budget is found by halving.
+
+All of it happens before a :class:`Deadline`: nothing is begun that is expected to end behind it, and what was left out is
+said.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy.typing as npt
 from . import machine
 from .calibration import METHODS, Method, calibrate
 from .engine import Engine
-from .errors import GraphError
+from .errors import ContractError, GraphError
 from .passes import qdq
 from .passes.half import half
 from .stitch import decide
@@ -38,10 +41,26 @@ Say = Callable[[str], None]
 
 CLOSE = 0.05  # share of samples that decide about labels
 COMPARED_TILES = 6
-SECONDS_FOR_SEARCH = 240.0  # for one backend; what has not been measured by then is not put back
 WORTH = 0.02  # a layer whose return to FP32 takes away less of the change than this is not put back
 NEXT_TO_NOTHING = 0.02  # share of the work of layers at the ends that are tried in FP32 whatever the budget says
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The time that a search has, from ``begun`` (of the monotonic clock) on; parts of it are named by their end."""
+
+    begun: float
+    seconds: float
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until ``share`` of the time is used up; negative afterwards."""
+        return self.begun + share * self.seconds - time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.begun
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,7 @@ class Quantiser:
         self.wanted = [baseline.run(x)[0][0] for x in self.compared]
         self.method: Method | None = None
         self.ranking: list[LayerCost] = []
+        self.left_out: list[str] = []  # what there was no time for, in sentences
 
     def write(
         self, path: Path, backend: str, keep: frozenset[str] = frozenset(), method: Method | None = None
@@ -127,6 +147,12 @@ class Quantiser:
         """What an engine changes near the decision, on the calibration tiles."""
         got = [engine.run(x)[0][0] for x in self.compared]
         return change_near_decision(self.wanted, got, engine.spec.contract)
+
+    def worst_change(self, engine: Engine) -> float:
+        """The same of the tile where it is largest: what a budget on the worst image is about."""
+        got = [engine.run(x)[0][0] for x in self.compared]
+        contract = engine.spec.contract
+        return max(change_near_decision([w], [g], contract) for w, g in zip(self.wanted, got, strict=True))
 
     def costs(self) -> dict[str, float]:
         """Each layer's share of the multiplications of all layers."""
@@ -197,28 +223,35 @@ Drop = Callable[[Engine], None]
 Judge = Callable[[Engine], "Verdict"]
 
 
-def search(quantiser: Quantiser, make: Make, drop: Drop, judge: Judge) -> list[Mixture]:
-    """Mixtures worth measuring for one backend: plain INT8, its ends in FP32, and what holds the budget.
+def plain_and_ends(
+    quantiser: Quantiser, make: Make, drop: Drop, judge: Judge, deadline: Deadline, until: float
+) -> list[Mixture]:
+    """Plain INT8 for one backend, and its ends in FP32 where that takes away some of the change.
 
     Args:
         quantiser: The model.
         make: Builds and loads an engine with these layers in FP32.
         drop: Closes an engine that is of no more use, and removes its files.
         judge: Parity on the user's samples.
+        deadline: Of the whole search.
+        until: Share of it by which this ends; plain INT8 is made in any case.
 
     Returns:
-        Plain INT8 first. The engines of all others are dropped.
+        Plain INT8 first.
     """
-    begun = time.monotonic()
-    say = quantiser.say
     method = quantiser.method or _best_method(quantiser, make, drop)
     quantiser.method = method
+    begun = time.monotonic()
     found = [_mixture("", frozenset(), make(frozenset(), method), judge)]
+    lowest = quantiser.change(found[0].engine)
+    each = time.monotonic() - begun
     start, words = frozenset[str](), list[str]()
-    plain = lowest = quantiser.change(found[0].engine)
     for label, names in quantiser.ends():
         keep = start | names
         if not names or keep == frozenset(quantiser.layers):
+            continue
+        if deadline.left(until) < each:
+            quantiser.left_out.append(f"the {label} layer in FP32 was not tried")
             continue
         engine = make(keep, method)
         change = quantiser.change(engine)
@@ -228,33 +261,63 @@ def search(quantiser: Quantiser, make: Make, drop: Drop, judge: Judge) -> list[M
             start, lowest = keep, change
         else:
             drop(engine)
-    if any(m.verdict.accepted for m in found):
-        return found
+    return found
+
+
+def put_back(
+    quantiser: Quantiser,
+    found: Sequence[Mixture],
+    make: Make,
+    drop: Drop,
+    judge: Judge,
+    deadline: Deadline,
+    until: float,
+) -> Mixture | None:
+    """The mixture that returns fewest layers to FP32 and holds the budget, where none of ``found`` does; None: none.
+
+    Args:
+        found: What :func:`plain_and_ends` returned.
+        until: Share of the deadline by which this ends; half of what is left until then is for ranking layers.
+    """
+    say, method = quantiser.say, quantiser.method
+    if method is None:
+        raise ContractError("layers are put back after plain INT8 was tried")
+    start = found[-1].keep
+    plain, lowest = (quantiser.change(m.engine) for m in (found[0], found[-1]))
+    end = time.monotonic() + deadline.left(until)
     ranking = quantiser.ranking or _rank(
-        quantiser, make, drop, method, start, plain, lowest, begun + SECONDS_FOR_SEARCH
+        quantiser, make, drop, method, start, plain, lowest, time.monotonic() + deadline.left(until) / 2
     )
     quantiser.ranking = ranking
     useful = [layer.name for layer in ranking if layer.won >= WORTH] or [layer.name for layer in ranking]
     every = [*useful, *(layer.name for layer in ranking if layer.name not in useful)]
-    mixture = _shortest(every, start, lambda keep: _mixture(_label(keep), keep, make(keep, method), judge), drop, say)
+
+    def attempt(keep: frozenset[str]) -> Mixture:
+        return _mixture(_label(keep), keep, make(keep, method), judge)
+
+    mixture, complete = _shortest(every, start, attempt, drop, say, end)
+    if not complete:
+        quantiser.left_out.append(
+            "shorter lists of layers were not tried" if mixture else "longer lists of layers in FP32 were not tried"
+        )
     if mixture is not None:
-        found.append(mixture)
-        quantiser.ranking = [
-            LayerCost(layer.name, layer.won, layer.cost, layer.name in mixture.keep) for layer in ranking
-        ]
-    return found
+        quantiser.ranking = [replace(layer, kept=layer.name in mixture.keep) for layer in ranking]
+    return mixture
 
 
 def _best_method(quantiser: Quantiser, make: Make, drop: Drop) -> Method:
-    """The ranges with which plain INT8 changes least near the decision."""
+    """The ranges with which plain INT8 changes least near the decision, on the worst tile.
+
+    On all tiles together ranges that cut a bright image off look best: it has few of the samples near the decision.
+    """
     errors: dict[Method, float] = {}
     for method in METHODS:
         engine = make(frozenset(), method)
-        errors[method] = quantiser.change(engine)
+        errors[method] = quantiser.worst_change(engine)
         drop(engine)
     best = min(METHODS, key=lambda name: errors[name])
     listed = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
-    quantiser.say(f"ranges by {best} (change near the decision: {listed})")
+    quantiser.say(f"ranges by {best} (change near the decision on the worst tile: {listed})")
     return best
 
 
@@ -281,9 +344,12 @@ def _rank(
     ranked = [LayerCost(name, (plain - lowest) / plain, costs[name], True) for name in sorted(start)]
     rest: list[LayerCost] = []
     todo = [name for name in quantiser.layers if name not in start]
+    todo.sort(key=lambda name: costs[name])  # cheap ones first, should the time not be enough for all
+    each = 0.0  # seconds that a layer takes
     for k, name in enumerate(todo):
-        if time.monotonic() > until:
-            quantiser.say(f"{len(todo) - k} of {len(todo)} layers were not tried: the time for the search is used up")
+        begun = time.monotonic()
+        if begun + each > until:
+            quantiser.left_out.append(f"{len(todo) - k} of {len(todo)} layers were not tried in FP32")
             break
         try:
             engine = make(start | {name}, method)
@@ -291,6 +357,7 @@ def _rank(
             continue
         change = quantiser.change(engine)
         drop(engine)
+        each = max(each, time.monotonic() - begun)
         quantiser.say(f"layer {k + 1}/{len(todo)} in FP32: change near the decision {plain:.3g} -> {change:.3g}")
         # all of it where plain INT8 is not even finite, and a finite one is reached
         won = (lowest - change) / plain if np.isfinite(plain) else float(np.isfinite(change))
@@ -300,15 +367,25 @@ def _rank(
 
 
 def _shortest(
-    names: Sequence[str], start: frozenset[str], attempt: Callable[[frozenset[str]], Mixture], drop: Drop, say: Say
-) -> Mixture | None:
-    """The shortest beginning of ``names`` (on top of ``start``) that holds the budget, by halving; None if none does."""
+    names: Sequence[str],
+    start: frozenset[str],
+    attempt: Callable[[frozenset[str]], Mixture],
+    drop: Drop,
+    say: Say,
+    until: float = float("inf"),
+) -> tuple[Mixture | None, bool]:
+    """The shortest beginning of ``names`` (on top of ``start``) that holds the budget, by halving; None if none does.
+
+    False beside it where the time (of the monotonic clock) ran out before the answer was known to be the shortest.
+    """
     names = [name for name in names if name not in start]
     best: Mixture | None = None
     low, high = 1, len(names)
-    step = 1
+    step, each = 1, 0.0
     while step <= len(names):  # doubling first: the shortest is most often short, and long ones are slow
-        mixture = _attempt(start | frozenset(names[:step]), attempt, say)
+        if time.monotonic() + each > until:
+            return None, False
+        mixture, each = _attempt(start | frozenset(names[:step]), attempt, say, each)
         if mixture is not None and mixture.verdict.accepted:
             best, high = mixture, step - 1
             break
@@ -317,10 +394,12 @@ def _shortest(
         low = step + 1
         step = min(step * 2, len(names)) if step < len(names) else step + 1
     if best is None:
-        return None
+        return None, True
     while low <= high:
+        if time.monotonic() + each > until:
+            return best, False
         middle = (low + high) // 2
-        mixture = _attempt(start | frozenset(names[:middle]), attempt, say)
+        mixture, each = _attempt(start | frozenset(names[:middle]), attempt, say, each)
         if mixture is not None and mixture.verdict.accepted:
             drop(best.engine)
             best, high = mixture, middle - 1
@@ -328,15 +407,19 @@ def _shortest(
             if mixture is not None:
                 drop(mixture.engine)
             low = middle + 1
-    return best
+    return best, True
 
 
-def _attempt(keep: frozenset[str], attempt: Callable[[frozenset[str]], Mixture], say: Say) -> Mixture | None:
+def _attempt(
+    keep: frozenset[str], attempt: Callable[[frozenset[str]], Mixture], say: Say, slowest: float
+) -> tuple[Mixture | None, float]:
+    """A mixture, None where nothing is left in INT8; with it the seconds of the slowest attempt so far."""
+    begun = time.monotonic()
     try:
         mixture = attempt(keep)
     except GraphError:  # nothing is left in INT8
-        return None
+        return None, slowest
     change = mixture.verdict.label_change
     what = f"{mixture.verdict.relative:.1e} of the range" if change is None else f"{change:.3%} of labels"
     say(f"{_label(keep)}: {what} change, {'inside' if mixture.verdict.accepted else 'outside'} the budget")
-    return mixture
+    return mixture, max(slowest, time.monotonic() - begun)

@@ -15,7 +15,7 @@ from . import exam, parity, pictures
 from .contract import Contract
 from .engine import Engine, EngineSpec, load
 from .errors import EngineError, GraphError, ImageError, OutputError
-from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
+from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
 from .samples import Sample, draw, raw_results, sample_images
@@ -202,7 +202,7 @@ def _verify_images(
     worst: tuple[float, Sample, Array, Array, Contract] | None = None
     for k, sample in enumerate(samples):
         say(f"{k + 1}/{len(samples)}: {sample.name}")
-        small = spec.grid(sample.shape, tile or seam_tile(spec, sample.shape))
+        small = spec.grid(sample.shape, tile or judged_tile(spec, sample.shape))
         grid = whole_grid(spec, sample.shape) if whole_possible else small
         wanted = raw_results(reference, sample, grid, threads)
         got = raw_results(engine, sample, small, threads)

@@ -1,0 +1,249 @@
+"""Engines by all that decided them: what is another build, what is the same, and what processes do to each other."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+import unet_rt as urt
+from unet_rt import cache, machine
+from unet_rt.cache import EngineCache, asked_first, asked_of, differs, key_of
+from unet_rt.cli import main
+from unet_rt.contract import Contract, Normalization
+from unet_rt.demo import shipped_model
+from unet_rt.engine import read_folder
+from unet_rt.model import open_model
+from unet_rt.samples import Sample, draw
+
+pytestmark = pytest.mark.onnxruntime
+BUILD = importlib.import_module("unet_rt.build")  # the package's name ``build`` is the function
+OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "tile": (64, 64), "halo": 8, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def images(sample_images: list[NDArray[np.uint16]]) -> list[NDArray[np.uint16]]:
+    return [np.ascontiguousarray(image[:120, :120]) for image in sample_images]
+
+
+def nothing_is_built(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BUILD._Build, "try_candidates", lambda *args, **kwargs: pytest.fail("it was built again"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- the same and another -----------------------------------------------------------------------------------------------
+
+
+def test_what_was_built_is_not_built_again(
+    images: list[NDArray[np.uint16]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes, however they are handed over; anything else is refused, and says what is another."""
+    out = tmp_path / "a.urt"
+    urt.build(shipped_model(), samples=images, out=out, **OPTIONS).close()
+    before = contents(out)
+    nothing_is_built(monkeypatch)
+    said, reports = list[str](), list[Any]()
+    with urt.build(
+        shipped_model(), samples=[i.copy() for i in images], out=out, say=said.append, report=reports.append, **OPTIONS
+    ) as engine:
+        assert engine.spec.backend == "onnxruntime"
+    assert any("is up to date" in text for text in said)
+    assert reports == []
+    assert contents(out) == before
+    brighter = [images[0].copy(), *images[1:]]
+    brighter[0][60, 60] += 1
+    for part, changed in (
+        ("samples", {"samples": brighter}),
+        ("options", {"budget": urt.Budget(label_change=2e-3)}),
+        ("options", {"tile": (80, 80)}),
+        ("options", {"threads": 2}),
+        ("contract", {"contract": Contract(threshold=(), classes=("a", "b"))}),
+    ):
+        with pytest.raises(urt.OutputError, match=f"was built from another {part}.*--overwrite"):
+            urt.build(shipped_model(), out=out, **{"samples": images, **OPTIONS, **changed})
+    assert contents(out) == before
+
+
+def test_every_part_of_the_key(tmp_path: Path, images: list[NDArray[np.uint16]], monkeypatch: Any) -> None:
+    """Code, versions, processor and device; weights in a file beside the graph; pixels and their normalisation."""
+    options = {"budget": {}, "tile": None}
+    first = asked_first(options, "cpu")
+    assert asked_first(dict(reversed(options.items())), "cpu") == first
+    assert asked_first({**options, "tile": (64, 64)}, "cpu")["options"] != first["options"]
+    assert asked_first(options, "cuda:0")["machine"] != first["machine"]
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "cpu_features", lambda: frozenset({"avx2"}))
+        assert asked_first(options, "cpu")["machine"] != first["machine"]
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "package_version", lambda name: "1.0")
+        assert asked_first(options, "cpu")["machine"] != first["machine"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_code", lambda: "a pass was changed")
+        assert asked_first(options, "cpu")["code"] != first["code"]
+
+    proto = onnx.load(shipped_model())
+    onnx.save_model(
+        proto, tmp_path / "beside.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+
+    def opened(work: str) -> dict[str, str]:
+        (tmp_path / work).mkdir()
+        model = open_model(tmp_path / "beside.onnx", tmp_path / work)
+        return asked_of(model.given, model.contract, [])
+
+    before = opened("1")
+    assert opened("2") == before
+    weights = bytearray((tmp_path / "weights.bin").read_bytes())
+    weights[-3] ^= 1
+    (tmp_path / "weights.bin").write_bytes(weights)
+    assert opened("3")["model"] != before["model"]
+
+    contract = Contract(normalization=Normalization("zscore"))
+    windows = draw(images, contract, spatial=2, network_channels=1)
+    asked = asked_of(shipped_model(), contract, windows)
+    assert asked_of(shipped_model(), contract, windows) == asked
+    moved = [_shifted(windows[0]), *windows[1:]]
+    assert asked_of(shipped_model(), contract, moved)["samples"] != asked["samples"]
+    assert asked_of(shipped_model(), contract, windows[1:])["samples"] != asked["samples"]
+    assert asked_of(shipped_model(), contract, windows[::-1])["samples"] != asked["samples"]
+    assert asked_of(shipped_model(), Contract(), windows)["contract"] != asked["contract"]
+    assert len({key_of({**asked, **first, "code": str(k)}) for k in range(3)}) == 3
+
+
+def _shifted(sample: Sample) -> Sample:
+    """The same pixels of an image of other statistics."""
+    return replace(sample, numbers=replace(sample.numbers, offset=sample.numbers.offset + 1))
+
+
+def test_a_cache_of_engines(
+    images: list[NDArray[np.uint16]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One build for any number of folders; an engine that was damaged in the cache is built anew and put back."""
+    kept = tmp_path / "cache"
+    urt.build(shipped_model(), samples=images, out=tmp_path / "a.urt", cache=kept, **OPTIONS).close()
+    (place,) = kept.iterdir()
+    assert contents(place) == contents(tmp_path / "a.urt")
+    with monkeypatch.context() as patch:
+        nothing_is_built(patch)
+        urt.build(shipped_model(), samples=images, out=tmp_path / "b.urt", cache=kept, **OPTIONS).close()
+    assert contents(tmp_path / "b.urt") == contents(tmp_path / "a.urt")
+    np.save(tmp_path / "0.npy", images[0])
+    command = ["build", str(shipped_model()), "--samples", str(tmp_path / "0.npy"), "--json"]
+    command += ["--backend", "onnxruntime", "--precision", "fp32", "--tile", "64x64", "--halo", "8", "--threads", "1"]
+    monkeypatch.setenv("UNET_RT_CACHE", str(kept))
+    assert main([*command, "--out", str(tmp_path / "c.urt")]) == 0
+    assert "up_to_date" not in json.loads(capsys.readouterr().out)
+    assert len(list(kept.iterdir())) == 2, "other samples are another key"
+    assert main([*command, "--out", str(tmp_path / "d.urt")]) == 0
+    assert json.loads(capsys.readouterr().out)["up_to_date"] is True
+    for path in place.glob("graph-*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    urt.build(shipped_model(), samples=images, out=tmp_path / "e.urt", cache=kept, **OPTIONS).close()
+    read_folder(place)
+    asked = read_folder(place).spec.options["asked"]
+    assert not differs(read_folder(tmp_path / "e.urt"), asked)
+    found = EngineCache(kept).get(asked)
+    assert found is not None
+    assert EngineCache(kept).get({**asked, "samples": "0"}) is None
+
+
+# --- processes ----------------------------------------------------------------------------------------------------------
+
+# A build in a process of its own, which may stop at a place and say so.
+PROCESS = """
+import importlib, json, os, sys, time
+from pathlib import Path
+import numpy as np
+import unet_rt as urt
+from unet_rt import engine
+from unet_rt.demo import shipped_model
+where, options, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
+module = importlib.import_module("unet_rt.build")
+
+def stop(*args, **kwargs):
+    (folder / "stopped").touch()
+    time.sleep(600)
+
+if where == "measuring":
+    module._Build._times = stop
+elif where == "writing":
+    engine.os.fsync = stop  # every file is there, none is in place
+elif where == "placing":
+    real = engine._only_writer
+    def placing(parent):
+        if any(parent.glob(".*.part/spec.json")):
+            stop()
+        return real(parent)
+    engine._only_writer = placing
+images = [np.load(path) for path in sorted(folder.glob("image-*.npy"))]
+urt.build(shipped_model(), samples=images, **options).close()
+"""
+
+
+def started(where: str, folder: Path, **options: Any) -> subprocess.Popen[str]:
+    given = json.dumps({**OPTIONS, **options})
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, where, given, str(folder)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture
+def on_disk(images: list[NDArray[np.uint16]], tmp_path: Path) -> Path:
+    for k, image in enumerate(images):
+        np.save(tmp_path / f"image-{k}.npy", image)
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.parametrize("where", ["measuring", "writing", "placing"])
+def test_a_killed_build_leaves_nothing_that_loads(on_disk: Path, images: list[NDArray[np.uint16]], where: str) -> None:
+    out, kept = on_disk / "out" / "a.urt", on_disk / "cache"
+    process = started(where, on_disk, out=str(out), cache=str(kept))
+    limit = time.monotonic() + 120
+    while not (on_disk / "stopped").exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert (on_disk / "stopped").exists(), process.communicate()[1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+    for spec in on_disk.rglob("spec.json"):
+        with pytest.raises(urt.EngineError):
+            urt.load(spec.parent)
+    assert where == "measuring" or list(out.parent.glob(".*.part")), "it was killed in the middle"
+    urt.build(shipped_model(), samples=images, out=out, cache=kept, **OPTIONS).close()
+    assert [path.name for path in out.parent.iterdir()] == ["a.urt"], "what the killed one left is gone"
+
+
+def test_two_builds_of_one_key_do_not_harm_each_other(on_disk: Path) -> None:
+    """Into one folder and one cache at once: both end well, and whoever was later found it done."""
+    out, kept = on_disk / "a.urt", on_disk / "cache"
+    both = [started("", on_disk, out=str(out), cache=str(kept)) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    urt.load(out).close()
+    (place,) = kept.iterdir()
+    urt.load(place).close()
+    assert not list(on_disk.glob(".*.part"))
+    assert read_folder(place).spec.options["asked"] == read_folder(out).spec.options["asked"]

@@ -1,0 +1,98 @@
+"""Tiling here, the network elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import unet_rt as urt
+from unet_rt.engine import read_folder
+from unet_rt.remote import connect
+from unet_rt.synthetic import microscopy
+
+pytestmark = pytest.mark.onnxruntime
+Array = np.ndarray[Any, Any]
+
+
+class Server:
+    """What stands for a server: plain ONNX Runtime, and the shapes that it was asked for."""
+
+    def __init__(self, graph: Path):
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, inputs: list[Array]) -> list[Array]:
+        self.shapes.append(inputs[0].shape)
+        name = self.session.get_inputs()[0].name
+        found: list[Array] = self.session.run(None, {name: inputs[0]})
+        return found
+
+
+@pytest.fixture(scope="module")
+def server(engine_folder: Path) -> Server:
+    return Server(read_folder(engine_folder).file("graph"))
+
+
+def test_tiles_go_out_and_the_result_is_whole(engine_folder: Path, server: Server, tmp_path: Path) -> None:
+    """The same mask as the engine itself gives, from any size of image, written band by band."""
+    image = microscopy((500, 430), seed=77).image
+    with urt.load(engine_folder) as local:
+        mask = urt.predict(local, image)
+        wanted = urt.predict(local, image, output="raw")
+    with connect(engine_folder, server, version="plain 1") as engine:
+        server.shapes.clear()
+        got = urt.predict(engine, image, output="raw", tile=(192, 192), batch=3)
+        assert max(shape[0] for shape in server.shapes) == 3
+        assert {shape[1:] for shape in server.shapes} == {(1, 192, 192)}
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
+        assert np.mean(urt.predict(engine, image) != mask) < 1e-4
+        urt.predict(engine, image, out=tmp_path / "mask.tif")
+        assert (tmp_path / "mask.tif").exists()
+        assert engine.session_version == "plain 1"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        (lambda found: [found[0][:, ::-1]], urt.ParityError, "fails its exam at the server"),
+        (lambda found: [found[0] * np.nan], urt.ParityError, "fails its exam at the server"),
+        (lambda found: [], urt.BackendError, "returned 0 outputs, the graph has 1"),
+        (lambda found: [np.concatenate([found[0]] * 2)], urt.BackendError, "one result per tile"),
+    ],
+)
+def test_a_server_of_something_else(
+    engine_folder: Path, server: Server, wrong: Any, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        connect(engine_folder, lambda inputs: wrong(server(inputs)))
+
+
+def test_a_server_that_dies_leaves_no_output(engine_folder: Path, server: Server, tmp_path: Path) -> None:
+    calls = []
+
+    def run(inputs: list[Array]) -> list[Array]:
+        calls.append(1)
+        if len(calls) > 5:
+            raise ConnectionResetError("the server has gone")
+        return server(inputs)
+
+    image = microscopy((700, 700), seed=78).image
+    with connect(engine_folder, run) as engine, pytest.raises(ConnectionResetError):
+        urt.predict(engine, image, out=tmp_path / "mask.tif", tile=(192, 192), batch=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_exam(engine_folder: Path, server: Server, tmp_path: Path) -> None:
+    from unet_rt.engine import write_folder
+
+    opened = read_folder(engine_folder)
+    files = {kind: opened.file(kind) for kind in opened.files if kind != "exam"}  # type: ignore[arg-type]
+    write_folder(tmp_path / "x.urt", opened.spec, files)  # type: ignore[arg-type]
+    with pytest.raises(urt.EngineError, match="carries no exam to prove the server by"):
+        connect(tmp_path / "x.urt", server)
+    connect(tmp_path / "x.urt", server, accept_unverified=True).close()

@@ -1,0 +1,151 @@
+"""One file per engine: a tar archive whose bytes depend on nothing but the engine, and the way back.
+
+``spec.json`` comes first, then the files that it names, by name; no folder, no compression (weights have none to gain, and
+what compresses differs between versions), and header fields that say nothing of who packed, when and where. So equal
+engines are equal files, and the archive's SHA-256 names an engine: in a registry, a lock file, a Dockerfile.
+
+Any tar reads it. :func:`unpack` reads it with suspicion: plain files that ``spec.json`` names and nothing else, each held
+against its hash before the engine appears.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
+from .errors import EngineError, OutputError
+
+SPEC = "spec.json"
+LARGEST_SPEC = 64 << 20  # bytes; a spec is a few thousand
+
+
+def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str:
+    """Writes an engine folder as one archive, whole or not at all.
+
+    Args:
+        folder: The engine folder; it is checked as ``load`` does.
+        out: The archive, by custom ``NAME.urt.tar``.
+        overwrite: Replace an existing file.
+
+    Returns:
+        SHA-256 of the archive.
+
+    Raises:
+        EngineError: Not an engine, or a damaged one.
+        OutputError: ``out`` exists or cannot be written.
+    """
+    opened, target = read_folder(folder), Path(out)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder, and an archive is a file; choose another --out")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists; pass --overwrite to replace it, or choose another --out")
+    if target.absolute().is_relative_to(opened.path.absolute()):
+        raise OutputError(f"{target} lies inside the engine that is to be packed; choose another --out")
+    names = [SPEC, *sorted({str(entry["name"]) for entry in opened.files.values()})]
+    part = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            prefix=f".{target.name}.", suffix=".part", dir=target.parent, delete=False
+        ) as stream:
+            part = Path(stream.name)
+            with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                for name in names:
+                    entry = tarfile.TarInfo(name)  # mode 644, owner 0, no names, time 0
+                    entry.size = (opened.path / name).stat().st_size
+                    with (opened.path / name).open("rb") as content:
+                        archive.addfile(entry, content)
+        digest = sha256(part)
+        part.chmod(0o644)
+        part.replace(target)
+    except OSError as error:
+        raise OutputError(
+            f"{target}: the archive cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+    return digest
+
+
+def unpack(
+    archive: str | Path, out: str | Path | None = None, *, expected: str | None = None, overwrite: bool = False
+) -> EngineFolder:
+    """Makes an archive an engine folder again, whole or not at all; nothing in it is executed or unpickled.
+
+    Args:
+        archive: From :func:`pack`.
+        out: The folder; default: the archive's name without ``.tar``, in the current folder.
+        expected: SHA-256 that the archive must have.
+        overwrite: Replace an existing engine.
+
+    Raises:
+        EngineError: Not an archive of an engine, another one than expected, or one that was changed.
+        OutputError: ``out`` exists or cannot be written.
+    """
+    path = Path(archive)
+    folder = Path(out) if out is not None else Path(path.stem)
+    if out is None and path.suffix != ".tar":
+        raise OutputError(f"{path.name} does not end in .tar, so its folder has no name; pass --out DIR")
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read ({error.strerror}); pass a file that unet-rt pack wrote") from error
+    with stream:
+        if expected is not None:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != expected.strip().lower():
+                raise EngineError(f"{path} has SHA-256 {found}, not {expected}; it is another engine, or was changed")
+            stream.seek(0)
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as members:
+                return place_folder(folder, lambda staging: _extract(path, members, staging), overwrite=overwrite)
+        except tarfile.TarError as error:
+            raise EngineError(f"{path} is not an archive of an engine ({error}); make one with unet-rt pack") from error
+
+
+def _extract(path: Path, members: tarfile.TarFile, staging: Path) -> None:
+    """Writes the files of an engine into ``staging``; anything else among the members is an EngineError."""
+    first = members.next()
+    if first is None or first.name != SPEC or not first.isreg() or first.size > LARGEST_SPEC:
+        raise EngineError(f"{path} does not begin with a {SPEC}; make an archive with unet-rt pack")
+    _write(members, first, staging)
+    text = (staging / SPEC).read_bytes()
+    wanted = _sizes(path, text)
+    while (member := members.next()) is not None:
+        size = wanted.pop(member.name, None)
+        if size is None or not member.isreg():
+            raise EngineError(f"{path} holds {member.name!r}, which is none of its engine's files; do not trust it")
+        if member.size != size:
+            raise EngineError(f"{path}: {member.name} has {member.size} bytes, its spec says {size}; pack it again")
+        _write(members, member, staging)
+    if wanted:
+        raise EngineError(f"{path} lacks {min(wanted)}; copy the archive again, or pack the engine again")
+    check_folder(staging, text.decode())
+
+
+def _write(members: tarfile.TarFile, member: tarfile.TarInfo, staging: Path) -> None:
+    content = members.extractfile(member)
+    if content is None:
+        raise EngineError(f"{member.name} is no file; make the archive with unet-rt pack")
+    with content, (staging / member.name).open("xb") as file:
+        shutil.copyfileobj(content, file)
+
+
+def _sizes(path: Path, text: bytes) -> dict[str, int]:
+    """Bytes of the files that a spec names: names without folders, which are not ``spec.json``."""
+    try:
+        entries: list[dict[str, Any]] = list(json.loads(text)["files"].values())
+        sizes = {str(entry["name"]): int(entry["bytes"]) for entry in entries}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{path}: its {SPEC} is damaged ({error}); pack the engine again") from error
+    strange = next((n for n in sizes if n in ("", ".", "..", SPEC) or n != Path(n).name or "\\" in n or ":" in n), None)
+    if strange is not None:
+        raise EngineError(f"{path} names the file {strange!r}, outside its engine; do not trust it")
+    return sizes

@@ -1,0 +1,136 @@
+"""Engines by everything that decided them: whether one is what a build would make, and a folder that keeps them.
+
+What decides an engine is the model (weights in files beside it included), its contract, the pixels of the samples and how
+they are normalised, every option of ``build`` (budget, precision, tiles, halo, threads, time for the search), the code of
+this package (passes, calibration and search among it), the versions of the libraries, and the machine (processor and its
+features, or GPU and driver). Each is one hash, recorded in ``spec.json`` (``options.asked``), so that a build can say
+which of them differs; all together are the key. What a measurement adds, the speed of the moment, is no part of it: two
+builds of one key may choose different tiles, and either is what was asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import machine
+from .engine import EngineFolder, place_folder, read_folder, sha256
+from .errors import EngineError
+
+if TYPE_CHECKING:
+    from .contract import Contract
+    from .samples import Sample
+
+log = logging.getLogger("unet_rt")
+Asked = Mapping[str, str]  # what decides, by hash
+
+_DESCRIBED = ("cpu", "features", "gpus", "versions")  # of a machine; memory and kernel versions decide nothing
+
+
+def asked_first(options: Mapping[str, Any], device: str) -> dict[str, str]:
+    """What is known before a model or an image is opened: code, machine and options."""
+    described = machine.describe()
+    here = {name: described[name] for name in _DESCRIBED} | {"device": device}
+    if device != "cpu":
+        here["driver"] = machine.cuda().driver
+    return {"code": _code(), "machine": _hash(here), "options": _hash(options)}
+
+
+def asked_of(model: Path, contract: Contract, samples: Sequence[Sample]) -> dict[str, str]:
+    """What a model (whole, weights inside), its contract and the windows drawn from the samples add."""
+    windows = [
+        {
+            "name": s.name,
+            "sha256": s.sha256,
+            "dtype": str(s.pixels.dtype),
+            "shape": s.pixels.shape,
+            "start": s.start,
+            "plane": s.plane,
+            "offset": np.asarray(s.numbers.offset).tolist(),
+            "divisor": np.asarray(s.numbers.divisor).tolist(),
+            "clip": None if s.numbers.clip is None else np.asarray(s.numbers.clip).tolist(),
+        }
+        for s in samples
+    ]
+    return {"model": sha256(model), "contract": _hash(asdict(contract)), "samples": _hash(windows)}
+
+
+def key_of(asked: Asked) -> str:
+    """One name for all that was asked."""
+    return _hash(dict(asked))
+
+
+def differs(folder: EngineFolder, asked: Asked) -> list[str]:
+    """Which parts of what was asked are not those that an engine was built from; all, where it does not say."""
+    recorded = folder.spec.options.get("asked")
+    if not isinstance(recorded, Mapping):
+        return sorted(asked)
+    return sorted(part for part, digest in asked.items() if recorded.get(part) != digest)
+
+
+class EngineCache:
+    """A folder of engines by key, shared by any number of processes; nothing in it is ever changed in place."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def get(self, asked: Asked) -> EngineFolder | None:
+        """The engine that was asked for; None where there is none that is whole and says the same of itself."""
+        place = self._place(asked)
+        if not place.exists():
+            return None
+        try:
+            found = read_folder(place)
+        except EngineError as error:
+            log.warning("the cached engine is of no use: %s", error)
+            return None
+        return None if differs(found, asked) else found
+
+    def put(self, engine: EngineFolder, asked: Asked) -> None:
+        """Keeps an engine; one of the same key that another process has just put there stays, if it is whole.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        if self.get(asked) is None:
+            copy_folder(engine, self._place(asked), overwrite=True)
+
+    def _place(self, asked: Asked) -> Path:
+        return self.folder / f"{key_of(asked)[:32]}.urt"
+
+
+def copy_folder(engine: EngineFolder, folder: Path, *, overwrite: bool = False) -> EngineFolder:
+    """A second folder of the same engine, whole or not at all. Raises OutputError as ``write_folder`` does."""
+    import shutil
+
+    names = {"spec.json", *(str(entry["name"]) for entry in engine.files.values())}
+
+    def fill(staging: Path) -> None:
+        for name in sorted(names):
+            shutil.copyfile(engine.path / name, staging / name)
+
+    return place_folder(folder, fill, overwrite=overwrite)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Hash of this package's files: a pass that was changed is another pass, whoever forgot to give it a number."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".py", ".so", ".pyd", ".ptx") and path.is_file():
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""Tiling here, the network elsewhere: an engine whose graph runs behind a function of the user's.
+
+``graph-*.onnx`` of a CPU engine runs in anything that serves ONNX files (Triton, KServe, another process). Windows are
+read, gathered and stitched on the client; what the server sees is one batch of tiles after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import exam
+from .backends.session import SessionBase
+from .engine import Engine, read_folder
+from .errors import BackendError, EngineError, ParityError
+
+Array = npt.NDArray[Any]
+Run = Callable[[list[Array]], Sequence[Array]]
+
+
+class RemoteSession(SessionBase):
+    """A session that hands its inputs to a function."""
+
+    title = "remote"
+
+    def __init__(self, run: Run, *, precision: str, device: str, version: str, outputs: int) -> None:
+        super().__init__(precision, device, 1)
+        self._function, self._version, self._outputs = run, version, outputs
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        found = [np.asarray(y) for y in self._function(list(inputs))]
+        if len(found) != self._outputs:
+            raise BackendError(f"the remote run returned {len(found)} outputs, the graph has {self._outputs}")
+        batch = {len(y) for y in found}
+        if batch != {len(inputs[0])}:
+            raise BackendError(
+                f"the remote run returned batches of {', '.join(map(str, sorted(batch)))} for one of {len(inputs[0])}; "
+                "return one result per tile, in order"
+            )
+        return found
+
+    def _release(self) -> None:
+        pass
+
+
+def connect(folder: str | Path, run: Run, *, version: str = "remote", accept_unverified: bool = False) -> Engine:
+    """An engine whose graph ``run`` computes: for ``unet_rt.predict`` and everything else that takes an engine.
+
+    The record of parity says nothing of a server, so the engine sits its exam through ``run`` first.
+
+    Args:
+        folder: The engine folder; the server runs its ``graph-*.onnx``.
+        run: From the graph's inputs (a batch of tiles, axes and order as in ``spec.inputs``, float32) to its outputs, in
+            graph order. Called by one thread at a time. What it raises ends the prediction, and no output is left.
+        version: What reports call the server.
+        accept_unverified: Do not sit the exam.
+
+    Raises:
+        EngineError: Damaged, unproven, or without an exam.
+        ParityError: What the server computes is not what the engine's FP32 graph does, within the recorded budget.
+    """
+    opened = read_folder(folder)
+    spec = opened.spec
+    if not accept_unverified:
+        exam.check_record(opened)
+    session = RemoteSession(run, precision=spec.precision, device="cpu", version=version, outputs=len(spec.outputs))
+    engine = Engine(spec, session, opened)
+    if accept_unverified:
+        return engine
+    tiles = opened.exam()
+    if tiles is None:
+        raise EngineError(
+            f"{folder} carries no exam to prove the server by; build it without --no-exam, or connect with "
+            "accept_unverified=True"
+        )
+    verdict = exam.sit(engine, tiles)
+    if not verdict.accepted:
+        raise ParityError(
+            f"{folder}: fails its exam at the server: {'; '.join(verdict.reasons)}; serve the engine's own graph file"
+        )
+    return engine
