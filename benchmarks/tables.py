@@ -347,6 +347,49 @@ def memory() -> str:
     )
 
 
+def large() -> str:
+    """One line per part of ``large.py`` that has a record."""
+    lines_ = []
+    if found := _optional("large-sparse"):
+        low, high = found["median_mb_of_first_and_second_half"]
+        lines_.append(
+            f"- A sparse Zarr of {found['size']:,} x {found['size']:,} px to an OME-Zarr mask: resident memory at most "
+            f"{found['peak_mb']:,.0f} MB, medians\n  of its halves {low:,.0f} and {high:,.0f} MB "
+            f"([over time](benchmarks/results/large-sparse.svg)), {found['seconds'] / 60:.0f} min; opening and planning "
+            f"{found['opening_and_planning_s']:.2f} s."
+        )
+    if found := _optional("large-kill"):
+        parts = [(name, found[name]) for name in ("mask.zarr", "mask.tif")]
+        kills = sum(part["kills"] for _, part in parts)
+        same = all(part["equal"] for _, part in parts)
+        lines_.append(
+            f"- {kills} times `kill -9` in two predictions ({', '.join(name for name, _ in parts)}): the bytes of an "
+            f"uninterrupted run: {'yes' if same else 'NO'}."
+        )
+    if found := _optional("large-dask"):
+        lines_.append(
+            f"- Two Dask workers on two cores against one process, {found['size']:,} px: {found['ratio']:.2f} times the time, "
+            f"start of the workers included; identical bytes: {'yes' if found['identical_bytes'] else 'NO'}."
+        )
+    if found := _optional("large-memory"):
+        rows = "; ".join(
+            f"`--memory {name}` {row['seconds']:.0f} s with tiles of {'x'.join(map(str, row['tile']))} px, "
+            f"{row['peak_mb']:,.0f} MB"
+            for name, row in found["rows"].items()
+        )
+        lines_.append(f"- {found['size']:,} px: {rows}; labels that differ: {found['labels_that_differ']}.")
+    if found := _optional("large-overhead"):
+        lines_.append(
+            f"- A tiled TIFF of {found['size']:,} x {found['size']:,} px, end to end: {found['ratio']:.2f} times the engine's "
+            f"own time for its {found['tiles']} tiles."
+        )
+    return "Large images (`python benchmarks/large.py PART`):\n\n" + "\n".join(lines_)
+
+
+def _optional(name: str) -> Record | None:
+    return record(name) if (RESULTS / f"{name}.json").exists() else None
+
+
 def startup() -> str:
     rows = {row["name"]: row for row in record("startup")["rows"]}
     return (
@@ -644,6 +687,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "engine-paper": engine_paper,
     "predict-nuclei": predict_nuclei,
     "memory": memory,
+    "large": large,
     "startup": startup,
     "kernels": kernels,
     "precision-paper": precision_paper,
@@ -699,6 +743,11 @@ def plots() -> dict[Path, str]:
             },
             zero=False,
         )
+    if sparse := _optional("large-sparse"):
+        found[RESULTS / "large-sparse.svg"] = lines(
+            f"Resident memory, {sparse['size']:,} x {sparse['size']:,} px, MB", "s",
+            {"MB": [(t, m) for t, m in sparse["resident_mb"]][:: max(1, len(sparse["resident_mb"]) // 12)]},
+        )  # fmt: skip
     predicted = record("predict-nuclei")
     if "spans" in predicted:
         size, name = predicted["size"], predicted["spans"]["name"]

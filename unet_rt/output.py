@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .durable import Disk
 from .errors import OutputError
 from .image import Source
 from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
@@ -150,7 +151,8 @@ class Output:
                 os.fsync(stream.fileno())
             os.replace(self._part, self.path)
         self._open = False
-        _sync_folder(self.path.parent)
+        with contextlib.suppress(OSError):  # some file systems sync no folders
+            Disk().sync_folder(self.path.parent)
 
     def abort(self) -> None:
         """Removes what was written. Does nothing after ``commit`` or a second time."""
@@ -318,16 +320,6 @@ def _extra_tags(source: Source | None, shape: Shape, nodata: float | None) -> tu
 
 def _part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming durable, where folders can be synced (not on Windows)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class _PngWriter:
