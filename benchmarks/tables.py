@@ -368,8 +368,8 @@ def large() -> str:
         )
     if found := _optional("large-dask"):
         lines_.append(
-            f"- Two Dask workers on two cores against one process, {found['size']:,} px: {found['ratio']:.2f} times the time, "
-            f"start of the workers included; identical bytes: {'yes' if found['identical_bytes'] else 'NO'}."
+            f"- Two Dask workers on two cores against one process, {found['size']:,} px: {found['ratio']:.2f} times the "
+            f"time, start of the workers included; identical bytes: {'yes' if found['identical_bytes'] else 'NO'}."
         )
     if found := _optional("large-memory"):
         rows = "; ".join(
@@ -380,8 +380,8 @@ def large() -> str:
         lines_.append(f"- {found['size']:,} px: {rows}; labels that differ: {found['labels_that_differ']}.")
     if found := _optional("large-overhead"):
         lines_.append(
-            f"- A tiled TIFF of {found['size']:,} x {found['size']:,} px, end to end: {found['ratio']:.2f} times the engine's "
-            f"own time for its {found['tiles']} tiles."
+            f"- A tiled TIFF of {found['size']:,} x {found['size']:,} px, end to end: {found['ratio']:.2f} times the "
+            f"engine's own time for its {found['tiles']} tiles."
         )
     return "Large images (`python benchmarks/large.py PART`):\n\n" + "\n".join(lines_)
 
