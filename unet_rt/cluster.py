@@ -14,13 +14,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from . import machine
 from .engine import Engine, load
 from .errors import BackendError, ContractError
 from .heads import Headed
-from .image import Source, open_image
+from .image import Source, is_url, open_image
 from .pipeline import Progress, RunReport
 from .predict_blocks import Prepared, run_blocks
-from .predict_large import Request, begun, open_store
+from .predict_large import Compute, Request, begun, open_store
 from .stage import Stage, Store
 from .tta import Augmented, Tta
 
@@ -55,6 +56,27 @@ class Job:
 
 def missing() -> BackendError:
     return BackendError("dask.distributed is missing, which --scheduler needs; pip install 'unet-rt[dask]'")
+
+
+def computing(
+    scheduler: str, engine: Engine, image: Any, reading: tuple[str | None, Any, int | None], asked: Request, out: str,
+    tta: Tta, head: str | None,
+) -> tuple[Request, Compute]:  # fmt: skip
+    """What a scheduler's workers are asked for, and the function that has them compute it.
+
+    Raises:
+        ContractError: ``scheduler`` is none, or engine and image are not on disk, where workers could open them.
+    """
+    count = processes(scheduler)
+    if engine.folder is None or not isinstance(image, (str, Path)):
+        raise ContractError("a scheduler's workers open engine and image by their paths; give both as paths")
+    asked = replace(
+        asked, processes=count, threads=asked.threads or (max(1, machine.threads() // count) if count > 1 else 0)
+    )
+    where = image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
+    folder = str(engine.folder.path.resolve())
+    job = Job(folder, where, reading, asked, str(Path(out).resolve()), tta, head)
+    return asked, partial(compute, scheduler, job)
 
 
 def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], progress: Progress | None) -> RunReport:
@@ -157,8 +179,6 @@ def _device(engine: str) -> str | None:
     if not read_folder(engine).spec.device.startswith("cuda"):
         return None
     from distributed import get_worker
-
-    from . import machine
 
     count = len(machine.cuda().devices)
     name = str(get_worker().name)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +19,7 @@ from .normalize import affine
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run
 from .stage import stage_folder
-from .stitch import OutputKind, decide, default_output
+from .stitch import Decision, OutputKind, decide, default_output
 from .tiles import TileGrid
 from .tta import Augmented, Tta
 
@@ -118,8 +117,7 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from .image import is_url, open_image
-    from .output import open_output
+    from .image import open_image
 
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
@@ -156,20 +154,14 @@ def predict(
             or source.planes * prod(source.shape) >= blocks.LARGE_PX
             or stage_folder(Path(out)).exists()
         )
+        place = None if out is None else Path(out)
         if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:
+            from . import predict_large
+
             if source.device is not None:
                 raise ImageError(
                     f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
                 )
-            from . import predict_large
-
-            processes = 1
-            if scheduler is not None:
-                from . import cluster
-
-                processes = cluster.processes(scheduler)
-                if threads == 0 and processes > 1:
-                    threads = max(1, machine.threads() // processes)
             asked = predict_large.Request(
                 output=output or default_output(spec.contract),
                 normalization=normalization,
@@ -182,98 +174,120 @@ def predict(
                 region=None if region is None else str(region),
                 memory_bytes=memory_bytes,
                 shard=shard or (0, 1),
-                processes=processes,
             )
             compute = None
             if scheduler is not None:
-                if engine.folder is None or not isinstance(image, (str, Path)):
-                    raise ContractError(
-                        "a scheduler's workers open engine and image by their paths; give both as paths"
-                    )
-                where = image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
-                folder = str(engine.folder.path.resolve())
-                job = cluster.Job(
-                    folder, where, (axes, channels, level), asked, str(Path(str(out)).resolve()), tta, head
+                from . import cluster
+
+                asked, compute = cluster.computing(
+                    scheduler, engine, image, (axes, channels, level), asked, str(out), tta, head
                 )
-                compute = partial(cluster.compute, scheduler, job)
-            finished, made = predict_large.predict(
-                engine, source, asked, None if out is None else Path(out), staged=staged, overwrite=overwrite,
-                restart=restart, compute=compute, overlay=None if overlay is None else Path(overlay), tables=tables,
-                progress=progress, trace=trace,
+            finished, result = predict_large.predict(
+                engine, source, asked, place, staged=staged, overwrite=overwrite, restart=restart, compute=compute,
+                overlay=None if overlay is None else Path(overlay), tables=tables, progress=progress, trace=trace,
             )  # fmt: skip
-            finished.notes[:0] = notes
-            if report is not None:
-                report(finished)
-            return made
-        free = None if engine.device_session is None else engine.device_session.stream.device.memory()[0]
-        grid = plan(spec, source, tile=tile, batch=batch, free_bytes=free)
-        affines = affine(normalization, source)
-        shape = grid.out_shape(0)
-        collector = None if overlay is None else OverlayCollector(shape, decision.values)
-
-        lead = (decision.channels,) if decision.channels else ()
-        whole = (source.planes, *lead, *shape)
-        works = [Work(plane, grid) for plane in range(source.planes)]
-
-        def finish(write: Callable[[int, int, Array], None] | None, target: DeviceArray | None = None) -> RunReport:
-            def both(work: Work, start: int, band: Array) -> None:
-                if write is not None:
-                    write(work.plane, start, band)
-                if collector is not None:
-                    collector(work.plane, start, band)
-
-            if target is None:
-                return run(
-                    engine, source, works, decision, both, affines,
-                    batch=batch, threads=threads, progress=progress, trace=trace,
-                )  # fmt: skip
-            from . import predict_device
-
-            host = both if collector is not None or report is not None else None
-            return predict_device.run(
-                engine, source, works, decision, host, affines, batch=batch, progress=progress, target=target
-            )
-
-        result: Any = None
-        if out is not None:
-            with open_output(
-                out,
-                shape=shape,
-                planes=source.planes,
-                plane_shape=source.plane_shape,
-                plane_axes=source.plane_axes,
-                channels=decision.channels,
-                dtype=decision.dtype,
-                source=source,
-                overwrite=overwrite,
-            ) as sink:
-
-                def write(plane: int, start: int, band: Array) -> None:
-                    sink.write(plane, (start,) + (0,) * (len(shape) - 1), band)
-
-                finished = finish(write)
-                sink.commit()
-        elif source.device is not None:
-            from .device import empty_like
-
-            result, target = empty_like(image, whole, decision.dtype, source.device)
-            finished = finish(None, target)
         else:
-            result = np.empty(whole, dtype=decision.dtype)
-
-            def keep(plane: int, start: int, band: Array) -> None:
-                rows = slice(start, start + band.shape[len(lead)])
-                (result[plane, :, rows] if lead else result[plane, rows])[...] = band
-
-            finished = finish(keep)
-        if collector is not None and overlay is not None:
-            collector.draw(source, Path(overlay))
+            collector = None
+            if overlay is not None:
+                collector = OverlayCollector(_result_shape(spec, source), decision.values)
+            finished, result = _at_once(
+                engine, image, source, decision, normalization, place, tile=tile, batch=batch, threads=threads,
+                collector=collector, overwrite=overwrite, counted=report is not None, progress=progress, trace=trace,
+            )  # fmt: skip
+            if collector is not None and overlay is not None:
+                collector.draw(source, Path(overlay))
         finished.notes[:0] = notes
         if report is not None:
             report(finished)
-        if out is not None:
-            return Path(out)
-        return result.reshape(*source.plane_shape, *lead, *shape)
+        return result
+
+
+def _result_shape(spec: EngineSpec, source: Source) -> tuple[int, ...]:
+    """Spatial shape of a whole plane's result."""
+    return tuple(ceil(n * f.scale) for n, f in zip(source.shape, spec.outputs[0].field, strict=True))
+
+
+def _at_once(
+    engine: Engine,
+    image: Any,
+    source: Source,
+    decision: Decision,
+    normalization: Normalization,
+    out: Path | None,
+    *,
+    tile: Sequence[int] | None,
+    batch: int,
+    threads: int,
+    collector: OverlayCollector | None,
+    overwrite: bool,
+    counted: bool,
+    progress: Progress | None,
+    trace: Spans | None,
+) -> tuple[RunReport, Any]:
+    """All planes from top to bottom, in one go: the report, and the path written or the array."""
+    from .output import open_output
+
+    free = None if engine.device_session is None else engine.device_session.stream.device.memory()[0]
+    grid = plan(engine.spec, source, tile=tile, batch=batch, free_bytes=free)
+    affines = affine(normalization, source)
+    shape = grid.out_shape(0)
+    lead = (decision.channels,) if decision.channels else ()
+    whole = (source.planes, *lead, *shape)
+    works = [Work(plane, grid) for plane in range(source.planes)]
+
+    def finish(write: Callable[[int, int, Array], None] | None, target: DeviceArray | None = None) -> RunReport:
+        def both(work: Work, start: int, band: Array) -> None:
+            if write is not None:
+                write(work.plane, start, band)
+            if collector is not None:
+                collector(work.plane, start, band)
+
+        if target is None:
+            return run(
+                engine, source, works, decision, both, affines,
+                batch=batch, threads=threads, progress=progress, trace=trace,
+            )  # fmt: skip
+        from . import predict_device
+
+        host = both if collector is not None or counted else None
+        return predict_device.run(
+            engine, source, works, decision, host, affines, batch=batch, progress=progress, target=target
+        )
+
+    if out is not None:
+        with open_output(
+            out,
+            shape=shape,
+            planes=source.planes,
+            plane_shape=source.plane_shape,
+            plane_axes=source.plane_axes,
+            channels=decision.channels,
+            dtype=decision.dtype,
+            source=source,
+            overwrite=overwrite,
+        ) as sink:
+
+            def write(plane: int, start: int, band: Array) -> None:
+                sink.write(plane, (start,) + (0,) * (len(shape) - 1), band)
+
+            finished = finish(write)
+            sink.commit()
+        return finished, out
+    result: Any
+    if source.device is not None:
+        from .device import empty_like
+
+        result, target = empty_like(image, whole, decision.dtype, source.device)
+        finished = finish(None, target)
+    else:
+        result = np.empty(whole, dtype=decision.dtype)
+
+        def keep(plane: int, start: int, band: Array) -> None:
+            rows = slice(start, start + band.shape[len(lead)])
+            (result[plane, :, rows] if lead else result[plane, rows])[...] = band
+
+        finished = finish(keep)
+    return finished, result.reshape(*source.plane_shape, *lead, *shape)
 
 
 def _check_device(engine: Engine, source: Source, device: Device) -> None:
