@@ -58,11 +58,11 @@ def main() -> None:
     record.write(f"large-{args.part}", figures, args.out)
 
 
-def engine(folder: Path) -> Path:
-    """The shipped network with declared numbers of normalisation, exact halo."""
-    samples = [microscopy((900, 900), seed=s).image for s in range(3)]
-    low, high = np.percentile(samples[0], (1, 99.8))
-    fixed = Normalization("fixed", mean=(float(low),), std=(float(high - low),))
+def engine(folder: Path, divisor: int = 1) -> Path:
+    """The shipped network with declared numbers of normalisation (for grey levels ``divisor`` times as low), exact halo."""
+    samples = [microscopy((900, 900), seed=s).image // divisor for s in range(3)]
+    low, high = np.percentile(samples[0] * divisor, (1, 99.8))
+    fixed = Normalization("fixed", mean=(float(low) / divisor,), std=(float(high - low) / divisor,))
     urt.build(
         shipped_model(), samples=samples, out=folder / "nuclei.urt", precision="fp32", halo="exact",
         contract=Contract(normalization=fixed), tile=(2048, 2048),
@@ -133,7 +133,7 @@ def sparse(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for y, x in places:
         image[y : y + DRAWN, x : x + DRAWN] = pixels[: size - y, : size - x]
     begun = time.perf_counter()
-    with urt.load(engine(folder)) as loaded:
+    with urt.load(engine(folder, divisor=16)) as loaded:
         planning = time.perf_counter()
         from unet_rt.image import open_image
         from unet_rt.predict_large import Request, prepare

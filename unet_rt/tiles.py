@@ -459,25 +459,31 @@ def choose_tile(
             step = max(kept(s.fixed, s.stride, fields), s.stride)
             options.append([(s.fixed, 1 + -(-(c.size - s.fixed) // step))])
             continue
-        best: dict[int, int] = {}  # number of tiles -> smallest tile that does with it
-        for t in range(min(smallest_tile(s, fields, aligned=aligned), c.size), c.size + 1, s.stride):
-            step = kept(t, s.stride, fields)
-            if t == c.size or step > 0:
-                ahead = lead(s.stride, fields) if aligned else 0
-                count = (
-                    1 if t == c.size else _aligned_count(c, t, step, ahead) if aligned else 1 + -(-(c.size - t) // step)
-                )
-                best.setdefault(count, t)
+        first = min(smallest_tile(s, fields, aligned=aligned), c.size)
+        ahead = lead(s.stride, fields) if aligned else 0
+        gain = kept(first, s.stride, fields) - first  # a stride more of tile keeps a stride more
+        best = {1: c.size}  # number of tiles -> smallest tile that does with it
+        for t in range(c.size - s.stride, first - 1, -s.stride):
+            if t + gain <= 0:
+                break
+            count = _aligned_count(c, t, t + gain, ahead) if aligned else 1 + -(-(c.size - t) // (t + gain))
+            best[count] = min(t, best.get(count, t))
         options.append([(t, count) for count, t in best.items()])
-    fitting = []
-    for choice in itertools.product(*options):
-        tile = tuple(t for t, _ in choice)
-        fitting.append((prod(tile) > max_px, prod(t * count for t, count in choice), tile[::-1], tile))
-    over = [entry for entry in fitting if entry[0]]
-    inside = [entry for entry in fitting if not entry[0]]
-    if inside:
-        return min(inside, key=lambda e: (e[1], tuple(-t for t in e[2])))[3]
-    return min(over, key=lambda e: (prod(e[3]), e[1]))[3]
+    grids = np.meshgrid(*(np.arange(len(option)) for option in options), indexing="ij")
+    tiles = np.stack([np.array([t for t, _ in o])[g] for o, g in zip(options, grids, strict=True)]).reshape(
+        len(options), -1
+    )
+    counts = np.stack([np.array([n for _, n in o])[g] for o, g in zip(options, grids, strict=True)]).reshape(
+        tiles.shape
+    )
+    px, computed = tiles.prod(axis=0), (tiles * counts).prod(axis=0)
+    inside = np.flatnonzero(px <= max_px)
+    if inside.size:
+        # Keys from the last to the first: the fewest pixels, then the longest last axis, then the one before it.
+        best = inside[np.lexsort((*(-tiles[:, inside]), computed[inside]))[0]]
+    else:
+        best = np.lexsort((computed, px))[0]
+    return tuple(int(t) for t in tiles[:, best])
 
 
 def cost_ratio(tile: Sequence[int], sizes: Sequence[TileSizes], outputs: Sequence[OutputField]) -> float | None:
