@@ -732,7 +732,7 @@ def plots() -> dict[Path, str]:
     if (RESULTS / "membranes-slices.json").exists():
         rows = record("membranes-slices")["rows"]
         found[RESULTS / "membranes-slices.svg"] = lines(
-            "IoU on three slices of ISBI 2012 that were not trained on",
+            f"IoU on three slices of ISBI 2012 that were not trained on, {rows[0]['steps']} steps",
             "training slices",
             {
                 f"{what}, {'augmented' if way else 'plain'}": sorted(
