@@ -168,6 +168,8 @@ def test_another_engine_image_or_option_is_refused(engine, stored, small_blocks,
         urt.predict(engine, stored, out=out)
     with pytest.raises(urt.OutputError, match="another engine"):
         urt.predict(engine, stored, out=out, tile=TILE, tta="flip", output="mask")
+    with pytest.raises(urt.ContractError, match="without --shard"):
+        urt.predict(engine, stored, out=out, tile=TILE, shard=(0, 2), restart=True)
     tifffile.imwrite(stored, image[::-1], photometric="minisblack")
     with pytest.raises(urt.OutputError, match="another image"):
         urt.predict(engine, stored, out=out, tile=TILE)
@@ -267,8 +269,7 @@ def test_a_lossy_disk_is_noticed_where_nothing_is_synced(engine, stored, small_b
 def test_two_processes_are_not_at_one_output(engine, stored, small_blocks, tmp_path):
     out = tmp_path / "mask.zarr"
     interrupted(engine, stored, out)
-    lock = stage.Stage(stage.stage_folder(out), {}, Disk()).shard(0, 1)
-    with lock, pytest.raises(urt.OutputError, match="another process"):
+    with stage.shard_lock(out, 0, 1), pytest.raises(urt.OutputError, match="another process"):
         urt.predict(engine, stored, out=out, tile=TILE)
     urt.predict(engine, stored, out=out, tile=TILE)
 
@@ -286,18 +287,92 @@ with urt.load(sys.argv[1]) as engine:
 def test_kill_9_at_random_moments(engine_folder, stored, whole, tmp_path):
     """More of the same is in ``benchmarks/large.py``."""
     out = tmp_path / "mask.zarr"
-    rng, kills = np.random.default_rng(5), 0
+    rng, kills, seen = np.random.default_rng(5), 0, []
     command = [sys.executable, "-c", KILLED, str(engine_folder), str(stored), str(out)]
     while kills < 2:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(float(rng.uniform(0.02, 0.5)))
+        marks = stage.stage_folder(out) / "done"
+        while kills == 1 and not (marks.exists() and any(marks.iterdir())) and process.poll() is None:
+            time.sleep(0.002)  # the second one hits a run that has finished a block
+        time.sleep(float(rng.uniform(0.0, 0.05)))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += 1
-    assert subprocess.run(command, check=False, capture_output=True).returncode in (0, 1) or out.exists()
+        if out.exists():
+            break
+        marks = stage.stage_folder(out) / "done"
+        seen.append(len(list(marks.iterdir())) if marks.exists() else 0)
+    assert any(seen), "no kill hit a run that had finished a block"
+    assert not out.exists()
+    subprocess.run(command, check=True, capture_output=True)
     np.testing.assert_array_equal(read_zarr(out), whole)
+
+
+@pytest.mark.parametrize("name", ["mask.zarr", "mask.npy"])
+def test_a_kill_between_the_output_and_the_end_of_its_stage(engine, stored, whole, small_blocks, tmp_path, name):
+    """The output is whole, the stage is still there: the same command must not touch the one, and ends the other."""
+    out = tmp_path / name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unet_rt.blocks.LARGE_PX", 1)
+        patch.setattr(stage.Stage, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            urt.predict(engine, stored, out=out, tile=TILE)
+    for overwrite in (False, True):
+        assert out.exists()
+        if stage.stage_folder(out).exists():
+            urt.predict(engine, stored, out=out, tile=TILE, overwrite=overwrite)
+        found = read_zarr(out) if name.endswith("zarr") else np.load(out)
+        np.testing.assert_array_equal(found, whole)
+        assert not stage.stage_folder(out).exists()
+
+
+def test_the_last_block_fails_with_its_own_error(engine, stored, small_blocks, tmp_path):
+    out = tmp_path / "mask.zarr"
+    put, blocks = stage.Stage.put, []
+
+    def failing(self, store, block, values, tally):
+        blocks.append(block.number)
+        if block.number == self.run["last"]:
+            raise urt.OutputError("the disk is full")
+        put(self, store, block, values, tally)
+
+    opened = predict_large.open_stage
+
+    def open_stage(*args, **options):
+        found = opened(*args, **options)
+        cuts = found.run["plan"]["cuts"]
+        found.run = {**found.run, "last": (len(cuts[0]) - 1) * (len(cuts[1]) - 1) - 1}
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.Stage, "put", failing)
+        patch.setattr(predict_large, "open_stage", open_stage)
+        with pytest.raises(urt.OutputError, match="the disk is full"):
+            urt.predict(engine, stored, out=out, tile=TILE)
+    assert len(blocks) > 1
+
+
+def test_what_a_kill_leaves_of_a_mark_is_no_mark(engine, stored, whole, small_blocks, tmp_path):
+    out = tmp_path / "mask.zarr"
+    interrupted(engine, stored, out)
+    (stage.stage_folder(out) / "done" / ".00000003.77.part").write_bytes(b"")
+    urt.predict(engine, stored, out=out, tile=TILE)
+    np.testing.assert_array_equal(read_zarr(out), whole)
+
+
+def test_arrays_and_regions_are_told_by_what_they_hold(engine, image, small_blocks, tmp_path):
+    out, region = tmp_path / "mask.npy", tmp_path / "region.png"
+    Image.fromarray(np.full(image.shape, 255, np.uint8)).save(region)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unet_rt.blocks.LARGE_PX", 1)
+        interrupted(engine, image, out, region=region)
+        with pytest.raises(urt.OutputError, match="another image"):
+            urt.predict(engine, image[:, ::-1], out=out, tile=TILE, region=region)
+        Image.fromarray(np.eye(*image.shape, dtype=np.uint8)).save(region)
+        with pytest.raises(urt.OutputError, match="another region"):
+            urt.predict(engine, image, out=out, tile=TILE, region=region)
 
 
 # --- regions and gaps ------------------------------------------------------------------------------------------------

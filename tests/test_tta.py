@@ -9,7 +9,7 @@ import pytest
 
 import unet_rt as urt
 from unet_rt.synthetic import microscopy
-from unet_rt.tta import Augmented, positions
+from unet_rt.tta import Augmented
 
 pytestmark = pytest.mark.onnxruntime
 
@@ -37,7 +37,7 @@ def test_means_are_those_of_the_flipped_canvas(engine, how):
             back = np.flip(at_once(np.ascontiguousarray(pixels)), tuple(a + 1 for a in axes))
             expected += back.swapaxes(1, 2) if turn else back
             count += 1
-    assert count == positions(2, how)
+    assert count == Augmented(engine, how).positions
     got = urt.predict(engine, image, tile=(256, 256), output="probability", tta=how)
     # Float32 sums of up to 8 numbers of at most 1, and a softmax in another order of operations.
     np.testing.assert_allclose(got, expected / count, atol=16 * np.finfo(np.float32).eps)

@@ -146,18 +146,18 @@ def plan_blocks(
     fields = spec.used_outputs()[output]
     scale = float(prod(f.scale for f in fields.field))
     floats = 4 * (spec.channels + fields.channels * scale)  # bytes per tile pixel of inputs and outputs
-    per_px = batch * (max(spec.bytes_per_px, floats) + 4 * floats)  # while it runs, and for tiles that wait
+    per_px = batch * (max(spec.bytes_per_px, floats) + 6 * floats)  # while it runs, and for tiles that wait
     bound = int(RUNNING_SHARE * memory_bytes / per_px)
     given = image if seen is None else seen
     grid = spec.grid(given, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
     if prod(grid.tile) > bound:
         raise ContractError(
             f"tiles of {'x'.join(map(str, grid.tile))} px, {batch} at a time, take about "
-            f"{ceil(prod(grid.tile) * per_px / RUNNING_SHARE / 1e6)} MB, and {memory_bytes // 10**6} MB are there for them; "
+            f"{ceil(prod(grid.tile) * per_px / RUNNING_SHARE / 1e6)} MB, and {max(0, memory_bytes) // 10**6} MB are there; "
             "use more --memory, a smaller --batch or a smaller --tile"
         )
     if seen is not None:
-        return _resampled_plan(image, grid, planes)
+        return _resampled_plan(image, grid, planes, floats, BLOCK_SHARE * memory_bytes)
     stored = decision.dtype.itemsize * max(1, decision.channels) * scale
     shares = [_share(spec, k, axis) for k, axis in enumerate(grid.axes)]
     counts = [1] * len(shares)  # tiles along each axis of a block: long rows, which files like
@@ -180,13 +180,18 @@ def plan_blocks(
     return BlockPlan(tuple(image), grid, planes, cuts, tuple(_chunk(share * f.scale, n) for share, f, n in samples))
 
 
-def _resampled_plan(image: Sequence[int], grid: TileGrid, planes: int) -> BlockPlan:
-    """Blocks of whole chunks, about as large as four tiles: neighbours run the tiles between them twice."""
-    sides = [max(1, round(2 * t * n / m / CHUNK)) * CHUNK for t, n, m in zip(grid.tile, image, grid.image, strict=True)]
-    if len(sides) == 3:
-        sides[0] = image[0]
+def _resampled_plan(image: Sequence[int], grid: TileGrid, planes: int, floats: float, memory_bytes: float) -> BlockPlan:
+    """Blocks of whole chunks, about as large as four tiles: neighbours run the tiles between them twice.
+
+    ``floats``: bytes of a sample's inputs and outputs; a block is held about four times while it is resampled.
+    """
+    chunk = round(CHUNK ** (2 / len(image)))
+    sides = [max(1, round(2 * t * n / m / chunk)) * chunk for t, n, m in zip(grid.tile, image, grid.image, strict=True)]
+    while 4 * floats * prod(min(s, n) for s, n in zip(sides, image, strict=True)) > memory_bytes and max(sides) > chunk:
+        longest = sides.index(max(sides))
+        sides[longest] = max(chunk, sides[longest] // 2 // chunk * chunk)
     cuts = tuple((*range(0, n, side), n) for n, side in zip(image, sides, strict=True))
-    return BlockPlan(tuple(image), grid, planes, cuts, tuple(min(n, CHUNK) for n in image))
+    return BlockPlan(tuple(image), grid, planes, cuts, tuple(min(n, chunk) for n in image))
 
 
 def _share(spec: EngineSpec, k: int, axis: AxisTiles) -> int:

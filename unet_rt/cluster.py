@@ -8,25 +8,26 @@ its share again elsewhere), and so may the client: the same command goes on.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from . import machine
 from .engine import Engine, load
 from .errors import BackendError, ContractError
 from .heads import Headed
-from .image import Source, is_url, open_image
-from .pipeline import Progress, RunReport
+from .image import Source, open_image, where_of
+from .pipeline import Progress, RunReport, together
 from .predict_blocks import Prepared, run_blocks
 from .predict_large import Compute, Request, begun, open_store
 from .stage import Stage, Store
-from .tta import Augmented, Tta
+from .tta import Augmented
 
 PER_WORKER = 8  # shares of the blocks per worker: the last ones to finish wait for at most an eighth of their work
-RETRIES = 5  # of a share whose worker was lost
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class Job:
         reading: ``axes``, ``channels`` and ``level`` as given by the user.
         asked: What is asked for; threads are those of one worker.
         out: The output, beside which the stage lies.
-        tta: Test-time augmentation.
-        head: Name of the network's output; None: the first.
-        accept_unverified: As for :func:`unet_rt.load`.
+        token: Another one for every run: what a worker holds open is of one run.
     """
 
     engine: str
@@ -49,9 +48,7 @@ class Job:
     reading: tuple[str | None, Any, int | None]
     asked: Request
     out: str
-    tta: Tta = "none"
-    head: str | None = None
-    accept_unverified: bool = False
+    token: str
 
 
 def missing() -> BackendError:
@@ -59,8 +56,7 @@ def missing() -> BackendError:
 
 
 def computing(
-    scheduler: str, engine: Engine, image: Any, reading: tuple[str | None, Any, int | None], asked: Request, out: str,
-    tta: Tta, head: str | None,
+    scheduler: str, engine: Engine, image: Any, reading: tuple[str | None, Any, int | None], asked: Request, out: str
 ) -> tuple[Request, Compute]:  # fmt: skip
     """What a scheduler's workers are asked for, and the function that has them compute it.
 
@@ -73,9 +69,8 @@ def computing(
     asked = replace(
         asked, processes=count, threads=asked.threads or (max(1, machine.threads() // count) if count > 1 else 0)
     )
-    where = image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
     folder = str(engine.folder.path.resolve())
-    job = Job(folder, where, reading, asked, str(Path(out).resolve()), tta, head)
+    job = Job(folder, where_of(image), reading, asked, str(Path(out).resolve()), uuid4().hex)
     return asked, partial(compute, scheduler, job)
 
 
@@ -93,7 +88,7 @@ def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], pr
         BackendError: Dask is missing, the scheduler cannot be reached or has no worker, or a block failed on one.
     """
     try:
-        from distributed import Client, as_completed
+        from distributed import Client, KilledWorker, as_completed
     except ImportError as error:
         raise missing() from error
     tiles = {n: made.plan.tiles(n) for n in numbers}
@@ -105,13 +100,19 @@ def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], pr
         shares = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
         if progress is not None:
             progress(0, total)
-        futures = client.map(partial(work, job), shares, retries=RETRIES, pure=False)
-        for _, (share, report) in as_completed(futures, with_results=True, raise_errors=True):  # type: ignore[no-untyped-call]
-            reports.append(report)
-            done += sum(tiles[n] for n in share)
-            if progress is not None:
-                progress(done, total)
-    return _merged(reports)
+        # Shares of a lost worker go to another one by themselves; one whose pixels are bad would fail again.
+        futures = client.map(partial(work, job), shares, pure=False)
+        try:
+            for _, (share, report) in as_completed(futures, with_results=True, raise_errors=True):  # type: ignore[no-untyped-call]
+                reports.append(report)
+                done += sum(tiles[n] for n in share)
+                if progress is not None:
+                    progress(done, total)
+        except KilledWorker as error:
+            raise BackendError(
+                f"the same blocks ended several workers ({error}); look at their logs, most often memory: use less --memory"
+            ) from error
+    return together(reports)
 
 
 def _client(scheduler: str, exits: contextlib.ExitStack, client: Any) -> tuple[Any, int]:
@@ -143,37 +144,41 @@ def _client(scheduler: str, exits: contextlib.ExitStack, client: Any) -> tuple[A
 
 def work(job: Job, numbers: Sequence[int]) -> tuple[list[int], RunReport]:
     """Computes blocks on a worker, those that have no mark yet; returns all of them."""
-    stage, store, made = _opened(job)
-    there = stage.finished()
-    report = run_blocks(made, [n for n in numbers if n not in there], partial(stage.put, store))
-    return list(numbers), report
+    with _ONE:  # an engine and an image serve one thread at a time
+        stage, store, made = _opened(job)
+        there = stage.finished()
+        report = run_blocks(made, [n for n in numbers if n not in there], partial(stage.put, store))
+        return list(numbers), report
 
 
-@cache
+_ONE = threading.Lock()
+
+
+@lru_cache(maxsize=1)
 def _opened(job: Job) -> tuple[Stage, Store, Prepared]:
-    """Engine, image and stage, opened once per process and result; they live as long as the worker."""
-    engine: Engine = load(
-        job.engine,
-        device=_device(job.engine),
-        threads=job.asked.threads or None,
-        accept_unverified=job.accept_unverified,
-    )
-    if job.head is not None:
-        engine = Headed(engine, job.head)
-    if job.tta != "none":
-        engine = Augmented(engine, job.tta)
+    """Engine, image and stage, opened once per process and run; they live until the next run."""
+    asked = job.asked
+    engine: Engine = load(job.engine, device=_device(job.engine), threads=asked.threads or None)
+    if asked.head is not None:
+        engine = Headed(engine, asked.head)
+    if asked.tta != "none":
+        engine = Augmented(engine, asked.tta, raw=asked.output == "raw")
     spec = engine.spec
     axes, channels, level = job.reading
     source: Source = open_image(
         job.image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels,
         level=level,
     )  # fmt: skip
-    stage, made = begun(engine, source, job.asked, Path(job.out))
-    return stage, open_store(stage, made, Path(job.out)), made
+    stage, made = begun(engine, source, asked, Path(job.out), create=partial(_no_stage, job.out))
+    return stage, open_store(stage, made, Path(job.out), marks=False), made
+
+
+def _no_stage(out: str) -> None:
+    raise BackendError(f"{out} is not being computed any more; its run has ended")
 
 
 def _device(engine: str) -> str | None:
-    """The GPU of this worker, where the engine runs on one and there are several: by the worker's name or number."""
+    """The GPU of this worker, where the engine runs on one: that of the worker's name, if it is a number."""
     from .engine import read_folder
 
     if not read_folder(engine).spec.device.startswith("cuda"):
@@ -182,24 +187,7 @@ def _device(engine: str) -> str | None:
 
     count = len(machine.cuda().devices)
     name = str(get_worker().name)
-    digits = "".join(c for c in name if c.isdecimal())
-    return f"cuda:{int(digits) % count}" if digits and count else None
-
-
-def _merged(reports: Sequence[RunReport]) -> RunReport:
-    """One report of what all workers did; stages are seconds of all of them together."""
-    if not reports:
-        raise BackendError("no worker computed anything")
-    first = reports[0]
-    stages = {name: round(sum(r.stages.get(name, 0.0) for r in reports), 4) for name in first.stages}
-    return replace(
-        first,
-        tiles=sum(r.tiles for r in reports),
-        mpx=sum(r.mpx for r in reports),
-        stages=stages,
-        peak_rss_bytes=max(r.peak_rss_bytes for r in reports),
-        notes=list(dict.fromkeys(note for r in reports for note in r.notes)),
-    )
+    return f"cuda:{int(name) % count}" if name.isdecimal() and count else None
 
 
 def processes(scheduler: str) -> int:

@@ -417,6 +417,11 @@ def is_url(text: str) -> bool:
     return bool(separator) and scheme.replace("+", "").replace(":", "").isalnum()
 
 
+def where_of(image: str | os.PathLike[str]) -> str:
+    """A path in full, or a URL: what names an image in another process, too."""
+    return image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
+
+
 def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
     """Files, Zarr folders, URLs (as text) and the images in folders (sorted by name, known suffixes), each once.
 

@@ -262,16 +262,20 @@ def read_window(read: Read, start: Sequence[int], stop: Sequence[int]) -> Array:
     return block
 
 
+def morphology() -> Any:
+    """SciPy's image module; ContractError where it is missing."""
+    try:
+        from scipy import ndimage
+    except ModuleNotFoundError as error:
+        raise ContractError("finding objects needs scipy, which is missing; pip install 'unet-rt[objects]'") from error
+    return ndimage
+
+
 class _Labeller:
     """Labels one window: the same pixels always get the same numbers."""
 
     def __init__(self, read: Read, classes: tuple[int, ...] | None, connectivity: Connectivity, axes: int):
-        try:
-            from scipy import ndimage
-        except ModuleNotFoundError as error:
-            raise ContractError(
-                "finding objects needs scipy, which is missing; pip install 'unet-rt[objects]'"
-            ) from error
+        ndimage = morphology()
         self._read, self._classes, self._label = read, classes, ndimage.label
         self._structure = ndimage.generate_binary_structure(axes, axes if connectivity == "full" else 1)
 

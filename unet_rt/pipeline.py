@@ -8,12 +8,13 @@ GPU have a pipeline of their own (``predict_device``).
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, floor, prod
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # (tiles done, tiles in all)
 Spans = list[tuple[str, float, float]]  # (stage, start, stop) in seconds of time.perf_counter
 
+DEVICE_WORKS = 64  # that a GPU's pipeline is given at once
 _COUNTED = 2**18  # pixels counted at a time: they stay in the second-level cache
 
 
@@ -218,6 +220,7 @@ def run(
     progress: Progress | None = None,
     done: Done | None = None,
     trace: Spans | None = None,
+    stop: threading.Event | None = None,
 ) -> RunReport:
     """Runs works on a source, one after the other.
 
@@ -235,11 +238,13 @@ def run(
         progress: Called from the caller's thread with (tiles done, tiles in all).
         done: Called after the last band of a work, from the thread that ``write`` is called from.
         trace: Receives (stage, start, stop) of everything that is timed.
+        stop: Set by the run when it ends early, and seen by whoever makes ``works``.
 
     An engine on a GPU whose tiles the kernels can fill there runs there from end to end (``predict_device``); another
     one takes its tiles from the host. Tiles with the same pixels as one shortly before are not run again.
     """
     spec = engine.spec
+    stop = stop or threading.Event()
     if total is None:
         works = list(works)
         total = sum(work.grid.count for work in works)
@@ -247,12 +252,12 @@ def run(
         from . import predict_device
 
         if predict_device.serves(engine, output):
-            return predict_device.run(
-                engine, source, list(works), decision, write, affines,
-                output=output, batch=batch, progress=progress, done=done,
+            return _on_device(
+                engine, source, works, decision, write, affines,
+                output=output, batch=batch, total=total, progress=progress, done=done,
             )  # fmt: skip
     begun = time.perf_counter()
-    clock, stop, errors = StageClock(trace), threading.Event(), list[BaseException]()
+    clock, errors = StageClock(trace), list[BaseException]()
     gathered, outputs = StoppableQueue(2, stop), StoppableQueue(2, stop)
     seen = Seen(decision)
 
@@ -333,6 +338,57 @@ def run(
     if errors:
         raise errors[0]
     return seen.report(spec, source, output, begun, clock)
+
+
+def _on_device(
+    engine: Engine, source: Source, works: Iterable[Work], decision: Decision, write: Write, affines: Affines | OnePlane,
+    *, output: int, batch: int, total: int, progress: Progress | None, done: Done | None,
+) -> RunReport:  # fmt: skip
+    """Runs works on the engine's device, some at a time: they are taken as they are needed."""
+    from . import predict_device
+
+    begun, reports, remaining = time.perf_counter(), list[RunReport](), iter(works)
+    seen = Seen(decision)
+    while group := list(itertools.islice(remaining, DEVICE_WORKS)):
+        before = sum(report.tiles for report in reports)
+
+        def told(now: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + now, total)
+
+        def ended(work: Work, tally: Tally) -> None:
+            seen.end(tally)
+            if done is not None:
+                done(work, tally)
+
+        reports.append(
+            predict_device.run(
+                engine, source, group, decision, write, affines, output=output, batch=batch, progress=told, done=ended
+            )
+        )
+    if not reports:
+        return seen.report(engine.spec, source, output, begun, StageClock())
+    merged = together(reports)
+    merged.seconds = time.perf_counter() - begun
+    merged.class_share, merged.outside_range = (
+        class_share(seen.tally, decision, engine.spec),
+        seen.tally.outside_share(),
+    )
+    return merged
+
+
+def together(reports: Sequence[RunReport]) -> RunReport:
+    """One report of several runs on one image: sums of their work and stages; the first one's everything else."""
+    first = reports[0]
+    return replace(
+        first,
+        tiles=sum(r.tiles for r in reports),
+        mpx=sum(r.mpx for r in reports),
+        seconds=sum(r.seconds for r in reports),
+        stages={name: round(sum(r.stages.get(name, 0.0) for r in reports), 4) for name in first.stages},
+        peak_rss_bytes=max(r.peak_rss_bytes for r in reports),
+        notes=list(dict.fromkeys(note for r in reports for note in r.notes)),
+    )
 
 
 class Seen:

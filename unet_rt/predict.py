@@ -102,7 +102,7 @@ def predict(
             class decision.
         tta: Test-time augmentation: mean probabilities over flips (``flip``), or flips and quarter turns (``d4``).
         region: An image of the same size; predictions are wanted where it is not 0.
-        memory_bytes: What all of it may take beside the loaded engine; None: half of what is free.
+        memory_bytes: Bound on the resident memory of this process; None: half of what is free beside it.
         shard: (index, count): only every count-th block, from block ``index`` on. Whoever finishes last writes ``out``.
         scheduler: ``local:N`` (processes) or ``tcp://host:port`` of a Dask scheduler that computes the blocks.
         restart: Throw away what an interrupted run has left of ``out``.
@@ -117,7 +117,7 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from .image import open_image
+    from .image import open_image, where_of
 
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
@@ -127,7 +127,7 @@ def predict(
     if head is not None:
         engine = Headed(engine, head)
     if tta != "none":
-        engine = Augmented(engine, tta)
+        engine = Augmented(engine, tta, raw=output == "raw")
     spec = engine.spec
     batch = spec.run_batch if batch is None else batch
     with open_image(
@@ -171,17 +171,18 @@ def predict(
                 threads=threads,
                 pixel_size_um=size,
                 resample=resample,
-                region=None if region is None else str(region),
+                region=None if region is None else where_of(region),
                 memory_bytes=memory_bytes,
                 shard=shard or (0, 1),
+                tta=tta,
+                head=head,
             )
             compute = None
             if scheduler is not None:
                 from . import cluster
 
-                asked, compute = cluster.computing(
-                    scheduler, engine, image, (axes, channels, level), asked, str(out), tta, head
-                )
+                names = channels if isinstance(channels, str | None) else tuple(channels)
+                asked, compute = cluster.computing(scheduler, engine, image, (axes, names, level), asked, str(out))
             finished, result = predict_large.predict(
                 engine, source, asked, place, staged=staged, overwrite=overwrite, restart=restart, compute=compute,
                 overlay=None if overlay is None else Path(overlay), tables=tables, progress=progress, trace=trace,
@@ -295,6 +296,10 @@ def _check_device(engine: Engine, source: Source, device: Device) -> None:
     from . import predict_device
 
     session = engine.device_session
+    if session is None and isinstance(engine, Augmented | Headed):
+        raise ImageError(
+            f"{source.name} lies on a GPU, and --tta and --head take tiles from the host; pass image.cpu()"
+        )
     if session is None or session.stream.device.index != device.index:
         raise ImageError(
             f"{source.name} lies on cuda:{device.index} and the engine runs on {engine.spec.device}; copy the image to "

@@ -84,19 +84,20 @@ class Prepared:
     @property
     def shape(self) -> tuple[int, ...]:
         """Spatial shape of the result."""
-        return self._samples(self.plan.image)
+        return self.samples(self.plan.image)
 
     @property
     def cuts(self) -> list[list[int]]:
         """Per axis: samples of the result where blocks begin, and its end."""
         axes = len(self.plan.cuts)
-        return [[self._samples([cut] * axes)[k] for cut in cuts] for k, cuts in enumerate(self.plan.cuts)]
+        return [[self.samples([cut] * axes)[k] for cut in cuts] for k, cuts in enumerate(self.plan.cuts)]
 
     def place(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[start, stop) of a block in samples of the result."""
-        return self._samples(block.start), self._samples(block.stop)
+        return self.samples(block.start), self.samples(block.stop)
 
-    def _samples(self, pixels: Sequence[int]) -> tuple[int, ...]:
+    def samples(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """The first samples at these pixels (or ends of them)."""
         if self.seen is not self.image:
             return tuple(pixels)
         return tuple(ceil(n * f.scale) for n, f in zip(pixels, self.plan.grid.outputs[0].field, strict=True))
@@ -142,6 +143,7 @@ def run_blocks(
     queue = StoppableQueue(1, stop)
     total = sum(map(made.plan.tiles, numbers))
     values: dict[int, Array] = {}
+    spared = 0  # tiles that nothing is wanted of
 
     def keep() -> None:
         try:
@@ -160,18 +162,25 @@ def run_blocks(
             raise errors[0] if errors else Stop from None
 
     def works() -> Iterator[Work]:
+        nonlocal spared
         for number in numbers:
+            if stop.is_set():
+                return
             work = _work(made, made.plan.block(number))
-            if isinstance(work, Work):
+            if isinstance(work, _BlockWork):
+                spared += made.plan.tiles(number) - work.grid.count
                 yield work
             else:
-                hand_on(made.plan.block(number), work, _counted(made, work))
+                spared += made.plan.tiles(number)
+                hand_on(made.plan.block(number), work.result, _counted(made, work.result, work.wanted))
 
     def write(work: Work, start: int, band: Array) -> None:
         assert isinstance(work, _BlockWork)  # noqa: S101 - works() makes no others
         lead = band.ndim - len(work.grid.axes)
         shape = (*band.shape[:lead], *work.grid.out_shape(0))
-        whole = values.setdefault(work.block.number, np.empty(shape, band.dtype))
+        if work.block.number not in values:
+            values[work.block.number] = np.empty(shape, band.dtype)
+        whole = values[work.block.number]
         whole[(slice(None),) * lead + (slice(start, start + band.shape[lead]),)] = band
 
     def done(work: Work, tally: Tally) -> None:
@@ -179,21 +188,24 @@ def run_blocks(
         result = values.pop(work.block.number)
         whole = _complete(made, work, result)
         if whole is not result:  # what was counted is not what is stored
-            tally.labels = _counted(made, whole).labels
+            tally.labels = _counted(made, whole, work.wanted).labels
         hand_on(work.block, whole, tally)
 
     def told(now: int, _: int) -> None:
         if progress is not None:
-            progress(done_tiles + now, done_tiles + total)
+            progress(done_tiles + now + spared, done_tiles + total)
 
     keeper = threading.Thread(target=keep, name="keep")
     keeper.start()
     try:
         report = run(
             made.engine, made.seen, works(), made.first, write, made.affines,
-            batch=made.batch, threads=made.threads, total=total, progress=told, done=done, trace=trace,
+            batch=made.batch, threads=made.threads, total=total, progress=told, done=done, trace=trace, stop=stop,
         )  # fmt: skip
         queue.put(None)
+    except Stop:  # the last blocks could not be kept
+        if not errors:
+            raise
     except BaseException:
         stop.set()
         raise
@@ -204,17 +216,27 @@ def run_blocks(
     return report
 
 
-def _counted(made: Prepared, result: Array) -> Tally:
-    """Labels of a block's result, those of pixels without data left out."""
+@dataclass(frozen=True)
+class _Settled:
+    """The result of a block that no tile is needed for, and where it is wanted."""
+
+    result: Array
+    wanted: Array | None
+
+
+def _counted(made: Prepared, result: Array, wanted: Array | None) -> Tally:
+    """Labels of a block's result, those of pixels that are not wanted or hold no data left out."""
     tally = Tally(made.decision.channels)
     if made.decision.dtype == np.uint8:
+        kept = list(set(made.decision.values))
+        inside = slice(None) if wanted is None or wanted.shape != result.shape[-wanted.ndim :] else wanted
         for counts, labels in zip(tally.labels, result if made.decision.channels else result[None], strict=True):
-            found = np.bincount(labels.reshape(-1), minlength=256)
-            counts[list(set(made.decision.values))] += found[list(set(made.decision.values))]
+            found = np.bincount(labels[inside].reshape(-1), minlength=256)
+            counts[kept] += found[kept]
     return tally
 
 
-def _work(made: Prepared, block: Block) -> _BlockWork | Array:
+def _work(made: Prepared, block: Block) -> _BlockWork | _Settled:
     """What is to be computed of a block, or its result where that is nothing."""
     wanted: Array | None = None
     if made.region is not None:
@@ -227,10 +249,13 @@ def _work(made: Prepared, block: Block) -> _BlockWork | Array:
         for mask in (wanted, valid):
             both = both if mask is None else both & mask
         if not both.any():
-            return _marked(made, block, _outside(made, block), wanted, valid)
+            return _Settled(_marked(made, block, _outside(made, block), wanted, valid), wanted)
         ends = [np.flatnonzero(both.any(axis=tuple(j for j in range(both.ndim) if j != k))) for k in range(both.ndim)]
         start = tuple(a + int(e[0]) for a, e in zip(block.start, ends, strict=True))
         stop = tuple(a + int(e[-1]) + 1 for a, e in zip(block.start, ends, strict=True))
+    samples = zip(made.samples(start), made.samples(stop), strict=True)
+    if any(a >= b for a, b in samples):  # no sample lies at these pixels
+        return _Settled(_marked(made, block, _outside(made, block), wanted, valid), wanted)
     grid = made.plan.grid.part(*made.plan.seen(start, stop))
     return _BlockWork(block.plane, grid, block, start, stop, wanted, valid)
 
@@ -248,10 +273,10 @@ def _complete(made: Prepared, work: _BlockWork, result: Array) -> Array:
     if made.seen is not made.image:
         first, _ = made.plan.seen(work.start, work.stop)
         back = resample(result, first, work.start, work.stop, made.seen.shape, made.image.shape)
-        result = back if made.first is made.decision else decided(back, made.decision)
+        result = back if made.first is made.decision else decided(back, made.decision, made.threads)
     if (work.start, work.stop) != (work.block.start, work.block.stop):
         whole, origin = _outside(made, work.block), made.place(work.block)[0]
-        ends = zip(made._samples(work.start), made._samples(work.stop), origin, strict=True)
+        ends = zip(made.samples(work.start), made.samples(work.stop), origin, strict=True)
         lead = (slice(None),) * (whole.ndim - len(origin))
         whole[lead + tuple(slice(a - o, b - o) for a, b, o in ends)] = result
         result = whole
@@ -281,11 +306,13 @@ def _at_samples(made: Prepared, block: Block, pixels: Array) -> Array:
     return pixels
 
 
-def decided(values: Array, decision: Decision) -> Array:
+def decided(values: Array, decision: Decision, threads: int = 0) -> Array:
     """(K, *spatial) float32 values to what a decision makes of them."""
     lead = () if decision.op == "argmax" else (max(decision.channels, 1),)
     out = np.empty((*lead, *values.shape[1:]), decision.dtype)
     zero = np.zeros((1, values.ndim - 1), np.int64)
     size = np.array([values.shape[1:]], np.int64)
-    kernels.tile_stitch(np.ascontiguousarray(values[None]), zero, zero, size, out, **decision_arguments(decision))
+    kernels.tile_stitch(
+        np.ascontiguousarray(values[None]), zero, zero, size, out, threads=threads, **decision_arguments(decision)
+    )
     return out[0] if decision.channels == 0 and out.ndim == values.ndim else out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +33,9 @@ from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Tally, class_share
 from .predict_blocks import Prepared, Resampled, run_blocks
 from .resample import resampled_shape
-from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage
+from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage, shard_lock, stage_folder
 from .stitch import Decision, decide
+from .tta import Tta
 
 Array = npt.NDArray[Any]
 
@@ -71,7 +74,8 @@ class Request:
         pixel_size_um: Of the image; empty where not known.
         resample: Bring the image to the pixel size of the contract.
         region: Path of an image: predictions are wanted where it is not 0.
-        memory_bytes: What all may take beside the loaded engine; None: a share of what is free.
+        memory_bytes: Bound on the resident memory; None: a share of what is free. The plan of a run that was begun stays.
+        tta, head: As for :func:`unet_rt.predict.predict`; the engine is the view that they make.
         shard: (index, count): this process computes every count-th block.
         processes: How many share this machine's memory and threads.
     """
@@ -87,23 +91,41 @@ class Request:
     region: str | None = None
     memory_bytes: int | None = None
     shard: tuple[int, int] = (0, 1)
+    tta: Tta = "none"
+    head: str | None = None
     processes: int = 1
 
 
 def identity(engine: Engine, source: Source, decision: Decision, asked: Request) -> dict[str, Any]:
     """Everything that decides the result, under the names that messages use."""
-    spec = json.dumps(engine.spec.to_json(), sort_keys=True).encode()
-    graph = None if engine.folder is None else engine.folder.files["graph"]["sha256"]
+    spec = replace(engine.spec, device=engine.spec.device.partition(":")[0])  # one of several GPUs decides nothing
+    text = json.dumps(spec.to_json(), sort_keys=True).encode()
+    # Without a folder nothing says which weights these are: such a stage is nobody's but this run's.
+    graph = uuid4().hex if engine.folder is None else engine.folder.files["graph"]["sha256"]
+    region = None
+    if asked.region is not None:
+        with open_image(asked.region, Contract(), spatial=len(source.shape)) as opened:
+            region = opened.fingerprint()
     return {
-        "engine": [hashlib.sha256(spec).hexdigest()[:16], graph],
-        "image": source.fingerprint() or {"shape": source.shape, "dtype": str(source.dtype)},
+        "engine": [hashlib.sha256(text).hexdigest()[:16], graph],
+        "image": source.fingerprint() or _digest(source),
         "reading of the image": source.reading,
-        "output": {**asdict(decision), "dtype": str(decision.dtype)},
+        "output": [asked.output, {**asdict(decision), "dtype": str(decision.dtype)}],
         "normalization": asdict(asked.normalization),
+        "test-time augmentation": asked.tta,
+        "head": asked.head,
         "pixel size": [asked.resample, asked.pixel_size_um],
-        "region": asked.region,
+        "region": region,
         "tile": asked.tile,
     }
+
+
+def _digest(source: Source) -> str:
+    """Of all pixels: what an array is told by."""
+    total = hashlib.sha256(f"{source.shape} {source.dtype}".encode())
+    for plane, start, stop in source.bands():
+        total.update(np.ascontiguousarray(source.read_band(plane, start, stop)).data)
+    return total.hexdigest()
 
 
 def prepare(engine: Engine, source: Source, asked: Request, run: dict[str, Any] | None = None) -> Prepared:
@@ -208,34 +230,55 @@ def predict(
     trace: Spans | None = None,
 ) -> tuple[RunReport, Any]:
     """A prediction in blocks: its report, and the path written or the array, as :func:`unet_rt.predict.predict` has them."""
-    if tables is not None and asked.output != "instances":
-        raise ContractError("tables list objects; use --output instances")
-    if asked.output == "instances" and asked.mask_values:
-        raise ContractError("--output instances numbers objects from 1 on; leave --mask-values away")
-    if out is not None:
+    tables = _checked(engine, source, asked, tables, overwrite=overwrite)
+    if out is not None and not (staged and stage_folder(out).exists()):
         check_target(out, overwrite=overwrite)
-
     ids: list[Array] = []
 
-    def make(made: Prepared, store: Store) -> None:
+    def make(made: Prepared, store: Store, again: bool = False) -> None:
         if overlay is not None:
             draw_overlay(made, store, overlay)
         if asked.output == "instances":
-            ids.append(write_instances(made, store, out, tables or Tables(), overwrite=overwrite))
+            ids.append(write_instances(made, store, out, tables, overwrite=again or overwrite))
         elif out is not None:
-            write_output(made, store, out, overwrite=overwrite)
+            write_output(made, store, out, overwrite=again or overwrite)
 
     if staged and out is not None:
         report = in_stage(
-            engine, source, asked, out, make, restart=restart, compute=compute, progress=progress, trace=trace
-        )
+            engine, source, asked, out, make,
+            overwrite=overwrite, restart=restart, compute=compute, progress=progress, trace=trace,
+        )  # fmt: skip
         return report, out
     store, report, made = in_memory(engine, source, asked, progress=progress, trace=trace)
     make(made, store)
     if out is not None:
+        clear(out)
+    if out is not None:
         return report, out
     result = ids[0] if ids else store.array
     return report, result.reshape(*source.plane_shape, *result.shape[1:])
+
+
+def _checked(engine: Engine, source: Source, asked: Request, tables: Tables | None, *, overwrite: bool) -> Tables:
+    """What is wanted of objects; raises now what would otherwise be said after all the work."""
+    if asked.output != "instances":
+        if tables is not None:
+            raise ContractError("tables list objects; use --output instances")
+        return Tables()
+    if asked.mask_values:
+        raise ContractError("--output instances numbers objects from 1 on; leave --mask-values away")
+    if engine.spec.contract.task == "multilabel":
+        raise ContractError(
+            "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.objects)"
+        )
+    objects.morphology()
+    tables = tables or Tables()
+    if tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
+        raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+    for path in (tables.objects, tables.areas, tables.geojson):
+        if path is not None and path.exists() and not overwrite:
+            raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
+    return tables
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -277,37 +320,50 @@ def in_stage(
     source: Source,
     asked: Request,
     out: Path,
-    make: Callable[[Prepared, Store], None],
+    make: Callable[[Prepared, Store, bool], None],
     *,
+    overwrite: bool = False,
     restart: bool = False,
     compute: Compute | None = None,
     progress: Progress | None = None,
     trace: Spans | None = None,
-    disk: Disk | None = None,
 ) -> RunReport:
     """Computes what is missing of a result in a stage, and has the output made where that was the last of it.
 
     Args:
         engine, source, asked: As for :func:`prepare`.
         out: The output.
-        make: Makes the output from the finished blocks.
+        make: Makes the output from the finished blocks; told whether an earlier run may have made it already.
+        overwrite: Replace an output that was there before.
         restart: Throw away what an interrupted run has left.
         compute: Computes the missing blocks elsewhere, so that they have their marks afterwards; None: here.
         progress, trace: As for :func:`unet_rt.predict.predict`.
-        disk: File operations.
     """
+    index, count = asked.shard
+    if restart and count > 1:
+        raise ContractError("--restart would throw away what other shards have done; restart one without --shard")
     made = None
-    try:
-        stage, made = begun(engine, source, asked, out, restart=restart, disk=disk)
-        index, count = asked.shard
-        with stage.shard(index, count):
-            store = open_store(stage, made, out)
+    with shard_lock(out, index, count):
+        try:
+            stage, made = begun(
+                engine, source, asked, out, restart=restart, create=lambda: check_target(out, overwrite=overwrite)
+            )
             there = stage.finished()
+            complete = len(there) == len(made.plan)
+            moved = is_zarr(out) and asked.output != "instances" and complete and not stage.data.exists()
+            if moved and not out.exists():
+                raise OutputError(
+                    f"{stage.folder} is what is left of {out}, which has gone; use --restart to begin anew"
+                )
+            if not complete and out.exists() and not overwrite:
+                raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
+            store = None if moved else open_store(stage, made, out, marks=bool(there))
             mine = [n for n in range(len(made.plan)) if n % count == index]
             missing = [n for n in mine if n not in there]
             done = sum(made.plan.tiles(n) for n in mine if n in there)
-            if compute is None or not missing:
-                put = partial(stage.put, store)
+            begin = time.perf_counter()
+            if compute is None or not missing or store is None:
+                put = _nothing if store is None else partial(stage.put, store)
                 report = run_blocks(made, missing, put, done_tiles=done, progress=progress, trace=trace)
             else:
 
@@ -316,45 +372,64 @@ def in_stage(
                         progress(done + now, done + total)
 
                 report = compute(made, missing, told)
+                report.seconds = time.perf_counter() - begin
             if len(missing) < len(mine):
                 report.notes.append(f"{len(mine) - len(missing)} of {len(mine)} blocks were there from an earlier run")
             try:
-                total = stage.tally(made.decision.channels)
                 left = len(made.plan) - len(stage.finished())
+                total = stage.tally(made.decision.channels)
             except FileNotFoundError:
                 if stage.folder.exists():
                     raise
+                if count == 1 and compute is None:
+                    raise OutputError(
+                        f"{stage.folder} has gone: another process began {out} anew; wait for it"
+                    ) from None
                 return report  # another shard found all marks set, and made the output
             report.class_share = class_share(total, made.decision, engine.spec)
+            report.outside_range = total.outside_share()
             if left:
                 report.notes.append(
                     f"shard {index}/{count} is done; {left} of {len(made.plan)} blocks are left to other shards"
                 )
+            elif store is None:  # a kill came between the output and the end of the stage
+                stage.remove()
             else:
-                stage.finish(partial(make, made, store))
-        return report
-    finally:
-        if made is not None:
-            _close(made)
+                stage.finish(partial(make, made, store, complete))
+            clear(out)
+            return report
+        finally:
+            if made is not None:
+                _close(made)
+
+
+def _nothing(block: Block, values: Array, tally: Tally) -> None:
+    """Keeps nothing: there is nothing left to compute."""
 
 
 def begun(
-    engine: Engine, source: Source, asked: Request, out: Path, *, restart: bool = False, disk: Disk | None = None
+    engine: Engine,
+    source: Source,
+    asked: Request,
+    out: Path,
+    *,
+    restart: bool = False,
+    create: Callable[[], None],
 ) -> tuple[Stage, Prepared]:
-    """The stage of a result, begun here or before, and the result."""
+    """The stage of a result, begun here or before, and the result.
+
+    ``create`` is asked before a stage is begun; it raises where that must not be.
+    """
     fresh: list[Prepared] = []
 
     def plan() -> dict[str, Any]:
+        create()
         fresh.append(prepare(engine, source, asked))
         return {"plan": fresh[0].plan.to_json(), "numbers": _numbers(fresh[0].affines)}
 
-    decision = decide(
-        engine.spec.contract,
-        engine.spec.outputs[0].channels,
-        "mask" if asked.output == "instances" else asked.output,  # type: ignore[arg-type]
-        asked.mask_values,
-    )
-    stage = open_stage(out, identity(engine, source, decision, asked), plan, restart=restart, disk=disk)
+    kind: Any = "mask" if asked.output == "instances" else asked.output
+    decision = decide(engine.spec.contract, engine.spec.outputs[0].channels, kind, asked.mask_values)
+    stage = open_stage(out, identity(engine, source, decision, asked), plan, restart=restart)
     for other in fresh:
         _close(other)
     return stage, prepare(engine, source, asked, dict(stage.run))
@@ -365,8 +440,10 @@ def _close(made: Prepared) -> None:
         made.region.close()
 
 
-def open_store(stage: Stage, made: Prepared, out: Path) -> Store:
-    """Where the blocks of a stage are kept: as its output wants them."""
+def open_store(stage: Stage, made: Prepared, out: Path, *, marks: bool = True) -> Store:
+    """Where the blocks of a stage are kept: as its output wants them. Made where there are no ``marks`` yet."""
+    if marks and not stage.data.exists():
+        raise OutputError(f"{stage.folder} has marks of finished blocks and no data; use --restart to begin anew")
     if not is_zarr(out):
         return PackedStore(stage.data, made.cuts)
     if not stage.data.exists():
@@ -434,16 +511,31 @@ def _opened(
 
 
 def move_folder(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Gives a finished folder its name; what had the name before is deleted after that."""
-    before = out.with_name(f".{out.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
+    """Gives a finished folder its name; what had the name before goes aside, until :func:`clear`."""
     if out.exists():
         if not overwrite:
             raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
-        out.rename(before)
-    folder.rename(out)
-    Disk().sync_folder(out.parent)
-    shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(_aside(out), ignore_errors=True)
+        out.rename(_aside(out))
+    disk, before = Disk(), folder.parent
+    disk.replace(folder, out)
+    disk.sync_folder(out.parent)
+    disk.sync_folder(before)
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.before")
+
+
+def _numbered(out: Path) -> Path:
+    """Where an OME-Zarr of ids is written until it is whole."""
+    return out.with_name(f".{out.name}.instances")
+
+
+def clear(out: Path) -> None:
+    """Deletes what went aside, now or before a kill."""
+    for folder in (_aside(out), _numbered(out)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def draw_overlay(made: Prepared, store: Store, path: Path) -> None:
@@ -462,18 +554,17 @@ def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tabl
         The ids, (planes, *spatial) uint32, where ``out`` is None, else an empty array.
     """
     image = made.image
-    if tables.geojson is not None and (len(made.shape) != 2 or image.planes != 1):
-        raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
     ids = np.zeros((image.planes, *(made.shape if out is None else (0,) * len(made.shape))), np.uint32)
     window: tuple[int, ...] = (max(1, BAND_BYTES // 8 // prod(made.shape[1:])), *made.shape[1:])
     with ExitStack() as exits:
         sink: Output | ZarrOutput | None = None
         if out is not None and is_zarr(out):
-            folder = out.with_name(f".{out.name}.instances")
+            folder = _numbered(out)
             shutil.rmtree(folder, ignore_errors=True)
             shape = replace(_shape(made), channels=0, dtype=np.dtype(np.uint32))
             sink = ZarrOutput.create(folder, shape, made.plan.chunk, image.metadata, size_of(image, made.shape))
-            window = tuple(max(c, WINDOW_PX // c * c) for c in sink.chunk)
+            side = round(WINDOW_PX ** (2 / len(made.shape)))
+            window = tuple(max(c, side // c * c) for c in sink.chunk)
         elif out is not None:
             sink = exits.enter_context(_opened(made, out, 0, np.dtype(np.uint32), overwrite=overwrite))
 

@@ -24,6 +24,7 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ Array = npt.NDArray[Any]
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # [start, stop) in samples of the result
 
 FORMAT = 1
+HELD_BYTES = 2**28  # of unpacked blocks, while an output is made of them
 _LEVEL = 1  # of zlib: packed blocks live for the time of the run
 
 
@@ -64,14 +66,16 @@ class PackedStore:
         """``cuts``: per axis, samples of the result where blocks begin, and its end."""
         self._folder, self._cuts = folder, cuts
         self._shape = tuple(len(c) - 1 for c in cuts)
-        self._held: OrderedDict[int, Array] = OrderedDict()  # of one row of blocks
+        self._held: OrderedDict[int, Array] = OrderedDict()  # the ones read last
         folder.mkdir(exist_ok=True)
 
     def write(self, block: Block, values: Array) -> list[Path]:
         stream = io.BytesIO()
         np.save(stream, values, allow_pickle=False)
         path = self._path(block.number)
-        path.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
+        part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # another process may have finished the same block
+        part.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
+        part.replace(path)
         return [path]
 
     def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
@@ -110,7 +114,7 @@ class PackedStore:
                 f"{path}: a finished block cannot be read back ({error}); use --restart to begin anew"
             ) from error
         self._held[number] = values
-        while len(self._held) > self._shape[-1]:
+        while len(self._held) > 1 and sum(v.nbytes for v in self._held.values()) > HELD_BYTES:
             self._held.popitem(last=False)
         return values
 
@@ -185,7 +189,9 @@ class Stage:
     def tally(self, channels: int) -> Tally:
         """What was counted of all finished blocks."""
         total = Tally(channels)
-        for path in sorted(self._marks.iterdir()):
+        for path in self._marks.iterdir():
+            if not path.name.isdecimal():
+                continue  # a mark that is being written, or that a kill has left
             mark = json.loads(path.read_text(encoding="utf-8"))
             total.outside += mark["outside"]
             total.seen += mark["seen"]
@@ -194,16 +200,11 @@ class Stage:
                     total.labels[channel, int(value)] += count
         return total
 
-    def shard(self, index: int, count: int) -> AbstractContextManager[None]:
-        """Holds the lock of a shard: two processes would compute the same blocks."""
-        what = "this output" if count == 1 else f"shard {index}/{count} of this output"
-        return locked(
-            self.folder.with_name(f"{self.folder.name}.{index}-of-{count}.lock"),
-            busy=f"{self.folder}: another process is at {what}; wait for it, or choose another --out",
-        )
-
     def finish(self, make: Callable[[], None]) -> bool:
-        """Makes the output with ``make`` and removes the folder; False where another process has done so."""
+        """Makes the output with ``make`` and removes the folder; False where another process has done so.
+
+        ``make`` may be run again: a kill may come between its end and that of the folder.
+        """
         with locked(self.folder.with_name(f"{self.folder.name}.finish.lock")):
             if not self.folder.exists():
                 return False
@@ -224,6 +225,16 @@ def _sparse(labels: Array) -> list[dict[str, int]]:
     return [{str(v): int(counts[v]) for v in np.flatnonzero(counts)} for counts in labels]
 
 
+def shard_lock(out: Path, index: int, count: int) -> AbstractContextManager[None]:
+    """Holds the lock of a shard of an output: two processes would compute the same blocks."""
+    folder = stage_folder(out)
+    what = "this output" if count == 1 else f"shard {index}/{count} of this output"
+    return locked(
+        folder.with_name(f"{folder.name}.{index}-of-{count}.lock"),
+        busy=f"{out}: another process is at {what}; wait for it, or choose another --out",
+    )
+
+
 def open_stage(
     out: Path,
     identity: Mapping[str, Any],
@@ -232,12 +243,13 @@ def open_stage(
     restart: bool = False,
     disk: Disk | None = None,
 ) -> Stage:
-    """Opens the stage of an output, or starts one.
+    """Opens the stage of an output, or starts one. What kills have left of earlier ones is deleted.
 
     Args:
         out: The output.
         identity: Everything that decides the result, in JSON's types. A stage of another identity is refused.
-        prepare: Gives what else ``run.json`` is to hold (plan, numbers); called only where there is no stage yet.
+        prepare: Gives what else ``run.json`` is to hold (plan, numbers); called only where there is no stage yet. It may
+            raise to refuse a new one.
         restart: Throw away what there is.
         disk: File operations.
 
@@ -250,6 +262,7 @@ def open_stage(
     stage = Stage(folder, {}, disk)
     if restart and folder.exists():
         stage.remove()
+    shutil.rmtree(folder.with_name(f"{folder.name}.gone"), ignore_errors=True)
     identity = json.loads(json.dumps(identity))
     if not path.exists():
         run = {"format": FORMAT, "identity": identity, **prepare()}

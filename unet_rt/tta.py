@@ -6,7 +6,6 @@ to the canvas, so the tile of a flipped canvas is the flipped tile. Only the hal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any, Literal, get_args
@@ -29,10 +28,11 @@ class Augmented(Engine):
     serve every position. Engines on a GPU take tiles from the host here.
     """
 
-    def __init__(self, engine: Engine, how: Tta) -> None:
+    def __init__(self, engine: Engine, how: Tta, *, raw: bool = False) -> None:
         """
         Args:
             engine: The engine.
+            raw: Average the network's own values instead.
             how: ``flip`` (2 positions per axis: 4 in 2-D, 8 in 3-D) or ``d4`` (2-D: flips and quarter turns, 8).
 
         Raises:
@@ -60,7 +60,7 @@ class Augmented(Engine):
         contract = spec.contract
         self._activation = (
             None
-            if contract.output_is != "logits" or contract.task == "regression"
+            if raw or contract.output_is != "logits" or contract.task in (None, "regression")
             else "softmax" if contract.task == "multiclass" else "sigmoid"
         )  # fmt: skip
         if self._activation is not None:
@@ -123,13 +123,3 @@ def _both_axes(output: OutputField) -> OutputField:
         raise ContractError("--tta d4 turns the image, and the network treats its axes differently; use --tta flip")
     halo, reach = max(a.halo[0], b.halo[0]), max(a.reach[0], b.reach[0])
     return replace(output, field=tuple(replace(f, halo=(halo, halo), reach=(reach, reach)) for f in (a, b)))
-
-
-def positions(spatial: int, how: Tta) -> int:
-    """How often every tile is run."""
-    if how == "flip":
-        return 1 << spatial
-    return 8 if how == "d4" else 1
-
-
-__all__: Sequence[str] = ["Augmented", "Tta", "positions"]
