@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from test_cases import engine as fake_engine
+from test_cases import output, predicted
 
 import unet_rt as urt
 from unet_rt import predict_large, stage
@@ -525,3 +528,61 @@ def test_run_json_says_what_is_computed(engine, stored, small_blocks, tmp_path):
     with pytest.raises(urt.OutputError, match="--restart"):
         urt.predict(engine, stored, out=out, tile=TILE)
     shutil.rmtree(stage.stage_folder(out))
+
+
+# --- any geometry ----------------------------------------------------------------------------------------------------
+
+
+def halved(x: np.ndarray) -> np.ndarray:
+    return x[..., ::2, ::2] + 1
+
+
+def doubled(x: np.ndarray) -> np.ndarray:
+    return x.repeat(2, axis=-1).repeat(2, axis=-2)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "options"),
+    [
+        (lambda x: x + 1, (1, 9, 40, 37), {"tile": (8, 12, 12), "halo": 2, "stride": 2}),
+        (lambda x: x + 1, (1, 41, 37), {"tile": (12, 12), "overlap": (6, 6), "stride": 2, "blend": "gaussian"}),
+        (halved, (1, 41, 37), {"tile": (12, 16), "scale": Fraction(1, 2), "halo": 1, "stride": 4}),
+        (doubled, (1, 41, 37), {"tile": (12, 16), "scale": Fraction(2), "halo": 3, "stride": 4}),
+        (lambda x: x, (3, 41, 37), {"tile": (12, 16), "channels": 3, "task": "multilabel", "output_is": "logits"}),
+        (lambda x: x, (1, 41, 37), {"tile": (12, 16), "task": "binary", "output_is": "probabilities", "halo": 2}),
+    ],
+    ids=["volume", "blended", "half", "double", "multilabel", "binary"],
+)
+def test_blocks_are_parts_of_the_whole_result(network, shape, options, small_blocks):
+    """Cheap networks, whatever they compute: placed and blended tiles, volumes, other scales, every decision."""
+    options = dict(options)
+    scale, channels = options.pop("scale", Fraction(1)), options.get("channels", 1)
+    field = output(len(shape) - 1, channels, stride=options.get("stride", 1), halo=options.get("halo", 0), scale=scale)
+    made = fake_engine(network, outputs=[field], **options)
+    pixels = np.random.default_rng(4).normal(size=shape).astype(np.float32)
+    whole = predicted(made, pixels)
+    in_blocks = predicted(made, pixels, memory_bytes=2**40)
+    assert whole.shape == in_blocks.shape
+    if made.spec.exact:
+        np.testing.assert_array_equal(in_blocks, whole)
+    else:  # the same tiles, whose float32 sums begin elsewhere: each of at most nine terms is rounded once
+        np.testing.assert_allclose(in_blocks, whole, rtol=9 * np.finfo(np.float32).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [Fraction(1), Fraction(1, 2), Fraction(2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_regions_of_any_form(scale, seed, small_blocks, tmp_path):
+    """Single pixels among them, which at half the scale may hold no sample."""
+    rng = np.random.default_rng(seed)
+    region = (rng.random((41, 37)) < 0.004).astype(np.uint8)
+    region[rng.integers(41), rng.integers(37)] = 1
+    np.save(tmp_path / "region.npy", region)
+    network = {1: lambda x: x + 1, 2: doubled}.get(scale, halved)
+    made = fake_engine(network, outputs=[output(2, 1, stride=4, scale=scale)], tile=(12, 16), stride=4)
+    pixels = rng.normal(size=(1, 41, 37)).astype(np.float32)
+    whole = predicted(made, pixels)
+    got = predicted(made, pixels, region=tmp_path / "region.npy")
+    wanted = region
+    for axis, n in enumerate(whole.shape[1:]):
+        wanted = wanted.take((np.arange(n) / scale).astype(int), axis=axis)
+    np.testing.assert_array_equal(got, np.where(wanted > 0, whole, np.float32(np.nan)))
