@@ -281,7 +281,7 @@ def best_threshold(run: Run) -> float:
 
 def report(args: argparse.Namespace) -> None:
     """Table and picture of the networks in ``--out``."""
-    from unet_rt.pictures import comparison, grey
+    from unet_rt.pictures import comparison
     from unet_rt.training.metrics import rand_error, warping_error
 
     found = sorted(
@@ -302,8 +302,7 @@ def report(args: argparse.Namespace) -> None:
         rows.append(row)
     first = found[0].record["test"][0]
     truth = found[0].truth[first]
-    image = _read(args.data / "image" / first)
-    panels = [(f"slice {first}; below: truth", _stacked(grey(image[None]), _shade(truth)))]
+    panels = []  # of what the networks say; the slice itself is the challenge's to show
     for run, row in zip(found, rows, strict=True):
         if row["seed"] == rows[0]["seed"]:
             probability = run.probability[first]
