@@ -83,6 +83,9 @@ def child(options: dict[str, Any]) -> None:
     """Predicts; prints a line ``ready`` when the engine has run once, and at the end the report with memory over time."""
     import threading
 
+    from unet_rt import blocks
+
+    blocks.TILES = options.pop("tiles_per_block", blocks.TILES)
     with urt.load(options.pop("engine")) as loaded:
         image, once = options.pop("image"), options.pop("once", None)
         if once:
@@ -180,12 +183,10 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     built, results = engine(folder), {}
     rng = random.Random(0)
     for name in ("mask.zarr", "mask.tif"):
-        options = {"engine": str(built), "image": str(image), "tile": [512, 512], "shard": [0, 1]}
+        options = {"engine": str(built), "image": str(image), "tile": [512, 512], "shard": [0, 1], "tiles_per_block": 1}
         whole = folder / "whole" / name
         whole.parent.mkdir(exist_ok=True)
-        begun = time.perf_counter()
-        run(**options, out=str(whole))
-        alone = time.perf_counter() - begun
+        computing = run(**options, out=str(whole))["seconds"]
         kills = 0
         out = folder / name
         stages = []
@@ -193,13 +194,13 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             process = subprocess.Popen(command(**options, out=str(out)), stdout=subprocess.PIPE)
             assert process.stdout is not None
             process.stdout.readline()
-            # The moments are spread so that all kills fall into one prediction, most of them between two blocks' ends.
-            time.sleep(rng.uniform(0.0, 2.0 * alone / args.kills))
+            # Spread so that all kills fall into one prediction; many come before a block has ended.
+            time.sleep(rng.uniform(0.0, 3.0 * computing / args.kills))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
-            stage = folder / f".{name}.stage" / "done"
-            stages.append(len(list(stage.iterdir())) if stage.exists() else 0)
+            marks = folder / f".{name}.stage" / "done"
+            stages.append(len(list(marks.iterdir())) if marks.exists() else 0)
         if not out.exists():
             run(**options, out=str(out))
         results[name] = {"kills": kills, "blocks_after_each_kill": stages, "equal": digest(out) == digest(whole)
