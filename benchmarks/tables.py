@@ -75,6 +75,8 @@ CPU_RECORDS = (
     "quality-dsb2018",
     "quality-isbi2012",
     "roofline",
+    "train",
+    *(f"large-{part}" for part in ("sparse", "kill", "dask", "memory", "overhead")),
 )
 
 
