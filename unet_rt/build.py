@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from . import backends, bench, exam, machine, parity
 from .activations import overflowing, probe, tensors
-from .backends.onnx_file import precision_of
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
 from .calibration import Method, draw_tiles, input_range, split
 from .contract import Contract
@@ -37,6 +36,7 @@ from .model import (
     baseline_engine,
     baseline_name,
     blended_spec,
+    check_fp32,
     judged_tile,
     keeps,
     kept_share,
@@ -253,13 +253,7 @@ def build(
         options = contract if isinstance(contract, Contract) else None
         file = Path(contract) if isinstance(contract, str | Path) else None
         opened = open_models(paths, work, options=options, contract=file)
-        found = precision_of(opened.graph)
-        if found in ("int8", "fp16", "bf16"):
-            what = "is quantised already" if found == "int8" else f"computes in {found} already"
-            raise GraphError(
-                f"{path.name} {what}, and parity is held against FP32; "
-                "give the FP32 graph that it was made from, and build lowers its precision"
-            )
+        check_fp32(opened.graph, path.name)
         if samples is None and "fp32" not in precisions:
             what = "to calibrate and to prove parity on" if "int8" in precisions else "to prove parity on"
             raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")

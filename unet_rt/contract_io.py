@@ -510,6 +510,18 @@ def resolve_task(
     return replace(contract, task=task, output_is=output_is, threshold=threshold)
 
 
+def first_contract(contract: Contract, names: Sequence[str]) -> Contract:
+    """The contract as that of the first output alone: its own words, then those of a head of that output's name.
+
+    Raises:
+        ContractError: A head is declared that none of the outputs ``names`` is called.
+    """
+    unknown = [head.name for head in contract.heads if head.name not in names]
+    if unknown:
+        raise ContractError(f"the contract declares a head {unknown[0]!r}; the outputs are {', '.join(names)}")
+    return replace(contract, heads=()).over(contract.of_head(names[0]))
+
+
 def resolve_heads(
     contract: Contract,
     outputs: Sequence[tuple[str, int, str]],
@@ -533,15 +545,11 @@ def resolve_heads(
         ContractError: As for :func:`resolve_task`; a head that no output has the name of.
     """
     names = [name for name, _, _ in outputs]
-    unknown = [head.name for head in contract.heads if head.name not in names]
-    if unknown:
-        raise ContractError(f"the contract declares a head {unknown[0]!r}; the outputs are {', '.join(names)}")
-    resolved, heads = contract, list[Head]()
+    first = first_contract(contract, names)
+    resolved, heads = first, list[Head]()
     for k, ((name, channels, final_op), sample) in enumerate(zip(outputs, samples, strict=True)):
-        said = contract.of_head(name)
-        if k == 0:
-            said = replace(contract, heads=()).over(said)
-        elif all(head.name != name for head in contract.heads):
+        said = contract.of_head(name) if k else first
+        if k and all(head.name != name for head in contract.heads):
             tells = final_op in (*_SIGMOID, "Softmax", "LogSoftmax") and (final_op != "Softmax" or channels > 1)
             said = replace(said, task=None if tells else "regression", output_is=None, classes=(), threshold=())
         try:
