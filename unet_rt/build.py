@@ -280,8 +280,7 @@ def build(
                 raise
             say(f"{folder} was built by another process meanwhile")  # from the same: either engine is what was asked
             return load(folder, threads=threads or None)
-        if kept is not None:
-            kept.put(read_folder(folder), builder.asked)
+        _keep(kept, folder, builder.asked, say)
     if report is not None:
         report(result)
     return load(folder, threads=threads or None)
@@ -332,15 +331,28 @@ def _reused(
         if other:
             raise OutputError(_another(folder, other))
         say(f"{folder} is up to date")
-        if kept is not None:
-            kept.put(same, asked)
+        _keep(kept, folder, asked, say)
         return True
     found = None if kept is None else kept.get(asked)
     if found is None:
         return False
-    copy_folder(found, folder, overwrite=overwrite)
+    try:
+        copy_folder(found, folder, overwrite=overwrite)
+    except (EngineError, OutputError) as error:
+        say(f"not taken from the cache: {error}")
+        return False
     say(f"{folder} comes from the cache")
     return True
+
+
+def _keep(kept: EngineCache | None, folder: Path, asked: Asked, say: Say) -> None:
+    """Puts a finished engine into the cache; what stands in the way of that does not take the engine back."""
+    if kept is None:
+        return
+    try:
+        kept.put(read_folder(folder), asked)
+    except (EngineError, OutputError, OSError) as error:
+        say(f"not kept in the cache: {error}")
 
 
 def _backends(backend: str, device: str) -> tuple[str, list[str]]:
