@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 import unet_rt as urt
-from unet_rt import cache, machine
+from unet_rt import cache, cli, machine
 from unet_rt.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
 from unet_rt.cli import main
 from unet_rt.contract import Contract, Normalization
@@ -149,6 +149,8 @@ def test_a_cache_of_engines(
     np.save(tmp_path / "0.npy", images[0])
     command = ["build", str(shipped_model()), "--samples", str(tmp_path / "0.npy"), "--json"]
     command += ["--backend", "onnxruntime", "--precision", "fp32", "--tile", "64x64", "--halo", "8", "--threads", "1"]
+    monkeypatch.setenv("UNET_RT_CACHE", "")
+    assert cli._parser().parse_args(command).cache is None, "nowhere, not the current folder"
     monkeypatch.setenv("UNET_RT_CACHE", str(kept))
     assert main([*command, "--out", str(tmp_path / "c.urt")]) == 0
     assert "up_to_date" not in json.loads(capsys.readouterr().out)
