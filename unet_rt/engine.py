@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import Contract
+from .durable import locked
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError
 from .field import OutputField, TileSizes
 from .stitch import Blend
@@ -510,16 +511,9 @@ def _held(folder: Path) -> Iterator[bool]:
 def _only_writer(parent: Path) -> Iterator[None]:
     """While this process moves an engine into ``parent``, others of this machine wait: each deletes what it replaced."""
     if sys.platform == "win32":
-        import msvcrt
-
         name = hashlib.sha256(str(parent.resolve()).encode()).hexdigest()[:16]
-        with (Path(tempfile.gettempdir()) / f"unet-rt-{name}.lock").open("a+b") as file:
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-            try:
-                yield
-            finally:
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        with locked(Path(tempfile.gettempdir()) / f"unet-rt-{name}.lock"):
+            yield
     else:
         import fcntl
 
