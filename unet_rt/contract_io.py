@@ -531,8 +531,9 @@ def resolve_heads(
 ) -> Contract:
     """:func:`resolve_task` for every output of a network: the first is the contract's own, the others are its heads.
 
-    Of the others, what is declared holds; a last operator that tells (Sigmoid, Softmax) is believed; the rest are the
-    values of a regression, since nobody may ever ask for them, and an error about them would keep the first one from use.
+    Of the others, what is declared holds; a last operator that tells (Sigmoid, Softmax) is believed; the rest stay open,
+    since nobody may ever ask for them, and neither an error about them nor a budget that they were never meant to hold
+    should keep the first one from use.
 
     Args:
         contract: As declared. A head of the first output's name declares that one.
@@ -550,8 +551,10 @@ def resolve_heads(
     for k, ((name, channels, final_op), sample) in enumerate(zip(outputs, samples, strict=True)):
         said = contract.of_head(name) if k else first
         if k and all(head.name != name for head in contract.heads):
-            tells = final_op in (*_SIGMOID, "Softmax", "LogSoftmax") and (final_op != "Softmax" or channels > 1)
-            said = replace(said, task=None if tells else "regression", output_is=None, classes=(), threshold=())
+            if final_op not in (*_SIGMOID, "Softmax", "LogSoftmax") or (final_op == "Softmax" and channels == 1):
+                heads.append(Head(name))
+                continue
+            said = replace(said, task=None, output_is=None, classes=(), threshold=())
         try:
             found = resolve_task(said, channels, final_op, sample)
         except ContractError as error:
