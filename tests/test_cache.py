@@ -93,6 +93,11 @@ def test_every_part_of_the_key(tmp_path: Path, images: list[NDArray[np.uint16]],
     with monkeypatch.context() as patch:
         patch.setattr(machine, "package_version", lambda name: "1.0")
         assert asked_first(options, "cpu")["machine"] != first["machine"]
+    real = machine.package_version
+    for name in (name for names in machine.DISTRIBUTIONS.values() for name in names):  # each library is in the key
+        with monkeypatch.context() as patch:
+            patch.setattr(machine, "package_version", lambda asked, name=name: "0" if asked == name else real(asked))
+            assert asked_first(options, "cpu")["machine"] != first["machine"], name
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_code", lambda: "a pass was changed")
         assert asked_first(options, "cpu")["code"] != first["code"]
