@@ -109,7 +109,7 @@ def test_a_graph_without_a_batch_axis_of_other_pixels(tmp_path: Path) -> None:
     inputs = [onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.DOUBLE, ["y", "x"])]
     bare = onnx.helper.make_graph(nodes, "bare", inputs, outputs, graph.initializer)
     model = onnx.helper.make_model(bare, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    onnx.helper.set_model_props(model, {p.key: p.value for p in proto.metadata_props if p.key != "unet_rt.axes"})
+    onnx.helper.set_model_props(model, {p.key: p.value for p in proto.metadata_props})
     onnx.save(model, tmp_path / "bare.onnx")
     folder, image = tmp_path / "bare.urt", microscopy((150, 170), seed=79).image
     options: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "tile": (96, 96), "halo": 16}
