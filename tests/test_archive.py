@@ -177,7 +177,7 @@ def edited(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
         (lambda members: members.reverse(), "does not begin with a spec.json"),
         (lambda members: members.append(members[1]), "do not trust it"),
         (lambda members: members.clear(), "does not begin with a spec.json"),
-        (flipped, r"changed\.urt\.tar.exam-.*SHA-256 differs"),
+        (flipped, r"changed\.urt\.tar.parity-.*SHA-256 differs"),
         (edited, "was changed after it was written"),
     ],
 )
@@ -219,6 +219,10 @@ def test_what_is_there_stays(engine_folder: Path, archive: Path, tmp_path: Path)
     copy = Path(shutil.copytree(engine_folder, tmp_path / "copy.urt"))
     with pytest.raises(urt.OutputError, match="inside the engine"):
         pack(copy, copy / "own.tar")
+    (tmp_path / "link.urt").symlink_to(copy, target_is_directory=True)
+    for way in (tmp_path / "link.urt" / "own.tar", tmp_path / "x" / ".." / "copy.urt" / "own.tar"):
+        with pytest.raises(urt.OutputError, match="inside the engine"):
+            pack(copy, way)
     with pytest.raises(urt.OutputError, match="--overwrite"):
         unpack(archive, copy)
     unpack(archive, copy, overwrite=True)

@@ -47,7 +47,7 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
         raise OutputError(f"{target} is a folder, and an archive is a file; choose another --out")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; pass --overwrite to replace it, or choose another --out")
-    if target.absolute().is_relative_to(opened.path.absolute()):
+    if target.resolve().is_relative_to(opened.path.resolve()):
         raise OutputError(f"{target} lies inside the engine that is to be packed; choose another --out")
     names = [SPEC, *sorted({str(entry["name"]) for entry in opened.files.values()})]
     part = None

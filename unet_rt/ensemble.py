@@ -119,7 +119,7 @@ def _check_types(a: Model, proto: onnx.ModelProto, b: Model, other: onnx.ModelPr
 
 
 def _element_type(proto: onnx.ModelProto) -> int:
-    return proto.graph.output[0].type.tensor_type.elem_type
+    return int(proto.graph.output[0].type.tensor_type.elem_type)
 
 
 def _difference(a: Model, here: Any, b: Model, there: Any, what: str) -> ContractError:
