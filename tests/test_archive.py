@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,27 @@ def spec_names(name: str) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], Non
     return change
 
 
+def spec_is(text: str, code: str = "utf-8") -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        members[0] = (members[0][0], text.encode(code))
+
+    return change
+
+
+def spec_says(old: str, new: str) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        changed = re.sub(old, new, members[0][1].decode(), count=1)
+        members[0] = (members[0][0], changed.encode())
+
+    return change
+
+
+def with_holes(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+    """A sparse file that happens to have none: one of a terabyte takes no more room in an archive."""
+    member, content = members[-1]
+    member.pax_headers = {"GNU.sparse.map": f"0,{len(content)}", "GNU.sparse.size": str(len(content))}
+
+
 def flipped(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
     member, content = members[-1]
     members[-1] = (member, content[:-1] + bytes([content[-1] ^ 1]))
@@ -146,11 +168,16 @@ def edited(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
         (spec_names("../escaped.npz"), "outside its engine"),
         (spec_names("sub/escaped.npz"), "outside its engine"),
         (spec_names("spec.json"), "outside its engine"),
+        (spec_is("[" * 200_000), "spec.json is damaged"),
+        (spec_is("{}", "utf-16"), "spec.json is damaged"),
+        (spec_says(r'"bytes": \d+', '"bytes": Infinity'), "spec.json is damaged"),
+        (spec_says(r'"schema": \[\s*1', '"schema": [Infinity'), r"changed.urt.tar.spec.json is damaged"),
+        (with_holes, "do not trust it"),
         (lambda members: members.pop(), "lacks"),
         (lambda members: members.reverse(), "does not begin with a spec.json"),
         (lambda members: members.append(members[1]), "do not trust it"),
         (lambda members: members.clear(), "does not begin with a spec.json"),
-        (flipped, "SHA-256 differs"),
+        (flipped, r"changed\.urt\.tar.parity-.*SHA-256 differs"),
         (edited, "was changed after it was written"),
     ],
 )
@@ -192,6 +219,10 @@ def test_what_is_there_stays(engine_folder: Path, archive: Path, tmp_path: Path)
     copy = Path(shutil.copytree(engine_folder, tmp_path / "copy.urt"))
     with pytest.raises(urt.OutputError, match="inside the engine"):
         pack(copy, copy / "own.tar")
+    (tmp_path / "link.urt").symlink_to(copy, target_is_directory=True)
+    for way in (tmp_path / "link.urt" / "own.tar", tmp_path / "x" / ".." / "copy.urt" / "own.tar"):
+        with pytest.raises(urt.OutputError, match="inside the engine"):
+            pack(copy, way)
     with pytest.raises(urt.OutputError, match="--overwrite"):
         unpack(archive, copy)
     unpack(archive, copy, overwrite=True)

@@ -20,6 +20,7 @@ import unet_rt as urt
 from unet_rt import bench
 from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
 from unet_rt.cli import main
+from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.reports import bench_text
 from unet_rt.samples import draw, raw_result
@@ -205,6 +206,31 @@ def test_engines_are_built_from_an_onnx_file(
     assert all(row["relative_error"] < 1e-5 for row in rows.values())
     assert all((row["label_agreement"] is None) == (task == "regression") for row in rows.values())
     assert any("FP32 alone" in note for note in found["notes"])
+
+
+def test_an_engine_whose_task_was_left_open(tmp_path: Path, sample_images: list[Array]) -> None:
+    """Its values are what is timed and compared: one channel, an edge, that may be a mask or a distance."""
+    weight = np.array([[[[0, -1, 0], [-1, 4, -1], [0, -1, 0]]]], np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", 1, "H", "W"]) for n in ("x", "y"))
+    graph = helper.make_graph([node], "edges", [x], [y], [numpy_helper.from_array(weight, "w")])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "one.onnx"
+    )
+    contract = Contract(normalization=Normalization("zscore"))
+    urt.build(
+        tmp_path / "one.onnx", contract=contract, out=tmp_path / "one.urt", backend="onnxruntime", tile=(128, 128)
+    ).close()
+    found = bench_model(
+        tmp_path / "one.urt",
+        image=sample_images[0][:160, :160],
+        baselines=["onnxruntime"],
+        runs=1,
+        seconds=1,
+    )
+    assert [row.label_agreement for row in found.rows] == [None, None]
+    assert all(row.relative_error < 1e-5 for row in found.rows)
+    assert "ONNX Runtime FP32, bare" in bench_text(found)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -19,8 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 import unet_rt as urt
-from unet_rt import cache, machine
-from unet_rt.cache import EngineCache, asked_first, asked_of, differs, key_of
+from unet_rt import cache, cli, machine
+from unet_rt.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
 from unet_rt.cli import main
 from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
@@ -92,6 +93,11 @@ def test_every_part_of_the_key(tmp_path: Path, images: list[NDArray[np.uint16]],
     with monkeypatch.context() as patch:
         patch.setattr(machine, "package_version", lambda name: "1.0")
         assert asked_first(options, "cpu")["machine"] != first["machine"]
+    real = machine.package_version
+    for name in (name for names in machine.DISTRIBUTIONS.values() for name in names):  # each library is in the key
+        with monkeypatch.context() as patch:
+            patch.setattr(machine, "package_version", lambda asked, name=name: "0" if asked == name else real(asked))
+            assert asked_first(options, "cpu")["machine"] != first["machine"], name
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_code", lambda: "a pass was changed")
         assert asked_first(options, "cpu")["code"] != first["code"]
@@ -148,6 +154,8 @@ def test_a_cache_of_engines(
     np.save(tmp_path / "0.npy", images[0])
     command = ["build", str(shipped_model()), "--samples", str(tmp_path / "0.npy"), "--json"]
     command += ["--backend", "onnxruntime", "--precision", "fp32", "--tile", "64x64", "--halo", "8", "--threads", "1"]
+    monkeypatch.setenv("UNET_RT_CACHE", "")
+    assert cli._parser().parse_args(command).cache is None, "nowhere, not the current folder"
     monkeypatch.setenv("UNET_RT_CACHE", str(kept))
     assert main([*command, "--out", str(tmp_path / "c.urt")]) == 0
     assert "up_to_date" not in json.loads(capsys.readouterr().out)
@@ -163,6 +171,88 @@ def test_a_cache_of_engines(
     found = EngineCache(kept).get(asked)
     assert found is not None
     assert EngineCache(kept).get({**asked, "samples": "0"}) is None
+
+
+def test_the_cache_cannot_fail_a_build(
+    images: list[NDArray[np.uint16]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot be written keeps nothing, one whose engine vanishes under a copy gives nothing: both are said."""
+    blocked, out = tmp_path / "cache", tmp_path / "a.urt"
+    blocked.write_text("a file where the folder should be")
+    for _ in range(2):  # built, and up to date
+        said = list[str]()
+        urt.build(shipped_model(), samples=images, out=out, cache=blocked, say=said.append, **OPTIONS).close()
+        assert any("not kept in the cache: " in text for text in said)
+    asked = read_folder(out).spec.options["asked"]
+    kept = EngineCache(tmp_path / "kept")
+    kept.put(read_folder(out), asked)
+    found = kept.get(asked)
+    assert found is not None
+    graph = found.file("graph")
+    for spoil in (lambda: graph.write_bytes(graph.read_bytes()[:-1] + b"x"), graph.unlink):
+        spoil()  # after it was found whole
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineCache, "get", lambda self, asked: found)
+            said = []
+            assert not BUILD._reused(tmp_path / "b.urt", None, kept, asked, overwrite=False, say=said.append)
+        assert not (tmp_path / "b.urt").exists()
+        assert "not taken from the cache" in said[0]
+        assert str(graph) in said[0]
+    with pytest.raises(urt.EngineError):
+        kept.put(found, {**asked, "samples": "0"})
+    assert len(list(kept.folder.iterdir())) == 1, "what is not whole gets no place"
+    kept.put(read_folder(out), asked)
+    assert kept.get(asked) is not None, "and is replaced"
+
+
+def test_another_process_may_put_the_same_engine_first(
+    engine_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look and the copy: theirs stays, and nothing is wrong."""
+    engine = read_folder(engine_folder)
+    asked = engine.spec.options["asked"]
+    ours, theirs = EngineCache(tmp_path), EngineCache(tmp_path)
+    times = list[int]()
+
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        if not times:
+            times.append(1)
+            theirs.put(engine, asked)
+            times.append(ours._place(asked).stat().st_ino)
+        return copy_folder(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "copy_folder", copied)
+    ours.put(engine, asked)
+    assert ours._place(asked).stat().st_ino == times[1]
+
+
+def test_every_argument_of_build_is_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A new argument decides about engines until it is listed here as one that does not."""
+    seen: dict[str, Any] = {}
+
+    def first(options: dict[str, Any], device: str) -> dict[str, str]:
+        seen.update(options)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(BUILD, "asked_first", first)
+    with pytest.raises(RuntimeError, match="far enough"):
+        urt.build(shipped_model(), out=tmp_path / "a.urt", device="cpu", backend="onnxruntime")
+    named = {"backends": "backend", "exam": "keep_exam", "minutes": "search_minutes"}
+    recorded = {named.get(name, name) for name in seen}
+    by_content = {"model", "contract", "samples", "axes", "channels"}  # hashed as what they are, or select
+    machine_side = {"device"}
+    elsewhere = {"out", "overwrite", "cache", "say", "report"}  # say where and how, not what
+    assert set(inspect.signature(urt.build).parameters) == recorded | by_content | machine_side | elsewhere
+
+
+def test_options_of_numpy_are_those_of_python(tmp_path: Path) -> None:
+    """A tile out of an array is a tile; what is no option is refused instead of hashed by its address."""
+    plain = asked_first({"tile": (64, 64), "minutes": 2.0, "exam": True}, "cpu")
+    tile = np.array([64, 64])
+    assert asked_first({"tile": tile, "minutes": np.float64(2), "exam": np.bool_(True)}, "cpu") == plain
+    assert asked_first({"tile": tuple(tile), "minutes": np.float32(2), "exam": True}, "cpu") == plain
+    with pytest.raises(TypeError):
+        asked_first({"tile": object()}, "cpu")
 
 
 # --- processes ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
 from unet_rt import cli, ensemble  # noqa: E402
-from unet_rt.contract import Contract, Normalization  # noqa: E402
+from unet_rt.contract import Contract, Head, Normalization  # noqa: E402
 from unet_rt.contract_io import contract_from_metadata, contract_to_metadata  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.engine import sha256  # noqa: E402
@@ -29,6 +29,7 @@ from unet_rt.export import export  # noqa: E402
 from unet_rt.graph import inspect  # noqa: E402
 from unet_rt.model import Model, open_model, open_models  # noqa: E402
 from unet_rt.models import UNet, UNetSpec, unet_from_onnx  # noqa: E402
+from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
@@ -240,6 +241,67 @@ def test_what_members_leave_open_is_found_by_running_them(folds, contract, tmp_p
     x, _ = network_input(79)
     expected, bound = mean_probability(folds[:2], x)
     assert np.abs(outputs(open_models(paths, tmp_path).graph, x) - expected).max() <= 2 * bound
+
+
+def with_second(contract: Contract) -> Callable[[onnx.ModelProto], None]:
+    """A second output, of weights of its own, as nested networks have for deep supervision."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        first = proto.graph.output[0]
+        weights = np.ones((2, 2, 1, 1), np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(weights, "second.weight"))
+        proto.graph.node.append(onnx.helper.make_node("Conv", [first.name, "second.weight"], ["second"], "second"))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("second", 1, ["n", 2, "h", "w"]))
+        declare(contract)(proto)
+
+    return change
+
+
+def test_of_several_outputs_the_first_is_averaged_as_its_head_says(folds, contract, tmp_path):
+    """What heads declare of the first output counts; what they say of others, and what computes those, is left behind."""
+    bare = replace(contract, task=None, output_is=None, classes=(), threshold=())
+    paths = [changed(path, tmp_path / f"two{k}.onnx", with_second(bare)) for k, path in enumerate(folds[:2])]
+    name = onnx.load(paths[0]).graph.output[0].name
+    heads = (Head(name, "multilabel", "logits", ("a", "b"), (0.3,)), Head("second", "regression", "values"))
+    model = open_models(paths, tmp_path, options=Contract(heads=heads))
+    assert model.contract.heads == ()
+    assert (model.contract.task, model.contract.output_is) == ("multilabel", "probabilities")
+    assert (model.contract.classes, model.contract.threshold) == (("a", "b"), (0.3,))
+    assert [o.name for o in model.report.outputs] == [name]
+    proto = onnx.load(model.graph)
+    assert not [t.name for t in proto.graph.initializer if "second" in t.name]
+    assert not [n.name for n in proto.graph.node if "second" in n.name]
+    x, _ = network_input(80)
+    logits = [outputs(path, x).astype(np.float64) for path in folds[:2]]
+    bound = EPS * (8 + 16 * max(float(np.abs(z).max()) for z in logits))
+    assert np.abs(outputs(model.graph, x) - np.mean([1 / (1 + np.exp(-z)) for z in logits], axis=0)).max() <= bound
+    with pytest.raises(ContractError, match="declares a head 'third'; the outputs are"):
+        open_models(paths, tmp_path, options=Contract(heads=(Head("third", "regression", "values"),)))
+
+
+def to_double(proto: onnx.ModelProto) -> None:
+    """Weights, input and output in FP64."""
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and not tensor.name.endswith("scales"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    del proto.graph.value_info[:]
+
+
+def test_folds_of_other_element_types(folds, tmp_path):
+    """FP64 is averaged in FP64; folds of two types are told apart; one below FP32 is called by its own name."""
+    doubles = [changed(path, tmp_path / f"double{k}.onnx", to_double) for k, path in enumerate(folds[:2])]
+    onnx.checker.check_model(onnx.load(open_models(doubles, tmp_path).graph), full_check=True)
+    with pytest.raises(ContractError, match=r"agree in .*double1.onnx"):
+        open_models([folds[0], doubles[1]], tmp_path)
+
+    def to_half(proto: onnx.ModelProto) -> None:
+        half(proto)
+
+    lower = changed(folds[1], tmp_path / "lower.onnx", to_half)
+    with pytest.raises(GraphError, match=r"lower\.onnx computes in fp16 already"):
+        open_models([folds[0], lower], tmp_path)
 
 
 def test_members_that_differ_are_refused_with_the_difference(opened, tmp_path):

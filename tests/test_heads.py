@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from unet_rt.graph import inspect
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
 from unet_rt.parity import Budget
-from unet_rt.reports import build_text, inspect_text
+from unet_rt.reports import build_text, inspect_text, verify_text
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -114,11 +115,11 @@ def test_every_image_is_judged(built: tuple[Path, Any], windows: list[Array]) ->
     assert report.spec.contract.task == "multiclass"
     assert report.spec.contract.heads == (
         Head("probability", "multilabel", "probabilities", (), (0.5,)),  # its last operator tells
-        Head("half", "regression", "values"),  # and this one's does not
+        Head("half"),  # and this one's does not
     )
     assert any("output shares is left out: it is no image" in note for note in report.notes)
     assert any("output labels is left out: it holds labels" in note for note in report.notes)
-    assert "output  half: 2 channels: regression, values" in build_text(report)
+    assert "output  half: 2 channels: task left open, values" in build_text(report)
     verdict = report.candidates[report.chosen].verdict
     assert sorted({image.head for image in verdict.images}) == ["half", "output", "probability"]
     assert len(verdict.images) == 3 * len(windows)
@@ -147,7 +148,9 @@ def test_another_output_is_predicted(built: tuple[Path, Any], windows: list[Arra
     with urt.load(built[0]) as engine, open_image(image, engine.spec.contract) as source:
         numbers = affine(engine.spec.contract.normalization, source).plane(0)
         logits, probability, half = (y[0] for y in engine.run(normalised(image[None], numbers)[None]))
-        np.testing.assert_array_equal(urt.predict(engine, image, head="half", report=reports.append), half)
+        np.testing.assert_array_equal(
+            urt.predict(engine, image, head="half", output="raw", report=reports.append), half
+        )
         assert reports[0].notes == ["output half of output, probability, half"]
         np.testing.assert_array_equal(urt.predict(engine, image, head="probability", output="raw"), probability)
         np.testing.assert_array_equal(urt.predict(engine, image, head="probability"), probability > 0.5)
@@ -158,7 +161,7 @@ def test_another_output_is_predicted(built: tuple[Path, Any], windows: list[Arra
         assert set(reports[1].class_share) == {"background", "nucleus"}
         with pytest.raises(urt.ContractError, match="no output 'shares'"):
             urt.predict(engine, image, head="shares")
-        with pytest.raises(urt.ContractError, match="a regression has no mask"):
+        with pytest.raises(urt.ContractError, match="was left open"):
             urt.predict(engine, image, head="half", output="mask")
 
 
@@ -172,7 +175,8 @@ def test_an_output_that_is_wrong_is_found(
     output: int,
     name: str,
 ) -> None:
-    """By build, and by the exam; the first output is right in either."""
+    """By build, and by the exam, where its meaning is known; the first output is right in either."""
+    declared = Contract(heads=(Head("half", "regression", "values"),))
     module = backends.get("onnxruntime")
     real = module.load
 
@@ -181,14 +185,53 @@ def test_an_output_that_is_wrong_is_found(
         return session if "graph.onnx" in str(args[0]) else Changed(session, output, lambda y: y[:, ::-1])
 
     with urt.load(built[0]) as engine:
+        heads = (engine.spec.contract.heads[0], *declared.heads)
+        engine.spec = replace(engine.spec, contract=replace(engine.spec.contract, heads=heads))
         engine._session = Changed(engine._session, output, lambda y: y[:, ::-1])
         verdict = exam.sit(engine, engine.folder.exam())
     assert not verdict.accepted
     assert all(f"output {name}" in reason for reason in verdict.reasons)
     monkeypatch.setattr(module, "load", load)
     with pytest.raises(urt.ParityError, match=f"output {name}: "):
-        urt.build(five, out=tmp_path / "x.urt", samples=windows, **OPTIONS)
+        urt.build(five, contract=declared, out=tmp_path / "x.urt", samples=windows, **OPTIONS)
     assert not (tmp_path / "x.urt").exists()
+
+
+def test_an_output_of_unknown_meaning_is_measured_and_not_judged(built: tuple[Path, Any], windows: list[Array]) -> None:
+    """No budget was given for it, so it keeps nothing from use: its numbers are in the record, and are said."""
+    folder, report = built
+    assert any("output half is not judged, only measured" in note for note in report.notes)
+    images = json.loads(next(folder.glob("parity-*.json")).read_text())["verdict"]["images"]
+    assert {image["head"]: image["judged"] for image in images} == {"output": True, "probability": True, "half": False}
+    with urt.load(folder) as engine:
+        engine._session = Changed(engine._session, 2, lambda y: y + 1)
+        verdict = exam.sit(engine, engine.folder.exam())
+    assert verdict.accepted
+    assert verdict.relative == 0, "the numbers of a verdict are those that it is reached by"
+    assert min(image.relative for image in verdict.images if image.head == "half") > Budget().error
+    found = urt.verify(folder, windows[:1], threads=1)
+    assert "output half, not judged: largest error 0.00e+00" in verify_text(found)
+
+
+def test_a_record_is_held_against_the_budget_of_values_too(built: tuple[Path, Any]) -> None:
+    """A verdict that calls itself accepted is not believed, nor excused by the labels of another output."""
+    with urt.load(built[0]) as engine:
+        folder = engine.folder
+    for judged, text in ((True, "misses its budget"), (False, None)):
+        parity = json.loads(json.dumps(folder.parity))
+        for image in parity["verdict"]["images"]:
+            if image["head"] == "half":
+                image.update(relative=0.5, judged=judged)
+        changed = replace(folder, parity=parity)
+        if text is None:
+            exam.check_record(changed)
+        else:
+            with pytest.raises(urt.EngineError, match=text):
+                exam.check_record(changed)
+    for images in (5, [{}], ["x"]):
+        parity["verdict"]["images"] = images
+        with pytest.raises(urt.EngineError, match="is damaged"):
+            exam.check_record(replace(folder, parity=parity))
 
 
 def test_outputs_are_declared_in_the_contract(five: Path, windows: list[Array], tmp_path: Path) -> None:
@@ -232,7 +275,7 @@ def test_options_win_over_the_head_of_the_first_output() -> None:
     assert resolve_heads(said, outputs, [None, None]).task == "regression"
     said = contract_from_json({"heads": [{"name": "a", "task": "binary"}]})
     found = resolve_heads(said, outputs, [None, None])
-    assert (found.task, found.heads) == ("binary", (Head("b", "regression", "values"),))
+    assert (found.task, found.heads) == ("binary", (Head("b"),))
     with pytest.raises(urt.ContractError, match="output a: the output has one channel"):
         resolve_heads(Contract(), outputs, [None, None])
 
@@ -270,6 +313,6 @@ def test_tiles_run_once_for_all_outputs(built: tuple[Path, Any], windows: list[A
         expected = [raw_result(engine, sample, grid, output=k) for k in range(3)]
         engine._session = Changed(engine._session, 0, count)
         found = raw_results(engine, sample, grid)
-    assert sum(runs) <= grid.count
+    assert 0 < sum(runs) <= grid.count
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import unet_rt as urt
+from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
 from unet_rt.remote import connect
 from unet_rt.synthetic import microscopy
@@ -63,6 +65,7 @@ def test_tiles_go_out_and_the_result_is_whole(engine_folder: Path, server: Serve
         (lambda found: [found[0] * np.nan], urt.ParityError, "fails its exam at the server"),
         (lambda found: [], urt.BackendError, "returned 0 outputs, the graph has 1"),
         (lambda found: [np.concatenate([found[0]] * 2)], urt.BackendError, "one result per tile"),
+        (lambda found: [found[0][0]], urt.BackendError, r"output output of shape \(2, .*axes are NCYX"),
     ],
 )
 def test_a_server_of_something_else(
@@ -85,6 +88,36 @@ def test_a_server_that_dies_leaves_no_output(engine_folder: Path, server: Server
     with connect(engine_folder, run) as engine, pytest.raises(ConnectionResetError):
         urt.predict(engine, image, out=tmp_path / "mask.tif", tile=(192, 192), batch=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_without_a_batch_axis_of_other_pixels(tmp_path: Path) -> None:
+    """It gets one tile at a time, of its own axes and dtype."""
+    proto = onnx.load(str(shipped_model()))
+    graph = proto.graph
+    for node in graph.node:
+        node.input[:] = ["batch" if name == graph.input[0].name else name for name in node.input]
+    make = onnx.helper.make_node
+    nodes = [
+        make("Cast", ["pixels"], ["single"], to=onnx.TensorProto.FLOAT),
+        make("Unsqueeze", ["single", "axes"], ["batch"]),
+        *graph.node,
+        make("Squeeze", [graph.output[0].name, "first"], ["classes"]),
+    ]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 1]), "axes"))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "first"))
+    outputs = [onnx.helper.make_tensor_value_info("classes", onnx.TensorProto.FLOAT, [2, "y", "x"])]
+    inputs = [onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.DOUBLE, ["y", "x"])]
+    bare = onnx.helper.make_graph(nodes, "bare", inputs, outputs, graph.initializer)
+    model = onnx.helper.make_model(bare, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+    onnx.helper.set_model_props(model, {p.key: p.value for p in proto.metadata_props})
+    onnx.save(model, tmp_path / "bare.onnx")
+    folder, image = tmp_path / "bare.urt", microscopy((150, 170), seed=79).image
+    options: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "tile": (96, 96), "halo": 16}
+    with urt.build(tmp_path / "bare.onnx", samples=[image], out=folder, **options) as local:
+        wanted = urt.predict(local, image)
+        assert [(i.axes, i.dtype) for i in local.spec.inputs] == [("YX", "float64")]
+    with connect(folder, Server(read_folder(folder).file("graph"))) as engine:
+        np.testing.assert_array_equal(urt.predict(engine, image), wanted)
 
 
 def test_without_an_exam(engine_folder: Path, server: Server, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402
-from unet_rt.search import LayerCost, Mixture, _best_method, _shortest, change_near_decision, form_of  # noqa: E402
+from unet_rt.search import LayerCost, Mixture, _best_method, _rank, _shortest, change_near_decision, form_of  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.onnxruntime]
@@ -140,6 +140,40 @@ def test_ranges_are_chosen_by_the_worst_tile() -> None:
     quantiser = SimpleNamespace(worst_change=max, say=lambda _: None)
     made = lambda keep, method: changes[method]  # noqa: E731
     assert _best_method(quantiser, made, lambda _: None) == "minmax"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("plain", "lowest", "change", "won"),
+    [
+        (0.2, 0.1, 0.05, (0.5, 0.25)),
+        (0.0, 0.0, 0.0, (0.0, 0.0)),  # INT8 that changes nothing near the decision
+        (float("inf"), float("inf"), 0.1, (0.0, 1.0)),  # INT8 that is not finite
+        (float("inf"), 0.2, 0.1, (1.0, 1.0)),
+    ],
+)
+def test_what_a_layer_wins_is_a_share_of_what_int8_changes(
+    plain: float, lowest: float, change: float, won: tuple[float, float]
+) -> None:
+    quantiser = SimpleNamespace(
+        layers=["a", "b"],
+        costs=lambda: {"a": 0.1, "b": 0.9},
+        change=lambda engine: change,
+        say=lambda _: None,
+        left_out=[],
+    )
+    made = lambda keep, method: keep  # noqa: E731
+    ranked = _rank(
+        quantiser,
+        made,
+        lambda _: None,
+        "minmax",
+        frozenset({"a"}),
+        plain,
+        lowest,
+        float("inf"),  # type: ignore[arg-type]
+    )
+    assert [(layer.name, layer.kept) for layer in ranked] == [("a", True), ("b", False)]
+    assert [layer.won for layer in ranked] == pytest.approx(list(won))
 
 
 # --- builds -------------------------------------------------------------------------------------------------------------

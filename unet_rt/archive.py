@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from .durable import Disk
 from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
 from .errors import EngineError, OutputError
 
@@ -45,7 +47,7 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
         raise OutputError(f"{target} is a folder, and an archive is a file; choose another --out")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; pass --overwrite to replace it, or choose another --out")
-    if target.absolute().is_relative_to(opened.path.absolute()):
+    if target.resolve().is_relative_to(opened.path.resolve()):
         raise OutputError(f"{target} lies inside the engine that is to be packed; choose another --out")
     names = [SPEC, *sorted({str(entry["name"]) for entry in opened.files.values()})]
     part = None
@@ -61,9 +63,12 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
                     entry.size = (opened.path / name).stat().st_size
                     with (opened.path / name).open("rb") as content:
                         archive.addfile(entry, content)
+            stream.flush()
+            os.fsync(stream.fileno())  # a name for bytes that a power cut may lose is worse than none
         digest = sha256(part)
         part.chmod(0o644)
         part.replace(target)
+        Disk().sync_folder(target.parent)
     except OSError as error:
         raise OutputError(
             f"{target}: the archive cannot be written ({error.strerror}); choose another --out"
@@ -113,21 +118,29 @@ def unpack(
 def _extract(path: Path, members: tarfile.TarFile, staging: Path) -> None:
     """Writes the files of an engine into ``staging``; anything else among the members is an EngineError."""
     first = members.next()
-    if first is None or first.name != SPEC or not first.isreg() or first.size > LARGEST_SPEC:
+    if first is None or first.name != SPEC or not _plain(first) or first.size > LARGEST_SPEC:
         raise EngineError(f"{path} does not begin with a {SPEC}; make an archive with unet-rt pack")
     _write(members, first, staging)
-    text = (staging / SPEC).read_bytes()
+    try:
+        text = (staging / SPEC).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{path}: its {SPEC} is damaged ({error}); pack the engine again") from error
     wanted = _sizes(path, text)
     while (member := members.next()) is not None:
         size = wanted.pop(member.name, None)
-        if size is None or not member.isreg():
+        if size is None or not _plain(member):
             raise EngineError(f"{path} holds {member.name!r}, which is none of its engine's files; do not trust it")
         if member.size != size:
             raise EngineError(f"{path}: {member.name} has {member.size} bytes, its spec says {size}; pack it again")
         _write(members, member, staging)
     if wanted:
         raise EngineError(f"{path} lacks {min(wanted)}; copy the archive again, or pack the engine again")
-    check_folder(staging, text.decode())
+    check_folder(staging, text, called=path)
+
+
+def _plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a file whose bytes are all there: one with holes is as large as it says, and a few bytes long."""
+    return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
 
 
 def _write(members: tarfile.TarFile, member: tarfile.TarInfo, staging: Path) -> None:
@@ -138,14 +151,14 @@ def _write(members: tarfile.TarFile, member: tarfile.TarInfo, staging: Path) -> 
         shutil.copyfileobj(content, file)
 
 
-def _sizes(path: Path, text: bytes) -> dict[str, int]:
+def _sizes(path: Path, text: str) -> dict[str, int]:
     """Bytes of the files that a spec names: names without folders, which are not ``spec.json``."""
     try:
         entries: list[dict[str, Any]] = list(json.loads(text)["files"].values())
         sizes = {str(entry["name"]): int(entry["bytes"]) for entry in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EngineError(f"{path}: its {SPEC} is damaged ({error}); pack the engine again") from error
-    strange = next((n for n in sizes if n in ("", ".", "..", SPEC) or n != Path(n).name or "\\" in n or ":" in n), None)
+    strange = next((n for n in sizes if n in ("", ".", "..", SPEC) or n != Path(n).name or set(n) & set("\\:\0")), None)
     if strange is not None:
         raise EngineError(f"{path} names the file {strange!r}, outside its engine; do not trust it")
     return sizes

@@ -298,7 +298,9 @@ def _window(spec: EngineSpec, image: Any, axes: str | None, channels: Any, most_
 
 
 def _engine_contender(name: str, engine: Engine, threads: int) -> _Contender:
-    decision = decide(engine.spec.contract, engine.spec.outputs[0].channels)
+    contract = engine.spec.contract
+    # where the task was left open, the values are all there is
+    decision = decide(contract, engine.spec.outputs[0].channels, None if contract.has_labels else "raw")
 
     def labels(sample: Sample, grid: TileGrid) -> Array:
         lead = (decision.channels,) if decision.channels else ()
@@ -366,7 +368,7 @@ def _by_hand(name: str, engine: Engine, tiled: Callable[[Sample, TileGrid], Arra
 
     def labels(sample: Sample, grid: TileGrid) -> Array:
         raw = values(sample, grid)
-        return raw if contract.task == "regression" else parity.labels(raw, contract)
+        return parity.labels(raw, contract) if contract.has_labels else raw
 
     return _Contender(name, engine.spec, lambda x: engine.run(x)[0], labels, values)
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from . import backends, bench, exam, machine, parity
 from .activations import overflowing, probe, tensors
-from .backends.onnx_file import precision_of
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
 from .calibration import Method, draw_tiles, input_range, split
 from .contract import Contract
@@ -37,6 +36,7 @@ from .model import (
     baseline_engine,
     baseline_name,
     blended_spec,
+    check_fp32,
     judged_tile,
     keeps,
     kept_share,
@@ -253,13 +253,7 @@ def build(
         options = contract if isinstance(contract, Contract) else None
         file = Path(contract) if isinstance(contract, str | Path) else None
         opened = open_models(paths, work, options=options, contract=file)
-        found = precision_of(opened.graph)
-        if found in ("int8", "fp16", "bf16"):
-            what = "is quantised already" if found == "int8" else f"computes in {found} already"
-            raise GraphError(
-                f"{path.name} {what}, and parity is held against FP32; "
-                "give the FP32 graph that it was made from, and build lowers its precision"
-            )
+        check_fp32(opened.graph, path.name)
         if samples is None and "fp32" not in precisions:
             what = "to calibrate and to prove parity on" if "int8" in precisions else "to prove parity on"
             raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")
@@ -286,8 +280,7 @@ def build(
                 raise
             say(f"{folder} was built by another process meanwhile")  # from the same: either engine is what was asked
             return load(folder, threads=threads or None)
-        if kept is not None:
-            kept.put(read_folder(folder), builder.asked)
+        _keep(kept, folder, builder.asked, say)
     if report is not None:
         report(result)
     return load(folder, threads=threads or None)
@@ -338,15 +331,28 @@ def _reused(
         if other:
             raise OutputError(_another(folder, other))
         say(f"{folder} is up to date")
-        if kept is not None:
-            kept.put(same, asked)
+        _keep(kept, folder, asked, say)
         return True
     found = None if kept is None else kept.get(asked)
     if found is None:
         return False
-    copy_folder(found, folder, overwrite=overwrite)
+    try:
+        copy_folder(found, folder, overwrite=overwrite)
+    except (EngineError, OutputError) as error:
+        say(f"not taken from the cache: {error}")
+        return False
     say(f"{folder} comes from the cache")
     return True
+
+
+def _keep(kept: EngineCache | None, folder: Path, asked: Asked, say: Say) -> None:
+    """Puts a finished engine into the cache; what stands in the way of that does not take the engine back."""
+    if kept is None:
+        return
+    try:
+        kept.put(read_folder(folder), asked)
+    except (EngineError, OutputError, OSError) as error:
+        say(f"not kept in the cache: {error}")
 
 
 def _backends(backend: str, device: str) -> tuple[str, list[str]]:
@@ -501,6 +507,12 @@ class _Build:
             contract = replace(contract, value_range=self.value_range)
         elif self.value_range is not None and contract.value_range is not None:
             self._compare_ranges(contract.value_range, self.value_range)
+        self.notes += [
+            f"output {head.name} is not judged, only measured: neither heads of the contract nor its last operator say "
+            "what it means"
+            for head in contract.heads
+            if head.task is None
+        ]
         self.spec = replace(self.spec, contract=contract)
         self.baseline.spec = replace(self.baseline.spec, contract=contract)
 
@@ -658,7 +670,7 @@ class _Build:
             for grid in self._seam_grids(sample, limit):
                 results = raw_results(self.baseline, sample, grid, self.threads)
                 found = parity.compare_outputs(whole, results, self.spec, sample.name)
-                error = max(error, *(one.changed for one in found))
+                error = max(error, *(one.changed for one in found if one.judged))
         self.seams[limit] = error
         return error
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import machine
-from .engine import EngineFolder, place_folder, read_folder, sha256
-from .errors import EngineError
+from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
+from .errors import EngineError, OutputError
 
 if TYPE_CHECKING:
     from .contract import Contract
@@ -85,43 +85,66 @@ class EngineCache:
     def get(self, asked: Asked) -> EngineFolder | None:
         """The engine that was asked for; None where there is none that is whole and says the same of itself."""
         place = self._place(asked)
-        if not place.exists():
-            return None
         try:
+            if not place.exists():
+                return None
             found = read_folder(place)
-        except EngineError as error:
+        except (EngineError, OSError) as error:
             log.warning("the cached engine is of no use: %s", error)
             return None
         return None if differs(found, asked) else found
 
     def put(self, engine: EngineFolder, asked: Asked) -> None:
-        """Keeps an engine; one of the same key that another process has just put there stays, if it is whole.
+        """Keeps an engine; one of the same key stays, if it is whole, also one that another process puts there meanwhile.
 
         Raises:
             OutputError: The folder cannot be written.
+            EngineError: The engine is not, or no longer, what its spec says.
         """
-        if self.get(asked) is None:
-            copy_folder(engine, self._place(asked), overwrite=True)
+        place = self._place(asked)
+        if self.get(asked) is not None:
+            return
+        try:
+            copy_folder(engine, place, overwrite=place.exists())  # what is there and is not whole is replaced
+        except OutputError:
+            if self.get(asked) is None:
+                raise
 
     def _place(self, asked: Asked) -> Path:
         return self.folder / f"{key_of(asked)[:32]}.urt"
 
 
 def copy_folder(engine: EngineFolder, folder: Path, *, overwrite: bool = False) -> EngineFolder:
-    """A second folder of the same engine, whole or not at all. Raises OutputError as ``write_folder`` does."""
+    """A second folder of the same engine, whole or not at all.
+
+    Raises:
+        OutputError: As ``write_folder``.
+        EngineError: The files are not what the engine's spec says: damaged, or replaced since it was read.
+    """
     import shutil
 
     names = {"spec.json", *(str(entry["name"]) for entry in engine.files.values())}
 
     def fill(staging: Path) -> None:
         for name in sorted(names):
-            shutil.copyfile(engine.path / name, staging / name)
+            try:
+                shutil.copyfile(engine.path / name, staging / name)
+            except FileNotFoundError as error:
+                raise EngineError(f"{engine.path / name} has gone meanwhile; build the engine again") from error
+        check_folder(staging, (staging / "spec.json").read_text(encoding="utf-8"), called=engine.path)
 
     return place_folder(folder, fill, overwrite=overwrite)
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as those of Python, which is what they mean as an option."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{value!r} cannot be part of what is asked")
 
 
 @cache

@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache",
         metavar="DIR",
-        default=os.environ.get("UNET_RT_CACHE"),
+        default=os.environ.get("UNET_RT_CACHE") or None,
         help="keep engines here by all that decided them (default: $UNET_RT_CACHE, else nowhere)",
     )
     p.add_argument("--search-minutes", type=float, metavar="N", help="time for the search (default: 10)")

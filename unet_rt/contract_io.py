@@ -510,6 +510,18 @@ def resolve_task(
     return replace(contract, task=task, output_is=output_is, threshold=threshold)
 
 
+def first_contract(contract: Contract, names: Sequence[str]) -> Contract:
+    """The contract as that of the first output alone: its own words, then those of a head of that output's name.
+
+    Raises:
+        ContractError: A head is declared that none of the outputs ``names`` is called.
+    """
+    unknown = [head.name for head in contract.heads if head.name not in names]
+    if unknown:
+        raise ContractError(f"the contract declares a head {unknown[0]!r}; the outputs are {', '.join(names)}")
+    return replace(contract, heads=()).over(contract.of_head(names[0]))
+
+
 def resolve_heads(
     contract: Contract,
     outputs: Sequence[tuple[str, int, str]],
@@ -519,8 +531,9 @@ def resolve_heads(
 ) -> Contract:
     """:func:`resolve_task` for every output of a network: the first is the contract's own, the others are its heads.
 
-    Of the others, what is declared holds; a last operator that tells (Sigmoid, Softmax) is believed; the rest are the
-    values of a regression, since nobody may ever ask for them, and an error about them would keep the first one from use.
+    Of the others, what is declared holds; a last operator that tells (Sigmoid, Softmax) is believed; the rest stay open,
+    since nobody may ever ask for them, and neither an error about them nor a budget that they were never meant to hold
+    should keep the first one from use.
 
     Args:
         contract: As declared. A head of the first output's name declares that one.
@@ -533,17 +546,15 @@ def resolve_heads(
         ContractError: As for :func:`resolve_task`; a head that no output has the name of.
     """
     names = [name for name, _, _ in outputs]
-    unknown = [head.name for head in contract.heads if head.name not in names]
-    if unknown:
-        raise ContractError(f"the contract declares a head {unknown[0]!r}; the outputs are {', '.join(names)}")
-    resolved, heads = contract, list[Head]()
+    first = first_contract(contract, names)
+    resolved, heads = first, list[Head]()
     for k, ((name, channels, final_op), sample) in enumerate(zip(outputs, samples, strict=True)):
-        said = contract.of_head(name)
-        if k == 0:
-            said = replace(contract, heads=()).over(said)
-        elif all(head.name != name for head in contract.heads):
-            tells = final_op in (*_SIGMOID, "Softmax", "LogSoftmax") and (final_op != "Softmax" or channels > 1)
-            said = replace(said, task=None if tells else "regression", output_is=None, classes=(), threshold=())
+        said = contract.of_head(name) if k else first
+        if k and all(head.name != name for head in contract.heads):
+            if final_op not in (*_SIGMOID, "Softmax", "LogSoftmax") or (final_op == "Softmax" and channels == 1):
+                heads.append(Head(name))
+                continue
+            said = replace(said, task=None, output_is=None, classes=(), threshold=())
         try:
             found = resolve_task(said, channels, final_op, sample)
         except ContractError as error:

@@ -10,13 +10,6 @@ from unet_rt._version import __version__
 from unet_rt.errors import UnetRtError
 
 _ALL = (*backends.names(), "eager")
-_PACKAGES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx"),
-    "cudnn": ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
-    "eager": ("torch",),
-}
 
 
 def collect() -> dict[str, Any]:
@@ -77,7 +70,7 @@ def _unusable(index: int) -> str | None:
 
 def _backend(name: str, devices: list[str]) -> dict[str, Any]:
     backend = backends.get(name)
-    versions = (machine.package_version(package) for package in _PACKAGES[name])
+    versions = (machine.package_version(package) for package in machine.DISTRIBUTIONS[name])
     missing: dict[str, str | None] = {}
     precisions: dict[str, list[str]] = {}
     for device in devices:

@@ -72,17 +72,34 @@ def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
     Raises:
         OutputError: Another process holds it, and ``busy`` is given.
     """
-    with path.open("a+b") as file:
-        try:
-            _lock(file.fileno(), wait=busy is None)
-        except OSError as error:
-            raise OutputError(busy or f"{path} cannot be locked ({error.strerror})") from error
-        try:
-            yield
-        finally:
-            _unlock(file.fileno())
-    with suppress(OSError):  # another process has it, on Windows
-        path.unlink(missing_ok=True)
+    while True:
+        with path.open("a+b") as file:
+            try:
+                _lock(file.fileno(), wait=busy is None)
+            except OSError as error:
+                raise OutputError(busy or f"{path} cannot be locked ({error.strerror})") from error
+            if not _named(file.fileno(), path):  # who held it before has removed it: the next one would make another
+                continue
+            try:
+                yield
+            finally:
+                if sys.platform != "win32":  # while it is held, so that whoever waits for this file can tell
+                    path.unlink(missing_ok=True)
+                _unlock(file.fileno())
+        break
+    if sys.platform == "win32":
+        with suppress(OSError):  # another process has it open, and then it stays
+            path.unlink(missing_ok=True)
+
+
+def _named(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that has its name."""
+    if sys.platform == "win32":  # an open file keeps its name there
+        return True
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 if sys.platform == "win32":

@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import Contract
+from .durable import locked
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError
 from .field import OutputField, TileSizes
 from .stitch import Blend
@@ -510,16 +511,9 @@ def _held(folder: Path) -> Iterator[bool]:
 def _only_writer(parent: Path) -> Iterator[None]:
     """While this process moves an engine into ``parent``, others of this machine wait: each deletes what it replaced."""
     if sys.platform == "win32":
-        import msvcrt
-
         name = hashlib.sha256(str(parent.resolve()).encode()).hexdigest()[:16]
-        with (Path(tempfile.gettempdir()) / f"unet-rt-{name}.lock").open("a+b") as file:
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-            try:
-                yield
-            finally:
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        with locked(Path(tempfile.gettempdir()) / f"unet-rt-{name}.lock"):
+            yield
     else:
         import fcntl
 
@@ -592,18 +586,28 @@ def _spec_text(folder: Path) -> str:
         raise EngineError(f"{path} cannot be read ({error}); build the engine again") from error
 
 
-def check_folder(folder: Path, text: str) -> EngineFolder:
-    """The engine in ``folder`` by the ``text`` of its ``spec.json``, files and hashes checked. Raises EngineError."""
-    path = folder / "spec.json"
+def check_folder(folder: Path, text: str, *, called: Path | None = None) -> EngineFolder:
+    """The engine in ``folder`` by the ``text`` of its ``spec.json``, files and hashes checked.
+
+    Args:
+        folder: Where the files are.
+        text: Of ``spec.json``.
+        called: What errors call the folder, where it is a temporary copy of something.
+
+    Raises:
+        EngineError: Not an engine, a newer schema, or files that are missing or not those that were written.
+    """
+    called = called or folder
+    path = called / "spec.json"
     try:
         document = json.loads(text)
         major, minor = (int(v) for v in document["schema"])
         files = {str(kind): dict(entry) for kind, entry in document["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
     if major != SCHEMA[0]:
         raise EngineError(
-            f"{folder} has schema {major}.{minor}, and this version reads {SCHEMA[0]}.x; "
+            f"{called} has schema {major}.{minor}, and this version reads {SCHEMA[0]}.x; "
             + ("upgrade unet-rt" if major > SCHEMA[0] else "build the engine again")
         )
     for kind in ("model", "graph"):
@@ -615,19 +619,20 @@ def check_folder(folder: Path, text: str) -> EngineFolder:
             raise EngineError(f"{path} names the file {name!r}, outside its folder; build the engine again")
         file = folder / name
         if not file.is_file():
-            raise EngineError(f"{file} is missing from the engine; copy the folder whole, or build again")
+            raise EngineError(f"{called / name} is missing from the engine; copy the folder whole, or build again")
         if sha256(file) != entry.get("sha256"):
             raise EngineError(
-                f"{file} is not the file that was built (its SHA-256 differs); copy it again, or build again"
+                f"{called / name} is not the file that was built (its SHA-256 differs); copy it again, or build again"
             )
     try:
         spec = EngineSpec.from_json(document)
         parity = (
             json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
         )
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, ContractError) as error:
+        key = _key(document)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, ContractError) as error:
         raise EngineError(f"{path} is damaged ({type(error).__name__}: {error}); build the engine again") from error
-    if document.get("key") != _key(document):
+    if document.get("key") != key:
         raise EngineError(
             f"{path} was changed after it was written (its key differs), and parity was proven for what it said; "
             "copy it again, or build again"

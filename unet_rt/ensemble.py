@@ -18,11 +18,12 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from .contract import Contract
-from .contract_io import contract_to_metadata, resolve_task
+from .contract_io import contract_to_metadata, first_contract, resolve_task
 from .engine import sha256
 from .errors import ContractError, GraphError
-from .model import Model, baseline_engine, square_tile, untiled_spec
+from .model import Model, baseline_engine, check_fp32, square_tile, untiled_spec
 from .onnx_file import LARGEST
+from .passes.outputs import keep_outputs
 from .samples import synthetic, tile_of
 
 MEMBERS_KEY = "ensemble.members"  # metadata: JSON list of name and SHA-256 of every member
@@ -42,14 +43,19 @@ def merge(members: Sequence[Model], path: Path) -> None:
 
     Raises:
         ContractError: The members do not agree on what goes in and what comes out; the difference is named.
-        GraphError: Their graphs cannot be one: operator sets or output sizes differ, or it would pass 2 GB.
+        GraphError: Their graphs cannot be one: operator sets differ, or it would pass 2 GB; one computes in less than FP32.
     """
+    for member in members:
+        check_fp32(member.graph, member.given.name)
     contracts = [_resolved(member) for member in members]
     for member, contract in zip(members[1:], contracts[1:], strict=True):
         _check_contract(members[0], contracts[0], member, contract)
         _check_graph(members[0], member)
     protos = [onnx.load(str(member.graph)) for member in members]
+    for member, proto in zip(members, protos, strict=True):
+        keep_outputs(proto, [member.report.outputs[0].name])
     for member, proto in zip(members[1:], protos[1:], strict=True):
+        _check_types(members[0], protos[0], member, proto)
         _check_opsets(members[0], protos[0], member, proto)
     size = sum(member.graph.stat().st_size for member in members)
     if size > LARGEST:
@@ -67,8 +73,9 @@ def merge(members: Sequence[Model], path: Path) -> None:
 
 
 def _resolved(member: Model) -> Contract:
-    """The contract with task and output decided; a member that does not declare them is run once on a drawn image."""
-    contract, report = member.contract, member.report
+    """The first output's contract with task and values decided; where it leaves them open, by a drawn image."""
+    report = member.report
+    contract = first_contract(member.contract, [output.name for output in report.outputs])
     sample = None
     if contract.task is None or contract.output_is is None:
         spec = untiled_spec(member)
@@ -103,6 +110,16 @@ def _check_graph(a: Model, b: Model) -> None:
     sizes = [tuple((str(f.scale), sum(f.shrink)) for f in output.field) for output in (one, other)]
     if sizes[0] != sizes[1]:
         raise _difference(a, sizes[0], b, sizes[1], "output size (samples per pixel, samples lost, per axis)")
+
+
+def _check_types(a: Model, proto: onnx.ModelProto, b: Model, other: onnx.ModelProto) -> None:
+    here, there = (TensorProto.DataType.Name(_element_type(o)) for o in (proto, other))
+    if here != there:
+        raise _difference(a, here, b, there, "output (element type)")
+
+
+def _element_type(proto: onnx.ModelProto) -> int:
+    return int(proto.graph.output[0].type.tensor_type.elem_type)
 
 
 def _difference(a: Model, here: Any, b: Model, there: Any, what: str) -> ContractError:
@@ -149,7 +166,7 @@ def _merged(members: Sequence[Model], protos: Sequence[onnx.ModelProto], contrac
     for k, result in enumerate(results[1:], 1):
         nodes.append(helper.make_node("Add", [total, result], [f"ensemble/sum{k}"], f"ensemble/sum{k}"))
         total = f"ensemble/sum{k}"
-    initializers.append(helper.make_tensor("ensemble/count", TensorProto.FLOAT, [], [float(len(members))]))
+    initializers.append(helper.make_tensor("ensemble/count", _element_type(protos[0]), [], [float(len(members))]))
     output = protos[0].graph.output[0].name
     nodes.append(helper.make_node("Div", [total, "ensemble/count"], [output], "ensemble/mean"))
     graph = helper.make_graph(
@@ -205,7 +222,7 @@ def _output(name: str, protos: Sequence[onnx.ModelProto]) -> onnx.ValueInfoProto
     shapes = [[d.dim_value or None for d in p.graph.output[0].type.tensor_type.shape.dim] for p in protos]
     shape = [dims[0] if len(set(dims)) == 1 else None for dims in zip(*shapes, strict=True)]
     known = [f"{name}_{k}" if n is None else n for k, n in enumerate(shape)]
-    return helper.make_tensor_value_info(name, protos[0].graph.output[0].type.tensor_type.elem_type, known)
+    return helper.make_tensor_value_info(name, _element_type(protos[0]), known)
 
 
 def _rename_inputs(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

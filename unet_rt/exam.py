@@ -48,11 +48,12 @@ def check_record(folder: EngineFolder) -> None:
     try:
         graph, accepted, kind = record["graph_sha256"], record["verdict"]["accepted"], record["kind"]
         budget, verdict = parity.Budget(**record["budget"]).of(folder.spec.precision), record["verdict"]
-    except (KeyError, TypeError) as error:
+        missed = _missed(verdict, budget)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{folder.path}: the record of parity is damaged ({error}); {way_out}") from error
     if graph != folder.files["graph"]["sha256"]:
         raise EngineError(f"{folder.path}: the record of parity belongs to another graph; {way_out}")
-    if not accepted or _missed(verdict, budget):
+    if not accepted or missed:
         raise EngineError(f"{folder.path}: the recorded parity misses its budget; {way_out}")
     if kind == "synthetic" and folder.spec.precision != "fp32":
         raise EngineError(f"{folder.path}: parity on synthetic tiles is accepted for fp32 only; {way_out}")
@@ -131,13 +132,16 @@ def _passed_here(folder: EngineFolder, here: Mapping[str, Any]) -> bool:
             and row["exam_sha256"] == folder.files["exam"]["sha256"]
         )
         return bool(same and verdict["accepted"]) and not _missed(verdict, budget)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # no row, or none that can be trusted: the exam is sat
 
 
 def _missed(verdict: Mapping[str, Any], budget: parity.Budget) -> bool:
     """Whether the numbers of a written verdict are outside a budget, whatever the verdict says of itself."""
     change, dice = verdict.get("label_change"), verdict.get("dice")
+    values = [i for i in verdict.get("images", ()) if i["label_change"] is None and i.get("judged", True)]
+    if any(not float(image["relative"]) <= budget.error for image in values):  # a regression beside labels is one, too
+        return True
     if change is None:  # a regression
         return not float(verdict.get("relative", "nan")) <= budget.error
     return bool(change > budget.labels or (dice is not None and dice < budget.dice))

@@ -32,7 +32,23 @@ _ARM_FEATURES = frozenset(
     }
 )  # fmt: skip
 
-_PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt", "tensorrt-rtx")
+# Distributions that bring the library of a backend, the likeliest first. All of ONNX Runtime's install into one folder.
+DISTRIBUTIONS = {
+    "onnxruntime": (
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnxruntime-directml",
+        "onnxruntime-openvino",
+        "onnxruntime-rocm",
+        "onnxruntime-migraphx",
+        "onnxruntime-qnn",
+    ),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx"),
+    "cudnn": ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
+    "eager": ("torch",),
+}
+_PACKAGES = ("numpy", "onnx", *(name for names in DISTRIBUTIONS.values() for name in names))
 
 
 # ------------------------------------------------------------------------------------------------------ control groups

@@ -81,6 +81,19 @@ class Model:
         return tuple(specs)
 
 
+def check_fp32(graph: Path, name: str) -> None:
+    """Raises GraphError where a network computes in less than FP32: nothing is left to hold parity against."""
+    from .backends.onnx_file import precision_of
+
+    found = precision_of(graph)
+    if found in ("int8", "fp16", "bf16"):
+        what = "is quantised already" if found == "int8" else f"computes in {found} already"
+        raise GraphError(
+            f"{name} {what}, and parity is held against FP32; "
+            "give the FP32 graph that it was made from, and build lowers its precision"
+        )
+
+
 def open_models(
     paths: Sequence[Path], work: Path, *, options: Contract | None = None, contract: Path | None = None
 ) -> Model:

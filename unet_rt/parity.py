@@ -69,6 +69,7 @@ class ImageParity:
     Attributes:
         name: Of the image.
         head: The network's output, where it has several, else "".
+        judged: Whether it has a say; numbers of a further output that nothing says the meaning of are reported alone.
         pixels: Samples compared (per channel).
         label_change: Share of pixels whose label differs (in any channel, for multilabel); None where there are none.
         dice: Per class name, of the classes present in either mask.
@@ -86,6 +87,7 @@ class ImageParity:
     mean_abs: float
     relative: float
     head: str = ""
+    judged: bool = True
 
     @property
     def changed(self) -> float:
@@ -122,11 +124,13 @@ def compare_outputs(
     baseline: Sequence[Array], candidate: Sequence[Array], spec: EngineSpec, name: str
 ) -> list[ImageParity]:
     """Compares every output (K, *spatial) of one image, each by what the contract says that it means."""
-    several = len(spec.outputs) > 1
-    return [
-        replace(compare(a, b, spec.contract_of(k), name), head=spec.outputs[k].name if several else "")
-        for k, (a, b) in enumerate(zip(baseline, candidate, strict=True))
-    ]
+    several, found = len(spec.outputs) > 1, list[ImageParity]()
+    for k, (a, b) in enumerate(zip(baseline, candidate, strict=True)):
+        contract = spec.contract_of(k)
+        one = compare(a, b, contract, name)
+        judged = k == 0 or contract.task is not None
+        found.append(replace(one, head=spec.outputs[k].name if several else "", judged=judged))
+    return found
 
 
 def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "") -> ImageParity:
@@ -233,7 +237,8 @@ class BatchParity:
 
 
 def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
-    """Holds the worst image (of every output, where a network has several) against the budget."""
+    """Holds the worst image (of every output that is judged, where a network has several) against the budget."""
+    every, images = images, [i for i in images if i.judged]
     if not images:
         raise ContractError("no image to judge parity on; pass --images or --samples")
     reasons = []
@@ -272,7 +277,7 @@ def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
         worst_relative.relative,
         max(i.max_abs for i in images),
         float(np.mean(changes)) if changes else None,
-        tuple(images),
+        tuple(every),
     )
 
 

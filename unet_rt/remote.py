@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import exam
-from .backends.session import SessionBase
-from .engine import Engine, read_folder
+from .backends.session import Port, SessionBase, arrays_for
+from .engine import Engine, EngineSpec, read_folder
 from .errors import BackendError, EngineError, ParityError
 
 Array = npt.NDArray[Any]
@@ -27,28 +27,42 @@ class RemoteSession(SessionBase):
 
     title = "remote"
 
-    def __init__(self, run: Run, *, precision: str, device: str, version: str, outputs: int) -> None:
-        super().__init__(precision, device, 1)
-        self._function, self._version, self._outputs = run, version, outputs
+    def __init__(self, run: Run, spec: EngineSpec, version: str) -> None:
+        super().__init__(spec.precision, "cpu", 1)
+        self._function, self._spec, self._version = run, spec, version
+        self._ports = [Port(i.name, (None,) * len(i.axes), np.dtype(i.dtype)) for i in spec.inputs]
 
     @property
     def version(self) -> str:
         return self._version
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
-        found = [np.asarray(y) for y in self._function(list(inputs))]
-        if len(found) != self._outputs:
-            raise BackendError(f"the remote run returned {len(found)} outputs, the graph has {self._outputs}")
-        batch = {len(y) for y in found}
-        if batch != {len(inputs[0])}:
+        inputs, outputs = arrays_for(self._ports, inputs), self._spec.outputs
+        found = [np.asarray(y) for y in self._function(inputs)]
+        if len(found) != len(outputs):
+            raise BackendError(f"the remote run returned {len(found)} outputs, the graph has {len(outputs)}")
+        for y, output in zip(found, outputs, strict=True):
+            if y.ndim != len(output.axes):
+                raise BackendError(
+                    f"the remote run returned output {output.name} of shape {y.shape}, the graph's axes are "
+                    f"{output.axes}; return it as the graph does"
+                )
+        given = _batches([i.axes for i in self._spec.inputs], inputs)
+        batch = _batches([o.axes for o in outputs], found)
+        if not batch <= (given or {1}):  # a graph without a batch axis takes one tile
             raise BackendError(
-                f"the remote run returned batches of {', '.join(map(str, sorted(batch)))} for one of {len(inputs[0])}; "
-                "return one result per tile, in order"
+                f"the remote run returned batches of {', '.join(map(str, sorted(batch)))} for one of "
+                f"{', '.join(map(str, given)) or 1}; return one result per tile, in order"
             )
         return found
 
     def _release(self) -> None:
         pass
+
+
+def _batches(axes: Sequence[str], arrays: Sequence[Array]) -> set[int]:
+    """Sizes of the batch axes, of the arrays that have one."""
+    return {array.shape[a.index("N")] for a, array in zip(axes, arrays, strict=True) if "N" in a}
 
 
 def connect(folder: str | Path, run: Run, *, version: str = "remote", accept_unverified: bool = False) -> Engine:
@@ -58,7 +72,7 @@ def connect(folder: str | Path, run: Run, *, version: str = "remote", accept_unv
 
     Args:
         folder: The engine folder; the server runs its ``graph-*.onnx``.
-        run: From the graph's inputs (a batch of tiles, axes and order as in ``spec.inputs``, float32) to its outputs, in
+        run: From the graph's inputs (a batch of tiles; axes, order and dtypes as in ``spec.inputs``) to its outputs, in
             graph order. Called by one thread at a time. What it raises ends the prediction, and no output is left.
         version: What reports call the server.
         accept_unverified: Do not sit the exam.
@@ -71,8 +85,7 @@ def connect(folder: str | Path, run: Run, *, version: str = "remote", accept_unv
     spec = opened.spec
     if not accept_unverified:
         exam.check_record(opened)
-    session = RemoteSession(run, precision=spec.precision, device="cpu", version=version, outputs=len(spec.outputs))
-    engine = Engine(spec, session, opened)
+    engine = Engine(spec, RemoteSession(run, spec, version), opened)
     if accept_unverified:
         return engine
     tiles = opened.exam()

@@ -232,6 +232,9 @@ def verify_text(report: VerifyReport) -> str:
             f"(budget {report.budget.labels:.4%}); {dice}"
         )
     lines.append(f"  largest error {v.max_abs:.3g}, {v.relative:.2e} of the output's range")
+    for head in dict.fromkeys(image.head for image in v.images if not image.judged):
+        error = max(image.relative for image in v.images if image.head == head)
+        lines.append(f"  output {head}, not judged: largest error {error:.2e} of its range")
     if report.seams is not None:
         equal = report.seams.max_abs == 0
         lines.append(

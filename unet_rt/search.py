@@ -341,7 +341,7 @@ def _rank(
 ) -> list[LayerCost]:
     """Layers by what their return to FP32 wins per cost, on top of ``start``."""
     costs = quantiser.costs()
-    ranked = [LayerCost(name, (plain - lowest) / plain, costs[name], True) for name in sorted(start)]
+    ranked = [LayerCost(name, _won(plain, lowest, plain), costs[name], True) for name in sorted(start)]
     rest: list[LayerCost] = []
     todo = [name for name in quantiser.layers if name not in start]
     todo.sort(key=lambda name: costs[name])  # cheap ones first, should the time not be enough for all
@@ -359,11 +359,19 @@ def _rank(
         drop(engine)
         each = max(each, time.monotonic() - begun)
         quantiser.say(f"layer {k + 1}/{len(todo)} in FP32: change near the decision {plain:.3g} -> {change:.3g}")
-        # all of it where plain INT8 is not even finite, and a finite one is reached
-        won = (lowest - change) / plain if np.isfinite(plain) else float(np.isfinite(change))
-        rest.append(LayerCost(name, won, costs[name], False))
+        rest.append(LayerCost(name, _won(lowest, change, plain), costs[name], False))
     rest.sort(key=lambda layer: -max(layer.won, 0.0) / (layer.cost + 0.01))
     return ranked + rest
+
+
+def _won(before: float, after: float, plain: float) -> float:
+    """Share of plain INT8's change that goes from ``before`` to ``after``.
+
+    All of it where plain INT8 is not even finite, and a finite one is reached; none where it changes nothing.
+    """
+    if not np.isfinite(plain):
+        return float(np.isfinite(after))
+    return (before - after) / plain if plain else 0.0
 
 
 def _shortest(

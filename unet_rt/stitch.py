@@ -68,7 +68,7 @@ def decide(
     if task is None:
         raise ContractError(
             f"what the network's values mean was left open, so that they make no {kind}; use --output raw, or build again "
-            "with --task binary, multiclass, multilabel or regression"
+            "with --task binary, multiclass, multilabel or regression (for a further output: heads of the contract)"
         )
     if contract.output_is is None and task != "regression":
         raise ContractError(f"nothing says whether the {task} output is logits or probabilities; pass --output-is")

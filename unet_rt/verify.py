@@ -215,7 +215,7 @@ def _verify_images(
             if bare is not None and bare.shape == wanted[0].shape:
                 growth.append(parity.compare(bare, wanted[0], spec.contract_of(0), sample.name).changed)
         for output, one in enumerate(here):
-            if worst is None or one.changed > worst[0]:
+            if one.judged and (worst is None or one.changed > worst[0]):
                 worst = (one.changed, sample, wanted[output], got[output], spec.contract_of(output))
         if labels is not None:
             truths.append(_truth(sample, labels, wanted[0], got[0], spec))

@@ -29,17 +29,6 @@ from unet_rt.passes.up_conv import up_conv
 # Metadata of a quantised graph: how many convolutions it means to run in INT8.
 QUANTISED_KEY = "quantised_layers"
 
-# Distributions that install into the one folder onnxruntime/ and overwrite each other there.
-DISTRIBUTIONS = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-rocm",
-    "onnxruntime-migraphx",
-    "onnxruntime-qnn",
-)
-
 # ONNX Runtime names element types in its own way.
 _DTYPES = {
     "tensor(float)": "float32",
@@ -62,7 +51,11 @@ def conflict() -> str | None:
 
     Folders of their own, one before the other on the path, do no harm: the first is what is imported.
     """
-    folders = {name: folder for name in DISTRIBUTIONS if (folder := machine.package_folder(name)) is not None}
+    folders = {
+        name: folder
+        for name in machine.DISTRIBUTIONS["onnxruntime"]
+        if (folder := machine.package_folder(name)) is not None
+    }
     found = [name for name, folder in folders.items() if list(folders.values()).count(folder) > 1]
     if not found:
         return None
