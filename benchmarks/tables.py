@@ -750,8 +750,8 @@ def plots() -> dict[Path, str]:
             f"Resident memory, {sparse['size']:,} x {sparse['size']:,} px, MB", "s",
             {"MB": [(t, m) for t, m in sparse["resident_mb"]][:: max(1, len(sparse["resident_mb"]) // 12)]},
         )  # fmt: skip
-    predicted = record("predict-nuclei")
-    if "spans" in predicted:
+    predicted = _optional("predict-nuclei")
+    if predicted is not None and "spans" in predicted:
         size, name = predicted["size"], predicted["spans"]["name"]
         found[RESULTS / "pipeline.svg"] = spans(f"{size} x {size} px, {name}: busy stages", predicted["spans"]["spans"])
     if (RESULTS / "scaling.json").exists():
