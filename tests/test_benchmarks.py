@@ -46,8 +46,11 @@ QUICK = {
 }
 
 
+LONG = ("bench_build", "bench_engine", "bench_memory", "bench_roofline", "bench_scaling")  # half a minute each
+
+
 @pytest.mark.openvino
-@pytest.mark.parametrize("script", QUICK)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in QUICK])
 def test_every_script_runs(script: str, gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it writes is what the tables are drawn from, and agrees with itself."""
     name, blocks = QUICK[script]

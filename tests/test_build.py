@@ -596,7 +596,7 @@ def test_an_engine_is_not_overwritten(network, textures, tmp_path, monkeypatch):
     built(network(), tmp_path / "x.urt", **options)[1].close()
     before = {p.name for p in (tmp_path / "x.urt").iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(MODULE, "open_model", lambda *a, **k: pytest.fail("work was done before the refusal"))
+        patch.setattr(MODULE, "open_models", lambda *a, **k: pytest.fail("work was done before the refusal"))
         with pytest.raises(urt.OutputError, match="--overwrite"):
             built(network(), tmp_path / "x.urt", **options | {"tile": (80, 80)})
     assert {p.name for p in (tmp_path / "x.urt").iterdir()} == before
@@ -643,7 +643,7 @@ def test_without_samples_a_task_may_stay_open(network, tmp_path, monkeypatch, ca
     from unet_rt.cli import main
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MODULE, "SECONDS_FOR_PARITY", 0.0)
+    monkeypatch.setattr(MODULE, "PARITY_SHARE", 0.0)
     model = network(classes=1)
     assert main(["build", str(model), "--out", "x.urt", "--backend", "onnxruntime"]) == 0
     out, err = capsys.readouterr()

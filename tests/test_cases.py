@@ -558,7 +558,7 @@ def test_b11_two_tiles_over_the_same_columns():
     made = engine(
         lambda x: np.full((1, 2, 50, 50), next(values), np.float32), tile=(50, 50), outputs=[output(2, 2)], overlap=(0, 25)
     )  # fmt: skip
-    result = predicted(made, np.zeros((1, 50, 75), np.float32))
+    result = predicted(made, np.arange(3750, dtype=np.float32).reshape(1, 50, 75))  # no two tiles alike
     assert result.shape == (2, 50, 75)
     expected = np.repeat([0.7, 0.5, 0.3], 25).astype(np.float32)
     np.testing.assert_allclose(result, np.broadcast_to(expected, result.shape), rtol=3 * EPS)
@@ -573,10 +573,10 @@ def test_b12_the_label_of_the_mean():
 
     made = engine(network, tile=(4, 8), outputs=[output(2, 2)], overlap=(0, 4), task="multiclass", output_is="logits")
     before = made.spec
-    mask = predicted(made, np.zeros((1, 4, 12), np.float32))
+    mask = predicted(made, np.arange(48, dtype=np.float32).reshape(1, 4, 12))
     assert mask.tolist() == [[1] * 8 + [0] * 4] * 4
     assert made.spec is before
-    soft = predicted(made, np.zeros((1, 4, 12), np.float32), output="probability")
+    soft = predicted(made, np.arange(48, dtype=np.float32).reshape(1, 4, 12), output="probability")
     middle = 1 / (1 + np.exp(0.5 - 1.5))  # the softmax of the mean logits, not the mean of softmaxes
     np.testing.assert_allclose(soft[1, :, 4:8], middle, rtol=8 * EPS)
 

@@ -85,7 +85,7 @@ def environment() -> dict[str, str]:
 
 def test_help_explains_every_verb_and_option(cli: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]) -> None:
     (verbs,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-    known = {"inspect", "build", "predict", "verify", "pack", "unpack", "doctor", "demo", "train", "export"}
+    known = {"bench", "inspect", "build", "predict", "verify", "pack", "unpack", "doctor", "demo", "train", "export"}
     assert set(verbs.choices) == known
     for name, parser in verbs.choices.items():
         for action in parser._actions:
@@ -115,7 +115,7 @@ def test_an_unknown_verb_is_one_line(cli: Callable[..., Outcome]) -> None:
 def test_a_model_swallowed_by_an_option_is_explained(cli: Callable[..., Outcome]) -> None:
     code, _, err = cli("build", "--samples", "images", "model.onnx")
     assert code == 2
-    assert "MODEL.onnx [options]" in err
+    assert "MODEL.onnx ... [options]" in err
 
 
 def test_names_of_any_script_on_a_terminal_of_one(engine_folder: Path, images: Path) -> None:
@@ -180,7 +180,7 @@ def test_build_without_samples_ends_with_the_command_that_proves_more(cli: Calla
     argv = shlex.split(last[last.index("unet-rt build") :])[1:]
     args = _parser().parse_args(argv)
     assert (args.backend, args.tile, args.border, args.overwrite) == ("onnxruntime", (320, 320), "edge", True)
-    assert (args.model, args.samples, args.out) == (str(shipped_model()), ["YOUR_IMAGES"], "nuclei.urt")
+    assert (args.model, args.samples, args.out) == ([str(shipped_model())], ["YOUR_IMAGES"], "nuclei.urt")
     assert json.loads(Path("nuclei.urt/spec.json").read_text())["contract"]["border"] == "edge"
 
 
