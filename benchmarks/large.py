@@ -37,6 +37,7 @@ from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.synthetic import microscopy
 
+LONGEST_S = 1.2  # from the start of a prediction to its kill
 DRAWN = 2048  # side of the micrograph that the images are made of
 
 
@@ -177,7 +178,7 @@ def digest(folder: Path) -> str:
 
 
 def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    size = args.size or 3072
+    size = args.size or 5120
     image = folder / "image.npy"
     np.save(image, drawn((size, size)))
     built, results = engine(folder), {}
@@ -186,7 +187,7 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         options = {"engine": str(built), "image": str(image), "tile": [512, 512], "shard": [0, 1], "tiles_per_block": 1}
         whole = folder / "whole" / name
         whole.parent.mkdir(exist_ok=True)
-        computing = run(**options, out=str(whole))["seconds"]
+        run(**options, out=str(whole))
         kills = 0
         out = folder / name
         stages = []
@@ -194,8 +195,8 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             process = subprocess.Popen(command(**options, out=str(out)), stdout=subprocess.PIPE)
             assert process.stdout is not None
             process.stdout.readline()
-            # Spread so that all kills fall into one prediction; many come before a block has ended.
-            time.sleep(rng.uniform(0.0, 3.0 * computing / args.kills))
+            # Some come before a block has ended; all of them together are less than the prediction takes.
+            time.sleep(rng.uniform(0.0, LONGEST_S))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1

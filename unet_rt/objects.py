@@ -255,7 +255,7 @@ def read_window(read: Read, start: Sequence[int], stop: Sequence[int]) -> Array:
     expected = tuple(b - a for a, b in zip(start, stop, strict=True))
     if block.shape != expected:
         raise ImageError(f"reading the window {_text(start, stop)} gave {block.shape} pixels, not {expected}")
-    if block.dtype.kind not in "bui":
+    if block.dtype.kind not in "iub":
         raise ImageError(
             f"the mask holds {block.dtype} pixels, objects need labels (bool, integers); threshold it first"
         )
