@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -162,21 +163,37 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert once == twice
 
 
-def _write_part(folder: Path, whole: Array, part: int) -> None:
-    output = ZarrOutput.open(folder)
-    for number, (plane, start, window) in enumerate(blocks(output.shape, (256, 256))):
-        if number % 2 == part:
-            output.write(plane, start, whole[(plane, slice(None), *window)])
+OTHER = """
+import sys
+from pathlib import Path
+import numpy as np
+from unet_rt.output_zarr import ZarrOutput
+
+output, whole = ZarrOutput.open(Path(sys.argv[1])), np.load(sys.argv[2])
+for number, (plane, *window) in enumerate(np.load(sys.argv[3]).tolist()):
+    if number % 2:
+        place = tuple(slice(a, b) for a, b in zip(window[::2], window[1::2]))
+        output.write(plane, window[::2], whole[(plane, slice(None), *place)])
+"""
 
 
 def test_two_processes_write_one_image(tmp_path: Path) -> None:
     whole = pixels(MASK)
     output = ZarrOutput.create(tmp_path / "m.zarr", MASK, (256, 256), ARRAY, None)
-    other = multiprocessing.get_context("spawn").Process(target=_write_part, args=(output.folder, whole, 1))
-    other.start()
-    _write_part(output.folder, whole, 0)
-    other.join()
-    assert other.exitcode == 0
+    parts = list(blocks(output.shape, (256, 256)))
+    np.save(tmp_path / "whole.npy", whole)
+    np.save(tmp_path / "parts.npy", [[p, *(n for s in w for n in (s.start, s.stop))] for p, _, w in parts])
+    command = [
+        sys.executable,
+        "-c",
+        OTHER,
+        str(output.folder),
+        *(str(tmp_path / f"{n}.npy") for n in ("whole", "parts")),
+    ]
+    with subprocess.Popen(command) as other:
+        for plane, start, window in parts[::2]:
+            output.write(plane, start, whole[(plane, slice(None), *window)])
+    assert other.returncode == 0
     assert np.array_equal(output.read(0, (0, 0), MASK.spatial), whole[0, 0])
 
 
