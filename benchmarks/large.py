@@ -72,9 +72,13 @@ def engine(folder: Path, divisor: int = 1) -> Path:
 
 
 def drawn(shape: tuple[int, int], seed: int = 7) -> Any:
-    """A micrograph, repeated: drawing 16,384 x 16,384 takes longer than predicting it."""
+    """A micrograph repeated with shifts, so that no two tiles are alike: drawing a large one takes too long."""
     tile = microscopy((DRAWN, DRAWN), seed=seed).image
-    return np.tile(tile, tuple(-(-n // DRAWN) for n in shape))[: shape[0], : shape[1]]
+    image = np.empty(shape, tile.dtype)
+    for i, j in np.ndindex(*(-(-n // DRAWN) for n in shape)):
+        part = image[i * DRAWN : (i + 1) * DRAWN, j * DRAWN : (j + 1) * DRAWN]
+        part[...] = np.roll(tile, (613 * i + 101 * j, 431 * j + 57 * i), axis=(0, 1))[: part.shape[0], : part.shape[1]]
+    return image
 
 
 # --- one prediction in a process of its own ----------------------------------------------------------------------------
