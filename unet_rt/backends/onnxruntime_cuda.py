@@ -733,7 +733,7 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: 
                 if note:
                     trials.append(Trial(options, note=note))
                     running.pop(options).close()
-            timings = bench.interleave([c.run for c in running.values()], runs=15, seconds=4.0)
+            timings = bench.interleave([c.run for c in running.values()], runs=15, seconds=4.0, rest_s=0.0)
         except BaseException:
             for contender in running.values():
                 contender.close()
