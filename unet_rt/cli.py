@@ -168,8 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
-    p.add_argument("--halo", default="auto", metavar="exact|measured|N", help="samples discarded at inner tile edges")
-    p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
+    p.add_argument(
+        "--halo",
+        default="auto",
+        metavar="exact|measured|N",
+        help="samples discarded at inner tile edges (default: exact, unless that costs too much)",
+    )
+    p.add_argument(
+        "--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles, for networks that are not exact"
+    )
     p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
     p.add_argument(
         "--budget",
@@ -218,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
-    p.add_argument("--device", metavar="NAME", help="must be the device that the engine was built for")
+    p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
@@ -287,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, default=120.0, metavar="N", help="of each of two timings (default: 120)")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _contract_options(p)
+
     p = _verb(verbs, "pack", _pack, "make an engine folder one archive, the same bytes every time", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--out", metavar="FILE", help="the archive (default: ENGINE.tar)")
@@ -312,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sizes", type=_numbers, metavar="256,320", help="sizes at which graph and module are compared")
     p.add_argument("--pixels", metavar="IMAGE", help="image to compare them on (default: drawn microscopy)")
     p.add_argument("--exporter", choices=("auto", "trace", "dynamo"), default="auto", help="of torch; default: auto")
-    p.add_argument("--opset", type=int, metavar="N", help="ONNX operator set")
+    p.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (default: 18)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     _contract_options(p)
 
@@ -886,8 +894,6 @@ def _bench(args: argparse.Namespace) -> int:
         say=_say(args),
     )
     _clear()
-    if args.json:
-        _print_json(report.to_json())
     print(bench_text(report), file=_out(args))
     if args.plot:
         from .charts import scatter
@@ -897,6 +903,8 @@ def _bench(args: argparse.Namespace) -> int:
             for r in report.rows
         ]
         scatter("agreement with FP32 in %", "Mpx/s", points, Path(args.plot))
+    if args.json:  # last: where the picture cannot be written, stdout holds the error alone
+        _print_json(report.to_json())
     return 0
 
 

@@ -143,7 +143,6 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
         )
     if 0 in shape:
         raise ImageError(f"{name}: the image is empty ({'x'.join(map(str, shape))}); give one with pixels")
-    pixels = _pixels(levels[picked], key, shape, place, name)
     origin, size, names = _metadata(tif, series, series.keyframe)
     if picked:
         ratio = {axis: full / n for axis, full, n in zip(axes, level_shapes[0], shape, strict=True)}
@@ -157,7 +156,7 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
     if colours == 0 or axes.count("S") != 1 or (alpha is not None and shape[axes.index("S")] != colours + 1):
         alpha = None
     return Stored(
-        pixels,
+        _pixels(levels[picked], key, shape, place, name),  # last: what is opened here stays open
         axes,
         origin,
         names,
