@@ -32,6 +32,7 @@ from .errors import (
     ParityError,
     TileError,
 )
+from .field import size_text
 from .model import (
     Model,
     baseline_engine,
@@ -578,8 +579,8 @@ class _Build:
                 )
             self.spec = blended_spec(self.spec, tile, self.model.given, blend=blend, overlap=overlap)
             self.notes.append(
-                f"not exact: {self.model.reasons[0]}; tile {_by(self.spec.tile)} px is part of the model, "
-                f"blended ({blend}) with overlap {_by(self.spec.overlap or ())} px"
+                f"not exact: {self.model.reasons[0]}; tile {size_text(self.spec.tile)} px is part of the model, "
+                f"blended ({blend}) with overlap {size_text(self.spec.overlap or ())} px"
             )
         else:
             if overlap is not None:
@@ -620,15 +621,15 @@ class _Build:
             share = kept_share(self.spec, largest)
             cost = f"{1 / share:.2f} times the work" if share else "more than such a tile holds"
             if halo == "exact" or (share and 1 / share <= EXACT_COST):
-                self.notes.append(f"exact halo ({exact} samples): {cost} at tiles of {_by(largest)} px")
+                self.notes.append(f"exact halo ({exact} samples): {cost} at tiles of {size_text(largest)} px")
             elif self.kind == "synthetic" or not self._seams_can_be_seen():
                 self.notes.append(
-                    f"exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px; "
+                    f"exact halo ({exact} samples) costs {cost} at tiles of {size_text(largest)} px; "
                     "with --samples larger than a tile a smaller one is measured"
                 )
             else:
                 self.notes.append(
-                    f"the exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px, so it was measured"
+                    f"the exact halo ({exact} samples) costs {cost} at tiles of {size_text(largest)} px, so it was measured"
                 )
                 self._measure_halo()
         else:
@@ -637,8 +638,8 @@ class _Build:
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), PROBE_PX)
             if fixed_tile:
                 raise TileError(
-                    f"a tile of {_by(self.spec.tile)} px keeps nothing beside its halo; "
-                    f"use {_by(tile)} or more, or --halo measured"
+                    f"a tile of {size_text(self.spec.tile)} px keeps nothing beside its halo; "
+                    f"use {size_text(tile)} or more, or --halo measured"
                 )
             self.spec = replace(self.spec, tile=tile)
 
@@ -775,7 +776,7 @@ class _Build:
     def _measure(self, verdicts: dict[Key, Verdict], tile: tuple[int, ...], batches: Sequence[int]) -> None:
         """Speed and verdict of every engine, as candidates; one that cannot be run is a candidate with a note."""
         x = tile_of(self.samples[0], self.spec, tile, self.threads)
-        self.say(f"measuring {len(self.engines)} candidates at tile {_by(tile)}")
+        self.say(f"measuring {len(self.engines)} candidates at tile {size_text(tile)}")
         runs = [(key, batch) for key in self.engines for batch in batches]
         timings = dict(zip(runs, self._times([(self.engines[key], tile, n) for key, n in runs]), strict=True))
         for key, engine in self.engines.items():
@@ -863,7 +864,7 @@ class _Build:
         source: Path | None = None,
     ) -> Engine:
         """The model built for one backend and precision, loaded; a plan takes this tile and these batches alone."""
-        backend, stem = backends.get(name), f"{name}-{precision}-{_by(tile)}"
+        backend, stem = backends.get(name), f"{name}-{precision}-{size_text(tile)}"
         if precision == "fp16":
             source = self._half_with_islands()
         if source is not None:
@@ -1032,7 +1033,7 @@ class _Build:
             among += " (none of them FP32)"
         batch = f", {best.batch} per run" if best.batch > 1 else ""
         self.notes.append(
-            f"chosen: {_title(best)}, tile {_by(best.tile)} px{batch}: "
+            f"chosen: {_title(best)}, tile {size_text(best.tile)} px{batch}: "
             f"{best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of {among}"
         )
         if self.left_out:
@@ -1103,10 +1104,10 @@ class _Build:
                         self.kept[at] = self.kept[engine]
                 runs.append((at, larger, batch))
             except BackendError as error:
-                self.notes.append(f"tile {_by(larger)} px was not tried: {error}")
+                self.notes.append(f"tile {size_text(larger)} px was not tried: {error}")
         if len(runs) < 2:
             return best, engine, bytes_per_px
-        self.say("measuring tiles " + ", ".join(_by(tile) for _, tile, _ in runs))
+        self.say("measuring tiles " + ", ".join(size_text(tile) for _, tile, _ in runs))
         slow = self._seconds_of(best, runs[-1][1]) > SLOW_RUN_S or self.deadline.left(TILES_END) < 4 * sum(
             batch * self._seconds_of(best, tried) for _, tried, batch in runs
         )
@@ -1125,7 +1126,7 @@ class _Build:
                     x = tile_of(self.samples[0], self.spec, larger, self.threads)
                     verdict = self._same_rows(other, x, verdict, (batch,))
             except BackendError as error:
-                self.notes.append(f"tile {_by(larger)} px was tried and left: {error}")
+                self.notes.append(f"tile {size_text(larger)} px was tried and left: {error}")
                 continue
             tried.append((self._measured(replace(best, batch=batch), larger, timing, verdict), other))
             self.candidates.append(tried[-1][0])
@@ -1149,7 +1150,7 @@ class _Build:
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), area)
             if prod(tile) <= prod(best.tile):
                 continue
-            last = _by(tiles[-1] if tiles else best.tile)
+            last = size_text(tiles[-1] if tiles else best.tile)
             seconds = self._seconds_of(best, tile)
             if seconds > LARGEST_RUN_S:
                 self.notes.append(f"tiles above {last} px were not tried: the next would take {seconds:.0f} s")
@@ -1280,10 +1281,6 @@ def _title(candidate: Candidate) -> str:
     """Backend, precision and variant of a candidate."""
     variant = f" ({candidate.variant})" if candidate.variant else ""
     return f"{candidate.backend} {candidate.precision}{variant}"
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 class _Run:

@@ -28,6 +28,7 @@ from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtE
 if TYPE_CHECKING:
     from .build import BuildReport
     from .contract import Contract
+    from .models.source import Opened
     from .parity import Budget
     from .pipeline import RunReport
     from .predict_large import Tables
@@ -288,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", metavar="PATH", help="the same network for PyTorch: what unet-rt export takes")
     p.add_argument("--architecture", metavar="NAME=VALUE,..|FILE", help="of a state dict, as in unet-rt export")
     p.add_argument("--module", metavar="PACKAGE:FUNCTION", help="of a state dict, as in unet-rt export")
+    p.add_argument("--arguments", metavar="JSON", help="of that function, as in unet-rt export")
     p.add_argument("--plot", metavar="PNG", help="picture: a point per contender, speed against agreement")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile of everybody in pixels")
     p.add_argument("--runs", type=_count, default=5, metavar="N", help="rounds that count (default: 5)")
@@ -871,13 +873,9 @@ def _bench(args: argparse.Namespace) -> int:
         raise OutputError(f"{Path(args.plot).parent} is not a folder; choose another --plot")
     module = None
     if args.checkpoint is not None:
-        _torch("runs the module", "torch")
-        from .models.source import open_module
-
-        opened = open_module(Path(args.checkpoint), architecture=args.architecture, factory=args.module)
-        module = opened.module
-    elif args.architecture or args.module:
-        raise ContractError("--architecture and --module say how --checkpoint is read; pass it as well")
+        module = _opened(args).module
+    elif args.architecture or args.module or args.arguments:
+        raise ContractError("--architecture, --module and --arguments say how --checkpoint is read; pass it as well")
     report = bench_model(
         args.model,
         image=args.image,
@@ -996,23 +994,15 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    import json
     from dataclasses import asdict
 
     _torch("runs the module", "torch")
     from .export import OPSET, export, read_pixels
-    from .models.source import open_module
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise OutputError(f"{out} exists; pass --overwrite to replace it, or choose another --out")
-    try:
-        arguments = json.loads(args.arguments) if args.arguments else None
-    except json.JSONDecodeError as error:
-        raise ContractError(f"--arguments {args.arguments!r} is not JSON ({error})") from error
-    opened = open_module(
-        Path(args.checkpoint), architecture=args.architecture, factory=args.module, arguments=arguments
-    )
+    opened = _opened(args)
     contract = _contract(args).over(opened.contract)
     done = export(
         opened.module,
@@ -1038,6 +1028,22 @@ def _export(args: argparse.Namespace) -> int:
             "note: nothing says how pixels are normalised; pass --normalize here, or to unet-rt build", file=_out(args)
         )
     return 0
+
+
+def _opened(args: argparse.Namespace) -> Opened:
+    """The module of --checkpoint, as --architecture, --module and --arguments say."""
+    import json
+
+    _torch("runs the module", "torch")
+    from .models.source import open_module
+
+    try:
+        arguments = json.loads(args.arguments) if args.arguments else None
+    except json.JSONDecodeError as error:
+        raise ContractError(
+            f"--arguments {args.arguments!r} is not JSON ({error}); use e.g. '{{\"classes\": 3}}'"
+        ) from error
+    return open_module(Path(args.checkpoint), architecture=args.architecture, factory=args.module, arguments=arguments)
 
 
 def _torch(what: str, extra: str) -> None:

@@ -40,7 +40,7 @@ import numpy.typing as npt
 from .contract import Contract
 from .durable import locked
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError
-from .field import OutputField, TileSizes
+from .field import OutputField, TileSizes, size_text
 from .stitch import Blend
 from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
 
@@ -185,14 +185,14 @@ class EngineSpec:
         outputs = self.used_outputs()
         if tile is not None and len(tile) != self.spatial:
             raise TileError(
-                f"tile {_by(tile)} has {len(tile)} number(s), the network {self.spatial} spatial axes; "
-                f"use e.g. {_by((tile[0],) * self.spatial)}"
+                f"tile {size_text(tile)} has {len(tile)} number(s), the network {self.spatial} spatial axes; "
+                f"use e.g. {size_text((tile[0],) * self.spatial)}"
             )
         if self.overlap is not None:
             if tile is not None and tuple(tile) != self.tile:
                 raise TileError(
-                    f"tile {_by(tile)} px differs from the engine's {_by(self.tile)}: this network cannot be tiled exactly, "
-                    "so its tile is part of the model; build again with --tile"
+                    f"tile {size_text(tile)} px differs from the engine's {size_text(self.tile)}: this network cannot be "
+                    "tiled exactly, so its tile is part of the model; build again with --tile"
                 )
             return tile_grid(image, self.tile, self.sizes, outputs, overlap=self.overlap)
         bound = prod(self.tile) if max_px is None else max_px
@@ -265,10 +265,6 @@ def _count(value: Any) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"batch {value!r}")
     return value
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 class Engine:

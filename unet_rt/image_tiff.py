@@ -186,8 +186,7 @@ def _check_photometric(key: Any, name: str, notes: list[str]) -> None:
     elif photometric in (5, 8, 9, 10) or (photometric == 6 and int(key.compression) not in (6, 7, 33007, 33003, 33005)):
         raise ImageError(
             f"{name}: {getattr(key.photometric, 'name', photometric)} colours; convert them to RGB, e.g. with Pillow "
-            "or "
-            "ImageMagick"
+            "or ImageMagick"
         )
 
 
@@ -219,8 +218,7 @@ def _pixels(
     if need > size * MAX_RATIO:
         raise ImageError(
             f"{name}: declares {'x'.join(map(str, shape))} {dtype.name} ({need / 1e9:,.1f} GB) in a file of {size:,} "
-            "bytes, "
-            "which cannot hold them; the file is truncated or malicious"
+            "bytes, which cannot hold them; the file is truncated or malicious"
         )
     stored = np.dtype(dtype.newbyteorder(key.parent.byteorder))
     if path is not None and series.dataoffset is not None and key.bitspersample == dtype.itemsize * 8:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .contract import Contract
 from .engine import Engine, EngineSpec, InputSpec
 from .errors import BackendError, ContractError, GraphError, TileError
-from .field import OutputField, TileSizes
+from .field import OutputField, TileSizes, size_text
 from .stitch import Blend
 from .tiles import TileGrid, cost_ratio, covered_px, exact_step, smallest_tile, tile_grid
 
@@ -327,7 +327,7 @@ def blended_spec(
             "pass the tile it was trained with: --tile HxW"
         )
     if len(chosen) != spec.spatial:
-        raise TileError(f"tile {'x'.join(map(str, chosen))} needs {spec.spatial} numbers, one per spatial axis")
+        raise TileError(f"tile {size_text(chosen)} needs {spec.spatial} numbers, one per spatial axis")
     for t, s in zip(chosen, spec.sizes, strict=True):
         if not s.accepts(t):
             near = " or ".join(map(str, sorted({s.at_most(t), s.at_least(t)})))
@@ -336,7 +336,7 @@ def blended_spec(
         covered = [covered_px(t, [o.field[k] for o in spec.outputs]) for k, t in enumerate(chosen)]
         overlap = [max(t // 2, t - n) for t, n in zip(chosen, covered, strict=True)]
     elif len(overlap) != spec.spatial:
-        raise TileError(f"overlap {'x'.join(map(str, overlap))} needs {spec.spatial} numbers, one per spatial axis")
+        raise TileError(f"overlap {size_text(overlap)} needs {spec.spatial} numbers, one per spatial axis")
     return replace(spec, tile=chosen, overlap=tuple(overlap), blend=blend)
 
 

@@ -131,8 +131,7 @@ def _declared(how: Normalization, source: Source) -> list[tuple[float, float]]:
         if source.dtype.kind not in "iu":
             raise ContractError(
                 f"{source.name}: --normalize dtype divides by the largest value of an integer dtype, and the pixels "
-                "are "
-                f"{source.dtype}; use scale=N with the largest value there can be, or none"
+                f"are {source.dtype}; use scale=N with the largest value there can be, or none"
             )
         return [(0.0, float(np.iinfo(source.dtype).max))] * count
     mean, std = (
@@ -398,6 +397,5 @@ def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, chan
     place = (start + row, *rest)
     raise ImageError(
         f"{source.name}: {int(bad.sum())} NaN or infinite pixels in rows {start} to {start + band.shape[1] - 1} of "
-        "plane "
-        f"{plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num"
+        f"plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num"
     )

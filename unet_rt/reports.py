@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .field import size_text
+
 if TYPE_CHECKING:
     from .bench import Timing
     from .bench_model import BenchReport
@@ -14,10 +16,6 @@ if TYPE_CHECKING:
     from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -88,7 +86,7 @@ def inspect_text(report: GraphReport) -> str:
         memory = ""
         if tile is not None:
             memory = f"{_size(report.activation_bytes([tile] * len(report.sizes)))} of activations"
-        size = _by([tile if tile is not None else wanted] * len(report.sizes)) + " px"
+        size = size_text([tile if tile is not None else wanted] * len(report.sizes)) + " px"
         kept = "keeps nothing" if ratio is None else f"{ratio:.2f}"
         costs.append((size, kept, memory) if exact else (size, memory))
     lines.append(_table(costs))
@@ -153,7 +151,7 @@ def build_text(report: BuildReport) -> str:
                 mark,
                 c.backend,
                 c.precision,
-                _by(c.tile),
+                size_text(c.tile),
                 f"{c.latency_ms:.3g}" if c.latency_ms < 100 else f"{c.latency_ms:.0f}",
                 f"{c.kept_mpx_per_s or 0:.3g}",
                 f"{c.peak_mb or 0:.0f}",
@@ -195,7 +193,7 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
     """What one prediction did."""
     halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
-    tiles = f"{_count(report.tiles, 'tile')} of {_by(report.tile)} px, {halo}"
+    tiles = f"{_count(report.tiles, 'tile')} of {size_text(report.tile)} px, {halo}"
     where = f"  {report.backend} {report.precision} on {report.device}; {tiles}"
     lines = [
         report.reading,
@@ -277,9 +275,9 @@ def bench_text(report: BenchReport) -> str:
                 f"{r.speed.median:.2f} ({r.speed.low:.2f} to {r.speed.high:.2f})",
             )
         )
-    tiles = f"{_count(report.tiles, 'tile')} of {_by(report.tile)} px"
+    tiles = f"{_count(report.tiles, 'tile')} of {size_text(report.tile)} px"
     lines = [
-        f"{report.model} on {report.image}: {_by(report.shape)} px, {tiles}, {_count(report.threads, 'thread')}",
+        f"{report.model} on {report.image}: {size_text(report.shape)} px, {tiles}, {_count(report.threads, 'thread')}",
         _table(rows),
         f"  medians (fastest to slowest) of interleaved runs; speed: {report.baseline} = 1, with its 95 % interval",
     ]
