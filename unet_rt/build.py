@@ -21,7 +21,7 @@ from .activations import overflowing, probe, tensors
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
 from .calibration import Method, draw_tiles, input_range, split
 from .contract import Contract
-from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, read_folder, write_folder
+from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, read_folder, sha256, write_folder
 from .errors import (
     BackendError,
     ContractError,
@@ -1171,40 +1171,12 @@ class _Build:
     # 6 ---------------------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path, *, keep_exam: bool, overwrite: bool, command: Sequence[str]) -> BuildReport:
-        from .engine import sha256
-
-        best = self.candidates[self.chosen]
-        verdict = best.verdict
+        verdict = self.candidates[self.chosen].verdict
         if verdict is None:
             raise ParityError("the chosen candidate was not judged")
         graph, plan = self.files[self.best_engine]
-        record = {
-            "schema": 1,
-            "kind": self.kind,
-            "budget": vars(self.budget.of(self.spec.precision)),
-            "graph_sha256": sha256(graph),
-            "model_sha256": sha256(self.model.given),
-            "baseline": {
-                "backend": baseline_name(),
-                "precision": "fp32",
-                "whole": self.baseline.spec.runs_whole,  # an engine with a plan has fixed sizes, its baseline has not
-            },
-            "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
-            "machine": machine.describe(),
-            "batch": sorted(self.batches_judged),
-            "rows": [
-                {"backend": name, "precision": precision, "variant": variant, **row.to_json()}
-                for (name, precision, variant), rows in self.rows.items()
-                for row in rows
-            ],
-            "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
-            "verdict": verdict.to_json(),
-            "seams": {str(k): v for k, v in self.seams.items()},
-            "candidates": [c.to_json() for c in self.candidates],
-            "layers": [layer.to_json() for layer in self._layer_costs()],
-        }
         parity_file = self.work / "parity.json"
-        parity_file.write_text(exam.record_json(record), encoding="utf-8")
+        parity_file.write_text(exam.record_json(self._record(verdict, graph)), encoding="utf-8")
         files: dict[Any, Path] = {"model": self.model.given, "graph": graph, "parity": parity_file}
         if plan is not None:
             files["engine"] = plan
@@ -1234,6 +1206,35 @@ class _Build:
             advice,
             self._layer_costs(),
         )
+
+    def _record(self, verdict: Verdict, graph: Path) -> dict[str, Any]:
+        """The record of parity that travels with the engine."""
+        best = self.candidates[self.chosen]
+        return {
+            "schema": 1,
+            "kind": self.kind,
+            "budget": vars(self.budget.of(self.spec.precision)),
+            "graph_sha256": sha256(graph),
+            "model_sha256": sha256(self.model.given),
+            "baseline": {
+                "backend": baseline_name(),
+                "precision": "fp32",
+                "whole": self.baseline.spec.runs_whole,  # an engine with a plan has fixed sizes, its baseline has not
+            },
+            "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
+            "machine": machine.describe(),
+            "batch": sorted(self.batches_judged),
+            "rows": [
+                {"backend": name, "precision": precision, "variant": variant, **row.to_json()}
+                for (name, precision, variant), rows in self.rows.items()
+                for row in rows
+            ],
+            "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
+            "verdict": verdict.to_json(),
+            "seams": {str(k): v for k, v in self.seams.items()},
+            "candidates": [c.to_json() for c in self.candidates],
+            "layers": [layer.to_json() for layer in self._layer_costs()],
+        }
 
     def close(self) -> None:
         """Gives back what every engine holds."""

@@ -108,28 +108,9 @@ def _layer_table(layers: Sequence[LayerCost]) -> list[str]:
     return [*lines, ""]
 
 
-def build_text(report: BuildReport) -> str:
-    """What build did, for people."""
-    spec = report.spec
-    contract = spec.contract
-    normalization = contract.normalization.method if contract.normalization else "not declared"
-    lines = [f"input   {contract.axes}, {_count(spec.channels, 'channel')}, normalisation {normalization}"]
-    for k, o in enumerate(spec.outputs):
-        said = spec.contract_of(k)
-        classes = f", classes {', '.join(said.classes)}" if said.classes else ""
-        name = f"{o.name}: " if len(spec.outputs) > 1 else ""
-        reading = f"{said.task or 'task left open'}, {said.output_is or 'values'}{classes}"
-        lines.append(f"output  {name}{_count(o.channels, 'channel')}: {reading}")
-    first = report.first
-    low, high = first["input_range"]
-    text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, "
-    text += f"mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
-    if "class_share" in first:
-        text += "; " + ", ".join(f"{_label(name)} {share:.1%}" for name, share in first["class_share"].items())
-    if "output_range" in first:
-        text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
-    lines += [text, ""]
-    judged = "labels changed" if contract.has_labels else "largest error"
+def _candidate_table(report: BuildReport) -> list[str]:
+    """Every candidate with its speed and its parity, the chosen one marked; why others were not tried."""
+    judged = "labels changed" if report.spec.contract.has_labels else "largest error"
     rows: list[tuple[str, ...]] = [
         ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", judged, "lowest Dice", "")
     ]
@@ -160,8 +141,31 @@ def build_text(report: BuildReport) -> str:
                 note,
             )
         )
-    lines.append(_table(rows))
-    lines += [*untried, ""]
+    return [_table(rows), *untried, ""]
+
+
+def build_text(report: BuildReport) -> str:
+    """What build did, for people."""
+    spec = report.spec
+    contract = spec.contract
+    normalization = contract.normalization.method if contract.normalization else "not declared"
+    lines = [f"input   {contract.axes}, {_count(spec.channels, 'channel')}, normalisation {normalization}"]
+    for k, o in enumerate(spec.outputs):
+        said = spec.contract_of(k)
+        classes = f", classes {', '.join(said.classes)}" if said.classes else ""
+        name = f"{o.name}: " if len(spec.outputs) > 1 else ""
+        reading = f"{said.task or 'task left open'}, {said.output_is or 'values'}{classes}"
+        lines.append(f"output  {name}{_count(o.channels, 'channel')}: {reading}")
+    first = report.first
+    low, high = first["input_range"]
+    text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, "
+    text += f"mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
+    if "class_share" in first:
+        text += "; " + ", ".join(f"{_label(name)} {share:.1%}" for name, share in first["class_share"].items())
+    if "output_range" in first:
+        text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
+    lines += [text, ""]
+    lines += _candidate_table(report)
     if report.layers:
         lines += _layer_table(report.layers)
     lines += [f"  {note}" for note in report.notes]
