@@ -505,6 +505,11 @@ def resolve_task(
             f"{len(contract.classes)} classes are named ({', '.join(contract.classes)}) for {channels} output "
             f"channels; name {' or '.join(map(str, allowed))}"
         )
+    twice = next((name for k, name in enumerate(contract.classes) if name in contract.classes[:k]), None)
+    if twice is not None:  # figures are kept by name
+        raise ContractError(
+            f"two classes are named {twice!r} ({', '.join(contract.classes)}); give each a name of its own"
+        )
     return replace(contract, task=task, output_is=output_is, threshold=threshold)
 
 
