@@ -787,7 +787,8 @@ class _Build:
             try:
                 verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), ran, key)
             except BackendError as error:
-                timings |= {(key, n): error for n in ran}
+                for n in ran:
+                    timings[key, n] = error
         for (key, batch), timing in timings.items():
             candidate = Candidate(key[0], key[1], tile, batch, variant=key[2])
             if isinstance(timing, BackendError):
@@ -843,9 +844,13 @@ class _Build:
                 )
                 continue
             make = self._maker(self.quantiser, name, tile, batches)
-            mixture = put_back(
-                self.quantiser, found[name], make, self._drop, self._verdict, self.deadline, PUT_BACK_ENDS
-            )
+            try:
+                mixture = put_back(
+                    self.quantiser, found[name], make, self._drop, self._verdict, self.deadline, PUT_BACK_ENDS
+                )
+            except (BackendError, GraphError) as error:  # what is inside the budget already is none the worse for it
+                self.notes.append(f"{name} int8: layers were returned to FP32 until {error}")
+                continue
             if mixture is not None:
                 found[name].append(mixture)
                 fastest = min(fastest, self._quick_seconds(mixture.engine, tile))
