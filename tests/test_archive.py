@@ -76,6 +76,22 @@ def test_there_and_back(engine_folder: Path, archive: Path, tmp_path: Path) -> N
         np.testing.assert_array_equal(urt.predict(before, image, output="raw"), urt.predict(after, image, output="raw"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes and umask are POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_modes_follow_the_umask(engine_folder: Path, tmp_path: Path, umask: int) -> None:
+    """An exam holds pixels of the samples: who keeps files from others keeps these."""
+    before = os.umask(umask)
+    try:
+        pack(engine_folder, tmp_path / "a.tar")
+        folder = unpack(tmp_path / "a.tar", tmp_path / "a.urt").path
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "a.tar", folder, *folder.iterdir())}
+    assert {path.name: mode for path, mode in modes.items()} == {
+        path.name: (0o777 if path.is_dir() else 0o666) & ~umask for path in modes
+    }
+
+
 def test_plain_onnxruntime_runs_what_is_inside(archive: Path, tmp_path: Path) -> None:
     """No lock-in: with tar and ONNX Runtime alone, both graphs give what the exam holds."""
     done = subprocess.run(

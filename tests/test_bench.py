@@ -102,6 +102,22 @@ def test_the_table_names_everybody(report: BenchReport) -> None:
     assert f"speed: {report.baseline} = 1" in text
 
 
+def test_one_document_whatever_becomes_of_the_picture(
+    report: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A contender whose values are not finite has no place in the picture; a folder stands where the other should be."""
+    broken = replace(report.rows[0], label_agreement=None, relative_error=float("inf"))
+    found = replace(report, rows=(broken, *report.rows[1:]))
+    monkeypatch.setattr("unet_rt.bench_model.bench_model", lambda *_, **__: found)
+    assert main(["bench", "model.urt", "--plot", str(tmp_path / "plot.png"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == len(found.rows)
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert len(set(picture.convert("L").tobytes())) > 4
+    (tmp_path / "folder.png").mkdir()
+    assert main(["bench", "model.urt", "--plot", str(tmp_path / "folder.png"), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "OutputError"
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")  # MONAI's imports and torch's own deprecations
 def test_monai_leaves_seams(engine_folder: Path, sample_images: list[Array]) -> None:
@@ -241,6 +257,7 @@ def test_an_engine_whose_task_was_left_open(tmp_path: Path, sample_images: list[
         (["--samples", "image.npy"], "is an engine, which has its contract and is built already"),
         (["--normalize", "zscore"], "is an engine, which has its contract and is built already"),
         (["--module", "a:b"], "say how --checkpoint is read; pass it as well"),
+        (["--arguments", "{}"], "say how --checkpoint is read; pass it as well"),
         (["--image", "missing.png"], "missing.png"),
         (["--tile", "100x100"], "tile 100 px is not a multiple of stride 8; use 96 or 104"),
         (["--runs", "0"], "'0' is not a number from 1"),

@@ -104,6 +104,7 @@ def test_no_option_at_all(network, tmp_path, monkeypatch):
     assert record["kind"] == "synthetic"
     assert report.advice.startswith("unet-rt build")
     assert "--samples" in report.advice
+    assert f"--out {report.folder} --overwrite" in report.advice
     assert build_text(report).splitlines()[-1].endswith(report.advice)
     urt.load(report.folder).close()  # such a record is good enough for FP32
 
@@ -230,6 +231,53 @@ def test_a_fast_candidate_that_is_wrong_is_not_chosen(network, textures, tmp_pat
 
 
 @pytest.mark.openvino
+def test_a_candidate_that_cannot_run_is_left_out(network, textures, tmp_path, monkeypatch):
+    def fail(_: Array) -> Array:
+        raise urt.BackendError("no kernel for this layer")
+
+    spoil(monkeypatch, "openvino", fail)
+    options = {"samples": textures, "contract": LOGITS}
+    refused(
+        urt.BackendError, "could be run: no kernel for this layer", network(), tmp_path, backend="openvino", **options
+    )
+    report, engine = built(network(), tmp_path / "x.urt", backend="auto", **options)
+    engine.close()
+    assert [c.note for c in report.candidates if c.backend == "openvino"] == ["no kernel for this layer"]
+    assert report.candidates[report.chosen].backend == engine.spec.backend == "onnxruntime"
+    assert "not tried: openvino fp32: no kernel for this layer" in build_text(report)
+
+
+@pytest.mark.openvino
+def test_a_larger_tile_that_cannot_run_is_left_out(network, textures, tmp_path, monkeypatch):
+    def fail(y: Array) -> Array:
+        if y.shape[-1] > 160:
+            raise urt.BackendError("memory is short")
+        return y
+
+    spoil(monkeypatch, "openvino", fail)
+    report, engine = built(network(), tmp_path / "x.urt", samples=textures, contract=LOGITS, backend="openvino")
+    engine.close()
+    assert engine.spec.tile == (160, 160)
+    assert [c.tile for c in report.candidates] == [(160, 160)]
+    assert "tile 224x224 px was tried and left: memory is short" in report.notes
+
+
+def test_a_build_that_fails_closes_what_it_opened(network, textures, tmp_path, monkeypatch):
+    def none(*_: Any) -> None:
+        raise urt.ParityError("no candidate is inside the budget")
+
+    module = backends.get("onnxruntime")
+    real, sessions = module.load, []
+    monkeypatch.setattr(module, "load", lambda *a, **k: sessions.append(real(*a, **k)) or sessions[-1])
+    monkeypatch.setattr(MODULE._Build, "choose", none)
+    refused(urt.ParityError, "no candidate", network(), tmp_path, samples=textures, contract=LOGITS)
+    assert len(sessions) >= 2  # the baseline and the candidate
+    for session in sessions:
+        with pytest.raises(urt.BackendError, match="closed"):
+            session.run([])
+
+
+@pytest.mark.openvino
 def test_the_budget_is_the_users(network, textures, tmp_path, monkeypatch):
     """One label in a thousand changed: outside the default budget of half of that, inside a larger one."""
 
@@ -313,6 +361,7 @@ def test_an_inexact_network_needs_a_tile(instance, textures, tmp_path):
     refused(urt.TileError, "is not accepted", instance, tmp_path, tile=(63, 64), **options)
     refused(urt.TileError, "overlap 64 px", instance, tmp_path, tile=(64, 64), overlap=(64, 0), **options)
     refused(urt.TileError, "2 numbers", instance, tmp_path, tile=(64,), **options)
+    refused(urt.TileError, "overlap 16 needs 2 numbers", instance, tmp_path, tile=(64, 64), overlap=(16,), **options)
 
 
 def blended_by_hand(engine: urt.Engine, image: Array, tile: int, step: int) -> Array:

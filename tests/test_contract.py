@@ -535,6 +535,7 @@ def test_readings_of_an_output(
             r"2 thresholds for 3 output channel\(s\); give one threshold, or 3",
         ),
         ({"classes": ("a", "b")}, 3, "Softmax", None, r"2 classes are named \(a, b\) for 3 output channels; name 3"),
+        ({"classes": ("a", "b", "a")}, 3, "Softmax", None, r"two classes are named 'a' \(a, b, a\); give each"),
     ],
 )
 def test_two_readings_are_both_named(

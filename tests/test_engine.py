@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,6 +216,15 @@ def test_a_failed_exam_is_refused(folder, monkeypatch):
 def test_another_device_is_refused(folder):
     with pytest.raises(urt.EngineError, match="built for cpu"):
         urt.load(folder, device="cuda:0")
+
+
+def test_a_device_that_is_none_is_refused(engine_folder, tmp_path):
+    """An engine for a GPU goes to another GPU, and nothing else is taken for its number."""
+    opened = read_folder(engine_folder)
+    files = {kind: opened.file(kind) for kind in opened.files}
+    write_folder(tmp_path / "gpu.urt", replace(opened.spec, device="cuda:0"), files)
+    with pytest.raises(urt.BackendError, match="no device 'gpu0'"):
+        urt.load(tmp_path / "gpu.urt", device="gpu0")
 
 
 def test_a_read_only_folder_loads(folder):

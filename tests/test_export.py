@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,16 @@ class BakesItsSize(torch.nn.Module):
 def test_a_baked_size_is_found_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match="trace: at 64x96 px"):
         export(BakesItsSize(), tmp_path / "baked.onnx", sizes=[64, (64, 96)], exporter="trace")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exporter_that_fails_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> bytes:
+        raise AssertionError
+
+    monkeypatch.setattr(sys.modules["unet_rt.export"], "_trace", fail)
+    with pytest.raises(GraphError, match="trace: AssertionError: AssertionError"):
+        export(UNet(width=2, depth=1, padding="same"), tmp_path / "model.onnx", sizes=[32, 40], exporter="trace")
     assert list(tmp_path.iterdir()) == []
 
 

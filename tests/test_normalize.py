@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from unet_rt.contract import Contract, Normalization, Scope
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.image import Source, open_image
-from unet_rt.normalize import affine, measure, normalised, percentiles, summary, value_range
+from unet_rt.normalize import affine, measure, normalised, percentiles
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
 
@@ -127,17 +127,6 @@ def test_a_flat_image_does_not_divide_by_zero() -> None:
         source = opened(np.full((1, 3, 8, 8), 7, np.uint8))
         values = normalised(source.read(0, (0, 0), (8, 8)), affine(Normalization(method), source).plane(0))  # type: ignore[arg-type]
         assert (values == 0).all()
-
-
-def test_the_summary_describes_what_the_network_gets(monkeypatch: pytest.MonkeyPatch) -> None:
-    array = pixels_of("uint8")
-    source = opened(array, monkeypatch)
-    found = summary(source, affine(Normalization("fixed", mean=(50,), std=(20,), clip=(10, 100)), source))
-    exact = (array.astype(np.float64).clip(10, 100) - 50) / 20
-    assert found.raw == (array.min(), array.max()) == value_range(source)
-    assert found.range == pytest.approx((exact.min(), exact.max()), abs=1e-6)
-    assert (found.mean, found.std) == pytest.approx((exact.mean(), exact.std()), abs=1e-6)
-    assert found.text.startswith(f"pixels {array.min()} to {array.max()}; after normalisation")
 
 
 def test_statistics_per_slice_are_read_when_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,14 @@ def test_nothing_found_is_an_empty_collection(tmp_path: Path):
     assert json.loads((tmp_path / "none").read_text()) == {"type": "FeatureCollection", "features": []}
 
 
+def test_drafts_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They are as large as the file, and the folder for temporary files may be small."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    ids, found = label_mask(microscopy((64, 64), seed=2).truth > 0)
+    write_geojson(tmp_path / "found.geojson", found, reader(ids))
+    assert [path.name for path in tmp_path.iterdir()] == ["found.geojson"]
+
+
 def test_refusals(tmp_path: Path):
     ids, found = label_mask(np.eye(4, dtype=np.uint8), connectivity="face")
     path = tmp_path / "objects.geojson"

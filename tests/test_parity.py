@@ -101,6 +101,13 @@ def test_what_proves_nothing(pixels, reason):
     assert reason in str(constant_reason(pixels))
 
 
+def test_a_stack_that_begins_in_noise_proves_something():
+    stack = np.random.default_rng(3).integers(90, 110, (1, 6, 200, 200)).astype(np.uint16)
+    assert "noise" in str(constant_reason(stack))
+    stack[0, 2:4] = microscopy((200, 200), seed=3).image
+    assert constant_reason(stack) is None
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_microscopy_proves_something(seed):
     assert constant_reason(microscopy((200, 200), seed=seed).image[None]) is None
@@ -119,6 +126,18 @@ def test_nan_is_outside_every_budget():
         verdict = judge([found], loose)
         assert not verdict.accepted
         assert "NaN" in verdict.reasons[0]
+
+
+def test_a_map_that_is_zero_nearly_everywhere_has_a_range():
+    """Distances inside of few objects: both percentiles are 0, and rounding is no infinite error."""
+    distance = np.zeros((1, 100, 100), np.float32)
+    distance[0, 40:48, 40:48] = np.linspace(1, 5, 64).reshape(8, 8)
+    regression = Contract(task="regression", output_is="values")
+    rounded = np.nextafter(distance, np.float32(9))
+    assert judge([compare(distance, rounded, regression)], Budget()).accepted
+    found = compare(distance, distance * 1.1, regression)
+    assert found.relative == pytest.approx(0.1, rel=1e-5)  # 0.5 of a range of 5
+    assert not judge([found], Budget()).accepted
 
 
 def test_equal_infinities_agree():

@@ -347,6 +347,12 @@ def bad_model(kind: str) -> Path:
         path.mkdir()
     elif kind == "no spatial axes":
         _matrix("model.onnx")
+    elif kind == "a number beside the image":
+        model = onnx.load(_network("model.onnx", 1, 2, "Relu"))
+        model.graph.input.insert(0, helper.make_tensor_value_info("noise_level", TensorProto.FLOAT, [1]))
+        model.graph.node.insert(1, helper.make_node("Add", ["z", "noise_level"], ["sum"]))
+        model.graph.node[2].input[0] = "sum"
+        onnx.save(model, path)
     return path
 
 
@@ -360,6 +366,7 @@ def bad_model(kind: str) -> Path:
         ("truncated", "no complete ONNX graph"),
         ("image", "PNG image"),
         ("no spatial axes", "not an image"),
+        ("a number beside the image", "input noise_level [1] is not an image"),
     ],
 )
 def test_bad_models(verb: str, kind: str, text: str, refused: Callable[..., str]) -> None:

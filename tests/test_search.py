@@ -309,6 +309,27 @@ def test_int8_that_cannot_be(tmp_path: Path) -> None:
     assert not (tmp_path / "a.urt").exists()
 
 
+def test_a_mixture_that_a_backend_refuses_costs_no_other_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that runs a layer in FP32 against the graph is found when it is loaded: after minutes of search."""
+
+    def refuse(*_: Any) -> None:
+        raise urt.BackendError("ONNX Runtime runs 3 of 4 layers in INT8")
+
+    monkeypatch.setattr(BUILD, "put_back", refuse)
+    seconds: dict[Any, float] = {"fp32": 2.0, "int8": 1.0}
+    builder = object.__new__(BUILD._Build)
+    builder.quantiser, builder.deadline, builder.notes = object(), None, []
+    builder.engines = {("onnxruntime", "fp32", ""): "fp32"}
+    monkeypatch.setattr(builder, "_quick_seconds", lambda engine, _: seconds[engine], raising=False)
+    plain: Any = SimpleNamespace(engine="int8", verdict=SimpleNamespace(accepted=False))
+    found = {"onnxruntime": [plain]}
+    builder._put_back(found, (64, 64), (1,))
+    assert found == {"onnxruntime": [plain]}
+    assert builder.notes == [
+        "onnxruntime int8: layers were returned to FP32 until ONNX Runtime runs 3 of 4 layers in INT8"
+    ]
+
+
 def test_of_mixtures_as_fast_as_the_fastest_the_closest_is_taken() -> None:
     verdicts = [SimpleNamespace(accepted=True, label_change=c, relative=c) for c in (0.002, 0.001, 0.0001)]
     rows = [

@@ -15,9 +15,9 @@ import json
 import os
 import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .durable import Disk
 from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
@@ -50,13 +50,10 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
     if target.resolve().is_relative_to(opened.path.resolve()):
         raise OutputError(f"{target} lies inside the engine that is to be packed; choose another --out")
     names = [SPEC, *sorted({str(entry["name"]) for entry in opened.files.values()})]
-    part = None
+    part = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            prefix=f".{target.name}.", suffix=".part", dir=target.parent, delete=False
-        ) as stream:
-            part = Path(stream.name)
+        with part.open("xb") as stream:  # whose mode follows the umask: an exam may be confidential
             with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 for name in names:
                     entry = tarfile.TarInfo(name)  # mode 644, owner 0, no names, time 0
@@ -66,7 +63,6 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
             stream.flush()
             os.fsync(stream.fileno())  # a name for bytes that a power cut may lose is worse than none
         digest = sha256(part)
-        part.chmod(0o644)
         part.replace(target)
         Disk().sync_folder(target.parent)
     except OSError as error:
@@ -74,8 +70,7 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
             f"{target}: the archive cannot be written ({error.strerror}); choose another --out"
         ) from error
     finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return digest
 
 

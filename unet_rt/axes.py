@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import ContractError
+from .field import size_text
 
 LUMA = "luma"
 MAX_BY_RULE = 4  # an axis of 3 or 4 next to a large one is taken for colour, more are not
@@ -101,10 +102,6 @@ def parse_channels(text: str) -> tuple[int, ...] | str:
     if any(part.lstrip("+-").isdigit() for part in parts):
         raise ContractError(f"--channels {text!r}: channels count from 0 and are not negative; use e.g. --channels 0")
     return text.strip()
-
-
-def size_text(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape)
 
 
 def read_axes(
@@ -324,8 +321,7 @@ def _selected(
             if stored not in (3, 4) or wanted not in (1, None):
                 raise ContractError(
                     f"{name}: --channels luma makes one channel of red, green and blue; the image has {stored} "
-                    "channels "
-                    f"and the network takes {wanted}; choose by number, e.g. --channels 0"
+                    f"channels and the network takes {wanted}; choose by number, e.g. --channels 0"
                 )
             return Choice((0, 1, 2), "luma of 3 colours", luma=True)
         selection = _by_name(parsed, name, names) if isinstance(parsed, str) else parsed

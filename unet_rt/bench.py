@@ -150,16 +150,21 @@ class DeviceRun:
         free = device.memory()[0]
         arrays = engine.graph_inputs(batch)
         self._session, self._inputs, self._outputs = session, list[Any](), list[Any]()
-        for array, dtype in zip(arrays, session.input_dtypes, strict=True):
-            pinned = device.pinned(array.shape, dtype)
-            np.copyto(pinned, array, casting="unsafe")
-            self._inputs.append(device.empty(array.shape, dtype))
-            device.copy_in(self._inputs[-1], pinned, session.stream)
-            session.stream.synchronize()
-        shapes = session.output_shapes([array.shape for array in arrays])
-        self._outputs = [device.empty(s, d) for s, d in zip(shapes, session.output_dtypes, strict=True)]
-        for _ in range(2):
-            self()
+        try:
+            for array, dtype in zip(arrays, session.input_dtypes, strict=True):
+                pinned = device.pinned(array.shape, dtype)
+                np.copyto(pinned, array, casting="unsafe")
+                self._inputs.append(device.empty(array.shape, dtype))
+                device.copy_in(self._inputs[-1], pinned, session.stream)
+                session.stream.synchronize()
+            shapes = session.output_shapes([array.shape for array in arrays])
+            for shape, dtype in zip(shapes, session.output_dtypes, strict=True):
+                self._outputs.append(device.empty(shape, dtype))
+            for _ in range(2):
+                self()
+        except BaseException:
+            self.close()
+            raise
         self.grown = max(0, free - device.memory()[0])
 
     def __call__(self) -> None:

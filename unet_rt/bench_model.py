@@ -262,7 +262,7 @@ def _engines(
                 )
             except (BackendError, ParityError) as error:
                 skipped[title] = str(error)
-                failed.append(error)
+                failed.append(error.with_traceback(None))  # whose frames would keep all that the build held
     if not engines:
         raise failed[0]
     return engines
@@ -447,13 +447,12 @@ def _measured(
     say(f"timing {timed.name}")
     calls = [_call(c.labels, timed, own) for c, own in zip(contenders, grids, strict=True)]
     per_window = bench.interleave(calls, runs=runs, seconds=seconds, warm_up=0)
-    whole_possible = spec.exact and spec.free_size
     small = tile_grid(
         judged.shape, seam_tile(spec, judged.shape), spec.sizes, spec.used_outputs(), overlap=spec.overlap
     )
-    untiled = whole_grid(spec, judged.shape) if whole_possible else small
+    untiled = whole_grid(spec, judged.shape) if spec.runs_whole else small
     wanted = raw_result(reference, judged, untiled, threads)
-    if not whole_possible:
+    if not spec.runs_whole:
         notes.append("FP32 runs the same tiles: this network or graph has no whole-image result")
     first = next((k for k, c in enumerate(contenders) if not c.is_engine), 0)
     rows = []
@@ -462,9 +461,9 @@ def _measured(
         got = contender.tiled(judged, _grid_of(contender.spec, judged, small))
         found = parity.compare(wanted, got, spec.contract, judged.name)
         seam = None
-        if whole_possible:
+        if spec.runs_whole:
             alone = parity.compare(contender.tiled(judged, untiled), got, spec.contract, judged.name)
-            seam = alone.relative if alone.label_change is None else alone.label_change
+            seam = alone.changed
         rows.append(
             BenchRow(
                 contender.name,

@@ -149,8 +149,7 @@ def describe(description: Mapping[str, Any], name: str, normalization: Normaliza
     if not version.startswith(("0.4.", "0.5.")):
         raise ContractError(
             f"{name}: format version {version or 'missing'} is not read; 0.4 and 0.5 are: update the description with "
-            "the "
-            "bioimage.io tools"
+            "the bioimage.io tools"
         )
     image = _first(description, "inputs", name)
     axes = _axes(image, name)
@@ -401,8 +400,7 @@ def _with_output(contract: Contract, tensor: Mapping[str, Any], name: str) -> Co
         elif what != "ensure_dtype":
             raise ContractError(
                 f"{name}: postprocessing {what} is not supported; give the ONNX weights themselves, with --normalize "
-                "and "
-                "--task, and apply it to the raw output"
+                "and --task, and apply it to the raw output"
             )
     if any(not 0 <= t <= 1 for t in threshold):
         raise ContractError(

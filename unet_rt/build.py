@@ -7,6 +7,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from .activations import overflowing, probe, tensors
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
 from .calibration import Method, draw_tiles, input_range, split
 from .contract import Contract
-from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, read_folder, write_folder
+from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, read_folder, sha256, write_folder
 from .errors import (
     BackendError,
     ContractError,
@@ -31,6 +32,7 @@ from .errors import (
     ParityError,
     TileError,
 )
+from .field import size_text
 from .model import (
     Model,
     baseline_engine,
@@ -123,7 +125,8 @@ class BuildReport:
         whole_mismatch: For networks that cannot be tiled exactly: the difference to the whole image (reported, not judged).
         notes: Decisions, in sentences.
         warnings: What should be looked at.
-        advice: The exact command that would make it faster or safer; "" where there is none.
+        advice: The command that would make it faster or safer, without the options that were given (the command line
+            puts its own in); "" where there is none.
         layers: Where plain INT8 missed the budget: what returning each layer to FP32 won and cost.
     """
 
@@ -248,7 +251,7 @@ def build(
     same = None if overwrite else _same_engine(folder, asked)
     if same is None:
         check_target(folder, overwrite=overwrite)
-    with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as temporary, ExitStack() as opened_engines:
         work = Path(temporary)
         options = contract if isinstance(contract, Contract) else None
         file = Path(contract) if isinstance(contract, str | Path) else None
@@ -259,12 +262,11 @@ def build(
             raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")
         if samples is None:
             precisions = ("fp32",)
-        builder = _Build(opened, work, budget, threads, say, where, deadline)
+        builder = opened_engines.enter_context(closing(_Build(opened, work, budget, threads, say, where, deadline)))
         builder.read_samples(samples, axes, channels)
         builder.asked = {**asked, **asked_of(opened.given, builder.model.contract, builder.samples)}
         kept = EngineCache(cache) if cache is not None else None
         if _reused(folder, same, kept, builder.asked, overwrite=overwrite, say=say):
-            builder.baseline.close()
             return load(folder, threads=threads or None)
         precisions = builder.calibration_samples(names, precisions, explicit=precision != "auto")
         builder.resolve_task()
@@ -272,7 +274,7 @@ def build(
         builder.choose_tiling(tile, halo, overlap, blend)
         builder.try_candidates(names, precisions, explicit=backend != "auto" or precision != "auto")
         builder.choose(tile)
-        command = shlex.join(["unet-rt", "build", *map(str, paths)])
+        command = ["unet-rt", "build", *map(str, paths)]
         try:
             result = builder.write(folder, keep_exam=keep_exam, overwrite=overwrite, command=command)
         except OutputError:
@@ -575,12 +577,10 @@ class _Build:
                 raise TileError(
                     f"--halo {halo}: this network cannot be tiled exactly ({self.model.reasons[0]}); its tiles are blended"
                 )
-            self.spec = blended_spec(self.spec, tile, self.model.given, blend=blend)
-            if overlap is not None:
-                self.spec = replace(self.spec, overlap=tuple(overlap))
+            self.spec = blended_spec(self.spec, tile, self.model.given, blend=blend, overlap=overlap)
             self.notes.append(
-                f"not exact: {self.model.reasons[0]}; tile {_by(self.spec.tile)} px is part of the model, "
-                f"blended ({blend}) with overlap {_by(self.spec.overlap or ())} px"
+                f"not exact: {self.model.reasons[0]}; tile {size_text(self.spec.tile)} px is part of the model, "
+                f"blended ({blend}) with overlap {size_text(self.spec.overlap or ())} px"
             )
         else:
             if overlap is not None:
@@ -621,15 +621,15 @@ class _Build:
             share = kept_share(self.spec, largest)
             cost = f"{1 / share:.2f} times the work" if share else "more than such a tile holds"
             if halo == "exact" or (share and 1 / share <= EXACT_COST):
-                self.notes.append(f"exact halo ({exact} samples): {cost} at tiles of {_by(largest)} px")
+                self.notes.append(f"exact halo ({exact} samples): {cost} at tiles of {size_text(largest)} px")
             elif self.kind == "synthetic" or not self._seams_can_be_seen():
                 self.notes.append(
-                    f"exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px; "
+                    f"exact halo ({exact} samples) costs {cost} at tiles of {size_text(largest)} px; "
                     "with --samples larger than a tile a smaller one is measured"
                 )
             else:
                 self.notes.append(
-                    f"the exact halo ({exact} samples) costs {cost} at tiles of {_by(largest)} px, so it was measured"
+                    f"the exact halo ({exact} samples) costs {cost} at tiles of {size_text(largest)} px, so it was measured"
                 )
                 self._measure_halo()
         else:
@@ -638,8 +638,8 @@ class _Build:
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), PROBE_PX)
             if fixed_tile:
                 raise TileError(
-                    f"a tile of {_by(self.spec.tile)} px keeps nothing beside its halo; "
-                    f"use {_by(tile)} or more, or --halo measured"
+                    f"a tile of {size_text(self.spec.tile)} px keeps nothing beside its halo; "
+                    f"use {size_text(tile)} or more, or --halo measured"
                 )
             self.spec = replace(self.spec, tile=tile)
 
@@ -715,15 +715,13 @@ class _Build:
         )
 
     def _whole_results(self) -> None:
-        """The baseline on every sample: whole where the network can be tiled exactly, in the same tiles otherwise."""
+        """The baseline on every sample; for a network that cannot be tiled exactly, also what tiling it changes."""
         if self.whole:
             return
         kept, spent = [], 0.0
         for k, sample in enumerate(self.samples):
-            whole = self.spec.exact and self.spec.free_size
-            grid = whole_grid(self.spec, sample.shape) if whole else self.spec.grid(sample.shape, self.spec.tile)
             with _Stopwatch() as watch:
-                self.whole.append(raw_results(self.baseline, sample, grid, self.threads))
+                self.whole.append(self._baseline_results(sample))
             kept.append(sample)
             spent += watch.seconds
             self.say(f"baseline {k + 1}/{len(self.samples)}: {sample.name}")
@@ -737,6 +735,12 @@ class _Build:
             grid = whole_grid(replace(self.spec, overlap=None), sample.shape)
             untiled = raw_result(self.baseline, sample, grid, self.threads)
             self.mismatch = parity.compare(untiled, self.whole[0][0], self.spec.contract_of(0), sample.name)
+
+    def _baseline_results(self, sample: Sample) -> list[Array]:
+        """What every engine is compared with: whole where there is a whole-image result, in the same tiles otherwise."""
+        spec = self.spec
+        grid = whole_grid(spec, sample.shape) if spec.runs_whole else spec.grid(sample.shape, spec.tile)
+        return raw_results(self.baseline, sample, grid, self.threads)
 
     # 4 ---------------------------------------------------------------------------------------------------------------
 
@@ -767,17 +771,32 @@ class _Build:
                 verdicts[name, "int8", mixture.label] = mixture.verdict
         if not self.engines:
             raise BackendError("no candidate could be built: " + "; ".join(c.note for c in self.candidates))
+        self._measure(verdicts, tile, batches)
+
+    def _measure(self, verdicts: dict[Key, Verdict], tile: tuple[int, ...], batches: Sequence[int]) -> None:
+        """Speed and verdict of every engine, as candidates; one that cannot be run is a candidate with a note."""
         x = tile_of(self.samples[0], self.spec, tile, self.threads)
-        self.say(f"measuring {len(self.engines)} candidates at tile {_by(tile)}")
-        runs = [(engine, tile, batch) for engine in self.engines.values() for batch in batches]
-        timings = self._times(runs)
-        keys = [key for key in self.engines for _ in batches]
+        self.say(f"measuring {len(self.engines)} candidates at tile {size_text(tile)}")
+        runs = [(key, batch) for key in self.engines for batch in batches]
+        timings = dict(zip(runs, self._times([(self.engines[key], tile, n) for key, n in runs]), strict=True))
         for key, engine in self.engines.items():
+            ran = [n for n in batches if not isinstance(timings[key, n], BackendError)]
+            if not ran:
+                continue
             self.say(f"parity of {' '.join(key).rstrip()}")
-            verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), batches, key)
-        for key, (_, _, batch), timing in zip(keys, runs, timings, strict=True):
+            try:
+                verdicts[key] = self._same_rows(engine, x, verdicts.get(key) or self._verdict(engine), ran, key)
+            except BackendError as error:
+                for n in ran:
+                    timings[key, n] = error
+        for (key, batch), timing in timings.items():
             candidate = Candidate(key[0], key[1], tile, batch, variant=key[2])
-            self.candidates.append(self._measured(candidate, tile, timing, verdicts[key]))
+            if isinstance(timing, BackendError):
+                self.candidates.append(replace(candidate, note=str(timing)))
+            else:
+                self.candidates.append(self._measured(candidate, tile, timing, verdicts[key]))
+        if all(c.verdict is None for c in self.candidates):
+            raise BackendError("no candidate could be run: " + "; ".join(c.note for c in self.candidates))
 
     def _mixtures(self, name: str, tile: tuple[int, ...], batches: Sequence[int]) -> list[Mixture]:
         """INT8 for one backend: plain, and with its ends in FP32."""
@@ -825,16 +844,21 @@ class _Build:
                 )
                 continue
             make = self._maker(self.quantiser, name, tile, batches)
-            mixture = put_back(
-                self.quantiser, found[name], make, self._drop, self._verdict, self.deadline, PUT_BACK_ENDS
-            )
+            try:
+                mixture = put_back(
+                    self.quantiser, found[name], make, self._drop, self._verdict, self.deadline, PUT_BACK_ENDS
+                )
+            except (BackendError, GraphError) as error:  # what is inside the budget already is none the worse for it
+                self.notes.append(f"{name} int8: layers were returned to FP32 until {error}")
+                continue
             if mixture is not None:
                 found[name].append(mixture)
                 fastest = min(fastest, self._quick_seconds(mixture.engine, tile))
 
     def _quick_seconds(self, engine: Engine, tile: tuple[int, ...]) -> float:
         """Of one run, roughly: what is worth searching on with; candidates are compared by ``_times``."""
-        return self._times([(engine, tile, 1)], runs=2, seconds=5.0)[0].low_s
+        (timing,) = self._times([(engine, tile, 1)], runs=2, seconds=5.0)
+        return float("inf") if isinstance(timing, BackendError) else timing.low_s
 
     def _engine(
         self,
@@ -845,7 +869,7 @@ class _Build:
         source: Path | None = None,
     ) -> Engine:
         """The model built for one backend and precision, loaded; a plan takes this tile and these batches alone."""
-        backend, stem = backends.get(name), f"{name}-{precision}-{_by(tile)}"
+        backend, stem = backends.get(name), f"{name}-{precision}-{size_text(tile)}"
         if precision == "fp16":
             source = self._half_with_islands()
         if source is not None:
@@ -873,7 +897,7 @@ class _Build:
 
     def _calibration_tile(self) -> tuple[int, ...]:
         """The tile at which activations are looked at: the model's own where it is part of the model."""
-        if self.spec.exact and self.spec.free_size:
+        if self.spec.runs_whole:
             return square_tile(self.spec.sizes, self.spec.outputs, CALIBRATION_PX)
         return self.spec.tile
 
@@ -910,19 +934,17 @@ class _Build:
         free = Device.open(machine.cuda_index(self.spec.device)).memory()[0]
         return 2 * self.model.report.activation_bytes(tile, batch) < free
 
-    def _times(self, jobs: Sequence[tuple[Engine, tuple[int, ...], int]], **options: Any) -> list[bench.Timing]:
-        """Interleaved times of (engine, tile, batch)."""
-        contenders: list[Callable[[], object]] = []
-        for engine, tile, batch in jobs:
-            x = np.repeat(tile_of(self.samples[0], self.spec, tile, self.threads), batch, axis=0)
-            on_device = engine.device_session is not None
-            contenders.append(bench.DeviceRun(engine, x) if on_device else _runner(engine, x))
-        timings = bench.interleave(contenders, **options)
-        for k, contender in enumerate(contenders):
-            if isinstance(contender, bench.DeviceRun):
-                timings[k] = replace(timings[k], peak_bytes=contender.grown)
-                contender.close()
-        return timings
+    def _times(
+        self, jobs: Sequence[tuple[Engine, tuple[int, ...], int]], **options: Any
+    ) -> list[bench.Timing | BackendError]:
+        """Interleaved times of (engine, tile, batch); for one that cannot be run, what its backend says."""
+        with ExitStack() as stack:
+            contenders = list[_Run]()
+            for engine, tile, batch in jobs:
+                x = np.repeat(tile_of(self.samples[0], self.spec, tile, self.threads), batch, axis=0)
+                contenders.append(stack.enter_context(closing(_Run(engine, x))))
+            timings = bench.interleave(contenders, **options)
+            return [run.error or run.of(timing) for run, timing in zip(contenders, timings, strict=True)]
 
     def _measured(
         self, candidate: Candidate, tile: tuple[int, ...], timing: bench.Timing, verdict: Verdict | None
@@ -954,10 +976,8 @@ class _Build:
         if not self.calibration_whole:
             spent = 0.0
             for sample in self.calibrating:
-                whole = self.spec.exact and self.spec.free_size
-                grid = whole_grid(self.spec, sample.shape) if whole else self.spec.grid(sample.shape, self.spec.tile)
                 with _Stopwatch() as watch:
-                    self.calibration_whole.append(raw_results(self.baseline, sample, grid, self.threads))
+                    self.calibration_whole.append(self._baseline_results(sample))
                 spent += watch.seconds
                 if spent > self.parity_seconds / 4:
                     break
@@ -1010,7 +1030,7 @@ class _Build:
         engine = self.engines[best.backend, best.precision, best.variant]
         px = best.batch * prod(best.tile)
         bytes_per_px = max((best.peak_mb or 0.0) * 1e6, self.model.report.activation_bytes(best.tile, best.batch)) / px
-        if tile is None and self.spec.exact and self.spec.free_size:
+        if tile is None and self.spec.runs_whole:
             best, engine, bytes_per_px = self._choose_tile(best, engine, bytes_per_px)
         self.chosen = self.candidates.index(best)
         among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
@@ -1018,7 +1038,7 @@ class _Build:
             among += " (none of them FP32)"
         batch = f", {best.batch} per run" if best.batch > 1 else ""
         self.notes.append(
-            f"chosen: {_title(best)}, tile {_by(best.tile)} px{batch}: "
+            f"chosen: {_title(best)}, tile {size_text(best.tile)} px{batch}: "
             f"{best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of {among}"
         )
         if self.left_out:
@@ -1089,23 +1109,30 @@ class _Build:
                         self.kept[at] = self.kept[engine]
                 runs.append((at, larger, batch))
             except BackendError as error:
-                self.notes.append(f"tile {_by(larger)} px was not tried: {error}")
+                self.notes.append(f"tile {size_text(larger)} px was not tried: {error}")
         if len(runs) < 2:
             return best, engine, bytes_per_px
-        self.say("measuring tiles " + ", ".join(_by(tile) for _, tile, _ in runs))
+        self.say("measuring tiles " + ", ".join(size_text(tile) for _, tile, _ in runs))
         slow = self._seconds_of(best, runs[-1][1]) > SLOW_RUN_S or self.deadline.left(TILES_END) < 4 * sum(
             batch * self._seconds_of(best, tried) for _, tried, batch in runs
         )
         timings = self._times(runs, runs=1 if slow else 3, warm_up=0 if slow else 1)
-        row = self.candidates.index(best)
-        again = self._measured(best, best.tile, timings[0], best.verdict)
-        tried = [(replace(again, peak_mb=best.peak_mb), engine)]  # its memory is allocated by now
-        self.candidates[row] = tried[0][0]
+        again = best
+        if not isinstance(timings[0], BackendError):  # its memory is allocated by now
+            again = replace(self._measured(best, best.tile, timings[0], best.verdict), peak_mb=best.peak_mb)
+        self.candidates[self.candidates.index(best)] = again
+        tried = [(again, engine)]
         for (other, larger, batch), timing in zip(runs[1:], timings[1:], strict=True):
-            verdict = best.verdict if other is engine else self._verdict(other)
-            if verdict is not None and self.spec.device != "cpu":  # libraries choose kernels by shape there
-                x = tile_of(self.samples[0], self.spec, larger, self.threads)
-                verdict = self._same_rows(other, x, verdict, (batch,))
+            try:
+                if isinstance(timing, BackendError):
+                    raise timing
+                verdict = best.verdict if other is engine else self._verdict(other)
+                if verdict is not None and self.spec.device != "cpu":  # libraries choose kernels by shape there
+                    x = tile_of(self.samples[0], self.spec, larger, self.threads)
+                    verdict = self._same_rows(other, x, verdict, (batch,))
+            except BackendError as error:
+                self.notes.append(f"tile {size_text(larger)} px was tried and left: {error}")
+                continue
             tried.append((self._measured(replace(best, batch=batch), larger, timing, verdict), other))
             self.candidates.append(tried[-1][0])
             bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger) / batch)
@@ -1128,7 +1155,7 @@ class _Build:
             tile = square_tile(self.spec.sizes, self.spec.used_outputs(), area)
             if prod(tile) <= prod(best.tile):
                 continue
-            last = _by(tiles[-1] if tiles else best.tile)
+            last = size_text(tiles[-1] if tiles else best.tile)
             seconds = self._seconds_of(best, tile)
             if seconds > LARGEST_RUN_S:
                 self.notes.append(f"tiles above {last} px were not tried: the next would take {seconds:.0f} s")
@@ -1148,41 +1175,13 @@ class _Build:
 
     # 6 ---------------------------------------------------------------------------------------------------------------
 
-    def write(self, folder: Path, *, keep_exam: bool, overwrite: bool, command: str) -> BuildReport:
-        from .engine import sha256
-
-        best = self.candidates[self.chosen]
-        verdict = best.verdict
+    def write(self, folder: Path, *, keep_exam: bool, overwrite: bool, command: Sequence[str]) -> BuildReport:
+        verdict = self.candidates[self.chosen].verdict
         if verdict is None:
             raise ParityError("the chosen candidate was not judged")
         graph, plan = self.files[self.best_engine]
-        record = {
-            "schema": 1,
-            "kind": self.kind,
-            "budget": vars(self.budget.of(self.spec.precision)),
-            "graph_sha256": sha256(graph),
-            "model_sha256": sha256(self.model.given),
-            "baseline": {
-                "backend": baseline_name(),
-                "precision": "fp32",
-                "whole": self.spec.exact and self.spec.free_size,
-            },
-            "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
-            "machine": machine.describe(),
-            "batch": sorted(self.batches_judged),
-            "rows": [
-                {"backend": name, "precision": precision, "variant": variant, **row.to_json()}
-                for (name, precision, variant), rows in self.rows.items()
-                for row in rows
-            ],
-            "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
-            "verdict": verdict.to_json(),
-            "seams": {str(k): v for k, v in self.seams.items()},
-            "candidates": [c.to_json() for c in self.candidates],
-            "layers": [layer.to_json() for layer in self._layer_costs()],
-        }
         parity_file = self.work / "parity.json"
-        parity_file.write_text(exam.record_json(record), encoding="utf-8")
+        parity_file.write_text(exam.record_json(self._record(verdict, graph)), encoding="utf-8")
         files: dict[Any, Path] = {"model": self.model.given, "graph": graph, "parity": parity_file}
         if plan is not None:
             files["engine"] = plan
@@ -1192,12 +1191,11 @@ class _Build:
         if keep_exam:
             files["exam"] = self.work / "exam.npz"
             np.savez_compressed(files["exam"], **self._exam())  # type: ignore[arg-type]
-        for engine in (*self.engines.values(), self.best_engine, self.baseline):
-            engine.close()
+        self.close()
         write_folder(folder, self.spec, files, overwrite=overwrite)
         advice = ""
         if self.kind == "synthetic":
-            advice = f"{command} --samples YOUR_IMAGES --out {folder} --overwrite"
+            advice = shlex.join([*command, "--samples", "YOUR_IMAGES", "--out", str(folder), "--overwrite"])
         return BuildReport(
             folder,
             self.spec,
@@ -1214,12 +1212,46 @@ class _Build:
             self._layer_costs(),
         )
 
+    def _record(self, verdict: Verdict, graph: Path) -> dict[str, Any]:
+        """The record of parity that travels with the engine."""
+        best = self.candidates[self.chosen]
+        return {
+            "schema": 1,
+            "kind": self.kind,
+            "budget": vars(self.budget.of(self.spec.precision)),
+            "graph_sha256": sha256(graph),
+            "model_sha256": sha256(self.model.given),
+            "baseline": {
+                "backend": baseline_name(),
+                "precision": "fp32",
+                "whole": self.baseline.spec.runs_whole,  # an engine with a plan has fixed sizes, its baseline has not
+            },
+            "fingerprint": exam.fingerprint(best.backend, self.best_engine.session_version, self.spec.device),
+            "machine": machine.describe(),
+            "batch": sorted(self.batches_judged),
+            "rows": [
+                {"backend": name, "precision": precision, "variant": variant, **row.to_json()}
+                for (name, precision, variant), rows in self.rows.items()
+                for row in rows
+            ],
+            "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
+            "verdict": verdict.to_json(),
+            "seams": {str(k): v for k, v in self.seams.items()},
+            "candidates": [c.to_json() for c in self.candidates],
+            "layers": [layer.to_json() for layer in self._layer_costs()],
+        }
+
+    def close(self) -> None:
+        """Gives back what every engine holds."""
+        for engine in (*self.files, self.baseline):
+            engine.close()
+
     def _layer_costs(self) -> tuple[LayerCost, ...]:
         return tuple(self.quantiser.ranking) if self.quantiser is not None else ()
 
     def _exam(self) -> dict[str, Array]:
         """A few tiles as the network gets them and the baseline's outputs, float32."""
-        if self.spec.exact and self.spec.free_size:
+        if self.spec.runs_whole:
             tile = square_tile(self.spec.sizes, self.spec.outputs, 192**2 if self.model.spatial == 2 else 32**3)
         else:
             tile = self.spec.tile
@@ -1257,9 +1289,34 @@ def _title(candidate: Candidate) -> str:
     return f"{candidate.backend} {candidate.precision}{variant}"
 
 
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
+class _Run:
+    """One batch of an engine to be timed; once it has failed it keeps the error and does nothing more."""
 
+    def __init__(self, engine: Engine, x: Array):
+        self.error: BackendError | None = None
+        self._engine, self._x = engine, x
+        self._on_device: bench.DeviceRun | None = None
+        if engine.device_session is not None:
+            try:
+                self._on_device = bench.DeviceRun(engine, x)
+            except BackendError as error:
+                self.error = error
 
-def _runner(engine: Engine, x: Array) -> Callable[[], object]:
-    return lambda: engine.run(x)
+    def __call__(self) -> None:
+        if self.error is not None:
+            return
+        try:
+            if self._on_device is not None:
+                self._on_device()
+            else:
+                self._engine.run(self._x)
+        except BackendError as error:
+            self.error = error
+
+    def of(self, timing: bench.Timing) -> bench.Timing:
+        """Its timing, with the device's memory where it runs on one."""
+        return timing if self._on_device is None else replace(timing, peak_bytes=self._on_device.grown)
+
+    def close(self) -> None:
+        if self._on_device is not None:
+            self._on_device.close()

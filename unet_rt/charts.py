@@ -48,16 +48,20 @@ def chart(panels: Sequence[Panel], path: Path) -> None:
 
 
 def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]], path: Path) -> None:
-    """Points (name, x, y) in one chart, each named below it in its colour, as PNG; whole or not at all."""
+    """Points (name, x, y) in one chart, each named below it in its colour, as PNG; whole or not at all.
+
+    Those that are not finite have no place in the chart and are named alone.
+    """
     from PIL import Image, ImageDraw
 
     width, height = PANEL_PX
     sheet = Image.new("RGB", (width, height + ROW_PX * len(points) + 8), "white")
     pen = ImageDraw.Draw(sheet)
-    place = _frame(pen, title, x_label, [x for _, x, _ in points], [y for *_, y in points])
+    drawn = [(x, y) for _, x, y in points if math.isfinite(x) and math.isfinite(y)]
+    place = _frame(pen, title, x_label, [x for x, _ in drawn], [y for _, y in drawn])
     for k, (name, x, y) in enumerate(points):
         colour, row = _colour(k), height + ROW_PX * k + ROW_PX // 2
-        for px, py in (place(x, y), (LEFT, row)):
+        for px, py in (*([place(x, y)] if (x, y) in drawn else ()), (LEFT, row)):
             # equal points show as rings, the first one innermost
             r = 4 + k
             pen.ellipse((px - r, py - r, px + r, py + r), outline=colour, width=2)

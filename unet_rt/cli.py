@@ -28,6 +28,7 @@ from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtE
 if TYPE_CHECKING:
     from .build import BuildReport
     from .contract import Contract
+    from .models.source import Opened
     from .parity import Budget
     from .pipeline import RunReport
     from .predict_large import Tables
@@ -168,8 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
-    p.add_argument("--halo", default="auto", metavar="exact|measured|N", help="samples discarded at inner tile edges")
-    p.add_argument("--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles (not exact networks only)")
+    p.add_argument(
+        "--halo",
+        default="auto",
+        metavar="exact|measured|N",
+        help="samples discarded at inner tile edges (default: exact, unless that costs too much)",
+    )
+    p.add_argument(
+        "--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles, for networks that are not exact"
+    )
     p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
     p.add_argument(
         "--budget",
@@ -218,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
-    p.add_argument("--device", metavar="NAME", help="must be the device that the engine was built for")
+    p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
@@ -281,12 +289,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", metavar="PATH", help="the same network for PyTorch: what unet-rt export takes")
     p.add_argument("--architecture", metavar="NAME=VALUE,..|FILE", help="of a state dict, as in unet-rt export")
     p.add_argument("--module", metavar="PACKAGE:FUNCTION", help="of a state dict, as in unet-rt export")
+    p.add_argument("--arguments", metavar="JSON", help="of that function, as in unet-rt export")
     p.add_argument("--plot", metavar="PNG", help="picture: a point per contender, speed against agreement")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile of everybody in pixels")
     p.add_argument("--runs", type=_count, default=5, metavar="N", help="rounds that count (default: 5)")
     p.add_argument("--seconds", type=float, default=120.0, metavar="N", help="of each of two timings (default: 120)")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     _contract_options(p)
+
     p = _verb(verbs, "pack", _pack, "make an engine folder one archive, the same bytes every time", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--out", metavar="FILE", help="the archive (default: ENGINE.tar)")
@@ -312,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sizes", type=_numbers, metavar="256,320", help="sizes at which graph and module are compared")
     p.add_argument("--pixels", metavar="IMAGE", help="image to compare them on (default: drawn microscopy)")
     p.add_argument("--exporter", choices=("auto", "trace", "dynamo"), default="auto", help="of torch; default: auto")
-    p.add_argument("--opset", type=int, metavar="N", help="ONNX operator set")
+    p.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (default: 18)")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     _contract_options(p)
 
@@ -863,13 +873,9 @@ def _bench(args: argparse.Namespace) -> int:
         raise OutputError(f"{Path(args.plot).parent} is not a folder; choose another --plot")
     module = None
     if args.checkpoint is not None:
-        _torch("runs the module", "torch")
-        from .models.source import open_module
-
-        opened = open_module(Path(args.checkpoint), architecture=args.architecture, factory=args.module)
-        module = opened.module
-    elif args.architecture or args.module:
-        raise ContractError("--architecture and --module say how --checkpoint is read; pass it as well")
+        module = _opened(args).module
+    elif args.architecture or args.module or args.arguments:
+        raise ContractError("--architecture, --module and --arguments say how --checkpoint is read; pass it as well")
     report = bench_model(
         args.model,
         image=args.image,
@@ -886,8 +892,6 @@ def _bench(args: argparse.Namespace) -> int:
         say=_say(args),
     )
     _clear()
-    if args.json:
-        _print_json(report.to_json())
     print(bench_text(report), file=_out(args))
     if args.plot:
         from .charts import scatter
@@ -897,6 +901,8 @@ def _bench(args: argparse.Namespace) -> int:
             for r in report.rows
         ]
         scatter("agreement with FP32 in %", "Mpx/s", points, Path(args.plot))
+    if args.json:  # last: where the picture cannot be written, stdout holds the error alone
+        _print_json(report.to_json())
     return 0
 
 
@@ -988,23 +994,15 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    import json
     from dataclasses import asdict
 
     _torch("runs the module", "torch")
     from .export import OPSET, export, read_pixels
-    from .models.source import open_module
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise OutputError(f"{out} exists; pass --overwrite to replace it, or choose another --out")
-    try:
-        arguments = json.loads(args.arguments) if args.arguments else None
-    except json.JSONDecodeError as error:
-        raise ContractError(f"--arguments {args.arguments!r} is not JSON ({error})") from error
-    opened = open_module(
-        Path(args.checkpoint), architecture=args.architecture, factory=args.module, arguments=arguments
-    )
+    opened = _opened(args)
     contract = _contract(args).over(opened.contract)
     done = export(
         opened.module,
@@ -1030,6 +1028,22 @@ def _export(args: argparse.Namespace) -> int:
             "note: nothing says how pixels are normalised; pass --normalize here, or to unet-rt build", file=_out(args)
         )
     return 0
+
+
+def _opened(args: argparse.Namespace) -> Opened:
+    """The module of --checkpoint, as --architecture, --module and --arguments say."""
+    import json
+
+    _torch("runs the module", "torch")
+    from .models.source import open_module
+
+    try:
+        arguments = json.loads(args.arguments) if args.arguments else None
+    except json.JSONDecodeError as error:
+        raise ContractError(
+            f"--arguments {args.arguments!r} is not JSON ({error}); use e.g. '{{\"classes\": 3}}'"
+        ) from error
+    return open_module(Path(args.checkpoint), architecture=args.architecture, factory=args.module, arguments=arguments)
 
 
 def _torch(what: str, extra: str) -> None:

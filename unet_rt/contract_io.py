@@ -423,8 +423,7 @@ def missing_normalization(source: Source) -> ContractError:
     low, high = value_range(source)
     return ContractError(
         f"no normalisation is declared, and {source.name} holds {source.dtype} pixels from {low:g} to {high:g}: "
-        "nothing says "
-        f"what the network was trained on. Declare it with --normalize: {CHOICES}"
+        f"nothing says what the network was trained on. Declare it with --normalize: {CHOICES}"
     )
 
 
@@ -504,8 +503,12 @@ def resolve_task(
     if contract.classes and len(contract.classes) not in allowed:
         raise ContractError(
             f"{len(contract.classes)} classes are named ({', '.join(contract.classes)}) for {channels} output "
-            "channels; "
-            f"name {' or '.join(map(str, allowed))}"
+            f"channels; name {' or '.join(map(str, allowed))}"
+        )
+    twice = next((name for k, name in enumerate(contract.classes) if name in contract.classes[:k]), None)
+    if twice is not None:  # figures are kept by name
+        raise ContractError(
+            f"two classes are named {twice!r} ({', '.join(contract.classes)}); give each a name of its own"
         )
     return replace(contract, task=task, output_is=output_is, threshold=threshold)
 
@@ -586,8 +589,7 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
             return "regression"
         raise AmbiguousTaskError(
             f"the output has one channel, its last operator is {final_op}{range_text}: it can be the logit of a "
-            "binary mask "
-            "or the value of a regression; say which with --task binary or --task regression"
+            "binary mask or the value of a regression; say which with --task binary or --task regression"
         )
     if said == "logits":
         return "multiclass"
@@ -601,8 +603,7 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
             f"the output has {channels} channels in 0 to 1{'' if sums is None else ' that do not add up to one'}, its "
             "last "
             f"operator is {final_op}: it can be multi-label probabilities or the values of a regression; say which "
-            "with "
-            "--task multilabel or --task regression"
+            "with --task multilabel or --task regression"
         )
     if said == "probabilities":
         raise AmbiguousTaskError(
@@ -613,8 +614,7 @@ def _task(contract: Contract, channels: int, final_op: str, sample: Array | tupl
     if final_op in _POSITIVE:
         raise AmbiguousTaskError(
             f"the output has {channels} channels, its last operator is {final_op}{range_text}: it can be multi-class "
-            "logits "
-            "or the values of a regression; say which with --task multiclass or --task regression"
+            "logits or the values of a regression; say which with --task multiclass or --task regression"
         )
     return "multiclass"
 
@@ -644,8 +644,7 @@ def _check_task(task: Task, output_is: OutputIs, channels: int, final_op: str) -
     if (task == "regression") != (output_is == "values"):
         raise ContractError(
             f"task {task} and output {output_is} contradict each other; regression goes with values, the others with "
-            "logits "
-            "or probabilities"
+            "logits or probabilities"
         )
     if final_op in (*_SIGMOID, "Softmax") and output_is == "logits":
         raise ContractError(

@@ -117,7 +117,7 @@ def format(report: dict[str, Any]) -> str:
             f"{memory['available_bytes'] / 2**30:.1f} of {memory['physical_bytes'] / 2**30:.1f} GiB available",
         ),
     ]
-    for index, name in _numbered(devices):
+    for index, name in enumerate(devices["cuda"]):
         lines.append(("GPU", f"cuda:{index} {name}, driver for CUDA {devices['driver']}"))
         if reason := devices["unusable"].get(f"cuda:{index}"):
             lines.append(("", f"not usable: {reason}"))
@@ -138,7 +138,3 @@ def format(report: dict[str, Any]) -> str:
     if report["advice"]:
         lines.append(("ADVICE", report["advice"]))
     return "\n".join(f"{head:<12} {text}".rstrip() for head, text in lines)
-
-
-def _numbered(devices: dict[str, Any]) -> list[tuple[int, str]]:
-    return list(enumerate(devices["cuda"]))

@@ -32,6 +32,7 @@ from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ import numpy.typing as npt
 from .contract import Contract
 from .durable import locked
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError
-from .field import OutputField, TileSizes
+from .field import OutputField, TileSizes, size_text
 from .stitch import Blend
 from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
 
@@ -133,6 +134,11 @@ class EngineSpec:
     def free_size(self) -> bool:
         return all(s.fixed is None for s in self.sizes)
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether the network runs on whole images and tiles have to equal that."""
+        return self.exact and self.free_size
+
     def contract_of(self, output: int) -> Contract:
         """The contract as that of one output."""
         return self.contract.of_head(self.outputs[output].name)
@@ -179,14 +185,14 @@ class EngineSpec:
         outputs = self.used_outputs()
         if tile is not None and len(tile) != self.spatial:
             raise TileError(
-                f"tile {_by(tile)} has {len(tile)} number(s), the network {self.spatial} spatial axes; "
-                f"use e.g. {_by((tile[0],) * self.spatial)}"
+                f"tile {size_text(tile)} has {len(tile)} number(s), the network {self.spatial} spatial axes; "
+                f"use e.g. {size_text((tile[0],) * self.spatial)}"
             )
         if self.overlap is not None:
             if tile is not None and tuple(tile) != self.tile:
                 raise TileError(
-                    f"tile {_by(tile)} px differs from the engine's {_by(self.tile)}: this network cannot be tiled exactly, "
-                    "so its tile is part of the model; build again with --tile"
+                    f"tile {size_text(tile)} px differs from the engine's {size_text(self.tile)}: this network cannot be "
+                    "tiled exactly, so its tile is part of the model; build again with --tile"
                 )
             return tile_grid(image, self.tile, self.sizes, outputs, overlap=self.overlap)
         bound = prod(self.tile) if max_px is None else max_px
@@ -259,10 +265,6 @@ def _count(value: Any) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"batch {value!r}")
     return value
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 class Engine:
@@ -441,7 +443,6 @@ def place_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool 
             for path in staging.iterdir():
                 with path.open("rb+") as stream:  # Windows syncs only what is open for writing
                     os.fsync(stream.fileno())
-            staging.chmod(0o755)
             with _only_writer(folder.parent):
                 check_target(folder, overwrite=overwrite)  # again: another build may have ended meanwhile
                 if folder.exists() and any(folder.iterdir()):
@@ -473,7 +474,8 @@ def _staging(folder: Path) -> Iterator[Path]:
             with _held(left) as alone:
                 if alone:
                     shutil.rmtree(left, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
+        staging = folder.parent / f".{folder.name}.{uuid4().hex}{PART}"
+        staging.mkdir()  # with the mode that the umask gives to folders: it becomes the engine's
         held.enter_context(_held(staging))
         ours = held.pop_all()
     with ours:
@@ -620,7 +622,13 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
         file = folder / name
         if not file.is_file():
             raise EngineError(f"{called / name} is missing from the engine; copy the folder whole, or build again")
-        if sha256(file) != entry.get("sha256"):
+        try:
+            digest = sha256(file)
+        except PermissionError as error:
+            raise EngineError(
+                f"{called / name} cannot be read ({error.strerror}); give yourself the right to, or copy the engine"
+            ) from error
+        if digest != entry.get("sha256"):
             raise EngineError(
                 f"{called / name} is not the file that was built (its SHA-256 differs); copy it again, or build again"
             )
@@ -677,14 +685,16 @@ def load(
         BackendError: The backend or device is missing.
         ParityError: The exam was failed on this machine.
     """
-    from . import exam
+    from . import backends, exam
 
     opened = read_folder(folder)
     spec = opened.spec
     if device is not None and device != spec.device:
         if "cpu" in (device, spec.device):
             raise EngineError(f"{folder} was built for {spec.device}, not {device}; build again with --device {device}")
-        spec = replace(spec, device=device)  # another GPU of this machine: its fingerprint tells whether it is alike
+        spec = replace(
+            spec, device=backends.device(device)
+        )  # another GPU of this machine: its fingerprint tells whether it is alike
     if not accept_unverified:
         exam.check_record(opened)
     session = _session(opened, spec, threads or 0)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from . import backends
 from .contract import Contract
+from .durable import Disk
 from .errors import BackendError, ContractError, GraphError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def export(
         try:
             model = onnx.load_model_from_string(ways[name](frozen, inputs[0], len(wanted[0]), opset))
         except Exception as error:  # noqa: BLE001 - exporters raise anything; what they say goes into the message
-            notes.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+            notes.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
         _tidy(model)
         model.producer_name, model.producer_version = "unet-rt", ""
@@ -145,7 +146,7 @@ def export(
                     f"decisions (max-unpooling, for one) that the last bit of a number can turn; {jumpy / JUMPS:.3%} of "
                     "its own samples turn when its input changes by a rounding"
                 )
-            _write(model, Path(out))
+            Disk().write_whole(Path(out), model.SerializeToString())
             return Export(
                 path=Path(out),
                 exporter=name,
@@ -435,18 +436,3 @@ def _parameters(model: onnx.ModelProto) -> int:
 
     floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
     return sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type in floating)
-
-
-def _write(model: onnx.ModelProto, out: Path) -> None:
-    """Whole or not at all: a temporary file in the same folder, renamed."""
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

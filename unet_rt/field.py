@@ -5,12 +5,17 @@ Frozen values only; no pixels, no ONNX. ``graph.py`` computes them, ``tiles.py``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 Pair = tuple[int, int]
+
+
+def size_text(shape: Iterable[int]) -> str:
+    """A size along several axes, for people: ``512x512``."""
+    return "x".join(map(str, shape))
 
 
 @dataclass(frozen=True)

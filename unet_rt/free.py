@@ -54,8 +54,11 @@ def free_spatial(model: onnx.ModelProto, run: Run | None = None) -> tuple[onnx.M
     """
     analysis, source = analyse_model(model)  # source: what loses its sizes
     reasons = list(analysis.reasons_fixed)
-    spatial = [axis for axis, size in zip(_axes(analysis), analysis.declared, strict=True) if size is not None]
-    spatial = [axis for axis in spatial if not any(r.startswith(f"{axis} is fixed") for r in reasons)]
+    spatial = [
+        axis
+        for axis, declared, accepted in zip(_axes(analysis), analysis.declared, analysis.sizes, strict=True)
+        if declared is not None and accepted.fixed is None
+    ]
     result = model
     if spatial:
         freed = _declare_free(source, analysis, spatial)

@@ -176,7 +176,13 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
 
 
 def check_images(report: GraphReport) -> None:
-    """GraphError where no output follows every spatial axis of the input."""
+    """GraphError where an input is no image, or no output follows every spatial axis of the inputs."""
+    for value in report.inputs:
+        if not _spatial(value.axes):
+            raise GraphError(
+                f"input {value.name} {list(value.shape)} is not an image, and pixels are all that a network is given here; "
+                "make it a constant of the graph and export again"
+            )
     if not report.images:
         output = report.outputs[0]
         why = "; ".join(output.reasons) or "it has other axes than the input"

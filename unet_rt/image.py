@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .axes import Choice, Layout, choose_channels, parse_channels, read_axes, size_text
+from .axes import Choice, Layout, choose_channels, parse_channels, read_axes
 from .contract import Contract
 from .errors import BackendError, ContractError, ImageError
+from .field import size_text
 from .pixels import (
     Array,
     ArrayPixels,
@@ -374,17 +375,15 @@ def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
         if alpha is not None and not bool((band[alpha] == opaque).all()):
             raise ContractError(
                 f"{source.name}: the alpha channel is not opaque everywhere (lowest {band[alpha].min()}), so that "
-                "dropping "
-                f"it would change the picture; use --channels {','.join(str(i) for i in choice.channels)} to do so "
-                "anyway"
+                f"dropping it would change the picture; use --channels {','.join(str(i) for i in choice.channels)} to do "
+                "so anyway"
             )
         if "equal" in choice.check:
             colours = [i for i in range(stored) if i != alpha]
             if any(not np.array_equal(band[colours[0]], band[i]) for i in colours[1:]):
                 raise ContractError(
                     f"{source.name}: a colour image ({source.axes} {size_text(source._layout.shape)}) for a network "
-                    "of 1 "
-                    "channel; use --channels 0 (or 1, 2) for one colour, or --channels luma for their luminance"
+                    "of 1 channel; use --channels 0 (or 1, 2) for one colour, or --channels luma for their luminance"
                 )
 
 

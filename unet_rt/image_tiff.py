@@ -143,7 +143,6 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
         )
     if 0 in shape:
         raise ImageError(f"{name}: the image is empty ({'x'.join(map(str, shape))}); give one with pixels")
-    pixels = _pixels(levels[picked], key, shape, place, name)
     origin, size, names = _metadata(tif, series, series.keyframe)
     if picked:
         ratio = {axis: full / n for axis, full, n in zip(axes, level_shapes[0], shape, strict=True)}
@@ -157,7 +156,7 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
     if colours == 0 or axes.count("S") != 1 or (alpha is not None and shape[axes.index("S")] != colours + 1):
         alpha = None
     return Stored(
-        pixels,
+        _pixels(levels[picked], key, shape, place, name),  # last: what is opened here stays open
         axes,
         origin,
         names,
@@ -187,8 +186,7 @@ def _check_photometric(key: Any, name: str, notes: list[str]) -> None:
     elif photometric in (5, 8, 9, 10) or (photometric == 6 and int(key.compression) not in (6, 7, 33007, 33003, 33005)):
         raise ImageError(
             f"{name}: {getattr(key.photometric, 'name', photometric)} colours; convert them to RGB, e.g. with Pillow "
-            "or "
-            "ImageMagick"
+            "or ImageMagick"
         )
 
 
@@ -220,8 +218,7 @@ def _pixels(
     if need > size * MAX_RATIO:
         raise ImageError(
             f"{name}: declares {'x'.join(map(str, shape))} {dtype.name} ({need / 1e9:,.1f} GB) in a file of {size:,} "
-            "bytes, "
-            "which cannot hold them; the file is truncated or malicious"
+            "bytes, which cannot hold them; the file is truncated or malicious"
         )
     stored = np.dtype(dtype.newbyteorder(key.parent.byteorder))
     if path is not None and series.dataoffset is not None and key.bitspersample == dtype.itemsize * 8:

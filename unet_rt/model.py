@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .contract import Contract
 from .engine import Engine, EngineSpec, InputSpec
 from .errors import BackendError, ContractError, GraphError, TileError
-from .field import OutputField, TileSizes
+from .field import OutputField, TileSizes, size_text
 from .stitch import Blend
 from .tiles import TileGrid, cost_ratio, covered_px, exact_step, smallest_tile, tile_grid
 
@@ -302,14 +302,21 @@ def untiled_spec(model: Model) -> EngineSpec:
     )
 
 
-def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, blend: Blend = "gaussian") -> EngineSpec:
+def blended_spec(
+    spec: EngineSpec,
+    tile: Sequence[int] | None,
+    given: Path,
+    *,
+    blend: Blend = "gaussian",
+    overlap: Sequence[int] | None = None,
+) -> EngineSpec:
     """The spec of a network that cannot be tiled exactly: its tile is the user's, the trained one, or the graph's own.
 
-    Neighbouring tiles share half a tile, as nnU-Net's and MONAI's users expect, or as much more as it takes to leave no
-    gap between the results of unpadded networks.
+    Neighbouring tiles share ``overlap`` pixels per axis; None: half a tile, as nnU-Net's and MONAI's users expect, or as
+    much more as it takes to leave no gap between the results of unpadded networks.
 
     Raises:
-        TileError: No tile is declared anywhere, or the graph does not accept it.
+        TileError: No tile is declared anywhere, or the graph does not accept it; an overlap of another number of axes.
     """
     fixed = tuple(s.fixed for s in spec.sizes if s.fixed is not None)
     only = fixed if len(fixed) == len(spec.sizes) else ()  # a graph of one size has no other tile, whatever is declared
@@ -320,14 +327,17 @@ def blended_spec(spec: EngineSpec, tile: Sequence[int] | None, given: Path, *, b
             "pass the tile it was trained with: --tile HxW"
         )
     if len(chosen) != spec.spatial:
-        raise TileError(f"tile {'x'.join(map(str, chosen))} needs {spec.spatial} numbers, one per spatial axis")
+        raise TileError(f"tile {size_text(chosen)} needs {spec.spatial} numbers, one per spatial axis")
     for t, s in zip(chosen, spec.sizes, strict=True):
         if not s.accepts(t):
             near = " or ".join(map(str, sorted({s.at_most(t), s.at_least(t)})))
             raise TileError(f"tile {t} px is not accepted by the graph; use {near}")
-    covered = [covered_px(t, [o.field[k] for o in spec.outputs]) for k, t in enumerate(chosen)]
-    overlap = tuple(max(t // 2, t - n) for t, n in zip(chosen, covered, strict=True))
-    return replace(spec, tile=chosen, overlap=overlap, blend=blend)
+    if overlap is None:
+        covered = [covered_px(t, [o.field[k] for o in spec.outputs]) for k, t in enumerate(chosen)]
+        overlap = [max(t // 2, t - n) for t, n in zip(chosen, covered, strict=True)]
+    elif len(overlap) != spec.spatial:
+        raise TileError(f"overlap {size_text(overlap)} needs {spec.spatial} numbers, one per spatial axis")
+    return replace(spec, tile=chosen, overlap=tuple(overlap), blend=blend)
 
 
 def kept_share(spec: EngineSpec, tile: Sequence[int]) -> float:
@@ -363,7 +373,7 @@ def whole_grid(spec: EngineSpec, shape: Sequence[int]) -> TileGrid:
 
 def seam_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
     """A tile smaller than an image of ``shape``, so that it has seams; the engine's own where it is part of the model."""
-    if not (spec.exact and spec.free_size):
+    if not spec.runs_whole:
         return spec.tile
     tile = square_tile(spec.sizes, spec.used_outputs(), max(prod(shape) // 4, 1))
     tile = tuple(min(a, b) for a, b in zip(tile, spec.tile, strict=True))
@@ -378,7 +388,7 @@ def judged_tile(spec: EngineSpec, shape: Sequence[int]) -> tuple[int, ...]:
 
     Halos do not shrink with the image: quarters of a small one (:func:`seam_tile`) may compute it dozens of times over.
     """
-    if not (spec.exact and spec.free_size):
+    if not spec.runs_whole:
         return spec.tile
     for share in (0.25, 0.5, 0.75):
         tile = square_tile(spec.sizes, spec.used_outputs(), max(round(prod(shape) * share), 1))

@@ -131,8 +131,7 @@ def _declared(how: Normalization, source: Source) -> list[tuple[float, float]]:
         if source.dtype.kind not in "iu":
             raise ContractError(
                 f"{source.name}: --normalize dtype divides by the largest value of an integer dtype, and the pixels "
-                "are "
-                f"{source.dtype}; use scale=N with the largest value there can be, or none"
+                f"are {source.dtype}; use scale=N with the largest value there can be, or none"
             )
         return [(0.0, float(np.iinfo(source.dtype).max))] * count
     mean, std = (
@@ -226,43 +225,6 @@ def value_range(source: Source) -> tuple[float, float]:
     for band in _bands(source, None, None, None):
         low, high = min(low, float(band.min())), max(high, float(band.max()))
     return low, high
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What ``build`` prints of a sample: the raw range, and range, mean and deviation of what the network gets."""
-
-    raw: tuple[float, float]
-    range: tuple[float, float]
-    mean: float
-    std: float
-
-    @property
-    def text(self) -> str:
-        return (
-            f"pixels {self.raw[0]:g} to {self.raw[1]:g}; after normalisation {self.range[0]:.4g} to "
-            f"{self.range[1]:.4g}, "
-            f"mean {self.mean:.4g}, deviation {self.std:.4g}"
-        )
-
-
-def summary(source: Source, affines: Affines) -> Summary:
-    """One pass over an image: its pixels before and after normalisation."""
-    count, mean, squares = 0, 0.0, 0.0
-    raw = [math.inf, -math.inf]
-    span = [math.inf, -math.inf]
-    for plane, start, stop in source.bands():
-        pixels = source.read_band(plane, start, stop)
-        _refuse_non_finite(source, pixels, plane, start, range(source.channels))
-        raw = [min(raw[0], float(pixels.min())), max(raw[1], float(pixels.max()))]
-        values = normalised(pixels, affines.plane(plane)).astype(np.float64)
-        span = [min(span[0], float(values.min())), max(span[1], float(values.max()))]
-        n, band_mean = values.size, float(values.mean())
-        delta = band_mean - mean
-        squares += float(((values - band_mean) ** 2).sum()) + delta * delta * count * n / (count + n)
-        mean += delta * n / (count + n)
-        count += n
-    return Summary((raw[0], raw[1]), (span[0], span[1]), mean, math.sqrt(squares / count))
 
 
 def normalised(pixels: Array, numbers: Affine) -> Float32:
@@ -398,6 +360,5 @@ def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, chan
     place = (start + row, *rest)
     raise ImageError(
         f"{source.name}: {int(bad.sum())} NaN or infinite pixels in rows {start} to {start + band.shape[1] - 1} of "
-        "plane "
-        f"{plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num"
+        f"plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num"
     )

@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from math import ceil, prod
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def write_geojson(
 
     # Objects end in an order that depends on the windows; features are put in the order of ids when all are there.
     spans = np.zeros((len(found), 2), np.int64)
-    with written_whole(path, overwrite=overwrite) as stream, tempfile.TemporaryFile() as drafts:
+    with written_whole(path, overwrite=overwrite) as stream, tempfile.TemporaryFile(dir=Path(path).parent) as drafts:
         for number, polygons in outlines(found, read, window=window):
             text = json.dumps(_feature(found, number, [[place(ring) for ring in rings] for rings in polygons]))
             data = text.encode()

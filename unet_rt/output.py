@@ -125,8 +125,7 @@ class Output:
         ):
             raise ValueError(
                 f"{self.path.name}: block {block.shape} at plane {plane}, {tuple(start)} does not continue row {done} "
-                "of "
-                f"{self.shape.spatial} x {channels} channels, {self.shape.planes} planes"
+                f"of {self.shape.spatial} x {channels} channels, {self.shape.planes} planes"
             )
         if block.dtype != self.shape.dtype:
             if not np.can_cast(block.dtype, self.shape.dtype, "safe"):
@@ -174,8 +173,7 @@ class Output:
             self.abort()
             raise OutputError(
                 f"{self.path}: cannot be written ({error.strerror or error}); nothing was left behind; free some "
-                "space or "
-                "choose another folder with --out"
+                "space or choose another folder with --out"
             ) from error
         except BaseException:
             self.abort()
@@ -265,8 +263,7 @@ def open_output(
     if suffix != ".png" and not packed and what.nbytes > free:
         raise OutputError(
             f"{target}: needs {what.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {target.parent}; free some "
-            "space or "
-            "choose another folder with --out"
+            "space or choose another folder with --out"
         )
     size = tuple(pixel_size_um) if pixel_size_um is not None else size_of(source, spatial)
     origin = source.metadata if source is not None else Origin("array")
@@ -335,8 +332,7 @@ class _PngWriter:
         if shape.dtype != np.uint8 and not (deep and shape.channels <= 1):
             raise OutputError(
                 f"{path}: PNG holds 8 bits, or 16 without channels; this is {shape.dtype} with {shape.channels} "
-                "channels; "
-                f"{advice}"
+                f"channels; {advice}"
             )
         if shape.channels > 4:
             raise OutputError(f"{path}: PNG holds up to 4 channels, this has {shape.channels}; {advice}")

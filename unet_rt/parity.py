@@ -75,7 +75,8 @@ class ImageParity:
         dice: Per class name, of the classes present in either mask.
         class_px: Per class name, pixels in the baseline's mask.
         max_abs, mean_abs: Error of the network's own values.
-        relative: ``max_abs`` over the 1st to 99th percentile range of the baseline's values.
+        relative: ``max_abs`` over the 1st to 99th percentile range of the baseline's values, over all of their range
+            where these percentiles are one value (a map that is 0 nearly everywhere).
     """
 
     name: str
@@ -143,6 +144,8 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
     error[np.isnan(error)] = np.inf  # a NaN compares with nothing and would pass every bound
     finite = baseline[np.isfinite(baseline)]
     low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 0.0)
+    if finite.size and low == high:
+        low, high = float(finite.min()), float(finite.max())
     relative = float(error.max() / (high - low)) if high > low else float("inf" if error.max() else 0.0)
     change, scores, counts = None, dict[str, float](), dict[str, int]()
     if contract.has_labels:
@@ -285,24 +288,26 @@ def constant_reason(array: Array) -> str | None:
     """Why an array of pixels proves nothing about a trained network, or None where it may.
 
     Constants (zeros among them) and white noise, told by neighbours that have nothing to do with each other, exercise
-    none of what a network was trained on.
+    none of what a network was trained on. One plane with more than that is enough: stacks begin and end out of focus.
     """
     if array.size == 0:
         return "it is empty"
     low, high = float(array.min()), float(array.max())
     if low == high:
         return f"every pixel is {low:g}"
-    plane = array.reshape(-1, *array.shape[-2:])[:1].astype(np.float64)
-    if min(plane.shape[-2:]) < 8:
+    if min(array.shape[-2:]) < 8:
         return None
-    centred = plane - plane.mean()
-    power = float((centred**2).mean())
-    if power == 0.0:
-        return None
-    along = float((centred[..., :, 1:] * centred[..., :, :-1]).mean()) / power
-    down = float((centred[..., 1:, :] * centred[..., :-1, :]).mean()) / power
-    # the correlation of n independent pairs is 0 +- 1/sqrt(n); five of these deviations
-    bound = 5 / np.sqrt(plane.size)
-    if abs(along) < bound and abs(down) < bound:
-        return f"it is noise (neighbouring pixels correlate by {along:.3f} and {down:.3f})"
-    return None
+    noise = None
+    for plane in array.reshape(-1, *array.shape[-2:]):
+        centred = plane - plane.mean(dtype=np.float64)
+        power = float((centred**2).mean())
+        if power == 0.0:
+            continue
+        along = float((centred[:, 1:] * centred[:, :-1]).mean()) / power
+        down = float((centred[1:] * centred[:-1]).mean()) / power
+        # the correlation of n independent pairs is 0 +- 1/sqrt(n); five of these deviations
+        bound = 5 / np.sqrt(plane.size)
+        if not (abs(along) < bound and abs(down) < bound):
+            return None
+        noise = noise or f"it is noise (neighbouring pixels correlate by {along:.3f} and {down:.3f})"
+    return noise

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from . import kernels, machine
 from .errors import BackendError, ImageError, TileError
+from .field import size_text
 from .normalize import Affine, Affines, OnePlane
 from .parity import class_name
 from .repeats import Repeats, Results
@@ -437,8 +438,8 @@ def check_image(work: Work, source: Source) -> None:
     """TileError where tiles are those of an image of another size."""
     if work.grid.image != tuple(source.shape):
         raise TileError(
-            f"the tiles are those of an image of {_by(work.grid.image)} px, and {source.name} has {_by(source.shape)}; "
-            "plan them anew"
+            f"the tiles are those of an image of {size_text(work.grid.image)} px, and {source.name} has "
+            f"{size_text(source.shape)}; plan them anew"
         )
 
 
@@ -457,10 +458,6 @@ def class_share(tally: Tally, decision: Decision, spec: EngineSpec) -> dict[str,
         for k, value in enumerate(values)
         if values.index(value) == k
     }
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def count_labels(counts: npt.NDArray[np.int64], labels: Array, values: Sequence[int]) -> None:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles
-LARGE_PX = (
-    2**26
-)  # from 8192 x 8192 on a result is made in blocks that outlive the process: some 30 s of a small network
 PIXEL_SIZE_TOLERANCE = 0.1
 
 

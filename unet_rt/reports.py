@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .field import size_text
+
 if TYPE_CHECKING:
     from .bench import Timing
     from .bench_model import BenchReport
@@ -14,10 +16,6 @@ if TYPE_CHECKING:
     from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -88,7 +86,7 @@ def inspect_text(report: GraphReport) -> str:
         memory = ""
         if tile is not None:
             memory = f"{_size(report.activation_bytes([tile] * len(report.sizes)))} of activations"
-        size = _by([tile if tile is not None else wanted] * len(report.sizes)) + " px"
+        size = size_text([tile if tile is not None else wanted] * len(report.sizes)) + " px"
         kept = "keeps nothing" if ratio is None else f"{ratio:.2f}"
         costs.append((size, kept, memory) if exact else (size, memory))
     lines.append(_table(costs))
@@ -108,6 +106,42 @@ def _layer_table(layers: Sequence[LayerCost]) -> list[str]:
     if len(shown) < len(layers):
         lines.append(f"  ... and {_count(len(layers) - len(shown), 'layer')} that win less for their work")
     return [*lines, ""]
+
+
+def _candidate_table(report: BuildReport) -> list[str]:
+    """Every candidate with its speed and its parity, the chosen one marked; why others were not tried."""
+    judged = "labels changed" if report.spec.contract.has_labels else "largest error"
+    rows: list[tuple[str, ...]] = [
+        ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", judged, "lowest Dice", "")
+    ]
+    untried: list[str] = []
+    for k, c in enumerate(report.candidates):
+        v = c.verdict
+        mark = "->" if k == report.chosen else ""
+        if c.latency_ms is None:
+            untried.append(f"  not tried: {c.backend} {c.precision}: {c.note}")
+            continue
+        change = "-" if v is None or v.label_change is None else f"{v.label_change:.4%}"
+        dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
+        if v is not None and v.label_change is None:
+            change = f"{v.relative:.1e}"
+        note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
+        note = "; ".join(part for part in (c.variant, note) if part)
+        rows.append(
+            (
+                mark,
+                c.backend,
+                c.precision,
+                size_text(c.tile),
+                f"{c.latency_ms:.3g}" if c.latency_ms < 100 else f"{c.latency_ms:.0f}",
+                f"{c.kept_mpx_per_s or 0:.3g}",
+                f"{c.peak_mb or 0:.0f}",
+                change,
+                dice,
+                note,
+            )
+        )
+    return [_table(rows), *untried, ""]
 
 
 def build_text(report: BuildReport) -> str:
@@ -131,39 +165,7 @@ def build_text(report: BuildReport) -> str:
     if "output_range" in first:
         text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
     lines += [text, ""]
-    judged = "labels changed" if contract.has_labels else "largest error"
-    rows: list[tuple[str, ...]] = [
-        ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", judged, "lowest Dice", "")
-    ]
-    untried: list[str] = []
-    for k, c in enumerate(report.candidates):
-        v = c.verdict
-        mark = "->" if k == report.chosen else ""
-        if c.latency_ms is None:
-            untried.append(f"  not tried: {c.backend} {c.precision}: {c.note}")
-            continue
-        change = "-" if v is None or v.label_change is None else f"{v.label_change:.4%}"
-        dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
-        if v is not None and v.label_change is None:
-            change = f"{v.relative:.1e}"
-        note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
-        note = "; ".join(part for part in (c.variant, note) if part)
-        rows.append(
-            (
-                mark,
-                c.backend,
-                c.precision,
-                _by(c.tile),
-                f"{c.latency_ms:.3g}" if c.latency_ms < 100 else f"{c.latency_ms:.0f}",
-                f"{c.kept_mpx_per_s or 0:.3g}",
-                f"{c.peak_mb or 0:.0f}",
-                change,
-                dice,
-                note,
-            )
-        )
-    lines.append(_table(rows))
-    lines += [*untried, ""]
+    lines += _candidate_table(report)
     if report.layers:
         lines += _layer_table(report.layers)
     lines += [f"  {note}" for note in report.notes]
@@ -195,7 +197,7 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
     """What one prediction did."""
     halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
-    tiles = f"{_count(report.tiles, 'tile')} of {_by(report.tile)} px, {halo}"
+    tiles = f"{_count(report.tiles, 'tile')} of {size_text(report.tile)} px, {halo}"
     where = f"  {report.backend} {report.precision} on {report.device}; {tiles}"
     lines = [
         report.reading,
@@ -277,9 +279,9 @@ def bench_text(report: BenchReport) -> str:
                 f"{r.speed.median:.2f} ({r.speed.low:.2f} to {r.speed.high:.2f})",
             )
         )
-    tiles = f"{_count(report.tiles, 'tile')} of {_by(report.tile)} px"
+    tiles = f"{_count(report.tiles, 'tile')} of {size_text(report.tile)} px"
     lines = [
-        f"{report.model} on {report.image}: {_by(report.shape)} px, {tiles}, {_count(report.threads, 'thread')}",
+        f"{report.model} on {report.image}: {size_text(report.shape)} px, {tiles}, {_count(report.threads, 'thread')}",
         _table(rows),
         f"  medians (fastest to slowest) of interleaved runs; speed: {report.baseline} = 1, with its 95 % interval",
     ]

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from .contract import Border
 from .errors import TileError
-from .field import AxisField, OutputField, TileSizes
+from .field import AxisField, OutputField, TileSizes, size_text
 
 Ints = npt.NDArray[np.int64]
 
@@ -369,7 +369,7 @@ def tile_grid(
     """
     if not len(image) == len(tile) == len(sizes):
         raise TileError(
-            f"image {_by(image)} and tile {_by(tile)} do not both have the network's {len(sizes)} spatial axes"
+            f"image {size_text(image)} and tile {size_text(tile)} do not both have the network's {len(sizes)} spatial axes"
         )
     axes = []
     for k, (n, t, s) in enumerate(zip(image, tile, sizes, strict=True)):
@@ -411,10 +411,6 @@ def tile_grid(
             step = share
         axes.append(_axis_tiles(c, t, step, s.stride, evenly=overlap is not None))
     return TileGrid(tuple(axes), tuple(outputs), blended=overlap is not None)
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _not_accepted(tile: int, sizes: TileSizes) -> str:
