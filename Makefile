@@ -11,6 +11,9 @@ ARGS ?=
 HAS_TENSORRT := $(shell $(PYTHON) -c "import platform, sys; print(',tensorrt' if sys.version_info < (3, 13) \
 	and (sys.platform, platform.machine()) == ('linux', 'x86_64') else '')")
 UNET_RT_REQUIRE ?= torch,onnxruntime,openvino$(HAS_TENSORRT)
+# Processes that share the tests: most of them keep one core busy, engines two. 0 is this process alone, for a debugger
+# (ARGS=--pdb) and where tests need a GPU, of whose memory they expect to be the only users.
+PROCESSES ?= $(if $(findstring gpu,$(UNET_RT_REQUIRE)),0,2)
 # Without the directory of `python -c` and `python -m` on sys.path, the source tree cannot shadow the installed package.
 export PYTHONSAFEPATH = 1
 export UNET_RT_REQUIRE
@@ -43,7 +46,7 @@ demo: .venv-demo/.installed  ## install without torch, build an engine, predict 
 	$(DEMO)/unet-rt demo --out demo-output $(ARGS)
 
 test: .venv-test/.installed  ## install with everything that tests need, and run all tests
-	$(TEST)/pytest $(ARGS)
+	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal $(ARGS)
 
 lint: .venv-test/.made  ## ruff, mypy, clang-format, codespell
 	$(TEST)/ruff check .
@@ -58,7 +61,7 @@ format: .venv-test/.made  ## rewrite sources in the project's style
 	$(if $(CPP),$(TEST)/clang-format -i $(CPP))
 
 docs: .venv-test/.installed  ## run every code block of README.md and docs/
-	$(TEST)/pytest tests/test_docs.py $(ARGS)
+	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal tests/test_docs.py $(ARGS)
 
 # Half an hour on two cores. On demand besides: bench_precision, membranes (training), gpu.py; ARGS=--quick tries all.
 BENCHES := bench_startup bench_kernels bench_roofline bench_overhead bench_engine bench_predict bench_scaling bench_memory \

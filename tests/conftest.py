@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,4 +128,16 @@ def engine_folder(tmp_path_factory: pytest.TempPathFactory, sample_images: list[
     urt.build(
         shipped_model(), samples=sample_images, out=folder, backend="onnxruntime", precision="fp32", tile=(192, 192)
     ).close()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exact_folder(engine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same engine with its exact halo (its own was measured, tiles of 192 px being small): tiles leave no seams."""
+    from unet_rt.engine import read_folder, write_folder
+
+    opened = read_folder(engine_folder)
+    folder = tmp_path_factory.mktemp("exact") / "exact.urt"
+    spec = replace(opened.spec, halo="exact", halo_limit=None)
+    write_folder(folder, spec, {kind: opened.file(kind) for kind in opened.files})
     return folder

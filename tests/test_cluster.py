@@ -11,7 +11,6 @@ import tifffile
 
 import unet_rt as urt
 from unet_rt import cluster
-from unet_rt.demo import shipped_model
 from unet_rt.synthetic import microscopy
 
 pytestmark = pytest.mark.onnxruntime
@@ -19,26 +18,17 @@ pytest.importorskip("distributed")
 pytest.importorskip("zarr")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, sample_images):
-    path = tmp_path_factory.mktemp("cluster") / "nuclei.urt"
-    urt.build(
-        shipped_model(), samples=sample_images, out=path, backend="onnxruntime", precision="fp32", tile=(192, 192),
-        halo="exact",
-    ).close()  # fmt: skip
-    return path
-
-
 @pytest.mark.filterwarnings("ignore")  # of the event loops that Dask closes when a worker is killed
-def test_two_workers_of_which_one_is_killed(folder, tmp_path, monkeypatch):
-    """Workers are processes of their own; with tiles this small the image has blocks for all of them."""
-    image = microscopy((640, 4000), seed=8).image
+def test_two_workers_of_which_one_is_killed(exact_folder, tmp_path, monkeypatch):
+    """Workers are processes of their own; with blocks of two tiles the image has some for all of them."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)  # here, where blocks are planned
+    image = microscopy((400, 800), seed=8).image
     path = tmp_path / "image.tif"
     tifffile.imwrite(path, image, tile=(256, 256), photometric="minisblack")
     from distributed import Client, LocalCluster
 
     killed: list[int] = []
-    with urt.load(folder) as engine:
+    with urt.load(exact_folder) as engine:
         expected = urt.predict(engine, image)
         with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0) as dask:
             with Client(dask) as client:
@@ -57,8 +47,8 @@ def test_two_workers_of_which_one_is_killed(folder, tmp_path, monkeypatch):
     np.testing.assert_array_equal(tifffile.imread(out), expected)
 
 
-def test_schedulers_that_make_no_sense(folder, tmp_path, sample_images):
-    with urt.load(folder) as engine:
+def test_schedulers_that_make_no_sense(engine_folder, tmp_path, sample_images):
+    with urt.load(engine_folder) as engine:
         for name, text in [("local:0", "local:2"), ("four", "tcp://"), ("local:x", "local:2")]:
             with pytest.raises(urt.ContractError, match=text):
                 urt.predict(engine, sample_images[0], out=tmp_path / "a.tif", scheduler=name)

@@ -24,11 +24,12 @@ def apart(path: Path) -> Path:
 
 
 def build(model: Path, out: Path, samples) -> urt.Engine:
-    return urt.build(model, samples=samples, out=out, backend="onnxruntime", precision="fp32", tile=(192, 192))
+    options = {"backend": "onnxruntime", "precision": "fp32", "tile": (256, 256), "halo": "exact"}
+    return urt.build(model, samples=samples, out=out, **options)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "graph.onnx"])  # the second is a name that build uses itself
-def test_weights_beside_the_graph_travel_with_the_engine(tmp_path, sample_images, engine_folder, name):
+def test_weights_beside_the_graph_travel_with_the_engine(tmp_path, sample_images, name):
     (tmp_path / "export").mkdir()
     model = apart(tmp_path / "export" / name)
     build(model, tmp_path / "x.urt", sample_images).close()
@@ -76,7 +77,7 @@ def test_a_size_that_nothing_proves_free_is_part_of_the_model(tmp_path, sample_i
         assert urt.predict(engine, sample_images[0][:90, :100]).shape == (90, 100)
 
 
-def test_a_graph_without_batch_axis_is_built_and_run(tmp_path, sample_images, engine_folder):
+def test_a_graph_without_batch_axis_is_built_and_run(tmp_path, sample_images, exact_folder):
     """(C, Y, X) in, (K, Y, X) out: channels are channels, and tiles run one by one."""
     proto = onnx.load(shipped_model())
     graph = proto.graph
@@ -94,7 +95,7 @@ def test_a_graph_without_batch_axis_is_built_and_run(tmp_path, sample_images, en
     onnx.save(proto, tmp_path / "model.onnx")
     assert urt.inspect(tmp_path / "model.onnx").outputs[0].axes == "CYX"
     image = sample_images[0]
-    with build(tmp_path / "model.onnx", tmp_path / "x.urt", sample_images) as engine, urt.load(engine_folder) as plain:
+    with build(tmp_path / "model.onnx", tmp_path / "x.urt", sample_images) as engine, urt.load(exact_folder) as plain:
         expected = urt.predict(plain, image)
         np.testing.assert_array_equal(urt.predict(engine, image), expected)
         np.testing.assert_array_equal(urt.predict(engine, image, batch=3), expected)

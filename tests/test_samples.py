@@ -37,7 +37,7 @@ def test_what_is_said_of_the_first_sample_holds_for_all_of_it(tmp_path):
     image = np.random.default_rng(0).poisson(np.percentile(drawn, 5), (560, 560)).astype(np.uint16)
     image[:120, :120] = drawn
     reports: list[urt.BuildReport] = []
-    options = {"backend": "onnxruntime", "precision": "fp32", "tile": (192, 192), "halo": "exact"}
+    options = {"backend": "onnxruntime", "precision": "fp32", "tile": (320, 320), "halo": "exact"}
     with urt.build(
         shipped_model(), samples=[image], out=tmp_path / "x.urt", report=reports.append, **options
     ) as engine:

@@ -48,16 +48,6 @@ def biased(model: Path, target: Path, by: float) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exact_folder(engine_folder, tmp_path_factory) -> Path:
-    """The engine with its exact halo (its own was measured, tiles of 192 px being small)."""
-    opened = read_folder(engine_folder)
-    folder = tmp_path_factory.mktemp("exact") / "exact.urt"
-    spec = replace(opened.spec, halo="exact", halo_limit=None)
-    write_folder(folder, spec, {kind: opened.file(kind) for kind in opened.files})
-    return folder
-
-
-@pytest.fixture(scope="module")
 def forged(exact_folder, tmp_path_factory) -> Path:
     """An engine whose built graph is not its model: class 1 is favoured."""
     opened = read_folder(exact_folder)
