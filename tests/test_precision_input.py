@@ -90,7 +90,7 @@ def test_samples_of_another_kind(tmp_path: Path) -> None:
     small = [image.astype(np.float32) / 65535 for image in SAMPLES]
     report = built(shipped_model(), tmp_path / "y.urt", samples=small, precision="fp32", contract=declared)
     assert any("the model declares 0 to 255" in text for text in report.warnings)
-    low, high = report.spec.options["input_range"]
+    ((low, high),) = report.spec.options["input_range"]
     assert low < 0.1 < 0.9 < high, "percentiles 1 and 99.8 are 0 and 1"
 
 
@@ -101,7 +101,9 @@ def test_a_budget_of_nothing(tmp_path: Path) -> None:
     verdict = report.candidates[report.chosen].verdict
     assert verdict is not None
     assert verdict.label_change == 0
-    with pytest.raises(urt.ParityError, match=r"allow more with --budget.*pass --precision fp32"):
+    with pytest.raises(
+        urt.ParityError, match=r"allow more with --budget label_change=\S+e-\d+ dice=0\.\d+.*pass --precision fp32"
+    ):
         built(shipped_model(), tmp_path / "y.urt", precision="int8", budget=budget, search_minutes=0.05)
 
 
@@ -130,6 +132,10 @@ def test_the_record_holds_every_batch_size(tmp_path: Path) -> None:
     assert record is not None
     rows = {(row["variant"], row["batch"]): row for row in record["rows"]}
     assert {batch for _, batch in rows} == {1, 2}
+    assert {(row["backend"], row["device"], row["output"]) for row in record["rows"]} == {("onnxruntime", "cpu", "")}
+    hashes = [{entry["sha256"] for entry in record[key]} for key in ("images", "calibrated_on")]
+    assert all(hashes)
+    assert hashes[0].isdisjoint(hashes[1])
     for row in rows.values():
         assert row["precision"] == "int8"
         assert row["identical_rows"]
