@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
 from unet_rt.build import BuildReport  # noqa: E402
+from unet_rt.cli import main  # noqa: E402
 from unet_rt.contract import Contract  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
@@ -105,6 +106,32 @@ def test_a_budget_of_nothing(tmp_path: Path) -> None:
         urt.ParityError, match=r"allow more with --budget label_change=\S+e-\d+ dice=0\.\d+.*pass --precision fp32"
     ):
         built(shipped_model(), tmp_path / "y.urt", precision="int8", budget=budget, search_minutes=0.05)
+    declared = Contract(value_range=(0.0, 255.0))
+    with pytest.raises(urt.ParityError, match=r"but look at this first: the samples run from .* declares 0 to 255"):
+        built(
+            shipped_model(), tmp_path / "y.urt", precision="int8", budget=budget, search_minutes=0.01, contract=declared
+        )
+
+
+def test_copies_of_one_image_are_one_image(tmp_path: Path) -> None:
+    """It is cut in two, as if it had been given once: what calibrates never judges."""
+    report = built(shipped_model(), tmp_path / "x.urt", precision="int8", samples=[SAMPLES[0]] * 4)
+    assert any("3 of the samples are copies of others, and left out" in note for note in report.notes)
+    assert any("the one sample window is cut" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("0", "--budget '0' is not KEY=NUMBER; pass e.g. --budget label_change=1e-3"),
+        ("label_change=", "is not KEY=NUMBER"),
+        ("label_change=-1", "label_change=-1.0 is outside 0 to 1; pass e.g. label_change=1e-3"),
+        ("labels=0", "--budget knows class_px, dice, error, label_change, seam, truth, not labels"),
+    ],
+)
+def test_budgets_on_the_command_line(given: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(shipped_model()), "--budget", given]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_a_graph_without_convolutions_has_nothing_for_int8(tmp_path: Path) -> None:

@@ -1033,7 +1033,8 @@ class _Build:
             ways += ["use --halo exact"] if self.spec.halo_limit is not None else []
             ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
             late = f" (no time was left for: {'; '.join(self.left_out)})" if self.left_out else ""
-            raise ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways)}")
+            doubts = f"; but look at this first: {'; '.join(self.warnings)}" if self.warnings else ""
+            raise ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways)}{doubts}")
         best = self._closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0))
         engine = self.engines[best.backend, best.precision, best.variant]
         px = best.batch * prod(best.tile)
