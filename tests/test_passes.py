@@ -207,7 +207,7 @@ def test_preparing_twice_and_quantising_twice():
 
 def decided(values: np.ndarray, task: Decision) -> np.ndarray:
     """What predict makes of the values of one tile, by its kernel."""
-    out = np.empty(values.shape[-2:] if task.op == "argmax" else values.shape[1:], np.uint8)
+    out = np.empty(values.shape[1:] if task.op == "argmax" else values.shape, np.uint8)
     place = np.zeros((1, 2), np.int64)
     size = np.array([values.shape[-2:]], np.int64)
     kernels.tile_stitch(np.ascontiguousarray(values[None]), place, place, size, out, **decision_arguments(task))

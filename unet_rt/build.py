@@ -849,7 +849,9 @@ class _Build:
             mixture = put_back(
                 self.quantiser, found[name], make, self._drop, self._verdict, self.deadline, PUT_BACK_ENDS
             )
-            if mixture is not None:
+            if mixture is None:
+                self.notes.append(f"{name} int8 was not brought inside the budget by returning layers to FP32")
+            else:
                 found[name].append(mixture)
                 fastest = min(fastest, self._quick_seconds(mixture.engine, tile))
 
@@ -1257,10 +1259,10 @@ class _Build:
         )
 
     def _layer_costs(self) -> tuple[LayerCost, ...]:
-        """What was ranked, once for all backends; what the chosen engine keeps is marked, where it is an INT8 one."""
+        """What was ranked, once for all backends; marked is what the chosen engine keeps in FP32, if it is an INT8 one."""
         ranking = self.quantiser.ranking if self.quantiser is not None else []
-        kept = self.kept.get(self.best_engine)
-        return tuple(ranking if kept is None else [replace(layer, kept=layer.name in kept) for layer in ranking])
+        kept = self.kept.get(self.best_engine, frozenset())
+        return tuple(replace(layer, kept=layer.name in kept) for layer in ranking)
 
     def _exam(self) -> dict[str, Array]:
         """A few tiles as the network gets them and the baseline's outputs, float32; {} where the engine passes none.

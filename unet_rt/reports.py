@@ -262,7 +262,7 @@ def verify_text(report: VerifyReport) -> str:
         lines.append(
             f"  against labels{f' of {t.head}' if t.head else ''}: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} "
             f"(FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f}); "
-            f"largest drop on an image {max(t.drop, 0.0):.4f} (budget {report.budget.truth:g})"
+            f"largest drop on an image {t.drop:.4f} (budget {report.budget.truth:g})"
         )
     lines += [f"  {line}" for line in (*v.reasons, *report.notes)]
     if report.picture is not None:

@@ -300,25 +300,30 @@ def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, contract: Con
     if not several and (contract.task == "binary" or channels == 2):
         truth = truth > 0
     references = truth > 0 if several else [truth[0] == c for c in range(1, max(channels, 2))]
-    names, masks = [], []
-    for raw in (got, wanted):
-        found = parity.class_masks(parity.labels(raw, contract), contract, channels)
-        found = found[1:] if contract.task == "multiclass" else found  # the first class is the background
-        names, masks = [name for name, _ in found], [*masks, [mask for _, mask in found]]
-    scores = np.array([[(parity.dice(m, t), _iou(m, t)) for m, t in zip(ms, references, strict=True)] for ms in masks])
-    large = [k for k, t in enumerate(references) if np.count_nonzero(t) >= budget.class_px]
-    drops = [(float((scores[1, k] - scores[0, k]).max()), f"{sample.name}, class {names[k]}") for k in large]
-    return Truth(*(float(v) for v in scores.mean(axis=1).ravel()), *max(drops, default=(0.0, "")))
+    first = 1 if contract.task == "multiclass" else 0  # the first class of several is the background
+    engine, baseline = (
+        parity.class_masks(parity.labels(raw, contract), contract, channels)[first:] for raw in (got, wanted)
+    )
+    scores, drops = [], [(0.0, "")]
+    for (name, ours), (_, theirs), reference in zip(engine, baseline, references, strict=True):
+        one = [f(mask, reference) for mask in (ours, theirs) for f in (parity.dice, _iou)]
+        scores.append(one)
+        if np.count_nonzero(reference) >= budget.class_px:
+            drops.append((max(one[2] - one[0], one[3] - one[1]), f"{sample.name}, class {name}"))
+    return _truth_of(scores, *max(drops))
+
+
+def _truth_of(scores: Sequence[Sequence[float]], drop: float, image: str, head: str = "") -> Truth:
+    """Means of rows of (Dice, IoU of the engine, Dice, IoU of the baseline)."""
+    means = [float(np.mean(column)) for column in zip(*scores, strict=True)]
+    return Truth(means[0], means[1], means[2], means[3], drop, image, head)
 
 
 def _mean(truths: Sequence[Truth], head: str) -> Truth:
     """Of several images: means, and the largest drop."""
-    means = (
-        float(np.mean([getattr(t, name) for t in truths]))
-        for name in ("engine_dice", "engine_iou", "baseline_dice", "baseline_iou")
-    )
     worst = max(truths, key=lambda t: t.drop)
-    return Truth(*means, worst.drop, worst.image, head)
+    scores = [(t.engine_dice, t.engine_iou, t.baseline_dice, t.baseline_iou) for t in truths]
+    return _truth_of(scores, worst.drop, worst.image, head)
 
 
 def _iou(a: Array, b: Array) -> float:
