@@ -20,29 +20,18 @@ import onnx
 import record
 from bench_engine import tile_of
 from bench_precision import NETS
-from onnx import TensorProto, helper
 
 from unet_rt import backends, bench, kernels, machine
 from unet_rt.calibration import calibrate
 from unet_rt.passes import qdq
+from unet_rt.passes.decision import decision
 from unet_rt.passes.fold import fold
 from unet_rt.passes.half import half
 from unet_rt.passes.up_conv import up_conv
 from unet_rt.search import form_of
+from unet_rt.stitch import Decision
 
 Array = np.ndarray[Any, Any]
-
-
-def with_decision(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that returns uint8 labels: ArgMax over classes, exact, the first of equals as our kernel takes it."""
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    (output,) = made.graph.output
-    made.graph.node.append(helper.make_node("ArgMax", [output.name], ["label_int64"], axis=1, keepdims=0))
-    made.graph.node.append(helper.make_node("Cast", ["label_int64"], ["label"], to=TensorProto.UINT8))
-    del made.graph.output[:]
-    made.graph.output.append(helper.make_tensor_value_info("label", TensorProto.UINT8, ["n", "y", "x"]))
-    return made
 
 
 class Bare:
@@ -92,12 +81,16 @@ def pairs(model: onnx.ModelProto, tiles: list[Array]) -> dict[str, tuple[onnx.Mo
         return qdq.quantise(prepared, found.ranges["mse"], form_of(backend), means=found.means).model
 
     halved = copy(lambda m: half(m, keep_io=True))
+    output = model.graph.output[0]
+    classes = tuple(range(output.type.tensor_type.shape.dim[1].dim_value))
+    argmax = Decision("argmax", 0, np.dtype(np.uint8), values=classes)
+    decided = copy(lambda m: decision(m, output.name, argmax, "NCYX"))
     return {
         "fold": (model, lambda _: copy(fold), "values"),
         "up_conv": (model, lambda _: copy(up_conv), "values"),
         "QDQ": (model, quantised, "labels"),
         "half": (model, lambda _: halved, "labels"),
-        "decision": (model, lambda _: with_decision(model), "decided"),
+        "decision": (model, lambda _: decided, "decided"),
     }
 
 
@@ -149,7 +142,7 @@ def row(
     if compared == "values":
         difference = f"largest error {np.abs(a - b).max():.2e} of {np.abs(a).max():.3g}"
     else:
-        got = b if compared == "decided" else b.argmax(1)
+        got = b[:, 0] if compared == "decided" else b.argmax(1)
         difference = f"{np.mean(got != a.argmax(1)):.4%} of labels"
     one, two = timings
     return {

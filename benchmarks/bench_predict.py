@@ -1,6 +1,6 @@
 """From image to mask: unet-rt's engines against MONAI's sliding window over eager PyTorch, and where the time goes.
 
-    python benchmarks/bench_predict.py [--net nuclei|nuclei-wide|paper] [--size 4096] [--rounds 2] [--no-baselines] [--out FILE]
+    python benchmarks/bench_predict.py [--net nuclei|nuclei-wide|paper] [--size 4096] [--no-baselines] [--out FILE]
 
 The same trained network and the same drawn image for everybody, as many threads as the process may use. One process;
 rounds are interleaved, after each has run a small image to warm up; medians with the fastest and slowest. Engines (the

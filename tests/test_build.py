@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
 from unet_rt.model import open_model
 from unet_rt.reports import build_text
+from unet_rt.samples import draw
 from unet_rt.stitch import blend_weight
 from unet_rt.verify import verify
 
@@ -640,6 +642,54 @@ def test_the_exam_travels_or_not(network, textures, tmp_path):
     assert verify(tmp_path / "with.urt").kind == "exam"
     with pytest.raises(urt.EngineError, match="carries no exam"):
         verify(tmp_path / "without.urt")
+
+
+@pytest.mark.parametrize("wrong", [(), (1,), (0, 1, 2)])
+def test_a_tile_that_an_accepted_engine_misses_is_no_exam(engine_folder, sample_images, wrong):
+    """A tile may hold more of what changes than the window that was judged: it would refuse the engine everywhere."""
+    with urt.load(engine_folder) as engine:
+        builder = object.__new__(MODULE._Build)
+        builder.spec, builder.threads, builder.model = engine.spec, 1, SimpleNamespace(spatial=2)
+        builder.samples = draw(sample_images[:3], engine.spec.contract, spatial=2, network_channels=1)
+        builder.budget, builder.notes, builder.warnings = urt.Budget(), [], []
+        tiles = []
+
+        def run(x: Array) -> list[Array]:
+            tiles.append(x)
+            return [np.roll(y, len(tiles) - 1 in wrong, axis=1) for y in engine.run(x)]  # classes exchanged, or not
+
+        builder.baseline, builder.best_engine = engine, SimpleNamespace(run=run)
+        exam = builder._exam()
+    kept = [x for k, x in enumerate(tiles) if k not in wrong]
+    assert len(tiles) == 3
+    assert bool(builder.notes) == bool(wrong)
+    assert bool(builder.warnings) == (not kept) == (exam == {})
+    if kept:
+        np.testing.assert_array_equal(exam["input"], np.concatenate(kept))
+        assert len(exam["output_0"]) == len(kept)
+    if wrong:
+        assert builder.notes[0].startswith(f"{len(wrong)} of 3 tiles are left out of the exam")
+
+
+@pytest.mark.parametrize(("inside", "searched"), [(True, False), (False, True)])
+def test_a_fast_precision_outside_the_budget_does_not_end_the_search(monkeypatch, inside, searched):
+    """INT8 that is slower than BF16 is worth searching on where BF16 is of no use."""
+    builder = object.__new__(MODULE._Build)
+    builder.engines = {("openvino", "fp32", ""): "fp32", ("openvino", "bf16", ""): "bf16"}
+    builder.quantiser, builder.deadline, builder.notes = object(), None, []
+    seconds = {"fp32": 4.0, "bf16": 1.0, "int8": 2.0}
+    builder._quick_seconds = lambda engine, tile: seconds[engine]
+    builder._verdict = lambda engine: SimpleNamespace(accepted=inside)
+    builder._maker = lambda *args: None
+    calls = []
+    monkeypatch.setattr(MODULE, "put_back", lambda *args: calls.append(args))
+    missed = SimpleNamespace(engine="int8", verdict=SimpleNamespace(accepted=False))
+    verdicts = {}
+    builder._put_back({"openvino": [missed]}, (64, 64), (1,), verdicts)
+    assert bool(calls) == searched
+    assert [key[1] for key in verdicts] == ["bf16"], "judged once"
+    said = "was not brought inside the budget" if searched else "no layers were returned to FP32"
+    assert said in builder.notes[0]
 
 
 def test_an_engine_is_not_overwritten(network, textures, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from unet_rt.calibration import (  # noqa: E402
     Calibration,
     Range,
     calibrate,
-    input_range,
+    input_ranges,
     range_of,
     split,
     tile_starts,
@@ -190,13 +191,33 @@ def test_the_window_of_the_farthest_values_calibrates() -> None:
     images = [microscopy((96, 96), seed=seed).image for seed in range(6)]
     images[4][40:43, 50:53] = 65535
     samples = draw(images, contract, spatial=2, network_channels=1)
-    low, high = input_range(samples[4])
+    ((low, high),) = input_ranges(samples[4])
     x = normalised(samples[4].pixels, samples[4].numbers)
     assert (low, high) == pytest.approx((x.min(), x.max()), rel=1e-5)
     calibrating, judging, _ = split(samples)
     assert calibrating[0] is samples[4]
     assert samples[0] in judging
-    assert max(input_range(s)[1] for s in judging) < high
+    assert max(input_ranges(s).max() for s in judging) < high
+
+
+def test_copies_of_a_window_do_not_calibrate_and_judge() -> None:
+    """An image that is there twice, by whatever name, is one image."""
+    arrays = [np.arange(200 * 160).reshape(1, 200, 160) + k for k in range(3)]
+    windows = [sample(f"{k}", array) for k, array in enumerate(arrays)]
+    copied = [windows[0], replace(windows[0], name="copy"), windows[1], windows[2], replace(windows[2], name="again")]
+    calibrating, judging, sentence = split(copied)
+    assert split(windows)[:2] == (calibrating, judging)
+    assert sentence.endswith("2 of the samples are copies of others, and left out")
+    calibrating, judging, sentence = split([windows[0]] * 4)
+    assert len(calibrating) == len(judging) == 1
+    assert "the one sample window is cut" in sentence
+
+
+def test_ranges_of_the_input_are_those_of_each_channel() -> None:
+    contract = Contract(normalization=Normalization("fixed", mean=(10.0, 0.0), std=(-2.0, 1.0), clip=(5.0, 100.0)))
+    pixels = np.stack([np.linspace(0, 50, 10_000), np.linspace(7, 200, 10_000)]).reshape(2, 100, 100)
+    (window,) = draw([pixels.astype(np.float32)], contract, spatial=2, network_channels=2, axes="CYX")
+    np.testing.assert_allclose(input_ranges(window), [[-20, 2.5], [7, 100]])
 
 
 def test_a_window_too_small_to_be_cut() -> None:

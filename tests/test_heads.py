@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import tifffile
 from onnx import TensorProto, helper
 
 import unet_rt as urt
 from unet_rt import backends, exam
+from unet_rt.cli import main
 from unet_rt.contract import Contract, Head
 from unet_rt.contract_io import contract_from_json, resolve_heads
 from unet_rt.demo import shipped_model
@@ -316,3 +318,32 @@ def test_tiles_run_once_for_all_outputs(built: tuple[Path, Any], windows: list[A
     assert 0 < sum(runs) <= grid.count
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_labels_belong_to_the_output_that_is_named(
+    built: tuple[Path, Any], windows: list[Array], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number per pixel for classes, a channel per class where they overlap, and nothing for values."""
+    (tmp_path / "images").mkdir()
+    with urt.load(built[0]) as engine:
+        for k, window in enumerate(windows):
+            tifffile.imwrite(tmp_path / "images" / f"{k}.tif", window)
+            for head in ("output", "probability"):
+                (tmp_path / head).mkdir(exist_ok=True)
+                mask = urt.predict(engine, window, head=head)
+                mask[..., :30, :] = 0  # labels that are not quite the network's
+                tifffile.imwrite(tmp_path / head / f"{k}.tif", mask)
+                wanted = (mask > 0) if mask.ndim == 3 else (mask > 0)[None]
+                assert wanted.any(axis=(1, 2)).all()
+    command = ["verify", str(built[0]), "--images", str(tmp_path / "images"), "--labels"]
+    for options, head in (([], "output"), (["--head", "output"], "output"), (["--head", "probability"], "probability")):
+        assert main([*command, str(tmp_path / head), *options, "--json"]) == 0
+        truth = json.loads(capsys.readouterr().out)["truth"]
+        assert truth["head"] == head
+        assert 0.5 < truth["engine_iou"] < truth["engine_dice"] < 1
+        assert (truth["engine_dice"], truth["drop"]) == (truth["baseline_dice"], 0)
+    for head, text in (("half", "no task"), ("shares", "no output 'shares'"), ("probability", "channels")):
+        with pytest.raises(urt.UnetRtError, match=text):
+            urt.verify(built[0], tmp_path / "images", labels=tmp_path / "output", head=head)
+    with pytest.raises(urt.ContractError, match="pass --labels as well"):
+        urt.verify(built[0], tmp_path / "images", head="half")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from unet_rt.contract import Contract, Normalization, Scope
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.image import Source, open_image
-from unet_rt.normalize import affine, measure, normalised, percentiles
+from unet_rt.normalize import Affine, affine, grey_levels, measure, normalised, percentiles
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
 
@@ -141,3 +141,28 @@ def test_statistics_per_slice_are_read_when_asked_for_and_once(monkeypatch: pyte
     count = len(read)
     assert numbers.plane(1) is first
     assert len(read) == count
+
+
+NUMBER = st.floats(-1e4, 1e4, width=32)
+
+
+@given(
+    pixels=st.lists(st.integers(0, 65535), min_size=2, max_size=50),
+    offset=NUMBER,
+    divisor=st.floats(2**-7, 1e4, width=32) | st.floats(-1e4, -(2**-7), width=32),
+    clip=st.none() | st.tuples(st.integers(0, 30000), st.integers(30001, 65535)),
+    ends=st.tuples(st.integers(0, 49), st.integers(0, 49)),
+)
+def test_grey_levels_are_those_that_come_out_in_a_range(pixels, offset, divisor, clip, ends):
+    """Outside are the pixels whose normalised value is; those that gave the range are not, whatever is rounded."""
+    numbers = Affine(np.array([offset], np.float32), np.array([divisor], np.float32), clip)
+    grey = np.array([pixels], np.uint16)
+    x = normalised(grey, numbers)[0].astype(np.float64)
+    low, high = sorted(x[n % len(x)] for n in ends)
+    levels = grey_levels([(low, high)], numbers)
+    outside = (grey[0] < levels[0, 0]) | (grey[0] > levels[0, 1])
+    rounding = 1e-6 * max(abs(low), abs(high), np.abs(x).max()) + 65535 * 3e-7 / abs(divisor)
+    assert not (outside & (x >= low) & (x <= high)).any()
+    assert outside[(x < low - rounding) | (x > high + rounding)].all()
+    several = grey_levels([(low, high)], Affine(*(np.repeat(a, 3) for a in (numbers.offset, numbers.divisor)), clip))
+    np.testing.assert_array_equal(several, np.repeat(levels, 3, axis=0))

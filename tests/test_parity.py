@@ -7,7 +7,7 @@ import pytest
 
 from unet_rt.contract import Contract
 from unet_rt.errors import ContractError
-from unet_rt.parity import Budget, compare, constant_reason, dice, judge, labels, saturated
+from unet_rt.parity import Budget, ImageParity, compare, constant_reason, dice, judge, labels, saturated, used
 from unet_rt.synthetic import microscopy
 
 MULTI = Contract(task="multiclass", output_is="logits", classes=("background", "cell", "debris"))
@@ -50,6 +50,39 @@ def test_a_rare_class_cannot_hide():
     assert judge([found], Budget(label_change=1e-3, class_px=121)).accepted
 
 
+def test_a_class_that_is_made_up_is_judged_too():
+    """One that the baseline's mask does not hold, or too little of: its labels alone may be inside the budget."""
+    mask = np.zeros((1000, 1000), int)
+    made_up = mask.copy()
+    made_up[:40, :100] = 2  # 0.4 %
+    found = compare(logits(mask), logits(made_up), MULTI, "whole")
+    assert (found.class_px["debris"], found.candidate_px["debris"]) == (0, 4000)
+    verdict = judge([found], Budget(label_change=5e-3))
+    assert verdict.reasons == ("whole: Dice 0.0000 of class debris, budget 0.99",)
+    assert judge([found], Budget(label_change=5e-3, class_px=4001)).accepted
+
+
+def test_a_class_that_is_small_on_every_image_is_judged_on_all():
+    """Twenty images with 40 px each, and half of them lost: no image shows it, all together do."""
+    mask = np.zeros((200, 200), int)
+    mask[:4, :10] = 2
+    lost = mask.copy()
+    lost[:2] = 0
+    images = [compare(logits(mask), logits(m), MULTI, f"{k}") for k, m in enumerate([mask, lost] * 10)]
+    assert images[1].label_change == pytest.approx(5e-4)
+    verdict = judge(images, Budget(label_change=1e-3))
+    both, all_px = 10 * 40 + 10 * 20, 20 * 40 + 10 * 40 + 10 * 20
+    assert verdict.dice == pytest.approx(2 * both / all_px)
+    (reason,) = verdict.reasons
+    assert reason == f"20 images together: Dice {verdict.dice:.4f} of class debris, budget 0.99"
+    assert judge(images[:2], Budget(label_change=1e-3)).accepted, "80 px are nothing to judge"
+    assert judge(images, Budget(label_change=1e-3, class_px=801)).accepted
+    large = np.zeros((200, 200), int)
+    large[:50] = 2
+    images.append(compare(logits(large), logits(large), MULTI, "large"))
+    assert judge(images, Budget(label_change=1e-3)).reasons == (reason,), "an image full of it excuses nothing"
+
+
 def test_binary_and_multilabel_labels():
     raw = np.array([[[-1.0, 0.5]], [[2.0, -3.0]]], np.float32)
     assert labels(raw, Contract(task="multilabel", output_is="logits")).tolist() == [[[0, 1]], [[1, 0]]]
@@ -70,15 +103,59 @@ def test_regression_is_judged_over_the_outputs_range():
     assert judge([found], Budget(error=0.2)).accepted
 
 
+def test_values_that_are_nearly_all_the_same():
+    """A map of few peaks has no range between its percentiles, and an empty one has none at all."""
+    contract = Contract(task="regression")
+    peaks = np.zeros((1, 100, 100), np.float32)
+    peaks[0, 10:90:20, 10:90:20] = 8
+    off = peaks + np.float32(0.04)
+    assert compare(peaks, off, contract).relative == pytest.approx(0.04 / 8)
+    empty, noise = np.zeros_like(peaks), np.full_like(peaks, 0.04)
+    alone = compare(empty, noise, contract, "empty")
+    assert (alone.relative, alone.span) == (float("inf"), 0.0)
+    assert not judge([alone], Budget()).accepted, "there is nothing that the error is small against"
+    assert judge([compare(empty, empty, contract)], Budget(error=0)).accepted
+    verdict = judge([alone, compare(peaks, off, contract)], Budget(error=6e-3))
+    assert verdict.accepted
+    assert verdict.error == pytest.approx(0.04 / 8)
+    assert not judge([alone, compare(peaks, off, contract)], Budget(error=4e-3)).accepted
+    broken = compare(empty, np.full_like(empty, np.nan), contract)
+    assert not judge([broken, compare(peaks, peaks, contract)], Budget()).accepted
+
+
+def test_how_much_of_the_budget_is_used():
+    """Per output that is judged, whatever it is judged by; finite where nothing is allowed."""
+    images = [
+        ImageParity("a", 100, 5e-4, {"x": 0.98, "y": 0.0}, {"x": 200, "y": 20}, 0.1, 0.1, 0.1, "mask"),
+        ImageParity("a", 100, None, {}, {}, 0.1, 0.1, 0.02, "distance"),
+        ImageParity("a", 100, None, {}, {}, 9.0, 9.0, 9.0, "unknown", judged=False),
+    ]
+    verdict = judge(images, Budget())
+    assert used(verdict, Budget()) == pytest.approx({"mask": 2.0, "distance": 2.0})
+    assert used(verdict, Budget(dice=0.9)) == pytest.approx({"mask": 0.5, "distance": 2.0})
+    assert all(1 < share < float("inf") for share in used(verdict, Budget(label_change=0, dice=1, error=0)).values())
+
+
 def test_dice_of_empty_masks_is_one():
     empty = np.zeros((4, 4), bool)
     assert dice(empty, empty) == 1.0
     assert dice(empty, ~empty) == 0.0
 
 
-@pytest.mark.parametrize("values", [{"label_change": -1}, {"dice": 1.5}, {"error": -0.1}, {"seam": 2}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"label_change": -1},
+        {"label_change": float("nan")},
+        {"dice": 1.5},
+        {"error": -0.1},
+        {"seam": 2},
+        {"truth": 1.1},
+        {"class_px": -5},
+    ],
+)
 def test_budgets_that_cannot_be(values):
-    with pytest.raises(ContractError, match="budget"):
+    with pytest.raises(ContractError, match=r"budget .* is outside 0 to .*; pass e\.g\. "):
         Budget(**values)
 
 

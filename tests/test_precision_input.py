@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
 from unet_rt.build import BuildReport  # noqa: E402
+from unet_rt.cli import main  # noqa: E402
 from unet_rt.contract import Contract  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
@@ -90,7 +91,7 @@ def test_samples_of_another_kind(tmp_path: Path) -> None:
     small = [image.astype(np.float32) / 65535 for image in SAMPLES]
     report = built(shipped_model(), tmp_path / "y.urt", samples=small, precision="fp32", contract=declared)
     assert any("the model declares 0 to 255" in text for text in report.warnings)
-    low, high = report.spec.options["input_range"]
+    ((low, high),) = report.spec.options["input_range"]
     assert low < 0.1 < 0.9 < high, "percentiles 1 and 99.8 are 0 and 1"
 
 
@@ -101,8 +102,36 @@ def test_a_budget_of_nothing(tmp_path: Path) -> None:
     verdict = report.candidates[report.chosen].verdict
     assert verdict is not None
     assert verdict.label_change == 0
-    with pytest.raises(urt.ParityError, match=r"allow more with --budget.*pass --precision fp32"):
+    with pytest.raises(
+        urt.ParityError, match=r"allow more with --budget label_change=\S+e-\d+ dice=0\.\d+.*pass --precision fp32"
+    ):
         built(shipped_model(), tmp_path / "y.urt", precision="int8", budget=budget, search_minutes=0.05)
+    declared = Contract(value_range=(0.0, 255.0))
+    with pytest.raises(urt.ParityError, match=r"but look at this first: the samples run from .* declares 0 to 255"):
+        built(
+            shipped_model(), tmp_path / "y.urt", precision="int8", budget=budget, search_minutes=0.01, contract=declared
+        )
+
+
+def test_copies_of_one_image_are_one_image(tmp_path: Path) -> None:
+    """It is cut in two, as if it had been given once: what calibrates never judges."""
+    report = built(shipped_model(), tmp_path / "x.urt", precision="int8", samples=[SAMPLES[0]] * 4)
+    assert any("3 of the samples are copies of others, and left out" in note for note in report.notes)
+    assert any("the one sample window is cut" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("0", "--budget '0' is not KEY=NUMBER; pass e.g. --budget label_change=1e-3"),
+        ("label_change=", "is not KEY=NUMBER"),
+        ("label_change=-1", "label_change=-1.0 is outside 0 to 1; pass e.g. label_change=1e-3"),
+        ("labels=0", "--budget knows class_px, dice, error, label_change, seam, truth, not labels"),
+    ],
+)
+def test_budgets_on_the_command_line(given: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(shipped_model()), "--budget", given]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_a_graph_without_convolutions_has_nothing_for_int8(tmp_path: Path) -> None:
@@ -130,6 +159,10 @@ def test_the_record_holds_every_batch_size(tmp_path: Path) -> None:
     assert record is not None
     rows = {(row["variant"], row["batch"]): row for row in record["rows"]}
     assert {batch for _, batch in rows} == {1, 2}
+    assert {(row["backend"], row["device"], row["output"]) for row in record["rows"]} == {("onnxruntime", "cpu", "")}
+    hashes = [{entry["sha256"] for entry in record[key]} for key in ("images", "calibrated_on")]
+    assert all(hashes)
+    assert hashes[0].isdisjoint(hashes[1])
     for row in rows.values():
         assert row["precision"] == "int8"
         assert row["identical_rows"]

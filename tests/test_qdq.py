@@ -15,7 +15,7 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from unet_rt import backends  # noqa: E402
-from unet_rt.calibration import Calibration, calibrate  # noqa: E402
+from unet_rt.calibration import Calibration, Range, calibrate  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.errors import BackendError, GraphError  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
@@ -326,6 +326,17 @@ def test_a_bias_beside_a_dead_channel_fits_into_32_bits() -> None:
     for name in CPU:
         graph = quantise(model, found.ranges["minmax"], name).model
         assert relative(run(graph, x), run(model, x)) < 0.02
+
+
+def test_a_tensor_of_next_to_nothing_has_a_scale(prepared: Any, calibration: Calibration) -> None:
+    """A scale that float32 rounds to 0 would make NaN of everything behind it."""
+    name = prepared.graph.node[-1].input[0]
+    for high in (0.0, 1e-44, 1e-38):
+        ranges = {**calibration.ranges["minmax"], name: Range(0.0, high)}
+        made = quantise(prepared, ranges, "openvino")
+        scales = [numpy_helper.to_array(t) for t in made.model.graph.initializer if t.name.endswith("scale")]
+        assert all((scale > 0).all() for scale in scales)
+        assert np.isfinite(run(made.model, pixels(64))).all()
 
 
 def test_what_cannot_be_quantised(prepared: Any, calibration: Calibration) -> None:

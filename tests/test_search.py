@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +18,28 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
+from unet_rt import parity  # noqa: E402
 from unet_rt.activations import overflowing, probe, tensors  # noqa: E402
 from unet_rt.build import BuildReport  # noqa: E402
 from unet_rt.calibration import Calibration  # noqa: E402
-from unet_rt.contract import Contract  # noqa: E402
+from unet_rt.contract import Contract, Head  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402
-from unet_rt.search import LayerCost, Mixture, _best_method, _rank, _shortest, change_near_decision, form_of  # noqa: E402
+from unet_rt.search import (  # noqa: E402
+    Deadline,
+    LayerCost,
+    Mixture,
+    Quantiser,
+    _best_method,
+    _rank,
+    _shortest,
+    change_near_decision,
+    form_of,
+    plain_and_ends,
+    put_back,
+)
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.onnxruntime]
@@ -80,7 +94,7 @@ def test_the_shortest_beginning_that_holds_the_budget(needed: int) -> None:
     def attempt(keep: frozenset[str]) -> Mixture:
         tried.append(len(keep))
         assert keep == frozenset(["first", *names[: len(keep) - 1]])
-        verdict = SimpleNamespace(accepted=len(keep) - 1 >= needed, label_change=0.1, relative=0.1)
+        verdict = SimpleNamespace(accepted=len(keep) - 1 >= needed, label_change=0.1, error=0.1)
         return Mixture("", keep, object(), verdict)  # type: ignore[arg-type]
 
     found, complete = _shortest(names, frozenset({"first"}), attempt, dropped.append, lambda _: None)
@@ -120,7 +134,7 @@ def test_no_attempt_begins_that_would_end_behind_the_deadline(seconds: int, monk
 
     def attempt(keep: frozenset[str]) -> Mixture:
         clock.now += 10
-        verdict = SimpleNamespace(accepted=len(keep) >= needed, label_change=0.1, relative=0.1)
+        verdict = SimpleNamespace(accepted=len(keep) >= needed, label_change=0.1, error=None)
         return Mixture("", keep, object(), verdict)  # type: ignore[arg-type]
 
     end = clock.now + seconds
@@ -137,9 +151,32 @@ def test_ranges_are_chosen_by_the_worst_tile() -> None:
     """A method that is best on most tiles and cuts a bright one off is not taken."""
     changes = {"minmax": [0.02, 0.02], "percentile": [0.001, 0.9], "tight": [0.001, 0.9], "mse": [0.01, 0.03]}
     changes["entropy"] = [0.04, 0.04]
-    quantiser = SimpleNamespace(worst_change=max, say=lambda _: None)
+    quantiser = SimpleNamespace(worst_changes=lambda found: [max(found)], say=lambda _: None, left_out=[])
     made = lambda keep, method: changes[method]  # noqa: E731
-    assert _best_method(quantiser, made, lambda _: None) == "minmax"  # type: ignore[arg-type]
+    deadline = Deadline(time.monotonic(), 1e6)
+    assert _best_method(quantiser, made, lambda _: None, deadline, 1.0) == "minmax"  # type: ignore[arg-type]
+    assert not quantiser.left_out
+
+
+def test_ranges_serve_every_output() -> None:
+    """What is best for one output and ruins another is not taken; outputs are compared with the best that is possible."""
+    changes = {"minmax": [1.0, 0.02], "percentile": [0.9, 0.5], "tight": [2.0, 0.01], "mse": [np.inf, 0.3]}
+    changes["entropy"] = [9.0, 0.4]
+    quantiser = SimpleNamespace(worst_changes=list, say=lambda _: None, left_out=[])
+    made = lambda keep, method: changes[method]  # noqa: E731
+    deadline = Deadline(time.monotonic(), 1e6)
+    assert _best_method(quantiser, made, lambda _: None, deadline, 1.0) == "minmax"  # type: ignore[arg-type]
+
+
+def test_ranges_are_tried_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    quantiser = SimpleNamespace(worst_changes=lambda _: [1.0], say=lambda _: None, left_out=[])
+
+    def made(keep: frozenset[str], method: str) -> None:
+        clock.now += 10
+
+    assert _best_method(quantiser, made, lambda _: None, Deadline(clock.now, 50), 0.5) == "minmax"  # type: ignore[arg-type]
+    assert quantiser.left_out == ["ranges by tight, mse, entropy were not tried"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +211,84 @@ def test_what_a_layer_wins_is_a_share_of_what_int8_changes(
     )
     assert [(layer.name, layer.kept) for layer in ranked] == [("a", True), ("b", False)]
     assert [layer.won for layer in ranked] == pytest.approx(list(won))
+
+
+def test_a_mixture_that_a_backend_refuses_is_one_less() -> None:
+    """Not the end of the build: other layers are ranked, other lists tried, and the refusal is said once."""
+
+    def made(keep: frozenset[str], method: str) -> frozenset[str]:
+        if "b" in keep:
+            raise urt.BackendError("a layer fell back")
+        return keep
+
+    quantiser = SimpleNamespace(
+        layers=["a", "b", "c"],
+        costs=lambda: dict.fromkeys("abc", 0.3),
+        change=lambda engine: 0.1,
+        ends=lambda: [("first", frozenset({"b"})), ("last", frozenset({"c"}))],
+        weigh=lambda plain: None,
+        say=lambda _: None,
+        method="minmax",
+        ranking=[],
+        left_out=[],
+        refused=[],
+    )
+    quantiser.change = lambda keep: 0.2 - 0.1 * ("c" in keep)
+    judge = lambda keep: SimpleNamespace(accepted="a" in keep, label_change=0.1, error=None)  # noqa: E731
+    dropped: list[Any] = []
+    deadline = Deadline(time.monotonic(), 1e6)
+    found = plain_and_ends(quantiser, made, dropped.append, judge, deadline, 1.0)  # type: ignore[arg-type]
+    assert [mixture.keep for mixture in found] == [frozenset(), frozenset({"c"})]
+    mixture = put_back(quantiser, found, made, dropped.append, judge, deadline, 1.0)  # type: ignore[arg-type]
+    assert mixture is not None
+    assert mixture.keep == {"a", "c"}
+    assert quantiser.refused[0] == "INT8 with 1 layer in FP32 is left out: a layer fell back"
+    assert len(quantiser.refused) == len(set(quantiser.refused))
+
+
+# --- several outputs ----------------------------------------------------------------------------------------------------
+
+
+def heads(*shares: float) -> parity.Verdict:
+    """A verdict on outputs that use these shares of the INT8 budget: labels, then values."""
+    first = parity.ImageParity("a", 100, 5e-3 * shares[0], {}, {}, 0.0, 0.0, 0.0, "mask")
+    second = parity.ImageParity("a", 100, None, {}, {}, 0.0, 0.0, 1e-2 * shares[1], "distance")
+    return parity.judge([first, second], urt.Budget().of("int8"))
+
+
+@pytest.mark.parametrize(("labels", "values", "best"), [(0.1, 9.0, "b"), (9.0, 0.1, "a")])
+def test_a_layer_counts_for_the_outputs_that_miss_the_budget(labels: float, values: float, best: str) -> None:
+    changes = {
+        frozenset(): [0.2, 0.001],
+        frozenset("a"): [0.1, 0.001],  # halves what the labels lose
+        frozenset("b"): [0.2, 0.0005],  # halves what the values lose
+    }
+    quantiser = object.__new__(Quantiser)
+    quantiser.judged, quantiser.budget, quantiser.say = [0, 1], urt.Budget().of("int8"), lambda _: None
+    quantiser.layers, quantiser.left_out, quantiser.refused = ["a", "b"], [], []
+    quantiser.changes = lambda engine: changes[engine]  # type: ignore[method-assign, assignment]
+    quantiser.costs = lambda: {"a": 0.5, "b": 0.5}  # type: ignore[method-assign]
+    quantiser.weigh(Mixture("", frozenset(), frozenset(), heads(labels, values)))  # type: ignore[arg-type]
+    plain = quantiser.change(frozenset())  # type: ignore[arg-type]
+    assert plain == pytest.approx(labels + values)
+    made = lambda keep, method: keep  # noqa: E731
+    ranked = _rank(quantiser, made, lambda _: None, "minmax", frozenset(), plain, plain, float("inf"))  # type: ignore[arg-type]
+    assert ranked[0].name == best
+    assert ranked[0].won == pytest.approx(0.5 * max(labels, values) / (labels + values))
+
+
+def test_an_output_that_is_not_finite_is_weighed_once_it_is() -> None:
+    quantiser = object.__new__(Quantiser)
+    quantiser.judged, quantiser.budget = [0, 1], urt.Budget().of("int8")
+    changes = [[0.1, float("inf")], [0.1, 0.2], [0.0, 0.0]]
+    quantiser.changes = lambda engine: changes[engine]  # type: ignore[method-assign, assignment, index, call-overload]
+    quantiser.weigh(Mixture("", frozenset(), 0, heads(1.0, float("inf"))))  # type: ignore[arg-type]
+    assert quantiser.change(0) == float("inf")  # type: ignore[arg-type]
+    assert 0 == quantiser.change(2) < quantiser.change(1) < float("inf")  # type: ignore[arg-type]
+    quantiser.judged, quantiser.weights = [0], [1.0]
+    changes = [[0.3]]
+    quantiser.weigh(Mixture("", frozenset(), 0, heads(1.0, 1.0)))  # type: ignore[arg-type]
+    assert quantiser.change(0) == 0.3, "a single output is not weighed"  # type: ignore[arg-type]
 
 
 # --- builds -------------------------------------------------------------------------------------------------------------
@@ -257,6 +372,62 @@ def test_one_wide_channel(tmp_path: Path) -> None:
         assert engine._session.layers == {"u8": 17, "f32": 1}  # type: ignore[attr-defined]
 
 
+def forked(path: Path, factor: float = 1e3) -> Path:
+    """The shipped network with a second output: values by three layers, whose second reads one channel of a wide range."""
+    model = onnx.load(shipped_model())
+    graph = model.graph
+    stored = {t.name: t for t in graph.initializer}
+    (head,) = (node for node in graph.node if "output" in node.output)
+    channels = stored[head.input[1]].dims[1]
+    rng = np.random.default_rng(2)
+    first, second = rng.normal(size=(6, channels, 1, 1)), rng.normal(size=(6, 6, 1, 1))
+    first[0] = np.abs(first[0]) * factor  # the others drown in its range
+    second[:, 0] /= factor
+    layers = {"wide/a": first, "wide/b": second, "wide/c": rng.normal(size=(1, 6, 1, 1))}
+    read = head.input[0]
+    for name, weight in layers.items():
+        graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), f"{name}/w"))
+        last = name == "wide/c"
+        result = "values" if last else f"{name}/y"
+        graph.node.append(onnx.helper.make_node("Conv", [read, f"{name}/w"], [result], name=name, kernel_shape=[1, 1]))
+        if not last:
+            read = f"{name}/relu"
+            graph.node.append(onnx.helper.make_node("Relu", [result], [read], name=read))
+    shape = graph.output[0].type.tensor_type.shape.dim[0].dim_param
+    graph.output.append(onnx.helper.make_tensor_value_info("values", onnx.TensorProto.FLOAT, [shape, 1, "h", "w"]))
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.openvino
+@pytest.mark.usefixtures("quick")
+def test_layers_are_put_back_for_a_second_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT8 is right in the first output and wrong in the second, for a layer that the first does not depend on."""
+    every = qdq.layers
+    some = ("wide", "/merge.2", "/up.2", "/down.2")  # quick: the others stay in FP32
+    monkeypatch.setattr(qdq, "layers", lambda model: [name for name in every(model) if name.startswith(some)])
+    contract = Contract(heads=(Head("values", "regression", "values"),))
+    budget = urt.Budget(error=0.1)
+    options = {"backend": "openvino", "precision": "int8", "contract": contract, "budget": budget}
+    options["samples"] = [image[:160, :160] for image in SAMPLES]  # a tile each
+    report, engine = built(forked(tmp_path / "forked.onnx"), tmp_path / "forked.urt", **options)
+    with engine:
+        verdicts = [c.verdict for c in report.candidates if c.verdict is not None]
+        assert not verdicts[0].accepted
+        assert all("output values" in reason for reason in verdicts[0].reasons)
+        assert (verdicts[0].label_change or 0) < 5e-3
+        assert verdicts[-1].accepted
+        best = max(report.layers, key=lambda layer: layer.won)
+        assert (best.name, best.kept) == ("wide/b", True)
+        assert best.won > 0.5
+        assert "wide/b" in engine.spec.options["int8"]["kept"]
+        text = build_text(report)
+        assert "labels changed and largest error" in text
+        assert engine.folder is not None
+        rows = engine.folder.parity["rows"]  # type: ignore[index]
+        assert {(row["batch"], row["output"]) for row in rows} == {(n, o) for n in (1, 2) for o in ("output", "values")}
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_engine_keeps_its_calibration(tmp_path: Path) -> None:
     """From model.onnx, the calibration and the options the same graph is made again; load reads the precision back."""
@@ -331,12 +502,15 @@ def test_a_mixture_that_a_backend_refuses_costs_no_other_candidate(monkeypatch: 
 
 
 def test_of_mixtures_as_fast_as_the_fastest_the_closest_is_taken() -> None:
-    verdicts = [SimpleNamespace(accepted=True, label_change=c, relative=c) for c in (0.002, 0.001, 0.0001)]
+    verdicts = [
+        parity.judge([parity.ImageParity("a", 100, c, {}, {}, 0, 0, 0)], urt.Budget()) for c in (0.002, 0.001, 0.0001)
+    ]
     rows = [
         BUILD.Candidate("openvino", "int8", (8, 8), kept_mpx_per_s=speed, verdict=verdict, variant=str(k))
         for k, (speed, verdict) in enumerate(zip((1.0, 0.98, 0.6), verdicts, strict=True))
     ]
     builder = object.__new__(BUILD._Build)
+    builder.budget = urt.Budget()
     assert builder._closest(rows, rows[0]) is rows[1]
     assert builder._closest(
         [replace(r, precision="fp32") for r in rows], replace(rows[0], precision="fp32")

@@ -22,6 +22,7 @@ from unet_rt.cli import main
 from unet_rt.contract import Contract, Normalization
 from unet_rt.engine import Engine, read_folder, write_folder
 from unet_rt.model import open_model, square_tile, untiled_spec
+from unet_rt.parity import Budget
 from unet_rt.synthetic import microscopy
 from unet_rt.testing import assert_parity
 from unet_rt.verify import verify
@@ -191,11 +192,22 @@ def test_labels(exact_folder, forged, on_disk):
     assert report.truth.engine_dice == pytest.approx(np.mean(scores["good"]), abs=1e-3)
     assert report.truth.engine_iou == pytest.approx(np.mean(scores["good iou"]), abs=1e-3)
     assert report.truth.engine_dice > 0.8
+    assert report.truth.drop <= 1e-3
+    assert report.accepted
     wrong = verify(forged, str(images), labels=sorted(labels.iterdir()), **QUICK)
     assert wrong.truth.engine_dice == pytest.approx(np.mean(scores["bad"]), abs=1e-3)
     assert wrong.truth.engine_iou == pytest.approx(np.mean(scores["bad iou"]), abs=1e-3)
     assert wrong.truth.baseline_dice == pytest.approx(report.truth.engine_dice, abs=1e-3)
     assert wrong.truth.engine_dice < wrong.truth.baseline_dice - 0.02
+    drops = [good - bad for good, bad in zip(scores["good iou"], scores["bad iou"], strict=True)]
+    assert wrong.truth.drop == pytest.approx(max(drops), abs=2e-3), "of the worst image, and IoU loses more than Dice"
+    assert wrong.truth.image.startswith("cell-")
+    assert "below FP32 against the labels, budget 0.02" in wrong.verdict.reasons[-1]
+    wide = Budget(label_change=1, dice=0, error=float("inf"), truth=0.01)
+    only = verify(forged, images, labels=labels, budget=wide, **QUICK)
+    assert not only.accepted
+    assert len(only.verdict.reasons) == 1
+    assert verify(forged, images, labels=labels, budget=replace(wide, truth=1), **QUICK).accepted
 
 
 def test_labels_of_windows_of_a_large_image(engine_folder, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import floor, prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from . import backends, bench, exam, machine, parity
 from .activations import overflowing, probe, tensors
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
-from .calibration import Method, draw_tiles, input_range, split
+from .calibration import Method, draw_tiles, input_ranges, split
 from .contract import Contract
 from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, read_folder, sha256, write_folder
 from .errors import (
@@ -418,8 +418,8 @@ class _Build:
         self.calibration_whole: list[list[Array]] = []  # the baseline's outputs on them
         self.kept: dict[Engine, frozenset[str]] = {}  # layers in FP32 of every INT8 engine
         self.whole: list[list[Array]] = []  # the baseline's outputs on every sample
-        self.rows: dict[Key, tuple[BatchParity, ...]] = {}  # of every candidate, per batch size: its first output
-        self.wanted_tile: Array | None = None  # the baseline on the tile that they were judged on
+        self.rows: dict[Key, tuple[BatchParity, ...]] = {}  # of every candidate, per batch size and output
+        self.wanted_tile: list[Array] = []  # the baseline's outputs on the tile that they were judged on
         self.mismatch: ImageParity | None = None
         self.first: dict[str, Any] = {}
 
@@ -448,8 +448,8 @@ class _Build:
         )
         lows, highs = zip(*((float(s.pixels.min()), float(s.pixels.max())) for s in self.samples), strict=True)
         self.value_range = (min(lows), max(highs))
-        lows, highs = zip(*map(input_range, self.samples), strict=True)
-        self.input_range = [min(lows), max(highs)]
+        seen = np.stack([input_ranges(sample) for sample in self.samples])
+        self.input_range = np.stack([seen[..., 0].min(axis=0), seen[..., 1].max(axis=0)], axis=1).tolist()
         if len(images) < 3:
             self.notes.append(f"parity rests on {len(images)} image(s); three or more prove more")
         self.say(f"samples: {len(self.samples)} windows; {self.samples[0].reading}")
@@ -536,6 +536,7 @@ class _Build:
         x = normalised(self.samples[0].pixels, self.samples[0].numbers)
         self.first = {
             "name": self.samples[0].name,
+            "reading": self.samples[0].reading,
             "input_range": [float(x.min()), float(x.max())],
             "input_mean": float(x.mean()),
             "input_std": float(x.std()),
@@ -763,7 +764,7 @@ class _Build:
                     if explicit and len(names) * len(precisions) == 1:
                         raise
                     self.candidates.append(Candidate(name, precision, tile, note=str(error)))
-        self._put_back(found, tile, batches)
+        self._put_back(found, tile, batches, verdicts)
         for name, mixtures in found.items():
             for mixture in mixtures:
                 self.engines[name, "int8", mixture.label] = mixture.engine
@@ -809,9 +810,15 @@ class _Build:
             tiles = draw_tiles(self.calibrating, self.spec, side, count, self.threads)
             windows = tuple((s.name, s.sha256) for s in self.calibrating)
             self.quantiser = Quantiser(
-                self.model.graph, self.baseline, tiles, windows=windows, threads=self.threads, say=self.say
+                self.model.graph,
+                self.baseline,
+                tiles,
+                budget=self.budget,
+                windows=windows,
+                threads=self.threads,
+                say=self.say,
             )
-            self.quantiser.left_out = self.left_out
+            self.quantiser.left_out, self.quantiser.refused = self.left_out, self.notes
         make = self._maker(self.quantiser, name, tile, batches)
         return plain_and_ends(self.quantiser, make, self._drop, self._verdict, self.deadline, INT8_ENDS)
 
@@ -829,12 +836,26 @@ class _Build:
         engine.close()
         self.files.pop(engine)[0].unlink(missing_ok=True)  # as large as the network, and there may be dozens
 
-    def _put_back(self, found: dict[str, list[Mixture]], tile: tuple[int, ...], batches: Sequence[int]) -> None:
-        """Layers returned to FP32 where a backend's INT8 misses the budget, and would be the fastest inside it."""
+    def _put_back(
+        self,
+        found: dict[str, list[Mixture]],
+        tile: tuple[int, ...],
+        batches: Sequence[int],
+        verdicts: dict[Key, Verdict],
+    ) -> None:
+        """Layers returned to FP32 where a backend's INT8 misses the budget, and would be the fastest inside it.
+
+        Whether BF16 and FP16 are inside is found out here, and kept in ``verdicts``; FP32 is taken to be.
+        """
         waiting = [name for name, mixtures in found.items() if not any(m.verdict.accepted for m in mixtures)]
         if not waiting or self.quantiser is None:
             return
-        inside = [*self.engines.values(), *(m.engine for ms in found.values() for m in ms if m.verdict.accepted)]
+        inside = [m.engine for mixtures in found.values() for m in mixtures if m.verdict.accepted]
+        for key, engine in self.engines.items():
+            if key[1] != "fp32":
+                verdicts[key] = self._verdict(engine)
+            if key[1] == "fp32" or verdicts[key].accepted:
+                inside.append(engine)
         fastest = min((self._quick_seconds(engine, tile) for engine in inside), default=float("inf"))
         seconds = {name: self._quick_seconds(found[name][0].engine, tile) for name in waiting}
         for name in sorted(waiting, key=lambda name: seconds[name]):
@@ -851,7 +872,9 @@ class _Build:
             except (BackendError, GraphError) as error:  # what is inside the budget already is none the worse for it
                 self.notes.append(f"{name} int8: layers were returned to FP32 until {error}")
                 continue
-            if mixture is not None:
+            if mixture is None:
+                self.notes.append(f"{name} int8 was not brought inside the budget by returning layers to FP32")
+            else:
                 found[name].append(mixture)
                 fastest = min(fastest, self._quick_seconds(mixture.engine, tile))
 
@@ -979,7 +1002,11 @@ class _Build:
                 with _Stopwatch() as watch:
                     self.calibration_whole.append(self._baseline_results(sample))
                 spent += watch.seconds
-                if spent > self.parity_seconds / 4:
+                done = len(self.calibration_whole)
+                if spent > self.parity_seconds / 4 and done < len(self.calibrating):
+                    self.left_out.append(
+                        f"{len(self.calibrating) - done} windows that calibrated were not judged as well"
+                    )
                     break
         images: list[ImageParity] = []
         for sample, wanted in zip(self.calibrating, self.calibration_whole, strict=False):
@@ -997,21 +1024,21 @@ class _Build:
         record of ``key`` the tile is compared with the baseline, too, at every batch size.
         """
         alone = [y[0] for y in engine.run(x)]
-        found, reasons = {1: (alone[0], True)}, tuple[str, ...]()
+        found, reasons = {1: (alone, True)}, tuple[str, ...]()
         for n in sorted({2, *batches} - {1}):
             self.batches_judged.add(n)
             rows = engine.run(np.repeat(x, n, axis=0))
             images = parity.compare_outputs(alone, [y[0] for y in rows], self.spec, f"a tile in a batch of {n}")
             reasons += parity.judge(images, self.budget.of(engine.spec.precision)).reasons
-            found[n] = (rows[0][0], all(np.array_equal(y[0], row) for y in rows for row in y[1:]))
+            found[n] = ([y[0] for y in rows], all(np.array_equal(y[0], row) for y in rows for row in y[1:]))
             if not found[n][1]:
                 reasons += (f"identical tiles of one batch of {n} give different answers",)
         if key is not None:
-            if self.wanted_tile is None:
-                self.wanted_tile = self.baseline.run(x)[0][0]
+            self.wanted_tile = self.wanted_tile or [y[0] for y in self.baseline.run(x)]
             self.rows[key] = tuple(
-                BatchParity(n, same, parity.compare(self.wanted_tile, row, self.spec.contract, f"a tile, batch {n}"))
+                BatchParity(n, same, one)
                 for n, (row, same) in found.items()
+                for one in parity.compare_outputs(self.wanted_tile, row, self.spec, f"a tile, batch {n}")
             )
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
 
@@ -1022,10 +1049,14 @@ class _Build:
         if not accepted:
             tried = [c for c in self.candidates if c.verdict is not None]
             reasons = "; ".join(f"{_title(c)}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
-            ways = ["allow more with --budget"]
+            closest = min(tried, key=self._used)
+            wider = _wider(closest.verdict, self.budget.of(closest.precision)) if closest.verdict else ""
+            ways = [f"allow more with --budget {wider}".rstrip()]
             ways += ["use --halo exact"] if self.spec.halo_limit is not None else []
             ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
-            raise ParityError(f"no candidate is inside the budget: {reasons}; {', or '.join(ways)}")
+            late = f" (no time was left for: {'; '.join(self.left_out)})" if self.left_out else ""
+            doubts = f"; but look at this first: {'; '.join(self.warnings)}" if self.warnings else ""
+            raise ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways)}{doubts}")
         best = self._closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0))
         engine = self.engines[best.backend, best.precision, best.variant]
         px = best.batch * prod(best.tile)
@@ -1074,7 +1105,13 @@ class _Build:
         ]
         if fastest.precision != "int8" or len(alike) < 2:
             return fastest
-        return min(alike, key=lambda c: _changed(c.verdict))
+        return min(alike, key=self._used)
+
+    def _used(self, candidate: Candidate) -> float:
+        """The share of its budget that a candidate uses, on the output that uses most."""
+        if candidate.verdict is None:
+            return float("inf")
+        return max(parity.used(candidate.verdict, self.budget.of(candidate.precision)).values())
 
     def _int8_options(self, engine: Engine) -> dict[str, Any]:
         """How the chosen engine was quantised; with it and the calibration the graph can be made again."""
@@ -1188,9 +1225,9 @@ class _Build:
         if self.best_engine in self.kept and self.quantiser is not None:
             files["calibration"] = self.work / "calibration.json"
             files["calibration"].write_text(self.quantiser.calibration.dumps(), encoding="utf-8")
-        if keep_exam:
+        if keep_exam and (arrays := self._exam()):
             files["exam"] = self.work / "exam.npz"
-            np.savez_compressed(files["exam"], **self._exam())  # type: ignore[arg-type]
+            np.savez_compressed(files["exam"], **arrays)  # type: ignore[arg-type]
         self.close()
         write_folder(folder, self.spec, files, overwrite=overwrite)
         advice = ""
@@ -1230,12 +1267,19 @@ class _Build:
             "machine": machine.describe(),
             "batch": sorted(self.batches_judged),
             "rows": [
-                {"backend": name, "precision": precision, "variant": variant, **row.to_json()}
+                {
+                    "backend": name,
+                    "precision": precision,
+                    "variant": variant,
+                    "device": self.spec.device,
+                    **row.to_json(),
+                }
                 for (name, precision, variant), rows in self.rows.items()
                 for row in rows
             ],
             "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in self.samples],
             "verdict": verdict.to_json(),
+            "calibrated_on": [{"name": s.name, "sha256": s.sha256} for s in self.calibrating],
             "seams": {str(k): v for k, v in self.seams.items()},
             "candidates": [c.to_json() for c in self.candidates],
             "layers": [layer.to_json() for layer in self._layer_costs()],
@@ -1247,21 +1291,44 @@ class _Build:
             engine.close()
 
     def _layer_costs(self) -> tuple[LayerCost, ...]:
-        return tuple(self.quantiser.ranking) if self.quantiser is not None else ()
+        """What was ranked, once for all backends; marked is what the chosen engine keeps in FP32, if it is an INT8 one."""
+        ranking = self.quantiser.ranking if self.quantiser is not None else []
+        kept = self.kept.get(self.best_engine, frozenset())
+        return tuple(replace(layer, kept=layer.name in kept) for layer in ranking)
 
     def _exam(self) -> dict[str, Array]:
-        """A few tiles as the network gets them and the baseline's outputs, float32."""
+        """A few tiles as the network gets them and the baseline's outputs, float32; {} where the engine passes none.
+
+        A tile is a smaller part of an image than those that were judged, and may hold more of what changes. One on which
+        the engine misses the budget here, where it was accepted, says nothing about another machine.
+        """
         if self.spec.runs_whole:
             tile = square_tile(self.spec.sizes, self.spec.outputs, 192**2 if self.model.spatial == 2 else 32**3)
         else:
             tile = self.spec.tile
         picked = self.samples[:: max(1, len(self.samples) // EXAM_TILES)][:EXAM_TILES]
-        inputs = np.concatenate([tile_of(s, self.spec, tile, self.threads) for s in picked])
-        outputs = [self.baseline.run(x[None]) for x in inputs]
-        arrays = {"input": inputs}
-        for k in range(len(outputs[0])):
-            arrays[f"output_{k}"] = np.concatenate([out[k] for out in outputs])
-        return arrays
+        budget = self.budget.of(self.spec.precision)
+        kept, images = list[tuple[Array, list[Array]]](), list[ImageParity]()
+        for sample in picked:
+            x = tile_of(sample, self.spec, tile, self.threads)
+            wanted, got = self.baseline.run(x), self.best_engine.run(x)
+            found = parity.compare_outputs([y[0] for y in wanted], [y[0] for y in got], self.spec, sample.name)
+            if parity.judge([*images, *found], budget).accepted:
+                images += found
+                kept.append((x, wanted))
+        if len(kept) < len(picked):
+            self.notes.append(
+                f"{len(picked) - len(kept)} of {len(picked)} tiles are left out of the exam: on a tile alone the engine is "
+                "outside the budget that it holds on whole windows"
+            )
+        if not kept:
+            self.warnings.append(
+                "the engine carries no exam, so that other machines refuse it; larger samples may help"
+            )
+            return {}
+        inputs, outputs = zip(*kept, strict=True)
+        columns = zip(*outputs, strict=True)
+        return {"input": np.concatenate(inputs)} | {f"output_{k}": np.concatenate(ys) for k, ys in enumerate(columns)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1276,11 +1343,16 @@ class _Stopwatch:
         self.seconds = time.perf_counter() - self._start
 
 
-def _changed(verdict: Verdict | None) -> float:
-    """What a verdict says of the worst image: labels changed, or the error where there are none."""
-    if verdict is None:
-        return float("inf")
-    return verdict.relative if verdict.label_change is None else verdict.label_change
+def _wider(verdict: Verdict, budget: Budget) -> str:
+    """The bounds that a verdict misses, as wide as it needs them, in the words of --budget; "" where there are none."""
+    parts = list[str]()
+    if verdict.label_change is not None and verdict.label_change > budget.labels:
+        parts.append(f"label_change={min(1.05 * verdict.label_change, 1.0):.1e}")  # two digits, never below
+    if verdict.dice is not None and verdict.dice < budget.dice:
+        parts.append(f"dice={floor(1e3 * verdict.dice) / 1e3:g}")
+    if verdict.error is not None and budget.error < verdict.error < float("inf"):
+        parts.append(f"error={1.05 * verdict.error:.1e}")
+    return " ".join(parts)
 
 
 def _title(candidate: Candidate) -> str:

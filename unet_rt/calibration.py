@@ -201,12 +201,21 @@ def _divergence(found: Distribution, option: Range) -> float:
 def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) -> tuple[list[Sample], list[Sample], str]:
     """(windows to calibrate on, windows to judge on, a sentence about it); no pixel is in both.
 
+    Copies of a window count once: an image that is there twice would calibrate and judge.
+
     Three windows or more: a third calibrates, in order of how far their values go as the network gets them, the farthest
     among them: what judges lies inside the range that was seen. The first window never calibrates (reports are about
     it). Fewer: each is cut along its longest axis, one third calibrates and two judge.
     """
+    different = dict[str, Sample]()
+    for sample in samples:
+        different.setdefault(sample.sha256, sample)
+    copies = len(samples) - len(different)
+    if copies:
+        calibrating, judging, note = split(list(different.values()), smallest_px=smallest_px)
+        return calibrating, judging, f"{note}; {copies} of the samples are copies of others, and left out"
     if len(samples) >= CALIBRATION_SHARE:
-        order = sorted(range(1, len(samples)), key=lambda k: -max(map(abs, input_range(samples[k]))))
+        order = sorted(range(1, len(samples)), key=lambda k: -float(np.abs(input_ranges(samples[k])).max()))
         chosen = order[::CALIBRATION_SHARE]
         calibrating = [samples[k] for k in chosen]
         judging = [s for k, s in enumerate(samples) if k not in chosen]
@@ -226,15 +235,16 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
     return calibrating, judging, f"{count} cut: one third calibrates, two thirds judge; three or more images prove more"
 
 
-def input_range(sample: Sample) -> tuple[float, float]:
-    """Lowest and highest value of a window as the network gets it: normalised."""
+def input_ranges(sample: Sample) -> Array:
+    """(C, 2) float64: lowest and highest value of each channel of a window as the network gets it, normalised."""
     axes = tuple(range(1, sample.pixels.ndim))
     numbers, ends = sample.numbers, list[Array]()
     for end in (sample.pixels.min(axis=axes), sample.pixels.max(axis=axes)):
         value = end.astype(np.float64)
         value = value if numbers.clip is None else np.clip(value, *numbers.clip)
         ends.append((value - numbers.offset) / numbers.divisor)
-    return float(min(e.min() for e in ends)), float(max(e.max() for e in ends))
+    found: Array = np.sort(np.stack(ends, axis=1), axis=1)  # a divisor may be negative
+    return found
 
 
 def _block(sample: Sample, axis: int, start: int, stop: int) -> Sample:

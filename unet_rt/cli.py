@@ -261,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--images", metavar="PATH", nargs="+", help="images to compare on (default: the engine's exam)")
     p.add_argument("--labels", metavar="PATH", nargs="+", help="masks of the same file names")
+    p.add_argument("--head", metavar="NAME", help="the output that labels belong to, of several (default: the first)")
     p.add_argument("--baseline", metavar="MODEL.onnx", help="another FP32 graph to compare with")
     p.add_argument(
         "--budget", metavar="KEY=VALUE", nargs="+", default=[], help="what may differ (default: as at build)"
@@ -533,7 +534,7 @@ def _budget(args: argparse.Namespace) -> Budget | None:
         try:
             values[key] = int(text) if key == "class_px" else float(text)
         except ValueError:
-            raise ContractError(f"--budget {part!r} is not KEY=NUMBER") from None
+            raise ContractError(f"--budget {part!r} is not KEY=NUMBER; pass e.g. --budget label_change=1e-3") from None
     known = set(Budget.__dataclass_fields__)
     if set(values) - known:
         raise ContractError(f"--budget knows {', '.join(sorted(known))}, not {', '.join(sorted(set(values) - known))}")
@@ -846,6 +847,7 @@ def _verify(args: argparse.Namespace) -> int:
         args.engine,
         args.images,
         labels=args.labels,
+        head=args.head,
         baseline=args.baseline,
         budget=_budget(args),
         axes=args.axes,

@@ -139,6 +139,11 @@ class EngineSpec:
         """Whether the network runs on whole images and tiles have to equal that."""
         return self.exact and self.free_size
 
+    @property
+    def input_range(self) -> tuple[tuple[float, float], ...] | None:
+        """(lowest, highest) normalised value that build saw, per channel or one pair for all; None where it saw none."""
+        return _ranges(self.options.get("input_range"))
+
     def contract_of(self, output: int) -> Contract:
         """The contract as that of one output."""
         return self.contract.of_head(self.outputs[output].name)
@@ -231,9 +236,13 @@ class EngineSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineSpec:
+        inputs = tuple(InputSpec(**i) for i in data["inputs"])
+        seen = _ranges(data["options"].get("input_range"))
+        if seen is not None and len(seen) not in (1, sum(i.channels for i in inputs)):
+            raise ValueError(f"input_range {seen!r}")
         return cls(
             contract=Contract.from_json(data["contract"]),
-            inputs=tuple(InputSpec(**i) for i in data["inputs"]),
+            inputs=inputs,
             outputs=tuple(OutputField.from_json(o) for o in data["outputs"]),
             sizes=tuple(TileSizes(**s) for s in data["sizes"]),
             batch=data["batch"],
@@ -259,6 +268,14 @@ def _pixels(data: Mapping[str, Any], key: str, least: int) -> tuple[int, ...]:
     if len(value) != len(data["sizes"]) or any(not isinstance(n, int) or n < least for n in value):
         raise ValueError(f"{key} {value!r}")
     return tuple(value)
+
+
+def _ranges(value: Any) -> tuple[tuple[float, float], ...] | None:
+    """Pairs of numbers, or one pair by itself, as records of one range for all channels hold it."""
+    if value is None:
+        return None
+    pairs = value if value and isinstance(value[0], list | tuple) else [value]
+    return tuple((float(low), float(high)) for low, high in pairs)
 
 
 def _count(value: Any) -> int:

@@ -241,6 +241,23 @@ def normalised(pixels: Array, numbers: Affine) -> Float32:
     return result
 
 
+def grey_levels(seen: Sequence[tuple[float, float]], numbers: Affine) -> NDArray[np.float64]:
+    """(C, 2) grey levels between which pixels are normalised to values within ``seen``, a few roundings of float32 apart.
+
+    Args:
+        seen: (lowest, highest) normalised value, per channel, or one pair for all.
+        numbers: Normalisation of the image. Where it clips no farther out than ``seen``, no pixel is outside: infinity.
+    """
+    offset, divisor = numbers.offset.astype(np.float64)[:, None], numbers.divisor.astype(np.float64)[:, None]
+    ends = np.broadcast_to(np.asarray(seen, np.float64), (len(offset), 2))
+    slack = 4 * np.finfo(np.float32).eps * np.abs(ends).max(axis=1, keepdims=True)
+    levels: NDArray[np.float64] = np.sort(offset + divisor * (ends + slack * np.array([-1.0, 1.0])), axis=1)
+    if numbers.clip is not None:
+        levels[levels[:, 0] <= numbers.clip[0], 0] = -np.inf
+        levels[levels[:, 1] >= numbers.clip[1], 1] = np.inf
+    return levels
+
+
 def percentiles(
     source: Source,
     percent: Sequence[float],

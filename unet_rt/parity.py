@@ -22,6 +22,14 @@ Array = npt.NDArray[Any]
 
 LABEL_CHANGE = 1e-3  # share of labels that may change by default
 LABEL_CHANGE_INT8 = 5e-3
+_EXAMPLES = {
+    "label_change": "1e-3",
+    "dice": "0.99",
+    "error": "1e-2",
+    "seam": "1e-5",
+    "truth": "0.02",
+    "class_px": "100",
+}
 
 
 @dataclass(frozen=True)
@@ -30,25 +38,34 @@ class Budget:
 
     Attributes:
         label_change: Share of pixels whose label changes. None: 5e-3 for INT8, 1e-3 for everything else.
-        dice: Lowest Dice of any class against the baseline's mask, classes of at least ``class_px`` pixels there.
-        error: For regression: largest error over the 1st to 99th percentile range of the baseline's output.
+        dice: Lowest Dice of any class against the baseline's mask.
+        error: For regression: largest error over the 1st to 99th percentile range of the baseline's output (where nearly
+            all of it is one value, over all of its range; where all of it is, over that of the other images).
         seam: Share of labels that a measured halo may change (regression: the same ratio as ``error``).
-        class_px: Classes smaller than this in the baseline's mask are not judged by Dice.
+        truth: With labels: how far Dice or IoU of a class against them may fall below the baseline's. The default is what
+            IoU may lose where Dice against the baseline's mask is 0.99.
+        class_px: Classes of fewer pixels, in the baseline's mask and the engine's, are not judged on that image, but on
+            all images together.
     """
 
     label_change: float | None = None
     dice: float = 0.99
     error: float = 1e-2
     seam: float = 1e-5
+    truth: float = 0.02
     class_px: int = 100
 
     def __post_init__(self) -> None:
-        for name, low, high in (("label_change", 0, 1), ("dice", 0, 1), ("error", 0, float("inf")), ("seam", 0, 1)):
+        bounds = {"label_change": 1, "dice": 1, "error": float("inf"), "seam": 1, "truth": 1, "class_px": float("inf")}
+        low = 0
+        for name, high in bounds.items():
             value = getattr(self, name)
             if value is None and name == "label_change":
                 continue
             if not low <= value <= high:
-                raise ContractError(f"budget {name}={value} is outside {low} to {high}")
+                raise ContractError(
+                    f"budget {name}={value} is outside {low} to {high}; pass e.g. {name}={_EXAMPLES[name]}"
+                )
 
     def of(self, precision: str) -> Budget:
         """The budget with every default of ``precision`` written out."""
@@ -75,8 +92,9 @@ class ImageParity:
         dice: Per class name, of the classes present in either mask.
         class_px: Per class name, pixels in the baseline's mask.
         max_abs, mean_abs: Error of the network's own values.
-        relative: ``max_abs`` over the 1st to 99th percentile range of the baseline's values, over all of their range
-            where these percentiles are one value (a map that is 0 nearly everywhere).
+        relative: ``max_abs`` over ``span``.
+        candidate_px: Per class name, pixels in the other mask.
+        span: Range of the baseline's values, see :func:`value_span`.
     """
 
     name: str
@@ -89,6 +107,8 @@ class ImageParity:
     relative: float
     head: str = ""
     judged: bool = True
+    candidate_px: Mapping[str, int] = field(default_factory=dict)
+    span: float = 1.0
 
     @property
     def changed(self) -> float:
@@ -102,6 +122,10 @@ class ImageParity:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def largest_px(self, name: str) -> int:
+        """Pixels of a class in whichever mask it has more of."""
+        return max(self.class_px[name], self.candidate_px.get(name, 0))
 
 
 def labels(raw: Array, contract: Contract) -> Array:
@@ -121,16 +145,19 @@ def dice(a: Array, b: Array) -> float:
     return 1.0 if total == 0 else 2.0 * int(np.count_nonzero(a & b)) / total
 
 
+def judged_outputs(spec: EngineSpec) -> list[int]:
+    """The outputs that have a say: the first, and further ones whose meaning is known."""
+    return [k for k in range(len(spec.outputs)) if k == 0 or spec.contract_of(k).task is not None]
+
+
 def compare_outputs(
     baseline: Sequence[Array], candidate: Sequence[Array], spec: EngineSpec, name: str
 ) -> list[ImageParity]:
     """Compares every output (K, *spatial) of one image, each by what the contract says that it means."""
-    several, found = len(spec.outputs) > 1, list[ImageParity]()
+    several, judged, found = len(spec.outputs) > 1, judged_outputs(spec), list[ImageParity]()
     for k, (a, b) in enumerate(zip(baseline, candidate, strict=True)):
-        contract = spec.contract_of(k)
-        one = compare(a, b, contract, name)
-        judged = k == 0 or contract.task is not None
-        found.append(replace(one, head=spec.outputs[k].name if several else "", judged=judged))
+        one = compare(a, b, spec.contract_of(k), name)
+        found.append(replace(one, head=spec.outputs[k].name if several else "", judged=k in judged))
     return found
 
 
@@ -142,12 +169,9 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
         error = np.abs(candidate.astype(np.float64) - baseline)
     error[candidate == baseline] = 0.0
     error[np.isnan(error)] = np.inf  # a NaN compares with nothing and would pass every bound
-    finite = baseline[np.isfinite(baseline)]
-    low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 0.0)
-    if finite.size and low == high:
-        low, high = float(finite.min()), float(finite.max())
-    relative = float(error.max() / (high - low)) if high > low else float("inf" if error.max() else 0.0)
-    change, scores, counts = None, dict[str, float](), dict[str, int]()
+    span = value_span(baseline)
+    relative = float(error.max()) / span if span else float("inf" if error.max() else 0.0)
+    change, scores, counts, others = None, dict[str, float](), dict[str, int](), dict[str, int]()
     if contract.has_labels:
         a, b = labels(baseline, contract), labels(candidate, contract)
         change = float(np.count_nonzero((a != b).any(axis=0)) / a[0].size)
@@ -155,10 +179,21 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
             class_masks(a, contract, len(baseline)), class_masks(b, contract, len(baseline)), strict=True
         ):
             if left.any() or right.any():
-                scores[key], counts[key] = dice(left, right), int(np.count_nonzero(left))
-    return ImageParity(
-        name, int(baseline[0].size), change, scores, counts, float(error.max()), float(error.mean()), relative
-    )
+                scores[key] = dice(left, right)
+                counts[key], others[key] = int(np.count_nonzero(left)), int(np.count_nonzero(right))
+    largest, mean = float(error.max()), float(error.mean())
+    pixels = int(baseline[0].size)
+    return ImageParity(name, pixels, change, scores, counts, largest, mean, relative, candidate_px=others, span=span)
+
+
+def value_span(values: Array) -> float:
+    """The 1st to 99th percentile range of values, finite ones; all of their range where that is empty, as for maps that
+    are 0 nearly everywhere. 0 for a constant."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0
+    low, high = np.percentile(finite, (1, 99))
+    return float(high - low) or float(finite.max()) - float(finite.min())
 
 
 def class_masks(labels: Array, contract: Contract, channels: int) -> list[tuple[str, Array]]:
@@ -195,6 +230,7 @@ class Verdict:
         reasons: One sentence per bound that is missed (the worst image).
         label_change, dice, relative: The worst image's numbers (``None`` where they do not apply).
         mean_label_change: Over all images.
+        error: ``relative`` of the outputs without labels alone; None where all have labels.
     """
 
     accepted: bool
@@ -204,6 +240,7 @@ class Verdict:
     relative: float
     max_abs: float
     mean_label_change: float | None = None
+    error: float | None = None
     images: tuple[ImageParity, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -217,8 +254,8 @@ class BatchParity:
 
     Attributes:
         batch: Tiles per run.
-        identical: Whether all copies gave the same bits.
-        tile: Agreement of the first.
+        identical: Whether all copies gave the same bits, in every output.
+        tile: Agreement of the first copy, in one output.
     """
 
     batch: int
@@ -230,6 +267,7 @@ class BatchParity:
         change = one.label_change
         return {
             "batch": self.batch,
+            "output": one.head,
             "identical_rows": self.identical,
             "labels_changed_per_million": None if change is None else 1e6 * change,
             "dice": dict(one.dice),
@@ -241,7 +279,8 @@ class BatchParity:
 
 def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
     """Holds the worst image (of every output that is judged, where a network has several) against the budget."""
-    every, images = images, [i for i in images if i.judged]
+    every = _on_a_range(images)
+    images = [i for i in every if i.judged]
     if not images:
         raise ContractError("no image to judge parity on; pass --images or --samples")
     reasons = []
@@ -262,16 +301,11 @@ def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
         worst = max((i for i in images if i.label_change is not None), key=lambda i: i.label_change or 0.0)
         if (worst.label_change or 0.0) > budget.labels:
             reasons.append(f"{worst.title}: {worst.label_change:.3%} of labels change, budget {budget.labels:.3%}")
-        judged = [
-            (score, key, image)
-            for image in images
-            for key, score in image.dice.items()
-            if image.class_px[key] >= budget.class_px
-        ]
-        if judged:
-            worst_dice, key, image = min(judged, key=lambda entry: entry[0])
+        scores = _scores(images, budget)
+        if scores:
+            worst_dice, text = min(scores)
             if worst_dice < budget.dice:
-                reasons.append(f"{image.title}: Dice {worst_dice:.4f} of class {key}, budget {budget.dice}")
+                reasons.append(f"{text}, budget {budget.dice}")
     return Verdict(
         not reasons,
         tuple(reasons),
@@ -280,8 +314,56 @@ def judge(images: Sequence[ImageParity], budget: Budget) -> Verdict:
         worst_relative.relative,
         max(i.max_abs for i in images),
         float(np.mean(changes)) if changes else None,
+        max(i.relative for i in values) if values else None,
         tuple(every),
     )
+
+
+def _scores(images: Sequence[ImageParity], budget: Budget) -> list[tuple[float, str]]:
+    """Dice, with a sentence, of classes that are large enough: on an image, or together on those where they are small."""
+    scores, small = list[tuple[float, str]](), dict[tuple[str, str], list[ImageParity]]()
+    for image in images:
+        for key, score in image.dice.items():
+            if image.largest_px(key) >= budget.class_px:
+                scores.append((score, f"{image.title}: Dice {score:.4f} of class {key}"))
+            else:
+                small.setdefault((image.head, key), []).append(image)
+    for (head, key), found in small.items():
+        before = sum(i.class_px[key] for i in found)
+        after = sum(i.candidate_px.get(key, 0) for i in found)
+        if max(before, after) >= budget.class_px:
+            common = sum(i.dice[key] * (i.class_px[key] + i.candidate_px.get(key, 0)) / 2 for i in found)
+            score = 2 * common / (before + after)
+            where = f"{len(found)} images together" + (f", output {head}" if head else "")
+            scores.append((score, f"{where}: Dice {score:.4f} of class {key}"))
+    return scores
+
+
+def _on_a_range(images: Sequence[ImageParity]) -> list[ImageParity]:
+    """Images on which the baseline is constant, with their error over the widest range that the output has elsewhere."""
+    spans: dict[str, float] = {}
+    for image in images:
+        spans[image.head] = max(spans.get(image.head, 0.0), image.span)
+    return [replace(i, relative=i.max_abs / spans[i.head]) if not i.span and spans[i.head] else i for i in images]
+
+
+def used(verdict: Verdict, budget: Budget) -> dict[str, float]:
+    """Share of the budget that each judged output uses, by name: of labels, Dice and values the most; above 1: missed."""
+    found: dict[str, float] = {}
+    for head in dict.fromkeys(i.head for i in verdict.images if i.judged):
+        images = [i for i in verdict.images if i.judged and i.head == head]
+        shares = [
+            _share(i.relative, budget.error) if i.label_change is None else _share(i.label_change, budget.labels)
+            for i in images
+        ]
+        shares += [_share(1 - score, 1 - budget.dice) for score, _ in _scores(images, budget)]
+        found[head] = max(shares)
+    return found
+
+
+def _share(value: float, allowed: float) -> float:
+    """Of what is allowed; finite also where nothing is allowed, or the value is not finite."""
+    return min(value / max(allowed, 1e-9), 1e9)
 
 
 def constant_reason(array: Array) -> str | None:

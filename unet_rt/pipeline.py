@@ -24,7 +24,7 @@ import numpy.typing as npt
 from . import kernels, machine
 from .errors import BackendError, ImageError, TileError
 from .field import size_text
-from .normalize import Affine, Affines, OnePlane
+from .normalize import Affine, Affines, OnePlane, grey_levels
 from .parity import class_name
 from .repeats import Repeats, Results
 from .stitch import BandStitcher, Decision
@@ -55,7 +55,7 @@ class Tally:
 
     Attributes:
         labels: Pixels per channel and value of a mask, int64 (channels, 256).
-        seen: Raw pixels looked at; ``outside`` are those outside the value range that build saw.
+        seen: Raw pixels looked at; ``outside`` are those whose normalised value is outside the range that build saw.
     """
 
     def __init__(self, channels: int) -> None:
@@ -73,13 +73,13 @@ class Tally:
             for counts, labels in zip(self.labels, band if decision.channels else band[None], strict=True):
                 count_labels(counts, labels, decision.values)
 
-    def watch(self, pixels: Array, value_range: tuple[float, float] | None) -> None:
-        """Counts raw pixels outside a range."""
-        if value_range is not None and pixels.size:
-            low, high = value_range
-            lowest, highest = pixels.min(), pixels.max()
-            if not lowest >= low or not highest <= high:  # with NaN, too
-                self.outside += _outside(pixels, low, high)
+    def watch(self, pixels: Array, levels: npt.NDArray[np.float64] | None) -> None:
+        """Counts raw pixels (C, ...) outside ``levels``, the lowest and highest of each channel; None counts nothing."""
+        if levels is not None and pixels.size:
+            for channel, (low, high) in zip(pixels, levels.tolist(), strict=True):
+                lowest, highest = channel.min(), channel.max()
+                if not lowest >= low or not highest <= high:  # with NaN, too
+                    self.outside += _outside(channel[None], low, high)
             self.seen += pixels.size
 
     def outside_share(self) -> float | None:
@@ -104,7 +104,8 @@ class RunReport:
         seconds: Wall time; ``stages`` are seconds busy per stage (they overlap): read, gather, infer, stitch, write.
         peak_rss_bytes: Peak resident memory of the process so far.
         class_share: Share of pixels per label (masks only); for a multi-label task per class, which may overlap.
-        outside_range: Share of pixels outside the value range seen at build, where that is known.
+        outside_range: Share of pixels that lie outside the range seen at build as the network gets them, normalised:
+            grey levels say little where an image is normalised by its own statistics. None where build saw no samples.
         notes: What else is worth saying.
     """
 
@@ -536,6 +537,7 @@ def _gather(
     repeats: Repeats,
 ) -> Iterator[_Item]:
     border, grid = spec.contract.border or "mirror", work.grid
+    levels = None if spec.input_range is None else grey_levels(spec.input_range, numbers)
     seen = 0  # rows of the image that were looked at already
     for row in range(grid.shape[0]):
         index = grid.row(row)
@@ -543,7 +545,7 @@ def _gather(
         start, stop = grid.window(index, border)
         with clock("read"):
             window = filled(source.read(work.plane, start, stop), source.valid(work.plane, start, stop), numbers)
-            tally.watch(fresh(window, start, grid, seen), spec.contract.value_range)
+            tally.watch(fresh(window, start, grid, seen), levels)
             seen = max(seen, stop[0])
         for first in range(0, len(index), batch):
             part = slice(first, min(first + batch, len(index)))

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from . import kernels
 from .device import DeviceArray, DeviceMemoryError
 from .errors import BackendError, ImageError
+from .normalize import grey_levels
 from .pipeline import Seen, StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
 from .stitch import Decision, blend_weight, decision_arguments, uncovered_error
 from .tiles import Ints
@@ -464,7 +465,9 @@ class _Job:
             with self.clock("read"):
                 pixels = self.source.read(work.plane, start, stop)
                 pixels = filled(pixels, self.source.valid(work.plane, start, stop), row.numbers)
-                row.tally.watch(fresh(pixels, start, work.grid, self._looked), self.spec.contract.value_range)
+                seen = self.spec.input_range
+                levels = None if seen is None else grey_levels(seen, row.numbers)
+                row.tally.watch(fresh(pixels, start, work.grid, self._looked), levels)
                 self._looked = max(self._looked, stop[0])
                 window.copied.synchronize()  # the last copy out of this memory is over
                 placed, packed, row.pixels = _packed(pixels, window.pinned, window.memory)

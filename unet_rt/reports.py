@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .field import size_text
+from .parity import judged_outputs
 
 if TYPE_CHECKING:
     from .bench import Timing
     from .bench_model import BenchReport
     from .build import BuildReport
     from .graph import GraphReport
+    from .parity import Verdict
     from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
@@ -110,7 +112,8 @@ def _layer_table(layers: Sequence[LayerCost]) -> list[str]:
 
 def _candidate_table(report: BuildReport) -> list[str]:
     """Every candidate with its speed and its parity, the chosen one marked; why others were not tried."""
-    judged = "labels changed" if report.spec.contract.has_labels else "largest error"
+    kinds = {report.spec.contract_of(k).has_labels for k in judged_outputs(report.spec)}
+    judged = " and ".join(what for has, what in ((True, "labels changed"), (False, "largest error")) if has in kinds)
     rows: list[tuple[str, ...]] = [
         ("", "backend", "precision", "tile", "ms", "kept Mpx/s", "peak MB", judged, "lowest Dice", "")
     ]
@@ -121,10 +124,8 @@ def _candidate_table(report: BuildReport) -> list[str]:
         if c.latency_ms is None:
             untried.append(f"  not tried: {c.backend} {c.precision}: {c.note}")
             continue
-        change = "-" if v is None or v.label_change is None else f"{v.label_change:.4%}"
+        change = "-" if v is None else _changes(v)
         dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
-        if v is not None and v.label_change is None:
-            change = f"{v.relative:.1e}"
         note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
         note = "; ".join(part for part in (c.variant, note) if part)
         rows.append(
@@ -164,7 +165,7 @@ def build_text(report: BuildReport) -> str:
         text += "; " + ", ".join(f"{_label(name)} {share:.1%}" for name, share in first["class_share"].items())
     if "output_range" in first:
         text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
-    lines += [text, ""]
+    lines += [text, f"        {first['reading']}", ""]
     lines += _candidate_table(report)
     if report.layers:
         lines += _layer_table(report.layers)
@@ -188,6 +189,12 @@ def build_text(report: BuildReport) -> str:
     return "\n".join(lines)
 
 
+def _changes(verdict: Verdict) -> str:
+    """The worst image's changed labels and largest error, whichever there are."""
+    parts = [] if verdict.label_change is None else [f"{verdict.label_change:.4%}"]
+    return ", ".join(parts if verdict.error is None else [*parts, f"{verdict.error:.1e}"])
+
+
 def _label(name: str) -> str:
     """A class's name; one that has only a number is told apart from the figures around it."""
     return f"class {name}" if name.isdecimal() else name
@@ -209,7 +216,8 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
         lines.append("  " + ", ".join(f"{_label(name)} {share:.2%}" for name, share in report.class_share.items()))
     if report.outside_range:
         lines.append(
-            f"  {report.outside_range:.3%} of pixels lie outside the range seen at build: look whether the mask is right"
+            f"  {report.outside_range:.3%} of pixels, normalised, lie outside the range seen at build: look whether the "
+            "result is right"
         )
     lines += [f"  {note}" for note in report.notes]
     if target is not None:
@@ -233,7 +241,8 @@ def verify_text(report: VerifyReport) -> str:
             f"  labels changed: worst {v.label_change:.4%}, mean {v.mean_label_change or 0.0:.4%} "
             f"(budget {report.budget.labels:.4%}); {dice}"
         )
-    lines.append(f"  largest error {v.max_abs:.3g}, {v.relative:.2e} of the output's range")
+    bound = "" if v.error is None else f" (budget {report.budget.error:g})"
+    lines.append(f"  largest error {v.max_abs:.3g}, {v.relative:.2e} of the output's range{bound}")
     for head in dict.fromkeys(image.head for image in v.images if not image.judged):
         error = max(image.relative for image in v.images if image.head == head)
         lines.append(f"  output {head}, not judged: largest error {error:.2e} of its range")
@@ -252,8 +261,9 @@ def verify_text(report: VerifyReport) -> str:
     if report.truth is not None:
         t = report.truth
         lines.append(
-            f"  against labels: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} "
-            f"(FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f})"
+            f"  against labels{f' of {t.head}' if t.head else ''}: Dice {t.engine_dice:.4f}, IoU {t.engine_iou:.4f} "
+            f"(FP32: {t.baseline_dice:.4f}, {t.baseline_iou:.4f}); "
+            f"largest drop on an image {t.drop:.4f} (budget {report.budget.truth:g})"
         )
     lines += [f"  {line}" for line in (*v.reasons, *report.notes)]
     if report.picture is not None:

@@ -5,6 +5,10 @@ decision: the mean change of the distance to the threshold (or between the two b
 that are closest to it. It is smooth where counts of changed labels are not, and it is what changes labels. Whether a
 candidate is good enough is never decided there, but on the samples that parity is judged on.
 
+A network with several outputs is compared by all that are judged: the sum of their changes, each weighed by what one of its
+changes costs of the budget, which plain INT8's verdict tells. So a layer counts for what it does to the outputs that miss
+the budget, and an output that is far inside has next to no say.
+
 Where plain INT8 misses the budget, every layer in turn is reverted to FP32; the layers that take away most of the change
 per cost come first, and the shortest beginning of that list that holds the budget is found by halving.
 
@@ -24,17 +28,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import machine
+from . import machine, parity
 from .calibration import METHODS, Method, calibrate
 from .engine import Engine
-from .errors import ContractError, GraphError
+from .errors import BackendError, ContractError, GraphError
 from .passes import qdq
 from .passes.half import half
 from .stitch import decide
 
 if TYPE_CHECKING:
     from .contract import Contract
-    from .parity import Verdict
+    from .parity import Budget, Verdict
 
 Array = npt.NDArray[Any]
 Say = Callable[[str], None]
@@ -43,6 +47,7 @@ CLOSE = 0.05  # share of samples that decide about labels
 COMPARED_TILES = 6
 WORTH = 0.02  # a layer whose return to FP32 takes away less of the change than this is not put back
 NEXT_TO_NOTHING = 0.02  # share of the work of layers at the ends that are tried in FP32 whatever the budget says
+LEAST_SAY = 1e-6  # of the budget: an output that plain INT8 leaves alone must not be forgotten altogether
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
@@ -109,6 +114,7 @@ class Quantiser:
         baseline: Engine,
         tiles: Sequence[Array],
         *,
+        budget: Budget,
         windows: tuple[tuple[str, str], ...] = (),
         threads: int = 0,
         say: Say,
@@ -116,6 +122,9 @@ class Quantiser:
         import onnx
 
         self.baseline, self.threads, self.say = baseline, threads, say
+        self.budget = budget.of("int8")
+        self.judged = parity.judged_outputs(baseline.spec)
+        self.weights = [1.0] * len(self.judged)
         self.prepared = qdq.prepare(onnx.load(str(graph)))
         self.layers = qdq.layers(self.prepared)
         if not self.layers:
@@ -125,10 +134,11 @@ class Quantiser:
         found = calibrate(self.prepared, qdq.probed(self.prepared), inputs, threads=threads)
         self.calibration = replace(found, windows=windows)
         self.compared = tiles[:COMPARED_TILES]
-        self.wanted = [baseline.run(x)[0][0] for x in self.compared]
+        self.wanted = [self._outputs(baseline, x) for x in self.compared]
         self.method: Method | None = None
         self.ranking: list[LayerCost] = []
         self.left_out: list[str] = []  # what there was no time for, in sentences
+        self.refused: list[str] = []  # mixtures that a backend could not be built with, in sentences
 
     def write(
         self, path: Path, backend: str, keep: frozenset[str] = frozenset(), method: Method | None = None
@@ -143,16 +153,43 @@ class Quantiser:
         onnx.save_model(made.model, str(path))
         return made
 
-    def change(self, engine: Engine) -> float:
-        """What an engine changes near the decision, on the calibration tiles."""
-        got = [engine.run(x)[0][0] for x in self.compared]
-        return change_near_decision(self.wanted, got, engine.spec.contract)
+    def _outputs(self, engine: Engine, x: Array) -> list[Array]:
+        """What an engine says of one tile: the outputs that are judged, (K, *tile_out) each."""
+        outputs = engine.run(x)
+        return [outputs[k][0] for k in self.judged]
 
-    def worst_change(self, engine: Engine) -> float:
+    def changes(self, engine: Engine) -> list[float]:
+        """What an engine changes near the decision of every output that is judged, on the calibration tiles."""
+        got = [self._outputs(engine, x) for x in self.compared]
+        columns = zip(self.judged, zip(*self.wanted, strict=True), zip(*got, strict=True), strict=True)
+        return [change_near_decision(w, g, engine.spec.contract_of(k)) for k, w, g in columns]
+
+    def worst_changes(self, engine: Engine) -> list[float]:
         """The same of the tile where it is largest: what a budget on the worst image is about."""
-        got = [engine.run(x)[0][0] for x in self.compared]
-        contract = engine.spec.contract
-        return max(change_near_decision([w], [g], contract) for w, g in zip(self.wanted, got, strict=True))
+        contracts = [engine.spec.contract_of(k) for k in self.judged]
+        changes = [
+            [
+                change_near_decision([w], [g], c)
+                for w, g, c in zip(wanted, self._outputs(engine, x), contracts, strict=True)
+            ]
+            for x, wanted in zip(self.compared, self.wanted, strict=True)
+        ]
+        return [max(column) for column in zip(*changes, strict=True)]
+
+    def change(self, engine: Engine) -> float:
+        """The sum of :meth:`changes`, as :meth:`weigh` weighs them; the change itself where one output is judged."""
+        return sum(weight * change for weight, change in zip(self.weights, self.changes(engine), strict=True))
+
+    def weigh(self, plain: Mixture) -> None:
+        """Weighs outputs by what a change of each costs of the budget, as plain INT8 shows: its change counts for what it
+        uses of the output's budget."""
+        if len(self.judged) == 1:
+            return
+        shares = parity.used(plain.verdict, self.budget).values()
+        self.weights = [
+            max(share, LEAST_SAY) / (change if 0 < change < float("inf") else 1.0)
+            for share, change in zip(shares, self.changes(plain.engine), strict=True)
+        ]
 
     def costs(self) -> dict[str, float]:
         """Each layer's share of the multiplications of all layers."""
@@ -196,8 +233,7 @@ def change_near_decision(wanted: Sequence[Array], got: Sequence[Array], contract
     """
     if contract.task == "regression":
         w, g = (np.concatenate([y.ravel() for y in ys]).astype(np.float64) for ys in (wanted, got))
-        low, high = np.percentile(w, (1, 99))
-        error = float(np.sqrt(((g - w) ** 2).mean())) / max(float(high - low), 1e-30)
+        error = float(np.sqrt(((g - w) ** 2).mean())) / max(parity.value_span(w), 1e-30)
         return error if np.isfinite(error) else float("inf")
     before, after = [], []
     for w, g in zip(wanted, got, strict=True):
@@ -239,10 +275,11 @@ def plain_and_ends(
     Returns:
         Plain INT8 first.
     """
-    method = quantiser.method or _best_method(quantiser, make, drop)
+    method = quantiser.method or _best_method(quantiser, make, drop, deadline, until)
     quantiser.method = method
     begun = time.monotonic()
     found = [_mixture("", frozenset(), make(frozenset(), method), judge)]
+    quantiser.weigh(found[0])
     lowest = quantiser.change(found[0].engine)
     each = time.monotonic() - begun
     start, words = frozenset[str](), list[str]()
@@ -253,7 +290,9 @@ def plain_and_ends(
         if deadline.left(until) < each:
             quantiser.left_out.append(f"the {label} layer in FP32 was not tried")
             continue
-        engine = make(keep, method)
+        engine = _made(quantiser, make, keep, method)
+        if engine is None:
+            continue
         change = quantiser.change(engine)
         if change < lowest * (1 - WORTH):
             words.append(label)
@@ -283,6 +322,7 @@ def put_back(
     if method is None:
         raise ContractError("layers are put back after plain INT8 was tried")
     start = found[-1].keep
+    quantiser.weigh(found[0])
     plain, lowest = (quantiser.change(m.engine) for m in (found[0], found[-1]))
     end = time.monotonic() + deadline.left(until)
     ranking = quantiser.ranking or _rank(
@@ -292,8 +332,9 @@ def put_back(
     useful = [layer.name for layer in ranking if layer.won >= WORTH] or [layer.name for layer in ranking]
     every = [*useful, *(layer.name for layer in ranking if layer.name not in useful)]
 
-    def attempt(keep: frozenset[str]) -> Mixture:
-        return _mixture(_label(keep), keep, make(keep, method), judge)
+    def attempt(keep: frozenset[str]) -> Mixture | None:
+        engine = _made(quantiser, make, keep, method)
+        return None if engine is None else _mixture(_label(keep), keep, engine, judge)
 
     mixture, complete = _shortest(every, start, attempt, drop, say, end)
     if not complete:
@@ -305,20 +346,45 @@ def put_back(
     return mixture
 
 
-def _best_method(quantiser: Quantiser, make: Make, drop: Drop) -> Method:
+def _best_method(quantiser: Quantiser, make: Make, drop: Drop, deadline: Deadline, until: float) -> Method:
     """The ranges with which plain INT8 changes least near the decision, on the worst tile.
 
-    On all tiles together ranges that cut a bright image off look best: it has few of the samples near the decision.
+    On all tiles together ranges that cut a bright image off look best: it has few of the samples near the decision. Of
+    several outputs the one decides on which a method does worst, compared with the best that any does there.
     """
-    errors: dict[Method, float] = {}
-    for method in METHODS:
+    errors: dict[Method, list[float]] = {}
+    each = 0.0
+    for k, method in enumerate(METHODS):
+        if k and deadline.left(until) < each:
+            quantiser.left_out.append(f"ranges by {', '.join(METHODS[k:])} were not tried")
+            break
+        begun = time.monotonic()
         engine = make(frozenset(), method)
-        errors[method] = quantiser.worst_change(engine)
+        errors[method] = quantiser.worst_changes(engine)
         drop(engine)
-    best = min(METHODS, key=lambda name: errors[name])
-    listed = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+        each = max(each, time.monotonic() - begun)
+    least = [min(column) for column in zip(*errors.values(), strict=True)]
+
+    def behind(method: Method) -> float:
+        pairs = zip(errors[method], least, strict=True)
+        return max(1.0 if error == low else error / low if low else float("inf") for error, low in pairs)
+
+    best = min(errors, key=behind)
+    listed = ", ".join(f"{name} {' and '.join(f'{e:.3g}' for e in found)}" for name, found in errors.items())
     quantiser.say(f"ranges by {best} (change near the decision on the worst tile: {listed})")
     return best
+
+
+def _made(quantiser: Quantiser, make: Make, keep: frozenset[str], method: Method) -> Engine | None:
+    """An engine with these layers in FP32; None where nothing is left in INT8, or the backend cannot be built with it."""
+    try:
+        return make(keep, method)
+    except GraphError:
+        return None
+    except BackendError as error:  # one mixture less; what is refused for good was refused as plain INT8
+        text = f"INT8 with {_label(keep)} is left out: {error}"
+        quantiser.refused += [text] if text not in quantiser.refused else []
+        return None
 
 
 def _label(keep: frozenset[str]) -> str:
@@ -351,9 +417,8 @@ def _rank(
         if begun + each > until:
             quantiser.left_out.append(f"{len(todo) - k} of {len(todo)} layers were not tried in FP32")
             break
-        try:
-            engine = make(start | {name}, method)
-        except GraphError:  # the only layer there is
+        engine = _made(quantiser, make, start | {name}, method)
+        if engine is None:
             continue
         change = quantiser.change(engine)
         drop(engine)
@@ -377,7 +442,7 @@ def _won(before: float, after: float, plain: float) -> float:
 def _shortest(
     names: Sequence[str],
     start: frozenset[str],
-    attempt: Callable[[frozenset[str]], Mixture],
+    attempt: Callable[[frozenset[str]], Mixture | None],
     drop: Drop,
     say: Say,
     until: float = float("inf"),
@@ -419,15 +484,15 @@ def _shortest(
 
 
 def _attempt(
-    keep: frozenset[str], attempt: Callable[[frozenset[str]], Mixture], say: Say, slowest: float
+    keep: frozenset[str], attempt: Callable[[frozenset[str]], Mixture | None], say: Say, slowest: float
 ) -> tuple[Mixture | None, float]:
-    """A mixture, None where nothing is left in INT8; with it the seconds of the slowest attempt so far."""
+    """A mixture, None where there cannot be one; with it the seconds of the slowest attempt so far."""
     begun = time.monotonic()
-    try:
-        mixture = attempt(keep)
-    except GraphError:  # nothing is left in INT8
+    mixture = attempt(keep)
+    if mixture is None:
         return None, slowest
-    change = mixture.verdict.label_change
-    what = f"{mixture.verdict.relative:.1e} of the range" if change is None else f"{change:.3%} of labels"
-    say(f"{_label(keep)}: {what} change, {'inside' if mixture.verdict.accepted else 'outside'} the budget")
+    verdict = mixture.verdict
+    what = [] if verdict.label_change is None else [f"{verdict.label_change:.3%} of labels"]
+    what += [] if verdict.error is None else [f"{verdict.error:.1e} of the range"]
+    say(f"{_label(keep)}: {' and '.join(what)} change, {'inside' if verdict.accepted else 'outside'} the budget")
     return mixture, max(slowest, time.monotonic() - begun)

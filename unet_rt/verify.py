@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import exam, parity, pictures
 from .contract import Contract
 from .engine import Engine, EngineSpec, load
-from .errors import EngineError, GraphError, ImageError, OutputError
+from .errors import ContractError, EngineError, GraphError, ImageError, OutputError
 from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
@@ -25,12 +25,23 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Truth:
-    """Agreement with labels: Dice and IoU of the foreground (or mean over classes), for engine and baseline."""
+    """Agreement with labels: Dice and IoU of the foreground (or mean over classes), for engine and baseline.
+
+    Attributes:
+        engine_dice, engine_iou, baseline_dice, baseline_iou: Mean over images.
+        drop: How far Dice or IoU of a class falls below the baseline's, where it falls farthest; of classes of at least
+            the budget's ``class_px`` pixels in an image's labels.
+        image: The image, and the class, where it does.
+        head: The output that the labels belong to, where there are several, else "".
+    """
 
     engine_dice: float
     engine_iou: float
     baseline_dice: float
     baseline_iou: float
+    drop: float = 0.0
+    image: str = ""
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ def verify(
     images: Any = None,
     *,
     labels: Any = None,
+    head: str | None = None,
     baseline: str | Path | None = None,
     budget: Budget | None = None,
     axes: str | None = None,
@@ -100,7 +112,9 @@ def verify(
     Args:
         engine: Engine folder.
         images: Files, folders or arrays; None: the exam that travels with the engine.
-        labels: Masks, files of the same names as the images (or a folder of them).
+        labels: Masks, files of the same names as the images (or a folder of them): the number of the class per pixel,
+            anything but 0 for the foreground of a binary output, a channel per class for a multi-label one.
+        head: The output that the labels belong to; None: the first. All outputs are held against the FP32 graph anyway.
         baseline: ONNX file to compare with; None: the engine's own ``model.onnx``.
         budget: What is allowed; None: the budget on record.
         axes, channels: How images are to be read.
@@ -122,6 +136,9 @@ def verify(
             raise EngineError(f"{engine} is not a folder")
         allowed = budget or (Budget(**folder.parity["budget"]) if folder.parity else Budget())
         allowed = allowed.of(loaded.spec.precision)
+        chosen = loaded.spec.head(head)
+        if head is not None and labels is None:
+            raise ContractError("head says which output labels belong to, and there are none; pass --labels as well")
         if images is None:
             if labels is not None:
                 raise ImageError("labels without images; pass --images as well")
@@ -152,6 +169,7 @@ def verify(
                     model,
                     samples,
                     labels,
+                    chosen,
                     allowed,
                     tile,
                     Path(picture) if picture else None,
@@ -188,6 +206,7 @@ def _verify_images(
     model: Model,
     samples: Sequence[Sample],
     labels: Any,
+    head: int,
     budget: Budget,
     tile: Sequence[int] | None,
     picture: Path | None,
@@ -218,9 +237,14 @@ def _verify_images(
             if one.judged and (worst is None or one.changed > worst[0]):
                 worst = (one.changed, sample, wanted[output], got[output], spec.contract_of(output))
         if labels is not None:
-            truths.append(_truth(sample, labels, wanted[0], got[0], spec))
-    drawn = None
+            truths.append(_truth(sample, labels, wanted[head], got[head], spec.contract_of(head), budget))
+    drawn, truth = None, None
     verdict = parity.judge(found, budget)
+    if truths:
+        truth = _mean(truths, spec.outputs[head].name if len(spec.outputs) > 1 else "")
+        if truth.drop > budget.truth:
+            reason = f"{truth.image}: {truth.drop:.4f} below FP32 against the labels, budget {budget.truth:g}"
+            verdict = replace(verdict, accepted=False, reasons=(*verdict.reasons, reason))
     if verdict.accepted and not picture_always:
         picture = None
     if picture is not None and worst is not None and worst[0] > 0 and spec.spatial == 2:
@@ -230,9 +254,6 @@ def _verify_images(
             if picture_always:
                 raise
             say(f"{picture} cannot be written here; the verdict stands without it")
-    truth = None
-    if truths:
-        truth = Truth(*(float(np.mean([getattr(t, name) for t in truths])) for name in Truth.__dataclass_fields__))
     return VerifyReport(
         engine.folder.path if engine.folder else Path(),
         "images",
@@ -261,27 +282,48 @@ def _bare(reference: Engine, model: Model, sample: Sample) -> Array | None:
     return result
 
 
-def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, spec: EngineSpec) -> Truth:
-    if not spec.contract.has_labels:
-        raise ImageError("labels are for segmentation; a regression is compared with --images only")
-    truth = _label_of(sample, labels)
-    window = tuple(slice(a, a + n) for a, n in zip(sample.start, sample.shape, strict=True))
-    truth = truth[window]
-    if truth.shape != wanted.shape[1:]:
+def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, contract: Contract, budget: Budget) -> Truth:
+    """Agreement of one image with its labels."""
+    if not contract.has_labels:
+        what = "is a regression" if contract.task == "regression" else "has no task"
         raise ImageError(
-            f"{sample.name}: the label is {truth.shape} and the result {wanted.shape[1:]}; they must be of one size"
+            f"labels are for segmentation, and the output {what}; pass --head NAME for another output, or leave --labels out"
         )
     channels = len(wanted)
-    multi = spec.contract.task == "multiclass" and channels > 2
-    scores = []
-    for raw in (got, wanted):
-        mask = parity.labels(raw, spec.contract)[0]
-        classes = range(1, channels) if multi else (1,)
-        reference = truth if multi else (truth > 0).astype(np.uint8)
-        dice = float(np.mean([parity.dice(mask == c, reference == c) for c in classes]))
-        iou = float(np.mean([_iou(mask == c, reference == c) for c in classes]))
-        scores += [dice, iou]
-    return Truth(*scores)
+    several = contract.task == "multilabel"
+    truth = _label_of(sample, labels, channels if several else 1)
+    truth = truth[:, *(slice(a, a + n) for a, n in zip(sample.start, sample.shape, strict=True))]
+    if truth.shape[1:] != wanted.shape[1:]:
+        raise ImageError(
+            f"{sample.name}: the label is {truth.shape[1:]} and the result {wanted.shape[1:]}; they must be of one size"
+        )
+    if not several and (contract.task == "binary" or channels == 2):
+        truth = truth > 0
+    references = truth > 0 if several else [truth[0] == c for c in range(1, max(channels, 2))]
+    first = 1 if contract.task == "multiclass" else 0  # the first class of several is the background
+    engine, baseline = (
+        parity.class_masks(parity.labels(raw, contract), contract, channels)[first:] for raw in (got, wanted)
+    )
+    scores, drops = [], [(0.0, "")]
+    for (name, ours), (_, theirs), reference in zip(engine, baseline, references, strict=True):
+        one = [f(mask, reference) for mask in (ours, theirs) for f in (parity.dice, _iou)]
+        scores.append(one)
+        if np.count_nonzero(reference) >= budget.class_px:
+            drops.append((max(one[2] - one[0], one[3] - one[1]), f"{sample.name}, class {name}"))
+    return _truth_of(scores, *max(drops))
+
+
+def _truth_of(scores: Sequence[Sequence[float]], drop: float, image: str, head: str = "") -> Truth:
+    """Means of rows of (Dice, IoU of the engine, Dice, IoU of the baseline)."""
+    means = [float(np.mean(column)) for column in zip(*scores, strict=True)]
+    return Truth(means[0], means[1], means[2], means[3], drop, image, head)
+
+
+def _mean(truths: Sequence[Truth], head: str) -> Truth:
+    """Of several images: means, and the largest drop."""
+    worst = max(truths, key=lambda t: t.drop)
+    scores = [(t.engine_dice, t.engine_iou, t.baseline_dice, t.baseline_iou) for t in truths]
+    return _truth_of(scores, worst.drop, worst.image, head)
 
 
 def _iou(a: Array, b: Array) -> float:
@@ -289,7 +331,8 @@ def _iou(a: Array, b: Array) -> float:
     return 1.0 if union == 0 else int(np.count_nonzero(a & b)) / union
 
 
-def _label_of(sample: Sample, labels: Any) -> Array:
+def _label_of(sample: Sample, labels: Any, channels: int) -> Array:
+    """(channels, *spatial): the label of the image that a sample comes from, whole."""
     from .image import open_image
 
     if sample.path is None:
@@ -298,14 +341,14 @@ def _label_of(sample: Sample, labels: Any) -> Array:
     path = by_stem.get(sample.path.stem)
     if path is None:
         raise ImageError(f"no label for {sample.path.name}; labels are matched by file name without suffix")
-    with open_image(path, Contract(), spatial=len(sample.shape), network_channels=1) as source:
+    with open_image(path, Contract(), spatial=len(sample.shape), network_channels=channels) as source:
         if sample.plane >= source.planes:
             raise ImageError(
                 f"{sample.name}: the label {source.reading} has no plane {sample.plane}; "
                 "give labels with a plane for each plane of the image"
             )
         stop = tuple(source.shape)
-        label: Array = np.array(source.read(sample.plane, (0,) * len(stop), stop))[0]
+        label: Array = np.array(source.read(sample.plane, (0,) * len(stop), stop))
         return label
 
 

@@ -14,6 +14,17 @@ Forms:
                  it: see ``tests/test_qdq.py``.
 ``tensorrt``     int8 symmetric activations, zero points 0, float biases (its parser refuses int32 DequantizeLinear).
 
+Cases:
+
+- ``Conv`` with stored weights (and bias, if any), on anything but a constant: quantised, unless it is to be kept.
+- A ``Relu`` or ``Clip`` that alone reads a convolution: the pair stands behind it.
+- ``Concat``, ``MaxPool``, ``Slice``, ``DepthToSpace``, ``Transpose``, ``Reshape`` and their like, a ``Resize`` that repeats
+  samples (interpolating ones by form): they share the scale of what they move.
+- Tensors of which nothing but zeros was seen: a scale of 1/255.
+- Everything else computes in floats, between a dequantised input and, where a convolution reads it, a quantised result.
+- Graphs that are quantised, or whose weights are FP16 or BF16: refused, so that nothing is quantised twice. :func:`prepare`
+  changes nothing that is prepared, and :func:`quantise` makes the same graph of the same ranges.
+
 Biases are corrected for what rounding the weights shifts the mean output by: sum over input channels of their mean times
 the rounding error of their kernel (the calibration holds the means). It costs nothing at run time.
 """
@@ -338,8 +349,8 @@ class _Pass:
         self.scale: dict[str, tuple[float, int]] = {}
         for name in self.quantised:
             low, high = spans.get(root(name), (0.0, 0.0))
-            if low == high:
-                high = 1.0
+            if (high - low) / 255 < np.finfo(np.float32).tiny:  # nothing was seen there; a scale of 0 divides by zero
+                low, high = 0.0, 1.0
             if self.form.signed:
                 self.scale[name] = (max(-low, high) / 127, 0)
             else:
@@ -378,7 +389,8 @@ class _Pass:
             step = largest / self.form.levels
             if bias is not None:  # a channel with next to no weights: its bias must fit into 31 bits of their products
                 step = np.maximum(step, np.abs(bias) / step_x / 2**30)
-            step = np.where(step > 0, step, 1.0).astype(np.float32)
+            step = step.astype(np.float32)
+            step = np.where(step > 0, step, np.float32(1.0))
             rounded = np.clip(np.rint(weight / step.reshape(shape)), -self.form.levels, self.form.levels)
             correction = self._correction(node, rounded * step.reshape(shape) - weight)
             if correction is not None:
