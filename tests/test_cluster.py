@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tifffile
+from test_engine import edit
 
 import unet_rt as urt
 from unet_rt import cluster
@@ -58,3 +61,71 @@ def test_schedulers_that_make_no_sense(engine_folder, tmp_path, sample_images):
             urt.predict(engine, sample_images[0], scheduler="local:2")
     assert cluster.processes("local:3") == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Shares are computed here, by what workers run."""
+
+    def compute(scheduler, job, made, numbers, progress):
+        cluster._opened.cache_clear()
+        return cluster.work(job, numbers)[1]
+
+    monkeypatch.setattr(cluster, "compute", compute)
+    yield
+    cluster._opened.cache_clear()
+
+
+def test_workers_load_the_engine_as_it_was_loaded_here(folder, tmp_path, sample_images, in_this_process, monkeypatch):
+    """An engine whose parity is not proven, accepted as it is, and a device named by the user."""
+    unproven = tmp_path / "unproven.urt"
+    shutil.copytree(folder, unproven)
+    edit(unproven, lambda spec: spec["files"].pop("parity"))
+    image = tmp_path / "image.npy"
+    np.save(image, sample_images[0])
+    with pytest.raises(urt.UnetRtError):
+        urt.load(unproven)
+    loaded = []
+    monkeypatch.setattr(cluster, "load", lambda path, **options: loaded.append(options) or urt.load(path, **options))
+    with urt.load(unproven, device="cpu", accept_unverified=True) as engine:
+        expected = urt.predict(engine, sample_images[0])
+        for options in ({}, {"tta": "flip"}):
+            out = tmp_path / f"mask{len(options)}.npy"
+            urt.predict(engine, image, out=out, scheduler="local:1", **options)
+            expected = urt.predict(engine, sample_images[0], **options)
+            np.testing.assert_array_equal(np.load(out), expected)
+    assert [(o["device"], o["accept_unverified"]) for o in loaded] == [("cpu", True)] * 2
+
+
+def test_what_is_computed_no_more_is_said_on_workers(folder, tmp_path, sample_images, in_this_process, monkeypatch):
+    image, jobs, work = tmp_path / "image.npy", [], cluster.work
+    np.save(image, sample_images[0])
+    monkeypatch.setattr(cluster, "work", lambda job, numbers: jobs.append(job) or work(job, numbers))
+    with urt.load(folder) as engine:
+        urt.predict(engine, image, out=tmp_path / "mask.npy", scheduler="local:1")
+    with pytest.raises(urt.BackendError, match="its run has ended"):
+        work(jobs[0], [0])
+    cluster._opened.cache_clear()
+    with pytest.raises(urt.BackendError, match="its run has ended"):
+        work(jobs[0], [0])
+
+
+def test_a_scheduler_that_goes_away_is_said(folder, tmp_path, sample_images, monkeypatch):
+    """Dask hands on futures that it has cancelled as though they had finished."""
+    import distributed
+    from distributed.client import FutureCancelledError
+
+    class Client:
+        def map(self, function, shares, pure):
+            return [SimpleNamespace(status="cancelled") for _ in shares]
+
+    def as_completed(futures, **options):
+        for future in futures:
+            yield future, FutureCancelledError("share", "scheduler-connection-lost")
+
+    monkeypatch.setattr(cluster, "_client", lambda *_: (Client(), 1))
+    monkeypatch.setattr(distributed, "as_completed", as_completed)
+    image, out = tmp_path / "image.npy", tmp_path / "mask.npy"
+    np.save(image, sample_images[0])
+    with urt.load(folder) as engine, pytest.raises(urt.BackendError, match=r"tcp://a:1 has gone.*same command again"):
+        urt.predict(engine, image, out=out, scheduler="tcp://a:1")

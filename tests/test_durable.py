@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import threading
 from pathlib import Path
 
 import pytest
 
-from unet_rt.durable import locked
+from unet_rt import output
+from unet_rt.durable import Disk, locked
 from unet_rt.errors import OutputError
 
 
@@ -67,3 +71,55 @@ def test_many_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+def test_a_lock_that_cannot_be_is_not_one_that_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems have no locks: nobody is to wait for another process then."""
+
+    def no_locks(handle: int, *, wait: bool) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with pytest.raises(OutputError, match="cannot be written"), locked(tmp_path / "none" / "a.lock"):
+        pass
+    monkeypatch.setattr("unet_rt.durable._lock", no_locks)
+    for busy in (None, "somebody is at it"):
+        with (
+            pytest.raises(OutputError, match=r"cannot be locked \(No locks available\)"),
+            locked(tmp_path / "a.lock", busy=busy),
+        ):
+            pass
+
+
+def test_processes_of_the_same_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers on one file system: all of them may run as process 7."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    names: list[str] = []
+
+    class Watched(Disk):
+        def write(self, path: Path, data: bytes) -> None:
+            names.append(path.name)
+            super().write(path, data)
+            if len(names) == 1:  # the other one comes in between
+                self.write_whole(tmp_path / "mark", b"same")
+
+    Watched().write_whole(tmp_path / "mark", b"same")
+    assert len(set(names)) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["mark"]
+    assert len({output._part_path(tmp_path / "a.tif") for _ in range(3)}) == 3
+
+
+def test_file_systems_that_sync_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they answer is no reason to stop; a full or failing disk is."""
+    sync, answers = os.fsync, [errno.EINVAL, errno.EIO]
+
+    def refused(handle: int) -> None:
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            return sync(handle)
+        raise OSError(answers[0], os.strerror(answers[0]))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    Disk().write_whole(tmp_path / "mark", b"1")
+    assert (tmp_path / "mark").read_bytes() == b"1"
+    answers.pop(0)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        Disk().write_whole(tmp_path / "other", b"1")

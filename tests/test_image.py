@@ -284,6 +284,42 @@ def test_nodata_of_a_plain_tiff(tmp_path: Path) -> None:
         assert source.valid(0, (0, 0), source.shape) is None
 
 
+@pytest.mark.parametrize(
+    ("channels", "wanted"),
+    [(None, 3), ((0, 1, 2), 3), ((2, 1, 0), 3), ((1,), 1), ((2, 0), 2), ((1, 1), 2), ("luma", 1)],
+    ids=str,
+)
+def test_pixels_and_where_they_hold_data_are_read_at_once(tmp_path: Path, channels: Any, wanted: int) -> None:
+    """The nodata value is looked for in all stored channels, so those of the network are among what was decoded."""
+    pixels = COLOUR[:40, :51].copy()
+    pixels[10:20, 30:40] = 7
+    pixels[25, 25] = (7, 7, 8)
+    path = tmp_path / "a.tif"
+    nodata = [(42113, "s", 0, "7", True)]
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(16, 16), compression="zlib", extratags=nodata)
+    with open_image(path, ANY, channels=channels, network_channels=wanted) as source:
+        for start, stop in [((0, 0), source.shape), ((5, 5), (30, 45)), ((0, 0), (9, 9)), ((3, 3), (3, 9))]:
+            expected = source.read(0, start, stop), source.valid(0, start, stop)
+            windows: list[Any] = []
+            read = source._pixels.read
+            source._pixels.read = lambda window, read=read, windows=windows: windows.append(window) or read(window)
+            got = source.read_valid(0, start, stop)
+            source._pixels.read = read
+            np.testing.assert_array_equal(got[0], expected[0])
+            assert got[0].dtype == expected[0].dtype
+            assert (got[1] is None) == (expected[1] is None)
+            np.testing.assert_array_equal(got[1], expected[1])
+            assert len(windows) <= 1
+        assert not source.valid(0, (10, 30), (11, 31)).any()
+        assert source.valid(0, (25, 25), (26, 26)) is None
+    grey = tmp_path / "grey.tif"
+    tifffile.imwrite(grey, pixels[..., 0], photometric="minisblack", extratags=nodata)
+    with open_image(grey, ANY, channels=(0, 0, 0), network_channels=3) as source:
+        got = source.read_valid(0, (0, 0), source.shape)
+        np.testing.assert_array_equal(got[0], np.stack([pixels[..., 0]] * 3))
+        np.testing.assert_array_equal(got[1], pixels[..., 0] != 7)
+
+
 @pytest.mark.parametrize("options", [{}, {"tile": (16, 16), "compression": "zlib"}], ids=["mapped", "tiles"])
 def test_a_file_that_changes_is_an_error(tmp_path: Path, options: dict[str, Any]) -> None:
     path = tmp_path / "a.tif"

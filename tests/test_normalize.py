@@ -132,8 +132,8 @@ def test_a_flat_image_does_not_divide_by_zero() -> None:
 def test_statistics_per_slice_are_read_when_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(pixels_of("uint8"))
     read: list[int] = []
-    original = Source.read_band
-    monkeypatch.setattr(Source, "read_band", lambda self, p, a, b: (read.append(p), original(self, p, a, b))[1])
+    original = Source.read_valid
+    monkeypatch.setattr(Source, "read_valid", lambda self, p, a, b: (read.append(p), original(self, p, a, b))[1])
     numbers = affine(Normalization("zscore", scope="slice"), source)
     assert read == []
     first = numbers.plane(1)

@@ -18,9 +18,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unet_rt.contract import Contract
 from unet_rt.errors import OutputError
+from unet_rt.image import open_image
 from unet_rt.output import Shape
-from unet_rt.output_zarr import ZarrOutput
+from unet_rt.output_zarr import NO_DATA, ZarrOutput
 from unet_rt.pixels import Origin
 
 Array = npt.NDArray[Any]
@@ -117,6 +119,32 @@ def test_a_mask_is_a_label_image_with_a_pyramid(tmp_path: Path) -> None:
     assert chunks == 2 * 6 * 3 - empty
 
 
+def test_labels_and_channels_are_named_as_the_format_names_them(tmp_path: Path) -> None:
+    """``image-label`` for the values of a mask, ``omero`` for channels; both stay when the pyramid is added."""
+    names = {0: "background", 128: "nucleus", 255: NO_DATA}
+    mask = ZarrOutput.create(tmp_path / "mask.zarr", MASK, (350, 550), ARRAY, None, names=names)
+    mask.finish()
+    found = zarr.open_group(mask.folder, mode="r").attrs["ome"]["image-label"]
+    assert found["properties"] == [{"label-value": value, "class": name} for value, name in names.items()]
+    assert [c["label-value"] for c in found["colors"]] == [0, 128, 255]
+    assert [c["rgba"][3] for c in found["colors"]] == [0, 255, 0]  # background and gaps show what lies below
+    for colour in found["colors"]:
+        assert len(colour["rgba"]) == 4
+        assert all(0 <= part <= 255 for part in colour["rgba"])
+    shape = Shape((600, 500), (), "", 2, np.dtype("float32"))
+    channels = ZarrOutput.create(
+        tmp_path / "p.zarr", shape, (600, 500), ARRAY, None, names={0: "background", 1: "nucleus"}, highest=1
+    )
+    channels.finish()
+    found = zarr.open_group(channels.folder, mode="r").attrs["ome"]["omero"]["channels"]
+    assert [c["label"] for c in found] == ["background", "nucleus"]
+    assert [c["window"] for c in found] == [{"min": 0, "max": 1, "start": 0, "end": 1}] * 2
+    assert len({c["color"] for c in found}) == 2
+    assert all(len(c["color"]) == 6 and int(c["color"], 16) >= 0 for c in found)
+    with open_image(channels.folder, Contract(channels=("nucleus",)), network_channels=1) as source:
+        assert "channel 1 of 2 by name (nucleus)" in source.reading
+
+
 def test_probabilities_have_a_pyramid_of_means(tmp_path: Path) -> None:
     shape = Shape((1025, 700), (), "", 2, np.dtype("float32"))
     whole = pixels(shape)
@@ -167,7 +195,7 @@ OTHER = """
 import sys
 from pathlib import Path
 import numpy as np
-from unet_rt.output_zarr import ZarrOutput
+from unet_rt.output_zarr import NO_DATA, ZarrOutput
 
 output, whole = ZarrOutput.open(Path(sys.argv[1])), np.load(sys.argv[2])
 for number, (plane, *window) in enumerate(np.load(sys.argv[3]).tolist()):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,11 +22,12 @@ from test_cases import engine as fake_engine
 from test_cases import output, predicted
 
 import unet_rt as urt
-from unet_rt import predict_large, stage
+from unet_rt import normalize, predict_blocks, predict_large, stage
 from unet_rt.blocks import plan_blocks
-from unet_rt.contract import Contract
+from unet_rt.contract import Contract, Normalization
 from unet_rt.durable import Disk
 from unet_rt.image import open_image
+from unet_rt.normalize import affine
 from unet_rt.resample import needed, resample, resampled_shape
 from unet_rt.stitch import decide
 from unet_rt.synthetic import microscopy
@@ -448,6 +450,15 @@ def test_windows_are_resampled_as_the_whole(n, m):
         np.testing.assert_array_equal(part, whole[:, start:stop])
 
 
+def test_a_window_of_nothing_is_resampled_to_nothing():
+    """Tiles beyond the image need no pixel of it where the border is constant."""
+    with open_image(np.ones((30, 40), np.uint8), Contract()) as source:
+        seen = predict_blocks.Resampled(source, (60, 50), affine(Normalization("none"), source))
+        assert seen.read(0, (0, 0), (0, 50)).shape == (1, 0, 50)
+        assert seen.read_valid(0, (7, 3), (7, 3))[0].shape == (1, 0, 0)
+        assert seen.read(0, (0, 0), (60, 50)).mean() == 1
+
+
 def test_resampling_is_pillow_s_bilinear_filter():
     picture = microscopy((211, 190), seed=3).image.astype(np.float32)
     for shape in [(105, 300), (211, 77), (500, 190)]:
@@ -530,6 +541,177 @@ def test_run_json_says_what_is_computed(engine, stored, small_blocks, tmp_path):
     shutil.rmtree(stage.stage_folder(out))
 
 
+# --- what processes share -------------------------------------------------------------------------------------------
+
+
+def test_statistics_of_planes_are_measured_once(engine, small_blocks, tmp_path, monkeypatch):
+    """By whichever shard needs them first; the others find them in the stage, the same bits."""
+    stack = np.stack([microscopy((100, 410), seed=s).image * np.uint16(s + 1) for s in range(3)])
+    path, out = tmp_path / "stack.npy", tmp_path / "mask.npy"
+    np.save(path, stack)
+    normalization = replace(engine.spec.contract.normalization, scope="slice")
+    contract = replace(engine.spec.contract, normalization=normalization)
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, contract=contract))
+    expected = urt.predict(engine, stack, tile=TILE, axes="ZYX", output="probability")
+    measured, planes = normalize._measured, []
+    monkeypatch.setattr(normalize, "_measured", lambda *a: planes.append(a[-1]) or measured(*a))
+    for k in range(2):
+        urt.predict(engine, path, out=out, tile=TILE, axes="ZYX", output="probability", shard=(k, 2))
+        kept = stage.stage_folder(out) / "numbers"
+        assert k or sorted(p.name for p in kept.iterdir()) == [f"{n:08d}" for n in range(3)]
+    assert sorted(planes) == [0, 1, 2]
+    np.testing.assert_array_equal(np.load(out), expected)
+
+
+def test_of_shards_that_start_together_one_measures(tmp_path):
+    calls = []
+
+    def prepare():
+        calls.append(1)
+        time.sleep(0.2)  # the others are there by now
+        return {"numbers": len(calls)}
+
+    with ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(lambda _: stage.open_stage(tmp_path / "mask.zarr", {"a": 1}, prepare), range(3)))
+    assert [one.run["numbers"] for one in opened] == [1, 1, 1]
+    shutil.rmtree(opened[0].folder)
+
+    def refuse():
+        raise urt.OutputError("not here")
+
+    with pytest.raises(urt.OutputError, match="not here"):
+        stage.open_stage(tmp_path / "mask.zarr", {"a": 1}, refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["numbers", "done"])
+def test_a_damaged_stage_is_said(engine, stored, small_blocks, tmp_path, name):
+    out = tmp_path / "mask.zarr"
+    kept = interrupted(engine, stored, out)
+    folder = stage.stage_folder(out)
+    opened = stage.Stage(folder, json.loads((folder / "run.json").read_text()), Disk())
+    if name == "done":
+        (folder / "done" / f"{kept[0]:08d}").write_bytes(b"")
+        with pytest.raises(urt.OutputError, match=r"damaged.*--restart"):
+            urt.predict(engine, stored, out=out, tile=TILE)
+        return
+    assert opened.kept("00000000", lambda: {"offset": 0.1}) == opened.kept("00000000", dict) == {"offset": 0.1}
+    (folder / "numbers" / "00000000").write_bytes(b'{"off')
+    with pytest.raises(urt.OutputError, match=r"damaged.*--restart"):
+        opened.kept("00000000", dict)
+
+
+def test_a_stage_that_goes_away_is_said(engine, stored, small_blocks, tmp_path, monkeypatch):
+    """Another process restarts or finishes the same output."""
+    put = stage.Stage.put
+
+    def removed(self, *args):
+        shutil.rmtree(self.folder)
+        put(self, *args)
+
+    monkeypatch.setattr(stage.Stage, "put", removed)
+    for name in ("mask.zarr", "mask.npy"):
+        with pytest.raises(urt.OutputError, match="has gone: another process"):
+            urt.predict(engine, stored, out=tmp_path / name, tile=TILE, shard=(0, 2))
+        assert not stage.stage_folder(tmp_path / name).exists()
+
+
+def test_a_kill_between_tables_and_the_end_of_the_stage(engine, stored, whole, small_blocks, tmp_path):
+    """What the killed run has written is not in the way of the same command; what was there before is."""
+    out, csv = tmp_path / "ids.zarr", tmp_path / "objects.csv"
+    options = {"tile": TILE, "output": "instances", "tables": predict_large.Tables(objects=csv)}
+    csv.write_text("mine")
+    with pytest.raises(urt.OutputError, match="--overwrite"):
+        urt.predict(engine, stored, out=out, **options)
+    csv.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.Stage, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            urt.predict(engine, stored, out=out, **options)
+    before = csv.read_text()
+    csv.write_text(before[:20])
+    urt.predict(engine, stored, out=out, **options)
+    assert csv.read_text() == before
+    np.testing.assert_array_equal(read_zarr(out) > 0, whole > 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.zarr", "image.tif", "objects.csv"]
+
+
+def test_nothing_is_left_of_a_kill_while_the_output_was_made(engine, stored, whole, small_blocks, tmp_path):
+    out = tmp_path / "mask.npy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unet_rt.blocks.LARGE_PX", 1)
+        interrupted(engine, stored, out)
+    (tmp_path / ".mask.npy.0123abcd.part").write_bytes(b"half of it")
+    (tmp_path / ".mask.npy2.0123abcd.part").write_bytes(b"of another output")
+    urt.predict(engine, stored, out=out, tile=TILE)
+    np.testing.assert_array_equal(np.load(out), whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mask.npy2.0123abcd.part", "image.tif", "mask.npy"]
+
+
+def test_the_end_of_another_shard_is_no_error(engine, stored, whole, small_blocks, tmp_path, monkeypatch):
+    """It has moved the image to its name, and is about to remove the stage."""
+    out = tmp_path / "mask.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.Stage, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            urt.predict(engine, stored, out=out, tile=TILE)
+    finish = stage.Stage.finish
+
+    def slower(self, make):
+        shutil.rmtree(self.folder)
+        return finish(self, make)
+
+    monkeypatch.setattr(stage.Stage, "finish", slower)
+    urt.predict(engine, stored, out=out, tile=TILE, shard=(1, 2))
+    np.testing.assert_array_equal(read_zarr(out), whole)
+
+
+def test_a_full_disk_is_not_filled_further(engine, stored, small_blocks, tmp_path, monkeypatch):
+    out = tmp_path / "mask.npy"
+    write = Path.write_bytes
+
+    def full(self, data):
+        write(self, bytes(data[: len(data) // 2]))
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr("unet_rt.blocks.LARGE_PX", 1)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(urt.OutputError, match="No space left"):
+        urt.predict(engine, stored, out=out, tile=TILE)
+    assert list((stage.stage_folder(out) / "data").iterdir()) == []
+
+
+def test_an_output_never_takes_the_place_of_a_folder_around_the_image(engine, image, tmp_path):
+    (tmp_path / "study.zarr").mkdir()
+    path = tmp_path / "study.zarr" / "image.npy"
+    np.save(path, image)
+    with pytest.raises(urt.OutputError, match="holds it"):
+        urt.predict(engine, path, out=tmp_path / "study.zarr", overwrite=True)
+    assert path.exists()
+
+
+def test_an_ome_zarr_says_what_its_values_mean(engine, image, small_blocks, tmp_path):
+    import zarr
+
+    path = tmp_path / "map.tif"
+    pixels = np.maximum(image, 1)[:120, :200]
+    pixels[:, 150:] = 0
+    tifffile.imwrite(path, pixels, photometric="minisblack", extratags=[(42113, "s", 0, "0", True)])
+    out = urt.predict(engine, path, out=tmp_path / "mask.zarr", tile=TILE, mask_values=(0, 100))
+    said = zarr.open_group(out, mode="r").attrs["ome"]["image-label"]["properties"]
+    assert said == [
+        {"label-value": 0, "class": "background"},
+        {"label-value": 100, "class": "nucleus"},
+        {"label-value": 255, "class": "no data"},
+    ]
+    assert set(np.unique(read_zarr(out))) == {0, 100, 255}
+    out = urt.predict(engine, path, out=tmp_path / "p.zarr", tile=TILE, output="probability")
+    channels = zarr.open_group(out, mode="r").attrs["ome"]["omero"]["channels"]
+    assert [c["label"] for c in channels] == ["background", "nucleus"]
+    out = urt.predict(engine, path, out=tmp_path / "raw.zarr", tile=TILE, output="raw")
+    assert "omero" not in zarr.open_group(out, mode="r").attrs["ome"]
+
+
 # --- any geometry ----------------------------------------------------------------------------------------------------
 
 
@@ -586,3 +768,25 @@ def test_regions_of_any_form(scale, seed, small_blocks, tmp_path):
     for axis, n in enumerate(whole.shape[1:]):
         wanted = wanted.take((np.arange(n) / scale).astype(int), axis=axis)
     np.testing.assert_array_equal(got, np.where(wanted > 0, whole, np.float32(np.nan)))
+
+
+def test_a_region_of_a_result_at_another_scale_is_counted_alone(small_blocks, tmp_path):
+    """And the last progress told is all of it, though tiles at the end are spared."""
+    region = np.zeros((40, 36), np.uint8)
+    region[4:12, 8:20] = 1
+    np.save(tmp_path / "region.npy", region)
+    made = fake_engine(
+        halved, outputs=[output(2, 1, stride=4, scale=Fraction(1, 2))], tile=(12, 16), stride=4,
+        task="binary", output_is="probabilities",
+    )  # fmt: skip
+    pixels = np.zeros((1, 40, 36), np.float32)
+    pixels[0, 4:8] = 5.0  # 1 + 5 is above the threshold, and so is 1: all of the region is "on"
+    reports: list[urt.RunReport] = []
+    told: list[tuple[int, int]] = []
+    mask = predicted(
+        made, pixels, region=tmp_path / "region.npy", report=reports.append, progress=lambda *n: told.append(n)
+    )
+    np.testing.assert_array_equal(mask, region[::2, ::2])
+    assert reports[0].class_share == {"off": 0.0, "on": 1.0}
+    assert told[-1][0] == told[-1][1] > 0
+    assert [n for n, _ in told] == sorted(n for n, _ in told)

@@ -231,7 +231,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
     _reading_options(p).add_argument(
-        "--level", type=int, metavar="N", help="of pyramids (Zarr, TIFF, slides); default: 0, the finest"
+        "--level",
+        metavar="N|UMum",
+        help="of pyramids (Zarr, TIFF, slides): number or pixel size, e.g. 0.5um; default: the finest, 0; with --resample: "
+        "the coarsest that is fine enough",
     )
     group = p.add_argument_group("where and how often")
     group.add_argument("--mask", metavar="IMAGE", help="predict only where this image of the same size is not 0")
@@ -239,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tta", choices=("none", "flip", "d4"), default="none", help="mean over flips: 4 or 8 times the work"
     )
     group.add_argument(
-        "--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of the images, in micrometres"
+        "--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of the images, in micrometres (of level 0)"
     )
     group.add_argument(
         "--resample", action="store_true", help="bring images to the pixel size of training, results back"
@@ -693,13 +696,14 @@ def _predict(args: argparse.Namespace) -> int:
     from .image import list_images
     from .predict import predict
     from .reports import run_text
+    from .stage import stage_folder
 
     images = list_images(args.images)
     targets = _targets(args, images)
     overlays = [_overlay_name(target) if args.overlay else None for target in targets]
     if not args.overwrite:
-        for picture in overlays:
-            if picture is not None and picture.exists():
+        for target, picture in zip(targets, overlays, strict=True):
+            if picture is not None and picture.exists() and not stage_folder(target).exists():
                 raise OutputError(f"{picture} exists; pass --overwrite to replace it, or choose another --out")
     reports: list[RunReport] = []
     results: list[dict[str, Any]] = []
@@ -753,12 +757,12 @@ def _predict(args: argparse.Namespace) -> int:
                 results.append({"image": str(image), "error": str(error)})
                 continue
             done = reports[-1]
-            if overlay is not None:
+            if overlay is not None and overlay.exists():  # the last shard draws it
                 done.notes.append(f"overlay: {overlay}")
             if target.suffix.lower() == ".png" and done.class_share and not args.mask_values:
                 done.notes.append("the mask holds labels 0, 1, .., which viewers show as black; see --mask-values")
             results.append({**done.to_json(), "out": str(target)})
-            print(run_text(done, target), file=_out(args))
+            print(run_text(done, target if target.exists() else None), file=_out(args))
     if args.json:
         _print_json(results)
     bad = len(images) - len(reports)
@@ -778,9 +782,6 @@ def _tables(args: argparse.Namespace, images: int) -> Tables | None:
         raise ContractError("--min-size, --objects, --areas and --geojson are about objects; use --output instances")
     if paths and images > 1:
         raise OutputError(f"{images} images do not go into one table; predict them one by one")
-    for path in paths.values():
-        if Path(path).exists() and not args.overwrite:
-            raise OutputError(f"{path} exists; pass --overwrite to replace it, or choose another name")
     return Tables(args.min_size, **{name: Path(path) for name, path in paths.items()})
 
 

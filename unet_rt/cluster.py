@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
 from . import machine
-from .engine import Engine, load
+from .engine import Engine, LoadOptions, load, read_folder
 from .errors import BackendError, ContractError
 from .heads import Headed
 from .image import Source, open_image, where_of
@@ -31,21 +31,31 @@ PER_WORKER = 8  # shares of the blocks per worker: the last ones to finish wait 
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the image is read, as for :func:`unet_rt.image.open_image`; ``level`` is the number of the level that is."""
+
+    axes: str | None = None
+    channels: str | tuple[int, ...] | None = None
+    level: int = 0
+    pixel_size_um: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Job:
     """What a worker needs to know: paths and plain values.
 
     Attributes:
-        engine: The engine folder.
-        image: Path or URL of the image.
-        reading: ``axes``, ``channels`` and ``level`` as given by the user.
+        engine, options: The engine folder, and how it was loaded here.
+        image, reading: Path or URL of the image, and how it is read.
         asked: What is asked for; threads are those of one worker.
         out: The output, beside which the stage lies.
         token: Another one for every run: what a worker holds open is of one run.
     """
 
     engine: str
+    options: LoadOptions
     image: str
-    reading: tuple[str | None, Any, int | None]
+    reading: Reading
     asked: Request
     out: str
     token: str
@@ -56,8 +66,8 @@ def missing() -> BackendError:
 
 
 def computing(
-    scheduler: str, engine: Engine, image: Any, reading: tuple[str | None, Any, int | None], asked: Request, out: str
-) -> tuple[Request, Compute]:  # fmt: skip
+    scheduler: str, engine: Engine, image: Any, reading: Reading, asked: Request, out: str
+) -> tuple[Request, Compute]:
     """What a scheduler's workers are asked for, and the function that has them compute it.
 
     Raises:
@@ -70,7 +80,7 @@ def computing(
         asked, processes=count, threads=asked.threads or (max(1, machine.threads() // count) if count > 1 else 0)
     )
     folder = str(engine.folder.path.resolve())
-    job = Job(folder, where_of(image), reading, asked, str(Path(out).resolve()), uuid4().hex)
+    job = Job(folder, engine.options, where_of(image), reading, asked, str(Path(out).resolve()), uuid4().hex)
     return asked, partial(compute, scheduler, job)
 
 
@@ -103,7 +113,13 @@ def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], pr
         # Shares of a lost worker go to another one by themselves; one whose pixels are bad would fail again.
         futures = client.map(partial(work, job), shares, pure=False)
         try:
-            for _, (share, report) in as_completed(futures, with_results=True, raise_errors=True):  # type: ignore[no-untyped-call]
+            for future, result in as_completed(futures, with_results=True, raise_errors=True):  # type: ignore[no-untyped-call]
+                if future.status != "finished":
+                    raise BackendError(
+                        f"--scheduler {scheduler} has gone, or the work was cancelled there ({future.status}); give the "
+                        "same command again: finished blocks are kept"
+                    )
+                share, report = result
                 reports.append(report)
                 done += sum(tiles[n] for n in share)
                 if progress is not None:
@@ -146,7 +162,10 @@ def work(job: Job, numbers: Sequence[int]) -> tuple[list[int], RunReport]:
     """Computes blocks on a worker, those that have no mark yet; returns all of them."""
     with _ONE:  # an engine and an image serve one thread at a time
         stage, store, made = _opened(job)
-        there = stage.finished()
+        try:
+            there = stage.finished()
+        except FileNotFoundError:
+            _no_stage(job.out)
         report = run_blocks(made, [n for n in numbers if n not in there], partial(stage.put, store))
         return list(numbers), report
 
@@ -158,31 +177,31 @@ _ONE = threading.Lock()
 def _opened(job: Job) -> tuple[Stage, Store, Prepared]:
     """Engine, image and stage, opened once per process and run; they live until the next run."""
     asked = job.asked
-    engine: Engine = load(job.engine, device=_device(job.engine), threads=asked.threads or None)
+    engine: Engine = load(
+        job.engine, device=_device(job), threads=asked.threads or None, accept_unverified=job.options.accept_unverified
+    )
     if asked.head is not None:
         engine = Headed(engine, asked.head)
     if asked.tta != "none":
         engine = Augmented(engine, asked.tta, raw=asked.output == "raw")
     spec = engine.spec
-    axes, channels, level = job.reading
+    reading = job.reading
     source: Source = open_image(
-        job.image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels,
-        level=level,
+        job.image, spec.contract, axes=reading.axes, channels=reading.channels, spatial=spec.spatial,
+        network_channels=spec.channels, level=reading.level, pixel_size_um=reading.pixel_size_um,
     )  # fmt: skip
     stage, made = begun(engine, source, asked, Path(job.out), create=partial(_no_stage, job.out))
     return stage, open_store(stage, made, Path(job.out), marks=False), made
 
 
-def _no_stage(out: str) -> None:
+def _no_stage(out: str) -> NoReturn:
     raise BackendError(f"{out} is not being computed any more; its run has ended")
 
 
-def _device(engine: str) -> str | None:
-    """The GPU of this worker, where the engine runs on one: that of the worker's name, if it is a number."""
-    from .engine import read_folder
-
-    if not read_folder(engine).spec.device.startswith("cuda"):
-        return None
+def _device(job: Job) -> str | None:
+    """The device of this worker: the one that was asked for, else, of an engine for GPUs, that of the worker's number."""
+    if job.options.device is not None or not read_folder(job.engine).spec.device.startswith("cuda"):
+        return job.options.device
     from distributed import get_worker
 
     count = len(machine.cuda().devices)

@@ -5,13 +5,19 @@ A file is durable once its data are synced, it has its name, and the folder that
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from .errors import OutputError
+
+_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP)  # of file systems that sync no folders: names are theirs to keep
+# What systems say of a lock that another process holds.
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 class Disk:
@@ -31,6 +37,9 @@ class Disk:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_FOLDERS:
+                raise
         finally:
             os.close(handle)
 
@@ -41,7 +50,7 @@ class Disk:
 
     def write_whole(self, path: Path, data: bytes) -> None:
         """Writes a durable file in one step."""
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # processes of several machines share numbers
         try:
             self.write(part, data)
             self.sync_file(part)
@@ -70,14 +79,22 @@ def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
         busy: What to say where another process holds the lock; None: wait for it.
 
     Raises:
-        OutputError: Another process holds it, and ``busy`` is given.
+        OutputError: Another process holds it, and ``busy`` is given; there can be no lock there.
     """
     while True:
-        with path.open("a+b") as file:
+        try:
+            opened = path.open("a+b")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); use a folder that can be") from error
+        with opened as file:
             try:
                 _lock(file.fileno(), wait=busy is None)
             except OSError as error:
-                raise OutputError(busy or f"{path} cannot be locked ({error.strerror})") from error
+                if busy is not None and error.errno in _HELD:
+                    raise OutputError(busy) from error
+                raise OutputError(
+                    f"{path}: cannot be locked ({error.strerror}); use a folder on a file system that has locks"
+                ) from error
             if not _named(file.fileno(), path):  # who held it before has removed it: the next one would make another
                 continue
             try:

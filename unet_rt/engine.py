@@ -284,12 +284,27 @@ def _count(value: Any) -> int:
     return value
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """What :func:`load` was asked for, so that other processes can load the same; ``threads`` are theirs to choose."""
+
+    device: str | None = None
+    accept_unverified: bool = False
+
+
 class Engine:
     """A loaded engine: ``spec``, ``run``, ``close``. Use it in a ``with`` block; one thread runs it at a time."""
 
-    def __init__(self, spec: EngineSpec, session: Session, folder: EngineFolder | None = None):
+    def __init__(
+        self,
+        spec: EngineSpec,
+        session: Session,
+        folder: EngineFolder | None = None,
+        options: LoadOptions = LoadOptions(),
+    ):
         self.spec = spec
         self.folder = folder
+        self.options = options
         self._session = session
 
     @property
@@ -715,7 +730,7 @@ def load(
     if not accept_unverified:
         exam.check_record(opened)
     session = _session(opened, spec, threads or 0)
-    engine = Engine(spec, session, opened)
+    engine = Engine(spec, session, opened, LoadOptions(device, accept_unverified))
     try:
         if session.precision != spec.precision:
             raise EngineError(

@@ -27,9 +27,8 @@ class Headed(Engine):
         first = spec.head(name)
         self._order = [first, *(k for k in range(len(spec.outputs)) if k != first)]
         outputs = tuple(spec.outputs[k] for k in self._order)
-        super().__init__(
-            replace(spec, contract=spec.contract_of(first), outputs=outputs), engine._session, engine.folder
-        )
+        spec = replace(spec, contract=spec.contract_of(first), outputs=outputs)
+        super().__init__(spec, engine._session, engine.folder, engine.options)
         self._engine = engine
 
     @property

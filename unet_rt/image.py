@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from .axes import Choice, Layout, choose_channels, parse_channels, read_axes
 from .contract import Contract
 from .errors import BackendError, ContractError, ImageError
 from .field import size_text
+from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import (
     Array,
     ArrayPixels,
@@ -76,6 +77,7 @@ class Source:
         metadata: Where the pixels come from, for the output.
         gaps: Whether pixels may hold no data; see :meth:`valid`.
         levels: Spatial shapes of all levels of a pyramid, finest first; empty where there is one level.
+        level: The level that is read.
         nodata: The value of pixels that hold no data, None where none is declared; see :meth:`valid`.
         device, stream: The GPU on which the pixels lie, None if they do not, and the stream (cudaStream_t) on which they
             were made. ``read`` copies to the host.
@@ -94,6 +96,7 @@ class Source:
         self.plane_axes = layout.plane_axes
         self.metadata = stored.origin
         self.levels = tuple(tuple(shape[i] for i in layout.spatial) for shape in stored.levels)
+        self.level = stored.level
         self.nodata = stored.nodata
         sizes = [stored.pixel_size_um.get("ZYX"[-len(self.shape) :][i]) for i in range(len(self.shape))]
         self.pixel_size_um = tuple(s for s in sizes if s is not None) if None not in sizes else None
@@ -143,10 +146,39 @@ class Source:
             if self._valid is not None:
                 mask = self._arrange(self._valid(tuple(window))).view(np.bool_)[0]
             else:
-                pixels = self._arrange(self._pixels.read(tuple(window)))
-                nodata = self.nodata
-                mask = (~np.isnan(pixels) if nodata != nodata else pixels != nodata).any(axis=0)
+                mask = self._holds_data(self._arrange(self._pixels.read(tuple(window))))
         return None if bool(mask.all()) else mask
+
+    def read_valid(
+        self, plane: int, start: Sequence[int], stop: Sequence[int]
+    ) -> tuple[Array, NDArray[np.bool_] | None]:
+        """What :meth:`read` and :meth:`valid` give; where one value means "no data", from the same pixels, read once."""
+        empty = any(low == high for low, high in zip(start, stop, strict=True))
+        if empty or not self.gaps or self._valid is not None:
+            return self.read(plane, start, stop), self.valid(plane, start, stop)
+        window = self._window(plane, start, stop)
+        if self._layout.channel is not None:
+            window[self._layout.channel] = slice(0, self._layout.channels)
+        with self._guarded(plane, start, stop):
+            every = self._arrange(self._pixels.read(tuple(window)))
+            mask = self._holds_data(every)
+            if self._choice.luma:
+                pixels = _luma(every[:3])[None]
+            elif self._layout.channel is None:
+                pixels = np.broadcast_to(every, (len(self._choice.channels), *every.shape[1:]))
+            else:
+                pixels = every if self._takes_all else every[list(self._choice.channels)]
+        return pixels, None if bool(mask.all()) else mask
+
+    @property
+    def _takes_all(self) -> bool:
+        """Whether the network gets all stored channels as they are."""
+        return self._choice.channels == tuple(range(self._layout.channels))
+
+    def _holds_data(self, pixels: Array) -> NDArray[np.bool_]:
+        """(C, *spatial) of all stored channels -> (*spatial): where one of them is not the nodata value."""
+        nodata = self.nodata
+        return np.asarray((~np.isnan(pixels) if nodata != nodata else pixels != nodata).any(axis=0), np.bool_)
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells this image from others and from itself after a change, as JSON; None for an array.
@@ -271,7 +303,9 @@ def open_image(
     spatial: int = 2,
     network_channels: int | None = None,
     name: str | None = None,
-    level: int | None = None,
+    level: int | str | None = None,
+    pixel_size_um: Sequence[float] = (),
+    wanted_um: Sequence[float] = (),
 ) -> Source:
     """Opens an image for a network.
 
@@ -284,12 +318,46 @@ def open_image(
         spatial: Spatial axes of the network, 2 or 3.
         network_channels: Channels of the network; default: as many as the contract names, else whatever the image has.
         name: For messages, where ``image`` is an array.
-        level: Of a pyramid (Zarr, TIFF, whole slide), 0 being the finest; default 0.
+        level: Of a pyramid (Zarr, TIFF, whole slide): its number, 0 being the finest, or the size of its pixels as text,
+            e.g. ``"0.5um"``; default 0.
+        pixel_size_um: Of the finest level along the spatial axes, in place of what the file says; one number stands for
+            all axes.
+        wanted_um: Pixel size that the image is to be brought to: without ``level``, the coarsest level is read whose pixels
+            are at least as fine.
 
     Raises:
         ImageError: It cannot be read, or has no such level.
         ContractError: It can be read in two ways, or in none that fits the network.
     """
+    asked = parse_level(level)
+    name, path, stored = _opened(image, name, asked if isinstance(asked, int) else None)
+    try:
+        check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
+        wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
+        selection = parse_channels(channels) if isinstance(channels, str) else channels
+        layout = _layout(name, stored, axes, selection, spatial, wanted)
+        sizes = _sizes(name, stored, layout, pixel_size_um)
+        picked = stored.level
+        if isinstance(asked, float):
+            picked = level_of_size(asked, sizes, name)
+        elif asked is None and wanted_um:
+            picked = fine_enough(wanted_um, sizes)
+        if picked == stored.level:
+            if pixel_size_um:
+                stored = replace(stored, pixel_size_um=dict(zip("ZYX"[-spatial:], sizes[picked], strict=True)))
+            return _arranged(name, path, stored, layout, contract, selection, wanted)
+    except BaseException:
+        stored.pixels.close()
+        raise
+    stored.pixels.close()
+    return open_image(
+        image, contract, axes=axes, channels=channels, spatial=spatial, network_channels=network_channels, name=name,
+        level=picked, pixel_size_um=pixel_size_um,
+    )  # fmt: skip
+
+
+def _opened(image: Any, name: str | None, level: int | None) -> tuple[str, Path | None, Stored]:
+    """(name for messages, path of a file or folder, the image before its axes are read)."""
     path: Path | None = None
     if isinstance(image, str) and is_url(image):
         from .image_url import open_url
@@ -310,31 +378,22 @@ def open_image(
         name = name or "array"
         pick_level(level, 1, name)
         stored = Stored(_array_pixels(image, name), None, Origin("array"))
-    try:
-        check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
-        wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
-        return _arranged(name, path, stored, contract, axes, channels, spatial, wanted)
-    except BaseException:
-        stored.pixels.close()
-        raise
+    return name, path, replace(stored, level=level or 0)
 
 
-def _arranged(
+def _layout(
     name: str,
-    path: Path | None,
     stored: Stored,
-    contract: Contract,
     axes: str | None,
-    channels: Sequence[int] | str | None,
+    selection: Sequence[int] | str | None,
     spatial: int,
     wanted: int | None,
-) -> Source:
-    selection = parse_channels(channels) if isinstance(channels, str) else channels
+) -> Layout:
     least = 0
     if selection is not None:
         least = (3 if selection == "luma" else 2) if isinstance(selection, str) else max(selection, default=0) + 1
     # A choice of channel 0 alone repeats grey; it does not say that there is a channel axis.
-    layout = read_axes(
+    return read_axes(
         stored.pixels.shape,
         name=name,
         spatial=spatial,
@@ -343,6 +402,40 @@ def _arranged(
         wanted=wanted if least <= 1 and selection is None else (1 if least <= 1 else None),
         least=least if least > 1 else 0,
     )
+
+
+def _sizes(name: str, stored: Stored, layout: Layout, given_um: Sequence[float]) -> Sizes:
+    """Pixel sizes of all levels along the spatial axes; ``given_um`` are those of the finest."""
+    spatial = len(layout.space)
+    if len(given_um) not in (0, 1, spatial) or not all(0 < um < math.inf for um in given_um):
+        raise ContractError(
+            f"{name}: a pixel size of {','.join(f'{um:g}' for um in given_um)} um does not fit an image of {spatial} axes; "
+            "give one positive number per axis, e.g. --pixel-size 0.5,0.5"
+        )
+
+    def along(sizes: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(sizes[axis] for axis in "ZYX"[-spatial:] if axis in sizes)
+
+    said = tuple(along(sizes) for sizes in stored.level_sizes_um)
+    size = along(stored.pixel_size_um)
+    return level_sizes(
+        [tuple(shape[i] for i in layout.spatial) for shape in stored.levels] or [layout.space],
+        stored.level if stored.levels else 0,
+        size if len(size) == spatial else None,
+        said=said if all(len(sizes) == spatial for sizes in said) else (),
+        finest_um=tuple(given_um) * (spatial if len(given_um) == 1 else 1),
+    )
+
+
+def _arranged(
+    name: str,
+    path: Path | None,
+    stored: Stored,
+    layout: Layout,
+    contract: Contract,
+    selection: Sequence[int] | str | None,
+    wanted: int | None,
+) -> Source:
     choice = choose_channels(
         layout,
         name=name,

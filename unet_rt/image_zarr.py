@@ -66,6 +66,7 @@ class Node:
         self.names: tuple[str, ...] = ()
         self.notes: list[str] = []
         self.levels: list[tuple[int, ...]] = []
+        self.level_sizes: list[dict[str, float]] = []  # as ``sizes``
 
     def stored(self, name: str, files: tuple[Path, ...], fingerprint: Mapping[str, Any]) -> Stored:
         array = self.array
@@ -80,6 +81,7 @@ class Node:
             pixel_size_um=self.sizes,
             notes=tuple(self.notes),
             levels=tuple(self.levels),
+            level_sizes_um=tuple(self.level_sizes),
             files=files,
             fingerprint=fingerprint,
         )
@@ -148,8 +150,8 @@ def _multiscale(group: Any, ome: Mapping[str, Any], name: str, level: int | None
                 f"{name}: its metadata announce level {entry['path']}, which is missing; copy it again from its source"
             )
         arrays.append(group[entry["path"]])
-    array, dataset = arrays[picked], datasets[picked]
-    node = Node(array, str(dataset["path"]), dict(group.attrs))
+    array = arrays[picked]
+    node = Node(array, str(datasets[picked]["path"]), dict(group.attrs))
     if len({len(a.shape) for a in arrays}) > 1 or len({a.dtype for a in arrays}) > 1:
         raise ImageError(f"{name}: its levels differ in axes or dtype; the file is corrupt; write it again")
     axes = multiscale.get("axes") or (list(OLD_AXES.lower()) if len(array.shape) == len(OLD_AXES) else [])
@@ -161,13 +163,12 @@ def _multiscale(group: Any, ome: Mapping[str, Any], name: str, level: int | None
     letters = [_letter(axis) for axis in axes]
     if letters and None not in letters and len(set(letters)) == len(letters):
         node.axes = "".join(str(letter) for letter in letters)
-    scale = _scale(dataset, len(array.shape)) * _scale(multiscale, len(array.shape))
-    for letter, axis, step in zip(letters, axes, scale, strict=False):  # no axes, no steps
-        unit = str(axis.get("unit", "")).strip().lower()
-        if letter in ("Z", "Y", "X") and unit in UM and step > 0:
-            node.sizes[letter] = float(step) * UM[unit]
-            node.tags |= {f"PhysicalSize{letter}": node.sizes[letter], f"PhysicalSize{letter}Unit": "µm"}
-        elif letter == "T" and unit == "second" and step > 0:
+    scales = [_scale(entry, len(array.shape)) * _scale(multiscale, len(array.shape)) for entry in datasets]
+    node.sizes = _sizes(letters, axes, scales[picked])
+    for along, um in node.sizes.items():
+        node.tags |= {f"PhysicalSize{along}": um, f"PhysicalSize{along}Unit": "µm"}
+    for letter, axis, step in zip(letters, axes, scales[picked], strict=False):
+        if letter == "T" and _unit(axis) == "second" and step > 0:
             node.tags |= {"TimeIncrement": float(step), "TimeIncrementUnit": "s"}
     channels = ome.get("omero", {}).get("channels", [])
     names = tuple(str(channel.get("label", "")) for channel in channels)
@@ -176,6 +177,7 @@ def _multiscale(group: Any, ome: Mapping[str, Any], name: str, level: int | None
         node.notes.append(f"image 0 of {len(multiscales)}")
     if len(datasets) > 1:
         node.levels = [tuple(int(n) for n in a.shape) for a in arrays]
+        node.level_sizes = [_sizes(letters, axes, steps) for steps in scales]
         node.notes.append(f"level {picked} of {len(datasets)}")
     return node
 
@@ -186,6 +188,19 @@ def _scale(holder: Mapping[str, Any], ndim: int) -> Any:
         if transform.get("type") == "scale" and len(transform.get("scale", ())) == ndim:
             return np.array(transform["scale"], np.float64)
     return np.ones(ndim)
+
+
+def _sizes(letters: Sequence[str | None], axes: Sequence[Mapping[str, Any]], scale: Any) -> dict[str, float]:
+    """Micrometres along the spatial axes that have a unit of length; none where no axes are named."""
+    sizes = {}
+    for letter, axis, step in zip(letters, axes, scale, strict=False):
+        if letter in ("Z", "Y", "X") and _unit(axis) in UM and step > 0:
+            sizes[letter] = float(step) * UM[_unit(axis)]
+    return sizes
+
+
+def _unit(axis: Mapping[str, Any]) -> str:
+    return str(axis.get("unit", "")).strip().lower()
 
 
 def _letter(axis: Mapping[str, Any]) -> str | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,9 @@ class OnePlane:
         return self.numbers
 
 
+Keep = Callable[[int, Callable[[], Affine]], Affine]  # (plane, what measures its numbers) -> these, measured or known
+
+
 class Affines:
     """The numbers for each plane of an image; computed once, per plane where the scope is ``slice``.
 
@@ -55,9 +59,11 @@ class Affines:
         same: All planes have the same.
     """
 
-    def __init__(self, normalization: Normalization, source: Source) -> None:
+    def __init__(self, normalization: Normalization, source: Source, keep: Keep | None = None) -> None:
+        """``keep``: is asked for a plane's numbers, where each has its own, before they are measured."""
         self.normalization = normalization
         self._source = source
+        self._keep = keep
         self._lock = threading.Lock()
         self._planes: dict[int, Affine] = {}
         self.same = normalization.method not in ("minmax", "percentile", "zscore") or normalization.scope != "slice"
@@ -69,7 +75,8 @@ class Affines:
         key = 0 if self.same else plane
         with self._lock:
             if key not in self._planes:
-                self._planes[key] = self._numbers(plane)
+                measure = partial(self._numbers, plane)
+                self._planes[key] = measure() if self._keep is None else self._keep(plane, measure)
             return self._planes[key]
 
     def _numbers(self, plane: int | None) -> Affine:
@@ -94,14 +101,14 @@ class Affines:
         return Affine(offset, divisor, _clip(how, numbers, source.name))
 
 
-def affine(normalization: Normalization, source: Source) -> Affines:
-    """The numbers that turn ``source``'s pixels into the network's input.
+def affine(normalization: Normalization, source: Source, keep: Keep | None = None) -> Affines:
+    """The numbers that turn ``source``'s pixels into the network's input; ``keep`` as for :class:`Affines`.
 
     Raises:
         ContractError: The normalisation does not fit the pixels' dtype or the number of channels.
         ImageError: Statistics met NaN or infinite pixels.
     """
-    return Affines(normalization, source)
+    return Affines(normalization, source, keep)
 
 
 def _clip(how: Normalization, numbers: Sequence[tuple[float, float]], name: str) -> tuple[float, float] | None:
@@ -348,10 +355,10 @@ def _bands(
     for number, start, stop in source.bands():
         if plane is not None and number != plane:
             continue
-        band = source.read_band(number, start, stop)
+        rest = source.shape[1:]
+        band, valid = source.read_valid(number, (start, *(0 for _ in rest)), (stop, *rest))
         if len(wanted) != source.channels:
             band = band[list(wanted)] if len(wanted) > 1 else band[wanted[0] : wanted[0] + 1]
-        valid = source.valid(number, (start, *(0 for _ in source.shape[1:])), (stop, *source.shape[1:]))
         _refuse_non_finite(source, band if valid is None else np.where(valid, band, 0), number, start, wanted)
         if valid is not None:
             band = band[:, valid]

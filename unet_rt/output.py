@@ -7,6 +7,7 @@ before.
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -208,7 +210,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     try:
         with probe.open("xb"):
             pass
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"{path}: the folder cannot be written to ({error.strerror or error}); choose another with --out"
@@ -316,7 +318,14 @@ def _extra_tags(source: Source | None, shape: Shape, nodata: float | None) -> tu
 
 
 def _part_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Another one for every call: processes of several machines or containers may share a number and a folder."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.part")
+
+
+def remove_parts(path: Path) -> None:
+    """Deletes what killed processes have left of an output; none may be at it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 class _PngWriter:

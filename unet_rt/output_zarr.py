@@ -22,10 +22,12 @@ from .durable import Disk
 from .errors import OutputError
 from .image_zarr import import_zarr
 from .output import Shape, ome_axes
+from .pictures import COLOURS
 from .pixels import UM, Array, Origin
 
 VERSION = "0.5"
 MAX_TOP_PX = 512  # the coarsest level is no larger along Y and X: a thumbnail
+NO_DATA = "no data"  # class of the value that marks samples without data
 OURS = "unet-rt"  # key of what `open` needs to know and OME has no word for
 AXIS_TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
@@ -54,6 +56,9 @@ class ZarrOutput:
         chunk: tuple[int, ...],
         origin: Origin,
         pixel_size_um: tuple[float, ...] | None,
+        *,
+        names: Mapping[int, str] | None = None,
+        highest: float | None = None,
     ) -> ZarrOutput:
         """Lays out the image, all of its samples 0.
 
@@ -63,6 +68,9 @@ class ZarrOutput:
             chunk: Samples per chunk along the spatial axes, at most those of the image.
             origin: Of the source: pixel sizes along axes that ``pixel_size_um`` leaves out.
             pixel_size_um: Micrometres per sample along the spatial axes, None if not known.
+            names: Of a label image: what its values mean, by value. Of channels: what they are, by index; they are named
+                where ``highest`` is given.
+            highest: Largest value that a channel may have, the smallest being 0: OME-Zarr names no channel without.
 
         Raises:
             OutputError: zarr is missing, the axes are more than OME-Zarr holds, or the folder cannot be written.
@@ -81,14 +89,18 @@ class ZarrOutput:
             "channels": shape.channels,
             "spatial": len(shape.spatial),
         }
-        label = shape.channels == 0 and shape.dtype.kind in "iu"
+        about: dict[str, Any] = {}
+        if shape.channels == 0 and shape.dtype.kind in "iu":
+            about["image-label"] = _image_label(names or {})
+        elif shape.channels and names and highest is not None:
+            about["omero"] = {"channels": [_channel(k, names[k], highest) for k in range(shape.channels)]}
         with _guarded(folder):
             if folder.exists() and any(folder.iterdir()):
                 raise OutputError(f"{folder}: is there already and is not empty; choose another name")
             group = zarr.create_group(
                 folder,
                 zarr_format=3,
-                attributes={"ome": _metadata([letters[i] for i in order], sizes, [1], label), OURS: ours},
+                attributes={"ome": _metadata([letters[i] for i in order], sizes, [1], about), OURS: ours},
             )
             _create_level(
                 group, 0, [shape.full[i] for i in order], [chunks[i] for i in order], shape.dtype,
@@ -197,7 +209,8 @@ class ZarrOutput:
                 factors.append(2**level)
                 below = array
             sizes = _sizes_of(group.attrs["ome"], stored)
-            ome = _metadata(stored, sizes, factors, "image-label" in group.attrs["ome"], self.shape.dtype.kind)
+            about = {key: value for key, value in group.attrs["ome"].items() if key in ("image-label", "omero")}
+            ome = _metadata(stored, sizes, factors, about, self.shape.dtype.kind)
             group.attrs["ome"] = ome
             with warnings.catch_warnings():
                 # zarr warns that consolidated metadata are not in the specification of zarr 3; readers may ignore them.
@@ -302,7 +315,11 @@ def _means(pixels: Array, axis: int) -> Array:
 
 
 def _metadata(
-    letters: Sequence[str], sizes: Mapping[str, tuple[float, str]], factors: Sequence[int], label: bool, kind: str = ""
+    letters: Sequence[str],
+    sizes: Mapping[str, tuple[float, str]],
+    factors: Sequence[int],
+    about: Mapping[str, Any],
+    kind: str = "",
 ) -> dict[str, Any]:
     """The ``ome`` attribute.
 
@@ -310,7 +327,7 @@ def _metadata(
         letters: Stored axes.
         sizes: (step, unit) of the axes where they are known.
         factors: Down-sampling of Y and X per level.
-        label: Marks a label image.
+        about: What else it holds: ``image-label`` or ``omero``.
         kind: Of the dtype.
     """
     axes = []
@@ -331,7 +348,29 @@ def _metadata(
     multiscale: dict[str, Any] = {"axes": axes, "datasets": datasets}
     if len(factors) > 1:
         multiscale["type"] = "mean" if kind == "f" else "nearest"
-    return {"version": VERSION, "multiscales": [multiscale], **({"image-label": {}} if label else {})}
+    return {"version": VERSION, "multiscales": [multiscale], **about}
+
+
+def _image_label(names: Mapping[int, str]) -> dict[str, Any]:
+    """``image-label``: a colour and a class per value. Value 0 and what holds no data are transparent."""
+    if not names:
+        return {}
+    seen = [value for value in names if value and names[value] != NO_DATA]
+    colours = {value: [*_colour(k), 255] for k, value in enumerate(seen)}
+    return {
+        "colors": [{"label-value": value, "rgba": colours.get(value, [0, 0, 0, 0])} for value in names],
+        "properties": [{"label-value": value, "class": name} for value, name in names.items()],
+    }
+
+
+def _channel(k: int, name: str, highest: float) -> dict[str, Any]:
+    """``omero``: what viewers call a channel, and how they draw it."""
+    window = {"min": 0, "max": highest, "start": 0, "end": highest}
+    return {"label": name, "color": "".join(f"{part:02X}" for part in _colour(k)), "active": True, "window": window}
+
+
+def _colour(k: int) -> list[int]:
+    return [int(part) for part in COLOURS[1 + k % (len(COLOURS) - 1)]]
 
 
 def _sizes_of(ome: Mapping[str, Any], letters: Sequence[str]) -> dict[str, tuple[float, str]]:
@@ -375,4 +414,4 @@ def _positive(number: Any) -> bool:
     return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
 
 
-__all__ = ["ZarrOutput"]
+__all__ = ["NO_DATA", "ZarrOutput"]

@@ -31,6 +31,7 @@ from .stitch import BandStitcher, Decision
 from .tiles import Ints, TileGrid
 
 if TYPE_CHECKING:
+    from .contract import Contract
     from .engine import Engine, EngineSpec
     from .image import Source
 
@@ -453,12 +454,15 @@ def class_share(tally: Tally, decision: Decision, spec: EngineSpec) -> dict[str,
     values = decision.values
     if decision.channels:  # multi-label: a mask per class
         return {class_name(spec.contract, k): float(counts[values[1]] / total) for k, counts in enumerate(shares)}
-    names = spec.contract.classes if decision.op == "argmax" else ("off", "on")
-    return {
-        (names[k] if k < len(names) else str(k)): float(shares[0, value] / total)
-        for k, value in enumerate(values)
-        if values.index(value) == k
-    }
+    return {name: float(shares[0, value] / total) for value, name in label_names(decision, spec.contract).items()}
+
+
+def label_names(decision: Decision, contract: Contract) -> dict[int, str]:
+    """What each value of a mask of one channel means; where several classes share a value, the first of them."""
+    names: dict[int, str] = {}
+    for k, value in enumerate(decision.values):
+        names.setdefault(value, class_name(contract, k) if decision.op == "argmax" else ("off", "on")[k])
+    return names
 
 
 def count_labels(counts: npt.NDArray[np.int64], labels: Array, values: Sequence[int]) -> None:
@@ -544,7 +548,7 @@ def _gather(
         origins = grid.origins(index)
         start, stop = grid.window(index, border)
         with clock("read"):
-            window = filled(source.read(work.plane, start, stop), source.valid(work.plane, start, stop), numbers)
+            window = filled(*source.read_valid(work.plane, start, stop), numbers)
             tally.watch(fresh(window, start, grid, seen), levels)
             seen = max(seen, stop[0])
         for first in range(0, len(index), batch):

@@ -101,6 +101,8 @@ class Stored:
         pixel_size_um: Micrometres per pixel by axis letter.
         notes: Facts for the printed reading.
         levels: Shapes of all levels of a pyramid, finest first; empty where there is one level. All axes each.
+        level: The one that is opened.
+        level_sizes_um: ``pixel_size_um`` of all levels, where the file says them level by level.
         nodata: Value of pixels that hold no data, None where there is none.
         valid: Which pixels of a window (one slice per axis, all channels) hold data: bool, the channel axis of size 1;
             where a value cannot tell, as with a mask that the file holds.
@@ -116,6 +118,8 @@ class Stored:
     pixel_size_um: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     notes: tuple[str, ...] = ()
     levels: tuple[tuple[int, ...], ...] = ()
+    level: int = 0
+    level_sizes_um: tuple[Mapping[str, float], ...] = ()
     nodata: float | None = None
     valid: Callable[[Window], Array] | None = None
     files: tuple[Path, ...] = ()

@@ -15,6 +15,7 @@ from .contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
 from .heads import Headed
+from .levels import PIXEL_SIZE_TOLERANCE, um_text
 from .normalize import affine
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles
-PIXEL_SIZE_TOLERANCE = 0.1
 
 
 def predict(
@@ -52,7 +52,7 @@ def predict(
     progress: Progress | None = None,
     report: Callable[[RunReport], None] | None = None,
     trace: Spans | None = None,
-    level: int | None = None,
+    level: int | str | None = None,
     pixel_size_um: Sequence[float] = (),
     resample: bool = False,
     tta: Tta = "none",
@@ -93,8 +93,11 @@ def predict(
         progress: Called with (tiles done, tiles in all).
         report: Called with the :class:`RunReport` at the end.
         trace: Receives (stage, start, stop) of all that is timed, seconds of ``time.perf_counter``; not on a GPU.
-        level: Of a pyramid, 0 being the finest; default 0.
-        pixel_size_um: Of the image, micrometres along its spatial axes, where the file does not say or is wrong.
+        level: Of a pyramid: its number, 0 being the finest, or the size of its pixels as text (``"0.5um"``). None: the
+            finest; with ``resample`` the coarsest whose pixels are at least as fine as those of training. The result has
+            the pixels of the level that was read.
+        pixel_size_um: Of the image (its finest level), micrometres along its spatial axes, where the file does not say or
+            is wrong.
         resample: Bring the image to the pixel size of training (the contract's), and probabilities back before the
             class decision.
         tta: Test-time augmentation: mean probabilities over flips (``flip``), or flips and quarter turns (``d4``).
@@ -129,10 +132,11 @@ def predict(
     batch = spec.run_batch if batch is None else batch
     with open_image(
         image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels,
-        level=level,
+        level=level, pixel_size_um=pixel_size_um, wanted_um=spec.contract.pixel_size_um if resample else (),
     ) as source:  # fmt: skip
-        if out is not None and source.path is not None and Path(out).exists() and Path(out).samefile(source.path):
-            raise OutputError(f"{out} is the image itself; choose another output")
+        place = None if out is None else Path(out)
+        if place is not None and source.path is not None and _holds(place, source.path):
+            raise OutputError(f"{out} is the image itself, or holds it; choose another output")
         kind: Any = "mask" if output == "instances" else output
         decision = decide(spec.contract, spec.outputs[0].channels, kind, tuple(mask_values))
         if overlay is not None and decision.dtype != np.uint8:
@@ -140,18 +144,17 @@ def predict(
         if source.device is not None:
             _check_device(engine, source, source.device)
         normalization = normalization_of(spec, source, normalization)
-        size = tuple(pixel_size_um) or source.pixel_size_um or ()
-        notes = _pixel_size_notes(spec.contract, size, resample=resample)
+        size = source.pixel_size_um or ()
+        notes = _pixel_size_notes(spec.contract, source, resample=resample)
         notes += _batch_notes(engine, batch)
         notes += [f"output {spec.outputs[0].name} of {several}"] if several else []
-        staged = out is not None and (
-            Path(out).suffix.lower() == ".zarr"
+        staged = place is not None and (
+            place.suffix.lower() == ".zarr"
             or shard is not None
             or scheduler is not None
             or source.planes * prod(source.shape) >= blocks.LARGE_PX
-            or stage_folder(Path(out)).exists()
+            or stage_folder(place).exists()
         )
-        place = None if out is None else Path(out)
         if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:
             from . import predict_large
 
@@ -179,7 +182,8 @@ def predict(
                 from . import cluster
 
                 names = channels if isinstance(channels, str | None) else tuple(channels)
-                asked, compute = cluster.computing(scheduler, engine, image, (axes, names, level), asked, str(out))
+                reading = cluster.Reading(axes, names, source.level, tuple(pixel_size_um))
+                asked, compute = cluster.computing(scheduler, engine, image, reading, asked, str(out))
             finished, result = predict_large.predict(
                 engine, source, asked, place, staged=staged, overwrite=overwrite, restart=restart, compute=compute,
                 overlay=None if overlay is None else Path(overlay), tables=tables, progress=progress, trace=trace,
@@ -198,6 +202,11 @@ def predict(
         if report is not None:
             report(finished)
         return result
+
+
+def _holds(out: Path, image: Path) -> bool:
+    """Whether an output would replace the image: it is the same file, or a folder around it."""
+    return image.resolve().is_relative_to(out.resolve()) or (out.exists() and out.samefile(image))
 
 
 def _result_shape(spec: EngineSpec, source: Source) -> tuple[int, ...]:
@@ -320,14 +329,17 @@ def _batch_notes(engine: Engine, batch: int) -> list[str]:
     ]
 
 
-def _pixel_size_notes(contract: Contract, size: Sequence[float], *, resample: bool) -> list[str]:
-    """What is to be said where image and training differ in pixel size by more than a tenth."""
-    wanted = contract.pixel_size_um
-    if resample or not wanted or not size or len(wanted) != len(size):
+def _pixel_size_notes(contract: Contract, source: Source, *, resample: bool) -> list[str]:
+    """What resampling does, or what is to be said where image and training differ in pixel size by more than a tenth."""
+    wanted, size = contract.pixel_size_um, source.pixel_size_um
+    if not wanted or size is None or len(wanted) != len(size):
         return []
+    here, there = um_text(size), um_text(wanted)
+    if resample:
+        level = f" of level {source.level}" if source.levels else ""
+        return [f"the pixels{level}, {here} um, were brought to {there} um, and results back"]
     if all(abs(a / b - 1) <= PIXEL_SIZE_TOLERANCE for a, b in zip(size, wanted, strict=True)):
         return []
-    here, there = (" x ".join(f"{v:g}" for v in values) for values in (size, wanted))
     text = f"WARNING: the image has pixels of {here} um, the network was trained on {there} um; --resample adapts the image"
     return [text]
 

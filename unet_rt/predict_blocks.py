@@ -40,16 +40,20 @@ class Resampled(Source):
         self.dtype = np.dtype(np.float32)
 
     def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
+        if any(a == b for a, b in zip(start, stop, strict=True)):  # of tiles that lie outside, with a constant border
+            return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
         shapes = self._inner.shape, self.shape
         ends = [needed(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
         first = tuple(a for a, _ in ends)
         last = tuple(b for _, b in ends)
-        valid = self._inner.valid(plane, first, last)
-        window = filled(self._inner.read(plane, first, last), valid, self._affines.plane(plane))
+        window = filled(*self._inner.read_valid(plane, first, last), self._affines.plane(plane))
         return resample(window, first, start, stop, *shapes)
 
     def valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
         """Not asked of resampled pixels: those without data are filled before."""
+
+    def read_valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> tuple[Array, None]:
+        return self.read(plane, start, stop), None
 
 
 @dataclass(frozen=True)
@@ -166,13 +170,14 @@ def run_blocks(
         for number in numbers:
             if stop.is_set():
                 return
-            work = _work(made, made.plan.block(number))
+            block = made.plan.block(number)
+            work = _work(made, block)
             if isinstance(work, _BlockWork):
                 spared += made.plan.tiles(number) - work.grid.count
                 yield work
             else:
                 spared += made.plan.tiles(number)
-                hand_on(made.plan.block(number), work.result, _counted(made, work.result, work.wanted))
+                hand_on(block, work.result, _counted(made, block, work.result, work.wanted))
 
     def write(work: Work, start: int, band: Array) -> None:
         assert isinstance(work, _BlockWork)  # noqa: S101 - works() makes no others
@@ -188,7 +193,7 @@ def run_blocks(
         result = values.pop(work.block.number)
         whole = _complete(made, work, result)
         if whole is not result:  # what was counted is not what is stored
-            tally.labels = _counted(made, whole, work.wanted).labels
+            tally.labels = _counted(made, work.block, whole, work.wanted).labels
         hand_on(work.block, whole, tally)
 
     def told(now: int, _: int) -> None:
@@ -202,6 +207,8 @@ def run_blocks(
             made.engine, made.seen, works(), made.first, write, made.affines,
             batch=made.batch, threads=made.threads, total=total, progress=told, done=done, trace=trace, stop=stop,
         )  # fmt: skip
+        if progress is not None:
+            progress(done_tiles + total, done_tiles + total)  # the last tiles may have been spared
         queue.put(None)
     except Stop:  # the last blocks could not be kept
         if not errors:
@@ -224,12 +231,12 @@ class _Settled:
     wanted: Array | None
 
 
-def _counted(made: Prepared, result: Array, wanted: Array | None) -> Tally:
+def _counted(made: Prepared, block: Block, result: Array, wanted: Array | None) -> Tally:
     """Labels of a block's result, those of pixels that are not wanted or hold no data left out."""
     tally = Tally(made.decision.channels)
     if made.decision.dtype == np.uint8:
         kept = list(set(made.decision.values))
-        inside = slice(None) if wanted is None or wanted.shape != result.shape[-wanted.ndim :] else wanted
+        inside = slice(None) if wanted is None else _at_samples(made, block, wanted)
         for counts, labels in zip(tally.labels, result if made.decision.channels else result[None], strict=True):
             found = np.bincount(labels[inside].reshape(-1), minlength=256)
             counts[kept] += found[kept]

@@ -463,8 +463,7 @@ class _Job:
             work, (start, stop) = row.work, row.work.grid.window(row.index, self.border)
             window = row.window = self.free_windows.get()
             with self.clock("read"):
-                pixels = self.source.read(work.plane, start, stop)
-                pixels = filled(pixels, self.source.valid(work.plane, start, stop), row.numbers)
+                pixels = filled(*self.source.read_valid(work.plane, start, stop), row.numbers)
                 seen = self.spec.input_range
                 levels = None if seen is None else grey_levels(seen, row.numbers)
                 row.tally.watch(fresh(pixels, start, work.grid, self._looked), levels)

@@ -26,11 +26,11 @@ from .engine import Engine
 from .errors import ContractError, OutputError
 from .image import Source, open_image
 from .normalize import Affine, Affines, OnePlane, affine
-from .output import Output, Shape, check_output, nodata_value, open_output, size_of
-from .output_zarr import ZarrOutput
+from .output import Output, Shape, check_output, nodata_value, open_output, remove_parts, size_of
+from .output_zarr import NO_DATA, ZarrOutput
 from .parity import class_name
 from .pictures import OverlayCollector
-from .pipeline import Progress, RunReport, Spans, Tally, class_share
+from .pipeline import Progress, RunReport, Spans, Tally, class_share, label_names
 from .predict_blocks import Prepared, Resampled, run_blocks
 from .resample import resampled_shape
 from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage, shard_lock, stage_folder
@@ -128,14 +128,14 @@ def _digest(source: Source) -> str:
     return total.hexdigest()
 
 
-def prepare(engine: Engine, source: Source, asked: Request, run: dict[str, Any] | None = None) -> Prepared:
+def prepare(engine: Engine, source: Source, asked: Request, stage: Stage | None = None) -> Prepared:
     """The result that is asked for, ready to be computed.
 
     Args:
         engine: The engine.
         source: The image, open as long as the result is worked on.
         asked: What is asked for.
-        run: ``plan`` and ``numbers`` of a run that was begun; None: they are made.
+        stage: Of a run that was begun: its plan and numbers are taken; None: they are made.
     """
     spec = engine.spec
     channels = spec.outputs[0].channels
@@ -149,13 +149,15 @@ def prepare(engine: Engine, source: Source, asked: Request, run: dict[str, Any] 
             settled = replace(spec.contract, output_is="probabilities")
             decision = decide(settled, channels, "mask", asked.mask_values)
     affines: Affines | OnePlane
-    if run is not None and run["numbers"] is not None:
-        affines = OnePlane(_affine(run["numbers"]))
-    else:
+    if stage is None:
         affines = affine(asked.normalization, source)
+    elif stage.run["numbers"] is not None:
+        affines = OnePlane(_affine(stage.run["numbers"]))
+    else:
+        affines = affine(asked.normalization, source, partial(_kept, stage))
     seen = source if shape is None else Resampled(source, shape, affines)
-    if run is not None:
-        plan = plan_of(spec, source.shape, source.planes, run["plan"], seen=shape)
+    if stage is not None:
+        plan = plan_of(spec, source.shape, source.planes, stage.run["plan"], seen=shape)
     else:
         free, given = machine.memory_bytes(), asked.memory_bytes
         if engine.device_session is not None:
@@ -205,7 +207,16 @@ def _numbers(affines: Affines | OnePlane) -> dict[str, Any] | None:
     """One plane's numbers where they are those of all planes."""
     if isinstance(affines, Affines) and not affines.same:
         return None
-    one = affines.plane(0)
+    return _json(affines.plane(0))
+
+
+def _kept(stage: Stage, plane: int, measure: Callable[[], Affine]) -> Affine:
+    """A plane's numbers from the stage, measured where nobody has done so yet."""
+    return _affine(stage.kept(f"{plane:08d}", lambda: _json(measure())))
+
+
+def _json(one: Affine) -> dict[str, Any]:
+    """Float32 numbers as JSON has them: they come back the same bits."""
     return {"offset": one.offset.tolist(), "divisor": one.divisor.tolist(), "clip": one.clip}
 
 
@@ -230,9 +241,16 @@ def predict(
     trace: Spans | None = None,
 ) -> tuple[RunReport, Any]:
     """A prediction in blocks: its report, and the path written or the array, as :func:`unet_rt.predict.predict` has them."""
-    tables = _checked(engine, source, asked, tables, overwrite=overwrite)
-    if out is not None and not (staged and stage_folder(out).exists()):
-        check_target(out, overwrite=overwrite)
+    tables = _checked(engine, source, asked, tables)
+
+    def check() -> None:
+        """What an earlier run of the same command has not written may not be there."""
+        if out is not None:
+            check_target(out, overwrite=overwrite)
+        _check_tables(tables, overwrite=overwrite)
+
+    if out is None or not (staged and stage_folder(out).exists()):
+        check()
     ids: list[Array] = []
 
     def make(made: Prepared, store: Store, again: bool = False) -> None:
@@ -245,21 +263,20 @@ def predict(
 
     if staged and out is not None:
         report = in_stage(
-            engine, source, asked, out, make,
-            overwrite=overwrite, restart=restart, compute=compute, progress=progress, trace=trace,
+            engine, source, asked, out, make, check,
+            restart=restart, compute=compute, progress=progress, trace=trace,
         )  # fmt: skip
         return report, out
     store, report, made = in_memory(engine, source, asked, progress=progress, trace=trace)
     make(made, store)
     if out is not None:
         clear(out)
-    if out is not None:
         return report, out
     result = ids[0] if ids else store.array
     return report, result.reshape(*source.plane_shape, *result.shape[1:])
 
 
-def _checked(engine: Engine, source: Source, asked: Request, tables: Tables | None, *, overwrite: bool) -> Tables:
+def _checked(engine: Engine, source: Source, asked: Request, tables: Tables | None) -> Tables:
     """What is wanted of objects; raises now what would otherwise be said after all the work."""
     if asked.output != "instances":
         if tables is not None:
@@ -275,10 +292,13 @@ def _checked(engine: Engine, source: Source, asked: Request, tables: Tables | No
     tables = tables or Tables()
     if tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+    return tables
+
+
+def _check_tables(tables: Tables, *, overwrite: bool) -> None:
     for path in (tables.objects, tables.areas, tables.geojson):
         if path is not None and path.exists() and not overwrite:
             raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
-    return tables
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -321,8 +341,8 @@ def in_stage(
     asked: Request,
     out: Path,
     make: Callable[[Prepared, Store, bool], None],
+    check: Callable[[], None],
     *,
-    overwrite: bool = False,
     restart: bool = False,
     compute: Compute | None = None,
     progress: Progress | None = None,
@@ -334,7 +354,7 @@ def in_stage(
         engine, source, asked: As for :func:`prepare`.
         out: The output.
         make: Makes the output from the finished blocks; told whether an earlier run may have made it already.
-        overwrite: Replace an output that was there before.
+        check: Raises where something is there already that ``make`` would replace.
         restart: Throw away what an interrupted run has left.
         compute: Computes the missing blocks elsewhere, so that they have their marks afterwards; None: here.
         progress, trace: As for :func:`unet_rt.predict.predict`.
@@ -345,18 +365,24 @@ def in_stage(
     made = None
     with shard_lock(out, index, count):
         try:
-            stage, made = begun(
-                engine, source, asked, out, restart=restart, create=lambda: check_target(out, overwrite=overwrite)
-            )
-            there = stage.finished()
+            stage, made = begun(engine, source, asked, out, restart=restart, create=check)
+            refused = None
+            try:
+                check()  # first: another shard may find the last mark and make the output at any moment
+            except OutputError as error:
+                refused = error
+            try:
+                there = stage.finished()
+            except FileNotFoundError as error:
+                raise stage.gone() from error
             complete = len(there) == len(made.plan)
             moved = is_zarr(out) and asked.output != "instances" and complete and not stage.data.exists()
             if moved and not out.exists():
                 raise OutputError(
                     f"{stage.folder} is what is left of {out}, which has gone; use --restart to begin anew"
                 )
-            if not complete and out.exists() and not overwrite:
-                raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
+            if refused is not None and not complete:
+                raise refused
             store = None if moved else open_store(stage, made, out, marks=bool(there))
             mine = [n for n in range(len(made.plan)) if n % count == index]
             missing = [n for n in mine if n not in there]
@@ -382,9 +408,7 @@ def in_stage(
                 if stage.folder.exists():
                     raise
                 if count == 1 and compute is None:
-                    raise OutputError(
-                        f"{stage.folder} has gone: another process began {out} anew; wait for it"
-                    ) from None
+                    raise stage.gone() from None
                 return report  # another shard found all marks set, and made the output
             report.class_share = class_share(total, made.decision, engine.spec)
             report.outside_range = total.outside_share()
@@ -392,15 +416,25 @@ def in_stage(
                 report.notes.append(
                     f"shard {index}/{count} is done; {left} of {len(made.plan)} blocks are left to other shards"
                 )
-            elif store is None:  # a kill came between the output and the end of the stage
-                stage.remove()
+            elif (
+                store is None
+            ):  # the output is there: a kill came before the end of the stage, or another shard is at it
+                stage.finish(lambda: None)
             else:
-                stage.finish(partial(make, made, store, complete))
+                stage.finish(partial(_finish, make, made, store, complete, out))
             clear(out)
             return report
         finally:
             if made is not None:
                 _close(made)
+
+
+def _finish(
+    make: Callable[[Prepared, Store, bool], None], made: Prepared, store: Store, again: bool, out: Path
+) -> None:
+    """Makes the output; its parts that killed processes have left go first. Nobody else is at them."""
+    remove_parts(out)
+    make(made, store, again)
 
 
 def _nothing(block: Block, values: Array, tally: Tally) -> None:
@@ -432,7 +466,7 @@ def begun(
     stage = open_stage(out, identity(engine, source, decision, asked), plan, restart=restart)
     for other in fresh:
         _close(other)
-    return stage, prepare(engine, source, asked, dict(stage.run))
+    return stage, prepare(engine, source, asked, stage)
 
 
 def _close(made: Prepared) -> None:
@@ -452,10 +486,27 @@ def open_store(stage: Stage, made: Prepared, out: Path, *, marks: bool = True) -
                 begun = stage.data.with_name("data.begun")
                 shutil.rmtree(begun, ignore_errors=True)
                 ZarrOutput.create(
-                    begun, _shape(made), made.plan.chunk, made.image.metadata, size_of(made.image, made.shape)
-                )
+                    begun, _shape(made), made.plan.chunk, made.image.metadata, size_of(made.image, made.shape),
+                    **_meaning(made),
+                )  # fmt: skip
                 stage.rename(begun, stage.data)
     return ZarrStore(ZarrOutput.open(stage.data), made.place)
+
+
+def _meaning(made: Prepared) -> dict[str, Any]:
+    """What values or channels of the result mean, as :meth:`ZarrOutput.create` takes it; nothing of unnamed channels."""
+    decision, contract = made.decision, made.engine.spec.contract
+    mask = decision.dtype == np.uint8
+    if mask and not decision.channels:
+        names = label_names(decision, contract)
+        return {"names": names | ({int(made.nodata): NO_DATA} if made.image.gaps else {})}
+    probabilities = decision.op in ("softmax", "sigmoid") or contract.output_is == "probabilities"
+    if len(contract.classes) < decision.channels or not (mask or probabilities):
+        return {}
+    names = dict(
+        enumerate(contract.classes[-decision.channels :])
+    )  # the one channel of two classes is that of the second
+    return {"names": names, "highest": max(decision.values) if mask else 1}
 
 
 def is_zarr(out: Path) -> bool:

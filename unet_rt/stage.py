@@ -3,6 +3,7 @@
 The folder ``.NAME.stage`` (of the output NAME, on its file system) holds::
 
     run.json         what is computed: everything that decides the result, the plan, the numbers of the normalisation
+    numbers/00000003 those of a plane, where each has its own: measured once, by whoever needs them first
     done/00000042    the mark of a finished block, with what was counted of it: written after the block's data are synced
     data/            the data: chunks of an OME-Zarr image, or one packed file per block
 
@@ -74,8 +75,12 @@ class PackedStore:
         np.save(stream, values, allow_pickle=False)
         path = self._path(block.number)
         part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # another process may have finished the same block
-        part.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
-        part.replace(path)
+        try:
+            part.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
+            part.replace(path)
+        except BaseException:  # half of it would take the room that a full disk lacks
+            part.unlink(missing_ok=True)
+            raise
         return [path]
 
     def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
@@ -170,16 +175,51 @@ class Stage:
 
     def put(self, store: Store, block: Block, values: Array, tally: Tally) -> None:
         """Keeps a finished block: its data, then its mark."""
+        self._check_there()
         try:
             files = store.write(block, values)
             self._disk.sync_tree(files, self.folder)
             mark = {"outside": tally.outside, "seen": tally.seen, "labels": _sparse(tally.labels)}
             self._disk.write_whole(self._marks / f"{block.number:08d}", json.dumps(mark).encode())
         except OSError as error:
+            self._check_there()
             raise OutputError(
                 f"{error.filename or self.folder}: cannot be written ({error.strerror or error}); free some space and "
                 "give the same command again: finished blocks are kept"
             ) from error
+
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Numbers (JSON) that every process needs and one makes: what is there under this name, else what ``make`` gives.
+
+        Raises:
+            OutputError: They are damaged, or cannot be written.
+        """
+        path = self.folder / "numbers" / name
+        self._check_there()
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path.parent}: cannot be made ({error.strerror}); choose another --out") from error
+        with locked(path.with_name(f"{name}.lock")):
+            if not path.exists():
+                made = make()
+                try:
+                    self._disk.write_whole(path, json.dumps(made).encode())
+                except OSError as error:
+                    raise OutputError(
+                        f"{path}: cannot be written ({error.strerror}); free some space and give the same command again"
+                    ) from error
+            return _read(path)
+
+    def _check_there(self) -> None:
+        if not (self.folder / "run.json").exists():
+            raise self.gone()
+
+    def gone(self) -> OutputError:
+        """What to raise where the folder is not there any more."""
+        return OutputError(
+            f"{self.folder} has gone: another process has finished or restarted this output; look at that"
+        )
 
     def rename(self, old: Path, new: Path) -> None:
         """Gives a file or folder of the stage another name, durably."""
@@ -192,7 +232,7 @@ class Stage:
         for path in self._marks.iterdir():
             if not path.name.isdecimal():
                 continue  # a mark that is being written, or that a kill has left
-            mark = json.loads(path.read_text(encoding="utf-8"))
+            mark = _read(path)
             total.outside += mark["outside"]
             total.seen += mark["seen"]
             for channel, counts in enumerate(mark["labels"]):
@@ -219,6 +259,15 @@ class Stage:
         self._disk.replace(self.folder, gone)
         self._disk.sync_folder(gone.parent)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object. FileNotFoundError where there is none; OutputError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OutputError(f"{path} is damaged ({error}); use --restart to begin anew") from error
+    return dict(found)
 
 
 def _sparse(labels: Array) -> list[dict[str, int]]:
@@ -265,18 +314,21 @@ def open_stage(
     shutil.rmtree(folder.with_name(f"{folder.name}.gone"), ignore_errors=True)
     identity = json.loads(json.dumps(identity))
     if not path.exists():
-        run = {"format": FORMAT, "identity": identity, **prepare()}
-        try:
-            (folder / "done").mkdir(parents=True, exist_ok=True)
-            with locked(folder / "start.lock"):  # of several shards one starts it
-                if not path.exists():
+        # One of several shards starts it, and measures what has to be known of the whole image; the others wait for that.
+        with locked(folder.with_name(f"{folder.name}.start.lock")):
+            if not path.exists():
+                run = {"format": FORMAT, "identity": identity, **prepare()}
+                try:
+                    (folder / "done").mkdir(parents=True, exist_ok=True)
                     disk.write_whole(path, (json.dumps(run, indent=1) + "\n").encode())
                     disk.sync_folder(folder.parent)
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
+                except OSError as error:
+                    raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         found, form = dict(run["identity"]), run["format"]
+    except FileNotFoundError as error:
+        raise stage.gone() from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is damaged ({error}); use --restart to begin anew") from error
     if form != FORMAT:

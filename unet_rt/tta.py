@@ -66,7 +66,7 @@ class Augmented(Engine):
         if self._activation is not None:
             contract = replace(contract, output_is="probabilities")
         spec = replace(spec, contract=contract, outputs=outputs, halo_limit=None)
-        super().__init__(spec, engine._session, engine.folder)
+        super().__init__(spec, engine._session, engine.folder, engine.options)
         self._engine = engine
 
     @property
