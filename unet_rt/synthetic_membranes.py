@@ -61,7 +61,7 @@ class Tissue:
     membrane_depth: float = 84.0
     oblique: float = 0.15
     dense: float = 0.05
-    mitochondria_per_mpx: float = 30.0
+    mitochondria_per_mpx: float = 40.0
     vesicles_per_mpx: float = 1500.0
     texture: float = 30.0
     grey: float = 150.0
@@ -122,7 +122,7 @@ def random_tissue(seed: int) -> Tissue:
         membrane_depth=float(rng.uniform(60, 100)),
         oblique=float(rng.uniform(0.05, 0.25)),
         dense=float(rng.uniform(0.0, 0.08)),
-        mitochondria_per_mpx=float(rng.uniform(10, 50)),
+        mitochondria_per_mpx=float(rng.uniform(20, 80)),
         vesicles_per_mpx=float(rng.uniform(300, 3000)),
         texture=float(rng.uniform(20, 38)),
         grey=float(rng.uniform(125, 165)),
@@ -153,8 +153,12 @@ def membranes(shape: Sequence[int], *, seed: int = 0, tissue: Tissue | None = No
     # Fields are periodic: drawn a little larger, so that opposite edges of the image do not match, and fast to transform.
     field = tuple(64 * (-(-n // 64) + 1) for n in size)
     cells = _Cells(np.random.default_rng((seed, 0)), tissue, field)
-    level, truth = _painted(np.random.default_rng((seed, 1)), tissue, cells)
-    rng = np.random.default_rng((seed, 2))
+    level = _cytoplasm(np.random.default_rng((seed, 1)), tissue, cells)
+    _draw_vesicles(np.random.default_rng((seed, 2)), tissue, cells, level)
+    _draw_mitochondria(np.random.default_rng((seed, 3)), tissue, cells, level)
+    # Membranes lie over everything else.
+    truth = _draw_membranes(np.random.default_rng((seed, 4)), tissue, cells, level)
+    rng = np.random.default_rng((seed, 5))
     level += np.float32(tissue.shading) * smooth_noise(rng, field, 0.12 * max(field))
     # Half of the noise passes the optics.
     share = np.float32(tissue.noise * math.sqrt(0.5))
@@ -294,22 +298,21 @@ def _depth(place: F32, slope: F32, centre: F32, frame: F32, minor: F32) -> tuple
     return nearest[0], depth, beside
 
 
-def _painted(rng: np.random.Generator, tissue: Tissue, cells: _Cells) -> tuple[F32, npt.NDArray[np.uint8]]:
-    """Grey levels before light and noise, and the truth."""
-    field, depth = cells.ids.shape, cells.depth
+def _cytoplasm(rng: np.random.Generator, tissue: Tissue, cells: _Cells) -> F32:
+    """Grey levels of cells, with all in them but vesicles and mitochondria."""
+    field = cells.ids.shape
 
     def noise(scale: float) -> F32:
         return smooth_noise(rng, field, scale).astype(np.float32)
 
     count = len(cells.elongated)
-    inside = _step(depth, tissue.membrane_px / 2 + 0.5, 2.0)  # 0 on membranes, 1 inside cells
+    inside = _step(cells.depth, tissue.membrane_px / 2 + 0.5, 2.0)  # 0 on membranes, 1 inside cells
     level = np.full(field, tissue.grey, np.float32)
-    # Cytoplasm: grain of two sizes, darker specks than bright ones, more or less of it in each cell; clouds.
-    grain = np.float32(0.7) * noise(0.9) + np.float32(0.7) * noise(1.7)
+    # Grain of two sizes, darker specks than bright ones, more or less of it in each cell; clouds.
+    grain = np.float32(0.7) * (noise(0.9) + noise(1.7))
     grain -= np.float32(0.1) * (grain**2 - 1)
-    per_cell = np.stack([rng.normal(0, tissue.cell_contrast, count), rng.uniform(0.65, 1.3, count)]).astype(np.float32)
-    level += per_cell[0][cells.ids]
-    level += np.float32(tissue.texture) * per_cell[1][cells.ids] * grain
+    level += rng.normal(0, tissue.cell_contrast, count).astype(np.float32)[cells.ids]
+    level += np.float32(tissue.texture) * rng.uniform(0.65, 1.3, count).astype(np.float32)[cells.ids] * grain
     level += np.float32(0.4 * tissue.texture) * (np.float32(0.6) * noise(7) + np.float32(0.8) * noise(18))
     # Microtubules run along some elongated cells.
     striped = (rng.random(count) < 0.5) & (cells.elongated > 1.8)
@@ -320,25 +323,29 @@ def _painted(rng: np.random.Generator, tissue: Tissue, cells: _Cells) -> tuple[F
     line = np.abs(winding) / np.maximum(np.hypot(*np.gradient(winding)), 0.02)
     drawn = np.exp(-((line / np.float32(1.4)) ** 2)) * _step(noise(15), 0.9, 0.3)
     level -= np.float32(0.45 * tissue.membrane_depth) * drawn * inside
-    _draw_vesicles(rng, tissue, cells, level)
-    _draw_mitochondria(rng, tissue, cells, level)
+    return level
 
-    # Membranes, over everything else.
+
+def _draw_membranes(rng: np.random.Generator, tissue: Tissue, cells: _Cells, level: F32) -> npt.NDArray[np.uint8]:
+    """Darkens ``level`` along the borders of cells; the truth."""
+    field, depth = cells.ids.shape, cells.depth
+
+    def noise(scale: float) -> F32:
+        return smooth_noise(rng, field, scale).astype(np.float32)
+
     oblique = _step(noise(17), _quantile(1 - tissue.oblique), 0.35)
     cloud = _step(noise(11), _quantile(1 - tissue.dense), 0.4)
     half = np.float32(tissue.membrane_px / 2) * np.exp(np.float32(0.16) * noise(20))
     strength = np.clip(1 + np.float32(0.2) * noise(15), 0.35, 1.3) * (1 - np.float32(0.45) * oblique)
     wide = half * (1 + np.float32(1.4) * oblique + np.float32(0.8) * cloud)
     darkest = np.float32(tissue.grey) - np.float32(tissue.membrane_depth) * (1 + np.float32(0.35) * cloud)
-    darkest += np.float32(0.25 * tissue.texture) * grain
+    darkest += np.float32(0.25 * tissue.texture) * noise(1.2)
     beyond = np.maximum(depth - 8 * cloud, 0)
-    dark = np.exp(-np.float32(math.log(2)) * (beyond / wide) ** 2)
-    level += (darkest - level) * dark * strength
+    level += (darkest - level) * np.exp(-np.float32(math.log(2)) * (beyond / wide) ** 2) * strength
     # What is dense darkens its surroundings, on which the truth is silent.
     level -= np.float32(0.35 * tissue.membrane_depth) * np.exp(-depth / 9) * _step(noise(12), 1.1, 0.6)
     border = half * (2 * LABEL_SHARE) * (1 + np.float32(0.25) * oblique) + 8 * cloud
-    truth = np.where(depth < border, MEMBRANE, CELL).astype(np.uint8)
-    return level, truth
+    return np.where(depth < border, MEMBRANE, CELL).astype(np.uint8)
 
 
 def _draw_vesicles(rng: np.random.Generator, tissue: Tissue, cells: _Cells, level: F32) -> None:
