@@ -417,8 +417,9 @@ def smooth_noise(rng: np.random.Generator, shape: Sequence[int], sigma_px: float
     """White noise under a Gaussian, periodic, of deviation 1."""
     size = tuple(shape)
     spectrum = low_pass(np.fft.rfft2(rng.standard_normal(size)), size, sigma_px)
-    field: npt.NDArray[np.float64] = np.fft.irfft2(spectrum, s=size)
-    return field / field.std()
+    field = np.fft.irfft2(spectrum, s=size)
+    scaled: npt.NDArray[np.float64] = field / field.std()
+    return scaled
 
 
 def low_pass(spectrum: npt.NDArray[Any], shape: tuple[int, ...], sigma_px: float) -> npt.NDArray[Any]:

@@ -293,7 +293,7 @@ def _depth(place: F32, slope: F32, centre: F32, frame: F32, minor: F32) -> tuple
     for value, gradient in zip(values[1:], gradients[1:], strict=True):
         across = np.maximum(np.sqrt(((gradient - gradients[0]) ** 2).sum(1)), 0.5)
         rest += np.exp(-(value - values[0]) / across / JUNCTION_PX)
-    depth: F32 = -JUNCTION_PX * np.log(np.minimum(rest, 1))
+    depth = (-JUNCTION_PX * np.log(np.minimum(rest, 1))).astype(np.float32)
     beside: F32 = local[nearest[0], 1, pixels] * minor[nearest[0]]
     return nearest[0], depth, beside
 
