@@ -153,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": {
             "drawn": f"unet_rt.synthetic_membranes.random_tissue, {DRAWN_PX} x {DRAWN_PX} px, seeds "
             f"{_range(TRAINING_SEEDS)} training, {_range(VALIDATION_SEEDS)} validation, {_range(TEST_SEEDS)} test",
-            "real": "none trained on, and none chose weights: slices 21-23 of the ISBI 2012 stack are for the figures alone. "
-            "The drawing was made to resemble slices 03, 10, 17 and 22 of it",
+            "real": "none trained on, and none chose weights: slices 21-23 of the ISBI 2012 stack are for the figures "
+            "alone. The drawing was made to resemble slices 03, 10, 17 and 22 of it",
         },
         "figures": {
             "are": "means over images, of the mask of the likelier class: pixel_error, share of wrong pixels; rand_error, "
