@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> int:
 def train_one(args: argparse.Namespace) -> None:
     import torch
 
-    from unet_rt.contract import Contract
     from unet_rt.models import network_of
     from unet_rt.training import save_checkpoint, train
     from unet_rt.training.curves import training_curves
     from unet_rt.training.fit import NORMALIZATION, Options, device_of, fitting_tile, planned
     from unet_rt.training.folder import read_folder
+    from unet_rt.training.membranes import CONTRACT
 
     torch.set_num_threads(args.threads)
     place = device_of(args.device)
@@ -118,16 +118,7 @@ def train_one(args: argparse.Namespace) -> None:
         f"{args.network}-w{args.width}-{args.preset}-{len(training)}{'-plain' if args.no_augment else ''}"
     )
     out = args.out / f"{name}.pt"
-    contract = Contract(
-        axes="NCYX",
-        channels=("electron microscopy",),
-        normalization=NORMALIZATION,
-        task="multiclass",
-        output_is="logits",
-        classes=("membrane", "cell"),
-        trained_tile=(recipe.tile_px, recipe.tile_px),
-        border="mirror",
-    )
+    contract = replace(CONTRACT, trained_tile=(recipe.tile_px, recipe.tile_px))
     document: dict[str, Any] = {
         "network": architecture,
         "parameters": sum(p.numel() for p in network.parameters()),

@@ -490,6 +490,35 @@ def membranes_slices() -> str:
     )
 
 
+def membranes_shipped() -> str:
+    """The network that ships, on drawn sections and on real slices, beside one that was trained on such slices."""
+    shipped: Record = json.loads((ROOT / "unet_rt" / "data" / "membranes.json").read_text(encoding="utf-8"))
+    taught: Record = record("membranes")["rows"][0]
+    drawn, real = (shipped["figures"][part] for part in ("test_drawn", "test_real"))
+    columns = {
+        "pixel error": "pixel_error",
+        "Rand error": "rand_error",
+        "IoU of cells": "iou_cells",
+        "IoU of membranes": "iou_membranes",
+    }
+    names = ("pixel error", "Rand error", "IoU", "membrane IoU")  # of the comparison's record
+    rows = [
+        (f"drawn, {drawn['images']} sections not trained on: the network that ships", drawn, columns.values()),
+        ("cell everywhere", drawn["cell_everywhere"], columns.values()),
+        (f"ISBI 2012, slices 21 to {20 + real['images']}: the network that ships", real, columns.values()),
+        ("cell everywhere", real["cell_everywhere"], columns.values()),
+        (f"{taught['network']} of width {taught['width']}, trained on {taught['training_slices']} slices of it",
+         taught["figures"], names),
+    ]  # fmt: skip
+    lines = [(name, *(f"{found[key]:.4f}" for key in keys)) for name, found, keys in rows]
+    recipe = shipped["recipe"]
+    return (
+        f"U-Net of width {shipped['architecture']['width']} ({shipped['parameters']:,} parameters), {recipe['steps']:,} "
+        f"steps of {recipe['batch']} tile of {recipe['tile_px']} px, seed {recipe['seed']}, trained on drawn sections "
+        f"alone:\n\n{table(('', *columns), lines)}"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
 
@@ -715,6 +744,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "precision-paper": precision_paper,
     "membranes": membranes,
     "membranes-slices": membranes_slices,
+    "membranes-shipped": membranes_shipped,
     "parity": parity_rows,
     "passes": passes,
     "gpu-machine": gpu_machine,

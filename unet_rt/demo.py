@@ -6,27 +6,38 @@ import importlib.resources
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from . import parity
 from .build import BuildReport, build
 from .engine import load
-from .errors import OutputError
+from .errors import GraphError, OutputError
 from .pipeline import Progress, RunReport
 from .predict import predict
 from .reports import build_text, run_text, verify_text
 from .synthetic import microscopy
 from .verify import verify
 
+SHIPPED = ("nuclei", "membranes")
 SAMPLES = 4
 SAMPLE_PX = 768
 
 
-def shipped_model() -> Path:
-    """The trained ONNX U-Net that ships with the package: nuclei in fluorescence microscopy."""
-    return Path(str(importlib.resources.files("unet_rt") / "data" / "nuclei.onnx"))
+def shipped_model(name: Literal["nuclei", "membranes"] = "nuclei") -> Path:
+    """A trained ONNX U-Net that ships with the package; its recipe and figures lie beside it, in ``NAME.json``.
+
+    Args:
+        name: ``nuclei`` in fluorescence microscopy (same-padded), or cells and their ``membranes`` in electron
+            microscopy (valid-padded, the paper's network at an eighth of its width; trained on drawn sections alone).
+
+    Raises:
+        GraphError: there is no such network.
+    """
+    if name not in SHIPPED:
+        raise GraphError(f"no network called {name!r} ships with unet-rt; choose {' or '.join(SHIPPED)}")
+    return Path(str(importlib.resources.files("unet_rt") / "data" / f"{name}.onnx"))
 
 
 def demo(

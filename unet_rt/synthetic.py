@@ -413,16 +413,26 @@ def _colour(row: int, column: int) -> int:
     return 2 * (row % 2) + column % 2
 
 
+def smooth_noise(rng: np.random.Generator, shape: Sequence[int], sigma_px: float) -> npt.NDArray[np.float64]:
+    """White noise under a Gaussian, periodic, of deviation 1."""
+    size = tuple(shape)
+    spectrum = low_pass(np.fft.rfft2(rng.standard_normal(size)), size, sigma_px)
+    field = np.fft.irfft2(spectrum, s=size)
+    scaled: npt.NDArray[np.float64] = field / field.std()
+    return scaled
+
+
+def low_pass(spectrum: npt.NDArray[Any], shape: tuple[int, ...], sigma_px: float) -> npt.NDArray[Any]:
+    """The spectrum (``rfft2``) of an image of ``shape`` under a Gaussian of deviation ``sigma_px``."""
+    frequency = np.fft.fftfreq(shape[0])[:, None] ** 2 + np.fft.rfftfreq(shape[1])[None, :] ** 2
+    filtered: npt.NDArray[Any] = spectrum * np.exp(-2 * (np.pi * sigma_px) ** 2 * frequency)
+    return filtered
+
+
 def _texture(rng: np.random.Generator) -> F32:
     """(1024, 1024), period 512: chromatin of two grain sizes, and dark nucleoli; deviation about 1."""
     period = 512
-    grains = []
-    for scale in (1.2, 3.0, 6.0):
-        frequency = np.fft.fftfreq(period)[:, None] ** 2 + np.fft.rfftfreq(period)[None, :] ** 2
-        spectrum = np.fft.rfft2(rng.standard_normal((period, period)))
-        field = np.fft.irfft2(spectrum * np.exp(-2 * (np.pi * scale) ** 2 * frequency), s=(period, period))
-        grains.append(field / field.std())
-    fine, middle, large = grains
+    fine, middle, large = (smooth_noise(rng, (period, period), scale) for scale in (1.2, 3.0, 6.0))
     nucleoli = np.clip(large - 1.2, 0, 0.8) / 0.8
     texture = 0.6 * fine + 0.8 * middle - 1.5 * nucleoli
     return np.tile(np.clip(texture, -2.5, 2.5).astype(np.float32), (2, 2))

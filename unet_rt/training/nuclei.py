@@ -10,8 +10,6 @@ ids), from its grey images with bright nuclei.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections import defaultdict
@@ -26,7 +24,6 @@ from PIL import Image
 
 from unet_rt.contract import Contract
 from unet_rt.errors import ImageError
-from unet_rt.export import export
 from unet_rt.models import UNet, UNetSpec, save_half
 from unet_rt.synthetic import microscopy, random_scene
 
@@ -34,7 +31,8 @@ from .augment import Augmentation
 from .fit import NORMALIZATION
 from .metrics import iou
 from .samples import Sample, prepare
-from .trainer import Progress, Recipe, evaluate, save_checkpoint, train
+from .shipped import record_of, write_onnx, write_record
+from .trainer import Progress, Recipe, evaluate, train
 from .weights import F32
 
 SYNTHETIC_PX = 384
@@ -194,16 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained_tile=(recipe.tile_px, recipe.tile_px),
     )
     given.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "network": given.network,
-        "task": "nuclei (bright on dark, fluorescence) against background",
-        "architecture": shipped.spec.to_json(),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "command": f"python -m unet_rt.training.nuclei {given.network} --data dsb2018 --out ."
-        if given.data
-        else f"python -m unet_rt.training.nuclei {given.network} --out .",
-        "contract": contract.to_json(),
-        "recipe": recipe.to_json(),
+    command = f"python -m unet_rt.training.nuclei {given.network}{' --data dsb2018' if given.data else ''} --out ."
+    task = "nuclei (bright on dark, fluorescence) against background"
+    record = record_of(given.network, task, command, network, contract, recipe, history, seconds) | {
         "data": {
             "counts": counts,
             "drawn": f"unet_rt.synthetic.random_scene, {SYNTHETIC_PX} x {SYNTHETIC_PX} px, seeds "
@@ -222,10 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "test_drawn": figures(network, drawn_test),
             "test_real": figures(network, real_test),
         },
-        "history": [[p.step, round(p.loss, 4), round(p.iou, 4)] for p in history],
-        "seconds": round(seconds),
-        "threads": given.threads,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
     if shipped.spec.norm == "none":
         # Stored as float16: the figures are measured again on the rounded weights, which are what ships.
@@ -238,10 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         sample = microscopy((512, 512), seed=1)
         pixels = prepare("export", sample.image, sample.truth, NORMALIZATION).image
-        done = export(network, given.out / f"{given.network}.onnx", contract=contract, pixels=pixels)
-        record["export"] = {"exporter": done.exporter, "opset": done.opset, "max_error_to_torch": done.max_error}
-    save_checkpoint(given.out / f"{given.network}.pt", network, contract, record)
-    (given.out / f"{given.network}.json").write_text(json.dumps(record, indent=1) + "\n")
+        record["export"] = write_onnx(given.out / f"{given.network}.onnx", network, contract, pixels)
+    write_record(given.out, network, contract, record)
     say(f"test IoU: drawn {record['figures']['test_drawn']}, real {record['figures']['test_real']}")
     return 0
 
