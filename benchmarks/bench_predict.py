@@ -183,7 +183,6 @@ def main(argv: list[str] | None = None) -> int:
         "parameters": net.parameters,
         "size": args.size,
         "judged": judged,
-        "base": next(iter(others), None),
         "threads": machine.threads(),
         "rows": rows,
         "skipped": skipped,
