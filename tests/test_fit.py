@@ -238,6 +238,9 @@ def spoil(folder: Path, what: str) -> None:
     elif what == "one class":
         for k in range(6):
             write(folder / f"masks/{k}.tif", np.zeros((96, 128), np.uint16))
+    elif what == "only one image has foreground":
+        for k in range(5):
+            write(folder / f"masks/{k}.tif", np.zeros((96, 128), np.uint16))
     elif what == "colour mask":
         mask.unlink()
         write(mask.with_suffix(".png"), np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8))
@@ -260,6 +263,7 @@ def spoil(folder: Path, what: str) -> None:
         ("another size", ImageError, r"2\.tif is 96x128 and its mask 2\.tif 90x128"),
         ("fractions", ImageError, "fractions"),
         ("one class", ImageError, "background alone"),
+        ("only one image has foreground", ContractError, "the 5 images to train on hold no pixel of foreground"),
         ("colour mask", ImageError, "one number per pixel"),
         ("not finite", ImageError, "finite|NaN"),
         ("small", ImageError, "20x128 px; training takes 32 px or more"),

@@ -23,7 +23,6 @@ from .curves import training_curves
 from .folder import DataSet, read_folder
 from .samples import MaskKind, Sample, split_by_blocks
 from .trainer import Progress, Recipe, TrainingError, evaluate, foreground_is_common, save_checkpoint, train
-from .weights import class_weights
 
 NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
 VALIDATION_SHARE = 0.2
@@ -207,7 +206,7 @@ def fit(
     training, validation = split(data, say)
     if options.limit is not None:
         training = training[: options.limit]
-        _check_classes(training, len(data.classes), "training")
+        _check_classes(training, data.classes)
     architecture, recipe = planned(options, place, len(data.channels), len(data.classes))
     torch.manual_seed(seed)
     try:
@@ -301,7 +300,7 @@ def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tupl
         validation = [data.samples[k] for k in data.validation]
     else:
         training, validation = split_by_blocks(data.samples, VALIDATION_SHARE)
-    _check_classes(training, len(data.classes), "training")
+    _check_classes(training, data.classes)
     there = {int(k) for s in validation for k in np.unique(s.target)}
     for k in sorted(set(range(1, len(data.classes))) - there):
         say(f"no pixel of {data.classes[k]} in the validation part: its IoU is not watched")
@@ -322,11 +321,14 @@ def watched(validation: Sequence[Sample]) -> list[Sample]:
     return found
 
 
-def _check_classes(training: Sequence[Sample], classes: int, part: str) -> None:
-    try:
-        class_weights([s.target for s in training], classes)
-    except ValueError as error:
-        raise ContractError(f"the {part} part: {error}; give more images, in another order of names") from error
+def _check_classes(training: Sequence[Sample], classes: Sequence[str]) -> None:
+    there = {int(k) for s in training for k in np.unique(s.target)}
+    absent = [name for k, name in enumerate(classes) if k not in there]
+    if absent:
+        raise ContractError(
+            f"the {len(training)} images to train on hold no pixel of {', '.join(absent)}, which a network cannot learn "
+            "then; give more images that hold it (the last fifth by name validates, or folders named val)"
+        )
 
 
 def _check_out(out: Path, state: Path, resume: bool, overwrite: bool) -> None:

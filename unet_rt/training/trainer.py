@@ -256,10 +256,10 @@ class _Run:
         self.pending.clear()
         for k, value in enumerate(values):
             if not math.isfinite(value):
-                kept = f"the best weights so far (validation IoU {self.best_iou:.3f}) are kept"
+                kept = f"; the best weights so far (validation IoU {self.best_iou:.3f}) are kept"
                 raise TrainingError(
-                    f"loss is {value} at step {first + k}; "
-                    f"{kept if self.best_iou >= 0 else 'the initial weights are kept'}. "
+                    f"loss is {value} at step {first + k}"
+                    f"{kept if self.best_iou >= 0 else ', before the first validation, so that there is nothing to keep'}. "
                     f"Lower the learning rate from {self.recipe.learning_rate:g}, or look at the normalisation"
                 )
         self.losses += values
