@@ -490,11 +490,18 @@ def test_a_mixture_that_a_backend_refuses_costs_no_other_candidate(monkeypatch: 
     seconds: dict[Any, float] = {"fp32": 2.0, "int8": 1.0}
     builder = object.__new__(BUILD._Build)
     builder.quantiser, builder.deadline, builder.notes = object(), None, []
-    builder.engines = {("onnxruntime", "fp32", ""): "fp32"}
+    builder.engines = {("onnxruntime", "fp32", ""): "fp32", ("openvino", "bf16", ""): "bf16"}
+
+    def verdict_of(engine: str) -> None:
+        raise urt.BackendError(f"{engine} cannot be run")
+
+    monkeypatch.setattr(builder, "_verdict", verdict_of, raising=False)
     monkeypatch.setattr(builder, "_quick_seconds", lambda engine, _: seconds[engine], raising=False)
     plain: Any = SimpleNamespace(engine="int8", verdict=SimpleNamespace(accepted=False))
     found = {"onnxruntime": [plain]}
-    builder._put_back(found, (64, 64), (1,))
+    verdicts: dict[Any, Any] = {}
+    builder._put_back(found, (64, 64), (1,), verdicts)
+    assert verdicts == {}
     assert found == {"onnxruntime": [plain]}
     assert builder.notes == [
         "onnxruntime int8: layers were returned to FP32 until ONNX Runtime runs 3 of 4 layers in INT8"

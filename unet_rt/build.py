@@ -853,7 +853,10 @@ class _Build:
         inside = [m.engine for mixtures in found.values() for m in mixtures if m.verdict.accepted]
         for key, engine in self.engines.items():
             if key[1] != "fp32":
-                verdicts[key] = self._verdict(engine)
+                try:
+                    verdicts[key] = self._verdict(engine)
+                except BackendError:  # it cannot be run, as ``_measure`` finds and says
+                    continue
             if key[1] == "fp32" or verdicts[key].accepted:
                 inside.append(engine)
         fastest = min((self._quick_seconds(engine, tile) for engine in inside), default=float("inf"))
