@@ -660,7 +660,9 @@ def precision_paper() -> str:
     head = ("", "ms, median (range)", "eager FP32 = 1", "labels changed, worst sample", "lowest Dice")
     lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    text = f"**INT8**, the same network and tile, calibrated on drawn micrographs (`{found['command']}`):"
+    command, _, left_out = found["command"].partition(" (")
+    said = f"`{command}`" + (f", {left_out.removesuffix(')')}" if left_out else "")
+    text = f"**INT8**, the same network and tile, calibrated on drawn micrographs ({said}):"
     return "\n".join([text, "", *lines])
 
 
