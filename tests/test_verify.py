@@ -243,6 +243,9 @@ def test_labels_that_cannot_be(engine_folder, on_disk, sample_images):
     Image.fromarray(np.zeros((10, 20), np.uint8)).save(labels / "cell-500.png")
     with pytest.raises(urt.ImageError, match="one size"):
         verify(engine_folder, images, labels=labels)
+    Image.fromarray(np.zeros((10, 20), np.uint8)).save(labels / "cell-500.tif")
+    with pytest.raises(urt.ImageError, match=r"cell-500\.png and cell-500\.tif for cell-500\.tif"):
+        verify(engine_folder, images, labels=labels)
 
 
 # --- the picture of the worst tile --------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def _verify_images(
     say: Callable[[str], None],
 ) -> VerifyReport:
     spec = engine.spec
-    whole_possible = spec.exact and spec.free_size
+    whole_possible = spec.runs_whole
     found, seams = list[ImageParity](), list[ImageParity]()
     growth, truths = [], []
     worst: tuple[float, Sample, Array, Array, Contract] | None = None
@@ -337,10 +337,13 @@ def _label_of(sample: Sample, labels: Any, channels: int) -> Array:
 
     if sample.path is None:
         raise ImageError("labels need images that are files, to be matched by name")
-    by_stem = {path.stem: path for path in sample_images(labels)}
-    path = by_stem.get(sample.path.stem)
-    if path is None:
-        raise ImageError(f"no label for {sample.path.name}; labels are matched by file name without suffix")
+    found = [path for path in map(Path, sample_images(labels)) if path.stem == sample.path.stem]
+    if len(found) != 1:
+        there = " and ".join(path.name for path in found) if found else "no label"
+        raise ImageError(
+            f"{there} for {sample.path.name}; labels are matched by file name without suffix, one for each image"
+        )
+    path = found[0]
     with open_image(path, Contract(), spatial=len(sample.shape), network_channels=channels) as source:
         if sample.plane >= source.planes:
             raise ImageError(
