@@ -42,7 +42,7 @@ REAL_TEST = slice(-3, None)  # of 24 slices of ISBI 2012: 21 to 23, those that b
 # BatchNorm is folded on export: the graph is the paper's.
 SPEC = UNetSpec(width=8, norm="batch", dropout=0.1)
 RECIPE = Recipe(
-    steps=1500,
+    steps=600,
     tile_px=508,
     batch=1,
     learning_rate=3e-3,
@@ -51,7 +51,7 @@ RECIPE = Recipe(
     augmentation=Augmentation(
         turn="quarter", scale=0.0, elastic_px=0.0, gain=0.15, gamma=0.25, offset=0.05, noise=0.05
     ),
-    validate_every=150,
+    validate_every=100,
     seed=7,
 )
 CONTRACT = Contract(
