@@ -76,10 +76,12 @@ def in_this_process(monkeypatch):
     cluster._opened.cache_clear()
 
 
-def test_workers_load_the_engine_as_it_was_loaded_here(folder, tmp_path, sample_images, in_this_process, monkeypatch):
+def test_workers_load_the_engine_as_it_was_loaded_here(
+    exact_folder, tmp_path, sample_images, in_this_process, monkeypatch
+):
     """An engine whose parity is not proven, accepted as it is, and a device named by the user."""
     unproven = tmp_path / "unproven.urt"
-    shutil.copytree(folder, unproven)
+    shutil.copytree(exact_folder, unproven)
     edit(unproven, lambda spec: spec["files"].pop("parity"))
     image = tmp_path / "image.npy"
     np.save(image, sample_images[0])
@@ -97,11 +99,13 @@ def test_workers_load_the_engine_as_it_was_loaded_here(folder, tmp_path, sample_
     assert [(o["device"], o["accept_unverified"]) for o in loaded] == [("cpu", True)] * 2
 
 
-def test_what_is_computed_no_more_is_said_on_workers(folder, tmp_path, sample_images, in_this_process, monkeypatch):
+def test_what_is_computed_no_more_is_said_on_workers(
+    exact_folder, tmp_path, sample_images, in_this_process, monkeypatch
+):
     image, jobs, work = tmp_path / "image.npy", [], cluster.work
     np.save(image, sample_images[0])
     monkeypatch.setattr(cluster, "work", lambda job, numbers: jobs.append(job) or work(job, numbers))
-    with urt.load(folder) as engine:
+    with urt.load(exact_folder) as engine:
         urt.predict(engine, image, out=tmp_path / "mask.npy", scheduler="local:1")
     with pytest.raises(urt.BackendError, match="its run has ended"):
         work(jobs[0], [0])
@@ -110,7 +114,7 @@ def test_what_is_computed_no_more_is_said_on_workers(folder, tmp_path, sample_im
         work(jobs[0], [0])
 
 
-def test_a_scheduler_that_goes_away_is_said(folder, tmp_path, sample_images, monkeypatch):
+def test_a_scheduler_that_goes_away_is_said(exact_folder, tmp_path, sample_images, monkeypatch):
     """Dask hands on futures that it has cancelled as though they had finished."""
     import distributed
     from distributed.client import FutureCancelledError
@@ -127,5 +131,8 @@ def test_a_scheduler_that_goes_away_is_said(folder, tmp_path, sample_images, mon
     monkeypatch.setattr(distributed, "as_completed", as_completed)
     image, out = tmp_path / "image.npy", tmp_path / "mask.npy"
     np.save(image, sample_images[0])
-    with urt.load(folder) as engine, pytest.raises(urt.BackendError, match=r"tcp://a:1 has gone.*same command again"):
+    with (
+        urt.load(exact_folder) as engine,
+        pytest.raises(urt.BackendError, match=r"tcp://a:1 has gone.*same command again"),
+    ):
         urt.predict(engine, image, out=out, scheduler="tcp://a:1")
