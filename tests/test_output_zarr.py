@@ -24,6 +24,7 @@ from unet_rt.image import open_image
 from unet_rt.output import Shape
 from unet_rt.output_zarr import NO_DATA, ZarrOutput
 from unet_rt.pixels import Origin
+from unet_rt.predict_large import check_target
 
 Array = npt.NDArray[Any]
 ARRAY = Origin("array")
@@ -277,3 +278,10 @@ def test_folders_in_the_way_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="at most five axes"):
         ZarrOutput.create(tmp_path / "n.zarr", Shape((8, 8), (2, 2, 2), "INP", 2, MASK.dtype), (8, 8), ARRAY, None)
     assert not (tmp_path / "n.zarr").exists()
+
+
+def test_a_missing_library_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with pytest.raises(OutputError, match=r"mask\.zarr: .* zarr, which is missing; pip install .*unet-rt\[zarr\]"):
+        check_target(tmp_path / "mask.zarr", overwrite=False)
+    check_target(tmp_path / "mask.tif", overwrite=False)

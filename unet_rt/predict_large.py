@@ -25,6 +25,7 @@ from .durable import Disk, locked
 from .engine import Engine
 from .errors import ContractError, OutputError
 from .image import Source, open_image
+from .image_zarr import import_zarr
 from .normalize import Affine, Affines, OnePlane, affine
 from .output import Output, Shape, check_output, nodata_value, open_output, remove_parts, size_of
 from .output_zarr import NO_DATA, ZarrOutput
@@ -305,9 +306,11 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     """OutputError for what can be known of an output before any work."""
     if not is_zarr(out):
         check_output(out, overwrite=overwrite)
-    elif out.exists() and not overwrite:
+        return
+    import_zarr(OutputError, out)
+    if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
-    elif not out.parent.is_dir():
+    if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist; create it, or choose another with --out")
 
 

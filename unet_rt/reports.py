@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .search import LayerCost
     from .verify import VerifyReport
 
+OUTSIDE_TOLD = 1e-3  # share of pixels outside the range seen at build from which on the result is worth a look
+
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
@@ -215,10 +217,8 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
     if report.class_share:
         lines.append("  " + ", ".join(f"{_label(name)} {share:.2%}" for name, share in report.class_share.items()))
     if report.outside_range:
-        lines.append(
-            f"  {report.outside_range:.3%} of pixels, normalised, lie outside the range seen at build: look whether the "
-            "result is right"
-        )
+        advice = ": look whether the result is right" if report.outside_range >= OUTSIDE_TOLD else ""
+        lines.append(f"  {report.outside_range:.3%} of pixels, normalised, lie outside the range seen at build{advice}")
     lines += [f"  {note}" for note in report.notes]
     if target is not None:
         lines.append(f"  -> {target}")
