@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--int8", default="openvino", metavar="NAME,..", help="backends to build INT8 engines for; none"
     )
+    parser.add_argument("--emulated", action="store_true", help="time BF16 also where the processor has no instructions")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(argv)
     if args.quick:
@@ -141,8 +142,12 @@ def measured(
     contenders: dict[str, Contender] = {
         "eager FP32": eager(net.module(), x, channels_last=False, dtype=None),
         "eager FP32 channels_last": eager(net.module(), x, channels_last=True, dtype=None),
-        "autocast BF16 channels_last": eager(net.module(), x, channels_last=True, dtype=torch.bfloat16),
     }
+    half = "autocast BF16 channels_last"
+    if args.emulated or machine.cpu_features() & record.NATIVE["bf16"]:
+        contenders[half] = eager(net.module(), x, channels_last=True, dtype=torch.bfloat16)
+    else:
+        skipped[half] = "the processor has no BF16 instructions, and emulated it takes minutes (--emulated)"
     if args.no_compile:
         skipped["torch.compile FP32"] = "left out by --no-compile"
     else:

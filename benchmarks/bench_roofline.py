@@ -27,11 +27,6 @@ from bench_engine import tile_of
 import unet_rt as urt
 from unet_rt import backends, bench, graph, machine
 
-NATIVE = {
-    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
-    "int8": {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"},
-}
-
 
 def main(argv: list[str] | None = None) -> int:
     args = record.parser(__doc__, seconds=60).parse_args(argv)
@@ -75,12 +70,12 @@ def peaks(side: int, seconds: float) -> tuple[list[dict[str, Any]], dict[str, st
     }
     skipped: dict[str, str] = {}
     features = machine.cpu_features()
-    if features & NATIVE["bf16"]:
+    if features & record.NATIVE["bf16"]:
         ha, hb = ta.bfloat16(), tb.bfloat16()
         calls["bf16", "PyTorch"] = lambda: ha @ hb
     else:
         skipped["bf16"] = "the processor has no instructions for it"
-    if features & NATIVE["int8"]:
+    if features & record.NATIVE["int8"]:
         ia, ib = (torch.from_numpy(rng.integers(-128, 128, (side, side)).astype(np.int8)) for _ in range(2))
         calls["int8", "PyTorch"] = lambda: torch._int_mm(ia, ib)
     else:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from unet_rt.bench import Timing
 
 RESULTS = Path(__file__).parent / "results"
+# Precisions that a processor has instructions for, by the names of machine.cpu_features; without, they are emulated.
+NATIVE = {
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "int8": {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"},
+}
 Range = tuple[float, float, float]  # median, low, high
 
 

@@ -125,9 +125,7 @@ def engine_paper() -> str:
         if row.get("batch", 1) == 1
     ]
     head = ("", "ms, median (range)", "eager FP32 = 1", "labels equal to eager FP32")
-    skipped = "".join(
-        f"\n\nNot run: {name}: {why}." for name, why in data.get("skipped", {}).items() if "unet-rt" in name
-    )
+    skipped = "".join(f"\n\nNot run: {name}: {why}." for name, why in data.get("skipped", {}).items())
     return (
         f"**One tile** of the paper's U-Net ({data['parameters']:,} parameters, trained weights, "
         f"{data['tile']} x {data['tile']} px, batch 1, FP32 unless said;\n`{data['command']}`):\n\n"
