@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--int8", default="openvino", metavar="NAME,..", help="backends to build INT8 engines for; none"
     )
-    parser.add_argument("--emulated", action="store_true", help="time BF16 also where the processor has no instructions")
+    parser.add_argument(
+        "--emulated", action="store_true", help="time BF16 also where the processor has no instructions"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(argv)
     if args.quick:
