@@ -78,11 +78,15 @@ def subjects(shared: Path, checkpoints: dict[str, Path], work: Path) -> Iterator
         channels="luma", tile=(224, 224),
     )  # fmt: skip
     slices = sorted((isbi / "image").iterdir())
+    parts: dict[str, Any] = {
+        "data": "isbi2012",
+        "samples": slices[:TRAINING_SLICES],
+        "others": slices[TRAINING_SLICES:],
+    }
+    parts["labels"] = isbi / "label"
+    yield Subject("membranes (ships)", shipped_model("membranes"), urt.Contract(), tile=(380, 380), **parts)
     for name, checkpoint in checkpoints.items():
-        yield Subject(
-            name, exported(checkpoint, work / f"{name}.onnx"), urt.Contract(), "isbi2012",
-            slices[:TRAINING_SLICES], slices[TRAINING_SLICES:], isbi / "label", tile=None,
-        )  # fmt: skip
+        yield Subject(name, exported(checkpoint, work / f"{name}.onnx"), urt.Contract(), tile=None, **parts)
 
 
 def paper() -> Path:
@@ -100,7 +104,9 @@ def exported(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def measured(subject: Subject, work: Path, backend: str, precision: str, count: int) -> list[dict[str, Any]]:
+def measured(
+    subject: Subject, work: Path, backend: str, precision: str, count: int, minutes: float
+) -> list[dict[str, Any]]:
     """Rows of one backend and precision: as built, and plain INT8's verdict where it was not what was chosen."""
     folder, reports = work / f"{backend}-{precision}.urt", list[BuildReport]()
     row: dict[str, Any] = {"net": subject.name, "data": subject.data, "backend": backend, "precision": precision}
@@ -113,7 +119,7 @@ def measured(subject: Subject, work: Path, backend: str, precision: str, count: 
     try:
         urt.build(
             subject.model, out=folder, backend=backend, precision=precision, device="cpu", tile=subject.tile,
-            halo="exact", report=reports.append, **options,
+            halo="exact", search_minutes=minutes, report=reports.append, **options,
         ).close()  # fmt: skip
     except urt.UnetRtError as error:
         return [{**row, "note": str(error)}]
@@ -203,7 +209,8 @@ def command(args: argparse.Namespace) -> str:
     """The command without this machine's folders."""
     named = " ".join(f"{name}={Path(path).name}" for name, _, path in (e.partition("=") for e in args.checkpoint))
     checkpoints = f" --checkpoint {named}" if named else ""
-    return f"python benchmarks/parity_rows.py --shared ../shared{checkpoints} --samples {args.samples} --count {args.count}"
+    limits = f" --samples {args.samples} --count {args.count} --search-minutes {args.search_minutes:g}"
+    return f"python benchmarks/parity_rows.py --shared ../shared{checkpoints}{limits}"
 
 
 def others(rows: Sequence[dict[str, Any]], out: str | None) -> list[dict[str, Any]]:
@@ -226,6 +233,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
     parser.add_argument("--samples", type=int, default=20, help="images that are built on")
     parser.add_argument("--count", type=int, default=20, help="windows held back that are judged")
+    parser.add_argument("--search-minutes", type=float, default=10, help="of each build, at most")
     parser.add_argument("--out")
     args = parser.parse_args()
     checkpoints = {name: Path(path) for name, _, path in (entry.partition("=") for entry in args.checkpoint)}
@@ -238,7 +246,7 @@ def main() -> None:
             work = made(Path(temporary) / str(k))
             for backend in backends.usable("cpu"):
                 for precision in args.precision:
-                    rows += measured(subject, work, backend, precision, args.count)
+                    rows += measured(subject, work, backend, precision, args.count, args.search_minutes)
             rows += in_onnxruntime(subject, work, args.count)
             document = {"command": command(args), "rows": [*others(rows, args.out), *rows]}
             record.write("parity", document, args.out)  # after each network, should the next one fail
