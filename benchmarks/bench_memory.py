@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         # built in a process of its own: what building leaves behind would count as the engine's memory
         build = [
             sys.executable,
-            "-m",
+            "-Pm",  # not the package of the checkout, which may lie in the current folder
             "unet_rt.cli",
             "build",
             str(shipped_model()),
