@@ -3,8 +3,8 @@
     python benchmarks/bench_predict.py [--net nuclei|nuclei-wide|paper] [--size 4096] [--no-baselines] [--out FILE]
 
 The same trained network and the same drawn image for everybody, as many threads as the process may use. One process;
-rounds are interleaved, after each has run a small image to warm up; medians with the fastest and slowest. Engines (the
-backend that build finds fastest in FP32, in every precision):
+rounds are interleaved, after each has run a small image to warm up; medians with the fastest and slowest. Engines (of each
+precision the one that build chooses among all backends):
 opening the TIFF, statistics, normalisation, tiles, inference, stitching, decision, writing the mask. MONAI
 (``sliding_window_inference``, windows of 512 px, ``sw_batch_size`` 1) gets the normalised image as a tensor, so reading,
 normalising and writing are not in its time:
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[dict[str, urt.Engine], dict[str, str]]:
-    """Engines by name, one per precision, of the backend that build finds fastest in FP32; and why others are missing."""
+    """Engines by name, one per precision, as build chooses them; and why others are missing."""
     engines: dict[str, urt.Engine] = {}
     skipped: dict[str, str] = {}
     samples = paper_net.drawn(2, 200) if args.quick else paper_net.drawn(4, 1024)
@@ -205,7 +205,6 @@ def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[d
                 out=folder / f"{precision}.urt",
                 precision=precision,
                 device="cpu",
-                backend=next((engine.spec.backend for engine in engines.values()), "auto"),
                 halo="exact",
                 tile=(192, 192) if args.quick else None,
             )

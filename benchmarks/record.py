@@ -53,13 +53,16 @@ def spread(timing: Timing) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that was measured, "+changes" where the tree differs from it, "unknown" outside a checkout."""
+    """The commit that was measured, "+changes" where more than records differs from it, "unknown" outside a checkout."""
     here = Path(__file__).parent
-    asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--exclude=*"]
+    git: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "check": True}
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
+        others = [":/", f":(exclude){RESULTS}"]
+        changed = subprocess.run(["git", "diff", "--name-only", "HEAD", "--", *others], **git).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return name + "+changes" * bool(changed)
 
 
 def write(name: str, figures: dict[str, Any], out: str | Path | None = None, *, quick: bool = False) -> Path | None:
