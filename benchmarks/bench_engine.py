@@ -1,6 +1,6 @@
 """Latency per tile: eager PyTorch in named settings, the libraries used directly, and engines of unet-rt.
 
-    python benchmarks/bench_engine.py [--net paper|nuclei] [--tile 572] [--batches 1,4] [--seconds 180] [--out FILE]
+    python benchmarks/bench_engine.py [--net paper|nuclei] [--tile 572] [--batches 1,4] [--seconds 120] [--out FILE]
 
 One process, per batch one interleaved run after a warm-up round of every contender, medians with the fastest and slowest
 run; speeds are medians of the rounds' ratios, with a 95 % interval in the record; as many threads as the process may use.
@@ -63,7 +63,7 @@ def compiled(module: torch.nn.Module, x: np.ndarray) -> Contender:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = record.parser(__doc__, seconds=180)
+    parser = record.parser(__doc__, seconds=120)
     parser.add_argument("--net", choices=("paper", "nuclei"), default="paper")
     parser.add_argument("--tile", type=int)
     parser.add_argument("--batches", default="1", metavar="1,4", help="tiles per run")

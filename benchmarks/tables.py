@@ -216,11 +216,11 @@ def scaling() -> str:
         )
         for r in data["halo"]
     ]
-    left = "".join(f" {what} was not run: {why}." for what, why in data["skipped"].items())
+    left = "".join(f"{what} was not run: {why}.\n\n" for what, why in data["skipped"].items())
     return (
         f"Image side, `{data['command']}`:\n\n"
         f"{table(('', 's', 'Mpx/s', 'MB beyond the engine', 'tiles'), rows)}\n\n"
-        f"What the exact halo costs, against the same tiles without any:{left}\n\n"
+        f"{left}What the exact halo costs, against the same tiles without any:\n\n"
         f"{table(('tile', 'time in the engine (range)', 'pixels computed', 'formula, inner tiles'), halos)}\n\n"
         + " ".join(f"![{name}](benchmarks/results/scaling-{name}.svg)" for name in scaling_plots(data))
     )
