@@ -34,12 +34,12 @@ from .build_job import Job, Remarks, parity_seconds
 from .build_judge import Judge
 from .build_record import Outcome, engine_files, final_spec, report_of
 from .build_report import BuildReport
-from .build_samples import Samples, read_samples, set_aside
+from .build_samples import read_samples, set_aside
 from .build_task import describe_first, resolve_task
 from .build_tiling import choose_tiling
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
 from .contract import Contract
-from .engine import Engine, EngineFolder, EngineSpec, Precision, check_target, load, read_folder, write_folder
+from .engine import Engine, EngineFolder, Precision, check_target, load, read_folder, write_folder
 from .errors import BackendError, ContractError, EngineError, OutputError
 from .model import Model, baseline_engine, check_fp32, open_models, untiled_spec
 from .parity import Budget
@@ -161,19 +161,17 @@ def build(
         drawn, precisions = set_aside(drawn, names, precisions, where, remarks, explicit=precision != "auto")
         seconds = parity_seconds(deadline, names, precisions)
         job = Job(opened, baseline, work, budget, threads, deadline, seconds, remarks)
-        outcome = _search(
-            job,
-            spec,
-            drawn,
-            names,
-            precisions,
-            engines_to_close,
-            tile=tile,
-            halo=halo,
-            overlap=overlap,
-            blend=blend,
-            explicit=backend != "auto" or precision != "auto",
-        )
+        spec = replace(spec, contract=resolve_task(job, spec, drawn))
+        baseline.spec = replace(baseline.spec, contract=spec.contract)
+        tiling = choose_tiling(job, spec, drawn, tile=tile, halo=halo, overlap=overlap, blend=blend)
+        sample, raw = tiling.results.samples[0], tiling.results.values[0][0]
+        first = describe_first(sample, raw, tiling.spec.contract_of(0), remarks)
+        engines = engines_to_close.enter_context(closing(Engines(job, tiling, drawn.kind)))
+        judge = Judge(job, tiling, drawn.calibrating)
+        explicit = backend != "auto" or precision != "auto"
+        measured = try_candidates(job, tiling, drawn.calibrating, engines, judge, names, precisions, explicit=explicit)
+        choice = choose(job, tiling, measured, engines, judge, fixed_tile=tile is not None)
+        outcome = Outcome(job, drawn, first, tiling, measured, choice, judge, engines)
         spec = final_spec(outcome, asked)
         files = engine_files(outcome, spec, keep_exam=keep_exam)
         engines_to_close.close()
@@ -189,33 +187,6 @@ def build(
         advice = _advice(paths, folder) if drawn.kind == "synthetic" else ""
         report(report_of(outcome, folder, spec, advice))
     return load(folder, threads=threads or None)
-
-
-def _search(
-    job: Job,
-    spec: EngineSpec,
-    samples: Samples,
-    names: Sequence[str],
-    precisions: Sequence[Precision],
-    engines_to_close: ExitStack,
-    *,
-    tile: Sequence[int] | None,
-    halo: str | int,
-    overlap: Sequence[int] | None,
-    blend: Blend,
-    explicit: bool,
-) -> Outcome:
-    """The steps from the task to the choice, for the backends ``names``; ``explicit``: the user named what to try."""
-    spec = replace(spec, contract=resolve_task(job, spec, samples))
-    job.baseline.spec = replace(job.baseline.spec, contract=spec.contract)
-    tiling = choose_tiling(job, spec, samples, tile=tile, halo=halo, overlap=overlap, blend=blend)
-    sample, raw = tiling.results.samples[0], tiling.results.values[0][0]
-    first = describe_first(sample, raw, tiling.spec.contract_of(0), job.remarks)
-    engines = engines_to_close.enter_context(closing(Engines(job, tiling, samples.kind)))
-    judge = Judge(job, tiling, samples.calibrating)
-    measured = try_candidates(job, tiling, samples.calibrating, engines, judge, names, precisions, explicit=explicit)
-    choice = choose(job, tiling, measured, engines, judge, fixed_tile=tile is not None)
-    return Outcome(job, samples, first, tiling, measured, choice, judge, engines)
 
 
 def _notes_on(model: Model) -> list[str]:

@@ -21,7 +21,7 @@ from .errors import BackendError, GraphError
 from .parity import Verdict
 from .passes.qdq import FORMS
 from .samples import Sample
-from .search import Drop, Judge, Make, Mixture, Quantiser, plain_and_ends, put_back
+from .search import Drop, Make, Mixture, Quantiser, VerdictOf, plain_and_ends, put_back
 
 CALIBRATION_FLOP = 1e12  # of all calibration tiles together: half a minute of two cores
 
@@ -67,7 +67,7 @@ def maker(
     return make
 
 
-def int8_mixtures(job: Job, quantiser: Quantiser, make: Make, drop: Drop, judge: Judge) -> list[Mixture]:
+def int8_mixtures(job: Job, quantiser: Quantiser, make: Make, drop: Drop, judge: VerdictOf) -> list[Mixture]:
     """INT8 for one backend: plain first, then with its ends in FP32 where that helps."""
     return plain_and_ends(quantiser, make, drop, judge, job.deadline, INT8_ENDS)
 
@@ -80,7 +80,7 @@ def return_layers(
     *,
     make: Callable[[str], Make],
     drop: Drop,
-    judge: Judge,
+    judge: VerdictOf,
     seconds: Callable[[Engine], float],
 ) -> tuple[dict[str, Mixture], dict[Key, Verdict]]:
     """Layers returned to FP32 where a backend's INT8 misses the budget, and would be the fastest inside it.
