@@ -23,19 +23,19 @@ Array = npt.NDArray[Any]
 
 
 def interleaved_times(
-    runs: Sequence[tuple[Engine, tuple[int, ...], int]], sample: Sample, threads: int, **options: Any
+    batches: Sequence[tuple[Engine, tuple[int, ...], int]], sample: Sample, threads: int, **options: Any
 ) -> list[bench.Timing | BackendError]:
     """Interleaved times of (engine, tile, batch); for one that cannot be run, what its backend says.
 
     Args:
-        runs: What is run.
+        batches: What is run.
         sample: Where tiles are taken from.
         threads: Of the kernel that takes them.
         options: Of :func:`bench.interleave`.
     """
     with ExitStack() as stack:
         contenders = list[_Run]()
-        for engine, tile, batch in runs:
+        for engine, tile, batch in batches:
             x = np.repeat(tile_of(sample, engine.spec, tile, threads), batch, axis=0)
             contenders.append(stack.enter_context(closing(_Run(engine, x))))
         timings = bench.interleave(contenders, **options)
