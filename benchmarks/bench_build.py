@@ -23,7 +23,7 @@ import record
 
 import unet_rt as urt
 from unet_rt import backends, machine
-from unet_rt.build import BuildReport
+from unet_rt.build_report import BuildReport
 
 SEARCHING = ("calibrating", "ranges by", "layer ", "layers ")
 LOAD = """

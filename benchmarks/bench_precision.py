@@ -23,7 +23,7 @@ from bench_engine import Contender, eager, tile_of
 
 import unet_rt as urt
 from unet_rt import backends, bench, machine
-from unet_rt.build import BuildReport
+from unet_rt.build_report import BuildReport
 
 NETS = {
     "paper": (paper_net.paper, 572),

@@ -28,7 +28,7 @@ import record
 
 import unet_rt as urt
 from unet_rt import backends, parity
-from unet_rt.build import BuildReport
+from unet_rt.build_report import BuildReport
 from unet_rt.calibration import Calibration
 from unet_rt.demo import shipped_model
 from unet_rt.engine import Engine, read_folder

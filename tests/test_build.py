@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,8 +17,8 @@ import pytest
 import tifffile
 
 import unet_rt as urt
-from unet_rt import backends, contract_io, machine
-from unet_rt.build import BuildReport
+from unet_rt import backends, build_int8, build_job, build_record, build_tiling, contract_io, machine
+from unet_rt.build_report import BuildReport
 from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
@@ -30,7 +30,7 @@ from unet_rt.verify import verify
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]
-MODULE = sys.modules["unet_rt.build"]  # the package's name ``build`` is the function
+MODULE = importlib.import_module("unet_rt.build")  # the package's name ``build`` is the function
 NONE = Normalization("none")
 LOGITS = Contract(task="multiclass", output_is="logits", normalization=NONE)
 
@@ -38,8 +38,8 @@ LOGITS = Contract(task="multiclass", output_is="logits", normalization=NONE)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates are compared at small tiles, and one larger tile is tried."""
-    monkeypatch.setattr(MODULE, "PROBE_PX", 160**2)
-    monkeypatch.setattr(MODULE, "TILE_AREAS", (224**2,))
+    monkeypatch.setattr(build_tiling, "PROBE_PX", 160**2)
+    monkeypatch.setattr(build_tiling, "TILE_AREAS", (224**2,))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def refused(error: type[Exception], text: str, model: Path, folder: Path, **opti
 def test_no_option_at_all(network, tmp_path, monkeypatch):
     """FP32, all backends, generated tiles, a record that says so, and the command that would prove more."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MODULE, "PARITY_SHARE", 0.0)  # one generated sample is enough here
+    monkeypatch.setattr(build_job, "PARITY_SHARE", 0.0)  # one generated sample is enough here
     model = network(norm="batch")
     reports: list[BuildReport] = []
     with urt.build(model, report=reports.append) as engine:
@@ -265,13 +265,13 @@ def test_a_larger_tile_that_cannot_run_is_left_out(network, textures, tmp_path, 
 
 
 def test_a_build_that_fails_closes_what_it_opened(network, textures, tmp_path, monkeypatch):
-    def none(*_: Any) -> None:
+    def none(*_: Any, **__: Any) -> None:
         raise urt.ParityError("no candidate is inside the budget")
 
     module = backends.get("onnxruntime")
     real, sessions = module.load, []
     monkeypatch.setattr(module, "load", lambda *a, **k: sessions.append(real(*a, **k)) or sessions[-1])
-    monkeypatch.setattr(MODULE._Build, "choose", none)
+    monkeypatch.setattr(MODULE, "choose", none)
     refused(urt.ParityError, "no candidate", network(), tmp_path, samples=textures, contract=LOGITS)
     assert len(sessions) >= 2  # the baseline and the candidate
     for session in sessions:
@@ -647,49 +647,50 @@ def test_the_exam_travels_or_not(network, textures, tmp_path):
 @pytest.mark.parametrize("wrong", [(), (1,), (0, 1, 2)])
 def test_a_tile_that_an_accepted_engine_misses_is_no_exam(engine_folder, sample_images, wrong):
     """A tile may hold more of what changes than the window that was judged: it would refuse the engine everywhere."""
+    remarks = build_job.Remarks(lambda _: None)
     with urt.load(engine_folder) as engine:
-        builder = object.__new__(MODULE._Build)
-        builder.spec, builder.threads, builder.model = engine.spec, 1, SimpleNamespace(spatial=2)
-        builder.samples = draw(sample_images[:3], engine.spec.contract, spatial=2, network_channels=1)
-        builder.budget, builder.notes, builder.warnings = urt.Budget(), [], []
+        windows = draw(sample_images[:3], engine.spec.contract, spatial=2, network_channels=1)
         tiles = []
 
         def run(x: Array) -> list[Array]:
             tiles.append(x)
             return [np.roll(y, len(tiles) - 1 in wrong, axis=1) for y in engine.run(x)]  # classes exchanged, or not
 
-        builder.baseline, builder.best_engine = engine, SimpleNamespace(run=run)
-        exam = builder._exam()
+        job = SimpleNamespace(baseline=engine, budget=urt.Budget(), threads=1, remarks=remarks)
+        exam = build_record.exam_tiles(job, engine.spec, SimpleNamespace(run=run), windows)
     kept = [x for k, x in enumerate(tiles) if k not in wrong]
     assert len(tiles) == 3
-    assert bool(builder.notes) == bool(wrong)
-    assert bool(builder.warnings) == (not kept) == (exam == {})
+    assert bool(remarks.notes) == bool(wrong)
+    assert bool(remarks.warnings) == (not kept) == (exam == {})
     if kept:
         np.testing.assert_array_equal(exam["input"], np.concatenate(kept))
         assert len(exam["output_0"]) == len(kept)
     if wrong:
-        assert builder.notes[0].startswith(f"{len(wrong)} of 3 tiles are left out of the exam")
+        assert remarks.notes[0].startswith(f"{len(wrong)} of 3 tiles are left out of the exam")
 
 
 @pytest.mark.parametrize(("inside", "searched"), [(True, False), (False, True)])
 def test_a_fast_precision_outside_the_budget_does_not_end_the_search(monkeypatch, inside, searched):
     """INT8 that is slower than BF16 is worth searching on where BF16 is of no use."""
-    builder = object.__new__(MODULE._Build)
-    builder.engines = {("openvino", "fp32", ""): "fp32", ("openvino", "bf16", ""): "bf16"}
-    builder.quantiser, builder.deadline, builder.notes = object(), None, []
+    calls, remarks = [], build_job.Remarks(lambda _: None)
+    monkeypatch.setattr(build_int8, "put_back", lambda *args: calls.append(args))
     seconds = {"fp32": 4.0, "bf16": 1.0, "int8": 2.0}
-    builder._quick_seconds = lambda engine, tile: seconds[engine]
-    builder._verdict = lambda engine: SimpleNamespace(accepted=inside)
-    builder._maker = lambda *args: None
-    calls = []
-    monkeypatch.setattr(MODULE, "put_back", lambda *args: calls.append(args))
     missed = SimpleNamespace(engine="int8", verdict=SimpleNamespace(accepted=False))
-    verdicts = {}
-    builder._put_back({"openvino": [missed]}, (64, 64), (1,), verdicts)
+    returned, verdicts = build_int8.return_layers(
+        SimpleNamespace(deadline=None, remarks=remarks),
+        object(),
+        {"openvino": [missed]},
+        {("openvino", "fp32", ""): "fp32", ("openvino", "bf16", ""): "bf16"},
+        make=lambda name: None,
+        drop=None,
+        judge=lambda engine: SimpleNamespace(accepted=inside),
+        seconds=seconds.get,
+    )
     assert bool(calls) == searched
+    assert returned == {}
     assert [key[1] for key in verdicts] == ["bf16"], "judged once"
     said = "was not brought inside the budget" if searched else "no layers were returned to FP32"
-    assert said in builder.notes[0]
+    assert said in remarks.notes[0]
 
 
 def test_an_engine_is_not_overwritten(network, textures, tmp_path, monkeypatch):
@@ -744,7 +745,7 @@ def test_without_samples_a_task_may_stay_open(network, tmp_path, monkeypatch, ca
     from unet_rt.cli import main
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MODULE, "PARITY_SHARE", 0.0)
+    monkeypatch.setattr(build_job, "PARITY_SHARE", 0.0)
     model = network(classes=1)
     assert main(["build", str(model), "--out", "x.urt", "--backend", "onnxruntime"]) == 0
     out, err = capsys.readouterr()

@@ -40,7 +40,7 @@ def images(sample_images: list[NDArray[np.uint16]]) -> list[NDArray[np.uint16]]:
 
 
 def nothing_is_built(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BUILD._Build, "try_candidates", lambda *args, **kwargs: pytest.fail("it was built again"))
+    patch.setattr(BUILD, "try_candidates", lambda *args, **kwargs: pytest.fail("it was built again"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -266,14 +266,14 @@ import unet_rt as urt
 from unet_rt import engine
 from unet_rt.demo import shipped_model
 where, options, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
-module = importlib.import_module("unet_rt.build")
+build_candidates = importlib.import_module("unet_rt.build_candidates")
 
 def stop(*args, **kwargs):
     (folder / "stopped").touch()
     time.sleep(600)
 
 if where == "measuring":
-    module._Build._times = stop
+    build_candidates.interleaved_times = stop
 elif where == "writing":
     engine.os.fsync = stop  # every file is there, none is in place
 elif where == "placing":

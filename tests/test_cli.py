@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 import unet_rt as urt
+from unet_rt import build_job
 from unet_rt.cli import _Bar, _parser, main
 from unet_rt.demo import shipped_model
 from unet_rt.pictures import COLOURS
@@ -176,7 +176,7 @@ def test_build_without_samples_ends_with_the_command_that_proves_more(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One generated sample is enough here.
-    monkeypatch.setattr(importlib.import_module("unet_rt.build"), "PARITY_SHARE", 0.0)
+    monkeypatch.setattr(build_job, "PARITY_SHARE", 0.0)
     options = ["--backend", "onnxruntime", "--tile", "320x320", "--border", "edge"]
     code, out, err = cli("build", shipped_model(), *options)
     assert code == 0, err

@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 
 import unet_rt
-import unet_rt.build  # the module, whose name in the package is the function's
+from unet_rt import build_tiling
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,7 +40,7 @@ MATCH = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 UNET_RT = [sys.executable, "-c", "import sys; from unet_rt.cli import main; sys.exit(main())"]
 # Searches compare at a smaller tile and try one larger one; the build at the top of README.md measures as any user's.
 SEARCH = {"PROBE_PX": 320**2, "TILE_AREAS": (1024**2,)}
-SMALL = f"from importlib import import_module; vars(import_module('unet_rt.build')).update({SEARCH}); "
+SMALL = f"from importlib import import_module; vars(import_module('unet_rt.build_tiling')).update({SEARCH}); "
 COMMANDS = {"unet-rt": UNET_RT, "python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}
 
 
@@ -166,7 +166,7 @@ def test_the_blocks_of_a_page_run(page: Path, workshop: Path, tmp_path: Path, mo
     shutil.copytree(workshop, folder)
     monkeypatch.chdir(folder)
     for name, value in SEARCH.items():
-        monkeypatch.setattr(sys.modules["unet_rt.build"], name, value)
+        monkeypatch.setattr(build_tiling, name, value)
     names: dict[str, object] = {"__name__": "page"}
     for block in all_blocks(page):
         if "not run" in block.directives:

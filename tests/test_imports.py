@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "onnx": (
         "activations.py",
         "backends/*.py",
-        "build.py",
+        "build_engines.py",
         "ensemble.py",
         "export.py",
         "free.py",

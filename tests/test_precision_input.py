@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt.build import BuildReport  # noqa: E402
+from unet_rt import build_engines  # noqa: E402
+from unet_rt.build_report import BuildReport  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
 from unet_rt.contract import Contract  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
@@ -22,13 +22,12 @@ from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
-BUILD = importlib.import_module("unet_rt.build")
 SAMPLES = [microscopy((160, 160), seed=seed).image for seed in range(40, 43)]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BUILD, "CALIBRATION_PX", 128**2)
+    monkeypatch.setattr(build_engines, "CALIBRATION_PX", 128**2)
 
 
 def built(model: Path, out: Path, **options: Any) -> BuildReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,12 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import parity  # noqa: E402
+from unet_rt import build_engines, build_int8, build_tiling, parity  # noqa: E402
 from unet_rt.activations import overflowing, probe, tensors  # noqa: E402
-from unet_rt.build import BuildReport  # noqa: E402
+from unet_rt.build_choice import closest  # noqa: E402
+from unet_rt.build_int8 import return_layers  # noqa: E402
+from unet_rt.build_job import Remarks  # noqa: E402
+from unet_rt.build_report import BuildReport, Candidate  # noqa: E402
 from unet_rt.calibration import Calibration  # noqa: E402
 from unet_rt.contract import Contract, Head  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
@@ -43,7 +45,6 @@ from unet_rt.search import (  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.onnxruntime]
-BUILD = sys.modules["unet_rt.build"]
 Array = np.ndarray[Any, Any]
 SAMPLES = [microscopy((220, 220), seed=seed).image for seed in range(3)]
 
@@ -327,8 +328,8 @@ def widened(path: Path, factor: float = 4e4) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BUILD, "CALIBRATION_PX", 160**2)
-    monkeypatch.setattr(BUILD, "TILE_AREAS", ())
+    monkeypatch.setattr(build_engines, "CALIBRATION_PX", 160**2)
+    monkeypatch.setattr(build_tiling, "TILE_AREAS", ())
 
 
 def built(model: Path, out: Path, **options: Any) -> tuple[BuildReport, urt.Engine]:
@@ -486,24 +487,30 @@ def test_a_mixture_that_a_backend_refuses_costs_no_other_candidate(monkeypatch: 
     def refuse(*_: Any) -> None:
         raise urt.BackendError("ONNX Runtime runs 3 of 4 layers in INT8")
 
-    monkeypatch.setattr(BUILD, "put_back", refuse)
+    monkeypatch.setattr(build_int8, "put_back", refuse)
     seconds: dict[Any, float] = {"fp32": 2.0, "int8": 1.0}
-    builder = object.__new__(BUILD._Build)
-    builder.quantiser, builder.deadline, builder.notes = object(), None, []
-    builder.engines = {("onnxruntime", "fp32", ""): "fp32", ("openvino", "bf16", ""): "bf16"}
+    remarks = Remarks(lambda _: None)
+    job: Any = SimpleNamespace(deadline=None, remarks=remarks)
+    others: Any = {("onnxruntime", "fp32", ""): "fp32", ("openvino", "bf16", ""): "bf16"}
 
-    def verdict_of(engine: str) -> None:
+    def judge(engine: Any) -> Any:
         raise urt.BackendError(f"{engine} cannot be run")
 
-    monkeypatch.setattr(builder, "_verdict", verdict_of, raising=False)
-    monkeypatch.setattr(builder, "_quick_seconds", lambda engine, _: seconds[engine], raising=False)
     plain: Any = SimpleNamespace(engine="int8", verdict=SimpleNamespace(accepted=False))
-    found = {"onnxruntime": [plain]}
-    verdicts: dict[Any, Any] = {}
-    builder._put_back(found, (64, 64), (1,), verdicts)
+    nothing: Any = None
+    returned, verdicts = return_layers(
+        job,
+        nothing,
+        {"onnxruntime": [plain]},
+        others,
+        make=lambda _: nothing,
+        drop=nothing,
+        judge=judge,
+        seconds=lambda engine: seconds[engine],
+    )
     assert verdicts == {}
-    assert found == {"onnxruntime": [plain]}
-    assert builder.notes == [
+    assert returned == {}
+    assert remarks.notes == [
         "onnxruntime int8: layers were returned to FP32 until ONNX Runtime runs 3 of 4 layers in INT8"
     ]
 
@@ -513,15 +520,12 @@ def test_of_mixtures_as_fast_as_the_fastest_the_closest_is_taken() -> None:
         parity.judge([parity.ImageParity("a", 100, c, {}, {}, 0, 0, 0)], urt.Budget()) for c in (0.002, 0.001, 0.0001)
     ]
     rows = [
-        BUILD.Candidate("openvino", "int8", (8, 8), kept_mpx_per_s=speed, verdict=verdict, variant=str(k))
+        Candidate("openvino", "int8", (8, 8), kept_mpx_per_s=speed, verdict=verdict, variant=str(k))
         for k, (speed, verdict) in enumerate(zip((1.0, 0.98, 0.6), verdicts, strict=True))
     ]
-    builder = object.__new__(BUILD._Build)
-    builder.budget = urt.Budget()
-    assert builder._closest(rows, rows[0]) is rows[1]
-    assert builder._closest(
-        [replace(r, precision="fp32") for r in rows], replace(rows[0], precision="fp32")
-    ) == replace(rows[0], precision="fp32")
+    assert closest(rows, rows[0], urt.Budget()) is rows[1]
+    floats = [replace(row, precision="fp32") for row in rows]
+    assert closest(floats, floats[0], urt.Budget()) is floats[0]
 
 
 def test_a_layer_cost_is_json() -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .build import BuildReport, build
+    from .build import build
+    from .build_report import BuildReport
     from .contract import Contract, Normalization
     from .engine import Engine, EngineSpec, load
     from .errors import (
@@ -67,7 +68,7 @@ __all__ = [
 
 _MODULE = {
     "Budget": "parity",
-    "BuildReport": "build",
+    "BuildReport": "build_report",
     "Contract": "contract",
     "Engine": "engine",
     "EngineSpec": "engine",

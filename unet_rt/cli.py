@@ -26,7 +26,7 @@ from ._version import __version__
 from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtError
 
 if TYPE_CHECKING:
-    from .build import BuildReport
+    from .build_report import BuildReport
     from .contract import Contract
     from .models.source import Opened
     from .parity import Budget

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from . import parity
-from .build import BuildReport, build
+from .build import build
+from .build_report import BuildReport
 from .engine import load
 from .errors import GraphError, OutputError
 from .pipeline import Progress, RunReport

@@ -12,7 +12,7 @@ from .parity import judged_outputs
 if TYPE_CHECKING:
     from .bench import Timing
     from .bench_model import BenchReport
-    from .build import BuildReport
+    from .build_report import BuildReport
     from .graph import GraphReport
     from .parity import Verdict
     from .pipeline import RunReport

@@ -256,11 +256,11 @@ def change_near_decision(wanted: Sequence[Array], got: Sequence[Array], contract
 
 Make = Callable[[frozenset[str], Method], Engine]
 Drop = Callable[[Engine], None]
-Judge = Callable[[Engine], "Verdict"]
+VerdictOf = Callable[[Engine], "Verdict"]
 
 
 def plain_and_ends(
-    quantiser: Quantiser, make: Make, drop: Drop, judge: Judge, deadline: Deadline, until: float
+    quantiser: Quantiser, make: Make, drop: Drop, judge: VerdictOf, deadline: Deadline, until: float
 ) -> list[Mixture]:
     """Plain INT8 for one backend, and its ends in FP32 where that takes away some of the change.
 
@@ -308,7 +308,7 @@ def put_back(
     found: Sequence[Mixture],
     make: Make,
     drop: Drop,
-    judge: Judge,
+    judge: VerdictOf,
     deadline: Deadline,
     until: float,
 ) -> Mixture | None:
@@ -391,7 +391,7 @@ def _label(keep: frozenset[str]) -> str:
     return f"{len(keep)} layer{'s' * (len(keep) != 1)} in FP32"
 
 
-def _mixture(label: str, keep: frozenset[str], engine: Engine, judge: Judge) -> Mixture:
+def _mixture(label: str, keep: frozenset[str], engine: Engine, judge: VerdictOf) -> Mixture:
     return Mixture(label, keep, engine, judge(engine))
 
 

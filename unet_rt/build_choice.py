@@ -1,0 +1,218 @@
+"""Build, step 5: the candidate that keeps most per second inside the budget, and the tile at which it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import floor, prod
+
+from . import machine, parity
+from .build_candidates import Measured
+from .build_engines import Engines, fits
+from .build_job import TILES_END, Job
+from .build_judge import Judge
+from .build_report import Candidate
+from .build_tiling import Tiling, tried_tiles
+from .build_timing import interleaved_times, with_timing
+from .engine import Engine
+from .errors import BackendError, ParityError
+from .field import size_text
+from .parity import Budget, Verdict
+from .predict import MEMORY_SHARE
+from .samples import tile_of
+
+LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
+SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without warm-up: its first run is 5 % slower
+AS_FAST = 0.95  # of the fastest speed: about the spread of measurements
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes the engine.
+
+    Attributes:
+        candidates: The table, with the tiles that were tried.
+        best: The candidate that was chosen.
+        engine: It, loaded.
+        kept: Its layers in FP32 where it is an INT8 engine, else None.
+        bytes_per_px: Memory that running it takes per tile pixel.
+    """
+
+    candidates: tuple[Candidate, ...]
+    best: Candidate
+    engine: Engine
+    kept: frozenset[str] | None
+    bytes_per_px: float
+
+    @property
+    def chosen(self) -> int:
+        """Index of ``best`` in the table."""
+        return self.candidates.index(self.best)
+
+
+def choose(job: Job, tiling: Tiling, measured: Measured, engines: Engines, judge: Judge, *, fixed_tile: bool) -> Choice:
+    """The fastest candidate inside the budget; where the tile is not fixed and does not change the answer, at its best.
+
+    Raises:
+        ParityError: No candidate is inside the budget.
+    """
+    remarks = job.remarks
+    accepted = [c for c in measured.candidates if c.verdict is not None and c.verdict.accepted]
+    if not accepted:
+        raise _none_inside(job, tiling, measured.candidates)
+    best = closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0), job.budget)
+    engine = measured.engines[best.key]
+    px = best.batch * prod(best.tile)
+    bytes_per_px = max((best.peak_mb or 0.0) * 1e6, job.model.report.activation_bytes(best.tile, best.batch)) / px
+    choice = Choice(measured.candidates, best, engine, measured.kept.get(engine), bytes_per_px)
+    if not fixed_tile and tiling.spec.runs_whole:
+        choice = _choose_tile(job, tiling, choice, engines, judge)
+    best = choice.best
+    among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
+    if all(c.precision != "fp32" for c in accepted):
+        among += " (none of them FP32)"
+    batch = f", {best.batch} per run" if best.batch > 1 else ""
+    remarks.notes.append(
+        f"chosen: {best.title}, tile {size_text(best.tile)} px{batch}: "
+        f"{best.kept_mpx_per_s or 0:.3g} kept Mpx/s, the most of {among}"
+    )
+    if remarks.left_out:
+        remarks.notes.append(
+            f"the search kept to {job.deadline.seconds / 60:g} minutes, and left out: {'; '.join(remarks.left_out)}; "
+            "--search-minutes allows more"
+        )
+    return choice
+
+
+def closest(accepted: Sequence[Candidate], fastest: Candidate, budget: Budget) -> Candidate:
+    """Of INT8 mixtures that are as fast as the fastest, the one that changes least."""
+    alike = [
+        c
+        for c in accepted
+        if (c.backend, c.precision, c.batch) == (fastest.backend, fastest.precision, fastest.batch)
+        and (c.kept_mpx_per_s or 0.0) >= AS_FAST * (fastest.kept_mpx_per_s or 0.0)
+    ]
+    if fastest.precision != "int8" or len(alike) < 2:
+        return fastest
+    return min(alike, key=lambda c: _used(c, budget))
+
+
+def _used(candidate: Candidate, budget: Budget) -> float:
+    """The share of its budget that a candidate uses, on the output that uses most."""
+    if candidate.verdict is None:
+        return float("inf")
+    return max(parity.used(candidate.verdict, budget.of(candidate.precision)).values())
+
+
+def _none_inside(job: Job, tiling: Tiling, candidates: Sequence[Candidate]) -> ParityError:
+    """What no candidate inside the budget is answered with: by how much the closest misses it, and the ways out."""
+    tried = [c for c in candidates if c.verdict is not None]
+    reasons = "; ".join(f"{c.title}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
+    nearest = min(tried, key=lambda c: _used(c, job.budget))
+    wider = _wider(nearest.verdict, job.budget.of(nearest.precision)) if nearest.verdict else ""
+    ways = [f"allow more with --budget {wider}".rstrip()]
+    ways += ["use --halo exact"] if tiling.spec.halo_limit is not None else []
+    ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
+    left_out, warnings = job.remarks.left_out, job.remarks.warnings
+    late = f" (no time was left for: {'; '.join(left_out)})" if left_out else ""
+    doubts = f"; but look at this first: {'; '.join(warnings)}" if warnings else ""
+    return ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways)}{doubts}")
+
+
+def _wider(verdict: Verdict, budget: Budget) -> str:
+    """The bounds that a verdict misses, as wide as it needs them, in the words of --budget; "" where there are none."""
+    parts = list[str]()
+    if verdict.label_change is not None and verdict.label_change > budget.labels:
+        parts.append(f"label_change={min(1.05 * verdict.label_change, 1.0):.1e}")  # two digits, never below
+    if verdict.dice is not None and verdict.dice < budget.dice:
+        parts.append(f"dice={floor(1e3 * verdict.dice) / 1e3:g}")
+    if verdict.error is not None and budget.error < verdict.error < float("inf"):
+        parts.append(f"error={1.05 * verdict.error:.1e}")
+    return " ".join(parts)
+
+
+# --- the tile -------------------------------------------------------------------------------------------------------
+
+
+def _choose_tile(job: Job, tiling: Tiling, first: Choice, engines: Engines, judge: Judge) -> Choice:
+    """The tile that keeps most per second, among that of the comparison and larger ones of as many pixels per run.
+
+    Times of all of them are from the same run, so that they are compared on equal terms.
+    """
+    best, engine, notes, sample = first.best, first.engine, job.remarks.notes, tiling.results.samples[0]
+    runs = [(engine, best.tile, best.batch)]
+    for larger in _larger_tiles(job, tiling, first):
+        batch = max(1, best.batch * prod(best.tile) // prod(larger))
+        try:
+            at = engine
+            if engine.spec.batches:  # a plan for one tile
+                graph = engines.files[engine].graph if best.precision == "int8" else None  # calibrated once
+                at = engines.make(best.backend, best.precision, larger, (batch,), graph)
+            runs.append((at, larger, batch))
+        except BackendError as error:
+            notes.append(f"tile {size_text(larger)} px was not tried: {error}")
+    if len(runs) < 2:
+        return first
+    job.remarks.say("measuring tiles " + ", ".join(size_text(tile) for _, tile, _ in runs))
+    slow = _seconds_of(best, runs[-1][1]) > SLOW_RUN_S or job.deadline.left(TILES_END) < 4 * sum(
+        batch * _seconds_of(best, tile) for _, tile, batch in runs
+    )
+    timings = interleaved_times(runs, sample, job.threads, runs=1 if slow else 3, warm_up=0 if slow else 1)
+    again = best
+    if not isinstance(timings[0], BackendError):  # its memory is allocated by now
+        again = replace(with_timing(best, best.tile, timings[0], best.verdict, tiling.spec), peak_mb=best.peak_mb)
+    candidates = [again if c is best else c for c in first.candidates]
+    tried, bytes_per_px = [(again, engine)], first.bytes_per_px
+    for (other, larger, batch), timing in zip(runs[1:], timings[1:], strict=True):
+        try:
+            if isinstance(timing, BackendError):
+                raise timing
+            verdict = best.verdict if other is engine else judge.verdict(other)
+            if verdict is not None and tiling.spec.device != "cpu":  # libraries choose kernels by shape there
+                x = tile_of(sample, tiling.spec, larger, job.threads)
+                verdict = judge.same_rows(other, x, verdict, (batch,))
+        except BackendError as error:
+            notes.append(f"tile {size_text(larger)} px was tried and left: {error}")
+            continue
+        tried.append((with_timing(replace(best, batch=batch), larger, timing, verdict, tiling.spec), other))
+        candidates.append(tried[-1][0])
+        bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger) / batch)
+    tried = [(c, e) for c, e in tried if c.verdict is not None and c.verdict.accepted]
+    fastest, chosen = max(tried, key=lambda pair: pair[0].kept_mpx_per_s or 0.0)
+    for other in {id(e): e for e, _, _ in runs}.values():
+        if other not in (chosen, engine):
+            other.close()
+    return replace(first, candidates=tuple(candidates), best=fastest, engine=chosen, bytes_per_px=bytes_per_px)
+
+
+def _seconds_of(candidate: Candidate, tile: Sequence[int]) -> float:
+    """What a run of one tile is expected to take, by the one that was measured."""
+    return (candidate.latency_ms or 0.0) / 1e3 / prod(candidate.tile) / candidate.batch * prod(tile)
+
+
+def _larger_tiles(job: Job, tiling: Tiling, first: Choice) -> list[tuple[int, ...]]:
+    """Tiles above the one that candidates were compared at, as far as time and memory allow to try them."""
+    best, device, remarks = first.best, tiling.spec.device, job.remarks
+    left = job.deadline.left(TILES_END) - _seconds_of(best, best.tile)
+    tiles: list[tuple[int, ...]] = []
+    for tile in tried_tiles(tiling.spec):
+        if prod(tile) <= prod(best.tile):
+            continue
+        last = size_text(tiles[-1] if tiles else best.tile)
+        seconds = _seconds_of(best, tile)
+        if seconds > LARGEST_RUN_S:
+            remarks.notes.append(f"tiles above {last} px were not tried: the next would take {seconds:.0f} s")
+            break
+        left -= seconds
+        if left < 0:
+            remarks.left_out.append(f"tiles above {last} px were not tried")
+            break
+        if device == "cpu":
+            enough = first.bytes_per_px * prod(tile) <= MEMORY_SHARE * machine.memory_bytes()
+        else:
+            enough = fits(job.model, device, tile, 1)
+        if not enough:
+            remarks.notes.append(f"tiles above {last} px were not tried: too little memory is free")
+            break
+        tiles.append(tile)
+    return tiles

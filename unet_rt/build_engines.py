@@ -1,0 +1,145 @@
+"""Build, step 4: engines of one build, each made for a backend and a precision; they and their files are looked after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from . import backends, machine
+from .activations import overflowing, probe, tensors
+from .build_job import Job
+from .build_report import Kind
+from .build_tiling import Tiling
+from .engine import Engine, EngineSpec, Precision
+from .field import size_text
+from .model import Model, square_tile
+from .passes.half import half
+from .samples import tile_of
+
+GPU_BATCHES = (1, 4, 16)  # tiles per run that are tried on a GPU
+CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at
+
+
+@dataclass(frozen=True)
+class EngineFiles:
+    """The graph that an engine was loaded from, and the backend's plan where it compiled one."""
+
+    graph: Path
+    plan: Path | None
+
+
+class Engines:
+    """Makes engines, knows their files, and closes those that are left at the end.
+
+    Attributes:
+        files: Of every engine that was made and not dropped.
+    """
+
+    def __init__(self, job: Job, tiling: Tiling, kind: Kind):
+        self.files: dict[Engine, EngineFiles] = {}
+        self._job, self._tiling, self._kind = job, tiling, kind
+        self._count = 0  # of engines whose graph was made by a pass
+
+    def make(
+        self,
+        name: str,
+        precision: Precision,
+        tile: tuple[int, ...],
+        batches: Sequence[int],
+        source: Path | None = None,
+    ) -> Engine:
+        """The model built for one backend and precision, loaded; a plan takes this tile and these batches alone.
+
+        Args:
+            name: The backend.
+            precision: Of the engine.
+            tile: In pixels.
+            batches: Tiles per run.
+            source: The graph where a pass has lowered its precision already; None: the model's.
+
+        Raises:
+            BackendError, GraphError: The backend cannot be built, or loaded, with this graph.
+        """
+        job, spec = self._job, self._tiling.spec
+        backend, stem = backends.get(name), f"{name}-{precision}-{size_text(tile)}"
+        if precision == "fp16":
+            source = self._half_with_islands
+        if source is not None:
+            self._count += 1
+            stem += f"-{self._count}"
+        graph, blob = job.work / f"{stem}.onnx", job.work / f"{stem}.bin"
+        backend.build(
+            source or job.model.graph,
+            graph,
+            precision=precision,
+            device=spec.device,
+            blob=blob,
+            tiles=[tile],
+            batches=batches,
+        )
+        plan = blob if blob.exists() else None
+        session = backend.load(graph, precision=precision, device=spec.device, threads=job.threads, blob=plan)
+        spec = replace(spec, backend=name, precision=precision, tile=tile)
+        if plan is not None:
+            sizes = tuple(replace(s, fixed=t) for s, t in zip(spec.sizes, tile, strict=True))
+            spec = replace(spec, sizes=sizes, batches=tuple(batches))
+        engine = Engine(spec, session)
+        self.files[engine] = EngineFiles(graph, plan)
+        return engine
+
+    def drop(self, engine: Engine) -> None:
+        """Closes an engine that is of no more use, and removes its graph."""
+        engine.close()
+        self.files.pop(engine).graph.unlink(missing_ok=True)  # as large as the network, and there may be dozens
+
+    def close(self) -> None:
+        """Gives back what every engine holds."""
+        for engine in self.files:
+            engine.close()
+
+    @cached_property
+    def _half_with_islands(self) -> Path | None:
+        """The graph in FP16 with FP32 islands where activations of the samples leave FP16's range; None if none do."""
+        if self._kind != "samples":
+            return None
+        import onnx
+
+        job, spec = self._job, self._tiling.spec
+        proto = onnx.load(str(job.model.graph))
+        tile = calibration_tile(spec)
+        tiles = (
+            job.baseline.graph_inputs(tile_of(s, spec, tile, job.threads)) for s in self._tiling.results.samples[:4]
+        )
+        islands = overflowing(proto, probe(proto, tensors(proto), tiles, threads=job.threads))
+        if not islands:
+            return None
+        path = job.work / "half-with-islands.onnx"
+        half(proto, islands=islands)
+        onnx.save_model(proto, str(path))
+        count = f"{len(islands)} node{'s' * (len(islands) != 1)}"
+        job.remarks.notes.append(f"FP16 keeps {count} in FP32, where activations of the samples leave its range")
+        return path
+
+
+def calibration_tile(spec: EngineSpec) -> tuple[int, ...]:
+    """The tile at which activations are looked at: the model's own where it is part of the model."""
+    if spec.runs_whole:
+        return square_tile(spec.sizes, spec.outputs, CALIBRATION_PX)
+    return spec.tile
+
+
+def batches_to_try(model: Model, spec: EngineSpec) -> tuple[int, ...]:
+    """Tiles per run to try: one on a CPU, whose cores one tile keeps busy; several on a GPU, as memory allows."""
+    if spec.device == "cpu" or model.report.batch is not None:
+        return (1,)
+    return tuple(n for n in GPU_BATCHES if n == 1 or fits(model, spec.device, spec.tile, n))
+
+
+def fits(model: Model, device: str, tile: Sequence[int], batch: int) -> bool:
+    """Whether a GPU has the memory for a batch: live activations, twice, for workspaces and the network itself."""
+    from .device import Device
+
+    free = Device.open(machine.cuda_index(device)).memory()[0]
+    return 2 * model.report.activation_bytes(tile, batch) < free

@@ -1,0 +1,96 @@
+"""Build, step 4: engines are held against the baseline, window by window and in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import parity
+from .build_baseline import Results, calibrating_results
+from .build_job import Job
+from .build_report import Key
+from .build_tiling import Tiling
+from .engine import Engine
+from .model import judged_tile
+from .parity import BatchParity, ImageParity, Verdict
+from .samples import Sample, raw_results
+
+Array = npt.NDArray[Any]
+
+
+class Judge:
+    """Verdicts on engines, and what the record of parity says of them besides.
+
+    Attributes:
+        batches: Tiles per run that were judged.
+        rows: Of every candidate, agreement of one tile per batch size and output.
+    """
+
+    def __init__(self, job: Job, tiling: Tiling, calibrating: Sequence[Sample]):
+        self.batches = {1}
+        self.rows: dict[Key, tuple[BatchParity, ...]] = {}
+        self._job, self._tiling, self._calibrating = job, tiling, calibrating
+        self._wanted_tile: list[Array] = []  # the baseline's outputs on the tile that rows are about
+
+    def verdict(self, engine: Engine) -> Verdict:
+        """Whether an engine holds its budget on all windows; for INT8 on those that calibrated, too."""
+        precision = engine.spec.precision
+        verdict = parity.judge(self._compared(engine, self._tiling.results), self._job.budget.of(precision))
+        if precision == "int8" and verdict.accepted:
+            images = self._compared(engine, self._calibrated, " (it calibrated)")
+            reasons = parity.judge(images, self._job.budget.of("int8")).reasons
+            verdict = replace(verdict, accepted=not reasons, reasons=reasons)
+        return verdict
+
+    def same_rows(
+        self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int], key: Key | None = None
+    ) -> Verdict:
+        """The verdict, with a reason more where identical tiles of one batch, or one alone, give different answers.
+
+        Some builds of some libraries do (silently, for batches above one); it needs no baseline to be seen. For the
+        record of ``key`` the tile is compared with the baseline, too, at every batch size.
+
+        Args:
+            engine: The engine.
+            x: (1, C, *tile), a tile as the network gets it; the same for all calls with a ``key``.
+            verdict: What is known of the engine.
+            batches: Tiles per run that it is for.
+            key: Of the candidate.
+        """
+        spec, budget = self._tiling.spec, self._job.budget.of(engine.spec.precision)
+        alone = [y[0] for y in engine.run(x)]
+        found, reasons = {1: (alone, True)}, tuple[str, ...]()
+        for n in sorted({2, *batches} - {1}):
+            self.batches.add(n)
+            rows = engine.run(np.repeat(x, n, axis=0))
+            images = parity.compare_outputs(alone, [y[0] for y in rows], spec, f"a tile in a batch of {n}")
+            reasons += parity.judge(images, budget).reasons
+            found[n] = ([y[0] for y in rows], all(np.array_equal(y[0], row) for y in rows for row in y[1:]))
+            if not found[n][1]:
+                reasons += (f"identical tiles of one batch of {n} give different answers",)
+        if key is not None:
+            self._wanted_tile = self._wanted_tile or [y[0] for y in self._job.baseline.run(x)]
+            self.rows[key] = tuple(
+                BatchParity(n, same, one)
+                for n, (row, same) in found.items()
+                for one in parity.compare_outputs(self._wanted_tile, row, spec, f"a tile, batch {n}")
+            )
+        return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
+
+    @cached_property
+    def _calibrated(self) -> Results:
+        return calibrating_results(self._job, self._tiling.spec, self._calibrating)
+
+    def _compared(self, engine: Engine, wanted: Results, remark: str = "") -> list[ImageParity]:
+        """Agreement with the baseline on every window, in tiles that give it seams."""
+        images: list[ImageParity] = []
+        for sample, whole in zip(wanted.samples, wanted.values, strict=True):
+            grid = engine.spec.grid(sample.shape, judged_tile(engine.spec, sample.shape))
+            got = raw_results(engine, sample, grid, self._job.threads)
+            images += parity.compare_outputs(whole, got, self._tiling.spec, f"{sample.name}{remark}")
+        return images

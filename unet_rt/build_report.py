@@ -1,0 +1,99 @@
+"""What a build reports: the table of candidates that were measured, and what was decided from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .engine import EngineSpec, Precision
+from .parity import ImageParity, Verdict
+from .search import LayerCost
+
+Key = tuple[str, Precision, str]  # of a candidate: backend, precision, variant
+Kind = Literal["samples", "synthetic"]  # of windows: the user's, or generated ones, which prove FP32 only
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One measured way to run the model; ``verdict`` is None and ``note`` says why where it could not be tried.
+
+    ``latency_ms`` is that of a run of ``batch`` tiles; ``variant`` says what is not INT8 in an INT8 graph.
+    """
+
+    backend: str
+    precision: Precision
+    tile: tuple[int, ...]
+    batch: int = 1
+    latency_ms: float | None = None
+    spread_ms: tuple[float, float] | None = None
+    kept_mpx_per_s: float | None = None
+    peak_mb: float | None = None
+    verdict: Verdict | None = None
+    note: str = ""
+    variant: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.backend, self.precision, self.variant
+
+    @property
+    def title(self) -> str:
+        """Backend, precision and variant, for messages."""
+        variant = f" ({self.variant})" if self.variant else ""
+        return f"{self.backend} {self.precision}{variant}"
+
+    def to_json(self) -> dict[str, Any]:
+        data = {key: value for key, value in vars(self).items() if key != "verdict"}
+        return {**data, "tile": list(self.tile), "verdict": None if self.verdict is None else self.verdict.to_json()}
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What build did and why.
+
+    Attributes:
+        folder: The engine folder.
+        spec: Its spec.
+        candidates: The measured table; ``chosen`` is the index of the engine in it.
+        samples: How many windows parity was judged on; ``kind`` is ``samples`` or ``synthetic``.
+        first: What the first sample looks like to the network: range, mean, deviation after normalisation, class shares.
+        seams: Seam error per halo that was tried, where the halo was measured.
+        whole_mismatch: For networks that cannot be tiled exactly: the difference to the whole image (reported, not judged).
+        notes: Decisions, in sentences.
+        warnings: What should be looked at.
+        advice: The command that would make it faster or safer, without the options that were given (the command line
+            puts its own in); "" where there is none.
+        layers: Where plain INT8 missed the budget: what returning each layer to FP32 won and cost.
+    """
+
+    folder: Path
+    spec: EngineSpec
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    kind: Kind
+    samples: int
+    first: dict[str, Any]
+    seams: dict[int, float] = field(default_factory=dict)
+    whole_mismatch: ImageParity | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    advice: str = ""
+    layers: tuple[LayerCost, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "spec": self.spec.to_json(),
+            "candidates": [c.to_json() for c in self.candidates],
+            "chosen": self.chosen,
+            "kind": self.kind,
+            "samples": self.samples,
+            "first": self.first,
+            "seams": {str(k): v for k, v in self.seams.items()},
+            "whole_mismatch": None if self.whole_mismatch is None else self.whole_mismatch.to_json(),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "advice": self.advice,
+            "layers": [layer.to_json() for layer in self.layers],
+        }

@@ -1,0 +1,248 @@
+"""Build, step 3: tile, halo or overlap, and what the baseline makes of the samples under them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from . import parity
+from .build_baseline import Results, judging_results
+from .build_job import Job
+from .build_samples import Samples
+from .engine import EngineSpec
+from .errors import ContractError, ImageError, TileError
+from .field import size_text
+from .model import blended_spec, keeps, kept_share, largest_halo, seam_tile, square_tile, whole_grid
+from .parity import ImageParity
+from .samples import Sample, raw_result, raw_results
+from .stitch import Blend
+from .tiles import TileGrid, tile_grid
+
+PROBE_PX = 512 * 512  # tile area at which backends and precisions are compared
+TILE_AREAS = (512**2, 1024**2, 1536**2, 2048**2)  # tile areas tried with the winner
+EXACT_COST = 1.5  # computed over kept pixels up to which the exact halo is the default
+HALO_STEP = 8  # samples: halos are measured in steps of it
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images are tiled, and what every engine that does so is compared with.
+
+    Attributes:
+        spec: Halo or overlap decided; its tile is the one that candidates are compared at.
+        results: The baseline's, on the windows that parity is judged on.
+        seams: Seam error per halo that was tried.
+        mismatch: For networks that cannot be tiled exactly: the difference to the whole image.
+    """
+
+    spec: EngineSpec
+    results: Results
+    seams: dict[int, float] = field(default_factory=dict)
+    mismatch: ImageParity | None = None
+
+
+@dataclass(frozen=True)
+class _Halo:
+    """A spec whose halo is decided; what was measured on the way, if anything was."""
+
+    spec: EngineSpec
+    results: Results | None = None
+    seams: dict[int, float] = field(default_factory=dict)
+
+
+def choose_tiling(
+    job: Job,
+    spec: EngineSpec,
+    samples: Samples,
+    *,
+    tile: Sequence[int] | None,
+    halo: str | int,
+    overlap: Sequence[int] | None,
+    blend: Blend,
+) -> Tiling:
+    """Tile and halo of a network that can be tiled exactly, tile and overlap of one that cannot.
+
+    Raises:
+        TileError: An option that is for the other kind of network, or that the graph does not accept.
+        ContractError, ImageError: The halo is to be measured, and there is nothing to measure it on.
+    """
+    if job.model.exact:
+        if overlap is not None:
+            raise TileError("--overlap is for networks that cannot be tiled exactly; this one needs none")
+        probe = tuple(tile) if tile is not None else square_tile(spec.sizes, spec.outputs, PROBE_PX)
+        _check_tile(spec, probe)
+        chosen = _choose_halo(job, replace(spec, tile=probe), samples, halo, fixed_tile=tile is not None)
+    else:
+        reason = job.model.reasons[0]
+        if halo != "auto":
+            raise TileError(f"--halo {halo}: this network cannot be tiled exactly ({reason}); its tiles are blended")
+        chosen = _Halo(blended_spec(spec, tile, job.model.given, blend=blend, overlap=overlap))
+        job.remarks.notes.append(
+            f"not exact: {reason}; tile {size_text(chosen.spec.tile)} px is part of the model, "
+            f"blended ({blend}) with overlap {size_text(chosen.spec.overlap or ())} px"
+        )
+    spec = chosen.spec
+    job.baseline.spec = replace(spec, backend=job.baseline.spec.backend, device="cpu")  # it is tiled as engines are
+    results = chosen.results or judging_results(job, spec, samples)
+    return Tiling(spec, results, chosen.seams, _whole_mismatch(job, spec, results))
+
+
+def tried_tiles(spec: EngineSpec) -> list[tuple[int, ...]]:
+    """The tiles that may be tried with the winner, ascending."""
+    return [square_tile(spec.sizes, spec.used_outputs(), area) for area in TILE_AREAS]
+
+
+def _check_tile(spec: EngineSpec, tile: Sequence[int]) -> None:
+    spec.grid((1,) * spec.spatial, tile)
+    tile_grid(tile, tile, spec.sizes, spec.outputs)  # raises for sizes that the graph does not accept
+
+
+def _whole_mismatch(job: Job, spec: EngineSpec, results: Results) -> ImageParity | None:
+    """What tiling changes on the first sample, of a network that cannot be tiled exactly and runs on whole images."""
+    if spec.exact or not spec.free_size:
+        return None
+    sample = results.samples[0]
+    grid = whole_grid(replace(spec, overlap=None), sample.shape)
+    untiled = raw_result(job.baseline, sample, grid, job.threads)
+    return parity.compare(untiled, results.values[0][0], spec.contract_of(0), sample.name)
+
+
+# --- the halo -------------------------------------------------------------------------------------------------------
+
+
+def _choose_halo(job: Job, spec: EngineSpec, samples: Samples, halo: str | int, *, fixed_tile: bool) -> _Halo:
+    """The halo that was asked for; a tile of ``spec`` that keeps nothing beside it is replaced, unless it was, too."""
+    if isinstance(halo, int) or halo.isdigit():
+        chosen = _given_halo(job, spec, samples, int(halo))
+    elif halo == "measured":
+        chosen = _measured_halo(job, spec, samples)
+    elif halo in ("auto", "exact"):
+        chosen = _exact_halo(job, spec, samples, forced=halo == "exact", fixed_tile=fixed_tile)
+    else:
+        raise TileError(f"--halo {halo!r} is not exact, measured or a number of samples")
+    spec = chosen.spec
+    if keeps(spec, spec.tile):
+        return chosen
+    tile = square_tile(spec.sizes, spec.used_outputs(), PROBE_PX)
+    if fixed_tile:
+        raise TileError(
+            f"a tile of {size_text(spec.tile)} px keeps nothing beside its halo; "
+            f"use {size_text(tile)} or more, or --halo measured"
+        )
+    return replace(chosen, spec=replace(spec, tile=tile))
+
+
+def _given_halo(job: Job, spec: EngineSpec, samples: Samples, limit: int) -> _Halo:
+    """A halo of so many samples; what its seams change is said, where samples show it."""
+    exact = largest_halo(spec)
+    if limit < 0:
+        raise TileError(f"halo {limit} is negative; use 0 or more samples, exact or measured")
+    note = f"halo {min(limit, exact)} samples as given; {exact} would be exact"
+    chosen = _Halo(spec)
+    if limit < exact:
+        limited = replace(spec, halo="given", halo_limit=limit)
+        chosen = _Halo(limited)
+        if samples.kind == "samples" and spec.free_size and _seams_can_be_seen(spec, samples.judging, limit):
+            results = judging_results(job, spec, samples)
+            error = _seam(job, spec, results, limit)
+            note += f"; {_seam_text(spec, error)}"
+            chosen = _Halo(limited, results, {limit: error})
+    job.remarks.notes.append(note)
+    return chosen
+
+
+def _exact_halo(job: Job, spec: EngineSpec, samples: Samples, *, forced: bool, fixed_tile: bool) -> _Halo:
+    """The exact halo where it is ``forced`` or cheap, or nothing can be measured; else a measured one."""
+    exact = largest_halo(spec)
+    largest = spec.tile if fixed_tile or not spec.free_size else tried_tiles(spec)[-1]
+    share = kept_share(spec, largest)
+    cost = f"{1 / share:.2f} times the work" if share else "more than such a tile holds"
+    if forced or (share and 1 / share <= EXACT_COST):
+        job.remarks.notes.append(f"exact halo ({exact} samples): {cost} at tiles of {size_text(largest)} px")
+        return _Halo(spec)
+    if samples.kind == "synthetic" or not _seams_can_be_seen(spec, samples.judging):
+        job.remarks.notes.append(
+            f"exact halo ({exact} samples) costs {cost} at tiles of {size_text(largest)} px; "
+            "with --samples larger than a tile a smaller one is measured"
+        )
+        return _Halo(spec)
+    job.remarks.notes.append(
+        f"the exact halo ({exact} samples) costs {cost} at tiles of {size_text(largest)} px, so it was measured"
+    )
+    return _measured_halo(job, spec, samples)
+
+
+def _measured_halo(job: Job, spec: EngineSpec, samples: Samples) -> _Halo:
+    """The smallest halo, in steps of 8 samples, whose seams change no more labels than the seam budget allows."""
+    if samples.kind == "synthetic":
+        raise ContractError("--halo measured needs images to measure on; pass --samples IMAGES")
+    if not _seams_can_be_seen(spec, samples.judging):
+        raise ImageError("the samples are no larger than one tile, so seams cannot be measured; pass larger ones")
+    results = judging_results(job, spec, samples)  # which may leave samples out, to keep the search short
+    budget, seams = job.budget.seam, dict[int, float]()
+    exact = largest_halo(spec)
+    steps = -(-exact // HALO_STEP)  # the exact halo is the end of the range
+    visible = (k for k in reversed(range(steps)) if _seams_can_be_seen(spec, results.samples, HALO_STEP * k))
+    seen = next(visible, -1)
+    job.remarks.say(f"measuring the halo on {len(results.samples)} samples")
+    low, high = 0, seen + 1
+    while low < high:
+        middle = (low + high) // 2
+        limit = middle * HALO_STEP
+        seams[limit] = _seam(job, spec, results, limit)
+        if seams[limit] <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    if high > seen:
+        note = f"no halo below the exact {exact} samples is inside the seam budget {budget:g}: exact it is"
+        if seen + 1 < steps:
+            note = (
+                f"no halo up to {HALO_STEP * max(seen, 0)} samples is inside the seam budget {budget:g}, and the "
+                f"samples are too small to see the seams of larger ones: the exact {exact} it is; larger samples may "
+                "allow less"
+            )
+        job.remarks.notes.append(note)
+        return _Halo(spec, results, seams)
+    limit = high * HALO_STEP
+    job.remarks.notes.append(
+        f"measured halo {limit} samples (exact: {exact}): {_seam_text(spec, seams[limit])}, budget {budget:g}"
+    )
+    return _Halo(replace(spec, halo="measured", halo_limit=limit), results, seams)
+
+
+def _seam_grids(spec: EngineSpec, sample: Sample, limit: int) -> list[TileGrid]:
+    """Up to three arrangements of tiles small enough for a sample to have seams, where the halo allows it.
+
+    More than one, because what a seam changes depends on where it runs: objects may lie beside all seams of one.
+    """
+    spec = replace(spec, halo="measured", halo_limit=limit)
+    outputs = spec.used_outputs()
+    first = seam_tile(spec, sample.shape)
+    tiles = {first}
+    for share in (0.6, 0.8):
+        tile = tuple(s.at_most(int(t * share)) for t, s in zip(first, spec.sizes, strict=True))
+        if spec.free_size and keeps(spec, tile):
+            tiles.add(tile)
+    return [tile_grid(sample.shape, tile, spec.sizes, outputs) for tile in sorted(tiles)]
+
+
+def _seams_can_be_seen(spec: EngineSpec, windows: Iterable[Sample], limit: int = HALO_STEP) -> bool:
+    """Whether tiles with a halo of ``limit`` samples cut at least one window: what no seam shows is not measured."""
+    return any(grid.count > 1 for sample in windows for grid in _seam_grids(spec, sample, limit))
+
+
+def _seam(job: Job, spec: EngineSpec, results: Results, limit: int) -> float:
+    """What the seams of a halo of ``limit`` samples change on the worst sample."""
+    error = 0.0
+    for sample, whole in zip(results.samples, results.values, strict=True):
+        for grid in _seam_grids(spec, sample, limit):
+            tiled = raw_results(job.baseline, sample, grid, job.threads)
+            found = parity.compare_outputs(whole, tiled, spec, sample.name)
+            error = max(error, *(one.changed for one in found if one.judged))
+    return error
+
+
+def _seam_text(spec: EngineSpec, error: float) -> str:
+    what = "the output by {:.2e} of its range" if not spec.contract.has_labels else "{:.2e} of labels"
+    return f"seams change {what.format(error)} on the worst sample"
