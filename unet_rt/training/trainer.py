@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from unet_rt.contract import Contract
-from unet_rt.errors import UnetRtError
+from unet_rt.errors import OutputError, UnetRtError, first_line
 from unet_rt.models import Network, SegNet, architecture_of, network_of
 
 from .augment import Augmentation, Tiles
@@ -142,6 +142,7 @@ def train(
     Raises:
         TrainingError: the network is not one for images; the loss became NaN or infinite (the network then holds the
             best weights so far), or ``state`` is of another training.
+        OutputError: ``state`` cannot be written.
     """
     spec = network.spec
     if spec.dims != 2:
@@ -395,7 +396,11 @@ def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any], *, background: 
 def save_checkpoint(
     path: str | os.PathLike[str], network: Network, contract: Contract, record: dict[str, Any] | None = None
 ) -> None:
-    """Architecture, weights, contract and a record, loadable with ``weights_only``. Written whole or not at all."""
+    """Architecture, weights, contract and a record, loadable with ``weights_only``. Written whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
     content = {
         "format": CHECKPOINT_FORMAT,
         "architecture": architecture_of(network),
@@ -421,11 +426,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, Contract, di
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """``torch.save``; whole or not at all."""
+    """``torch.save``; whole or not at all. OutputError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         torch.save(content, temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise OutputError(f"{path} cannot be written ({first_line(error)}); free some space") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -437,9 +444,8 @@ def read_torch(path: Path) -> Any:
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # unpickling foreign bytes raises anything
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"{path} cannot be loaded as weights alone ({first[:200]}); nothing in it is executed. Save a state dict "
+            f"{path} cannot be loaded as weights alone ({first_line(error)}); nothing in it is executed. Save a state dict "
             "(torch.save(module.state_dict(), ...)), or export the module from Python: urt.export(...)"
         ) from error
 
