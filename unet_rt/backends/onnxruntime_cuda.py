@@ -69,6 +69,15 @@ _ARITHMETIC = frozenset(
     "Range Reshape Identity Equal Where Expand Not Mod Round Sqrt ReduceProd Neg".split()
 )
 
+# The text is all there is: no status code of ONNX Runtime means short memory, and so no exception of its Python module
+# does. What the arena and the CUDA calls report arrives as Fail, RuntimeException or EPFail, like any other failure of a
+# run. These are the words of the arena, and the number or name that CUDA's calls fail with.
+_SHORT_OF_MEMORY = (
+    "Failed to allocate memory for requested buffer of size",
+    "CUDA failure 2:",  # cudaErrorMemoryAllocation
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -452,7 +461,7 @@ class CudaSession(SessionBase):
             from unet_rt.device import DeviceMemoryError
 
             shapes = ", ".join("x".join(map(str, shape)) for shape in key)
-            short = any(words in str(error) for words in ("Failed to allocate memory", "out of memory"))
+            short = any(words in str(error) for words in _SHORT_OF_MEMORY)
             kind, way_out = (
                 (DeviceMemoryError, "use a smaller --tile or --batch, or free what others hold")
                 if short
