@@ -360,8 +360,8 @@ def test_a_disk_that_is_full(
 ) -> None:
     """torch reports it as a RuntimeError, of several lines or of none."""
 
-    def full(content: Any, path: Path) -> None:
-        path.write_bytes(b"half of it")
+    def full(content: Any, stream: Any) -> None:
+        stream.write(b"half of it")
         raise error
 
     monkeypatch.setattr(torch, "save", full)

@@ -24,6 +24,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from .durable import Disk
 from .errors import ContractError, ImageError, OutputError
 
 Array = npt.NDArray[Any]
@@ -451,20 +452,14 @@ def written_whole(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     target = Path(path)
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: exists already; use --overwrite to replace it, or choose another name")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as stream:
+        with Disk().writing(target) as part, part.open("w", encoding="utf-8", newline="") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, target)
     except OSError as error:
         raise OutputError(
             f"{target}: cannot be written ({error.strerror or error}); nothing was left behind; free some space or "
             "choose another folder"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_table(path: str | os.PathLike[str], planes: Sequence[Objects], *, overwrite: bool = False) -> None:

@@ -7,7 +7,6 @@ before.
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 import os
 import shutil
@@ -18,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .durable import Disk
+from .durable import Disk, part_path, parts_of
 from .errors import OutputError
 from .image import Source
 from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
@@ -148,12 +146,12 @@ class Output:
         with self._guarded():
             self._writer.finish()
             self._writer.close()
-            with self._part.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            os.replace(self._part, self.path)
+            disk = Disk()
+            disk.sync_file(self._part)
+            disk.replace(self._part, self.path)
         self._open = False
         with contextlib.suppress(OSError):  # some file systems sync no folders
-            Disk().sync_folder(self.path.parent)
+            disk.sync_folder(self.path.parent)
 
     def abort(self) -> None:
         """Removes what was written. Does nothing after ``commit`` or a second time."""
@@ -206,7 +204,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         raise OutputError(f"{path}: the folder {folder} does not exist; create it, or choose another with --out")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
-    probe = _part_path(path)
+    probe = part_path(path)
     try:
         with probe.open("xb"):
             pass
@@ -258,7 +256,7 @@ def open_output(
     what = Shape(spatial, tuple(int(n) for n in plane_shape), plane_axes, channels, np.dtype(dtype))
     if what.dtype == np.bool_:
         what = Shape(what.spatial, what.plane_shape, what.plane_axes, channels, np.dtype("uint8"))
-    part = _part_path(target)
+    part = part_path(target)
     suffix = target.suffix.lower()
     packed = suffix in (".tif", ".tiff") and what.dtype.kind in "iu"
     free = shutil.disk_usage(target.parent).free
@@ -317,14 +315,9 @@ def _extra_tags(source: Source | None, shape: Shape, nodata: float | None) -> tu
     return tags
 
 
-def _part_path(path: Path) -> Path:
-    """Another one for every call: processes of several machines or containers may share a number and a folder."""
-    return path.with_name(f".{path.name}.{uuid4().hex}.part")
-
-
 def remove_parts(path: Path) -> None:
     """Deletes what killed processes have left of an output; none may be at it."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for part in parts_of(path):
         part.unlink(missing_ok=True)
 
 

@@ -25,13 +25,12 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from .blocks import Block
-from .durable import Disk, locked
+from .durable import Disk, locked, part_path
 from .errors import OutputError
 from .output_zarr import ZarrOutput
 from .pipeline import Tally
@@ -74,7 +73,7 @@ class PackedStore:
         stream = io.BytesIO()
         np.save(stream, values, allow_pickle=False)
         path = self._path(block.number)
-        part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # another process may have finished the same block
+        part = part_path(path)  # another process may have finished the same block
         try:
             part.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
             part.replace(path)

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from unet_rt.contract import Contract
+from unet_rt.durable import Disk
 from unet_rt.errors import OutputError, UnetRtError, first_line
 from unet_rt.models import Network, SegNet, architecture_of, network_of
 
@@ -427,14 +428,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, Contract, di
 
 def write_torch(path: Path, content: Any) -> None:
     """``torch.save``; whole or not at all. OutputError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        # To a stream: torch writes the name of a file into it, and the name of this one is random.
+        with Disk().writing(path) as part, part.open("wb") as stream:
+            torch.save(content, stream)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise OutputError(f"{path} cannot be written ({first_line(error)}); free some space") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_torch(path: Path) -> Any:
