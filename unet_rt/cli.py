@@ -1001,6 +1001,7 @@ def _export(args: argparse.Namespace) -> int:
 
     _torch("runs the module", "torch")
     from .export import OPSET, export, read_pixels
+    from .field import size_text
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:
@@ -1019,7 +1020,7 @@ def _export(args: argparse.Namespace) -> int:
     )
     if args.json:
         _print_json({**asdict(done), "path": str(done.path), "contract": contract.to_json()})
-    sizes = " and ".join("x".join(map(str, size)) for size in done.sizes)
+    sizes = " and ".join(map(size_text, done.sizes))
     print(
         f"{done.path}: {done.parameters:,} parameters, opset {done.opset}, free batch and spatial axes\n"
         f"equals the module at {sizes} px, off by at most {done.max_error:.2g} ({done.tolerance:.2g} is float32's share)"

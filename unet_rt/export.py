@@ -26,6 +26,7 @@ from . import backends
 from .contract import Contract
 from .durable import Disk
 from .errors import BackendError, ContractError, GraphError, first_line
+from .field import size_text
 
 if TYPE_CHECKING:
     # Imported where they are used: `import unet_rt` names export() and must stay light.
@@ -158,7 +159,7 @@ def export(
                 notes=tuple(notes),
             )
         for tile, e in zip(tiles, errors, strict=True):
-            size = "x".join(map(str, tile))
+            size = size_text(tile)
             if isinstance(e, str):
                 notes.append(f"{name}: at {size} px the graph fails: {e}")
             elif e.worst > tolerance:

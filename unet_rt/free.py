@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from unet_rt.errors import UnetRtError, first_line
-from unet_rt.field import OutputField
+from unet_rt.field import OutputField, size_text
 from unet_rt.graph import Analysis, analyse_model
 from unet_rt.onnx_file import Value
 
@@ -174,7 +174,7 @@ def _differs_in_space(
     if compared:
         return ""
     return (
-        f"its halo leaves nothing of {'x'.join(map(str, tile))} px that could prove other sizes to be the same network; "
+        f"its halo leaves nothing of {size_text(tile)} px that could prove other sizes to be the same network; "
         "export it with free sizes (dynamic axes)"
     )
 

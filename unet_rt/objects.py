@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from .durable import Disk
 from .errors import ContractError, ImageError, OutputError
+from .field import size_text
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -219,9 +220,9 @@ def _check_options(
     pixel_size_um: Sequence[float],
 ) -> None:
     if not 2 <= len(shape) <= 3 or min(shape) < 1:
-        raise ImageError(f"a mask of shape {'x'.join(map(str, shape))} has no objects; give (Y, X) or (Z, Y, X)")
+        raise ImageError(f"a mask of shape {size_text(shape)} has no objects; give (Y, X) or (Z, Y, X)")
     if min(window) < 1:
-        raise ContractError(f"a window of {'x'.join(map(str, window))} px reads nothing; use 1 or more along each axis")
+        raise ContractError(f"a window of {size_text(window)} px reads nothing; use 1 or more along each axis")
     if min_size < 1:
         raise ContractError(f"min_size {min_size} px must be 1 or more; 1 keeps every object")
     if classes is not None and (not len(classes) or min(classes) < 1 or len(set(classes)) != len(classes)):

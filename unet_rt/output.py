@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike
 
 from .durable import Disk, part_path, parts_of
 from .errors import OutputError
+from .field import size_text
 from .image import Source
 from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
 
@@ -327,9 +328,7 @@ class _PngWriter:
     def __init__(self, path: Path, part: Path, shape: Shape, origin: Origin) -> None:
         advice = f"name it {path.stem}.tif instead"
         if shape.planes != 1 or len(shape.spatial) != 2:
-            raise OutputError(
-                f"{path}: PNG holds one plane, this is {shape.axes} {'x'.join(map(str, shape.full))}; {advice}"
-            )
+            raise OutputError(f"{path}: PNG holds one plane, this is {shape.axes} {size_text(shape.full)}; {advice}")
         deep = shape.dtype == np.uint16
         if shape.dtype != np.uint8 and not (deep and shape.channels <= 1):
             raise OutputError(
@@ -339,7 +338,7 @@ class _PngWriter:
         if shape.channels > 4:
             raise OutputError(f"{path}: PNG holds up to 4 channels, this has {shape.channels}; {advice}")
         if math.prod(shape.spatial) > MAX_WHOLE_PX:
-            raise OutputError(f"{path}: {'x'.join(map(str, shape.spatial))} is too large for a PNG; {advice}")
+            raise OutputError(f"{path}: {size_text(shape.spatial)} is too large for a PNG; {advice}")
         self._part = part
         self._dpi = origin.resolution if origin.kind == "raster" else None
         self._pixels = np.zeros((max(1, shape.channels), *shape.spatial), shape.dtype)

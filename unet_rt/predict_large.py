@@ -24,6 +24,7 @@ from .contract import Contract, Normalization
 from .durable import Disk, locked
 from .engine import Engine
 from .errors import ContractError, OutputError
+from .field import size_text
 from .image import Source, open_image
 from .image_zarr import import_zarr
 from .normalize import Affine, Affines, OnePlane, affine
@@ -195,11 +196,11 @@ def _resampled(engine: Engine, source: Source, asked: Request) -> tuple[int, ...
 def _region(path: str, source: Source) -> Source:
     region = open_image(path, Contract(), spatial=len(source.shape))
     if region.shape != source.shape or region.planes not in (1, source.planes):
-        shape = "x".join(map(str, region.shape))
+        shape = size_text(region.shape)
         region.close()
         raise ContractError(
             f"{path}: the region has {region.planes} planes of {shape} px, and {source.name} {source.planes} of "
-            f"{'x'.join(map(str, source.shape))}; draw it on the image"
+            f"{size_text(source.shape)}; draw it on the image"
         )
     return region
 

@@ -17,6 +17,7 @@ from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for, thread_count
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 
 # Hint that is asked for -> runtime precision that layers report.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -288,7 +289,7 @@ class OpenVinoSession(SessionBase):
         try:
             return self._infer(compiled, arrays)
         except (RuntimeError, MemoryError) as error:
-            shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
+            shapes = ", ".join(size_text(array.shape) for array in arrays)
             raise BackendError(
                 f"OpenVINO fails on an input of {shapes}: {_last_line(error)}; "
                 "if memory is short, use a smaller --tile or --batch"
@@ -329,7 +330,7 @@ class OpenVinoSession(SessionBase):
         return found
 
     def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> _Compiled:
-        text = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        text = ", ".join(map(size_text, shapes))
         try:
             model = self._model.clone()
             partial = self._library.PartialShape
