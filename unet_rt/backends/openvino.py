@@ -104,7 +104,10 @@ def precisions(device: str = "cpu") -> tuple[str, ...]:
     return ("fp32", *(name for name in ("bf16", "int8") if name.upper() in found))
 
 
-def _require_precision(precision: str) -> None:
+def _require(precision: str, device: str) -> None:
+    reason = missing(device)
+    if reason is not None:
+        raise BackendError(reason)
     if precision not in _HINTS:
         raise BackendError(f"OpenVINO has no {precision} here; use --precision {' or '.join(_HINTS)}")
     # Asked for BF16 without the instructions, OpenVINO emulates it (convolutions named jit_avx512_bf16 on a CPU with
@@ -135,10 +138,7 @@ def build(
     Raises:
         BackendError: A precision that this CPU lacks, a graph of another one, or one that OpenVINO cannot read.
     """
-    reason = missing(device)
-    if reason is not None:
-        raise BackendError(reason)
-    _require_precision(precision)
+    _require(precision, device)
     found = precision_of(model)
     if found != ("int8" if precision == "int8" else "fp32"):
         way = "quantise it first (unet-rt build with --samples does)" if precision == "int8" else "give the FP32 graph"
@@ -179,10 +179,7 @@ def load(
         blob: None: nothing is compiled ahead of time.
         cache: Folder where OpenVINO may keep compiled shapes for the next process; nothing is written if None.
     """
-    reason = missing(device)
-    if reason is not None:
-        raise BackendError(reason)
-    _require_precision(precision)
+    _require(precision, device)
     return OpenVinoSession(Path(graph), precision, threads, cache)
 
 
