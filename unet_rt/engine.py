@@ -376,6 +376,24 @@ class Engine:
         self.close()
 
 
+class EngineView(Engine):
+    """An engine in another form, over the session of ``engine``, which stays as it is: who opened that one closes it.
+
+    Subclasses say in :meth:`run` what they make of its results. Engines on a GPU take tiles from the host here.
+    """
+
+    def __init__(self, engine: Engine, spec: EngineSpec):
+        super().__init__(spec, engine._session, engine.folder, engine.options)
+        self._engine = engine
+
+    @property
+    def device_session(self) -> None:
+        return None
+
+    def close(self) -> None:
+        """Leaves the engine as it is: who opened it closes it."""
+
+
 def _to_axes(x: npt.NDArray[Any], axes: str) -> npt.NDArray[Any]:
     """(N, C, *spatial) to the order of ``axes``; a graph without N or C gets its single sample or channel."""
     spatial = [a for a in axes if a not in "NC"]
