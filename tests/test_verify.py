@@ -184,16 +184,15 @@ def test_what_growing_an_image_does_to_further_outputs(tmp_path):
     class Reduced(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.pixel, self.half = torch.nn.Conv2d(1, 2, 1), torch.nn.Conv2d(1, 2, 3, 2, 1)
+            self.pixel, self.half, self.other = (torch.nn.Conv2d(1, 2, *how) for how in ((1,), (3, 2, 1), (3, 1, 1)))
 
         def forward(self, x: Any) -> Any:
-            half = self.half(x)
-            return self.pixel(x), half, half[:, :1] * 2
+            return self.pixel(x), self.half(x), self.other(x)
 
     path = tmp_path / "reduced.onnx"
     networks.export(networks.initialise(Reduced()), [(1, 1, 32, 32)], path)
     names = [value.name for value in onnx.load(str(path)).graph.output]
-    image = networks.texture((1, 1, 81, 90), seed=4)[0, 0]
+    image = networks.texture((1, 1, 81, 400), seed=4)[0, 0]
     options = {"backend": "onnxruntime", "precision": "fp32", "tile": (48, 48)}
     first = {"task": "multiclass", "output_is": "logits", "normalization": Normalization("none")}
     said = {}
