@@ -284,6 +284,36 @@ def test_arrays_on_the_device_are_checked(host_gpu: HostDevice) -> None:
             session.run_device([x], [host_gpu.empty((1, 2, 32, 40), np.float32)[..., :32]])
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "short"),
+    [
+        (
+            "RuntimeException",
+            "running Conv node. Name:'c' bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 93952",
+            True,
+        ),
+        ("Fail", "cuda_call.cc:121 CudaCall CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc(&p, size);", True),
+        ("RuntimeException", "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; expr=cublasCreate(&handle);", True),
+        ("Fail", "CUDA failure 209: no kernel image is available for execution on the device ; GPU=0", False),
+        ("RuntimeException", "Name:'out of memory' Status Message: the shapes do not fit", False),
+    ],
+)
+def test_memory_that_is_short_is_told_from_other_failures(
+    host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch, kind: str, text: str, short: bool
+) -> None:
+    error = getattr(onnxruntime._import().capi.onnxruntime_pybind11_state, kind)
+
+    def fails(*_: Any) -> None:
+        raise error(f"[ONNXRuntimeError] : {text}")
+
+    monkeypatch.setattr(HostSession, "run_with_iobinding", fails)
+    with CudaSession(shipped_model(), "fp32", "cuda:0", 1) as session:
+        said = "use a smaller --tile or --batch" if short else "use --backend cudnn, or --device cpu"
+        with pytest.raises(BackendError, match=said) as raised:
+            session.run([pixels(1, 32)])
+    assert isinstance(raised.value, gpu.DeviceMemoryError) is short
+
+
 def test_launches_are_recorded_for_addresses_that_stay(host_gpu: HostDevice) -> None:
     with CudaSession(shipped_model(), "fp32", "cuda:0", 1, Options(cuda_graph=True)) as session:
         stay = host_gpu.empty((1, 1, 32, 32), np.float32), host_gpu.empty((1, 2, 32, 32), np.float32)

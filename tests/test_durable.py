@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from unet_rt import output
-from unet_rt.durable import Disk, locked
+from unet_rt.durable import Disk, locked, part_path, parts_of
 from unet_rt.errors import OutputError
+from unet_rt.objects import written_whole
 
 
 def test_who_waited_for_a_lock_holds_it(tmp_path: Path) -> None:
@@ -105,7 +105,58 @@ def test_processes_of_the_same_number_do_not_meet(tmp_path: Path, monkeypatch: p
     Watched().write_whole(tmp_path / "mark", b"same")
     assert len(set(names)) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["mark"]
-    assert len({output._part_path(tmp_path / "a.tif") for _ in range(3)}) == 3
+    assert len({part_path(tmp_path / "a.tif") for _ in range(3)}) == 3
+
+
+def test_a_file_is_synced_before_it_has_its_name_and_its_name_after(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    class Watched(Disk):
+        def sync_file(self, path: Path) -> None:
+            done.append(f"file {path.read_text()}")
+            super().sync_file(path)
+
+        def replace(self, old: Path, new: Path) -> None:
+            done.append(f"name {new.name}")
+            super().replace(old, new)
+
+        def sync_folder(self, path: Path) -> None:
+            done.append(f"folder {path.name}")
+            super().sync_folder(path)
+
+    with Watched().writing(tmp_path / "a") as part:
+        part.write_text("new")
+        assert list(parts_of(tmp_path / "a")) == [part]
+        assert not list(parts_of(tmp_path / "b"))
+    assert done == ["file new", "name a", f"folder {tmp_path.name}"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_is_not_finished_leaves_the_one_before(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def fail() -> None:
+        with Disk().writing(path) as part:
+            part.write_text("half of the new")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_tables_of_the_same_name_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written at the same time, also by processes of the same number: the last one stays, whole."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    path = tmp_path / "objects.csv"
+    with written_whole(path) as first, written_whole(path) as second:
+        first.write("first")
+        second.write("second")
+    assert path.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["objects.csv"]
 
 
 def test_file_systems_that_sync_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

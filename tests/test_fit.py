@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -344,6 +345,30 @@ def test_the_command_trains_and_says_what_it_did(
     assert sorted(p.name for p in tmp_path.glob("model*")) == ["model.png", "model.pt"]
     assert main(["train", str(folder), "--out", str(out)]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError(), "RuntimeError"),
+        (RuntimeError("\nPytorchStreamWriter failed\nframe #0"), "PytorchStreamWriter failed"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_disk_that_is_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    """torch reports it as a RuntimeError, of several lines or of none."""
+
+    def full(content: Any, stream: Any) -> None:
+        stream.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    recipe = {"steps": 1, "tile_px": 64, "batch": 1}
+    with pytest.raises(OutputError, match=rf"model\.pt cannot be written \(.*{said}\); free some space"):
+        fit(folder, tmp_path / "model.pt", Options(architecture=TINY, recipe=recipe, threads=1))
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

@@ -135,7 +135,7 @@ def test_a_baked_size_is_reported_with_the_field_it_has_at_that_size(monkeypatch
     report = inspect(fixed(networks.UNet(UNetSpec(valid=True)), 76))
     f = report.outputs[0].field[0]
     assert (f.shrink, f.stride, f.out_size(76)) == ((20, 20), 4, 36)
-    assert "76 x 76 px only" in report.outputs[0].reasons[0]
+    assert "76x76 px only" in report.outputs[0].reasons[0]
     assert report.cost[512]["tile"] == 76
 
 

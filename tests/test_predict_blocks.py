@@ -164,6 +164,26 @@ def test_an_interrupted_run_goes_on(engine, stored, whole, small_blocks, tmp_pat
     assert list(reports[0].class_share.values()) == pytest.approx([float((whole == k).mean()) for k in range(2)])
 
 
+def test_blocks_of_another_version_are_said(engine, stored, whole, small_blocks, tmp_path, monkeypatch):
+    """The library was updated in between, or a shard runs on another machine: such blocks may round differently."""
+    out = tmp_path / "mask.zarr"
+    interrupted(engine, stored, out)
+    now, kind = engine.session_version, type(engine._session)
+    for version in (now, "onnxruntime 0.1"):
+        monkeypatch.setattr(kind, "version", property(lambda self, version=version: version))
+        interrupted(engine, stored, out, after=1)
+    reports: list[urt.RunReport] = []
+    for k in (0, 1):
+        urt.predict(engine, stored, out=out, tile=TILE, shard=(k, 2), report=reports.append)
+    said = f"blocks were computed with more than one version ({', '.join(sorted(['onnxruntime 0.1', now]))})"
+    assert [[n for n in report.notes if "more than one" in n] for report in reports] == [
+        [f"{said}: they may differ by rounding"]
+    ] * 2
+    np.testing.assert_array_equal(read_zarr(out), whole)
+    urt.predict(engine, stored, out=out, tile=TILE, overwrite=True, report=reports.append)
+    assert not any("more than one" in note for note in reports[-1].notes)
+
+
 def test_another_engine_image_or_option_is_refused(engine, stored, small_blocks, tmp_path, image):
     out = tmp_path / "mask.zarr"
     interrupted(engine, stored, out)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from unet_rt.errors import ImageError
 from unet_rt.synthetic import CAMERA_OFFSET, IDS_PER_BLOCK, Micrograph, Scene, microscopy, random_scene
+from unet_rt.synthetic_membranes import Tissue
 
 SHAPE = (700, 1100)  # two rows and three columns of blocks, none of them whole at the far edges
 
@@ -135,6 +136,13 @@ def test_what_cannot_be_drawn_is_refused(arguments: dict[str, object], said: str
 def test_a_scene_out_of_range_is_refused() -> None:
     with pytest.raises(ImageError, match=r"radius_px is 100.*use 2 to 40"):
         Scene(radius_px=100)
+
+
+@pytest.mark.parametrize("drawn", [Scene, Tissue])
+def test_every_number_of_what_is_drawn_has_limits(drawn: type[Scene] | type[Tissue]) -> None:
+    for name in drawn.__dataclass_fields__:
+        with pytest.raises(ImageError, match=f"{drawn.__name__.lower()} {name} is nan; use "):
+            drawn(**{name: float("nan")})
 
 
 def test_drawing_needs_neither_torch_nor_scipy() -> None:

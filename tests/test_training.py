@@ -380,6 +380,8 @@ def test_checkpoints_carry_architecture_and_contract(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(back(x), network(x))
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    save_checkpoint(tmp_path / "again.pt", network, contract, {"seed": 1})
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "model.pt").read_bytes()
 
 
 def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:

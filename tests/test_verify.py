@@ -19,10 +19,11 @@ from PIL import Image
 import unet_rt as urt
 from unet_rt import backends, parity, pictures
 from unet_rt.cli import main
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract import Contract, Head, Normalization
 from unet_rt.engine import Engine, read_folder, write_folder
 from unet_rt.model import open_model, square_tile, untiled_spec
 from unet_rt.parity import Budget
+from unet_rt.reports import verify_text
 from unet_rt.synthetic import microscopy
 from unet_rt.testing import assert_parity
 from unet_rt.verify import verify
@@ -170,8 +171,44 @@ def test_what_growing_an_image_does_is_stated_apart(tmp_path):
     grown = verify(tmp_path / "x.urt", [odd])
     assert grown.accepted
     assert grown.seams.max_abs == 0.0
-    assert 0 < grown.growth <= 1 / 81  # the last row only
+    assert 0 < grown.growth.label_change <= 1 / 81  # the last row only
     assert verify(tmp_path / "x.urt", [even]).growth is None
+
+
+@pytest.mark.torch
+def test_what_growing_an_image_does_to_further_outputs(tmp_path):
+    """Nothing changes in the first, each pixel's own; the others see the edge. The worst that has a say is named."""
+    torch = pytest.importorskip("torch")
+    import networks
+
+    class Reduced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pixel, self.half, self.other = (torch.nn.Conv2d(1, 2, *how) for how in ((1,), (3, 2, 1), (3, 1, 1)))
+
+        def forward(self, x: Any) -> Any:
+            return self.pixel(x), self.half(x), self.other(x)
+
+    path = tmp_path / "reduced.onnx"
+    networks.export(networks.initialise(Reduced()), [(1, 1, 32, 32)], path)
+    names = [value.name for value in onnx.load(str(path)).graph.output]
+    image = networks.texture((1, 1, 81, 400), seed=4)[0, 0]
+    options = {"backend": "onnxruntime", "precision": "fp32", "tile": (48, 48)}
+    first = {"task": "multiclass", "output_is": "logits", "normalization": Normalization("none")}
+    said = {}
+    for task in ("multiclass", "regression"):
+        heads = (Head(names[1], task, "logits" if task == "multiclass" else "values"), Head(names[2]))
+        folder = tmp_path / f"{task}.urt"
+        urt.build(path, samples=[image], out=folder, contract=Contract(**first, heads=heads), **options).close()
+        report = verify(folder, [image])
+        assert report.accepted
+        assert report.growth.head == names[1], "the third output has no say"
+        assert json.loads(json.dumps(report.to_json()))["growth"]["head"] == names[1]
+        (said[task],) = (line for line in verify_text(report).splitlines() if "growing images" in line)
+        if task == "multiclass":
+            assert 0 < report.growth.label_change <= 1 / 41  # the last row only
+    assert f"% of labels of output {names[1]}, near" in said["multiclass"]
+    assert f"% of the range of values of output {names[1]}, near" in said["regression"]
 
 
 # --- labels -------------------------------------------------------------------------------------------------------

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from .durable import Disk
 from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
@@ -50,27 +48,23 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
     if target.resolve().is_relative_to(opened.path.resolve()):
         raise OutputError(f"{target} lies inside the engine that is to be packed; choose another --out")
     names = [SPEC, *sorted({str(entry["name"]) for entry in opened.files.values()})]
-    part = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("xb") as stream:  # whose mode follows the umask: an exam may be confidential
-            with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        with Disk().writing(target) as part:
+            with (
+                part.open("xb") as stream,  # whose mode follows the umask: an exam may be confidential
+                tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
+            ):
                 for name in names:
                     entry = tarfile.TarInfo(name)  # mode 644, owner 0, no names, time 0
                     entry.size = (opened.path / name).stat().st_size
                     with (opened.path / name).open("rb") as content:
                         archive.addfile(entry, content)
-            stream.flush()
-            os.fsync(stream.fileno())  # a name for bytes that a power cut may lose is worse than none
-        digest = sha256(part)
-        part.replace(target)
-        Disk().sync_folder(target.parent)
+            digest = sha256(part)
     except OSError as error:
         raise OutputError(
             f"{target}: the archive cannot be written ({error.strerror}); choose another --out"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return digest
 
 

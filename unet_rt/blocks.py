@@ -22,6 +22,7 @@ import numpy as np
 
 from .engine import EngineSpec
 from .errors import ContractError, TileError
+from .field import size_text
 from .resample import needed
 from .stitch import Decision
 from .tiles import AxisTiles, TileGrid
@@ -152,7 +153,7 @@ def plan_blocks(
     grid = spec.grid(given, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
     if prod(grid.tile) > bound:
         raise ContractError(
-            f"tiles of {'x'.join(map(str, grid.tile))} px, {batch} at a time, take about "
+            f"tiles of {size_text(grid.tile)} px, {batch} at a time, take about "
             f"{ceil(prod(grid.tile) * per_px / RUNNING_SHARE / 1e6)} MB, and {max(0, memory_bytes) // 10**6} MB are there; "
             "use more --memory, a smaller --batch or a smaller --tile"
         )

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from .activations import Distribution, probe
 from .errors import EngineError, ImageError
+from .field import size_text
 from .parity import constant_reason
 from .samples import Sample, tile_of
 
@@ -227,7 +228,7 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
         if cut < smallest_px:
             raise ImageError(
                 f"{sample.name} is too small to be cut into a part to calibrate on and one to judge on "
-                f"({'x'.join(map(str, sample.shape))} px); pass three or more images"
+                f"({size_text(sample.shape)} px); pass three or more images"
             )
         calibrating.append(_block(sample, axis, 0, cut))
         judging.append(_block(sample, axis, cut, sample.shape[axis]))

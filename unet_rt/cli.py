@@ -150,12 +150,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unet-rt {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for add in (
+        _add_inspect,
+        _add_build,
+        _add_predict,
+        _add_verify,
+        _add_bench,
+        _add_pack,
+        _add_unpack,
+        _add_train,
+        _add_export,
+        _add_doctor,
+        _add_demo,
+    ):
+        add(verbs)
+    return parser
 
+
+def _add_inspect(verbs: Any) -> None:
     p = _verb(
         verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs", "MODEL.onnx "
     )
     p.add_argument("model", metavar="MODEL.onnx", help="ONNX file")
 
+
+def _add_build(verbs: Any) -> None:
     p = _verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ... ")
     p.add_argument(
         "model",
@@ -187,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         help="label_change=1e-3 (INT8: 5e-3) dice=0.99 error=1e-2 seam=1e-5",
     )
     p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
-    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _overwrite_option(p)
     p.add_argument(
         "--cache",
         metavar="DIR",
@@ -195,9 +214,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep engines here by all that decided them (default: $UNET_RT_CACHE, else nowhere)",
     )
     p.add_argument("--search-minutes", type=float, metavar="N", help="time for the search (default: 10)")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    _threads_option(p)
     _contract_options(p)
 
+
+def _add_predict(verbs: Any) -> None:
     p = _verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="files, Zarr folders, URLs, folders of images")
@@ -225,10 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    _threads_option(p)
     p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
-    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _overwrite_option(p)
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
     _reading_options(p).add_argument(
         "--level",
@@ -260,6 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--areas", metavar="CSV", help="table of what each class covers")
     group.add_argument("--geojson", metavar="JSON", help="outlines as polygons, for slide viewers")
 
+
+def _add_verify(verbs: Any) -> None:
     p = _verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--images", metavar="PATH", nargs="+", help="images to compare on (default: the engine's exam)")
@@ -275,9 +298,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PNG",
         help="picture of the worst tile (default: verify-worst.png, and only where the budget is missed)",
     )
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    _threads_option(p)
     _reading_options(p)
 
+
+def _add_bench(verbs: Any) -> None:
     p = _verb(
         verbs, "bench", _bench, "time a network's engines beside the libraries used directly", "ENGINE|MODEL.onnx "
     )
@@ -298,25 +323,33 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile of everybody in pixels")
     p.add_argument("--runs", type=_count, default=5, metavar="N", help="rounds that count (default: 5)")
     p.add_argument("--seconds", type=float, default=120.0, metavar="N", help="of each of two timings (default: 120)")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    _threads_option(p)
     _contract_options(p)
 
+
+def _add_pack(verbs: Any) -> None:
     p = _verb(verbs, "pack", _pack, "make an engine folder one archive, the same bytes every time", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--out", metavar="FILE", help="the archive (default: ENGINE.tar)")
-    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _overwrite_option(p)
 
+
+def _add_unpack(verbs: Any) -> None:
     p = _verb(verbs, "unpack", _unpack, "make an archive an engine folder again", "ARCHIVE ")
     p.add_argument("archive", metavar="ARCHIVE", help="from unet-rt pack")
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: ARCHIVE without .tar)")
     p.add_argument("--sha256", metavar="HASH", help="refuse an archive that has another")
-    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _overwrite_option(p)
 
+
+def _add_train(verbs: Any) -> None:
     p = _verb(verbs, "train", _train, "train a network on a folder of images and masks", "DATA --out MODEL.pt ")
     p.add_argument("data", metavar="DATA", help="folder of images and masks, e.g. images/a.png and masks/a.png")
     p.add_argument("--out", metavar="MODEL.pt", required=True, help="the checkpoint; curves are drawn beside it")
     _training_options(p)
 
+
+def _add_export(verbs: Any) -> None:
     p = _verb(verbs, "export", _export, "write a trained network as ONNX, checked", "CHECKPOINT --out MODEL.onnx ")
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="from unet-rt train; a state dict; nnU-Net's .../fold_0")
     p.add_argument("--out", metavar="MODEL.onnx", required=True, help="the ONNX file")
@@ -327,15 +360,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--pixels", metavar="IMAGE", help="image to compare them on (default: drawn microscopy)")
     p.add_argument("--exporter", choices=("auto", "trace", "dynamo"), default="auto", help="of torch; default: auto")
     p.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (default: 18)")
-    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _overwrite_option(p)
     _contract_options(p)
 
-    p = _verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
 
+def _add_doctor(verbs: Any) -> None:
+    _verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
+
+
+def _add_demo(verbs: Any) -> None:
     p = _verb(verbs, "demo", _demo, "build, predict and verify the network that ships with unet-rt on a drawn image")
     p.add_argument("--out", metavar="DIR", default="demo-output", help="folder for the results (default: demo-output)")
     p.add_argument("--size", type=_side, default=4096, metavar="PX", help="side of the image")
-    return parser
 
 
 def _verb(
@@ -351,11 +387,25 @@ def _verb(
     return parser
 
 
+def _threads_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+
+
+def _overwrite_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
 def _reading_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = p.add_argument_group("how images are read")
     group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
     group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
     return group
+
+
+def _scope_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--normalize-scope", choices=("image", "channel", "slice"), help="what statistics are taken over"
+    )
 
 
 def _training_options(p: argparse.ArgumentParser) -> None:
@@ -381,17 +431,15 @@ def _training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--limit", type=int, metavar="N", help="train on the first N images only")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU")
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
+    _threads_option(p)
     p.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
-    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _overwrite_option(p)
     group = p.add_argument_group("how the folder is read")
     group.add_argument("--images", metavar="DIR", help="sub-folder of the images, where names do not say it")
     group.add_argument("--masks", metavar="DIR", help="sub-folder of the masks")
     group.add_argument("--masks-are", choices=("binary", "instances", "classes"), help="default: told from the masks")
     group.add_argument("--normalize", metavar="HOW", help="default: percentile=1,99.8 of the whole image")
-    group.add_argument(
-        "--normalize-scope", choices=("image", "channel", "slice"), help="what statistics are taken over"
-    )
+    _scope_option(group)
     _reading_options(p)
 
 
@@ -406,9 +454,7 @@ def _contract_options(p: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="none | scale=255 | dtype | minmax | percentile=1,99.8 | zscore | imagenet | mean=..;std=..;scale=..;clip=..",
     )
-    group.add_argument(
-        "--normalize-scope", choices=("image", "channel", "slice"), help="what statistics are taken over"
-    )
+    _scope_option(group)
     group.add_argument(
         "--task",
         choices=("auto", "binary", "multiclass", "multilabel", "regression"),
@@ -1001,6 +1047,7 @@ def _export(args: argparse.Namespace) -> int:
 
     _torch("runs the module", "torch")
     from .export import OPSET, export, read_pixels
+    from .field import size_text
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:
@@ -1019,7 +1066,7 @@ def _export(args: argparse.Namespace) -> int:
     )
     if args.json:
         _print_json({**asdict(done), "path": str(done.path), "contract": contract.to_json()})
-    sizes = " and ".join("x".join(map(str, size)) for size in done.sizes)
+    sizes = " and ".join(map(size_text, done.sizes))
     print(
         f"{done.path}: {done.parameters:,} parameters, opset {done.opset}, free batch and spatial axes\n"
         f"equals the module at {sizes} px, off by at most {done.max_error:.2g} ({done.tolerance:.2g} is float32's share)"

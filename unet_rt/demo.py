@@ -13,6 +13,7 @@ import numpy as np
 from . import parity
 from .build import build
 from .build_report import BuildReport
+from .durable import Disk
 from .engine import load
 from .errors import GraphError, OutputError
 from .pipeline import Progress, RunReport
@@ -121,9 +122,7 @@ def demo(
         f"Against the drawing's truth: IoU {iou:.4f}, Dice {dice:.4f}.\n\n"
         f"## Verify\n\n```\n{verify_text(checked)}\n```\n\n{worst}"
     )
-    part = out / ".report.md.part"
-    part.write_text(text, encoding="utf-8")
-    part.replace(out / "report.md")
+    Disk().write_whole(out / "report.md", text.encode())
     return {
         "folder": str(out),
         "engine": str(engine_folder),

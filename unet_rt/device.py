@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from . import machine
 from .errors import BackendError
+from .field import size_text
 
 Array = npt.NDArray[Any]
 
@@ -430,7 +431,7 @@ class DeviceArray:
         return DeviceArray(self.device, self.pointer + shift, view.shape, self.dtype, view.strides, self._owner)
 
     def __repr__(self) -> str:
-        return f"<DeviceArray {'x'.join(map(str, self.shape))} {self.dtype} on cuda:{self.device.index}>"
+        return f"<DeviceArray {size_text(self.shape)} {self.dtype} on cuda:{self.device.index}>"
 
 
 _BASE = 1 << 46  # where layouts pretend to lie; never read

@@ -6,6 +6,7 @@ A file is durable once its data are synced, it has its name, and the folder that
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,21 @@ from .errors import OutputError
 _NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP)  # of file systems that sync no folders: names are theirs to keep
 # What systems say of a lock that another process holds.
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+
+PART = ".part"  # suffix of files and folders that are being written
+
+
+def part_path(path: Path) -> Path:
+    """A hidden name beside ``path`` to write it under.
+
+    Another one for every call: processes of several machines or containers may share a number and a folder.
+    """
+    return path.parent / f".{path.name}.{uuid4().hex}{PART}"
+
+
+def parts_of(path: Path) -> Iterator[Path]:
+    """What lies under a name of :func:`part_path`: somebody is writing it, or was killed while doing so."""
+    return path.parent.glob(f".{glob.escape(path.name)}.*{PART}")
 
 
 class Disk:
@@ -50,9 +66,15 @@ class Disk:
 
     def write_whole(self, path: Path, data: bytes) -> None:
         """Writes a durable file in one step."""
-        part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # processes of several machines share numbers
-        try:
+        with self.writing(path) as part:
             self.write(part, data)
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """A name to write a file under, which becomes durable as ``path`` when the block ends well, and else is removed."""
+        part = part_path(path)
+        try:
+            yield part
             self.sync_file(part)
             self.replace(part, path)
         except BaseException:

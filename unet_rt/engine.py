@@ -18,7 +18,6 @@ Beside them, ``row-<graph>-<machine>.json`` is what the exam gave on another mac
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -32,13 +31,12 @@ from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from .contract import Contract
-from .durable import locked
+from .durable import PART, Disk, locked, part_path, parts_of
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError
 from .field import OutputField, TileSizes, size_text
 from .stitch import Blend
@@ -378,6 +376,24 @@ class Engine:
         self.close()
 
 
+class EngineView(Engine):
+    """An engine in another form, over the session of ``engine``, which stays as it is: who opened that one closes it.
+
+    Subclasses say in :meth:`run` what they make of its results. Engines on a GPU take tiles from the host here.
+    """
+
+    def __init__(self, engine: Engine, spec: EngineSpec):
+        super().__init__(spec, engine._session, engine.folder, engine.options)
+        self._engine = engine
+
+    @property
+    def device_session(self) -> None:
+        return None
+
+    def close(self) -> None:
+        """Leaves the engine as it is: who opened it closes it."""
+
+
 def _to_axes(x: npt.NDArray[Any], axes: str) -> npt.NDArray[Any]:
     """(N, C, *spatial) to the order of ``axes``; a graph without N or C gets its single sample or channel."""
     spatial = [a for a in axes if a not in "NC"]
@@ -473,8 +489,7 @@ def place_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool 
         with _staging(folder) as staging:
             fill(staging)
             for path in staging.iterdir():
-                with path.open("rb+") as stream:  # Windows syncs only what is open for writing
-                    os.fsync(stream.fileno())
+                Disk().sync_file(path)
             with _only_writer(folder.parent):
                 check_target(folder, overwrite=overwrite)  # again: another build may have ended meanwhile
                 if folder.exists() and any(folder.iterdir()):
@@ -493,20 +508,17 @@ def place_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool 
     return read_folder(folder)
 
 
-PART = ".part"  # suffix of folders in which engines are being written
-
-
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """An empty folder beside ``folder``, gone afterwards; those that killed processes have left are removed first."""
     import shutil
 
     with _only_writer(folder.parent), ExitStack() as held:
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}"):
+        for left in parts_of(folder):
             with _held(left) as alone:
                 if alone:
                     shutil.rmtree(left, ignore_errors=True)
-        staging = folder.parent / f".{folder.name}.{uuid4().hex}{PART}"
+        staging = part_path(folder)
         staging.mkdir()  # with the mode that the umask gives to folders: it becomes the engine's
         held.enter_context(_held(staging))
         ours = held.pop_all()

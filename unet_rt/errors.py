@@ -41,3 +41,9 @@ class BackendError(UnetRtError):
 
 class ParityError(UnetRtError):
     """The measured difference to the baseline is outside the budget."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, short enough to stand in a sentence; the kind of the error where it said nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

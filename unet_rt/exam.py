@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import machine, parity
+from .durable import Disk
 from .errors import EngineError, ParityError
 
 if TYPE_CHECKING:
@@ -110,13 +110,10 @@ def _keep_row(folder: EngineFolder, here: Mapping[str, Any], verdict: parity.Ver
         "verdict": verdict.to_json(),
     }
     path = _row(folder, here)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(record_json(row), encoding="utf-8")
-        os.replace(part, path)
+        Disk().write_whole(path, record_json(row).encode())
     except OSError as error:
         log.info("%s: what the exam gave here is not kept (%s)", folder.path, error.strerror)
-        part.unlink(missing_ok=True)
 
 
 def _passed_here(folder: EngineFolder, here: Mapping[str, Any]) -> bool:

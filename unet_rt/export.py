@@ -25,7 +25,8 @@ import numpy.typing as npt
 from . import backends
 from .contract import Contract
 from .durable import Disk
-from .errors import BackendError, ContractError, GraphError
+from .errors import BackendError, ContractError, GraphError, first_line
+from .field import size_text
 
 if TYPE_CHECKING:
     # Imported where they are used: `import unet_rt` names export() and must stay light.
@@ -129,7 +130,7 @@ def export(
         try:
             model = onnx.load_model_from_string(ways[name](frozen, inputs[0], len(wanted[0]), opset))
         except Exception as error:  # noqa: BLE001 - exporters raise anything; what they say goes into the message
-            notes.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
+            notes.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
         _tidy(model)
         model.producer_name, model.producer_version = "unet-rt", ""
@@ -158,7 +159,7 @@ def export(
                 notes=tuple(notes),
             )
         for tile, e in zip(tiles, errors, strict=True):
-            size = "x".join(map(str, tile))
+            size = size_text(tile)
             if isinstance(e, str):
                 notes.append(f"{name}: at {size} px the graph fails: {e}")
             elif e.worst > tolerance:
@@ -407,7 +408,7 @@ def _errors(
         try:
             session = backend.load(path, precision="fp32", device="cpu", threads=0)
         except BackendError as error:
-            return [_first_line(error)] * len(inputs)
+            return [first_line(error)] * len(inputs)
         found: list[Difference | str] = []
         with session:
             for x, ys in zip(inputs, wanted, strict=True):
@@ -423,12 +424,8 @@ def _errors(
                             share = max(share, float(np.mean(off > tolerance)))
                     found.append(Difference(worst, share))
                 except (BackendError, GraphError, ValueError) as error:
-                    found.append(_first_line(error))
+                    found.append(first_line(error))
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _parameters(model: onnx.ModelProto) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 Pair = tuple[int, int]
 
 
-def size_text(shape: Iterable[int]) -> str:
-    """A size along several axes, for people: ``512x512``."""
-    return "x".join(map(str, shape))
+def size_text(shape: Iterable[int | None]) -> str:
+    """A size along several axes, for people: ``512x512``; ``?`` where it is free."""
+    return "x".join("?" if n is None else str(n) for n in shape)
 
 
 @dataclass(frozen=True)

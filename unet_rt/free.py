@@ -8,7 +8,6 @@ canvas gives the same numbers. Crops of unpadded networks are first counted from
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from unet_rt.errors import UnetRtError
-from unet_rt.field import OutputField
+from unet_rt.errors import UnetRtError, first_line
+from unet_rt.field import OutputField, size_text
 from unet_rt.graph import Analysis, analyse_model
 from unet_rt.onnx_file import Value
 
@@ -155,7 +154,7 @@ def _differs_in_space(
     try:
         whole = run(freed, images)
     except (UnetRtError, RuntimeError, ValueError) as error:
-        return f"the graph does not run at {canvas} px: {_first_line(error)}"
+        return f"the graph does not run at {canvas} px: {first_line(error)}"
     compared = 0
     for where in ("low", "middle", "high"):
         origin = []
@@ -175,7 +174,7 @@ def _differs_in_space(
     if compared:
         return ""
     return (
-        f"its halo leaves nothing of {'x'.join(map(str, tile))} px that could prove other sizes to be the same network; "
+        f"its halo leaves nothing of {size_text(tile)} px that could prove other sizes to be the same network; "
         "export it with free sizes (dynamic axes)"
     )
 
@@ -233,7 +232,7 @@ def _differs_in_batch(model: onnx.ModelProto, freed: onnx.ModelProto, analysis: 
     try:
         together = run(freed, both)
     except (UnetRtError, RuntimeError, ValueError) as error:
-        return f"the graph does not run with 2 rows: {_first_line(error)}"
+        return f"the graph does not run with 2 rows: {first_line(error)}"
     for r, row in enumerate(rows):
         repeated = [np.concatenate([p] * batch, k) if k >= 0 else p for p, k in zip(row, axis, strict=True)]
         alone = run(model, repeated)
@@ -243,10 +242,6 @@ def _differs_in_batch(model: onnx.ModelProto, freed: onnx.ModelProto, analysis: 
             if why := _unequal(one[:1], two[r : r + 1]):
                 return f"beside another row, output '{output.name}' {why}"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(itertools.chain(str(error).splitlines(), [type(error).__name__]))
 
 
 __all__ = ["TOLERANCE", "free_spatial"]

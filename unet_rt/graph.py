@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from unet_rt.errors import GraphError
-from unet_rt.field import AxisField, OutputField, Pair, TileSizes
+from unet_rt.field import AxisField, OutputField, Pair, TileSizes, size_text
 from unet_rt.line import Line, input_line
 from unet_rt.onnx_file import Graph, Node, Value, load_model, read_graph, restricted
 from unet_rt.passes.free_crops import free_crops
@@ -583,7 +583,7 @@ class _Search:
         self.density = only.density
         for k, value in enumerate(self.graph.outputs):
             why = larger.broken[0] if larger.broken else self._disagreement([only, larger], k)
-            why = f"runs at {' x '.join(map(str, declared))} px only: {why}" if why else ""
+            why = f"runs at {size_text(declared)} px only: {why}" if why else ""
             self.outputs.append(self._output(value, [only], k, why, [], True))
 
     def _has_core(self, line: Line) -> bool:

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine
+from .engine import Engine, EngineView
 
 
-class Headed(Engine):
+class Headed(EngineView):
     """An engine whose first output is the one called ``name``, with the contract of that one; the others follow.
 
-    It shares the engine's session and leaves closing to it. All outputs stay, so that tiles and canvas are those that
-    parity was judged on. Engines on a GPU take tiles from the host here.
+    All outputs stay, so that tiles and canvas are those that parity was judged on.
     """
 
     def __init__(self, engine: Engine, name: str) -> None:
@@ -28,17 +27,9 @@ class Headed(Engine):
         self._order = [first, *(k for k in range(len(spec.outputs)) if k != first)]
         outputs = tuple(spec.outputs[k] for k in self._order)
         spec = replace(spec, contract=spec.contract_of(first), outputs=outputs)
-        super().__init__(spec, engine._session, engine.folder, engine.options)
-        self._engine = engine
-
-    @property
-    def device_session(self) -> None:
-        return None
+        super().__init__(engine, spec)
 
     def run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
         """As :meth:`Engine.run`, in the order of this engine's outputs."""
         results = self._engine.run(batch)
         return [results[k] for k in self._order]
-
-    def close(self) -> None:
-        """Leaves the engine as it is: who opened it closes it."""

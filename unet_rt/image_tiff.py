@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from .errors import ImageError
+from .field import size_text
 from .pixels import (
     CACHE_BYTES,
     GEO_TAGS,
@@ -123,7 +124,7 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
     if len(tif.series) > 1:
         sizes = {s.keyframe.shape for s in tif.series}
         if series.kind in ("generic", "uniform") and len(sizes) > 1 and len(tif.series) == len(tif.pages):
-            shapes = ", ".join("x".join(map(str, s.keyframe.shape)) for s in tif.series[:3])
+            shapes = ", ".join(size_text(s.keyframe.shape) for s in tif.series[:3])
             raise ImageError(
                 f"{name}: {len(tif.pages)} pages of different shapes ({shapes}, ...); save the one wanted as its own "
                 "file"
@@ -142,7 +143,7 @@ def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
             f"{name}: its levels differ in axes ({series.axes} and {axes}); save the one wanted as its own file"
         )
     if 0 in shape:
-        raise ImageError(f"{name}: the image is empty ({'x'.join(map(str, shape))}); give one with pixels")
+        raise ImageError(f"{name}: the image is empty ({size_text(shape)}); give one with pixels")
     origin, size, names = _metadata(tif, series, series.keyframe)
     if picked:
         ratio = {axis: full / n for axis, full, n in zip(axes, level_shapes[0], shape, strict=True)}
@@ -217,7 +218,7 @@ def _pixels(
     need = math.prod(shape) * dtype.itemsize
     if need > size * MAX_RATIO:
         raise ImageError(
-            f"{name}: declares {'x'.join(map(str, shape))} {dtype.name} ({need / 1e9:,.1f} GB) in a file of {size:,} "
+            f"{name}: declares {size_text(shape)} {dtype.name} ({need / 1e9:,.1f} GB) in a file of {size:,} "
             "bytes, which cannot hold them; the file is truncated or malicious"
         )
     stored = np.dtype(dtype.newbyteorder(key.parent.byteorder))

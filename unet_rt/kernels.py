@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from unet_rt.errors import BackendError, ContractError, ImageError, OutputError, TileError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -584,7 +585,7 @@ def _stream(stream: int, *arrays: _DeviceArray) -> int:
 
 
 def _shape(array: _Array) -> str:
-    return "x".join(map(str, array.shape)) or "scalar"
+    return size_text(array.shape) or "scalar"
 
 
 def _check_dtype(name: str, array: _Array, allowed: tuple[str, ...]) -> None:

@@ -24,7 +24,9 @@ from typing import Any, Literal, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from .durable import Disk
 from .errors import ContractError, ImageError, OutputError
+from .field import size_text
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -218,9 +220,9 @@ def _check_options(
     pixel_size_um: Sequence[float],
 ) -> None:
     if not 2 <= len(shape) <= 3 or min(shape) < 1:
-        raise ImageError(f"a mask of shape {'x'.join(map(str, shape))} has no objects; give (Y, X) or (Z, Y, X)")
+        raise ImageError(f"a mask of shape {size_text(shape)} has no objects; give (Y, X) or (Z, Y, X)")
     if min(window) < 1:
-        raise ContractError(f"a window of {'x'.join(map(str, window))} px reads nothing; use 1 or more along each axis")
+        raise ContractError(f"a window of {size_text(window)} px reads nothing; use 1 or more along each axis")
     if min_size < 1:
         raise ContractError(f"min_size {min_size} px must be 1 or more; 1 keeps every object")
     if classes is not None and (not len(classes) or min(classes) < 1 or len(set(classes)) != len(classes)):
@@ -451,20 +453,14 @@ def written_whole(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     target = Path(path)
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: exists already; use --overwrite to replace it, or choose another name")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as stream:
+        with Disk().writing(target) as part, part.open("w", encoding="utf-8", newline="") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, target)
     except OSError as error:
         raise OutputError(
             f"{target}: cannot be written ({error.strerror or error}); nothing was left behind; free some space or "
             "choose another folder"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_table(path: str | os.PathLike[str], planes: Sequence[Objects], *, overwrite: bool = False) -> None:

@@ -7,7 +7,6 @@ before.
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 import os
 import shutil
@@ -18,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .durable import Disk
+from .durable import Disk, part_path, parts_of
 from .errors import OutputError
+from .field import size_text
 from .image import Source
 from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
 
@@ -148,12 +147,12 @@ class Output:
         with self._guarded():
             self._writer.finish()
             self._writer.close()
-            with self._part.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            os.replace(self._part, self.path)
+            disk = Disk()
+            disk.sync_file(self._part)
+            disk.replace(self._part, self.path)
         self._open = False
         with contextlib.suppress(OSError):  # some file systems sync no folders
-            Disk().sync_folder(self.path.parent)
+            disk.sync_folder(self.path.parent)
 
     def abort(self) -> None:
         """Removes what was written. Does nothing after ``commit`` or a second time."""
@@ -206,7 +205,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         raise OutputError(f"{path}: the folder {folder} does not exist; create it, or choose another with --out")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
-    probe = _part_path(path)
+    probe = part_path(path)
     try:
         with probe.open("xb"):
             pass
@@ -258,7 +257,7 @@ def open_output(
     what = Shape(spatial, tuple(int(n) for n in plane_shape), plane_axes, channels, np.dtype(dtype))
     if what.dtype == np.bool_:
         what = Shape(what.spatial, what.plane_shape, what.plane_axes, channels, np.dtype("uint8"))
-    part = _part_path(target)
+    part = part_path(target)
     suffix = target.suffix.lower()
     packed = suffix in (".tif", ".tiff") and what.dtype.kind in "iu"
     free = shutil.disk_usage(target.parent).free
@@ -317,14 +316,9 @@ def _extra_tags(source: Source | None, shape: Shape, nodata: float | None) -> tu
     return tags
 
 
-def _part_path(path: Path) -> Path:
-    """Another one for every call: processes of several machines or containers may share a number and a folder."""
-    return path.with_name(f".{path.name}.{uuid4().hex}.part")
-
-
 def remove_parts(path: Path) -> None:
     """Deletes what killed processes have left of an output; none may be at it."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for part in parts_of(path):
         part.unlink(missing_ok=True)
 
 
@@ -334,9 +328,7 @@ class _PngWriter:
     def __init__(self, path: Path, part: Path, shape: Shape, origin: Origin) -> None:
         advice = f"name it {path.stem}.tif instead"
         if shape.planes != 1 or len(shape.spatial) != 2:
-            raise OutputError(
-                f"{path}: PNG holds one plane, this is {shape.axes} {'x'.join(map(str, shape.full))}; {advice}"
-            )
+            raise OutputError(f"{path}: PNG holds one plane, this is {shape.axes} {size_text(shape.full)}; {advice}")
         deep = shape.dtype == np.uint16
         if shape.dtype != np.uint8 and not (deep and shape.channels <= 1):
             raise OutputError(
@@ -346,7 +338,7 @@ class _PngWriter:
         if shape.channels > 4:
             raise OutputError(f"{path}: PNG holds up to 4 channels, this has {shape.channels}; {advice}")
         if math.prod(shape.spatial) > MAX_WHOLE_PX:
-            raise OutputError(f"{path}: {'x'.join(map(str, shape.spatial))} is too large for a PNG; {advice}")
+            raise OutputError(f"{path}: {size_text(shape.spatial)} is too large for a PNG; {advice}")
         self._part = part
         self._dpi = origin.resolution if origin.kind == "raster" else None
         self._pixels = np.zeros((max(1, shape.channels), *shape.spatial), shape.dtype)

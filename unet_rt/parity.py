@@ -154,11 +154,14 @@ def compare_outputs(
     baseline: Sequence[Array], candidate: Sequence[Array], spec: EngineSpec, name: str
 ) -> list[ImageParity]:
     """Compares every output (K, *spatial) of one image, each by what the contract says that it means."""
-    several, judged, found = len(spec.outputs) > 1, judged_outputs(spec), list[ImageParity]()
-    for k, (a, b) in enumerate(zip(baseline, candidate, strict=True)):
-        one = compare(a, b, spec.contract_of(k), name)
-        found.append(replace(one, head=spec.outputs[k].name if several else "", judged=k in judged))
-    return found
+    return [compare_output(a, b, spec, k, name) for k, (a, b) in enumerate(zip(baseline, candidate, strict=True))]
+
+
+def compare_output(baseline: Array, candidate: Array, spec: EngineSpec, output: int, name: str) -> ImageParity:
+    """Compares output number ``output`` (K, *spatial) of one image by what the contract says that it means."""
+    head = spec.outputs[output].name if len(spec.outputs) > 1 else ""
+    one = compare(baseline, candidate, spec.contract_of(output), name)
+    return replace(one, head=head, judged=output in judged_outputs(spec))
 
 
 def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "") -> ImageParity:
@@ -352,13 +355,15 @@ def used(verdict: Verdict, budget: Budget) -> dict[str, float]:
     found: dict[str, float] = {}
     for head in dict.fromkeys(i.head for i in verdict.images if i.judged):
         images = [i for i in verdict.images if i.judged and i.head == head]
-        shares = [
-            _share(i.relative, budget.error) if i.label_change is None else _share(i.label_change, budget.labels)
-            for i in images
-        ]
+        shares = [share(i, budget) for i in images]
         shares += [_share(1 - score, 1 - budget.dice) for score, _ in _scores(images, budget)]
         found[head] = max(shares)
     return found
+
+
+def share(image: ImageParity, budget: Budget) -> float:
+    """Of the budget that an image uses by its labels, by its values where it has none: what unlike outputs compare by."""
+    return _share(image.changed, budget.error if image.label_change is None else budget.labels)
 
 
 def _share(value: float, allowed: float) -> float:

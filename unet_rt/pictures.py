@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .durable import Disk
 from .errors import OutputError
 
 if TYPE_CHECKING:
@@ -139,11 +139,8 @@ def save(picture: RGB, path: Path) -> None:
 
 
 def _save(picture: Any, path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        picture.save(part, format="PNG")
-        os.replace(part, path)
+        with Disk().writing(path) as part:
+            picture.save(part, format="PNG")
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        part.unlink(missing_ok=True)

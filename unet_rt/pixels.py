@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ImageError
+from .field import size_text
 
 Array = NDArray[Any]
 Window = tuple[slice, ...]
@@ -150,9 +151,7 @@ def check_pixels(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Non
         }.get(dtype.kind, "convert it to a numeric dtype")
         raise ImageError(f"{name}: pixels of dtype {dtype} cannot be predicted; {way} ({', '.join(DTYPES)} are read)")
     if not shape or min(shape) < 1:
-        raise ImageError(
-            f"{name}: the image is empty ({'x'.join(map(str, shape)) or 'a single number'}); give one with pixels"
-        )
+        raise ImageError(f"{name}: the image is empty ({size_text(shape) or 'a single number'}); give one with pixels")
 
 
 class ArrayPixels:
@@ -215,7 +214,7 @@ class MappedPixels:
         if need > file.size:
             file.close()
             raise ImageError(
-                f"{name}: the file is truncated: its header announces {need:,} bytes ({'x'.join(map(str, shape))} "
+                f"{name}: the file is truncated: its header announces {need:,} bytes ({size_text(shape)} "
                 f"{dtype.name}), it has {file.size:,}; copy it again from its source"
             )
         self._file = file

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,12 +18,14 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from . import machine, objects, outlines
+from . import exam, machine, objects, outlines
+from ._version import __version__
 from .blocks import Block, plan_blocks, plan_of
 from .contract import Contract, Normalization
 from .durable import Disk, locked
 from .engine import Engine
 from .errors import ContractError, OutputError
+from .field import size_text
 from .image import Source, open_image
 from .image_zarr import import_zarr
 from .normalize import Affine, Affines, OnePlane, affine
@@ -195,11 +197,11 @@ def _resampled(engine: Engine, source: Source, asked: Request) -> tuple[int, ...
 def _region(path: str, source: Source) -> Source:
     region = open_image(path, Contract(), spatial=len(source.shape))
     if region.shape != source.shape or region.planes not in (1, source.planes):
-        shape = "x".join(map(str, region.shape))
+        shape = size_text(region.shape)
         region.close()
         raise ContractError(
             f"{path}: the region has {region.planes} planes of {shape} px, and {source.name} {source.planes} of "
-            f"{'x'.join(map(str, source.shape))}; draw it on the image"
+            f"{size_text(source.shape)}; draw it on the image"
         )
     return region
 
@@ -406,7 +408,7 @@ def in_stage(
                 report.notes.append(f"{len(mine) - len(missing)} of {len(mine)} blocks were there from an earlier run")
             try:
                 left = len(made.plan) - len(stage.finished())
-                total = stage.tally(made.decision.channels)
+                total, makers = stage.tally(made.decision.channels)
             except FileNotFoundError:
                 if stage.folder.exists():
                     raise
@@ -415,6 +417,7 @@ def in_stage(
                 return report  # another shard found all marks set, and made the output
             report.class_share = class_share(total, made.decision, engine.spec)
             report.outside_range = total.outside_share()
+            report.notes += _mixed(makers)
             if left:
                 report.notes.append(
                     f"shard {index}/{count} is done; {left} of {len(made.plan)} blocks are left to other shards"
@@ -430,6 +433,21 @@ def in_stage(
         finally:
             if made is not None:
                 _close(made)
+
+
+def _mixed(makers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of blocks that were not all computed by the same libraries on the same processor or device.
+
+    Each of them ran an engine that was proven there, so that nothing is refused; but only one of a kind gives equal bits.
+    """
+    different = {}
+    for key in dict.fromkeys(key for maker in makers for key in maker):
+        values = {str(maker.get(key)) for maker in makers}
+        if len(values) > 1:
+            different[key] = key if key == "features" else f"{key} ({', '.join(sorted(values))})"
+    if not different:
+        return []
+    return [f"blocks were computed with more than one {' and '.join(different.values())}: they may differ by rounding"]
 
 
 def _finish(
@@ -466,7 +484,9 @@ def begun(
 
     kind: Any = "mask" if asked.output == "instances" else asked.output
     decision = decide(engine.spec.contract, engine.spec.outputs[0].channels, kind, asked.mask_values)
-    stage = open_stage(out, identity(engine, source, decision, asked), plan, restart=restart)
+    spec = engine.spec
+    maker = {"unet-rt": __version__, **exam.fingerprint(spec.backend, engine.session_version, spec.device)}
+    stage = open_stage(out, identity(engine, source, decision, asked), plan, maker=maker, restart=restart)
     for other in fresh:
         _close(other)
     return stage, prepare(engine, source, asked, stage)

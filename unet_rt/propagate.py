@@ -17,6 +17,7 @@ import numpy as np
 
 from unet_rt import line as lines
 from unet_rt import onnx_file, shapes
+from unet_rt.field import size_text
 from unet_rt.line import Line, Sampling
 from unet_rt.onnx_file import Constant, Graph, Node
 from unet_rt.shapes import Array
@@ -256,11 +257,7 @@ def _outputs(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
     except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
         # A malformed node must end as "not exact", never as a crash of whoever asked.
         state.broken.append(f"{node} cannot be read: {error}")
-    return _unknown(state, node, given, f"does not run at {_by(state.sizes)}")
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in sizes)
+    return _unknown(state, node, given, f"does not run at {size_text(state.sizes)}")
 
 
 def _constant_node(node: Node) -> Tensor:
@@ -772,7 +769,7 @@ def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         state.whole_pools.add(node.name)
     if node.name in state.global_pools:
         fault = frozenset(
-            {state.remark(node, f"pools over the whole image: its kernel {_by(w.kernel)} is a baked size")}
+            {state.remark(node, f"pools over the whole image: its kernel {size_text(w.kernel)} is a baked size")}
         )
         return [Tensor((*(first.axes or ())[:2], *(plain(1) for _ in shape)), first.dtype, faults=fault)]
     axes, faults = _slid(state, node, first, w, bool(node.attributes.get("ceil_mode", 0)))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .bench_model import BenchReport
     from .build_report import BuildReport
     from .graph import GraphReport
-    from .parity import Verdict
+    from .parity import ImageParity, Verdict
     from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
@@ -247,16 +247,18 @@ def verify_text(report: VerifyReport) -> str:
         error = max(image.relative for image in v.images if image.head == head)
         lines.append(f"  output {head}, not judged: largest error {error:.2e} of its range")
     if report.seams is not None:
-        equal = report.seams.max_abs == 0
+        seams = report.seams
         lines.append(
             "  tiled equals whole, bit for bit"
-            if equal
-            else f"  tiling alone changes values by {report.seams.max_abs:.2e}"
+            if seams.max_abs == 0
+            else f"  tiling alone changes values{_of_output(seams)} by {seams.max_abs:.2e}"
         )
-    if report.growth:
+    if report.growth is not None and report.growth.changed:
+        grown = report.growth
+        what = "the range of values" if grown.label_change is None else "labels"
         lines.append(
-            f"  growing images to accepted sizes changes {report.growth:.3%} of "
-            f"{'labels' if v.label_change is not None else 'the range of the output'}, near right and bottom edges"
+            f"  growing images to accepted sizes changes {grown.changed:.3%} of {what}{_of_output(grown)}, "
+            "near right and bottom edges"
         )
     if report.truth is not None:
         t = report.truth
@@ -269,6 +271,11 @@ def verify_text(report: VerifyReport) -> str:
     if report.picture is not None:
         lines.append(f"  worst tile: {report.picture}")
     return "\n".join(lines)
+
+
+def _of_output(image: ImageParity) -> str:
+    """Which output, where there are several."""
+    return f" of output {image.head}" if image.head else ""
 
 
 def bench_text(report: BenchReport) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from . import kernels
 from .contract import Contract
-from .engine import Engine, EngineSpec
+from .engine import Engine, EngineSpec, EngineView
 from .errors import ImageError
 from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
@@ -248,12 +248,11 @@ def raw_results(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0
     return [raw_result(engine, sample, grid, threads, output) for output in range(len(engine.spec.outputs))]
 
 
-class _Remembered(Engine):
+class _Remembered(EngineView):
     """An engine that is given the same tiles once per output, and runs them the first time."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.spec, engine._session, engine.folder)
-        self._engine = engine
+        super().__init__(engine, engine.spec)
         self._results: dict[bytes, list[npt.NDArray[np.float32]]] = {}
 
     def run(self, batch: Array) -> list[npt.NDArray[np.float32]]:

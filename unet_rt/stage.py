@@ -4,7 +4,8 @@ The folder ``.NAME.stage`` (of the output NAME, on its file system) holds::
 
     run.json         what is computed: everything that decides the result, the plan, the numbers of the normalisation
     numbers/00000003 those of a plane, where each has its own: measured once, by whoever needs them first
-    done/00000042    the mark of a finished block, with what was counted of it: written after the block's data are synced
+    done/00000042    the mark of a finished block, with what was counted of it, and what computed it (library versions,
+                     processor or device): written after the block's data are synced
     data/            the data: chunks of an OME-Zarr image, or one packed file per block
 
 A block without a mark is computed again; exact arithmetic makes it the same bits. So a process may be killed at any moment,
@@ -25,13 +26,12 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from .blocks import Block
-from .durable import Disk, locked
+from .durable import Disk, locked, part_path
 from .errors import OutputError
 from .output_zarr import ZarrOutput
 from .pipeline import Tally
@@ -39,7 +39,7 @@ from .pipeline import Tally
 Array = npt.NDArray[Any]
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # [start, stop) in samples of the result
 
-FORMAT = 1
+FORMAT = 2
 HELD_BYTES = 2**28  # of unpacked blocks, while an output is made of them
 _LEVEL = 1  # of zlib: packed blocks live for the time of the run
 
@@ -74,7 +74,7 @@ class PackedStore:
         stream = io.BytesIO()
         np.save(stream, values, allow_pickle=False)
         path = self._path(block.number)
-        part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # another process may have finished the same block
+        part = part_path(path)  # another process may have finished the same block
         try:
             part.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
             part.replace(path)
@@ -161,8 +161,11 @@ class Stage:
         run: What ``run.json`` says.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], disk: Disk) -> None:
-        self.folder, self.run, self._disk = folder, run, disk
+    def __init__(
+        self, folder: Path, run: Mapping[str, Any], disk: Disk, maker: Mapping[str, Any] | None = None
+    ) -> None:
+        """``maker``: what blocks are computed by here, beside what decides the result; in JSON's types."""
+        self.folder, self.run, self._disk, self._maker = folder, run, disk, dict(maker or {})
         self._marks = folder / "done"
 
     @property
@@ -179,7 +182,8 @@ class Stage:
         try:
             files = store.write(block, values)
             self._disk.sync_tree(files, self.folder)
-            mark = {"outside": tally.outside, "seen": tally.seen, "labels": _sparse(tally.labels)}
+            counted = {"outside": tally.outside, "seen": tally.seen, "labels": _sparse(tally.labels)}
+            mark = {**counted, "maker": self._maker}
             self._disk.write_whole(self._marks / f"{block.number:08d}", json.dumps(mark).encode())
         except OSError as error:
             self._check_there()
@@ -226,9 +230,9 @@ class Stage:
         self._disk.replace(old, new)
         self._disk.sync_folder(self.folder)
 
-    def tally(self, channels: int) -> Tally:
-        """What was counted of all finished blocks."""
-        total = Tally(channels)
+    def tally(self, channels: int) -> tuple[Tally, list[dict[str, Any]]]:
+        """What was counted of all finished blocks, and all that computed any of them."""
+        total, makers = Tally(channels), list[dict[str, Any]]()
         for path in self._marks.iterdir():
             if not path.name.isdecimal():
                 continue  # a mark that is being written, or that a kill has left
@@ -238,7 +242,9 @@ class Stage:
             for channel, counts in enumerate(mark["labels"]):
                 for value, count in counts.items():
                     total.labels[channel, int(value)] += count
-        return total
+            if mark["maker"] not in makers:
+                makers.append(mark["maker"])
+        return total, makers
 
     def finish(self, make: Callable[[], None]) -> bool:
         """Makes the output with ``make`` and removes the folder; False where another process has done so.
@@ -289,6 +295,7 @@ def open_stage(
     identity: Mapping[str, Any],
     prepare: Callable[[], Mapping[str, Any]],
     *,
+    maker: Mapping[str, Any] | None = None,
     restart: bool = False,
     disk: Disk | None = None,
 ) -> Stage:
@@ -299,6 +306,7 @@ def open_stage(
         identity: Everything that decides the result, in JSON's types. A stage of another identity is refused.
         prepare: Gives what else ``run.json`` is to hold (plan, numbers); called only where there is no stage yet. It may
             raise to refuse a new one.
+        maker: What blocks are computed by here. A stage may have several: machines share one, libraries are updated.
         restart: Throw away what there is.
         disk: File operations.
 
@@ -339,7 +347,7 @@ def open_stage(
                 f"{folder} holds an interrupted run with another {key} ({_short(found.get(key))}, now "
                 f"{_short(identity.get(key))}); give the same command to go on, or --restart to throw it away"
             )
-    return Stage(folder, run, disk)
+    return Stage(folder, run, disk, maker)
 
 
 def _short(value: Any) -> str:

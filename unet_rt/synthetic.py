@@ -12,7 +12,7 @@ the same on every machine with the same version of NumPy up to rounding in its t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,14 @@ EDGE_BLOCKS = 8  # more than the blocks outside the image (1), so that the key o
 IDS_PER_BLOCK = 4096  # ids of nuclei are block number x 4096 + k: unique in every window, not consecutive
 CAMERA_OFFSET = 100.0  # grey levels of a dark pixel of a 16-bit camera
 CAMERA_GAIN = 2.0  # grey levels per electron
+
+
+def check_limits(kind: str, drawn: object, limits: Iterable[tuple[str, float, float]]) -> None:
+    """ImageError where an attribute of ``drawn``, a ``kind`` of thing, is outside its (name, lowest, highest)."""
+    for name, low, high in limits:
+        value = getattr(drawn, name)
+        if not low <= value <= high:
+            raise ImageError(f"{kind} {name} is {value}; use {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,7 @@ class Scene:
             ("read_e", 0.0, 1000.0),
             ("debris_per_mpx", 0.0, 1000.0),
         )
-        for name, low, high in limits:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ImageError(f"scene {name} is {value}; use {low:g} to {high:g}")
+        check_limits("scene", self, limits)
 
 
 @dataclass(frozen=True)

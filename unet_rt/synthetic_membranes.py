@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ImageError
-from .synthetic import F32, low_pass, smooth_noise
+from .synthetic import F32, check_limits, low_pass, smooth_noise
 
 MOST_PX = 4096  # side; noise fields are of the whole image
 BLOCK_PX = 32  # cells are told apart by blocks of this size, each with the few ellipses that can reach it
@@ -89,10 +89,7 @@ class Tissue:
             ("blur_px", 0.0, 4.0),
             ("noise", 0.0, 60.0),
         )
-        for name, low, high in limits:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ImageError(f"tissue {name} is {value}; use {low:g} to {high:g}")
+        check_limits("tissue", self, limits)
 
 
 @dataclass(frozen=True)

@@ -179,12 +179,18 @@ class AxisTiles:
         )
 
 
-def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bool = False) -> AxisTiles:
+def _last_start(canvas: Canvas, tile: int, stride: int) -> int:
+    """Where the last tile begins, which ends with the canvas. TileError where it would be out of phase with the first."""
     last = canvas.size - tile
     if last % stride:
         raise TileError(
             f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}"
         )
+    return last
+
+
+def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bool = False) -> AxisTiles:
+    last = _last_start(canvas, tile, stride)
     starts = sorted({min(start, last) for start in range(0, last + step, step)})
     if evenly and len(starts) > 2:
         # As many tiles, their overlaps alike: nearest multiples of the stride, never above step.
@@ -194,11 +200,7 @@ def _axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bo
 
 
 def _aligned_tiles(canvas: Canvas, tile: int, share: int, stride: int, fields: Sequence[AxisField]) -> AxisTiles:
-    last = canvas.size - tile
-    if last % stride:
-        raise TileError(
-            f"tile {tile} px and canvas {canvas.size} px differ by {last} px, not a multiple of stride {stride}"
-        )
+    last = _last_start(canvas, tile, stride)
     count = _aligned_count(canvas, tile, share, lead(stride, fields))
     starts = [min(max(0, k * share - lead(stride, fields)), last) for k in range(count)]
     ends = [*(k * share for k in range(1, count)), canvas.image]

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine
+from .engine import Engine, EngineView
 from .errors import ContractError
 from .field import AxisField, OutputField
 
@@ -21,11 +21,10 @@ Array = npt.NDArray[Any]
 Tta = Literal["none", "flip", "d4"]
 
 
-class Augmented(Engine):
+class Augmented(EngineView):
     """An engine that runs every tile in several positions; its outputs are mean probabilities (values of a regression).
 
-    It shares the engine's session and leaves closing to it. ``spec`` says that outputs are probabilities, and has halos that
-    serve every position. Engines on a GPU take tiles from the host here.
+    ``spec`` says that outputs are probabilities, and has halos that serve every position.
     """
 
     def __init__(self, engine: Engine, how: Tta, *, raw: bool = False) -> None:
@@ -66,12 +65,7 @@ class Augmented(Engine):
         if self._activation is not None:
             contract = replace(contract, output_is="probabilities")
         spec = replace(spec, contract=contract, outputs=outputs, halo_limit=None)
-        super().__init__(spec, engine._session, engine.folder, engine.options)
-        self._engine = engine
-
-    @property
-    def device_session(self) -> None:
-        return None
+        super().__init__(engine, spec)
 
     @property
     def positions(self) -> int:
@@ -99,9 +93,6 @@ class Augmented(Engine):
         if self._activation == "sigmoid":
             return np.asarray(0.5 * (1 + np.tanh(0.5 * y)), np.float32)  # the sigmoid, without overflow
         return y
-
-    def close(self) -> None:
-        """Leaves the engine as it is: who opened it closes it."""
 
 
 def _both_ways(output: OutputField) -> OutputField:

@@ -53,9 +53,9 @@ class VerifyReport:
         kind: ``exam`` (the tiles that travel with the engine) or ``images``.
         verdict: Inside the budget or not, with the worst image's numbers and every image's.
         budget: What was allowed.
-        seams: Largest difference of the engine tiled to the same engine on the whole canvas: what tiling alone does;
-            None where not measured (exam; networks that cannot be tiled exactly).
-        growth: Largest label change of the first output between the canvas and the bare image, for networks that run on
+        seams: Largest difference of the engine tiled to the same engine on the whole canvas, of any output: what tiling
+            alone does; None where not measured (exam; networks that cannot be tiled exactly).
+        growth: Largest difference between the canvas and the bare image, of any judged output, for networks that run on
             any size: what growing the image to an accepted size does, apart from tiling; None where it does not apply.
         truth: Agreement with labels, where they were given.
         picture: The worst tile, where something differed.
@@ -66,7 +66,7 @@ class VerifyReport:
     verdict: Verdict
     budget: Budget
     seams: ImageParity | None = None
-    growth: float | None = None
+    growth: ImageParity | None = None
     truth: Truth | None = None
     picture: Path | None = None
     notes: tuple[str, ...] = field(default=())
@@ -83,7 +83,7 @@ class VerifyReport:
             "verdict": self.verdict.to_json(),
             "budget": vars(self.budget),
             "seams": None if self.seams is None else self.seams.to_json(),
-            "growth": self.growth,
+            "growth": None if self.growth is None else self.growth.to_json(),
             "truth": None if self.truth is None else vars(self.truth),
             "picture": None if self.picture is None else str(self.picture),
             "notes": list(self.notes),
@@ -216,8 +216,8 @@ def _verify_images(
 ) -> VerifyReport:
     spec = engine.spec
     whole_possible = spec.runs_whole
-    found, seams = list[ImageParity](), list[ImageParity]()
-    growth, truths = [], []
+    found, seams, growth = list[ImageParity](), list[ImageParity](), list[ImageParity]()
+    truths = []
     worst: tuple[float, Sample, Array, Array, Contract] | None = None
     for k, sample in enumerate(samples):
         say(f"{k + 1}/{len(samples)}: {sample.name}")
@@ -230,12 +230,11 @@ def _verify_images(
         if whole_possible:
             untiled = raw_results(engine, sample, grid, threads)
             seams += parity.compare_outputs(untiled, got, spec, sample.name)
-            bare = _bare(reference, model, sample)
-            if bare is not None and bare.shape == wanted[0].shape:
-                growth.append(parity.compare(bare, wanted[0], spec.contract_of(0), sample.name).changed)
+            growth += _grown(reference, model, sample, wanted)
         for output, one in enumerate(here):
-            if one.judged and (worst is None or one.changed > worst[0]):
-                worst = (one.changed, sample, wanted[output], got[output], spec.contract_of(output))
+            used = parity.share(one, budget)
+            if one.judged and (worst is None or used > worst[0]):
+                worst = (used, sample, wanted[output], got[output], spec.contract_of(output))
         if labels is not None:
             truths.append(_truth(sample, labels, wanted[head], got[head], spec.contract_of(head), budget))
     drawn, truth = None, None
@@ -259,8 +258,8 @@ def _verify_images(
         "images",
         verdict,
         budget,
-        max(seams, key=lambda s: s.max_abs) if seams else None,
-        max(growth) if growth else None,
+        _largest(seams, budget),
+        _largest(growth, budget),
         truth,
         drawn,
         ()
@@ -269,17 +268,30 @@ def _verify_images(
     )
 
 
-def _bare(reference: Engine, model: Model, sample: Sample) -> Array | None:
-    """The network on the image itself, without canvas; None where it does not run at that size, or that is the canvas."""
+def _largest(images: Sequence[ImageParity], budget: Budget) -> ImageParity | None:
+    """The largest difference: outputs of labels and of values by their budgets, below that by the values."""
+    return max(images, key=lambda i: (parity.share(i, budget), i.max_abs), default=None)
+
+
+def _grown(reference: Engine, model: Model, sample: Sample, wanted: Sequence[Array]) -> list[ImageParity]:
+    """The network on the image itself against the one on its canvas, ``wanted``: every judged output.
+
+    Empty where the network does not run at the image's size, or that is the canvas.
+    """
     spec = reference.spec
-    if spec.canvas_shape(sample.shape) == sample.shape or any(sum(f.shrink) for f in spec.outputs[0].field):
-        return None
+    shrinks = all(any(sum(f.shrink) for f in output.field) for output in spec.outputs)
+    if shrinks or spec.canvas_shape(sample.shape) == sample.shape:
+        return []
     try:
         model.report.activation_bytes(sample.shape)
     except GraphError:
-        return None  # the graph does not run at this size: there is nothing to compare
-    result: Array = reference.run(normalised(sample.pixels, sample.numbers)[None])[0][0]
-    return result
+        return []  # the graph does not run at this size: there is nothing to compare
+    bare = reference.run(normalised(sample.pixels, sample.numbers)[None])
+    return [
+        parity.compare_output(bare[k][0], wanted[k], spec, k, sample.name)
+        for k in parity.judged_outputs(spec)
+        if bare[k].shape[1:] == wanted[k].shape  # at another scale the canvas may have a sample more
+    ]
 
 
 def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, contract: Contract, budget: Budget) -> Truth:

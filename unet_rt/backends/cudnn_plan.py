@@ -27,6 +27,7 @@ import numpy as np
 from unet_rt import shapes
 from unet_rt.backends.cudnn_api import Convolution
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     import onnx
@@ -327,7 +328,7 @@ class _Compiler:
     def _check_input(self, port: Any, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or min(shape) < 1:
             raise Refused(
-                f"input {port.name} has shape {'x'.join(map(str, shape))}; the cuDNN backend runs 2-D networks "
+                f"input {port.name} has shape {size_text(shape)}; the cuDNN backend runs 2-D networks "
                 "(N, C, Y, X) alone, use another backend"
             )
         wanted = [d.dim_value for d in port.type.tensor_type.shape.dim]
@@ -414,7 +415,7 @@ class _Compiler:
             self._refuse(node, "is not among its operators")
         shape = rule(node, self.shapes[images[0]])
         if min(shape) < 1:
-            self._refuse(node, f"would have {'x'.join(map(str, shape))} samples at this tile")
+            self._refuse(node, f"would have {size_text(shape)} samples at this tile")
         self.shapes[node.output] = shape
 
     def _constant(self, node: _Node, index: int, what: str) -> Array:

@@ -33,6 +33,7 @@ from unet_rt.backends.cudnn_plan import (
 )
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     import onnx
@@ -444,8 +445,8 @@ class CudnnSession(SessionBase):
         for shape, array in zip((*plan.inputs, *plan.outputs), (*inputs, *outputs), strict=True):
             if np.dtype(array.dtype) != np.float16 or tuple(array.shape) != shape or not array.contiguous:
                 raise BackendError(
-                    f"an array of {'x'.join(map(str, array.shape))} {np.dtype(array.dtype)} was given on the GPU; "
-                    f"pass a C-contiguous one of {'x'.join(map(str, shape))} float16"
+                    f"an array of {size_text(array.shape)} {np.dtype(array.dtype)} was given on the GPU; "
+                    f"pass a C-contiguous one of {size_text(shape)} float16"
                 )
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:

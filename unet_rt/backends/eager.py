@@ -12,6 +12,7 @@ import numpy as np
 from unet_rt import machine
 from unet_rt.backends.session import Array, SessionBase
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,7 +133,7 @@ class EagerSession(SessionBase):
                 found = module(*tensors)
                 return [np.array(tensor.cpu().numpy()) for tensor in _tensors(found)]
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
+            shapes = ", ".join(size_text(array.shape) for array in inputs)
             raise BackendError(
                 f"{type(module).__name__} fails on an input of {shapes}: {error}; pass what the module takes"
             ) from error

@@ -24,6 +24,7 @@ from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
 from unet_rt.backends.session import Array, Port, Session, SessionBase, arrays_for, thread_count
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 from unet_rt.passes.up_conv import up_conv
 
 # Metadata of a quantised graph: how many convolutions it means to run in INT8.
@@ -273,7 +274,7 @@ class OnnxRuntimeSession(SessionBase):
         try:
             return self._run_bound(arrays)
         except self._errors as error:
-            shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
+            shapes = ", ".join(size_text(array.shape) for array in arrays)
             raise BackendError(
                 f"ONNX Runtime fails on an input of {shapes}: {error}; "
                 "if memory is short, use a smaller --tile or --batch"

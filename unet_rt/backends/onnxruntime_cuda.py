@@ -42,8 +42,9 @@ import numpy as np
 
 from unet_rt import bench, machine
 from unet_rt.backends import onnxruntime as common
-from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
+from unet_rt.backends.session import Array, Port, SessionBase, arrays_for, check_shapes
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     from unet_rt.device import Device, DeviceArray, Stream
@@ -67,6 +68,15 @@ _TRIAL_S = 90.0  # after this no further stage of the trial begins: a stage comp
 _ARITHMETIC = frozenset(
     "Shape Size Gather Concat Unsqueeze Squeeze Cast Slice Mul Add Sub Div Floor Ceil Min Max Constant ConstantOfShape "
     "Range Reshape Identity Equal Where Expand Not Mod Round Sqrt ReduceProd Neg".split()
+)
+
+# The text is all there is: no status code of ONNX Runtime means short memory, and so no exception of its Python module
+# does. What the arena and the CUDA calls report arrives as Fail, RuntimeException or EPFail, like any other failure of a
+# run. These are the words of the arena, and the number or name that CUDA's calls fail with.
+_SHORT_OF_MEMORY = (
+    "Failed to allocate memory for requested buffer of size",
+    "CUDA failure 2:",  # cudaErrorMemoryAllocation
+    "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
 
@@ -395,17 +405,7 @@ class CudaSession(SessionBase):
 
     def _key(self, shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         key = tuple(tuple(int(n) for n in shape) for shape in shapes)
-        if len(key) != len(self._ports):
-            names = ", ".join(port.name for port in self._ports)
-            raise BackendError(
-                f"{len(key)} input(s) given, the graph has {len(self._ports)} ({names}); pass one for each"
-            )
-        for port, shape in zip(self._ports, key, strict=True):
-            wants = zip(port.shape, shape, strict=False)
-            if len(shape) != len(port.shape) or any(want is not None and want != have for want, have in wants):
-                wanted = "x".join("?" if size is None else str(size) for size in port.shape)
-                given = "x".join(map(str, shape))
-                raise BackendError(f"input {port.name} has shape {given}, the graph takes {wanted}; '?' sizes are free")
+        check_shapes(self._ports, key)
         return key
 
     def _for_shapes(self, key: tuple[tuple[int, ...], ...]) -> _Compiled:
@@ -451,8 +451,8 @@ class CudaSession(SessionBase):
         except self._errors as error:
             from unet_rt.device import DeviceMemoryError
 
-            shapes = ", ".join("x".join(map(str, shape)) for shape in key)
-            short = any(words in str(error) for words in ("Failed to allocate memory", "out of memory"))
+            shapes = ", ".join(map(size_text, key))
+            short = any(words in str(error) for words in _SHORT_OF_MEMORY)
             kind, way_out = (
                 (DeviceMemoryError, "use a smaller --tile or --batch, or free what others hold")
                 if short
@@ -505,10 +505,9 @@ class CudaSession(SessionBase):
         wanted += [(port, shape) for port, shape in zip(self._out_ports, shapes, strict=True)]
         for (port, shape), array in zip(wanted, (*inputs, *outputs), strict=True):
             if np.dtype(array.dtype) != port.dtype or tuple(array.shape) != shape:
-                given = "x".join(map(str, array.shape))
                 raise BackendError(
-                    f"{port.name} is {given} {np.dtype(array.dtype)} on the GPU, the graph has "
-                    f"{'x'.join(map(str, shape))} {port.dtype}; pass an array of that shape and dtype"
+                    f"{port.name} is {size_text(array.shape)} {np.dtype(array.dtype)} on the GPU, the graph has "
+                    f"{size_text(shape)} {port.dtype}; pass an array of that shape and dtype"
                 )
             if not array.contiguous:
                 raise BackendError(f"{port.name} is not contiguous on the GPU; pass a C-contiguous array")

@@ -17,6 +17,7 @@ from unet_rt import machine
 from unet_rt.backends.onnx_file import copy_graph, precision_of
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for, thread_count
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 
 # Hint that is asked for -> runtime precision that layers report.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -103,7 +104,10 @@ def precisions(device: str = "cpu") -> tuple[str, ...]:
     return ("fp32", *(name for name in ("bf16", "int8") if name.upper() in found))
 
 
-def _require_precision(precision: str) -> None:
+def _require(precision: str, device: str) -> None:
+    reason = missing(device)
+    if reason is not None:
+        raise BackendError(reason)
     if precision not in _HINTS:
         raise BackendError(f"OpenVINO has no {precision} here; use --precision {' or '.join(_HINTS)}")
     # Asked for BF16 without the instructions, OpenVINO emulates it (convolutions named jit_avx512_bf16 on a CPU with
@@ -134,10 +138,7 @@ def build(
     Raises:
         BackendError: A precision that this CPU lacks, a graph of another one, or one that OpenVINO cannot read.
     """
-    reason = missing(device)
-    if reason is not None:
-        raise BackendError(reason)
-    _require_precision(precision)
+    _require(precision, device)
     found = precision_of(model)
     if found != ("int8" if precision == "int8" else "fp32"):
         way = "quantise it first (unet-rt build with --samples does)" if precision == "int8" else "give the FP32 graph"
@@ -178,10 +179,7 @@ def load(
         blob: None: nothing is compiled ahead of time.
         cache: Folder where OpenVINO may keep compiled shapes for the next process; nothing is written if None.
     """
-    reason = missing(device)
-    if reason is not None:
-        raise BackendError(reason)
-    _require_precision(precision)
+    _require(precision, device)
     return OpenVinoSession(Path(graph), precision, threads, cache)
 
 
@@ -288,7 +286,7 @@ class OpenVinoSession(SessionBase):
         try:
             return self._infer(compiled, arrays)
         except (RuntimeError, MemoryError) as error:
-            shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
+            shapes = ", ".join(size_text(array.shape) for array in arrays)
             raise BackendError(
                 f"OpenVINO fails on an input of {shapes}: {_last_line(error)}; "
                 "if memory is short, use a smaller --tile or --batch"
@@ -329,7 +327,7 @@ class OpenVinoSession(SessionBase):
         return found
 
     def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> _Compiled:
-        text = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        text = ", ".join(map(size_text, shapes))
         try:
             model = self._model.clone()
             partial = self._library.PartialShape

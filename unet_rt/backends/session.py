@@ -14,6 +14,7 @@ import numpy as np
 
 from unet_rt import machine
 from unet_rt.errors import BackendError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     from unet_rt.device import DeviceArray, Stream
@@ -252,22 +253,29 @@ def arrays_for(ports: Sequence[Port], inputs: Sequence[Array]) -> list[Array]:
     Raises:
         BackendError: Wrong number of inputs, wrong shape, or values that the graph's dtype cannot hold.
     """
-    if len(inputs) != len(ports):
-        names = ", ".join(port.name for port in ports)
-        raise BackendError(
-            f"{len(inputs)} input(s) given, the graph has {len(ports)} ({names}); pass one array for each"
-        )
+    check_shapes(ports, [array.shape for array in inputs])
     return [_array_for(port, array) for port, array in zip(ports, inputs, strict=True)]
 
 
+def check_shapes(ports: Sequence[Port], shapes: Sequence[Sequence[int]]) -> None:
+    """BackendError where there are more or fewer inputs than ports, or one has another shape than its port."""
+    if len(shapes) != len(ports):
+        names = ", ".join(port.name for port in ports)
+        raise BackendError(
+            f"{len(shapes)} input(s) given, the graph has {len(ports)} ({names}); pass one array for each"
+        )
+    for port, shape in zip(ports, shapes, strict=True):
+        fits = len(shape) == len(port.shape) and all(
+            want is None or want == have for want, have in zip(port.shape, shape, strict=True)
+        )
+        if not fits:
+            raise BackendError(
+                f"input {port.name} has shape {size_text(shape)}, the graph takes {size_text(port.shape)}; "
+                "'?' sizes are free"
+            )
+
+
 def _array_for(port: Port, array: Array) -> Array:
-    fits = len(array.shape) == len(port.shape) and all(
-        want is None or want == have for want, have in zip(port.shape, array.shape, strict=True)
-    )
-    if not fits:
-        wanted = "x".join("?" if size is None else str(size) for size in port.shape)
-        given = "x".join(str(size) for size in array.shape)
-        raise BackendError(f"input {port.name} has shape {given}, the graph takes {wanted}; '?' sizes are free")
     if array.dtype == port.dtype:
         return np.ascontiguousarray(array)
     with np.errstate(invalid="ignore", over="ignore"):  # values that do not fit are found below

@@ -18,6 +18,7 @@ from unet_rt import machine
 from unet_rt.backends.tensorrt_inspect import network_convolutions
 from unet_rt.backends.tensorrt_plan import Profile
 from unet_rt.errors import BackendError, TileError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     import onnx
@@ -128,7 +129,7 @@ def _shape(name: str, dims: list[int | None], tile: tuple[int, ...], batch: int)
         shape = [n for n in form if n is not None]
         if len(shape) == len(form) and _fits(dims, shape):
             return tuple(shape)
-    have, want = ("x".join("?" if n is None else str(n) for n in shape) for shape in (dims, forms[0]))
+    have, want = size_text(dims), size_text(forms[0])
     raise TileError(f"input {name} is {have}, and tile and batch make it {want}; '?' sizes are free, others are not")
 
 

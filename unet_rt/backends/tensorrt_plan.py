@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_rt.errors import BackendError, EngineError
+from unet_rt.field import size_text
 
 _MAGIC = b"unet-rt plan 1\n"
 _LONGEST_HEADER = 1 << 20
@@ -33,7 +34,7 @@ class Profile:
     inputs: tuple[tuple[int, ...], ...]
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.tile))} px at batch {self.batch}"
+        return f"{size_text(self.tile)} px at batch {self.batch}"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from unet_rt.backends.tensorrt_build import advice, failure, logger, title
 from unet_rt.backends.tensorrt_plan import PlanHeader
 from unet_rt.device import DeviceMemoryError
 from unet_rt.errors import BackendError, EngineError, TileError
+from unet_rt.field import size_text
 
 if TYPE_CHECKING:
     from unet_rt.device import Device, DeviceArray, Stream
@@ -176,7 +177,7 @@ class TensorRtSession(SessionBase):
     def _profile(self, shapes: Sequence[Sequence[int]]) -> int:
         index = self.header.profile_of(shapes)
         if index is None:
-            given = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            given = ", ".join(map(size_text, shapes))
             raise TileError(
                 f"an input of {given} asked, the plan was built for {self.header.taken()} and no shape is built at run "
                 "time; use one of these, or build again with --tile"
@@ -481,4 +482,4 @@ def _discard(stream: int) -> None:
 
 
 def _listed(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
-    return ", ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in arrays)
+    return ", ".join(f"{size_text(shape)} {dtype}" for shape, dtype in arrays)

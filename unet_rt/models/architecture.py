@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -19,20 +19,6 @@ KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "FCN8s": (FCN8s, FCN8sSpec),
     "SegNet": (SegNet, SegNetSpec),
 }
-
-
-class Spec(Protocol):
-    """What the specs of all networks tell."""
-
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def classes(self) -> int: ...
-    @property
-    def dims(self) -> int: ...
-    def out_size(self, size: int) -> int: ...
-    def size_at_least(self, size: int) -> int: ...
-    def to_json(self) -> dict[str, Any]: ...
 
 
 def architecture_of(network: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .fold import refill
+
 if TYPE_CHECKING:
     import onnx
 
@@ -131,5 +133,4 @@ def _drop_unused_slices(model: onnx.ModelProto) -> None:
         kept = [n for n in model.graph.node if n.op_type != "Slice" or used.intersection(n.output)]
         if len(kept) == len(model.graph.node):
             return
-        del model.graph.node[:]
-        model.graph.node.extend(kept)
+        refill(model.graph.node, kept)

@@ -13,6 +13,7 @@ one more rounding to eight bits, and one more pass over memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def _constants(model: onnx.ModelProto) -> int:
         else:
             kept.append(node)
     if count:
-        _replace_nodes(model, kept)
+        refill(model.graph.node, kept)
     return count
 
 
@@ -58,7 +59,7 @@ def _identities(model: onnx.ModelProto) -> int:
         else:
             kept.append(node)
     if count:
-        _replace_nodes(model, kept)
+        refill(model.graph.node, kept)
     return count
 
 
@@ -110,21 +111,21 @@ def _normalisations(model: onnx.ModelProto) -> int:
         layer.output[0] = norm.output[0]
         gone.append(norm.output[0])
     if gone:
-        _replace_nodes(
-            model, [n for n in model.graph.node if n.op_type != "BatchNormalization" or n.output[0] not in gone]
-        )
+        kept = [n for n in model.graph.node if n.op_type != "BatchNormalization" or n.output[0] not in gone]
+        refill(model.graph.node, kept)
         drop_unused(model)
     return len(gone)
 
 
-def _replace_nodes(model: onnx.ModelProto, nodes: list[Any]) -> None:
+def refill(field: Any, messages: Iterable[Any]) -> None:
+    """Gives a repeated field (nodes, initialisers, ...) another content: by copies, as most of it lies in the field now."""
     copies = []
-    for node in nodes:
-        copy = type(node)()
-        copy.CopyFrom(node)
+    for message in messages:
+        copy = type(message)()
+        copy.CopyFrom(message)
         copies.append(copy)
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    del field[:]
+    field.extend(copies)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:
@@ -132,10 +133,4 @@ def drop_unused(model: onnx.ModelProto) -> None:
     used = {name for node in model.graph.node for name in node.input} | {v.name for v in model.graph.output}
     kept = [t for t in model.graph.initializer if t.name in used]
     if len(kept) < len(model.graph.initializer):
-        copies = []
-        for tensor in kept:
-            copy = type(tensor)()
-            copy.CopyFrom(tensor)
-            copies.append(copy)
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(copies)
+        refill(model.graph.initializer, kept)

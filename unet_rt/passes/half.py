@@ -29,6 +29,8 @@ import numpy.typing as npt
 
 from unet_rt.errors import GraphError
 
+from .fold import refill
+
 if TYPE_CHECKING:
     import onnx
 
@@ -430,12 +432,8 @@ class _Rewrite:
         gone = {t.name for t in graph.initializer} - {t.name for t in stored}
         inputs = [value for value in graph.input if value.name not in gone]  # old graphs list their weights as inputs
         for target, values in ((graph.node, nodes), (graph.value_info, kept), (graph.input, inputs)):
-            copies = [type(v).FromString(v.SerializeToString()) for v in values]
-            del target[:]
-            target.extend(copies)
-        copies = [type(t).FromString(t.SerializeToString()) for t in (*stored, *self.made.values())]
-        del graph.initializer[:]
-        graph.initializer.extend(copies)
+            refill(target, values)
+        refill(graph.initializer, (*stored, *self.made.values()))
 
     def _renamed(self) -> set[str]:
         return {value.name for value in self.graph.output}

@@ -41,7 +41,7 @@ import numpy.typing as npt
 from ..backends.onnx_file import QUANTISED
 from ..backends.onnxruntime import QUANTISED_KEY
 from ..errors import GraphError
-from .fold import drop_unused, fold
+from .fold import drop_unused, fold, refill
 from .up_conv import up_conv
 
 if TYPE_CHECKING:
@@ -464,10 +464,4 @@ def _sort(model: onnx.ModelProto) -> None:
                 done[id(here)] = here
                 ready.update(here.output)
                 todo.pop()
-    copies = []
-    for node in done.values():
-        copy = type(node)()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    refill(model.graph.node, done.values())

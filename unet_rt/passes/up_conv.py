@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .fold import refill
+
 if TYPE_CHECKING:
     import onnx
 
@@ -58,13 +60,11 @@ def up_conv(model: onnx.ModelProto) -> int:
         replaced.update(node.input[1:])
         count += 1
     if count:
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
+        refill(model.graph.node, nodes)
         nested = any(a.type in (a.GRAPH, a.GRAPHS) for node in nodes for a in node.attribute)
         unused = set() if nested else replaced - {name for node in nodes for name in node.input}
         kept = [t for t in model.graph.initializer if t.name not in unused]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(kept)
+        refill(model.graph.initializer, kept)
     return count
 
 

@@ -363,10 +363,7 @@ def _save(out: Path, network: Network, contract: Contract, record: dict[str, Any
         "seconds": round(history[-1].seconds, 1),
         "history": [[p.step, round(p.loss, 5), round(p.iou, 5)] for p in history],
     }
-    try:
-        save_checkpoint(out, network, contract, {**record, **figures})
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise OutputError(f"{out} cannot be written ({str(error).splitlines()[0]}); free some space") from error
+    save_checkpoint(out, network, contract, {**record, **figures})
 
 
 def _names(samples: Sequence[Sample]) -> str:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from unet_rt.contract import Contract, Normalization
 from unet_rt.errors import ContractError, ImageError
+from unet_rt.field import size_text
 from unet_rt.image import SUFFIXES, Source, open_image
 from unet_rt.normalize import affine, normalised
 
@@ -333,7 +334,7 @@ def _without_test(folder: Path, pairs: list[Pair]) -> tuple[list[Pair], list[str
 
 
 def _size(planes: int, shape: Sequence[int]) -> str:
-    return "x".join(map(str, (planes, *shape) if planes > 1 else shape))
+    return size_text((planes, *shape) if planes > 1 else shape)
 
 
 def _open(path: Path, axes: str | None, channels: Sequence[int] | str | None, count: int) -> Source:

@@ -19,7 +19,8 @@ import torch
 from torch.nn import functional
 
 from unet_rt.contract import Contract
-from unet_rt.errors import UnetRtError
+from unet_rt.durable import Disk
+from unet_rt.errors import OutputError, UnetRtError, first_line
 from unet_rt.models import Network, SegNet, architecture_of, network_of
 
 from .augment import Augmentation, Tiles
@@ -142,6 +143,7 @@ def train(
     Raises:
         TrainingError: the network is not one for images; the loss became NaN or infinite (the network then holds the
             best weights so far), or ``state`` is of another training.
+        OutputError: ``state`` cannot be written.
     """
     spec = network.spec
     if spec.dims != 2:
@@ -395,7 +397,11 @@ def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any], *, background: 
 def save_checkpoint(
     path: str | os.PathLike[str], network: Network, contract: Contract, record: dict[str, Any] | None = None
 ) -> None:
-    """Architecture, weights, contract and a record, loadable with ``weights_only``. Written whole or not at all."""
+    """Architecture, weights, contract and a record, loadable with ``weights_only``. Written whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
     content = {
         "format": CHECKPOINT_FORMAT,
         "architecture": architecture_of(network),
@@ -421,13 +427,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, Contract, di
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """``torch.save``; whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """``torch.save``; whole or not at all. OutputError where it cannot be written."""
     try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        # To a stream: torch writes the name of a file into it, and the name of this one is random.
+        with Disk().writing(path) as part, part.open("wb") as stream:
+            torch.save(content, stream)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise OutputError(f"{path} cannot be written ({first_line(error)}); free some space") from error
 
 
 def read_torch(path: Path) -> Any:
@@ -437,9 +443,8 @@ def read_torch(path: Path) -> Any:
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # unpickling foreign bytes raises anything
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"{path} cannot be loaded as weights alone ({first[:200]}); nothing in it is executed. Save a state dict "
+            f"{path} cannot be loaded as weights alone ({first_line(error)}); nothing in it is executed. Save a state dict "
             "(torch.save(module.state_dict(), ...)), or export the module from Python: urt.export(...)"
         ) from error
 
