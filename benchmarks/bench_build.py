@@ -10,6 +10,7 @@ Loading: from the folder to the first tile's result, in a process of its own, me
 
 from __future__ import annotations
 
+import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,8 @@ import unet_rt as urt
 from unet_rt import backends, machine
 from unet_rt.build_report import BuildReport
 
-SEARCHING = ("calibrating", "ranges by", "layer ", "layers ")
+# What build says while it looks for ranges and layers, behind "12 of 600 s: ".
+SEARCHING = re.compile(r"\d+ of \d+ s: (calibrating|ranges by|layers? |\d+ layers? in FP32)")
 LOAD = """
 import sys, time
 begun = time.perf_counter()
@@ -85,7 +87,7 @@ def built(model: Path, samples: list[Any], out: Path, options: dict[str, Any]) -
     reports: list[BuildReport] = []
 
     def say(text: str) -> None:
-        said.append((time.perf_counter(), text.startswith(SEARCHING)))
+        said.append((time.perf_counter(), SEARCHING.match(text) is not None))
 
     begun = time.perf_counter()
     urt.build(model, samples=samples, out=out, device="cpu", say=say, report=reports.append, **options).close()
