@@ -184,10 +184,10 @@ def test_what_growing_an_image_does_to_further_outputs(tmp_path):
     class Reduced(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.pixel, self.half, self.other = (torch.nn.Conv2d(1, 2, *how) for how in ((1,), (3, 2, 1), (3, 1, 1)))
+            self.one, self.two, self.three = (torch.nn.Conv2d(1, 2, *how) for how in ((1,), (3, 2, 1), (3, 1, 1)))
 
         def forward(self, x: Any) -> Any:
-            return self.pixel(x), self.half(x), self.other(x)
+            return self.one(x), self.two(x), self.three(x)
 
     path = tmp_path / "reduced.onnx"
     networks.export(networks.initialise(Reduced()), [(1, 1, 32, 32)], path)
