@@ -205,14 +205,6 @@ def judged(subject: Subject, model: Any, engine: Engine, count: int) -> parity.V
     return parity.judge(images, urt.Budget().of(spec.precision))
 
 
-def command(args: argparse.Namespace) -> str:
-    """The command without this machine's folders."""
-    named = " ".join(f"{name}={Path(path).name}" for name, _, path in (e.partition("=") for e in args.checkpoint))
-    checkpoints = f" --checkpoint {named}" if named else ""
-    limits = f" --samples {args.samples} --count {args.count} --search-minutes {args.search_minutes:g}"
-    return f"python benchmarks/parity_rows.py --shared ../shared{checkpoints}{limits}"
-
-
 def others(rows: Sequence[dict[str, Any]], out: str | None) -> list[dict[str, Any]]:
     """Rows of an earlier run, of networks that this one did not measure."""
     path = Path(out) if out is not None else record.RESULTS / "parity.json"
@@ -248,7 +240,7 @@ def main() -> None:
                 for precision in args.precision:
                     rows += measured(subject, work, backend, precision, args.count, args.search_minutes)
             rows += in_onnxruntime(subject, work, args.count)
-            document = {"command": command(args), "rows": [*others(rows, args.out), *rows]}
+            document = {"rows": [*others(rows, args.out), *rows]}
             record.write("parity", document, args.out)  # after each network, should the next one fail
     for row in rows:
         found = row.get("held_back")

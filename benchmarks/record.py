@@ -15,7 +15,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +66,25 @@ def commit() -> str:
     return name + "+changes" * bool(changed)
 
 
+def command(words: Sequence[str]) -> str:
+    """The command of a record, without what only this machine has: folders of absolute paths, and where records go."""
+    shown = [Path(words[0]).name]
+    for before, word in pairwise(words):
+        if word != "--out" and before != "--out":
+            option, equals, value = word.rpartition("=")  # as in NAME=FILE
+            shown.append(f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}")
+    return "python benchmarks/" + shlex.join(shown)
+
+
 def write(name: str, figures: dict[str, Any], out: str | Path | None = None, *, quick: bool = False) -> Path | None:
     """Writes ``figures`` as JSON to ``out``, default ``benchmarks/results/<name>.json``; nothing if ``quick`` and no out."""
     if quick and out is None:
         return None
     path = Path(out) if out is not None else RESULTS / f"{name}.json"
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if "--out" in words:  # where the record lies says nothing about how it was made
-        place = words.index("--out")
-        del words[place : place + 2]
     document = {
         "benchmark": name,
         "when": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/" + shlex.join(words),
+        "command": command(sys.argv),
         "commit": commit(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "machine": machine.describe(),

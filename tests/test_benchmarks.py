@@ -119,6 +119,14 @@ def test_figures_agree_where_their_ranges_meet(gpu: ModuleType, tmp_path: Path) 
         record.main([str(first), str(tmp_path)])
 
 
+def test_a_record_names_no_folder_of_this_machine(gpu: ModuleType, tmp_path: Path) -> None:
+    model, near = tmp_path / "net.onnx", tmp_path / "a.pt"
+    words = [str(tmp_path / "bench_x.py"), "--model", str(model), "--checkpoint", f"fcn={near}", "b=runs/b.pt"]
+    words += ["--out", str(tmp_path / "x.json"), "--data", "../shared/data"]
+    wanted = "python benchmarks/bench_x.py --model net.onnx --checkpoint fcn=a.pt b=runs/b.pt --data ../shared/data"
+    assert load("record").command(words) == wanted
+
+
 def test_the_guard_sees_a_kernel_that_lost_its_vectors(gpu: ModuleType) -> None:
     guard = load("guard_kernels")
     recorded = json.loads((BENCHMARKS / "results" / "instructions.json").read_text())["per_pixel"]
