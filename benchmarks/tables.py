@@ -302,7 +302,8 @@ def build_nuclei() -> str:
         for row in data["rows"]
     ]
     head = ("", "s", "of it searching", "candidates measured", "chosen", "load to first tile, s")
-    return f"Building from six images of 640 px (`{data['command']}`, one run each):\n\n{table(head, rows)}"
+    left = "".join(f"\n\nNot run: {name}: {why}." for name, why in data["skipped"].items())
+    return f"Building from six images of 640 px (`{data['command']}`, one run each):\n\n{table(head, rows)}{left}"
 
 
 def quality() -> str:

@@ -103,6 +103,9 @@ def test_no_option_at_all(network, tmp_path, monkeypatch):
         assert {c.backend for c in report.candidates} == set(backends.usable("cpu"))
         assert engine.spec.precision == "fp32"
         record = engine.folder.parity
+    assert list(report.reached) == ["samples", "tiling", "candidates", "choice"]
+    assert 0 < report.reached["samples"] < report.reached["tiling"] < report.reached["candidates"]
+    assert report.reached["candidates"] <= report.reached["choice"]
     assert record["kind"] == "synthetic"
     assert report.advice.startswith("unet-rt build")
     assert "--samples" in report.advice

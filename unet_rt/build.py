@@ -161,16 +161,20 @@ def build(
         drawn, precisions = set_aside(drawn, names, precisions, where, remarks, explicit=precision != "auto")
         seconds = parity_seconds(deadline, names, precisions)
         job = Job(opened, baseline, work, budget, threads, deadline, seconds, remarks)
+        reached = {"samples": deadline.spent}
         spec = replace(spec, contract=resolve_task(job, spec, drawn))
         baseline.spec = replace(baseline.spec, contract=spec.contract)
         tiling = choose_tiling(job, spec, drawn, tile=tile, halo=halo, overlap=overlap, blend=blend)
+        reached["tiling"] = deadline.spent
         sample, raw = tiling.results.samples[0], tiling.results.values[0][0]
         first = describe_first(sample, raw, tiling.spec.contract_of(0), remarks)
         engines = engines_to_close.enter_context(closing(Engines(job, tiling, drawn.kind)))
         judge = Judge(job, tiling, drawn.calibrating)
         explicit = backend != "auto" or precision != "auto"
         measured = try_candidates(job, tiling, drawn.calibrating, engines, judge, names, precisions, explicit=explicit)
+        reached["candidates"] = deadline.spent
         choice = choose(job, tiling, measured, engines, judge, fixed_tile=tile is not None)
+        reached["choice"] = deadline.spent
         outcome = Outcome(job, drawn, first, tiling, measured, choice, judge, engines)
         spec = final_spec(outcome, asked)
         files = engine_files(outcome, spec, keep_exam=keep_exam)
@@ -185,7 +189,7 @@ def build(
         _keep(kept, folder, asked, say)
     if report is not None:
         advice = _advice(paths, folder) if drawn.kind == "synthetic" else ""
-        report(report_of(outcome, folder, spec, advice))
+        report(report_of(outcome, folder, spec, advice, reached))
     return load(folder, threads=threads or None)
 
 

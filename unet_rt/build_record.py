@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,9 @@ def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
     }
 
 
-def report_of(outcome: Outcome, folder: Path, spec: EngineSpec, advice: str) -> BuildReport:
+def report_of(
+    outcome: Outcome, folder: Path, spec: EngineSpec, advice: str, reached: Mapping[str, float]
+) -> BuildReport:
     """What the caller of build is told."""
     tiling, choice, remarks = outcome.tiling, outcome.choice, outcome.job.remarks
     return BuildReport(
@@ -166,6 +168,7 @@ def report_of(outcome: Outcome, folder: Path, spec: EngineSpec, advice: str) -> 
         tuple(remarks.warnings),
         advice,
         _layer_costs(outcome),
+        dict(reached),
     )
 
 

@@ -65,6 +65,8 @@ class BuildReport:
         advice: The command that would make it faster or safer, without the options that were given (the command line
             puts its own in); "" where there is none.
         layers: Where plain INT8 missed the budget: what returning each layer to FP32 won and cost.
+        reached: Seconds from the beginning to the end of each step: ``samples`` read, ``tiling`` and the baseline's
+            results, ``candidates`` made and judged, the ``choice`` with its tile.
     """
 
     folder: Path
@@ -80,6 +82,7 @@ class BuildReport:
     warnings: tuple[str, ...] = ()
     advice: str = ""
     layers: tuple[LayerCost, ...] = ()
+    reached: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,4 +99,5 @@ class BuildReport:
             "warnings": list(self.warnings),
             "advice": self.advice,
             "layers": [layer.to_json() for layer in self.layers],
+            "reached": self.reached,
         }
