@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ from unet_rt import bench, machine
 from unet_rt.backends import eager
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
-from unet_rt.pipeline import RunReport
+from unet_rt.pipeline import RunReport, Spans
 from unet_rt.synthetic import microscopy
 from unet_rt.training import predict_whole
 
@@ -137,11 +138,20 @@ def main(argv: list[str] | None = None) -> int:
         tifffile.imwrite(image, pixels, tile=(512, 512))
         engines, skipped = built(net, folder, args)
         runs: dict[str, list[RunReport]] = {label: [] for label in engines}
+        traces: dict[str, Spans] = {}  # of each engine's last run
         contenders: dict[str, tuple[Callable[[], object], int]] = {}
         for label, engine in engines.items():
 
             def end_to_end(engine: urt.Engine = engine, label: str = label) -> None:
-                urt.predict(engine, image, out=folder / "mask.tif", overwrite=True, report=runs[label].append)
+                traces[label] = []
+                urt.predict(
+                    engine,
+                    image,
+                    out=folder / "mask.tif",
+                    overwrite=True,
+                    report=runs[label].append,
+                    trace=traces[label],
+                )
 
             urt.predict(engine, centre(pixels, 1024))
             contenders[label] = (end_to_end, args.size)
@@ -153,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
             part = centre(x, args.size // divisor)
             run(module, centre(x, min(512, part.shape[2])))  # imports, allocations
             contenders[label] = (lambda p=part, r=run: r(module, p), part.shape[2])  # type: ignore[misc]
-        timings = timed([call for call, _ in contenders.values()], args.rounds, args.seconds)
+        timings = timed({label: call for label, (call, _) in contenders.items()}, args.rounds, args.seconds)
         rows = []
         truth = predict_whole(module, centre(x, judged)[0]).argmax(axis=0)
         for (label, (_, px)), times in zip(contenders.items(), timings, strict=True):
@@ -166,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
                 got = others[label][0](module, centre(x, judged))
             row["changed_labels"] = float((got != truth).mean())
             rows.append(row)
-        spans = traced(next(iter(engines.values())), image, folder)
+    first = next(iter(engines))
     slowest = next((row["mpx_per_s"] for row in rows if row["name"] in others), None)
     print(f"{args.net}, {net.parameters:,} parameters, {args.size} x {args.size} px, {machine.threads()} threads")
     for row in rows:
@@ -186,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         "threads": machine.threads(),
         "rows": rows,
         "skipped": skipped,
-        "spans": {"name": next(iter(engines)), "spans": spans},
+        "spans": {"name": first, "spans": since_begun(traces[first])},
     }
     print(record.write(f"predict-{args.net}", figures, args.out, quick=args.quick))
     return 0
@@ -198,6 +208,7 @@ def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[d
     skipped: dict[str, str] = {}
     samples = paper_net.drawn(2, 200) if args.quick else paper_net.drawn(4, 1024)
     for precision in args.precisions.split(","):
+        begun = time.perf_counter()
         try:
             engine = urt.build(
                 net.onnx,
@@ -212,20 +223,23 @@ def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[d
             skipped[f"unet-rt {precision}"] = str(error)
         else:
             engines[f"unet-rt {engine.spec.backend} {precision}"] = engine
+        print(f"{precision} built in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     return engines, skipped
 
 
-def timed(calls: list[Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
+def timed(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
     """Seconds of every call, round by round; after two, what has used up its share of ``seconds`` is not run again."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for k, call in enumerate(calls):
-            if len(times[k]) >= 2 and sum(times[k]) + times[k][-1] > seconds / len(calls):
+    times: dict[str, list[float]] = {label: [] for label in calls}
+    for k in range(rounds):
+        for label, call in calls.items():
+            before = times[label]
+            if len(before) >= 2 and sum(before) + before[-1] > seconds / len(calls):
                 continue
             begun = time.perf_counter()
             call()
-            times[k].append(time.perf_counter() - begun)
-    return times
+            before.append(time.perf_counter() - begun)
+            print(f"round {k + 1} of {rounds}: {label} {before[-1]:.1f} s", file=sys.stderr, flush=True)
+    return list(times.values())
 
 
 def figures_of(times: list[float]) -> dict[str, Any]:
@@ -248,10 +262,8 @@ def overhead(engine: urt.Engine, runs: list[RunReport], x: np.ndarray, seconds: 
     }
 
 
-def traced(engine: urt.Engine, image: Path, folder: Path) -> list[tuple[str, float, float]]:
-    """(stage, start, stop) of one run, in seconds from its beginning."""
-    spans: list[tuple[str, float, float]] = []
-    urt.predict(engine, image, out=folder / "mask.tif", overwrite=True, trace=spans)
+def since_begun(spans: Spans) -> Spans:
+    """The same, in seconds from the first start, sorted by stage."""
     begun = min(start for _, start, _ in spans)
     return [(stage, round(start - begun, 4), round(stop - begun, 4)) for stage, start, stop in sorted(spans, key=str)]
 
