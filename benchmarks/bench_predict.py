@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precisions", default="fp32,bf16,int8")
+    parser.add_argument("--search-minutes", type=float, default=10, help="of each build, at most")
     parser.add_argument("--no-baselines", action="store_true", help="engines only")
     args = parser.parse_args(argv)
     if args.quick:
@@ -217,6 +218,7 @@ def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[d
                 precision=precision,
                 device="cpu",
                 halo="exact",
+                search_minutes=args.search_minutes,
                 tile=(192, 192) if args.quick else None,
             )
         except urt.UnetRtError as error:
