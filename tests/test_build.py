@@ -19,7 +19,7 @@ import tifffile
 import unet_rt as urt
 from unet_rt import backends, build_int8, build_job, build_record, build_tiling, contract_io, machine
 from unet_rt.build_report import BuildReport
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
 from unet_rt.model import open_model
@@ -367,6 +367,31 @@ def test_an_inexact_network_needs_a_tile(instance, textures, tmp_path):
     refused(urt.TileError, "overlap 64 px", instance, tmp_path, tile=(64, 64), overlap=(64, 0), **options)
     refused(urt.TileError, "2 numbers", instance, tmp_path, tile=(64,), **options)
     refused(urt.TileError, "overlap 16 needs 2 numbers", instance, tmp_path, tile=(64, 64), overlap=(16,), **options)
+
+
+def test_the_mismatch_of_an_inexact_network_is_that_of_its_worst_output(instance, textures, tmp_path):
+    model = onnx.load(str(instance))
+    logits = model.graph.output[0]
+    seen = onnx.ValueInfoProto()
+    seen.CopyFrom(model.graph.input[0])
+    seen.name = "seen"  # the image again: the first output, and tiles do nothing to it
+    model.graph.node.append(onnx.helper.make_node("Identity", [model.graph.input[0].name], ["seen"]))
+    del model.graph.output[:]
+    model.graph.output.extend([seen, logits])
+    onnx.save(model, tmp_path / "two.onnx")
+    contract = Contract(
+        task="regression",
+        output_is="values",
+        normalization=NONE,
+        heads=(Head(logits.name, "multiclass", "logits"),),
+    )
+    report, engine = built(
+        tmp_path / "two.onnx", tmp_path / "x.urt", samples=textures, contract=contract, tile=(64, 64)
+    )
+    engine.close()
+    assert report.whole_mismatch.head == logits.name
+    assert report.whole_mismatch.label_change > 0
+    assert f"of labels of output {logits.name} differ" in build_text(report)
 
 
 def blended_by_hand(engine: urt.Engine, image: Array, tile: int, step: int) -> Array:

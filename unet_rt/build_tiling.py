@@ -14,7 +14,7 @@ from .errors import ContractError, ImageError, TileError
 from .field import size_text
 from .model import blended_spec, keeps, kept_share, largest_halo, seam_tile, square_tile, whole_grid
 from .parity import ImageParity
-from .samples import Sample, raw_result, raw_results
+from .samples import Sample, raw_results
 from .stitch import Blend
 from .tiles import TileGrid, tile_grid
 
@@ -98,13 +98,18 @@ def _check_tile(spec: EngineSpec, tile: Sequence[int]) -> None:
 
 
 def _whole_mismatch(job: Job, spec: EngineSpec, results: Results) -> ImageParity | None:
-    """What tiling changes on the first sample, of a network that cannot be tiled exactly and runs on whole images."""
+    """What tiling changes on the first sample, of a network that cannot be tiled exactly and runs on whole images.
+
+    Of several outputs that are judged, the one that uses most of its budget.
+    """
     if spec.exact or not spec.free_size:
         return None
     sample = results.samples[0]
     grid = whole_grid(replace(spec, overlap=None), sample.shape)
-    untiled = raw_result(job.baseline, sample, grid, job.threads)
-    return parity.compare(untiled, results.values[0][0], spec.contract_of(0), sample.name)
+    untiled = raw_results(job.baseline, sample, grid, job.threads)
+    found = parity.compare_outputs(untiled, results.values[0], spec, sample.name)
+    budget = job.budget.of("fp32")
+    return max((one for one in found if one.judged), key=lambda one: parity.share(one, budget))
 
 
 # --- the halo -------------------------------------------------------------------------------------------------------

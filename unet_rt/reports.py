@@ -179,7 +179,9 @@ def build_text(report: BuildReport) -> str:
             if m.label_change is not None
             else f"{m.relative:.2e} of the output's range"
         )
-        lines.append(f"  tiles against the whole image: {changed} differ on {m.name} (reported, not judged)")
+        lines.append(
+            f"  tiles against the whole image: {changed}{_of_output(m)} differ on {m.name} (reported, not judged)"
+        )
     on = (
         _count(report.samples, "sample window")
         if report.kind == "samples"

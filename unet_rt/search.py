@@ -32,6 +32,7 @@ from . import machine, parity
 from .calibration import METHODS, Method, calibrate
 from .engine import Engine
 from .errors import BackendError, ContractError, GraphError
+from .field import size_text
 from .passes import qdq
 from .passes.half import half
 from .stitch import decide
@@ -129,7 +130,7 @@ class Quantiser:
         self.layers = qdq.layers(self.prepared)
         if not self.layers:
             raise GraphError("the graph has no convolution with stored weights, so there is nothing for INT8")
-        say(f"calibrating on {len(tiles)} tiles of {'x'.join(map(str, tiles[0].shape[2:]))} px")
+        say(f"calibrating on {len(tiles)} tiles of {size_text(tiles[0].shape[2:])} px")
         inputs = [baseline.graph_inputs(x) for x in tiles]
         found = calibrate(self.prepared, qdq.probed(self.prepared), inputs, threads=threads)
         self.calibration = replace(found, windows=windows)
