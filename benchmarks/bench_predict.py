@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ import tifffile
 import torch
 
 import unet_rt as urt
-from unet_rt import bench, machine
+from unet_rt import machine
 from unet_rt.backends import eager
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
@@ -48,8 +49,10 @@ from unet_rt.pipeline import RunReport, Spans
 from unet_rt.synthetic import microscopy
 from unet_rt.training import predict_whole
 
+Array = np.ndarray[Any, np.dtype[Any]]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
 WINDOW = 512  # MONAI's
+ALONE = 12  # tiles that the engine's own time is taken from, at most
 MIRRORS = ((), (2,), (3,), (2, 3))
 
 
@@ -71,6 +74,52 @@ def monai(
         turned = np.ascontiguousarray(np.flip(x, axes))
         total = total + np.flip(eager.sliding_window(module, turned, window, overlap=overlap, mode=mode), axes)
     return labels(np.asarray(total))
+
+
+@dataclass
+class Ours:
+    """An engine from file to file, and each time right after that the engine alone: machines drift."""
+
+    engine: urt.Engine
+    image: Path
+    mask: Path
+    x: Array  # the whole image, normalised, (1, C, Y, X)
+    report: RunReport | None = None  # of the last run
+    trace: Spans = field(default_factory=list)  # of the last run
+    tile_s: list[float] = field(default_factory=list)  # seconds of one tile, after each run
+
+    def end_to_end(self) -> None:
+        reports: list[RunReport] = []
+        self.trace = []
+        urt.predict(self.engine, self.image, out=self.mask, overwrite=True, report=reports.append, trace=self.trace)
+        (self.report,) = reports
+
+    def tiles_alone(self) -> None:
+        """Tiles of the last run's size, one after the other, as many as it had and at most ``ALONE``; nothing else."""
+        assert self.report is not None
+        tile = self.report.tile
+        cut = np.ascontiguousarray(self.x[..., : tile[0], : tile[1]])
+        beyond = [(0, 0), (0, 0), *((0, t - n) for t, n in zip(tile, cut.shape[2:], strict=True))]
+        cut = np.pad(cut, beyond, mode="reflect")
+        count = min(ALONE, self.report.tiles)
+        begun = time.perf_counter()
+        for _ in range(count):
+            self.engine.run(cut)
+        self.tile_s.append((time.perf_counter() - begun) / count)
+
+    def overhead(self, times: list[float]) -> dict[str, Any]:
+        """What a run takes over its tiles alone, round by round; ``times`` are the seconds of the runs."""
+        assert self.report is not None
+        ratios = [a / (b * self.report.tiles) for a, b in zip(times, self.tile_s, strict=True)]
+        return {
+            "tile": list(self.report.tile),
+            "tiles": self.report.tiles,
+            "tile_ms": statistics.median(self.tile_s) * 1e3,
+            "end_to_end": statistics.median(ratios),
+            "end_to_end_low": min(ratios),
+            "end_to_end_high": max(ratios),
+            "stages": self.report.stages,
+        }
 
 
 # name -> (settings, divisor of the side that it is timed on)
@@ -138,33 +187,21 @@ def main(argv: list[str] | None = None) -> int:
         image = folder / "image.tif"
         tifffile.imwrite(image, pixels, tile=(512, 512))
         engines, skipped = built(net, folder, args)
-        runs: dict[str, list[RunReport]] = {label: [] for label in engines}
-        traces: dict[str, Spans] = {}  # of each engine's last run
-        contenders: dict[str, tuple[Callable[[], object], int]] = {}
-        for label, engine in engines.items():
-
-            def end_to_end(engine: urt.Engine = engine, label: str = label) -> None:
-                traces[label] = []
-                urt.predict(
-                    engine,
-                    image,
-                    out=folder / "mask.tif",
-                    overwrite=True,
-                    report=runs[label].append,
-                    trace=traces[label],
-                )
-
-            urt.predict(engine, centre(pixels, 1024))
-            contenders[label] = (end_to_end, args.size)
         with open_image(pixels, net.contract, spatial=2) as source:
             numbers = affine(net.contract.normalization, source).plane(0)
         x = normalised(pixels[None], numbers)[None]
+        ours = {label: Ours(engine, image, folder / "mask.tif", x) for label, engine in engines.items()}
+        contenders: dict[str, tuple[Callable[[], object], int]] = {}
+        for label, one in ours.items():
+            urt.predict(one.engine, centre(pixels, 1024))
+            contenders[label] = (one.end_to_end, args.size)
         others = {} if args.no_baselines else baselines(args.net, 128 if args.quick else WINDOW)
         for label, (run, divisor) in others.items():
             part = centre(x, args.size // divisor)
             run(module, centre(x, min(512, part.shape[2])))  # imports, allocations
             contenders[label] = (lambda p=part, r=run: r(module, p), part.shape[2])  # type: ignore[misc]
-        timings = timed({label: call for label, (call, _) in contenders.items()}, args.rounds, args.seconds)
+        calls = {label: call for label, (call, _) in contenders.items()}
+        timings = timed(calls, args.rounds, args.seconds, {label: one.tiles_alone for label, one in ours.items()})
         rows = []
         truth = predict_whole(module, centre(x, judged)[0]).argmax(axis=0)
         for (label, (_, px)), times in zip(contenders.items(), timings, strict=True):
@@ -172,17 +209,22 @@ def main(argv: list[str] | None = None) -> int:
             row["mpx_per_s"] = px**2 / 1e6 / row["median_s"]
             if label in engines:
                 got = engine_labels(engines[label], centre(pixels, judged), numbers)
-                row |= overhead(engines[label], runs[label], x, row["median_s"])
+                row |= ours[label].overhead(times)
             else:
                 got = others[label][0](module, centre(x, judged))
             row["changed_labels"] = float((got != truth).mean())
             rows.append(row)
-    first = next(iter(engines))
+    first = next(iter(ours))
     slowest = next((row["mpx_per_s"] for row in rows if row["name"] in others), None)
     print(f"{args.net}, {net.parameters:,} parameters, {args.size} x {args.size} px, {machine.threads()} threads")
     for row in rows:
         speed = f"{row['mpx_per_s'] / slowest:5.2f} x" if slowest else ""
-        alone = f"; {row['end_to_end']:.3f} of the engine's own time for {row['tiles']} tiles" if "tiles" in row else ""
+        alone = (
+            f"; {row['end_to_end']:.3f} ({row['end_to_end_low']:.3f} to {row['end_to_end_high']:.3f}) of the engine's own "
+            f"time for {row['tiles']} tiles"
+            if "tiles" in row
+            else ""
+        )
         print(
             f"  {row['name']:50s} {row['side']:5d} px {row['median_s']:7.1f} s ({row['low_s']:.1f} to {row['high_s']:.1f}) "
             f"{row['mpx_per_s']:6.3f} Mpx/s {speed} labels changed {row['changed_labels']:.5%}{alone}"
@@ -197,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         "threads": machine.threads(),
         "rows": rows,
         "skipped": skipped,
-        "spans": {"name": first, "spans": since_begun(traces[first])},
+        "spans": {"name": first, "spans": since_begun(ours[first].trace)},
     }
     print(record.write(f"predict-{args.net}", figures, args.out, quick=args.quick))
     return 0
@@ -229,8 +271,13 @@ def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[d
     return engines, skipped
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
-    """Seconds of every call, round by round; after two, what has used up its share of ``seconds`` is not run again."""
+def timed(
+    calls: dict[str, Callable[[], object]], rounds: int, seconds: float, after: dict[str, Callable[[], object]]
+) -> list[list[float]]:
+    """Seconds of every call, round by round; after two, what has used up its share of ``seconds`` is not run again.
+
+    ``after``: What is called behind a call of that name, outside its time.
+    """
     times: dict[str, list[float]] = {label: [] for label in calls}
     for k in range(rounds):
         for label, call in calls.items():
@@ -241,27 +288,13 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -
             call()
             before.append(time.perf_counter() - begun)
             print(f"round {k + 1} of {rounds}: {label} {before[-1]:.1f} s", file=sys.stderr, flush=True)
+            if label in after:
+                after[label]()
     return list(times.values())
 
 
 def figures_of(times: list[float]) -> dict[str, Any]:
     return {"median_s": statistics.median(times), "low_s": min(times), "high_s": max(times), "runs": len(times)}
-
-
-def overhead(engine: urt.Engine, runs: list[RunReport], x: np.ndarray, seconds: float) -> dict[str, Any]:
-    """An end-to-end run against the engine's own time: the same tiles, one after the other, nothing else."""
-    report = runs[-1]
-    tile = np.ascontiguousarray(x[..., : report.tile[0], : report.tile[1]])
-    beyond = [(0, 0), (0, 0), *((0, t - n) for t, n in zip(report.tile, tile.shape[2:], strict=True))]
-    tile = np.pad(tile, beyond, mode="reflect")
-    (timing,) = bench.interleave([lambda: engine.run(tile)], runs=5, seconds=15)
-    return {
-        "tile": list(report.tile),
-        "tiles": report.tiles,
-        "tile_ms": timing.median_s * 1e3,
-        "end_to_end": seconds / (timing.median_s * report.tiles),
-        "stages": report.stages,
-    }
 
 
 def since_begun(spans: Spans) -> Spans:

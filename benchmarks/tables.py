@@ -177,7 +177,11 @@ def _predicted(data: Record) -> str:
         for row in data["rows"]
     ]
     alone = "; ".join(
-        f"{row['name']} {row['end_to_end']:.2f} times ({row['tiles']} tiles)" for row in data["rows"] if "tiles" in row
+        f"{row['name']} {row['end_to_end']:.2f} times"
+        + (f" ({row['end_to_end_low']:.2f} to {row['end_to_end_high']:.2f})" if "end_to_end_low" in row else "")
+        + f", {row['tiles']} tiles"
+        for row in data["rows"]
+        if "tiles" in row
     )
     first = "MONAI" if base["name"].startswith("MONAI") else "by hand"
     head = ("", "image", "s, median (range)", "Mpx/s", f"{first} = 1", "labels not those of whole-image inference")
