@@ -28,6 +28,7 @@ from unet_rt.contract import Contract, Normalization  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.errors import EngineError, ImageError  # noqa: E402
 from unet_rt.normalize import Affine, normalised  # noqa: E402
+from unet_rt.parity import constant_reason  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.samples import Sample, draw  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
@@ -164,7 +165,7 @@ def test_tiles_that_prove_nothing(prepared: Any, tile: np.ndarray[Any, Any], tex
 
 def sample(name: str, array: np.ndarray[Any, Any], start: tuple[int, ...] = (0, 0)) -> Sample:
     unit = Affine(np.zeros(1, np.float32), np.ones(1, np.float32), None)
-    return Sample(name, None, array, unit, start, 0, True, name, name)
+    return Sample(name, None, array, unit, start, 0, array.shape[1:], name, name)
 
 
 @given(count=st.integers(1, 9), sides=st.tuples(st.integers(150, 400), st.integers(150, 400)))
@@ -223,6 +224,24 @@ def test_ranges_of_the_input_are_those_of_each_channel() -> None:
 def test_a_window_too_small_to_be_cut() -> None:
     with pytest.raises(ImageError, match="pass three or more images"):
         split([sample("a", np.zeros((1, 90, 120)))])
+
+
+def test_a_window_is_cut_where_both_parts_prove_something() -> None:
+    """An empty margin neither calibrates nor judges alone."""
+    scene = microscopy((300, 360), seed=5).image
+    for margin, axis in ((np.s_[:, :120], "X 240:360"), (np.s_[:, 120:], "Y 0:100")):
+        image = scene.copy()
+        image[margin] = 7
+        (small,), (large,), _ = split([sample("a", image[None])])
+        assert small.name == f"a {axis}"
+        assert small.pixels.size * 2 == large.pixels.size
+        assert all(constant_reason(part.pixels) is None for part in (small, large))
+    image = np.full_like(scene, 7)
+    image[100:200, 120:240] = scene[100:200, 120:240]
+    with pytest.raises(
+        ImageError, match=r"one proves nothing \(a X 0:120: every pixel is 7\); pass three or more images"
+    ):
+        split([sample("a", image[None])])
 
 
 def test_tiles_for_calibration_cover_the_range_of_values() -> None:

@@ -334,6 +334,26 @@ def test_a_stale_plan_is_made_again_from_the_graph_as_built(tmp_path, engine_fol
     assert "it is another GPU's" in caplog.text
 
 
+def test_a_plan_that_is_made_again_is_proven_each_time(tmp_path, engine_folder, monkeypatch):
+    """It need not come out as the one that passed the exam here before."""
+    from unet_rt import exam
+
+    opened = read_folder(engine_folder)
+    blob = tmp_path / "plan"
+    blob.write_bytes(b"of another GPU")
+    files = {kind: opened.file(kind) for kind in opened.files} | {"engine": blob}
+    folder = write_folder(tmp_path / "planned.urt", opened.spec, files)
+    real, sat, whole = backends.get(opened.spec.backend), list[int](), exam.sit
+    fake = SimpleNamespace(stale=lambda blob, device: "it is another GPU's", build=real.build, load=real.load)
+    monkeypatch.setattr(backends, "get", lambda name: fake)
+    monkeypatch.setattr(exam, "sit", lambda *args: sat.append(1) or whole(*args))
+    urt.load(folder.path).close()
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another processor")
+    for _ in range(2):
+        urt.load(folder.path).close()
+    assert len(sat) == 3
+
+
 class Doubler:
     """A session that returns what it gets, twice: (N, C, ...) in, two outputs out."""
 

@@ -27,6 +27,17 @@ def test_empty_planes_of_a_stack_are_left_out():
         draw([np.stack([empty] * 3)], CONTRACT, spatial=2, network_channels=1, axes="ZYX", note=notes.append)
 
 
+def test_images_that_are_not_drawn_from_are_said():
+    images = [microscopy((96, 80), seed=seed).image for seed in range(5)]
+    notes: list[str] = []
+    drawn = draw(images, CONTRACT, spatial=2, network_channels=1, count=3, note=notes.append)
+    np.testing.assert_array_equal([sample.pixels[0] for sample in drawn], images[::2])
+    (note,) = notes
+    assert note.startswith("windows are drawn from 3 of 5 images")
+    assert len(draw(images, CONTRACT, spatial=2, network_channels=1, count=5, note=notes.append)) == 5
+    assert len(notes) == 1
+
+
 @pytest.mark.onnxruntime
 def test_what_is_said_of_the_first_sample_holds_for_all_of_it(tmp_path):
     """Nuclei in one corner: the middle alone would read as a mask that is constant, and as a wrong normalisation."""

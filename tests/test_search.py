@@ -17,11 +17,12 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import build_engines, build_int8, build_tiling, parity  # noqa: E402
+from unet_rt import build_engines, build_int8, build_judge, build_tiling, parity  # noqa: E402
 from unet_rt.activations import overflowing, probe, tensors  # noqa: E402
-from unet_rt.build_choice import closest  # noqa: E402
+from unet_rt.build_choice import _wider, closest  # noqa: E402
 from unet_rt.build_int8 import return_layers  # noqa: E402
 from unet_rt.build_job import Remarks  # noqa: E402
+from unet_rt.build_judge import Judge  # noqa: E402
 from unet_rt.build_report import BuildReport, Candidate  # noqa: E402
 from unet_rt.calibration import Calibration  # noqa: E402
 from unet_rt.contract import Contract, Head  # noqa: E402
@@ -195,23 +196,74 @@ def test_what_a_layer_wins_is_a_share_of_what_int8_changes(
     quantiser = SimpleNamespace(
         layers=["a", "b"],
         costs=lambda: {"a": 0.1, "b": 0.9},
-        change=lambda engine: change,
+        change=lambda engine: engine if isinstance(engine, float) else change,
         say=lambda _: None,
         left_out=[],
     )
+    found = [SimpleNamespace(keep=frozenset(), engine=plain), SimpleNamespace(keep=frozenset({"a"}), engine=lowest)]
     made = lambda keep, method: keep  # noqa: E731
     ranked = _rank(
         quantiser,
         made,
         lambda _: None,
         "minmax",
-        frozenset({"a"}),
-        plain,
-        lowest,
-        float("inf"),  # type: ignore[arg-type]
+        found,  # type: ignore[arg-type]
+        float("inf"),
     )
     assert [(layer.name, layer.kept) for layer in ranked] == [("a", True), ("b", False)]
     assert [layer.won for layer in ranked] == pytest.approx(list(won))
+
+
+def test_each_end_is_credited_with_what_it_won_itself() -> None:
+    quantiser: Any = SimpleNamespace(
+        layers=["first", "last"],
+        costs=lambda: {"first": 0.1, "last": 0.1},
+        change=lambda engine: engine,
+        left_out=[],
+    )
+    found: Any = [
+        SimpleNamespace(keep=frozenset(keep), engine=change)
+        for keep, change in (((), 1.0), (("first",), 0.7), (("first", "last"), 0.5))
+    ]
+    nothing: Any = None
+    ranked = _rank(quantiser, nothing, nothing, "minmax", found, float("inf"))
+    assert [layer.name for layer in ranked] == ["first", "last"]
+    assert [layer.won for layer in ranked] == pytest.approx([0.3, 0.2])
+
+
+def test_a_mixture_that_cannot_be_judged_is_one_less() -> None:
+    """A shape that runs out of memory, say: neither plain INT8 nor a mixture inside the budget is lost over it."""
+    quantiser: Any = SimpleNamespace(
+        layers=["a", "b", "c"],
+        costs=lambda: dict.fromkeys("abc", 0.3),
+        change=lambda keep: 0.5 - 0.1 * len(keep),
+        ends=lambda: [("first", frozenset({"c"}))],
+        weigh=lambda plain: None,
+        say=lambda _: None,
+        method="minmax",
+        ranking=[],
+        left_out=[],
+        refused=[],
+    )
+
+    def judge(keep: frozenset[str]) -> Any:
+        if "c" in keep or keep == {"a"}:
+            raise urt.BackendError("out of memory")
+        return SimpleNamespace(accepted=len(keep) == 2, label_change=0.1, error=None)
+
+    dropped: list[Any] = []
+    made: Any = lambda keep, method: keep  # noqa: E731
+    deadline = Deadline(time.monotonic(), 1e6)
+    found = plain_and_ends(quantiser, made, dropped.append, judge, deadline, 1.0)  # type: ignore[arg-type]
+    assert [mixture.keep for mixture in found] == [frozenset()]
+    assert dropped == [{"c"}]
+    mixture = put_back(quantiser, found, made, dropped.append, judge, deadline, 1.0)  # type: ignore[arg-type]
+    assert mixture is not None
+    assert mixture.keep == {"a", "b"}
+    assert quantiser.refused == [
+        "INT8 with first layer in FP32 is left out: out of memory",
+        "INT8 with 1 layer in FP32 is left out: out of memory",
+    ]
 
 
 def test_a_mixture_that_a_backend_refuses_is_one_less() -> None:
@@ -269,11 +321,12 @@ def test_a_layer_counts_for_the_outputs_that_miss_the_budget(labels: float, valu
     quantiser.layers, quantiser.left_out, quantiser.refused = ["a", "b"], [], []
     quantiser.changes = lambda engine: changes[engine]  # type: ignore[method-assign, assignment]
     quantiser.costs = lambda: {"a": 0.5, "b": 0.5}  # type: ignore[method-assign]
-    quantiser.weigh(Mixture("", frozenset(), frozenset(), heads(labels, values)))  # type: ignore[arg-type]
+    found = Mixture("", frozenset(), frozenset(), heads(labels, values))  # type: ignore[arg-type]
+    quantiser.weigh(found)
     plain = quantiser.change(frozenset())  # type: ignore[arg-type]
     assert plain == pytest.approx(labels + values)
     made = lambda keep, method: keep  # noqa: E731
-    ranked = _rank(quantiser, made, lambda _: None, "minmax", frozenset(), plain, plain, float("inf"))  # type: ignore[arg-type]
+    ranked = _rank(quantiser, made, lambda _: None, "minmax", [found], float("inf"))  # type: ignore[arg-type]
     assert ranked[0].name == best
     assert ranked[0].won == pytest.approx(0.5 * max(labels, values) / (labels + values))
 
@@ -513,6 +566,36 @@ def test_a_mixture_that_a_backend_refuses_costs_no_other_candidate(monkeypatch: 
     assert remarks.notes == [
         "onnxruntime int8: layers were returned to FP32 until ONNX Runtime runs 3 of 4 layers in INT8"
     ]
+
+
+def test_windows_that_calibrated_judge_the_other_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like any window. INT8 they disprove only, with the numbers that a wider budget would need."""
+    changes: dict[tuple[str, str], float] = {}
+
+    def compared(judge: Judge, engine: Any, wanted: Any, remark: str = "") -> list[parity.ImageParity]:
+        change = changes[engine.spec.precision, wanted]
+        return [parity.ImageParity(f"{wanted}{remark}", 100, change, {}, {}, 0.0, 0.0, 0.0)]
+
+    monkeypatch.setattr(Judge, "_compared", compared)
+    monkeypatch.setattr(build_judge, "calibrating_results", lambda job, spec, windows: "calibrating")
+    job: Any = SimpleNamespace(budget=urt.Budget())
+    tiling: Any = SimpleNamespace(results="judging", spec=None)
+
+    def verdict(precision: str, judging: float, calibrating: float, windows: Any = ("window",)) -> parity.Verdict:
+        changes[precision, "judging"], changes[precision, "calibrating"] = judging, calibrating
+        return Judge(job, tiling, windows).verdict(SimpleNamespace(spec=SimpleNamespace(precision=precision)))  # type: ignore[arg-type]
+
+    found = verdict("bf16", 1e-4, 3e-3)
+    assert not found.accepted
+    assert found.label_change == 3e-3
+    assert [image.name for image in verdict("bf16", 1e-4, 2e-4).images] == ["judging", "calibrating"]
+    assert verdict("bf16", 1e-4, 3e-3, windows=()).accepted
+    found = verdict("int8", 4e-3, 1e-4)
+    assert (found.accepted, found.label_change, len(found.images)) == (True, 4e-3, 1)
+    found = verdict("int8", 4e-3, 6e-3)
+    assert (found.accepted, found.label_change) == (False, 6e-3)
+    assert found.reasons[0].startswith("calibrating (it calibrated): 0.600% of labels change")
+    assert _wider(found, urt.Budget().of("int8")) == "label_change=6.3e-03"
 
 
 def test_of_mixtures_as_fast_as_the_fastest_the_closest_is_taken() -> None:

@@ -24,9 +24,10 @@ from unet_rt.engine import Engine, read_folder, write_folder
 from unet_rt.model import open_model, square_tile, untiled_spec
 from unet_rt.parity import Budget
 from unet_rt.reports import verify_text
+from unet_rt.samples import draw
 from unet_rt.synthetic import microscopy
 from unet_rt.testing import assert_parity
-from unet_rt.verify import verify
+from unet_rt.verify import _truth, verify
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -280,9 +281,47 @@ def test_labels_that_cannot_be(engine_folder, on_disk, sample_images):
     Image.fromarray(np.zeros((10, 20), np.uint8)).save(labels / "cell-500.png")
     with pytest.raises(urt.ImageError, match="one size"):
         verify(engine_folder, images, labels=labels)
+    wide = np.zeros((2000, 2000), np.uint8)  # its corner would fit
+    Image.fromarray(wide).save(labels / "cell-500.png")
+    with pytest.raises(
+        urt.ImageError, match=r"the label is 2000x2000 px and the image \d+x\d+; they must be of one size"
+    ):
+        verify(engine_folder, images, labels=labels)
     Image.fromarray(np.zeros((10, 20), np.uint8)).save(labels / "cell-500.tif")
     with pytest.raises(urt.ImageError, match=r"cell-500\.png and cell-500\.tif for cell-500\.tif"):
         verify(engine_folder, images, labels=labels)
+
+
+def test_labels_of_other_classes_are_refused(tmp_path):
+    """0, 127, 255 for three classes: every reference would be empty, and nothing could be lost against it."""
+    tifffile.imwrite(tmp_path / "a.tif", microscopy((96, 80), seed=1).image)
+    contract = Contract(task="multiclass", output_is="logits", normalization=Normalization("zscore"))
+    (sample,) = draw([tmp_path / "a.tif"], contract, spatial=2, network_channels=1)
+    logits = np.random.default_rng(0).normal(size=(3, 96, 80)).astype(np.float32)
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    classes = logits.argmax(axis=0).astype(np.uint8)
+    tifffile.imwrite(labels / "a.tif", classes)
+    assert _truth(sample, labels, logits, logits, contract, Budget()).engine_dice == 1
+    tifffile.imwrite(labels / "a.tif", np.array([0, 127, 255], np.uint8)[classes])
+    with pytest.raises(
+        urt.ImageError, match="the label holds 127, 255, and the classes are 0 to 2; give labels of class"
+    ):
+        _truth(sample, labels, logits, logits, contract, Budget())
+
+
+@pytest.mark.parametrize("damaged", [{}, {"budget": {"labels_of": 1}}, {"budget": 3}])
+def test_a_record_without_a_budget(engine_folder, tmp_path, sample_images, damaged):
+    opened = read_folder(engine_folder)
+    files = {kind: opened.file(kind) for kind in opened.files}
+    record = json.loads(files["parity"].read_text())
+    del record["budget"]
+    files["parity"] = tmp_path / "parity.json"
+    files["parity"].write_text(json.dumps(record | damaged))
+    write_folder(tmp_path / "damaged.urt", opened.spec, files)
+    with pytest.raises(urt.EngineError, match=r"names no budget that can be read .* or name one with --budget"):
+        verify(tmp_path / "damaged.urt", sample_images)
+    assert verify(tmp_path / "damaged.urt", sample_images[:1], budget=Budget(), **QUICK).accepted
 
 
 # --- the picture of the worst tile --------------------------------------------------------------------------------

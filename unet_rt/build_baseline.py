@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from .build_job import Job
 from .build_samples import Samples
+from .calibration import reach
 from .engine import EngineSpec
 from .model import whole_grid
 from .samples import Sample, raw_results
@@ -35,7 +36,7 @@ class Results:
 
 def judging_results(job: Job, spec: EngineSpec, samples: Samples) -> Results:
     """The baseline on the windows that parity is judged on."""
-    windows, values, spent = samples.judging, list[list[Array]](), 0.0
+    windows, values, spent = _farthest_first(samples.judging), list[list[Array]](), 0.0
     least = FEWEST_WINDOWS if samples.kind == "samples" else 1
     for k, sample in enumerate(windows, start=1):
         begun = time.perf_counter()
@@ -59,6 +60,11 @@ def calibrating_results(job: Job, spec: EngineSpec, windows: Sequence[Sample]) -
             job.remarks.left_out.append(f"{len(windows) - k} windows that calibrated were not judged as well")
             break
     return Results(tuple(windows[: len(values)]), tuple(values))
+
+
+def _farthest_first(windows: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The first window, which reports are about, then those whose values go farthest: where time is short, they judge."""
+    return (*windows[:1], *sorted(windows[1:], key=lambda sample: -reach(sample)))
 
 
 def _values(job: Job, spec: EngineSpec, sample: Sample) -> list[Array]:

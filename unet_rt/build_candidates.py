@@ -14,7 +14,7 @@ from .build_report import Candidate, Key
 from .build_tiling import Tiling
 from .build_timing import interleaved_times, quick_seconds, with_timing
 from .engine import Engine, Precision
-from .errors import BackendError, GraphError
+from .errors import BackendError, GraphError, ImageError
 from .field import size_text
 from .parity import Verdict
 from .samples import Sample, tile_of
@@ -53,7 +53,7 @@ def try_candidates(
 
     Raises:
         BackendError, GraphError: None could be built, or none run; the one that was asked for (``explicit``) could not.
-        ImageError: There is nothing to calibrate INT8 on.
+        ImageError: The one that was asked for is INT8, and there is nothing to calibrate it on.
     """
     tile, batches = tiling.spec.tile, batches_to_try(job.model, tiling.spec)
     floats, found, failed = dict[Key, Engine](), dict[str, list[Mixture]](), list[Candidate]()
@@ -69,8 +69,9 @@ def try_candidates(
                     found[name] = int8_mixtures(job, quantiser, make, engines.drop, judge.verdict)
                 else:
                     floats[name, precision, ""] = engines.make(name, precision, tile, batches)
-            except (BackendError, GraphError) as error:
-                if explicit and len(names) * len(precisions) == 1:
+            except (BackendError, GraphError, ImageError) as error:  # the last: there is nothing to calibrate on
+                nothing_else = set(precisions) == {precision}
+                if (explicit and len(names) == 1 and nothing_else) or (isinstance(error, ImageError) and nothing_else):
                     raise
                 failed.append(Candidate(name, precision, tile, note=str(error)))
     built, kept, verdicts = dict(floats), dict[Engine, frozenset[str]](), dict[Key, Verdict]()

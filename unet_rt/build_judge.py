@@ -38,14 +38,20 @@ class Judge:
         self._wanted_tile: list[Array] = []  # the baseline's outputs on the tile that rows are about
 
     def verdict(self, engine: Engine) -> Verdict:
-        """Whether an engine holds its budget on all windows; for INT8 on those that calibrated, too."""
+        """Whether an engine holds its budget on all windows.
+
+        Those that calibrated INT8 judge the other precisions like any. INT8 itself they may disprove and never prove:
+        its numbers are of the others, unless it misses the budget there.
+        """
         precision = engine.spec.precision
-        verdict = parity.judge(self._compared(engine, self._tiling.results), self._job.budget.of(precision))
-        if precision == "int8" and verdict.accepted:
-            images = self._compared(engine, self._calibrated, " (it calibrated)")
-            reasons = parity.judge(images, self._job.budget.of("int8")).reasons
-            verdict = replace(verdict, accepted=not reasons, reasons=reasons)
-        return verdict
+        budget = self._job.budget.of(precision)
+        images = self._compared(engine, self._tiling.results)
+        verdict = parity.judge(images, budget)
+        if not self._calibrating or (precision == "int8" and not verdict.accepted):
+            return verdict
+        remark = " (it calibrated)" if precision == "int8" else ""
+        more = parity.judge([*images, *self._compared(engine, self._calibrated, remark)], budget)
+        return verdict if precision == "int8" and more.accepted else more
 
     def same_rows(
         self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int], key: Key | None = None

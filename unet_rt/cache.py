@@ -40,7 +40,7 @@ def asked_first(options: Mapping[str, Any], device: str) -> dict[str, str]:
     described = machine.describe()
     here = {name: described[name] for name in _DESCRIBED} | {"device": device}
     if device != "cpu":
-        here["driver"] = machine.cuda().driver
+        here["driver"] = machine.cuda().identity
     return {"code": _code(), "machine": _hash(here), "options": _hash(options)}
 
 

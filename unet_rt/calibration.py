@@ -206,7 +206,11 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
 
     Three windows or more: a third calibrates, in order of how far their values go as the network gets them, the farthest
     among them: what judges lies inside the range that was seen. The first window never calibrates (reports are about
-    it). Fewer: each is cut along its longest axis, one third calibrates and two judge.
+    it). Fewer: each is cut along its longest axis, one third calibrates and two judge; from whichever end, and along
+    whichever axis, leaves two parts that prove something (an image may have an empty margin).
+
+    Raises:
+        ImageError: A window is too small to be cut in two, or empty wherever it is cut.
     """
     different = dict[str, Sample]()
     for sample in samples:
@@ -216,24 +220,43 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
         calibrating, judging, note = split(list(different.values()), smallest_px=smallest_px)
         return calibrating, judging, f"{note}; {copies} of the samples are copies of others, and left out"
     if len(samples) >= CALIBRATION_SHARE:
-        order = sorted(range(1, len(samples)), key=lambda k: -float(np.abs(input_ranges(samples[k])).max()))
+        order = sorted(range(1, len(samples)), key=lambda k: -reach(samples[k]))
         chosen = order[::CALIBRATION_SHARE]
         calibrating = [samples[k] for k in chosen]
         judging = [s for k, s in enumerate(samples) if k not in chosen]
         return calibrating, judging, f"{len(calibrating)} of {len(samples)} sample windows calibrate, the others judge"
     calibrating, judging = [], []
     for sample in samples:
-        axis = int(np.argmax(sample.shape))
-        cut = sample.shape[axis] // 3
-        if cut < smallest_px:
-            raise ImageError(
-                f"{sample.name} is too small to be cut into a part to calibrate on and one to judge on "
-                f"({size_text(sample.shape)} px); pass three or more images"
-            )
-        calibrating.append(_block(sample, axis, 0, cut))
-        judging.append(_block(sample, axis, cut, sample.shape[axis]))
+        for part, whole in zip(_cut(sample, smallest_px), (calibrating, judging), strict=True):
+            whole.append(part)
     count = "the one sample window is" if len(samples) == 1 else "the two sample windows are"
     return calibrating, judging, f"{count} cut: one third calibrates, two thirds judge; three or more images prove more"
+
+
+def _cut(sample: Sample, smallest_px: int) -> tuple[Sample, Sample]:
+    """A third of a window and the rest of it, neither of them constant or noise."""
+    reason = ""
+    for axis in sorted(range(len(sample.shape)), key=lambda k: -sample.shape[k]):
+        size = sample.shape[axis]
+        third = size // 3
+        if third < smallest_px:
+            break
+        for start, stop in ((0, third), (size - third, size)):
+            rest = (stop, size) if start == 0 else (0, start)
+            small, large = _block(sample, axis, start, stop), _block(sample, axis, *rest)
+            found = [(part.name, why) for part in (small, large) if (why := constant_reason(part.pixels)) is not None]
+            if not found:
+                return small, large
+            reason = reason or "{}: {}".format(*found[0])
+    if reason:
+        raise ImageError(
+            f"{sample.name} cannot be cut into a part to calibrate on and one to judge on: wherever it is cut, one proves "
+            f"nothing ({reason}); pass three or more images"
+        )
+    raise ImageError(
+        f"{sample.name} is too small to be cut into a part to calibrate on and one to judge on "
+        f"({size_text(sample.shape)} px); pass three or more images"
+    )
 
 
 def input_ranges(sample: Sample) -> Array:
@@ -248,6 +271,11 @@ def input_ranges(sample: Sample) -> Array:
     return found
 
 
+def reach(sample: Sample) -> float:
+    """How far from zero the values of a window go as the network gets them."""
+    return float(np.abs(input_ranges(sample)).max())
+
+
 def _block(sample: Sample, axis: int, start: int, stop: int) -> Sample:
     import hashlib
 
@@ -258,7 +286,6 @@ def _block(sample: Sample, axis: int, start: int, stop: int) -> Sample:
         name=f"{sample.name} {'ZYX'[-len(sample.shape) :][axis]} {start}:{stop}",
         pixels=pixels,
         start=place,
-        whole=False,
         sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
     )
 

@@ -741,7 +741,7 @@ def load(
         )  # another GPU of this machine: its fingerprint tells whether it is alike
     if not accept_unverified:
         exam.check_record(opened)
-    session = _session(opened, spec, threads or 0)
+    session, made_again = _session(opened, spec, threads or 0)
     engine = Engine(spec, session, opened, LoadOptions(device, accept_unverified))
     try:
         if session.precision != spec.precision:
@@ -750,15 +750,15 @@ def load(
                 "build again here"
             )
         if not accept_unverified:
-            exam.sit_if_elsewhere(engine)
+            exam.sit_if_elsewhere(engine, made_again=made_again)
     except BaseException:
         engine.close()
         raise
     return engine
 
 
-def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> Session:
-    """The session of a folder; a plan that is of no use here is made again first."""
+def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> tuple[Session, bool]:
+    """The session of a folder; and whether its plan was of no use here and is made again: another one, and unproven."""
     from . import backends
 
     backend = backends.get(spec.backend)
@@ -766,7 +766,7 @@ def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> Session:
     blob = opened.file("engine") if "engine" in opened.files else None
     stale = None if blob is None else backend.stale(blob, spec.device)
     if stale is None:
-        return backend.load(graph, precision=spec.precision, device=spec.device, threads=threads, blob=blob)
+        return backend.load(graph, precision=spec.precision, device=spec.device, threads=threads, blob=blob), False
     log.warning("%s: its plan is of no use here (%s); it is made again from its graph", opened.path, stale)
     with tempfile.TemporaryDirectory(prefix="unet-rt-rebuild-") as work:
         anew = Path(work) / "engine.bin"
@@ -779,6 +779,7 @@ def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> Session:
             tiles=[spec.tile],
             batches=spec.batches or (spec.run_batch,),
         )
-        return backend.load(
+        session = backend.load(
             Path(work) / "built.onnx", precision=spec.precision, device=spec.device, threads=threads, blob=anew
         )
+        return session, True

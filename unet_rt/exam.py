@@ -29,7 +29,7 @@ def fingerprint(backend: str, version: str, device: str) -> dict[str, Any]:
         cuda = machine.cuda()
         index = machine.cuda_index(device)
         gpu = cuda.devices[index] if index < len(cuda.devices) else ""
-        return {"backend": backend, "version": version, "gpu": gpu, "driver": cuda.driver}
+        return {"backend": backend, "version": version, "gpu": gpu, "driver": cuda.identity}
     return {
         "backend": backend,
         "version": version,
@@ -59,17 +59,20 @@ def check_record(folder: EngineFolder) -> None:
         raise EngineError(f"{folder.path}: parity on synthetic tiles is accepted for fp32 only; {way_out}")
 
 
-def sit_if_elsewhere(engine: Engine) -> None:
-    """Sits the exam where processor, device or library version differ from those on record."""
+def sit_if_elsewhere(engine: Engine, *, made_again: bool = False) -> None:
+    """Sits the exam where processor, device or library version differ from those on record.
+
+    What it gave on such a machine before holds for the same bytes only: a plan that was ``made_again`` sits it each time.
+    """
     folder = engine.folder
     if folder is None or folder.parity is None:
         return
     here = fingerprint(engine.spec.backend, engine.session_version, engine.spec.device)
     there = folder.parity.get("fingerprint")
-    if here == there:
+    if here == there and not made_again:
         return
     changed = ", ".join(key for key in here if not isinstance(there, Mapping) or there.get(key) != here[key])
-    if _passed_here(folder, here):
+    if not made_again and _passed_here(folder, here):
         return
     exam = folder.exam()
     if exam is None:
@@ -90,7 +93,25 @@ def sit_if_elsewhere(engine: Engine) -> None:
             f"{folder.path}: fails its exam on this machine: {'; '.join(verdict.reasons)}; build it again here"
         )
     log.info("%s: built elsewhere (%s differs); passed its exam here", folder.path, changed)
-    _keep_row(folder, here, verdict)
+    if not made_again:
+        _keep_row(folder, here, verdict)
+
+
+def recorded_budget(folder: EngineFolder) -> parity.Budget:
+    """The budget that the record of an engine names; the defaults where there is no record.
+
+    Raises:
+        EngineError: The record is damaged.
+    """
+    if folder.parity is None:
+        return parity.Budget()
+    try:
+        return parity.Budget(**folder.parity["budget"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"{folder.path}: the record of parity names no budget that can be read ({error}); build the engine again, or "
+            "name one with --budget"
+        ) from error
 
 
 def _row(folder: EngineFolder, here: Mapping[str, Any]) -> Path:
@@ -122,14 +143,14 @@ def _passed_here(folder: EngineFolder, here: Mapping[str, Any]) -> bool:
         return False
     try:
         row = json.loads(_row(folder, here).read_text(encoding="utf-8"))
-        verdict, budget = row["verdict"], parity.Budget(**folder.parity["budget"]).of(folder.spec.precision)
+        verdict, budget = row["verdict"], recorded_budget(folder).of(folder.spec.precision)
         same = (
             row["fingerprint"] == dict(here)
             and row["graph_sha256"] == folder.files["graph"]["sha256"]
             and row["exam_sha256"] == folder.files["exam"]["sha256"]
         )
         return bool(same and verdict["accepted"]) and not _missed(verdict, budget)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EngineError):
         return False  # no row, or none that can be trusted: the exam is sat
 
 
@@ -147,11 +168,7 @@ def _missed(verdict: Mapping[str, Any], budget: parity.Budget) -> bool:
 def sit(engine: Engine, exam: Mapping[str, Array]) -> parity.Verdict:
     """Runs the exam's tiles one by one and judges them by the budget on record."""
     folder = engine.folder
-    budget = (
-        parity.Budget(**folder.parity["budget"])
-        if folder is not None and folder.parity is not None
-        else parity.Budget()
-    )
+    budget = parity.Budget() if folder is None else recorded_budget(folder)
     results: list[parity.ImageParity] = []
     for k, tile in enumerate(exam["input"]):
         outputs = [y[0] for y in engine.run(tile[None])]

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -324,11 +324,18 @@ class Cuda:
         devices: Names of the GPUs, in the order of ``cuda:0``, ``cuda:1``, ...
         driver: CUDA version the driver supports ("13.1"), "" without a driver.
         missing: Why there is no device (one sentence), None if there is one.
+        release: The driver's own version ("580.159.04"), "" where the system does not tell.
     """
 
     devices: tuple[str, ...]
     driver: str
     missing: str | None
+    release: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Of the driver: what results may depend on. Several releases support the same CUDA version."""
+        return f"{self.driver} {self.release}".rstrip()
 
 
 @functools.cache
@@ -340,8 +347,15 @@ def cuda() -> Cuda:
             library = ctypes.CDLL(name)
         except OSError:
             continue
-        return _ask_driver(library)
+        return replace(_ask_driver(library), release=_driver_release())
     return Cuda((), "", f"no NVIDIA driver is installed ({names[0]} cannot be loaded)")
+
+
+def _driver_release(path: Path = Path("/sys/module/nvidia/version")) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def cuda_index(device: str) -> int:

@@ -40,7 +40,7 @@ class Sample:
         numbers: Normalisation of the image (or plane) that the window was taken from.
         start: The window's first pixel per axis.
         plane: The plane it was taken from.
-        whole: Whether the window is the whole plane.
+        plane_shape: Pixels per axis of that plane.
         reading: How the image was read.
         sha256: Of the raw pixels.
     """
@@ -51,7 +51,7 @@ class Sample:
     numbers: Affine
     start: tuple[int, ...]
     plane: int
-    whole: bool
+    plane_shape: tuple[int, ...]
     reading: str
     sha256: str
 
@@ -134,8 +134,7 @@ def draw(
                 start, stop = _window(source, plane, max_px)
                 pixels = np.array(source.read(plane, start, stop))
                 name = source.name + (f" plane {plane}" if source.planes > 1 else "")
-                whole = stop == tuple(source.shape) and not any(start)
-                if not whole:
+                if stop != tuple(source.shape) or any(start):
                     name += " [" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
                 reason = constant_reason(pixels) if check else None
                 if reason is not None:
@@ -151,13 +150,18 @@ def draw(
                         numbers.plane(plane) if numbers is not None else unscaled(source.channels),
                         start,
                         plane,
-                        whole,
+                        tuple(source.shape),
                         source.reading,
                         hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
                     )
                 )
     if not samples:
         raise ImageError(f"{empty[0]}; pass images like those the network will see")
+    if len(chosen) < len(images) and note is not None:
+        note(
+            f"windows are drawn from {len(chosen)} of {len(images)} images, spread over the list; pass the images that "
+            "matter most, or fewer"
+        )
     if empty and note is not None:
         note(f"{len(empty)} of {len(empty) + len(samples)} sample windows left out; the first: {empty[0]}")
     return samples
@@ -214,7 +218,7 @@ def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, s
                 numbers = affine(contract.normalization, source).plane(0)
         name = f"synthetic {seed}"
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-        samples.append(Sample(name, None, pixels, numbers, (0,) * spatial, 0, True, name, digest))
+        samples.append(Sample(name, None, pixels, numbers, (0,) * spatial, 0, pixels.shape[1:], name, digest))
     return samples
 
 

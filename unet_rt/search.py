@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,12 +296,14 @@ def plain_and_ends(
         if engine is None:
             continue
         change = quantiser.change(engine)
-        if change < lowest * (1 - WORTH):
-            words.append(label)
-            found.append(_mixture(f"{' and '.join(words)} layer in FP32", keep, engine, judge))
-            start, lowest = keep, change
-        else:
+        if change >= lowest * (1 - WORTH):
             drop(engine)
+            continue
+        mixture = _judged(quantiser, f"{' and '.join([*words, label])} layer in FP32", keep, engine, drop, judge)
+        if mixture is not None:
+            words.append(label)
+            found.append(mixture)
+            start, lowest = keep, change
     return found
 
 
@@ -322,12 +325,10 @@ def put_back(
     say, method = quantiser.say, quantiser.method
     if method is None:
         raise ContractError("layers are put back after plain INT8 was tried")
-    start = found[-1].keep
     quantiser.weigh(found[0])
-    plain, lowest = (quantiser.change(m.engine) for m in (found[0], found[-1]))
     end = time.monotonic() + deadline.left(until)
     ranking = quantiser.ranking or _rank(
-        quantiser, make, drop, method, start, plain, lowest, time.monotonic() + deadline.left(until) / 2
+        quantiser, make, drop, method, found, time.monotonic() + deadline.left(until) / 2
     )
     quantiser.ranking = ranking
     useful = [layer.name for layer in ranking if layer.won >= WORTH] or [layer.name for layer in ranking]
@@ -335,9 +336,9 @@ def put_back(
 
     def attempt(keep: frozenset[str]) -> Mixture | None:
         engine = _made(quantiser, make, keep, method)
-        return None if engine is None else _mixture(_label(keep), keep, engine, judge)
+        return None if engine is None else _judged(quantiser, _label(keep), keep, engine, drop, judge)
 
-    mixture, complete = _shortest(every, start, attempt, drop, say, end)
+    mixture, complete = _shortest(every, found[-1].keep, attempt, drop, say, end)
     if not complete:
         quantiser.left_out.append(
             "shorter lists of layers were not tried" if mixture else "longer lists of layers in FP32 were not tried"
@@ -396,19 +397,30 @@ def _mixture(label: str, keep: frozenset[str], engine: Engine, judge: VerdictOf)
     return Mixture(label, keep, engine, judge(engine))
 
 
+def _judged(
+    quantiser: Quantiser, label: str, keep: frozenset[str], engine: Engine, drop: Drop, judge: VerdictOf
+) -> Mixture | None:
+    """A mixture beside plain INT8; None, and one mixture less, where the backend cannot run it."""
+    try:
+        return _mixture(label, keep, engine, judge)
+    except BackendError as error:
+        drop(engine)
+        quantiser.refused.append(f"INT8 with {label} is left out: {error}")
+        return None
+
+
 def _rank(
-    quantiser: Quantiser,
-    make: Make,
-    drop: Drop,
-    method: Method,
-    start: frozenset[str],
-    plain: float,
-    lowest: float,
-    until: float,
+    quantiser: Quantiser, make: Make, drop: Drop, method: Method, found: Sequence[Mixture], until: float
 ) -> list[LayerCost]:
-    """Layers by what their return to FP32 wins per cost, on top of ``start``."""
-    costs = quantiser.costs()
-    ranked = [LayerCost(name, _won(plain, lowest, plain), costs[name], True) for name in sorted(start)]
+    """Layers by what their return to FP32 wins per cost: the ends as ``found`` has them, the others on top of these."""
+    costs, start = quantiser.costs(), found[-1].keep
+    changes = [quantiser.change(mixture.engine) for mixture in found]
+    plain, lowest = changes[0], changes[-1]
+    ranked = [
+        LayerCost(name, _won(changes[k], changes[k + 1], plain), costs[name], True)
+        for k, (before, after) in enumerate(pairwise(found))
+        for name in sorted(after.keep - before.keep)
+    ]
     rest: list[LayerCost] = []
     todo = [name for name in quantiser.layers if name not in start]
     todo.sort(key=lambda name: costs[name])  # cheap ones first, should the time not be enough for all

@@ -15,6 +15,7 @@ from . import exam, parity, pictures
 from .contract import Contract
 from .engine import Engine, EngineSpec, load
 from .errors import ContractError, EngineError, GraphError, ImageError, OutputError
+from .field import size_text
 from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
 from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
@@ -134,7 +135,7 @@ def verify(
         folder = loaded.folder
         if folder is None:
             raise EngineError(f"{engine} is not a folder")
-        allowed = budget or (Budget(**folder.parity["budget"]) if folder.parity else Budget())
+        allowed = budget or exam.recorded_budget(folder)
         allowed = allowed.of(loaded.spec.precision)
         chosen = loaded.spec.head(head)
         if head is not None and labels is None:
@@ -304,13 +305,24 @@ def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, contract: Con
     channels = len(wanted)
     several = contract.task == "multilabel"
     truth = _label_of(sample, labels, channels if several else 1)
+    if truth.shape[1:] != sample.plane_shape:
+        raise ImageError(
+            f"{sample.name}: the label is {size_text(truth.shape[1:])} px and the image {size_text(sample.plane_shape)}; "
+            "they must be of one size"
+        )
     truth = truth[:, *(slice(a, a + n) for a, n in zip(sample.start, sample.shape, strict=True))]
     if truth.shape[1:] != wanted.shape[1:]:
         raise ImageError(
-            f"{sample.name}: the label is {truth.shape[1:]} and the result {wanted.shape[1:]}; they must be of one size"
+            f"{sample.name}: labels are compared pixel by pixel, and the result of {size_text(truth.shape[1:])} px is "
+            f"{size_text(wanted.shape[1:])}; pass --head NAME for an output of the image's size, or leave --labels out"
         )
     if not several and (contract.task == "binary" or channels == 2):
         truth = truth > 0
+    elif not several and (strange := np.setdiff1d(truth, np.arange(channels))).size:
+        raise ImageError(
+            f"{sample.name}: the label holds {', '.join(f'{v:g}' for v in strange[:5])}, and the classes are 0 to "
+            f"{channels - 1}; give labels of class numbers"
+        )
     references = truth > 0 if several else [truth[0] == c for c in range(1, max(channels, 2))]
     first = 1 if contract.task == "multiclass" else 0  # the first class of several is the background
     engine, baseline = (
