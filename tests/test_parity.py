@@ -112,7 +112,7 @@ def test_values_that_are_nearly_all_the_same():
     assert compare(peaks, off, contract).relative == pytest.approx(0.04 / 8)
     empty, noise = np.zeros_like(peaks), np.full_like(peaks, 0.04)
     alone = compare(empty, noise, contract, "empty")
-    assert (alone.relative, alone.span) == (float("inf"), 0.0)
+    assert (alone.relative, [span for _, span in alone.channels]) == (float("inf"), [0.0])
     assert not judge([alone], Budget()).accepted, "there is nothing that the error is small against"
     assert judge([compare(empty, empty, contract)], Budget(error=0)).accepted
     verdict = judge([alone, compare(peaks, off, contract)], Budget(error=6e-3))
@@ -121,6 +121,22 @@ def test_values_that_are_nearly_all_the_same():
     assert not judge([alone, compare(peaks, off, contract)], Budget(error=4e-3)).accepted
     broken = compare(empty, np.full_like(empty, np.nan), contract)
     assert not judge([broken, compare(peaks, peaks, contract)], Budget()).accepted
+
+
+def test_a_channel_of_small_values_cannot_hide():
+    """A distance in pixels beside a probability: the second may be all wrong and change next to nothing of the first."""
+    contract = Contract(task="regression")
+    rng = np.random.default_rng(3)
+    base = np.stack([rng.uniform(0, 100, (64, 64)), rng.uniform(0, 1, (64, 64))]).astype(np.float32)
+    lost = base * np.float32([[[1]], [[0]]])
+    found = compare(base, lost, contract, "a")
+    assert found.relative == pytest.approx(base[1].max() / np.ptp(np.percentile(base[1], (1, 99))))
+    assert not judge([found], Budget(error=0.5)).accepted
+    empty = base * np.float32([[[1]], [[0]]])  # an image without any of it: its error counts over the range elsewhere
+    spoilt = empty + np.float32([[[0]], [[0.05]]])
+    verdict = judge([compare(base, base, contract), compare(empty, spoilt, contract, "b")], Budget(error=0.06))
+    assert verdict.accepted
+    assert verdict.error == pytest.approx(0.05 / np.ptp(np.percentile(base[1], (1, 99))))
 
 
 def test_how_much_of_the_budget_is_used():

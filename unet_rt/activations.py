@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,11 +135,31 @@ HALF_MARGIN = 2.0  # images may be brighter than samples
 
 def overflowing(model: onnx.ModelProto, found: dict[str, Distribution]) -> frozenset[str]:
     """Nodes that read or write a tensor too large for FP16, or close to it: islands for :func:`unet_rt.passes.half.half`."""
+    return islands(model, {name for name, d in found.items() if not d.finite or too_large(d.low, d.high)})
+
+
+def too_large(low: float, high: float) -> bool:
+    """Whether values of a range leave FP16's, or come close to it."""
+    return max(abs(low), abs(high)) > HALF_LARGEST / HALF_MARGIN
+
+
+def islands(model: onnx.ModelProto, large: Collection[str]) -> frozenset[str]:
+    """Nodes that read or write one of these tensors, themselves or through INT8; and what makes floats of INT8 for them.
+
+    (A convolution between DequantizeLinear and QuantizeLinear runs in INT8 only if nothing casts in between.)
+    """
     from .passes.half import node_name
 
-    limit = HALF_LARGEST / HALF_MARGIN
-    large = {name for name, d in found.items() if not d.finite or max(abs(d.low), abs(d.high)) > limit}
-    return frozenset(node_name(node) for node in model.graph.node if large.intersection((*node.output, *node.input)))
+    large, as_integers = set(large), set[str]()
+    for node in model.graph.node:  # sorted, as ONNX wants them
+        if node.op_type == "QuantizeLinear" and node.input[0] in large:
+            as_integers.update(node.output)
+        elif node.op_type == "DequantizeLinear" and node.input[0] in as_integers:
+            large.update(node.output)
+    chosen = [node for node in model.graph.node if large.intersection((*node.output, *node.input))]
+    read = {name for node in chosen for name in node.input}
+    before = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and read.intersection(n.output)]
+    return frozenset(map(node_name, (*chosen, *before)))
 
 
 def tensors(model: onnx.ModelProto) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import log
 from typing import TYPE_CHECKING, Any
@@ -92,9 +92,10 @@ class ImageParity:
         dice: Per class name, of the classes present in either mask.
         class_px: Per class name, pixels in the baseline's mask.
         max_abs, mean_abs: Error of the network's own values.
-        relative: ``max_abs`` over ``span``.
+        relative: The largest error over the range of the baseline's values (:func:`value_span`); of an output without
+            labels channel by channel, the worst one: a channel of small values must not hide beside one of large ones.
         candidate_px: Per class name, pixels in the other mask.
-        span: Range of the baseline's values, see :func:`value_span`.
+        channels: (largest error, range of the baseline's values) that ``relative`` is made of.
     """
 
     name: str
@@ -108,7 +109,7 @@ class ImageParity:
     head: str = ""
     judged: bool = True
     candidate_px: Mapping[str, int] = field(default_factory=dict)
-    span: float = 1.0
+    channels: tuple[tuple[float, float], ...] = ()
 
     @property
     def changed(self) -> float:
@@ -172,8 +173,8 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
         error = np.abs(candidate.astype(np.float64) - baseline)
     error[candidate == baseline] = 0.0
     error[np.isnan(error)] = np.inf  # a NaN compares with nothing and would pass every bound
-    span = value_span(baseline)
-    relative = float(error.max()) / span if span else float("inf" if error.max() else 0.0)
+    parts = [(error, baseline)] if contract.has_labels else zip(error, baseline, strict=True)
+    channels = tuple((float(part.max()), value_span(values)) for part, values in parts)
     change, scores, counts, others = None, dict[str, float](), dict[str, int](), dict[str, int]()
     if contract.has_labels:
         a, b = labels(baseline, contract), labels(candidate, contract)
@@ -184,9 +185,15 @@ def compare(baseline: Array, candidate: Array, contract: Contract, name: str = "
             if left.any() or right.any():
                 scores[key] = dice(left, right)
                 counts[key], others[key] = int(np.count_nonzero(left)), int(np.count_nonzero(right))
-    largest, mean = float(error.max()), float(error.mean())
-    pixels = int(baseline[0].size)
-    return ImageParity(name, pixels, change, scores, counts, largest, mean, relative, candidate_px=others, span=span)
+    return ImageParity(
+        name, int(baseline[0].size), change, scores, counts, float(error.max()), float(error.mean()),
+        _relative(channels), candidate_px=others, channels=channels,
+    )  # fmt: skip
+
+
+def _relative(channels: Iterable[tuple[float, float]]) -> float:
+    """The largest of errors over ranges; any error is too large for a range that is empty."""
+    return max(error / span if span else float("inf" if error else 0.0) for error, span in channels)
 
 
 def value_span(values: Array) -> float:
@@ -343,11 +350,23 @@ def _scores(images: Sequence[ImageParity], budget: Budget) -> list[tuple[float, 
 
 
 def _on_a_range(images: Sequence[ImageParity]) -> list[ImageParity]:
-    """Images on which the baseline is constant, with their error over the widest range that the output has elsewhere."""
-    spans: dict[str, float] = {}
+    """Where the baseline is constant in a channel of an image, the error is over the widest range that it has elsewhere."""
+    widest: dict[tuple[str, int], float] = {}
     for image in images:
-        spans[image.head] = max(spans.get(image.head, 0.0), image.span)
-    return [replace(i, relative=i.max_abs / spans[i.head]) if not i.span and spans[i.head] else i for i in images]
+        for k, (_, span) in enumerate(image.channels):
+            widest[image.head, k] = max(widest.get((image.head, k), 0.0), span)
+
+    def judged(image: ImageParity) -> ImageParity:
+        if all(span for _, span in image.channels):
+            return image
+        return replace(
+            image,
+            relative=_relative(
+                (error, span or widest[image.head, k]) for k, (error, span) in enumerate(image.channels)
+            ),
+        )
+
+    return [judged(image) for image in images]
 
 
 def used(verdict: Verdict, budget: Budget) -> dict[str, float]:

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import machine, parity
+from .activations import islands, too_large
 from .calibration import METHODS, Method, calibrate
 from .engine import Engine
 from .errors import BackendError, ContractError, GraphError
@@ -150,10 +151,18 @@ class Quantiser:
 
         ranges = self.calibration.ranges[method or self.method or METHODS[0]]
         made = qdq.quantise(self.prepared, ranges, form_of(backend), keep=keep, means=self.calibration.means)
-        if backend == "tensorrt":  # what is not INT8 there is FP16
-            half(made.model)
+        if backend == "tensorrt":  # what is not INT8 there is FP16, and FP32 where that would overflow
+            half(made.model, islands=islands(made.model, self._too_large()))
         onnx.save_model(made.model, str(path))
         return made
+
+    def _too_large(self) -> set[str]:
+        """Tensors that would overflow in FP16, those that layers write in front of their activation among them."""
+        seen = self.calibration.ranges["minmax"]
+        large = {name for name, found in seen.items() if too_large(found.low, found.high)}
+        nodes = {node.name: node for node in self.prepared.graph.node}
+        behind = qdq.results(self.prepared)
+        return large | {nodes[name].output[0] for name in self.layers if behind[name] in large}
 
     def _outputs(self, engine: Engine, x: Array) -> list[Array]:
         """What an engine says of one tile: the outputs that are judged, (K, *tile_out) each."""
@@ -231,11 +240,13 @@ def form_of(backend: str) -> qdq.Form:
 def change_near_decision(wanted: Sequence[Array], got: Sequence[Array], contract: Contract) -> float:
     """Mean change of the distance to the decision where it is close, over the mean distance; infinite for NaN.
 
-    For regression the root mean square error over the 1st to 99th percentile range.
+    For regression the root mean square error over the 1st to 99th percentile range, of the channel that it is largest in.
     """
     if contract.task == "regression":
-        w, g = (np.concatenate([y.ravel() for y in ys]).astype(np.float64) for ys in (wanted, got))
-        error = float(np.sqrt(((g - w) ** 2).mean())) / max(parity.value_span(w), 1e-30)
+        error = max(
+            _root_mean_square(*(np.concatenate([y[k].ravel() for y in ys]).astype(np.float64) for ys in (wanted, got)))
+            for k in range(len(wanted[0]))
+        )
         return error if np.isfinite(error) else float("inf")
     before, after = [], []
     for w, g in zip(wanted, got, strict=True):
@@ -254,6 +265,12 @@ def change_near_decision(wanted: Sequence[Array], got: Sequence[Array], contract
     near = distance <= np.quantile(distance, CLOSE)
     error = float(np.abs(a - b)[near].mean() / max(float(distance.mean()), 1e-30))
     return error if np.isfinite(error) else float("inf")
+
+
+def _root_mean_square(wanted: Array, got: Array) -> float:
+    """Of the error of one channel, over the range of its values; 0 where it has none and nothing changes."""
+    error = float(np.sqrt(((got - wanted) ** 2).mean()))
+    return error / max(parity.value_span(wanted), 1e-30)
 
 
 Make = Callable[[frozenset[str], Method], Engine]
