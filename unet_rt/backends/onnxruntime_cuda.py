@@ -456,9 +456,10 @@ class CudaSession(SessionBase):
         """Errors of a run as ours. Where memory is short, the provider session gives back what it holds of it."""
         from unet_rt.device import DeviceMemoryError
 
+        kinds: tuple[type[Exception], ...] = (DeviceMemoryError, *self._errors)
         try:
             yield
-        except (DeviceMemoryError, *self._errors) as error:
+        except kinds as error:
             short = isinstance(error, DeviceMemoryError) or any(words in str(error) for words in _SHORT_OF_MEMORY)
             if short:
                 self._stream.synchronize()
