@@ -52,7 +52,7 @@ from unet_rt.training import predict_whole
 Array = np.ndarray[Any, np.dtype[Any]]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
 WINDOW = 512  # MONAI's
-ALONE = 12  # tiles that the engine's own time is taken from, at most
+ALONE = 6  # tiles that the engine's own time is taken from, at most
 MIRRORS = ((), (2,), (3,), (2, 3))
 
 
@@ -249,7 +249,7 @@ def built(net: paper_net.Net, folder: Path, args: argparse.Namespace) -> tuple[d
     """Engines by name, one per precision, as build chooses them; and why others are missing."""
     engines: dict[str, urt.Engine] = {}
     skipped: dict[str, str] = {}
-    samples = paper_net.drawn(2, 200) if args.quick else paper_net.drawn(4, 1024)
+    samples = paper_net.drawn(2, 200) if args.quick else paper_net.drawn(4, 640 if args.net == "paper" else 1024)
     for precision in args.precisions.split(","):
         begun = time.perf_counter()
         try:

@@ -5,7 +5,8 @@
 Each network is built once per backend and precision on one part of its images (the search, its calibration and its verdict
 see nothing else) and then held against its FP32 graph on the rest: changed labels, Dice against the FP32 mask, and Dice
 against the truth of both, where there is one. FP16 graphs and the INT8 form of TensorRT, which no CPU backend takes, run in
-plain ONNX Runtime on the CPU, for their numbers. Nothing here is a time.
+plain ONNX Runtime on the CPU, for their numbers: INT8 node by node, as the graph says (fused for a CPU without VNNI, sums of
+two products overflow 16 bits there, which no GPU does). Nothing here is a time.
 
 ``--shared``: ``data/dsb2018``, ``data/isbi2012`` (``image`` and ``label`` folders) and ``models/nuclei``, ``models/strain``.
 ``--checkpoint NAME=FILE``: a checkpoint of ``unet-rt train`` or ``membranes.py``, measured on the slices of ISBI 2012.
@@ -172,7 +173,10 @@ def in_onnxruntime(subject: Subject, work: Path, count: int) -> list[dict[str, A
         graphs["int8 as for TensorRT"] = made_for.model
     for precision, graph in graphs.items():
         print(f"{subject.name}: {precision} in plain ONNX Runtime", flush=True)
-        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        if precision != "fp16":
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
         names = [i.name for i in session.get_inputs()]
 
         def run(inputs: list[Any], session: Any = session, names: list[str] = names) -> Any:
@@ -205,11 +209,11 @@ def judged(subject: Subject, model: Any, engine: Engine, count: int) -> parity.V
     return parity.judge(images, urt.Budget().of(spec.precision))
 
 
-def others(rows: Sequence[dict[str, Any]], out: str | None) -> list[dict[str, Any]]:
-    """Rows of an earlier run, of networks that this one did not measure."""
+def merged(rows: Sequence[dict[str, Any]], out: str | None) -> list[dict[str, Any]]:
+    """Rows of an earlier run, those replaced that this one measured anew, and the others of this one."""
     path = Path(out) if out is not None else record.RESULTS / "parity.json"
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in earlier if row["net"] not in {r["net"] for r in rows}]
+    return list({(row["net"], row["backend"], row["precision"]): row for row in [*earlier, *rows]}.values())
 
 
 def made(folder: Path) -> Path:
@@ -222,6 +226,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--checkpoint", metavar="NAME=FILE", nargs="+", default=[])
     parser.add_argument("--net", metavar="WORD", nargs="+", help="only networks whose name holds one of these")
+    parser.add_argument("--backend", nargs="+", default=backends.usable("cpu"))
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
     parser.add_argument("--samples", type=int, default=20, help="images that are built on")
     parser.add_argument("--count", type=int, default=20, help="windows held back that are judged")
@@ -236,12 +241,13 @@ def main() -> None:
                 continue
             subject = replace(subject, samples=list(subject.samples)[: args.samples])
             work = made(Path(temporary) / str(k))
-            for backend in backends.usable("cpu"):
+            for backend in args.backend:
                 for precision in args.precision:
                     rows += measured(subject, work, backend, precision, args.count, args.search_minutes)
             rows += in_onnxruntime(subject, work, args.count)
-            document = {"rows": [*others(rows, args.out), *rows]}
-            record.write("parity", document, args.out)  # after each network, should the next one fail
+            record.write(
+                "parity", {"rows": merged(rows, args.out)}, args.out
+            )  # after each network, should the next one fail
     for row in rows:
         found = row.get("held_back")
         text = row.get("note") or (

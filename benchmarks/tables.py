@@ -671,12 +671,12 @@ def precision_paper() -> str:
 
 def parity_rows() -> str:
     found = record("parity")
-    lines = []
+    lines, missing = [], dict[tuple[str, str], list[str]]()
     for row in found["rows"]:
         name = (row["net"], row["backend"], row["precision"] + (f" ({row['variant']})" if row.get("variant") else ""))
         held = row.get("held_back")
         if held is None:
-            lines.append((*name, "not built: " + row["note"], "", "", ""))
+            missing.setdefault((f"{row['backend']} {row['precision']}", row["note"]), []).append(row["net"])
             continue
         regression = held["labels_ppm_worst"] is None
         truth = row.get("truth")
@@ -696,10 +696,14 @@ def parity_rows() -> str:
         "Dice against the truth (FP32)", "default budget",
     )  # fmt: skip
     counts = sorted({row["held_back"]["images"] for row in found["rows"] if row.get("held_back")})
-    images = " or ".join(map(str, counts))
+    images, count = " or ".join(map(str, counts)), len({row["net"] for row in found["rows"]})
     return (
         f"{images} images held back from the build for each network, on {found['machine']['cpu']}\n"
-        f"(`{found['command']}`):\n\n{table(head, lines)}"
+        f"(`{found['command']}`):\n\n{table(head, lines)}\n\n"
+        + "\n\n".join(
+            f"Not built: {what} of {'every network' if len(nets) == count else '; '.join(nets)}: {why}."
+            for (what, why), nets in missing.items()
+        )
     )
 
 

@@ -17,12 +17,22 @@ import pytest
 import tifffile
 
 import unet_rt as urt
-from unet_rt import backends, build_engines, build_int8, build_job, build_record, build_tiling, contract_io, machine
-from unet_rt.build_report import BuildReport
+from unet_rt import (
+    backends,
+    build_choice,
+    build_engines,
+    build_int8,
+    build_job,
+    build_record,
+    build_tiling,
+    contract_io,
+    machine,
+)
+from unet_rt.build_report import BuildReport, Candidate
 from unet_rt.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
-from unet_rt.model import open_model, untiled_spec
+from unet_rt.model import kept_share, open_model, untiled_spec
 from unet_rt.reports import build_text
 from unet_rt.samples import draw
 from unet_rt.stitch import blend_weight
@@ -745,6 +755,24 @@ def test_a_fast_precision_outside_the_budget_does_not_end_the_search(monkeypatch
     assert [key[1] for key in verdicts] == ["bf16"], "judged once"
     said = "was not brought inside the budget" if searched else "no layers were returned to FP32"
     assert said in remarks.notes[0]
+
+
+@pytest.mark.parametrize(("seconds", "tried"), [(1e6, 3), (-1.0, 1)])
+def test_a_tile_that_keeps_much_more_is_tried_whatever_the_time(exact_folder, monkeypatch, seconds, tried):
+    """The halo throws away a third of 512 x 512 samples, a fifth of 1024 x 1024, and little less of what is larger."""
+    spec = replace(read_folder(exact_folder).spec, tile=(512, 512))
+    monkeypatch.setattr(build_tiling, "TILE_AREAS", (512**2, 1024**2, 1536**2, 2048**2))
+    tiles = build_tiling.tried_tiles(spec)
+    shares = [kept_share(spec, tile) for tile in tiles]
+    assert shares[1] > build_choice.WORTH_WAITING * shares[0]
+    assert shares[2] < build_choice.WORTH_WAITING * shares[1]
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 2**40)
+    remarks = build_job.Remarks(lambda _: None)
+    job = SimpleNamespace(deadline=SimpleNamespace(left=lambda share: seconds), remarks=remarks)
+    first = SimpleNamespace(best=Candidate("openvino", "fp32", tiles[0], latency_ms=500.0), bytes_per_px=1000.0)
+    found = build_choice._larger_tiles(job, SimpleNamespace(spec=spec), first)
+    assert found == tiles[1 : 1 + tried]
+    assert remarks.left_out == ([] if tried == 3 else [f"tiles above {tiles[1][0]}x{tiles[1][1]} px were not tried"])
 
 
 def test_an_engine_is_not_overwritten(network, textures, tmp_path, monkeypatch):

@@ -17,12 +17,14 @@ from .build_timing import interleaved_times, with_timing
 from .engine import Engine
 from .errors import BackendError, ParityError
 from .field import size_text
+from .model import kept_share
 from .parity import Budget, Verdict
 from .predict import MEMORY_SHARE
 from .samples import tile_of
 
 LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
 SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without warm-up: its first run is 5 % slower
+WORTH_WAITING = 1.1  # a tile that keeps so many times the share of the one before it is tried when time is up, too
 AS_FAST = 0.95  # of the fastest speed: about the spread of measurements
 
 
@@ -195,20 +197,25 @@ def _seconds_of(candidate: Candidate, tile: Sequence[int]) -> float:
 
 
 def _larger_tiles(job: Job, tiling: Tiling, first: Choice) -> list[tuple[int, ...]]:
-    """Tiles above the one that candidates were compared at, as far as time and memory allow to try them."""
+    """Tiles above the one that candidates were compared at, as far as time and memory allow to try them.
+
+    Where the halo takes half of a tile, a larger one is worth more than all else that was searched for: those that keep a
+    tenth more of what they compute are tried with no time left, too.
+    """
     best, device, remarks = first.best, tiling.spec.device, job.remarks
     left = job.deadline.left(TILES_END) - _seconds_of(best, best.tile)
     tiles: list[tuple[int, ...]] = []
     for tile in tried_tiles(tiling.spec):
         if prod(tile) <= prod(best.tile):
             continue
-        last = size_text(tiles[-1] if tiles else best.tile)
+        before = tiles[-1] if tiles else best.tile
+        last = size_text(before)
         seconds = _seconds_of(best, tile)
         if seconds > LARGEST_RUN_S:
             remarks.notes.append(f"tiles above {last} px were not tried: the next would take {seconds:.0f} s")
             break
         left -= seconds
-        if left < 0:
+        if left < 0 and kept_share(tiling.spec, tile) < WORTH_WAITING * kept_share(tiling.spec, before):
             remarks.left_out.append(f"tiles above {last} px were not tried")
             break
         if device == "cpu":
