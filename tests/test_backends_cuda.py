@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -314,6 +315,52 @@ def test_memory_that_is_short_is_told_from_other_failures(
     assert isinstance(raised.value, gpu.DeviceMemoryError) is short
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["the first run", "a later run"])
+def test_a_session_that_is_short_of_memory_is_given_back(
+    host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Its arena is full, and a smaller batch, which is tried next, has a session of its own."""
+
+    def short(self: HostSession, *_: Any) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 93952")
+
+    x, y = (host_gpu.empty((4, channels, 32, 32), np.float32) for channels in (1, 2))
+    less = host_gpu.empty((1, 1, 32, 32), np.float32), host_gpu.empty((1, 2, 32, 32), np.float32)
+    with CudaSession(shipped_model(), "fp32", "cuda:0", 1) as session:
+        session.run_device([less[0]], [less[1]])
+        if not first:
+            session.run_device([x], [y])
+        with monkeypatch.context() as patch:
+            patch.setattr(HostSession, "run_with_iobinding", short)
+            with pytest.raises(gpu.DeviceMemoryError) as raised:  # kept here, as whoever compares candidates does
+                session.run_device([x], [y])
+        gone = weakref.ref(HostSession.made.pop())
+        assert gone() is None
+        assert list(session._compiled) == [((1, 1, 32, 32),)]
+        assert [key[0] for key in session._bindings] == list(session._compiled)
+        made = len(HostSession.made)
+        session.run_device([less[0]], [less[1]])
+        assert len(HostSession.made) == made
+        session.run_device([x], [y])  # others may have given memory back
+        assert len(HostSession.made) == made + 1
+    assert "use a smaller --tile or --batch" in str(raised.value)
+
+
+def test_a_session_whose_arrays_find_no_memory_is_given_back(
+    host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> None:
+        raise gpu.DeviceMemoryError("the device is out of memory")
+
+    with CudaSession(shipped_model(), "fp32", "cuda:0", 1) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(host_gpu, "empty", short)
+            with pytest.raises(gpu.DeviceMemoryError, match=r"^the device is out of memory$"):
+                session.output_shapes([(4, 1, 32, 32)])
+        assert not session._compiled
+        assert session.output_shapes([(4, 1, 32, 32)]) == [(4, 2, 32, 32)]
+
+
 def test_launches_are_recorded_for_addresses_that_stay(host_gpu: HostDevice) -> None:
     with CudaSession(shipped_model(), "fp32", "cuda:0", 1, Options(cuda_graph=True)) as session:
         stay = host_gpu.empty((1, 1, 32, 32), np.float32), host_gpu.empty((1, 2, 32, 32), np.float32)
@@ -324,6 +371,24 @@ def test_launches_are_recorded_for_addresses_that_stay(host_gpu: HostDevice) -> 
         session.run_device([stay[0]], [stay[1]])
         # the first run finds the shapes; then two runs before these addresses are taken for ones that stay
         assert HostSession.made[1].runs == ["-1", "-1", "-1", "1", "1", "-1", "1"]
+
+
+def test_recordings_make_room_when_their_session_goes(host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are held by provider sessions: bindings that go free none, sessions that go free theirs."""
+    monkeypatch.setattr(onnxruntime_cuda, "_GRAPHS", 1)
+    monkeypatch.setattr(onnxruntime_cuda, "_BINDINGS", 1)
+    with CudaSession(shipped_model(), "fp32", "cuda:0", 1, Options(cuda_graph=True)) as session:
+
+        def ran(side: int) -> list[str | None]:
+            x, y = host_gpu.empty((1, 1, side, side), np.float32), host_gpu.empty((1, 2, side, side), np.float32)
+            for _ in range(4):
+                session.run_device([x], [y])
+            return HostSession.made[-1].runs[-2:]
+
+        assert ran(32) == ["1", "1"]
+        assert ran(32) == ["-1", "-1"]
+        assert [ran(side) for side in (40, 48, 56)] == [["-1", "-1"]] * 3
+        assert ran(64) == ["1", "1"]
 
 
 def test_build_measures_and_load_obeys(host_gpu: HostDevice, tmp_path: Path, baseline: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -13,15 +15,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from host_device import HostDevice, HostSession
 from onnx import helper, numpy_helper
 from PIL import Image
 
 import unet_rt as urt
-from unet_rt import bench
+from unet_rt import bench, build_timing
 from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
 from unet_rt.cli import main
 from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
+from unet_rt.device import Device
+from unet_rt.engine import Engine
 from unet_rt.reports import bench_text
 from unet_rt.samples import draw, raw_result
 from unet_rt.tiles import tile_grid
@@ -32,6 +37,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def timing(*times: float) -> bench.Timing:
     return bench.Timing(statistics.median(times), min(times), max(times), len(times), 0, times)
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    """The same engine on a device of host memory; options are those of its spec."""
+
+    def make(engine: Engine, **options: Any) -> Engine:
+        device = HostDevice()
+        monkeypatch.setattr(Device, "open", classmethod(lambda cls, index=0: device))
+        return Engine(replace(engine.spec, device="cuda:0", **options), HostSession(engine, device))  # type: ignore[arg-type]
+
+    return make
 
 
 def test_noise_that_both_share_cancels() -> None:
@@ -50,6 +67,44 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         held += found.low <= 1.0 <= found.high
     # 95 % of 200, and five standard deviations below: a bootstrap of a median is a little narrow
     assert held >= 174
+
+
+@pytest.mark.parametrize(("fixed", "size"), [(None, 2), (3, 3)])
+def test_on_a_device_a_batch_has_the_size_that_the_graph_takes(
+    engine_folder: Path, on_device: Callable[..., Engine], fixed: int | None, size: int
+) -> None:
+    with urt.load(engine_folder) as cpu:
+        gpu = on_device(cpu, batch=fixed)
+        session: Any = gpu._session
+        with closing(bench.DeviceRun(gpu, np.zeros((2, 1, 64, 64), np.float32))) as run:
+            run()
+        assert set(session.runs) == {((size, 1, 64, 64),)}
+        assert session.stream.device.held == 0
+
+
+def test_nothing_rests_between_runs_on_a_device(
+    engine_folder: Path,
+    on_device: Callable[..., Engine],
+    sample_images: list[Array],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rest is for threads of the host that spin; a GPU lowers its clocks meanwhile."""
+    rests, real = list[float | None](), bench.interleave
+
+    def interleave(contenders: Any, **options: Any) -> Any:
+        rests.append(options.get("rest_s"))
+        return real(contenders, **options)
+
+    monkeypatch.setattr(bench, "interleave", interleave)
+    with urt.load(engine_folder) as cpu:
+        (sample,) = draw(sample_images[:1], cpu.spec.contract, spatial=2, network_channels=1, count=1)
+        gpu = on_device(cpu)
+        for engines in ((gpu, gpu), (cpu, cpu), (cpu, gpu)):
+            runs = [(engine, (64, 64), 1) for engine in engines]
+            assert all(
+                isinstance(t, bench.Timing) for t in build_timing.interleaved_times(runs, sample, 1, runs=1, warm_up=0)
+            )
+    assert rests == [0.0, None, None]
 
 
 def test_every_other_round_goes_backwards() -> None:

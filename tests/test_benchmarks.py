@@ -194,6 +194,32 @@ def test_slower_takes_longer_and_a_failure_is_only_its_own(gpu: ModuleType) -> N
     assert min(times["quick"]) < 0.004
 
 
+@pytest.mark.parametrize("failing", [("eager FP32",), ("eager FP32", "other", "third")], ids=["first", "all"])
+def test_a_table_outlives_the_first_contender(gpu: ModuleType, tmp_path: Path, failing: tuple[str, ...]) -> None:
+    """It has no result left once it has failed; labels are held against those of the next one."""
+    import torch
+
+    def made(name: str) -> Any:
+        last = list[Any]()
+
+        def call() -> None:
+            last.clear()
+            if name in failing:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            last.append(torch.eye(2)[None, :, None])
+
+        return gpu.Contender(name, call, lambda: last[0], "fp32")
+
+    section = gpu.Section("nuclei", True, tmp_path, time.time() + 60)
+    contenders = [made(name) for name in ("eager FP32", "other", "third")]
+    gpu.report_contenders(section, "nuclei", gpu.network("nuclei", True), 64, 1, contenders, 5.0)
+    rows = section.figures.get("rows", [])
+    assert [row["name"] for row in rows] == [c.name for c in contenders if c.name not in failing]
+    assert all((row["held_against"], row["label_agreement"]) == ("other", 1.0) for row in rows)
+    assert len(section.figures["failed"]) == len(failing)
+    assert ("to other" in gpu.tables({"nuclei": section.figures})) == bool(rows)
+
+
 def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only = "machine,prepare,roof,kernels,build-onnxruntime,nuclei,predict-nuclei,repeat"
     out = tmp_path / "gpu.json"

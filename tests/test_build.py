@@ -17,12 +17,22 @@ import pytest
 import tifffile
 
 import unet_rt as urt
-from unet_rt import backends, build_choice, build_int8, build_job, build_record, build_tiling, contract_io, machine
+from unet_rt import (
+    backends,
+    build_choice,
+    build_engines,
+    build_int8,
+    build_job,
+    build_record,
+    build_tiling,
+    contract_io,
+    machine,
+)
 from unet_rt.build_report import BuildReport, Candidate
 from unet_rt.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
-from unet_rt.model import kept_share, open_model
+from unet_rt.model import kept_share, open_model, untiled_spec
 from unet_rt.reports import build_text
 from unet_rt.samples import draw
 from unet_rt.stitch import blend_weight
@@ -250,6 +260,20 @@ def test_a_candidate_that_cannot_run_is_left_out(network, textures, tmp_path, mo
     assert [c.note for c in report.candidates if c.backend == "openvino"] == ["no kernel for this layer"]
     assert report.candidates[report.chosen].backend == engine.spec.backend == "onnxruntime"
     assert "not tried: openvino fp32: no kernel for this layer" in build_text(report)
+
+
+@pytest.mark.openvino
+def test_a_backend_that_refuses_the_tile_is_left_out(network, textures, tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise urt.TileError("input x is 2x1x?x?, and tile and batch make it 1x1x160x160")
+
+    monkeypatch.setattr(backends.get("openvino"), "build", refuse)
+    options = {"samples": textures, "contract": LOGITS}
+    refused(urt.TileError, "make it 1x1x160x160", network(), tmp_path, backend="openvino", **options)
+    report, engine = built(network(), tmp_path / "x.urt", backend="auto", **options)
+    engine.close()
+    assert "make it 1x1x160x160" in next(c.note for c in report.candidates if c.backend == "openvino")
+    assert engine.spec.backend == "onnxruntime"
 
 
 @pytest.mark.openvino
@@ -553,7 +577,7 @@ def test_a_size_that_cannot_be_freed_is_the_tile(baked, textures, tmp_path):
 
 
 def test_a_batch_that_cannot_be_freed_is_padded(textures, tmp_path):
-    """A graph for two rows and no other number; a short last batch is padded and trimmed."""
+    """A graph for two rows and no other number: measured with two at every tile; a short last batch is padded."""
     torch = pytest.importorskip("torch")
     import networks
 
@@ -568,15 +592,27 @@ def test_a_batch_that_cannot_be_freed_is_padded(textures, tmp_path):
 
     path = tmp_path / "two.onnx"
     networks.export(networks.initialise(Two()), [(2, 1, 32, 32)], path, free=True)
-    report, engine = built(path, tmp_path / "x.urt", samples=textures, contract=LOGITS, tile=(48, 48))
+    report, engine = built(path, tmp_path / "x.urt", samples=textures, contract=LOGITS)
     with engine:
-        assert engine.spec.batch == 2
+        assert engine.spec.batch == engine.spec.run_batch == 2
+        assert [(c.tile, c.batch) for c in report.candidates] == [((160, 160), 2), ((224, 224), 2)]
         assert any("N is fixed to 2" in note for note in report.notes)
         raw = [urt.predict(engine, textures[0], output="raw", tile=(48, 48), batch=batch) for batch in (1, 2, 3)]
         for other in raw[1:]:
             np.testing.assert_array_equal(other, raw[0])
         x = np.pad(textures[0], 0)[None, None]
         np.testing.assert_array_equal(engine._session.run([np.repeat(x, 2, axis=0)])[0][0], raw[0])
+
+
+def test_on_a_gpu_a_fixed_batch_is_the_only_one(network, tmp_path, monkeypatch):
+    model = open_model(network(), tmp_path, options=LOGITS)
+    spec = replace(untiled_spec(model), device="cuda:0", tile=(64, 64))
+    monkeypatch.setattr(build_engines, "fits", lambda model, device, tile, batch: batch < 16)
+    assert build_engines.batches_to_try(model, spec) == (1, 4)
+    assert build_engines.batches_to_try(model, replace(spec, batch=3)) == (3,)
+    no_batch_axis = replace(spec, inputs=(replace(spec.inputs[0], axes="CYX"),))
+    assert build_engines.batches_to_try(model, no_batch_axis) == (1,)
+    assert build_engines.batches_to_try(model, replace(spec, device="cpu")) == (1,)
 
 
 # --- the contract -------------------------------------------------------------------------------------------------

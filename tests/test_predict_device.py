@@ -10,6 +10,7 @@ import gc
 import itertools
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -21,9 +22,10 @@ import pytest
 from host_device import HostDevice, HostSession, host, use_host_kernels
 
 import unet_rt as urt
-from unet_rt import backends, predict_device
+from unet_rt import backends, predict_blocks, predict_device
 from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
+from unet_rt.device import DeviceMemoryError
 from unet_rt.engine import Engine
 from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
 from unet_rt.pipeline import RunReport
@@ -307,6 +309,18 @@ def test_results_on_the_device_can_be_counted_and_drawn(nuclei, image, on_device
     np.testing.assert_array_equal(np.load(tmp_path / "mask.npy"), urt.predict(nuclei, image))
 
 
+def test_a_large_image_on_the_device_is_written_in_one_go(nuclei, image, on_device, shared_with, tmp_path, monkeypatch):
+    """On the host it would be made in blocks, which are kept; what lies on a device is predicted as it is."""
+    monkeypatch.setattr("unet_rt.blocks.LARGE_PX", 1)
+    gpu = on_device(nuclei)
+    device = session_of(gpu).stream.device
+    shared_with(device)
+    urt.predict(gpu, OnDevice(device, image), out=tmp_path / "mask.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "mask.npy"), urt.predict(nuclei, image))
+    with pytest.raises(urt.ImageError, match="lies on a GPU, where images are predicted as they are"):
+        urt.predict(gpu, OnDevice(device, image), out=tmp_path / "mask.zarr")
+
+
 def test_an_image_on_another_device_is_refused(nuclei, image, on_device, shared_with):
     gpu = on_device(nuclei)
     other = HostDevice(index=1)
@@ -394,10 +408,35 @@ def test_smaller_batches_where_memory_is_short(small, texture, on_device):
     np.testing.assert_array_equal(found, urt.predict(small, texture, tile=(40, 48)))
     assert session_of(gpu).runs[-1][0][0] == 4
     assert reports[0].notes == ["the device is out of memory; 4 tiles per run instead of 8"]
+    assert reports[0].batch == 4
     device.limit = 100
     with pytest.raises(urt.BackendError, match="out of memory"):
         urt.predict(gpu, texture, tile=(48, 48), batch=16)
     assert device.held == 0
+
+
+def test_memory_that_is_short_is_found_out_once(small, texture, on_device, monkeypatch):
+    """Later groups of blocks run the batch that the first one ended with."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
+    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
+    gpu, options = on_device(small), {"tile": (40, 48), "memory_bytes": 2**40}
+    device = session_of(gpu).stream.device
+    urt.predict(gpu, texture, batch=4, **options)
+    device.limit, refused, real = device.held, list[Any](), device.empty
+
+    def empty(shape: Any, dtype: Any) -> Any:
+        try:
+            return real(shape, dtype)
+        except DeviceMemoryError:
+            refused.append(shape)
+            raise
+
+    monkeypatch.setattr(device, "empty", empty)
+    reports: list[RunReport] = []
+    found = urt.predict(gpu, texture, batch=16, report=reports.append, **options)
+    np.testing.assert_array_equal(found, urt.predict(small, texture, tile=(40, 48)))
+    assert reports[0].batch == 4
+    assert len(refused) == 2  # of 16 tiles, and of 8
 
 
 def test_two_threads_take_turns(small, texture, on_device):
@@ -415,6 +454,41 @@ def test_two_threads_take_turns(small, texture, on_device):
         thread.join()
     for k in range(3):
         np.testing.assert_array_equal(found[k], expected[k])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["by number", "by what they hold"])
+def test_blocks_are_taken_some_at_a_time(small, texture, on_device, monkeypatch, tmp_path, masked):
+    """Blocks wait with their masks, so a group of them is small; batches have one size in all groups."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
+    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 64 if masked else 2)
+    monkeypatch.setattr("unet_rt.pipeline.DEVICE_HELD_BYTES", 1)
+    groups, earlier, held = list[list[int]](), list[Any](), list[int]()
+    real, make = predict_device.run, predict_blocks._work
+
+    def made(*arguments: Any) -> Any:
+        held.append(sum(work() is not None for work in earlier))
+        return make(*arguments)
+
+    def run(engine: Engine, source: Any, works: Any, *arguments: Any, **options: Any) -> RunReport:
+        earlier.extend(map(weakref.ref, works))
+        groups.append([work.held_bytes for work in works])
+        return real(engine, source, works, *arguments, **options)
+
+    monkeypatch.setattr(predict_device, "run", run)
+    monkeypatch.setattr(predict_blocks, "_work", made)
+    wanted = np.zeros(texture.shape, np.uint8)
+    wanted[5:190, :60] = 1
+    np.save(tmp_path / "region.npy", wanted)
+    options = {"region": tmp_path / "region.npy"} if masked else {"memory_bytes": 2**40}
+    gpu, told = on_device(small), list[tuple[int, int]]()
+    expected, found = both(small, gpu, texture, tile=(40, 48), batch=4, progress=lambda *n: told.append(n), **options)
+    np.testing.assert_array_equal(found, expected)
+    assert len(groups) > 4
+    assert {len(group) for group in groups[:-1]} == {1 if masked else 2}
+    assert all(bool(size) == masked for group in groups for size in group)
+    assert max(held) <= 1  # of all blocks that were computed, while others are made
+    assert {shape for (shape,) in session_of(gpu).runs} == {(4, 1, 40, 48)}
+    assert told[-1][0] == told[-1][1]
 
 
 def test_progress_counts_to_the_end(small, texture, on_device):

@@ -140,7 +140,7 @@ class DeviceRun:
     """
 
     def __init__(self, engine: Engine, batch: npt.NDArray[Any]):
-        """``batch`` (N, C, *tile), normalised pixels; runs it twice."""
+        """``batch`` (N, C, *tile), normalised pixels; runs it twice. One that the engine does not take is padded."""
         from .device import Device
 
         session = engine.device_session
@@ -148,7 +148,8 @@ class DeviceRun:
             raise BackendError(f"{engine.spec.backend} runs on {engine.spec.device}, not on a GPU")
         device = Device.open(machine.cuda_index(engine.spec.device))
         free = device.memory()[0]
-        arrays = engine.graph_inputs(batch)
+        short = engine.batch_for(len(batch)) - len(batch)
+        arrays = engine.graph_inputs(np.concatenate([batch, np.repeat(batch[-1:], max(0, short), axis=0)]))
         self._session, self._inputs, self._outputs = session, list[Any](), list[Any]()
         try:
             for array, dtype in zip(arrays, session.input_dtypes, strict=True):

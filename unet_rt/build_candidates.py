@@ -14,7 +14,7 @@ from .build_report import Candidate, Key
 from .build_tiling import Tiling
 from .build_timing import interleaved_times, quick_seconds, with_timing
 from .engine import Engine, Precision
-from .errors import BackendError, GraphError, ImageError
+from .errors import BackendError, GraphError, ImageError, TileError
 from .field import size_text
 from .parity import Verdict
 from .samples import Sample, tile_of
@@ -52,7 +52,8 @@ def try_candidates(
     """Builds, times and judges the backends ``names`` in every precision, at the tile of ``tiling``.
 
     Raises:
-        BackendError, GraphError: None could be built, or none run; the one that was asked for (``explicit``) could not.
+        BackendError, GraphError, TileError: None could be built, or none run; the one that was asked for (``explicit``)
+            could not.
         ImageError: The one that was asked for is INT8, and there is nothing to calibrate it on.
     """
     tile, batches = tiling.spec.tile, batches_to_try(job.model, tiling.spec)
@@ -69,7 +70,7 @@ def try_candidates(
                     found[name] = int8_mixtures(job, quantiser, make, engines.drop, judge.verdict)
                 else:
                     floats[name, precision, ""] = engines.make(name, precision, tile, batches)
-            except (BackendError, GraphError, ImageError) as error:  # the last: there is nothing to calibrate on
+            except (BackendError, GraphError, TileError, ImageError) as error:  # the last: nothing to calibrate on
                 nothing_else = set(precisions) == {precision}
                 if (explicit and len(names) == 1 and nothing_else) or (isinstance(error, ImageError) and nothing_else):
                     raise

@@ -147,7 +147,8 @@ def _choose_tile(job: Job, tiling: Tiling, first: Choice, engines: Engines, judg
     best, engine, notes, sample = first.best, first.engine, job.remarks.notes, tiling.results.samples[0]
     runs = [(engine, best.tile, best.batch)]
     for larger in _larger_tiles(job, tiling, first):
-        batch = max(1, best.batch * prod(best.tile) // prod(larger))
+        fixed = bool(tiling.spec.batch_sizes)  # which the graph takes, and no other
+        batch = best.batch if fixed else max(1, best.batch * prod(best.tile) // prod(larger))
         try:
             at = engine
             if engine.spec.batches:  # a plan for one tile
@@ -218,7 +219,7 @@ def _larger_tiles(job: Job, tiling: Tiling, first: Choice) -> list[tuple[int, ..
             remarks.left_out.append(f"tiles above {last} px were not tried")
             break
         if device == "cpu":
-            enough = first.bytes_per_px * prod(tile) <= MEMORY_SHARE * machine.memory_bytes()
+            enough = first.bytes_per_px * best.batch * prod(tile) <= MEMORY_SHARE * machine.memory_bytes()
         else:
             enough = fits(job.model, device, tile, 1)
         if not enough:

@@ -60,7 +60,7 @@ class Engines:
             source: The graph where a pass has lowered its precision already; None: the model's.
 
         Raises:
-            BackendError, GraphError: The backend cannot be built, or loaded, with this graph.
+            BackendError, GraphError, TileError: The backend cannot be built, or loaded, with this graph at these shapes.
         """
         job, spec = self._job, self._tiling.spec
         backend, stem = backends.get(name), f"{name}-{precision}-{size_text(tile)}"
@@ -131,8 +131,13 @@ def calibration_tile(spec: EngineSpec) -> tuple[int, ...]:
 
 
 def batches_to_try(model: Model, spec: EngineSpec) -> tuple[int, ...]:
-    """Tiles per run to try: one on a CPU, whose cores one tile keeps busy; several on a GPU, as memory allows."""
-    if spec.device == "cpu" or model.report.batch is not None:
+    """Tiles per run to try: one on a CPU, whose cores one tile keeps busy; several on a GPU, as memory allows.
+
+    What the graph does not leave free is as it is on either.
+    """
+    if spec.batch_sizes:
+        return spec.batch_sizes
+    if spec.device == "cpu":
         return (1,)
     return tuple(n for n in GPU_BATCHES if n == 1 or fits(model, spec.device, spec.tile, n))
 

@@ -138,6 +138,13 @@ class EngineSpec:
         return self.exact and self.free_size
 
     @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Tiles per run that the engine takes, ascending; empty: any number."""
+        if any("N" not in i.axes for i in self.inputs):
+            return (1,)  # no batch axis: one tile at a time
+        return self.batches or (() if self.batch is None else (self.batch,))
+
+    @property
     def input_range(self) -> tuple[tuple[float, float], ...] | None:
         """(lowest, highest) normalised value that build saw, per channel or one pair for all; None where it saw none."""
         return _ranges(self.options.get("input_range"))
@@ -318,10 +325,8 @@ class Engine:
         return self._session if on_device(self._session) else None
 
     def batch_for(self, tiles: int) -> int:
-        """The batch size to run ``tiles`` tiles with: theirs, or the smallest of the plan's that holds them."""
-        sizes = self.spec.batches or ((self.spec.batch,) if self.spec.batch is not None else ())
-        if any("N" not in i.axes for i in self.spec.inputs):
-            sizes = (1,)  # no batch axis: one tile at a time
+        """The batch size to run ``tiles`` tiles with: theirs, or the smallest that the engine takes and that holds them."""
+        sizes = self.spec.batch_sizes
         return next((n for n in sizes if n >= tiles), sizes[-1]) if sizes else tiles
 
     def run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:

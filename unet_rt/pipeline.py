@@ -8,7 +8,6 @@ GPU have a pipeline of their own (``predict_device``).
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 import time
@@ -39,7 +38,8 @@ Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # (tiles done, tiles in all)
 Spans = list[tuple[str, float, float]]  # (stage, start, stop) in seconds of time.perf_counter
 
-DEVICE_WORKS = 64  # that a GPU's pipeline is given at once
+DEVICE_WORKS = 64  # that a GPU's pipeline is given at once,
+DEVICE_HELD_BYTES = 2**25  # and what they may hold together: little beside what a process with a GPU takes anyway
 _COUNTED = 2**18  # pixels counted at a time: they stay in the second-level cache
 
 
@@ -49,6 +49,11 @@ class Work:
 
     plane: int
     grid: TileGrid
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it holds while it waits."""
+        return 0
 
 
 class Tally:
@@ -101,6 +106,7 @@ class RunReport:
         backend, precision, device: Where it ran.
         tile, halo: Tile in pixels and the halo used, in samples (before, after) per axis.
         tiles: Tiles computed.
+        batch: Tiles per run, at most; fewer than asked where a GPU's memory did not hold them.
         mpx: Megapixels of the image, all planes.
         seconds: Wall time; ``stages`` are seconds busy per stage (they overlap): read, gather, infer, stitch, write.
         peak_rss_bytes: Peak resident memory of the process so far.
@@ -118,6 +124,7 @@ class RunReport:
     tile: tuple[int, ...] = ()
     halo: tuple[tuple[int, int], ...] | None = None
     tiles: int = 0
+    batch: int = 1
     mpx: float = 0.0
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
@@ -340,7 +347,7 @@ def run(
                 worker.join()
     if errors:
         raise errors[0]
-    return seen.report(spec, source, output, begun, clock)
+    return seen.report(spec, source, output, batch, begun, clock)
 
 
 def _on_device(
@@ -350,9 +357,9 @@ def _on_device(
     """Runs works on the engine's device, some at a time: they are taken as they are needed."""
     from . import predict_device
 
-    begun, reports, remaining = time.perf_counter(), list[RunReport](), iter(works)
+    begun, reports = time.perf_counter(), list[RunReport]()
     seen = Seen(decision)
-    while group := list(itertools.islice(remaining, DEVICE_WORKS)):
+    for group in _groups(works):
         before = sum(report.tiles for report in reports)
 
         def told(now: int, _: int, before: int = before) -> None:
@@ -364,13 +371,14 @@ def _on_device(
             if done is not None:
                 done(work, tally)
 
-        reports.append(
-            predict_device.run(
-                engine, source, group, decision, write, affines, output=output, batch=batch, progress=told, done=ended
-            )
-        )
+        report = predict_device.run(
+            engine, source, group, decision, write, affines,
+            output=output, batch=batch, total=total, progress=told, done=ended,
+        )  # fmt: skip
+        reports.append(report)
+        batch = report.batch  # what memory did not hold is not tried again
     if not reports:
-        return seen.report(engine.spec, source, output, begun, StageClock())
+        return seen.report(engine.spec, source, output, batch, begun, StageClock())
     merged = together(reports)
     merged.seconds = time.perf_counter() - begun
     merged.class_share, merged.outside_range = (
@@ -380,12 +388,27 @@ def _on_device(
     return merged
 
 
+def _groups(works: Iterable[Work]) -> Iterator[list[Work]]:
+    """Works, some at a time; those of a group are made when it is asked for."""
+    group, held = list[Work](), 0
+    for work in works:
+        group.append(work)
+        held += work.held_bytes
+        if len(group) == DEVICE_WORKS or held >= DEVICE_HELD_BYTES:
+            yield group
+            group.clear()  # the caller is done with them, and knows them still
+            held = 0
+    if group:
+        yield group
+
+
 def together(reports: Sequence[RunReport]) -> RunReport:
     """One report of several runs on one image: sums of their work and stages; the first one's everything else."""
     first = reports[0]
     return replace(
         first,
         tiles=sum(r.tiles for r in reports),
+        batch=min(r.batch for r in reports),
         mpx=sum(r.mpx for r in reports),
         seconds=sum(r.seconds for r in reports),
         stages={name: round(sum(r.stages.get(name, 0.0) for r in reports), 4) for name in first.stages},
@@ -413,7 +436,9 @@ class Seen:
     def end(self, tally: Tally) -> None:
         self.tally.add(tally)
 
-    def report(self, spec: EngineSpec, source: Source, output: int, begun: float, clock: StageClock) -> RunReport:
+    def report(
+        self, spec: EngineSpec, source: Source, output: int, batch: int, begun: float, clock: StageClock
+    ) -> RunReport:
         """The report of a run that began at ``begun`` (``time.perf_counter``) and is over."""
         grid = self.grid
         exact = grid is not None and not grid.blended
@@ -426,6 +451,7 @@ class Seen:
             tile=() if grid is None else grid.tile,
             halo=tuple(f.halo for f in grid.outputs[output].field) if grid is not None and exact else None,
             tiles=self.tiles,
+            batch=batch,
             mpx=self.px / 1e6,
             seconds=time.perf_counter() - begun,
             stages={name: round(s, 4) for name, s in clock.seconds.items()},

@@ -68,8 +68,9 @@ def predict(
 
     An image on the engine's GPU (PyTorch, CuPy, or anything with ``__cuda_array_interface__``) stays there: its pixels
     are read after what its library's current stream holds (PyTorch's, CuPy's), and the result lies on the same device,
-    complete when this function returns. Normalisation by statistics of the image copies it to the host, band by band,
-    once; so does ``luma``. Its labels are counted only where ``report`` asks, and pixels outside the value range not.
+    complete when this function returns; a file is written in one go, however large. Normalisation by statistics of the
+    image copies it to the host, band by band, once; so does ``luma``. Its labels are counted only where ``report`` asks,
+    and pixels outside the value range not.
 
     Large results (of ``blocks.LARGE_PX`` pixels and more), OME-Zarr, shards and schedulers are computed block by block in a
     folder ``.NAME.stage`` beside ``out``: after a kill, a full disk or a power cut, the same call goes on where it
@@ -152,7 +153,7 @@ def predict(
             place.suffix.lower() == ".zarr"
             or shard is not None
             or scheduler is not None
-            or source.planes * prod(source.shape) >= blocks.LARGE_PX
+            or (source.device is None and source.planes * prod(source.shape) >= blocks.LARGE_PX)
             or stage_folder(place).exists()
         )
         if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:

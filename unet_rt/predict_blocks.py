@@ -123,6 +123,10 @@ class _BlockWork(Work):
     wanted: Array | None
     valid: Array | None
 
+    @property
+    def held_bytes(self) -> int:
+        return sum(mask.nbytes for mask in (self.wanted, self.valid) if mask is not None)
+
 
 def run_blocks(
     made: Prepared,

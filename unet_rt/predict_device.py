@@ -64,6 +64,7 @@ def run(
     *,
     output: int = 0,
     batch: int = 1,
+    total: int | None = None,
     progress: Progress | None = None,
     done: Done | None = None,
     target: DeviceArray | None = None,
@@ -79,6 +80,7 @@ def run(
         affines: The image's normalisation in numbers.
         output: Which output of the graph.
         batch: Tiles per run; fewer where the device's memory does not hold them, which a note of the report says.
+        total: Tiles in all, where the works are some of those of a result: batches have one size for all of it.
         progress: Called from the caller's thread with (tiles done, tiles in all).
         done: As for :func:`unet_rt.pipeline.run`.
         target: (planes, [K,] *spatial) on the device, filled by works that are whole planes; it may have no other user
@@ -94,11 +96,11 @@ def run(
         )
     workspace = _workspace(session)
     with workspace.lock:
-        total = sum(work.grid.count for work in works)
-        size, notes = engine.batch_for(min(batch, total)), list[str]()
+        tiles = sum(work.grid.count for work in works)
+        size, notes = engine.batch_for(min(batch, total or tiles)), list[str]()
         while True:
             job = _Job(
-                engine, session, workspace, source, works, decision, write, affines, output, size, total, done, target
+                engine, session, workspace, source, works, decision, write, affines, output, size, tiles, done, target
             )
             try:
                 with workspace.device.activate():  # for the kernels, too, whichever device it is
@@ -426,7 +428,7 @@ class _Job:
         self._tell()
         while self._timings:
             self._account(self._timings.popleft())
-        return self.seen.report(self.spec, self.source, self.output, begun, self.clock)
+        return self.seen.report(self.spec, self.source, self.output, self.batch, begun, self.clock)
 
     def _drain(self, *, failed: bool) -> None:
         """Waits for all streams: nothing may use the buffers, or the caller's arrays, any more."""

@@ -32,6 +32,7 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,7 +58,7 @@ RECORD = (
 
 _SHAPES = 4  # provider sessions that are kept, one per shape, each with its weights, arena and plans
 _BINDINGS = 64  # sets of addresses whose bindings are kept
-_GRAPHS = 16  # sets of addresses whose launches are recorded
+_GRAPHS = 16  # sets of addresses whose launches are recorded; a recording goes with its provider session, not before
 _RUNS_BEFORE_GRAPH = 2  # runs of a set of addresses before it is taken for one that stays
 
 # A variant is kept only if it is faster than what is in hand by more than this: less is noise.
@@ -257,6 +258,7 @@ class _Compiled:
 
     session: Any
     outputs: tuple[tuple[int, ...], ...] | None = None  # known after the first run
+    graphs: int = 0  # recordings that it holds
 
 
 class CudaSession(SessionBase):
@@ -292,7 +294,6 @@ class CudaSession(SessionBase):
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
         self._bindings: OrderedDict[Any, _Binding] = OrderedDict()
         self._staging: OrderedDict[Any, tuple[Array, DeviceArray]] = OrderedDict()
-        self._graphs = 0
         self._inputs = record.inputs
         with self._device_handle.activate():
             # What can be refused is refused now. The shape of the trial is most likely the one that will run.
@@ -412,47 +413,61 @@ class CudaSession(SessionBase):
         found = self._compiled.get(key)
         if found is None:
             while len(self._compiled) >= _SHAPES:
-                self._stream.synchronize()
-                old, _ = self._compiled.popitem(last=False)
-                for bound in [k for k in self._bindings if k[0] == old]:
-                    del self._bindings[bound]
+                self._forget(next(iter(self._compiled)))
             found = self._compiled[key] = _Compiled(self._create(key))
         self._compiled.move_to_end(key)
         return found
 
+    def _forget(self, key: tuple[tuple[int, ...], ...]) -> None:
+        """Gives back the provider session for these shapes, once it has nothing left to do."""
+        self._stream.synchronize()
+        for bound in [k for k in self._bindings if k[0] == key]:
+            del self._bindings[bound]
+        del self._compiled[key]
+
     def _shapes(self, key: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-        compiled = self._for_shapes(key)
-        if compiled.outputs is None:
-            inputs = [
-                self._device_handle.empty(shape, port.dtype) for shape, port in zip(key, self._ports, strict=True)
-            ]
-            for array in inputs:
-                self._device_handle.zero(array, self._stream)
-            binding = compiled.session.io_binding()
-            for port, array in zip(self._ports, inputs, strict=True):
-                binding.bind_input(
-                    port.name, "cuda", self._device_handle.index, port.dtype.type, array.shape, array.pointer
-                )
-            for port in self._out_ports:
-                binding.bind_output(port.name, "cuda", self._device_handle.index)
+        known = self._for_shapes(key).outputs
+        if known is None:
             with self._failures(key):
-                compiled.session.run_with_iobinding(binding, self._run_options)
-                self._stream.synchronize()
-                compiled.outputs = tuple(tuple(value.shape()) for value in binding.get_outputs())
-            del binding
-            for array in inputs:
-                array.free()
+                known = self._first_run(key)
+        return known
+
+    def _first_run(self, key: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        """Runs on zeros, which says what the outputs are."""
+        compiled, device = self._for_shapes(key), self._device_handle
+        inputs = [device.empty(shape, port.dtype) for shape, port in zip(key, self._ports, strict=True)]
+        for array in inputs:
+            device.zero(array, self._stream)
+        binding = compiled.session.io_binding()
+        for port, array in zip(self._ports, inputs, strict=True):
+            binding.bind_input(port.name, "cuda", device.index, port.dtype.type, array.shape, array.pointer)
+        for port in self._out_ports:
+            binding.bind_output(port.name, "cuda", device.index)
+        compiled.session.run_with_iobinding(binding, self._run_options)
+        self._stream.synchronize()
+        compiled.outputs = tuple(tuple(value.shape()) for value in binding.get_outputs())
+        del binding
+        for array in inputs:
+            array.free()
         return compiled.outputs
 
     @contextlib.contextmanager
     def _failures(self, key: tuple[tuple[int, ...], ...]) -> Iterator[None]:
+        """Errors of a run as ours. Where memory is short, the provider session gives back what it holds of it."""
+        from unet_rt.device import DeviceMemoryError
+
+        kinds: tuple[type[Exception], ...] = (DeviceMemoryError, *self._errors)
         try:
             yield
-        except self._errors as error:
-            from unet_rt.device import DeviceMemoryError
-
+        except kinds as error:
+            short = isinstance(error, DeviceMemoryError) or any(words in str(error) for words in _SHORT_OF_MEMORY)
+            if short:
+                self._stream.synchronize()
+                traceback.clear_frames(error.__traceback__)  # whoever keeps the error would keep the session
+                self._forget(key)
+            if isinstance(error, DeviceMemoryError):  # of the arrays, which says what to do
+                raise
             shapes = ", ".join(map(size_text, key))
-            short = any(words in str(error) for words in _SHORT_OF_MEMORY)
             kind, way_out = (
                 (DeviceMemoryError, "use a smaller --tile or --batch, or free what others hold")
                 if short
@@ -463,24 +478,30 @@ class CudaSession(SessionBase):
     def _enqueue(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
         key = self._key([array.shape for array in inputs])
         addresses = (key, *(int(array.pointer) for array in (*inputs, *outputs)))
-        bound = self._bindings.get(addresses)
-        if bound is None:
+        if addresses not in self._bindings:
             self._check(key, inputs, outputs)
-            compiled = self._for_shapes(key)
-            binding = compiled.session.io_binding()
-            index = self._device_handle.index
-            for port, array in zip(self._ports, inputs, strict=True):
-                binding.bind_input(port.name, "cuda", index, port.dtype.type, tuple(array.shape), int(array.pointer))
-            for port, array in zip(self._out_ports, outputs, strict=True):
-                binding.bind_output(port.name, "cuda", index, port.dtype.type, tuple(array.shape), int(array.pointer))
             while len(self._bindings) >= _BINDINGS:
                 self._bindings.popitem(last=False)
-            bound = self._bindings[addresses] = _Binding(compiled.session, binding)
+            self._bindings[addresses] = self._bind(key, inputs, outputs)
         self._bindings.move_to_end(addresses)
         self._compiled.move_to_end(key)
-        bound.runs += 1
         with self._failures(key):
-            bound.session.run_with_iobinding(bound.binding, self._options_for(bound))
+            self._launch(self._bindings[addresses])
+
+    def _bind(
+        self, key: tuple[tuple[int, ...], ...], inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
+    ) -> _Binding:
+        compiled, index = self._for_shapes(key), self._device_handle.index
+        binding = compiled.session.io_binding()
+        for port, array in zip(self._ports, inputs, strict=True):
+            binding.bind_input(port.name, "cuda", index, port.dtype.type, tuple(array.shape), int(array.pointer))
+        for port, array in zip(self._out_ports, outputs, strict=True):
+            binding.bind_output(port.name, "cuda", index, port.dtype.type, tuple(array.shape), int(array.pointer))
+        return _Binding(compiled, binding)
+
+    def _launch(self, bound: _Binding) -> None:
+        bound.runs += 1
+        bound.compiled.session.run_with_iobinding(bound.binding, self._options_for(bound))
 
     def _options_for(self, bound: _Binding) -> Any:
         """Run options: with the number of a recording, where recordings are in use and the addresses have come to stay.
@@ -489,10 +510,15 @@ class CudaSession(SessionBase):
         """
         if not self._options.cuda_graph:
             return self._run_options
-        if bound.graph is None and bound.runs > _RUNS_BEFORE_GRAPH and self._graphs < _GRAPHS:
-            self._graphs += 1
-            bound.graph, bound.thread = self._no_wait(self._graphs), threading.get_ident()
+        if bound.graph is None and bound.runs > _RUNS_BEFORE_GRAPH and self._recordings < _GRAPHS:
+            bound.compiled.graphs += 1
+            bound.graph, bound.thread = self._no_wait(bound.compiled.graphs), threading.get_ident()
         return bound.graph if bound.graph is not None and bound.thread == threading.get_ident() else self._run_options
+
+    @property
+    def _recordings(self) -> int:
+        """Of all provider sessions: one stays when its binding goes, so bindings are not what counts."""
+        return sum(compiled.graphs for compiled in self._compiled.values())
 
     def _check(
         self, key: tuple[tuple[int, ...], ...], inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
@@ -580,7 +606,7 @@ def _named(value: Any) -> Named:
 class _Binding:
     """Addresses bound to a provider session; ``graph`` are the run options of their recording."""
 
-    session: Any
+    compiled: _Compiled
     binding: Any
     runs: int = 0
     graph: Any = None
