@@ -231,6 +231,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20, help="images that are built on")
     parser.add_argument("--count", type=int, default=20, help="windows held back that are judged")
     parser.add_argument("--search-minutes", type=float, default=10, help="of each build, at most")
+    parser.add_argument(
+        "--bare", action="store_true", help="rows of graphs in plain ONNX Runtime alone; keep the others"
+    )
     parser.add_argument("--out")
     args = parser.parse_args()
     checkpoints = {name: Path(path) for name, _, path in (entry.partition("=") for entry in args.checkpoint)}
@@ -243,7 +246,8 @@ def main() -> None:
             work = made(Path(temporary) / str(k))
             for backend in args.backend:
                 for precision in args.precision:
-                    rows += measured(subject, work, backend, precision, args.count, args.search_minutes)
+                    found = measured(subject, work, backend, precision, args.count, args.search_minutes)
+                    rows += [] if args.bare else found
             rows += in_onnxruntime(subject, work, args.count)
             record.write(
                 "parity", {"rows": merged(rows, args.out)}, args.out
