@@ -231,8 +231,8 @@ def form_of(backend: str) -> qdq.Form:
     """The form of a quantised graph for a backend on this machine."""
     form = qdq.FORMS[backend]
     features = machine.cpu_features()
-    if backend == "onnxruntime" and "avx2" in features and not features & VNNI:
-        # its kernels add pairs of products in 16 bits there, and two of 255 x 127 do not fit
+    if backend in ("onnxruntime", "openvino") and "avx2" in features and not features & VNNI:
+        # their kernels add pairs of products in 16 bits there, and two of 255 x 127 do not fit
         return replace(form, levels=63)
     return form
 
