@@ -274,13 +274,14 @@ def test_rows_of_parity_and_of_passes_are_drawn(tmp_path: Path, monkeypatch: pyt
     other = {"net": "r", "backend": "openvino", "precision": "fp32", "accepted": True}
     other["held_back"] = held | {"labels_ppm_worst": None, "labels_ppm_mean": None, "dice_lowest": None}
     missing = {"net": "n", "backend": "openvino", "precision": "bf16", "note": "no BF16 here"}
-    document = {"command": "python x.py", "machine": {"cpu": "a processor"}, "rows": [row, other, missing]}
+    rows: list[dict[str, Any]] = [row, other, missing]
+    document = {"command": "python x.py", "machine": {"cpu": "a processor"}, "rows": rows}
     (tmp_path / "parity.json").write_text(json.dumps(document))
     text = tables.BLOCKS["parity"]()
     assert "| n | openvino | int8 (2 layers in FP32) | 0.210% (0.076%) | 0.9712 | 0.8500 (0.8510) | outside |" in text
     assert "error 1.0e-02 of the range" in text
     assert text.endswith("\n\nNot built: openvino bf16 of n: no BF16 here.")
-    document["rows"].append(missing | {"net": "r"})
+    rows.append(missing | {"net": "r"})
     (tmp_path / "parity.json").write_text(json.dumps(document))
     assert tables.BLOCKS["parity"]().endswith("\n\nNot built: openvino bf16 of every network: no BF16 here.")
     times = {"before_ms": 20.0, "after_ms": 10.0, "speed": 2.0, "speed_low": 1.9, "speed_high": 2.1}
