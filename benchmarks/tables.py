@@ -169,7 +169,7 @@ def _predicted(data: Record) -> str:
         (
             row["name"],
             f"{row['side']} px",
-            f"{number(row['median_s'])} ({spread(row['low_s'], row['high_s'])})",
+            number(row["median_s"]) + (f" ({spread(row['low_s'], row['high_s'])})" if row["runs"] > 1 else ""),
             number(row["mpx_per_s"]),
             f"{row['mpx_per_s'] / base['mpx_per_s']:.2f}",
             f"{row['changed_labels']:.4%}",
@@ -178,13 +178,14 @@ def _predicted(data: Record) -> str:
     ]
     alone = "; ".join(
         f"{row['name']} {row['end_to_end']:.2f} times"
-        + (f" ({row['end_to_end_low']:.2f} to {row['end_to_end_high']:.2f})" if "end_to_end_low" in row else "")
+        + (f" ({row['end_to_end_low']:.2f} to {row['end_to_end_high']:.2f})" if row["runs"] > 1 else "")
         + f", {row['tiles']} tiles"
         for row in data["rows"]
         if "tiles" in row
     )
+    what = "s, median (range)" if any(row["runs"] > 1 for row in data["rows"]) else "s, one run"
     first = "MONAI" if base["name"].startswith("MONAI") else "by hand"
-    head = ("", "image", "s, median (range)", "Mpx/s", f"{first} = 1", "labels not those of whole-image inference")
+    head = ("", "image", what, "Mpx/s", f"{first} = 1", "labels not those of whole-image inference")
     return f"{table(head, rows)}\n\nEnd to end against the engine's own time for the same tiles run alone: {alone}."
 
 

@@ -214,6 +214,22 @@ def test_what_a_layer_wins_is_a_share_of_what_int8_changes(
     assert [layer.won for layer in ranked] == pytest.approx(list(won))
 
 
+def three_layers(change: Any, *ends: tuple[str, frozenset[str]]) -> Any:
+    """A quantiser of layers a, b and c; an engine is the layers that it keeps in FP32."""
+    return SimpleNamespace(
+        layers=["a", "b", "c"],
+        costs=lambda: dict.fromkeys("abc", 0.3),
+        change=change,
+        ends=lambda: list(ends),
+        weigh=lambda plain: None,
+        say=lambda _: None,
+        method="minmax",
+        ranking=[],
+        left_out=[],
+        refused=[],
+    )
+
+
 def test_each_end_is_credited_with_what_it_won_itself() -> None:
     quantiser: Any = SimpleNamespace(
         layers=["first", "last"],
@@ -233,18 +249,7 @@ def test_each_end_is_credited_with_what_it_won_itself() -> None:
 
 def test_a_mixture_that_cannot_be_judged_is_one_less() -> None:
     """A shape that runs out of memory, say: neither plain INT8 nor a mixture inside the budget is lost over it."""
-    quantiser: Any = SimpleNamespace(
-        layers=["a", "b", "c"],
-        costs=lambda: dict.fromkeys("abc", 0.3),
-        change=lambda keep: 0.5 - 0.1 * len(keep),
-        ends=lambda: [("first", frozenset({"c"}))],
-        weigh=lambda plain: None,
-        say=lambda _: None,
-        method="minmax",
-        ranking=[],
-        left_out=[],
-        refused=[],
-    )
+    quantiser = three_layers(lambda keep: 0.5 - 0.1 * len(keep), ("first", frozenset({"c"})))
 
     def judge(keep: frozenset[str]) -> Any:
         if "c" in keep or keep == {"a"}:
@@ -274,19 +279,9 @@ def test_a_mixture_that_a_backend_refuses_is_one_less() -> None:
             raise urt.BackendError("a layer fell back")
         return keep
 
-    quantiser = SimpleNamespace(
-        layers=["a", "b", "c"],
-        costs=lambda: dict.fromkeys("abc", 0.3),
-        change=lambda engine: 0.1,
-        ends=lambda: [("first", frozenset({"b"})), ("last", frozenset({"c"}))],
-        weigh=lambda plain: None,
-        say=lambda _: None,
-        method="minmax",
-        ranking=[],
-        left_out=[],
-        refused=[],
+    quantiser = three_layers(
+        lambda keep: 0.2 - 0.1 * ("c" in keep), ("first", frozenset({"b"})), ("last", frozenset({"c"}))
     )
-    quantiser.change = lambda keep: 0.2 - 0.1 * ("c" in keep)
     judge = lambda keep: SimpleNamespace(accepted="a" in keep, label_change=0.1, error=None)  # noqa: E731
     dropped: list[Any] = []
     deadline = Deadline(time.monotonic(), 1e6)
