@@ -71,8 +71,8 @@ def try_candidates(
                 else:
                     floats[name, precision, ""] = engines.make(name, precision, tile, batches)
             except (BackendError, GraphError, TileError, ImageError) as error:  # the last: nothing to calibrate on
-                nothing_else = set(precisions) == {precision}
-                if (explicit and len(names) == 1 and nothing_else) or (isinstance(error, ImageError) and nothing_else):
+                alone = set(precisions) == {precision}
+                if alone and (isinstance(error, ImageError) or (explicit and len(names) == 1)):
                     raise
                 failed.append(Candidate(name, precision, tile, note=str(error)))
     built, kept, verdicts = dict(floats), dict[Engine, frozenset[str]](), dict[Key, Verdict]()

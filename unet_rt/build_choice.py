@@ -112,16 +112,14 @@ def _none_inside(job: Job, tiling: Tiling, candidates: Sequence[Candidate]) -> P
     reasons = "; ".join(f"{c.title}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
     nearest = min(tried, key=lambda c: _used(c, job.budget))
     wider = _wider(nearest.verdict, job.budget.of(nearest.precision)) if nearest.verdict else ""
-    ways = (
-        [f"allow more with --budget {wider}"] if wider else []
-    )  # rows of a batch that differ are no matter of budgets
+    ways = [f"allow more with --budget {wider}"] if wider else []
     ways += ["use --halo exact"] if tiling.spec.halo_limit is not None else []
     ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
-    other = ["use another --backend"]
+    ways = ways or ["use another --backend"]  # rows of a batch that differ are no matter of budgets
     left_out, warnings = job.remarks.left_out, job.remarks.warnings
     late = f" (no time was left for: {'; '.join(left_out)})" if left_out else ""
     doubts = f"; but look at this first: {'; '.join(warnings)}" if warnings else ""
-    return ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways or other)}{doubts}")
+    return ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways)}{doubts}")
 
 
 def _wider(verdict: Verdict, budget: Budget) -> str:
