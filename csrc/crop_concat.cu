@@ -155,7 +155,7 @@ Box box_of(const Array& from, int64_t start, char* to, const Array& out, int64_t
     box.second = Divider(shape[1]);
     box.third = Divider(shape[2]);
     const int64_t strides[] = {box.to_stride[0], box.to_stride[1], box.to_stride[2], box.to_stride[3]};
-    box.rows = rows_of(shape[3], shape[4], to, box.to_stride[4], strides, bytes, 16 / bytes);
+    box.rows = rows_of(shape[3], shape[4], to, box.to_stride[4], strides, bytes, 16 / bytes, 16 / bytes);
     box.plane = Divider(box.rows.items);
     return box;
 }

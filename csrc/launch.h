@@ -280,6 +280,13 @@ UNET_RT_HD void load_rows(const char* const (&from)[kRowCount], const bool (&wan
                 for (int i = 0; i < kWords; i += 2) load_aligned<2>(from[r] + 4 * i, words[r] + i);
             }
         }
+    } else if (kWords > 1 && alignment % 4 == 0) {
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRowCount; ++r) {
+            if (!wanted[r]) continue;
+            UNET_RT_UNROLL
+            for (int i = 0; i < kWords; ++i) load_aligned<1>(from[r] + 4 * i, words[r] + i);
+        }
     } else {
         UNET_RT_UNROLL
         for (int r = 0; r < kRowCount; ++r)
@@ -424,14 +431,18 @@ struct Rows {
 };
 
 // For rows of an array whose first sample is at `data`, that are `strides` apart (those of axes of one element 0).
+// Vectors have `step` samples, or half of them, down to `least`, where all rows are made of whole vectors then.
 template <class Strides>
 Rows rows_of(int64_t height, int64_t width, const void* data, int64_t stride, const Strides& strides,
-             int64_t item_bytes, int64_t step) {
+             int64_t item_bytes, int64_t step, int64_t least) {
     Rows rows;
     rows.width = width;
     uint64_t misaligned = address_of(data);
     for (const int64_t other : strides) misaligned |= static_cast<uint64_t>(other);
     if (stride == item_bytes && misaligned % static_cast<uint64_t>(item_bytes) == 0) {
+        const uint64_t ragged = misaligned | static_cast<uint64_t>(width * item_bytes);
+        if (ragged % static_cast<uint64_t>(least * item_bytes) == 0)
+            while (ragged % static_cast<uint64_t>(step * item_bytes) != 0) step /= 2;
         rows.step = static_cast<uint32_t>(step);
         rows.peeled = misaligned % static_cast<uint64_t>(step * item_bytes) != 0;
     }

@@ -12,6 +12,7 @@ template <class Compute>
 struct Channel {
     Compute low, high, offset, divisor;
     float reciprocal;  // 1 / divisor, or 0 where quotient_by() does not serve
+    bool clips;        // whether there is a bound
     float beyond;      // value of the constant border
 };
 
@@ -29,40 +30,74 @@ UNET_RT_HD float limited(float x, float low, float high) {
 #endif
 }
 
+// Integers of at most 16 bits, packed into words, as floats: exponent and mantissa of 2^23 + x are put together from
+// their bytes in one instruction, and 2^23 is subtracted exactly. Signed ones have their range moved up before.
+template <class T, int kCount>
+UNET_RT_HD void widen_integers(const uint32_t* words, float (&values)[kCount]) {
+#if defined(__CUDA_ARCH__)
+    constexpr bool kSigned = T(-1) < T(0);
+    constexpr uint32_t kShift = kSigned ? (sizeof(T) == 1 ? 0x80808080u : 0x80008000u) : 0u;
+    constexpr float kMoved = 8388608.0f + (kSigned ? (sizeof(T) == 1 ? 128.0f : 32768.0f) : 0.0f);
+    UNET_RT_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+        const uint32_t word = words[i * static_cast<int>(sizeof(T)) / 4] ^ kShift;
+        const uint32_t bytes = sizeof(T) == 1 ? 0x7440u | (i % 4) : (i % 2 == 0 ? 0x7410u : 0x7432u);
+        values[i] = __uint_as_float(__byte_perm(word, 0x4b000000u, bytes)) - kMoved;
+    }
+#else
+    T pixels[kCount];
+    memcpy(pixels, words, sizeof(pixels));
+    for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(pixels[i]);
+#endif
+}
+
 template <class T, int kCount>
 UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<T>::Compute>& channel, bool affine,
                         float (&values)[kCount]) {
     using Compute = typename Pixel<T>::Compute;
-    const auto value = [](T pixel) {
-        if constexpr (sizeof(T) == 2 && !is_small_integer<T>)
-            return widened(pixel);
-        else
-            return Pixel<T>::value(pixel);
-    };
+    Compute wide[kCount];
+    if constexpr (is_small_integer<T> && kCount % 4 == 0) {
+        uint32_t words[kCount * sizeof(T) / 4];
+        memcpy(words, pixels, sizeof(words));
+        widen_integers<T>(words, wide);
+    } else {
+        UNET_RT_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            if constexpr (sizeof(T) == 2 && !is_small_integer<T>)
+                wide[i] = widened(pixels[i]);
+            else
+                wide[i] = Pixel<T>::value(pixels[i]);
+        }
+    }
     if (!affine) {
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(value(pixels[i]));
+        for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(wide[i]);
         return;
     }
     const Compute low = channel.low, high = channel.high, offset = channel.offset, divisor = channel.divisor;
     if constexpr (is_small_integer<T>) {
         const float reciprocal = channel.reciprocal;
         if (reciprocal != 0.0f) {
+            if (channel.clips) {
+                UNET_RT_UNROLL
+                for (int i = 0; i < kCount; ++i) wide[i] = limited(wide[i], low, high);
+            }
             UNET_RT_UNROLL
-            for (int i = 0; i < kCount; ++i)
-                values[i] = quotient_by(limited(value(pixels[i]), low, high) - offset, divisor, reciprocal);
+            for (int i = 0; i < kCount; ++i) values[i] = quotient_by(wide[i] - offset, divisor, reciprocal);
             return;
         }
     }
     UNET_RT_UNROLL
-    for (int i = 0; i < kCount; ++i)
-        values[i] = static_cast<float>(normalised(value(pixels[i]), low, high, offset, divisor));
+    for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(normalised(wide[i], low, high, offset, divisor));
 }
 
-// Out: float or half.
+// Samples of 16 bytes of the wider of pixels and tile.
 template <class T, class Out>
+constexpr int kWidest = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
+
+// Out: float or half.
+template <class T, class Out, int kVector>
 struct Body {
-    static constexpr int kVector = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
     static constexpr int kBlocks = sizeof(typename Pixel<T>::Compute) == 8 ? 2 : 3;
 
     const char* window;
@@ -115,6 +150,11 @@ struct Body {
         const int64_t start_y = starts.at(n, 1);
         const int64_t line = start_y + y - window_start[1];
         const bool held_rows = y + kRows <= height && line >= 0 && line + kRows <= held[1];
+        // Where rows begin at multiples of a vector, all of the thread's are at the same place in theirs.
+        const uint32_t x = (item - group * rows.vectors.divisor) * kVector;
+        const int64_t first = start_x + x - window_start[2];
+        const bool whole = rows.step == kVector && !rows.peeled && x + kVector <= rows.width && first >= 0 &&
+                           first + kVector <= held[2];
         uint64_t bad = 0;
         for (uint32_t plane = at.block_y; plane < planes; plane += at.blocks_y) {
             const uint32_t c = depth.quotient(plane);
@@ -123,7 +163,14 @@ struct Body {
             char* const to = out + n * out_stride[0] + c * out_stride[1] + z * out_stride[2] + y * out_stride[3];
             const char* const from = window + c * window_stride[0] + slice * window_stride[1];
             uint32_t made = 0;  // rows, bit by bit
-            if (held_rows && slice >= 0) made = four(from + line * window_stride[2], start_x, item, group, to, c, bad);
+            if (held_rows && slice >= 0) {
+                const char* const own = from + line * window_stride[2];
+                if (whole) {
+                    all(own + first * window_stride[3], to + x * sizeof(Out), c, bad);
+                    continue;
+                }
+                if (rows.peeled) made = four(own, start_x, item, group, to, c, bad);
+            }
             UNET_RT_ROLLED
             for (uint32_t r = 0; r < kRows && y + r < height; ++r) {
                 if ((made >> r & 1) != 0) continue;
@@ -136,10 +183,57 @@ struct Body {
         if (bad != 0 && non_finite != nullptr) add_to(non_finite, bad);
     }
 
+    // The vectors at `from` and `to`, and at the same place of the rows that follow: kRows in all.
+    UNET_RT_HD void all(const char* from, char* to, uint32_t c, uint64_t& bad) const {
+        const char* source[kRows];
+        bool wanted[kRows];
+        uint64_t alignment = 0;
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            source[r] = from;
+            wanted[r] = true;
+            alignment |= address_of(from);
+            from += window_stride[2];
+        }
+        T pixels[kRows][kVector];
+        load_pixels(source, wanted, alignment, pixels);
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            finish(pixels[r], to, channels[c], bad);
+            to += out_stride[3];
+        }
+    }
+
+    UNET_RT_HD void load_pixels(const char* const (&source)[kRows], const bool (&wanted)[kRows], uint64_t alignment,
+                                T (&pixels)[kRows][kVector]) const {
+        if (window_stride[3] == static_cast<int64_t>(sizeof(T))) {
+            constexpr int kBytes = kVector * static_cast<int>(sizeof(T));
+            uint32_t words[kRows][kBytes / 4];
+            load_rows<kBytes>(source, wanted, alignment, words);
+            memcpy(pixels, words, sizeof(pixels));
+            return;
+        }
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            if (!wanted[r]) continue;
+            UNET_RT_UNROLL
+            for (int i = 0; i < kVector; ++i) pixels[r][i] = load_one<T>(source[r] + i * window_stride[3]);
+        }
+    }
+
+    // Pixels to results at an aligned place.
+    UNET_RT_HD void finish(const T (&pixels)[kVector], char* to, const Channel<typename Pixel<T>::Compute>& channel,
+                           uint64_t& bad) const {
+        float values[kVector];
+        convert(pixels, channel, affine, values);
+        store_results(to, values, static_cast<Out*>(nullptr));
+        UNET_RT_UNROLL
+        for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[i]);
+    }
+
     // Vectors of kRows rows, the first of which are at `from` and `to`, as far as they are whole and held: their bits.
     UNET_RT_HD uint32_t four(const char* from, int64_t start_x, uint32_t item, uint32_t group, char* to, uint32_t c,
                              uint64_t& bad) const {
-        constexpr int kBytes = kVector * static_cast<int>(sizeof(T));
         const char* source[kRows];
         char* target[kRows];
         bool whole[kRows];
@@ -158,27 +252,10 @@ struct Body {
         }
         if (made == 0) return 0;
         T pixels[kRows][kVector];
-        if (window_stride[3] == static_cast<int64_t>(sizeof(T))) {
-            uint32_t words[kRows][kBytes / 4];
-            load_rows<kBytes>(source, whole, alignment, words);
-            memcpy(pixels, words, sizeof(pixels));
-        } else {
-            UNET_RT_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                if (!whole[r]) continue;
-                UNET_RT_UNROLL
-                for (int i = 0; i < kVector; ++i) pixels[r][i] = load_one<T>(source[r] + i * window_stride[3]);
-            }
-        }
+        load_pixels(source, whole, alignment, pixels);
         UNET_RT_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            if (!whole[r]) continue;
-            float values[kVector];
-            convert(pixels[r], channels[c], affine, values);
-            store_results(target[r], values, static_cast<Out*>(nullptr));
-            UNET_RT_UNROLL
-            for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[r][i]);
-        }
+        for (int r = 0; r < kRows; ++r)
+            if (whole[r]) finish(pixels[r], target[r], channels[c], bad);
         return made;
     }
 
@@ -189,11 +266,7 @@ struct Body {
         if (span.whole && inside && first >= 0 && first + kVector <= held[2]) {
             T pixels[kVector];
             load_many(from + first * window_stride[3], window_stride[3], pixels);
-            float values[kVector];
-            convert(pixels, channel, affine, values);
-            store_results(to + span.x * static_cast<int64_t>(sizeof(Out)), values, static_cast<Out*>(nullptr));
-            UNET_RT_UNROLL
-            for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[i]);
+            finish(pixels, to + span.x * static_cast<int64_t>(sizeof(Out)), channel, bad);
             return bad;
         }
         // All loads at once where one reflection is enough.
@@ -235,11 +308,18 @@ struct Body {
     }
 };
 
-template <class T, class Out>
+template <class Out>
+Rows rows_of(const Array& o, const char* data, int64_t vector, int64_t least) {
+    const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2), moving(o, 3)};
+    return cuda::rows_of((o.shape[3] + kRows - 1) / kRows, o.shape[4], data, o.stride[4], strides, sizeof(Out), vector,
+                         least);
+}
+
+template <class T, class Out, int kVector>
 void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite, Stream stream) {
     using Compute = typename Pixel<T>::Compute;
     const Array& o = call.out;
-    Body<T, Out> body{};
+    Body<T, Out, kVector> body{};
     for (int axis = 0; axis < 4; ++axis) body.window_stride[axis] = call.window.stride[axis];
     for (int axis = 0; axis < 3; ++axis) {
         body.window_start[axis] = call.window_start[axis];
@@ -251,7 +331,6 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
     body.border = call.border;
     body.affine = call.affine;
     body.non_finite = non_finite;
-    const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2), moving(o, 3)};
     for (int64_t c = 0; c < o.shape[1]; c += kChannels) {
         const int64_t channels = std::min<int64_t>(kChannels, o.shape[1] - c);
         for (int64_t i = 0; i < channels; ++i) {
@@ -264,6 +343,7 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
             const bool serves =
                 reciprocal_serves(static_cast<float>(low), static_cast<float>(high), static_cast<float>(offset), by);
             channel.reciprocal = serves ? 1.0f / by : 0.0f;
+            channel.clips = low != -INFINITY || high != INFINITY;
             channel.beyond = border_value(call.window.dtype, call.affine, call.constant, low, high, offset, divisor);
         }
         body.window = call.window.data + c * call.window.stride[0];
@@ -273,12 +353,21 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
             const int64_t tiles = std::min(most, o.shape[0] - n);
             body.starts = table_of<int64_t>(call.starts, starts, 0, n, tiles);
             body.out = o.data + n * o.stride[0] + c * o.stride[1];
-            body.rows = rows_of((o.shape[3] + kRows - 1) / kRows, o.shape[4], body.out, o.stride[4], strides,
-                                sizeof(Out), body.kVector);
+            body.rows = rows_of<Out>(o, body.out, kVector, kVector);
             body.height = static_cast<uint32_t>(o.shape[3]);
             launch({blocks_for(body.rows.items), body.planes, tiles}, stream, body);
         }
     }
+}
+
+template <class T, class Out>
+void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite, Stream stream) {
+    constexpr int kMost = kWidest<T, Out>;
+    if constexpr (kMost == 8) {
+        if (rows_of<Out>(call.out, call.out.data, 8, 4).step == 4)
+            return run<T, Out, 4>(call, starts, non_finite, stream);
+    }
+    run<T, Out, kMost>(call, starts, non_finite, stream);
 }
 
 template <class T>

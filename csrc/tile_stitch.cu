@@ -186,12 +186,14 @@ UNET_RT_HD void finish(const Finish& f, const Source& source, uint32_t k, char* 
             source.template load_two<kCount>(0, 1, values, others);
             UNET_RT_UNROLL
             for (int i = 0; i < kAll; ++i) {
-                largest[i] = others[i] > values[i] ? others[i] : values[i];
-                values[i] = exp_f32(values[i] - largest[i]);
-                others[i] = exp_f32(others[i] - largest[i]);
-                sum[i] = 0.0f + values[i] + others[i];
-                values[i] = values[i] / sum[i];
-                others[i] = others[i] / sum[i];
+                // The larger one's exponential is that of 0, which is 1, or NaN where it is infinite.
+                const bool second = others[i] > values[i];
+                largest[i] = second ? others[i] : values[i];
+                const float smaller = exp_f32((second ? values[i] : others[i]) - largest[i]);
+                const float one = largest[i] - largest[i] + 1.0f;
+                sum[i] = one + smaller;
+                values[i] = (second ? smaller : one) / sum[i];
+                others[i] = (second ? one : smaller) / sum[i];
             }
             store<kCount>(to, 0, values);
             store<kCount>(to, f.channel_stride, others);
@@ -227,9 +229,9 @@ UNET_RT_HD void finish(const Finish& f, const Source& source, uint32_t k, char* 
 template <Op op>
 constexpr int kLinesOf = apart(op) ? kRows : (op == Op::argmax ? 2 : 1);
 
-// Samples per thread: 16 bytes of the wider of tiles and output.
+// Samples of a vector: 16 bytes of the wider of tiles and output.
 template <class In, Op op>
-constexpr int kVectorOf = sizeof(In) == 2 && sizeof(Result<op>) == 1 ? 8 : 4;
+constexpr int kWidest = sizeof(In) == 2 && sizeof(Result<op>) == 1 ? 8 : 4;
 
 // The same, or 1 where an operation on all channels would find their rows in different positions to a vector's address.
 template <Op op>
@@ -267,9 +269,8 @@ Parts parts_of(const int64_t* source, const int64_t* target, const int64_t* size
 
 // ------------------------------------------------------------------------------------------------------------- placing
 
-template <class In, Op op>
+template <class In, Op op, int kVector>
 struct Placing {
-    static constexpr int kVector = kVectorOf<In, op>;
     static constexpr int kLines = kLinesOf<op>;
     static constexpr int kBlocks = 3;
 
@@ -305,7 +306,7 @@ struct Placing {
             if (z >= parts.size.at(n, 0)) continue;
             const char* const from = first + z * tile_stride[2];
             char* const to = target + k * out_stride[0] + z * out_stride[1];
-            if (kLines > 1 && y + kLines <= height && lines(from, item, group, k, width, to)) continue;
+            if (y + kLines <= height && lines(from, item, group, k, width, to)) continue;
             UNET_RT_ROLLED
             for (uint32_t r = 0; r < kLines && y + r < height; ++r)
                 line(from + r * tile_stride[3], item, group, k, width, to + r * out_stride[2]);
@@ -317,17 +318,30 @@ struct Placing {
         TileRows<In, kLines> source;
         source.channel_stride = tile_stride[1], source.stride = tile_stride[4];
         char* places[kLines];
-        bool whole = true;
-        UNET_RT_UNROLL
-        for (int r = 0; r < kLines; ++r) {
-            char* const row = to + r * out_stride[2];
-            const auto span = rows.span(item, group, row, sizeof(Result<op>), width);
-            whole = whole && span.whole;
-            source.data[r] = from + r * tile_stride[3] + span.x * tile_stride[4];
-            places[r] = row + span.x * static_cast<int64_t>(sizeof(Result<op>));
+        if (rows.peeled) {
+            bool whole = true;
+            UNET_RT_UNROLL
+            for (int r = 0; r < kLines; ++r) {
+                char* const row = to + r * out_stride[2];
+                const auto span = rows.span(item, group, row, sizeof(Result<op>), width);
+                whole = whole && span.whole;
+                source.data[r] = from + r * tile_stride[3] + span.x * tile_stride[4];
+                places[r] = row + span.x * static_cast<int64_t>(sizeof(Result<op>));
+            }
+            if (!whole) return false;
+        } else {  // all at the same place in their rows
+            const uint32_t x = (item - group * rows.vectors.divisor) * kVector;
+            if (rows.step != kVector || x + kVector > width) return false;
+            from += x * tile_stride[4];
+            to += x * sizeof(Result<op>);
+            UNET_RT_UNROLL
+            for (int r = 0; r < kLines; ++r) {
+                source.data[r] = from, places[r] = to;
+                from += tile_stride[3], to += out_stride[2];
+            }
         }
-        if (whole) finish<op, kVector>(to_results, source, k, places);
-        return whole;
+        finish<op, kVector>(to_results, source, k, places);
+        return true;
     }
 
     UNET_RT_HD void line(const char* from, uint32_t item, uint32_t group, uint32_t k, int64_t width, char* to) const {
@@ -357,42 +371,77 @@ void set_results(Body& body, Op op, int64_t channels, const Array& out, const fl
     if (op == Op::threshold) std::copy(values, values + 2, f.values);
 }
 
+// Parts of tiles, where their tables are on the host.
+struct Extent {
+    int64_t largest[3] = {0, 0, 0};
+    int64_t columns = 0;  // bits that are set in any part's first column
+};
+
+Extent extent_of(const TileStitch& call, int64_t first, int64_t count) {
+    Extent extent;
+    for (int64_t i = first; i < first + count; ++i) {
+        const int64_t* size = call.size + 3 * i;
+        if (size[0] == 0 || size[1] == 0 || size[2] == 0) continue;
+        for (int axis = 0; axis < 3; ++axis) extent.largest[axis] = std::max(extent.largest[axis], size[axis]);
+        extent.columns |= call.target_start[3 * i + 2];
+    }
+    return extent;
+}
+
+template <class In, Op op, int kVector>
+void launch_placing(const TileStitch& call, const DeviceParts& device, const Extent& extent, const Rows& rows,
+                    int64_t n, int64_t count, Stream stream) {
+    const Array& t = call.tiles;
+    const Array& o = call.out;
+    const int64_t step = apart(op) ? kBounds : t.shape[1];
+    for (int64_t k = 0; k < t.shape[1]; k += step) {
+        const int64_t channels = std::min(step, t.shape[1] - k);
+        Placing<In, op, kVector> body{};
+        body.tiles = t.data + n * t.stride[0] + k * t.stride[1];
+        body.out = o.data + k * o.stride[0];
+        for (int axis = 0; axis < 5; ++axis) body.tile_stride[axis] = t.stride[axis];
+        for (int axis = 0; axis < 4; ++axis) body.out_stride[axis] = o.stride[axis];
+        for (int axis = 0; axis < 3; ++axis) body.tile_shape[axis] = t.shape[2 + axis];
+        for (int axis = 0; axis < 3; ++axis) body.out_shape[axis] = o.shape[1 + axis];
+        body.rows = rows;
+        body.depth = Divider(extent.largest[0]);
+        body.planes = static_cast<uint32_t>(extent.largest[0] * (apart(op) ? channels : 1));
+        body.parts = parts_of(call.source_start, call.target_start, call.size, device, n, count);
+        set_results(body, op, channels, o, call.threshold + (op == Op::threshold ? k : 0), call.values);
+        launch({blocks_for(body.rows.items), body.planes, count}, stream, body);
+    }
+}
+
 template <class In, Op op>
 void place(const TileStitch& call, const DeviceParts& device, Stream stream) {
+    constexpr int kMost = kWidest<In, op>;
     const Array& t = call.tiles;
     const Array& o = call.out;
     const bool on_device = device.size.data != nullptr;
     const int64_t most = on_device ? kMostBlocks : kTilesPerLaunch;
-    const int64_t step = apart(op) ? kBounds : t.shape[1];
-    // Parts begin anywhere in a row: one sample more or less is one more stride.
-    const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2), sizeof(Result<op>)};
-    const int64_t vector = vector_of<op>(o, Placing<In, op>::kVector);
+    const int64_t vector = vector_of<op>(o, kMost);
     for (int64_t n = 0; n < t.shape[0]; n += most) {
         const int64_t count = std::min(most, t.shape[0] - n);
-        int64_t largest[3] = {0, 0, 0};
-        for (int axis = 0; axis < 3; ++axis) {
-            if (on_device) largest[axis] = std::min(t.shape[2 + axis], o.shape[1 + axis]);
-            for (int64_t i = n; i < n + count && !on_device; ++i)
-                largest[axis] = std::max(largest[axis], call.size[3 * i + axis]);
+        Extent extent;
+        if (on_device) {  // parts begin anywhere in a row
+            for (int axis = 0; axis < 3; ++axis) extent.largest[axis] = std::min(t.shape[2 + axis], o.shape[1 + axis]);
+            extent.columns = 1;
+        } else {
+            extent = extent_of(call, n, count);
         }
-        if (largest[0] == 0 || largest[1] == 0 || largest[2] == 0) continue;
-        for (int64_t k = 0; k < t.shape[1]; k += step) {
-            const int64_t channels = std::min(step, t.shape[1] - k);
-            Placing<In, op> body{};
-            body.tiles = t.data + n * t.stride[0] + k * t.stride[1];
-            body.out = o.data + k * o.stride[0];
-            for (int axis = 0; axis < 5; ++axis) body.tile_stride[axis] = t.stride[axis];
-            for (int axis = 0; axis < 4; ++axis) body.out_stride[axis] = o.stride[axis];
-            for (int axis = 0; axis < 3; ++axis) body.tile_shape[axis] = t.shape[2 + axis];
-            for (int axis = 0; axis < 3; ++axis) body.out_shape[axis] = o.shape[1 + axis];
-            body.rows = rows_of((largest[1] + body.kLines - 1) / body.kLines, largest[2], body.out, o.stride[3],
-                                strides, sizeof(Result<op>), vector);
-            body.depth = Divider(largest[0]);
-            body.planes = static_cast<uint32_t>(largest[0] * (apart(op) ? channels : 1));
-            body.parts = parts_of(call.source_start, call.target_start, call.size, device, n, count);
-            set_results(body, op, channels, o, call.threshold + (op == Op::threshold ? k : 0), call.values);
-            launch({blocks_for(body.rows.items), body.planes, count}, stream, body);
+        if (extent.largest[0] == 0 || extent.largest[1] == 0 || extent.largest[2] == 0) continue;
+        const int64_t item = sizeof(Result<op>);
+        const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2), extent.columns * item};
+        const int64_t groups = (extent.largest[1] + kLinesOf<op> - 1) / kLinesOf<op>;
+        const Rows rows = rows_of(groups, extent.largest[2], o.data, o.stride[3], strides, item, vector,
+                                  std::min<int64_t>(vector, 4));
+        if constexpr (kMost == 8) {
+            if (rows.step == 4) {
+                launch_placing<In, op, 4>(call, device, extent, rows, n, count, stream);
+                continue;
+            }
         }
+        launch_placing<In, op, kMost>(call, device, extent, rows, n, count, stream);
     }
 }
 
@@ -605,9 +654,9 @@ void blend(const TileBlend& call, const DeviceParts& device, Stream stream) {
         const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2)};
         const int64_t weight_strides[] = {moving(w, 0), moving(w, 1)};
         body.rows = rows_of(height, body.width, o.data + first[2] * o.stride[3], o.stride[3], strides, sizeof(float),
-                            body.kVector);
+                            body.kVector, body.kVector);
         body.weight_rows = rows_of(height, body.width, w.data + first[2] * w.stride[2], w.stride[2], weight_strides,
-                                   sizeof(float), body.kVector);
+                                   sizeof(float), body.kVector, body.kVector);
         body.depth = Divider(depth);
         body.channels = static_cast<uint32_t>(t.shape[1]);
         if ((t.shape[1] + 1) * depth > INT32_MAX) throw std::length_error("more than 2^31 planes in one array");
@@ -697,8 +746,8 @@ void finish_blend(const BlendFinish& call, uint64_t* uncovered, Stream stream) {
         for (int axis = 0; axis < 4; ++axis) body.total_stride[axis] = t.stride[axis];
         for (int axis = 0; axis < 3; ++axis) body.weight_stride[axis] = call.weight_total.stride[axis];
         for (int axis = 0; axis < 4; ++axis) body.out_stride[axis] = o.stride[axis];
-        body.rows = rows_of(t.shape[2], t.shape[3], body.out, o.stride[3], strides, sizeof(Result<op>),
-                            vector_of<op>(o, body.kVector));
+        const int64_t vector = vector_of<op>(o, body.kVector);
+        body.rows = rows_of(t.shape[2], t.shape[3], body.out, o.stride[3], strides, sizeof(Result<op>), vector, vector);
         body.depth = Divider(t.shape[1]);
         body.planes = static_cast<uint32_t>(t.shape[1] * (apart(op) ? channels : 1));
         body.uncovered = k == 0 ? uncovered : nullptr;
