@@ -12,7 +12,6 @@ template <class Compute>
 struct Channel {
     Compute low, high, offset, divisor;
     float reciprocal;  // 1 / divisor, or 0 where quotient_by() does not serve
-    bool clips;        // whether there is a bound
     float beyond;      // value of the constant border
 };
 
@@ -55,50 +54,40 @@ template <class T, int kCount>
 UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<T>::Compute>& channel, bool affine,
                         float (&values)[kCount]) {
     using Compute = typename Pixel<T>::Compute;
-    Compute wide[kCount];
-    if constexpr (is_small_integer<T> && kCount % 4 == 0) {
-        uint32_t words[kCount * sizeof(T) / 4];
-        memcpy(words, pixels, sizeof(words));
-        widen_integers<T>(words, wide);
-    } else {
-        UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            if constexpr (sizeof(T) == 2 && !is_small_integer<T>)
-                wide[i] = widened(pixels[i]);
-            else
-                wide[i] = Pixel<T>::value(pixels[i]);
-        }
-    }
+    const auto value = [](T pixel) {
+        if constexpr (sizeof(T) == 2 && !is_small_integer<T>)
+            return widened(pixel);
+        else
+            return Pixel<T>::value(pixel);
+    };
     if (!affine) {
         UNET_RT_UNROLL
-        for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(wide[i]);
+        for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(value(pixels[i]));
         return;
     }
     const Compute low = channel.low, high = channel.high, offset = channel.offset, divisor = channel.divisor;
     if constexpr (is_small_integer<T>) {
         const float reciprocal = channel.reciprocal;
         if (reciprocal != 0.0f) {
-            if (channel.clips) {
-                UNET_RT_UNROLL
-                for (int i = 0; i < kCount; ++i) wide[i] = limited(wide[i], low, high);
-            }
             UNET_RT_UNROLL
-            for (int i = 0; i < kCount; ++i) values[i] = quotient_by(wide[i] - offset, divisor, reciprocal);
+            for (int i = 0; i < kCount; ++i)
+                values[i] = quotient_by(limited(value(pixels[i]), low, high) - offset, divisor, reciprocal);
             return;
         }
     }
     UNET_RT_UNROLL
-    for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(normalised(wide[i], low, high, offset, divisor));
+    for (int i = 0; i < kCount; ++i)
+        values[i] = static_cast<float>(normalised(value(pixels[i]), low, high, offset, divisor));
 }
 
 // Samples of 16 bytes of the wider of pixels and tile.
 template <class T, class Out>
 constexpr int kWidest = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
 
-// Out: float or half.
+// Out: float or half. Vectors of 8 samples are for rows that begin at multiples of them; those of 4 for all.
 template <class T, class Out, int kVector>
 struct Body {
-    static constexpr int kBlocks = sizeof(typename Pixel<T>::Compute) == 8 ? 2 : 3;
+    static constexpr int kBlocks = sizeof(T) >= 4 ? 2 : 3;
 
     const char* window;
     int64_t window_stride[4];
@@ -153,8 +142,8 @@ struct Body {
         // Where rows begin at multiples of a vector, all of the thread's are at the same place in theirs.
         const uint32_t x = (item - group * rows.vectors.divisor) * kVector;
         const int64_t first = start_x + x - window_start[2];
-        const bool whole = rows.step == kVector && !rows.peeled && x + kVector <= rows.width && first >= 0 &&
-                           first + kVector <= held[2];
+        const bool whole = rows.step == kVector && (kVector == 8 || !rows.peeled) && x + kVector <= rows.width &&
+                           first >= 0 && first + kVector <= held[2];
         uint64_t bad = 0;
         for (uint32_t plane = at.block_y; plane < planes; plane += at.blocks_y) {
             const uint32_t c = depth.quotient(plane);
@@ -169,7 +158,9 @@ struct Body {
                     all(own + first * window_stride[3], to + x * sizeof(Out), c, bad);
                     continue;
                 }
-                if (rows.peeled) made = four(own, start_x, item, group, to, c, bad);
+                if constexpr (kVector == 4) {
+                    if (rows.peeled) made = four(own, start_x, item, group, to, c, bad);
+                }
             }
             UNET_RT_ROLLED
             for (uint32_t r = 0; r < kRows && y + r < height; ++r) {
@@ -181,27 +172,6 @@ struct Body {
             }
         }
         if (bad != 0 && non_finite != nullptr) add_to(non_finite, bad);
-    }
-
-    // The vectors at `from` and `to`, and at the same place of the rows that follow: kRows in all.
-    UNET_RT_HD void all(const char* from, char* to, uint32_t c, uint64_t& bad) const {
-        const char* source[kRows];
-        bool wanted[kRows];
-        uint64_t alignment = 0;
-        UNET_RT_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            source[r] = from;
-            wanted[r] = true;
-            alignment |= address_of(from);
-            from += window_stride[2];
-        }
-        T pixels[kRows][kVector];
-        load_pixels(source, wanted, alignment, pixels);
-        UNET_RT_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            finish(pixels[r], to, channels[c], bad);
-            to += out_stride[3];
-        }
     }
 
     UNET_RT_HD void load_pixels(const char* const (&source)[kRows], const bool (&wanted)[kRows], uint64_t alignment,
@@ -229,6 +199,49 @@ struct Body {
         store_results(to, values, static_cast<Out*>(nullptr));
         UNET_RT_UNROLL
         for (int i = 0; i < kVector; ++i) bad += Pixel<T>::non_finite(pixels[i]);
+    }
+
+    // The vectors at `from` and `to`, and at the same place of the rows that follow: kRows in all.
+    UNET_RT_HD void all(const char* from, char* to, uint32_t c, uint64_t& bad) const {
+        const char* source[kRows];
+        bool wanted[kRows];
+        uint64_t alignment = 0;
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            source[r] = from;
+            wanted[r] = true;
+            alignment |= address_of(from);
+            from += window_stride[2];
+        }
+        const Channel<typename Pixel<T>::Compute>& channel = channels[c];
+        if constexpr (is_small_integer<T>) {
+            // As nearly always: adjacent integers, divided by multiplication. Decided for all rows at once.
+            if (window_stride[3] == static_cast<int64_t>(sizeof(T)) && affine && channel.reciprocal != 0.0f) {
+                constexpr int kBytes = kVector * static_cast<int>(sizeof(T));
+                uint32_t words[kRows][kBytes / 4];
+                load_rows<kBytes>(source, wanted, alignment, words);
+                const float low = channel.low, high = channel.high, offset = channel.offset, divisor = channel.divisor,
+                            reciprocal = channel.reciprocal;
+                UNET_RT_UNROLL
+                for (int r = 0; r < kRows; ++r) {
+                    float values[kVector];
+                    widen_integers<T>(words[r], values);
+                    UNET_RT_UNROLL
+                    for (int i = 0; i < kVector; ++i)
+                        values[i] = quotient_by(limited(values[i], low, high) - offset, divisor, reciprocal);
+                    store_results(to, values, static_cast<Out*>(nullptr));
+                    to += out_stride[3];
+                }
+                return;
+            }
+        }
+        T pixels[kRows][kVector];
+        load_pixels(source, wanted, alignment, pixels);
+        UNET_RT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            finish(pixels[r], to, channel, bad);
+            to += out_stride[3];
+        }
     }
 
     // Vectors of kRows rows, the first of which are at `from` and `to`, as far as they are whole and held: their bits.
@@ -343,7 +356,6 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
             const bool serves =
                 reciprocal_serves(static_cast<float>(low), static_cast<float>(high), static_cast<float>(offset), by);
             channel.reciprocal = serves ? 1.0f / by : 0.0f;
-            channel.clips = low != -INFINITY || high != INFINITY;
             channel.beyond = border_value(call.window.dtype, call.affine, call.constant, low, high, offset, divisor);
         }
         body.window = call.window.data + c * call.window.stride[0];
@@ -362,12 +374,11 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
 
 template <class T, class Out>
 void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite, Stream stream) {
-    constexpr int kMost = kWidest<T, Out>;
-    if constexpr (kMost == 8) {
-        if (rows_of<Out>(call.out, call.out.data, 8, 4).step == 4)
-            return run<T, Out, 4>(call, starts, non_finite, stream);
+    if constexpr (kWidest<T, Out> == 8) {
+        const Rows rows = rows_of<Out>(call.out, call.out.data, 8, 4);
+        if (rows.step == 8 && !rows.peeled) return run<T, Out, 8>(call, starts, non_finite, stream);
     }
-    run<T, Out, kMost>(call, starts, non_finite, stream);
+    run<T, Out, 4>(call, starts, non_finite, stream);
 }
 
 template <class T>
