@@ -187,15 +187,40 @@ void run(const CropConcat& call, Stream stream) {
     }
 }
 
+// Makes elements of twice as many bytes, if an axis of adjacent elements divides into them: the last one, or the
+// channels where those are adjacent. Whether it does.
+bool pairs(CropConcat& call, int64_t bytes) {
+    Array* const arrays[] = {&call.skip, &call.up, &call.out};
+    for (const int axis : {4, 1}) {
+        bool possible = true;
+        for (const Array* array : arrays) {
+            if (array->shape[axis] == 0) continue;  // a part without channels
+            uint64_t ragged = address_of(array->data) | static_cast<uint64_t>(array->shape[axis] * bytes);
+            for (int other = 0; other < kMaxAxes; ++other)
+                if (other != axis && array->shape[other] > 1) ragged |= static_cast<uint64_t>(array->stride[other]);
+            possible = possible && array->stride[axis] == bytes && ragged % static_cast<uint64_t>(2 * bytes) == 0;
+        }
+        if (axis == 4) possible = possible && call.offset[2] % 2 == 0;
+        if (!possible) continue;
+        for (Array* array : arrays) array->shape[axis] /= 2, array->stride[axis] *= 2;
+        if (axis == 4) call.offset[2] /= 2;
+        return true;
+    }
+    return false;
+}
+
 }  // namespace concat_kernel
 
 void crop_concat(const CropConcat& call, Stream stream) {
     for (const int64_t size : call.out.shape)
         if (size == 0) return;
-    const int64_t bytes = item_bytes(call.out.dtype);
-    if (bytes == 1) return concat_kernel::run<uint8_t>(call, stream);
-    if (bytes == 2) return concat_kernel::run<uint16_t>(call, stream);
-    return concat_kernel::run<uint32_t>(call, stream);
+    // As few elements as possible: adjacent ones are copied as one where rows consist of them.
+    CropConcat wide = call;
+    int64_t bytes = item_bytes(call.out.dtype);
+    while (bytes < 4 && concat_kernel::pairs(wide, bytes)) bytes *= 2;
+    if (bytes == 1) return concat_kernel::run<uint8_t>(wide, stream);
+    if (bytes == 2) return concat_kernel::run<uint16_t>(wide, stream);
+    return concat_kernel::run<uint32_t>(wide, stream);
 }
 
 }  // namespace unet_rt::cuda

@@ -111,3 +111,16 @@ def test_crop_concat_copies_sixteen_bytes_at_once(
     read = {size: count * size for (what, size), count in counts.items() if what == "read-only load"}
     assert read[16] >= out.nbytes // 2  # the centre of the skip connection begins 16 samples into its rows
     np.testing.assert_array_equal(out, np.concatenate([skip[:, :, 16:64, 16:64], up], 1))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("offset", [12, 14, 15])
+def test_crop_concat_copies_small_elements_in_groups(
+    device: DeviceKernels, counts: Any, dtype: str, offset: int
+) -> None:
+    """Rows of 44 elements are no whole vectors; what is left over goes by words where places are multiples of them."""
+    skip, up, out = aligned((1, 3, 60, 72), dtype), aligned((1, 2, 44, 44), dtype), aligned((1, 5, 44, 44), dtype)
+    device.crop_concat(skip, up, out, offset=(8, offset))
+    written = {size for what, size in counts if what == "store"}
+    assert min(written) == next(n for n in (4, 2, 1) if offset * skip.itemsize % n == 0)
+    np.testing.assert_array_equal(out, np.concatenate([skip[:, :, 8:52, offset : offset + 44], up], 1))
