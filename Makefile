@@ -96,7 +96,7 @@ endef
 .venv-test/.made: pyproject.toml constraints/test.txt
 	$(new_environment)
 	@echo "installing build tools, linters and test tools"
-	@$(@D)/bin/pip install -q --group build --group lint --group test --group tensorrt
+	@$(@D)/bin/pip install -q --group build --group lint --group test --group tensorrt --group cuda
 	@echo "installing unet-rt[cpu,torch,tiff,zarr,...] and what it needs (torch is large)"
 	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote,objects,dask]'
 	@touch $@

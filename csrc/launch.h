@@ -316,8 +316,8 @@ UNET_RT_HD void load_many(const char* from, int64_t stride, T (&values)[kCount])
 // An element to any address.
 //
 // On a device the whole store is spelled out. Left to itself the compiler finds that both branches write the same bytes
-// and writes all values byte by byte; the binary16 results of such code were seen to lose their low byte (nvcc 13.0,
-// sm_90).
+// and writes all values byte by byte; for the low byte of a binary16 that was just converted the assembler (ptxas 13.0)
+// then makes a conversion to integer, and the byte is lost. tests/test_kernels_compiled.py looks for that.
 #if defined(__CUDA_ARCH__)
 UNET_RT_HD void store_whole(char* to, uint8_t value) { *reinterpret_cast<uint8_t*>(to) = value; }
 UNET_RT_HD void store_whole(char* to, uint16_t value) { __stwb(reinterpret_cast<unsigned short*>(to), value); }
