@@ -396,6 +396,19 @@ UNET_RT_HD void store_result(char* to, float value, float*) { store_one(to, valu
 UNET_RT_HD void store_result(char* to, uint8_t value, uint8_t*) { store_one(to, value); }
 UNET_RT_HD void store_result(char* to, float value, half*) { store_one(to, narrowed(value).bits); }
 
+// Hides from the compiler where a value came from: it computes some anew in every turn of a loop rather than keep them.
+template <class T>
+UNET_RT_HD void keep(T& value) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(T) == 8)
+        asm volatile("" : "+l"(value));
+    else
+        asm volatile("" : "+r"(value));
+#else
+    static_cast<void>(value);
+#endif
+}
+
 UNET_RT_HD void add_to(uint64_t* counter, uint64_t count) {
 #if defined(__CUDA_ARCH__)
     atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(count));

@@ -473,10 +473,22 @@ UNET_RT_HD uint32_t lowest_bit(uint64_t mask) {
 #endif
 }
 
-template <class In>
+// The tiles of a launch whose tables are on the host, as the samples of the total see them.
+struct Listed {
+    struct Tile {
+        int32_t target[3], size[3];
+        int64_t tile, weight;  // bytes that sample (0, 0, 0) of the total would have from that of `tiles`, `weight`
+    };
+    Tile tiles[kTilesPerLaunch];
+    Pieces lines, columns;  // of the box
+};
+
+// Tables: Listed, or Parts on the device.
+template <class In, class Tables>
 struct Blending {
     static constexpr int kVector = 4;
-    static constexpr int kBlocks = 4;
+    static constexpr int kBlocks = 3;
+    static constexpr bool kListed = std::is_same_v<Tables, Listed>;
 
     const char* tiles;
     int64_t tile_stride[5];
@@ -495,8 +507,7 @@ struct Blending {
     uint32_t channels;
     uint32_t planes;
     uint32_t count;
-    Parts parts;
-    Pieces lines, columns;  // of the box; of no use where the parts lie on the device
+    Tables tables;
 
     // Planes are those of the total's channels and then those of the weights.
     UNET_RT_HD void operator()(const Place& at) const {
@@ -517,38 +528,51 @@ struct Blending {
             const auto span = own.span(item, line, to, sizeof(float), width);
             if (span.begin >= span.end) continue;
             uint64_t near = ~uint64_t{0};
-            if (parts.size.device == nullptr)
-                near = lines.at(line) & (columns.at(static_cast<uint32_t>(span.begin)) |
-                                         columns.at(static_cast<uint32_t>(span.end - 1)));
+            if constexpr (kListed)
+                near = tables.lines.at(line) & (tables.columns.at(static_cast<uint32_t>(span.begin)) |
+                                                tables.columns.at(static_cast<uint32_t>(span.end - 1)));
             add(near, k, weights, z, y, span, to, stride);
         }
     }
 
-    // The tiles `near` of a launch's, or all where there are more.
+    // The tiles `near` of a launch's, or all where their tables are on the device.
     UNET_RT_HD void add(uint64_t near, uint32_t k, bool weights, int64_t z, int64_t y, const Rows::Span& span, char* to,
                         int64_t stride) const {
         float sums[kVector];
         bool loaded = false;
-        const bool listed = parts.size.device == nullptr;
-        for (uint32_t n = 0; listed ? near != 0 : n < count; ++n) {
-            if (listed) {
+        const int64_t x = box[2] + span.x;  // may lie before the row
+        // Where the first sample would be, were the total's coordinates the tile's.
+        const char* first_weight = weight + z * weight_stride[0] + y * weight_stride[1] + x * weight_stride[2];
+        const char* first_tile =
+            tiles + k * tile_stride[1] + z * tile_stride[2] + y * tile_stride[3] + x * tile_stride[4];
+        auto row = static_cast<uint32_t>(y), slice = static_cast<uint32_t>(z);
+        keep(first_weight), keep(first_tile), keep(row), keep(slice);
+        for (uint32_t n = 0; kListed ? near != 0 : n < count; ++n) {
+            int64_t dx, extent;  // of the part: column of the vector's first sample, columns
+            const char *w, *t;
+            if constexpr (kListed) {
                 n = lowest_bit(near);
                 near &= near - 1;
+                const Listed::Tile& tile = tables.tiles[n];
+                if (slice - static_cast<uint32_t>(tile.target[0]) >= static_cast<uint32_t>(tile.size[0])) continue;
+                if (row - static_cast<uint32_t>(tile.target[1]) >= static_cast<uint32_t>(tile.size[1])) continue;
+                dx = x - tile.target[2], extent = tile.size[2];
+                if (dx + kVector <= 0 || dx >= extent) continue;
+                w = first_weight + tile.weight, t = first_tile + tile.tile;
+            } else {
+                const int64_t dz = z - tables.target.at(n, 0);
+                const int64_t dy = y - tables.target.at(n, 1);
+                if (dz < 0 || dy < 0 || dz >= tables.size.at(n, 0) || dy >= tables.size.at(n, 1)) continue;
+                dx = x - tables.target.at(n, 2), extent = tables.size.at(n, 2);
+                if (dx + kVector <= 0 || dx >= extent) continue;
+                if (!tables.fits(n, tile_shape, total_shape)) continue;
+                const int64_t away[3] = {tables.source.at(n, 0) - tables.target.at(n, 0),
+                                         tables.source.at(n, 1) - tables.target.at(n, 1),
+                                         tables.source.at(n, 2) - tables.target.at(n, 2)};
+                w = first_weight + away[0] * weight_stride[0] + away[1] * weight_stride[1] + away[2] * weight_stride[2];
+                t = first_tile + n * tile_stride[0] + away[0] * tile_stride[2] + away[1] * tile_stride[3] +
+                    away[2] * tile_stride[4];
             }
-            const int64_t dz = z - parts.target.at(n, 0);
-            const int64_t dy = y - parts.target.at(n, 1);
-            if (dz < 0 || dy < 0 || dz >= parts.size.at(n, 0) || dy >= parts.size.at(n, 1)) continue;
-            // Column of the part of the vector's first sample, which may lie before the part or before the row.
-            const int64_t dx = box[2] + span.x - parts.target.at(n, 2);
-            const int64_t extent = parts.size.at(n, 2);
-            if (dx + kVector <= 0 || dx >= extent) continue;
-            if (parts.size.device != nullptr && !parts.fits(n, tile_shape, total_shape)) continue;
-            const int64_t sx = parts.source.at(n, 2) + dx;
-            const char* const w = weight + (parts.source.at(n, 0) + dz) * weight_stride[0] +
-                                  (parts.source.at(n, 1) + dy) * weight_stride[1] + sx * weight_stride[2];
-            const char* const t = tiles + n * tile_stride[0] + k * tile_stride[1] +
-                                  (parts.source.at(n, 0) + dz) * tile_stride[2] +
-                                  (parts.source.at(n, 1) + dy) * tile_stride[3] + sx * tile_stride[4];
             if (!loaded) {
                 load_sums(span, to, stride, sums);
                 loaded = true;
@@ -568,8 +592,8 @@ struct Blending {
             } else {
                 UNET_RT_UNROLL
                 for (int i = 0; i < kVector; ++i) {
-                    const int64_t x = span.x + i;
-                    if (x < span.begin || x >= span.end || dx + i < 0 || dx + i >= extent) continue;
+                    const int64_t own = span.x + i;
+                    if (own < span.begin || own >= span.end || dx + i < 0 || dx + i >= extent) continue;
                     const float by = load_one<float>(w + i * weight_stride[2]);
                     sums[i] += weights ? by : by * widened(load_one<In>(t + i * tile_stride[4]));
                 }
@@ -611,7 +635,7 @@ struct Blending {
     }
 };
 
-template <class In>
+template <class In, class Tables>
 void blend(const TileBlend& call, const DeviceParts& device, Stream stream) {
     const Array& t = call.tiles;
     const Array& o = call.total;
@@ -620,7 +644,7 @@ void blend(const TileBlend& call, const DeviceParts& device, Stream stream) {
     const int64_t most = on_device ? t.shape[0] : kTilesPerLaunch;
     for (int64_t n = 0; n < t.shape[0]; n += most) {
         const int64_t count = std::min(most, t.shape[0] - n);
-        Blending<In> body{};
+        Blending<In, Tables> body{};
         int64_t first[3] = {0, 0, 0}, last[3];
         for (int axis = 0; axis < 3; ++axis) {
             last[axis] = on_device ? o.shape[1 + axis] : 0;
@@ -662,14 +686,28 @@ void blend(const TileBlend& call, const DeviceParts& device, Stream stream) {
         if ((t.shape[1] + 1) * depth > INT32_MAX) throw std::length_error("more than 2^31 planes in one array");
         body.planes = static_cast<uint32_t>((t.shape[1] + 1) * depth);
         body.count = static_cast<uint32_t>(count);
-        body.parts = parts_of(call.source_start, call.target_start, call.size, device, n, count);
-        body.lines = Pieces(height), body.columns = Pieces(body.width);
-        for (int64_t i = 0; i < count && !on_device; ++i) {
-            const int64_t* size = call.size + 3 * (n + i);
-            const int64_t* target = call.target_start + 3 * (n + i);
-            if (size[0] == 0 || size[1] == 0 || size[2] == 0) continue;
-            body.lines.add(i, target[1] - first[1], target[1] - first[1] + size[1]);
-            body.columns.add(i, target[2] - first[2], target[2] - first[2] + size[2]);
+        if constexpr (std::is_same_v<Tables, Listed>) {
+            body.tables.lines = Pieces(height), body.tables.columns = Pieces(body.width);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t* source = call.source_start + 3 * (n + i);
+                const int64_t* target = call.target_start + 3 * (n + i);
+                const int64_t* size = call.size + 3 * (n + i);
+                if (size[0] == 0 || size[1] == 0 || size[2] == 0) continue;
+                Listed::Tile& tile = body.tables.tiles[i];
+                tile.tile = i * t.stride[0];
+                for (int axis = 0; axis < 3; ++axis) {
+                    if (target[axis] > INT32_MAX || size[axis] > INT32_MAX)
+                        throw std::length_error("more than 2^31 samples along an axis");
+                    tile.target[axis] = static_cast<int32_t>(target[axis]);
+                    tile.size[axis] = static_cast<int32_t>(size[axis]);
+                    tile.tile += (source[axis] - target[axis]) * t.stride[2 + axis];
+                    tile.weight += (source[axis] - target[axis]) * call.weight.stride[axis];
+                }
+                body.tables.lines.add(i, target[1] - first[1], target[1] - first[1] + size[1]);
+                body.tables.columns.add(i, target[2] - first[2], target[2] - first[2] + size[2]);
+            }
+        } else {
+            body.tables = parts_of(call.source_start, call.target_start, call.size, device, n, count);
         }
         launch({blocks_for(std::max(body.rows.items, body.weight_rows.items)), body.planes, 1}, stream, body);
     }
@@ -790,10 +828,12 @@ void tile_blend(const TileBlend& call, const DeviceTable& source_start, const De
     for (const int64_t extent : call.tiles.shape)
         if (extent == 0) return;
     const stitch_kernel::DeviceParts device{source_start, target_start, size};
-    if (call.tiles.dtype == DType::f16)
-        stitch_kernel::blend<half>(call, device, stream);
-    else
-        stitch_kernel::blend<float>(call, device, stream);
+    const bool narrow = call.tiles.dtype == DType::f16;
+    if (device.size.data != nullptr)
+        return narrow ? stitch_kernel::blend<half, stitch_kernel::Parts>(call, device, stream)
+                      : stitch_kernel::blend<float, stitch_kernel::Parts>(call, device, stream);
+    narrow ? stitch_kernel::blend<half, stitch_kernel::Listed>(call, device, stream)
+           : stitch_kernel::blend<float, stitch_kernel::Listed>(call, device, stream);
 }
 
 void blend_finish(const BlendFinish& call, uint64_t* uncovered, Stream stream) {
