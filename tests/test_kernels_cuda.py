@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -270,3 +272,16 @@ def test_the_module_loads_without_a_driver() -> None:
             )
         with pytest.raises(BackendError, match=r"driver|device"):
             module.graph_begin(0)
+    # Nor without the toolkit: the runtime is linked into it, so that it names no library of it.
+    assert b"libcudart.so" not in Path(module.__file__).read_bytes()
+
+
+def test_every_launch_is_checked() -> None:
+    sources = Path(__file__).resolve().parents[1] / "csrc"
+    if not sources.is_dir():
+        pytest.skip("needs the source tree")
+    files = [path for pattern in ("*.cu", "*.h", "*.cpp") for path in sources.glob(pattern)]
+    launches = [text for path in files for text in path.read_text().split("<<<")[1:]]
+    assert launches
+    for text in launches:
+        assert re.match(r"[^;]*;\s*check\(cudaGetLastError\(\)", text)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, OrderedDict, deque
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,12 +26,14 @@ import pytest
 from fake_tensorrt import FakeDevice
 
 import unet_rt
+from unet_rt import exam
 from unet_rt.backends import crop_concat_plugin, tensorrt
 from unet_rt.backends.tensorrt_build import Compiled, compile_plan, profiles_for
 from unet_rt.backends.tensorrt_inspect import check_network
-from unet_rt.backends.tensorrt_plan import PlanHeader, read_plan
+from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, read_plan, write_plan
 from unet_rt.demo import SHIPPED, shipped_model
-from unet_rt.errors import BackendError
+from unet_rt.engine import read_folder, sha256, write_folder
+from unet_rt.errors import BackendError, ParityError
 
 onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
@@ -294,7 +297,9 @@ def test_a_tile_that_leaves_nothing_is_said(rtx: Any, tmp_path: Path) -> None:
 
 
 class Session:
-    """What ``build`` asks of the sessions of its plans, without running them."""
+    """What ``build`` asks of the sessions of its plans, and an engine of its own, without running them."""
+
+    precision, version = "int8", "tensorrt_rtx 1.7"
 
     def __init__(self, trt: Any, header: PlanHeader, plan: bytes, *rest: Any) -> None:
         self.header, self.plan = header, plan
@@ -310,6 +315,9 @@ class Session:
 
     def kernels(self) -> bytes:
         return b"kernels"
+
+    def close(self) -> None:
+        return None
 
     def run(self, inputs: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         return [2 * x for x in inputs]
@@ -421,6 +429,91 @@ def test_rows_that_disagree_are_no_engine(
             tiles=[(128, 128)], batches=[1, 2],
         )  # fmt: skip
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
+    ("network", "engine", "said"),
+    [
+        ("fp32", "Half", "fp16 was asked, and 1 of 1 convolutions would run in another precision"),
+        ("fp16", "Float", "fp16 was asked, and the engine runs 1 of 1 convolutions in another precision"),
+    ],
+)
+def test_another_precision_than_the_one_asked_is_no_engine(
+    opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, engine: str, said: str
+) -> None:
+    """Read from the parsed network, and from what the built engine tells of itself."""
+    compiled = Compiled(b"plan", {"/conv": network}, ("x",), ("y",))
+    tensor = {"Name": "t", "Format/Datatype": engine}
+    told = {"Layers": [{"Name": "/conv", "Inputs": [tensor], "Outputs": [tensor]}]}
+    monkeypatch.setattr(tensorrt, "compile_plan", lambda *given, **more: compiled)
+    monkeypatch.setattr(Session, "inspect", lambda self: json.dumps(told))
+    with pytest.raises(BackendError, match=said):
+        tensorrt.build(
+            shipped_model(), tmp_path / "g.onnx", precision="fp16", device="cuda:0", blob=tmp_path / "p",
+            tiles=[(64, 64)], batches=[1],
+        )  # fmt: skip
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.tensorrt
+@pytest.mark.onnxruntime
+def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
+    opened: dict[str, float],
+    engine_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its ranges are in no other file. What comes of it sits the exam before it is used."""
+    from unet_rt.calibration import calibrate
+    from unet_rt.passes.half import half
+    from unet_rt.passes.qdq import prepare, probed, quantise
+
+    folder, graph, plan, parity = read_folder(engine_folder), tmp_path / "g", tmp_path / "p", tmp_path / "parity"
+    exam_tiles = (folder.exam() or {})["input"]
+    prepared = prepare(onnx.load(str(folder.file("model"))))
+    found = calibrate(prepared, probed(prepared), [[tile[None]] for tile in exam_tiles])
+    model = quantise(prepared, next(iter(found.ranges.values())), "tensorrt", means=found.means).model
+    half(model)
+    onnx.save(model, str(graph))
+    origin = Origin("tensorrt_rtx", "1.0", "Another GPU", "8.9", "12.8")
+    write_plan(plan, PlanHeader(origin, "int8", (), ("x",), ("y",)), b"plan")
+    record: dict[str, Any] = {**(folder.parity or {}), "graph_sha256": sha256(graph)}
+    record["budget"] = {**record["budget"], "label_change": 0.01, "dice": 0.95}
+    parity.write_text(json.dumps(record))
+    spec = replace(folder.spec, backend="tensorrt", precision="int8", device="cuda:0", batches=(1, 2))
+    kept: dict[Any, Path] = {kind: folder.file(kind) for kind in ("model", "exam")}
+    stale = write_folder(tmp_path / "stale.urt", spec, {**kept, "graph": graph, "engine": plan, "parity": parity})
+
+    import onnxruntime
+
+    cpu = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+
+    def run(self: Session, inputs: list[np.ndarray[Any, Any]]) -> list[Any]:
+        return list(cpu.run(None, {cpu.get_inputs()[0].name: inputs[0].astype(np.float16)}))
+
+    real_compile, real_sit, layers, sat = tensorrt.compile_plan, exam.sit, list[Counter[str]](), list[int]()
+
+    def compile_plan(*given: Any, **more: Any) -> Any:
+        made = real_compile(*given, **more)
+        layers.append(Counter(made.convolutions.values()))
+        return made
+
+    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
+    monkeypatch.setattr(exam, "sit", lambda *given: sat.append(1) or real_sit(*given))
+    with unet_rt.load(stale.path) as engine:
+        assert engine.spec.precision == "int8"
+    assert_precision(layers[-1], "int8")
+    assert sat == [1]
+    (line,) = (entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING")
+    assert "belongs to tensorrt_rtx version 1.0, here" in line
+    assert "GPU Another GPU, here Fake GPU" in line
+    assert "it is made again from its graph" in line
+    monkeypatch.setattr(Session, "run", lambda self, inputs: [np.roll(y, 40, axis=-1) for y in run(self, inputs)])
+    with pytest.raises(ParityError, match="fails its exam on this machine"):
+        unet_rt.load(stale.path)
 
 
 # --- crop and concatenation -------------------------------------------------------------------------------------------
