@@ -96,7 +96,7 @@ CASES = {
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
-def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
+def quantised(model: Any) -> Any:
     """With quantise-dequantise pairs of ranges that nobody measured: building looks at no pixel."""
     from unet_rt.calibration import Range
     from unet_rt.passes.qdq import prepare, probed, quantise
@@ -105,7 +105,7 @@ def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
     return quantise(prepared, {tensor: Range(-3.0, 5.0) for tensor in probed(prepared)}, "tensorrt").model
 
 
-def in_precision(model: onnx.ModelProto, path: Path, precision: str) -> Path:
+def in_precision(model: Any, path: Path, precision: str) -> Path:
     """What the model line gives to ``build`` for ``precision``: the model itself, but for INT8."""
     onnx.save(quantised(model) if precision == "int8" else model, str(path))
     return path
@@ -218,7 +218,7 @@ def test_half_precision_keeps_its_islands(rtx: Any, tmp_path: Path) -> None:
         check_network({first: "fp32", "b": "fp16"}, "fp16", frozenset())
 
 
-def one_node(operator: str, name: str, **attributes: Any) -> onnx.ModelProto:
+def one_node(operator: str, name: str, **attributes: Any) -> Any:
     """A network of a ReLU without a name and one node more, with weights ``w`` for those that take them."""
     helper = onnx.helper
     weights = attributes.pop("weights", None)
