@@ -27,7 +27,7 @@ from fake_tensorrt import FakeDevice
 
 import unet_rt
 from unet_rt import exam
-from unet_rt.backends import crop_concat_plugin, tensorrt
+from unet_rt.backends import crop_concat_plugin, tensorrt, tensorrt_build
 from unet_rt.backends.tensorrt_build import Compiled, compile_plan, profiles_for
 from unet_rt.backends.tensorrt_inspect import check_network
 from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, read_plan, write_plan
@@ -216,6 +216,31 @@ def test_half_precision_keeps_its_islands(rtx: Any, tmp_path: Path) -> None:
     # The same graph without its record: nobody asked for a layer in FP32.
     with pytest.raises(BackendError, match=f"first: {re.escape(first)} in fp32"):
         check_network({first: "fp32", "b": "fp16"}, "fp16", frozenset())
+
+
+@pytest.mark.tensorrt
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")
+def test_timings_are_shared_by_the_builds_of_a_process(
+    rtx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per GPU. TensorRT-RTX, taken for TensorRT, times nothing, and hands the cache out and takes it all the same."""
+    taken = []
+
+    class Timings(dict[tuple[str, str, str], bytes]):
+        def get(self, key: tuple[str, str, str], default: Any = None) -> Any:
+            taken.append((key[2], super().get(key, default)))
+            return taken[-1][1]
+
+    timings = Timings()
+    monkeypatch.setattr(tensorrt_build, "_TIMINGS", timings)
+    monkeypatch.delattr(rtx, "ComputeCapability")
+    profiles = profiles_for(onnx.load(str(shipped_model())), [(64, 64)], [1])
+    for gpu in ("A", "B", "A"):
+        compile_plan(rtx, shipped_model(), profiles, gpu=gpu)
+    kept = {key[2]: blob for key, blob in timings.items()}
+    assert sorted(kept) == ["A", "B"]
+    assert all(len(blob) > 100 for blob in kept.values())
+    assert taken == [("A", b""), ("B", b""), ("A", kept["A"])]
 
 
 def one_node(operator: str, name: str, **attributes: Any) -> Any:
