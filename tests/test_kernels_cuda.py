@@ -23,7 +23,7 @@ import reference
 import test_kernels as cpu
 from device_kernels import DeviceKernels, device_kernels, host_module
 from hypothesis import settings
-from kernels_under_valgrind import BEYOND
+from watched_kernels import BEYOND
 
 from unet_rt import kernels
 from unet_rt.errors import BackendError, ImageError, OutputError, TileError
@@ -226,7 +226,7 @@ def test_bodies_touch_nothing_beside_their_arrays(device: DeviceKernels) -> None
     if valgrind is None:
         pytest.skip("valgrind is not installed (apt-get install valgrind)")
     host_module()
-    script = Path(__file__).with_name("kernels_under_valgrind.py")
+    script = Path(__file__).with_name("watched_kernels.py")
     paths = [str(Path(kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Arrays from the C library, each a block of its own.
     environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(paths)}
