@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -502,6 +504,24 @@ def test_precisions_and_graphs_that_build_takes(
     monkeypatch.setattr(onnxruntime_cuda, "build", lambda model, graph, **how: seen.update(how))
     onnxruntime.build(halved, tmp_path / "g.onnx", precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(4,))
     assert seen == {"precision": "fp16", "device": "cuda:0", "tiles": [(64, 64)], "batches": (4,)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asked of the loader on Linux alone")
+def test_without_cudnn_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime convolves without it, many times slower, and says nothing."""
+
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    library = SimpleNamespace(preload_dlls=lambda: print("Failed to load libcudnn.so.9\nand more"))
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime_cuda.ctypes, "CDLL", absent)
+        with pytest.raises(
+            BackendError, match=r"libcudnn\.so\.9: .*; Failed to load libcudnn\.so\.9; pip install nvidia-"
+        ):
+            onnxruntime_cuda.preload(library)
+        patch.setattr(onnxruntime_cuda.ctypes, "CDLL", lambda name: None)
+        onnxruntime_cuda.preload(library)
 
 
 def test_without_a_gpu_it_is_said() -> None:

@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +21,9 @@ import numpy as np
 import pytest
 import reference
 import test_kernels as cpu
-from device_kernels import DeviceKernels, device_kernels
+from device_kernels import DeviceKernels, device_kernels, host_module
 from hypothesis import settings
+from watched_kernels import BEYOND
 
 from unet_rt import kernels
 from unet_rt.errors import BackendError, ImageError, OutputError, TileError
@@ -194,6 +202,43 @@ def test_dlpack_alone(device: DeviceKernels) -> None:
         kernels.tile_gather(ThroughDlpack(window.astype(np.complex64)), [[-1, 2]], ThroughDlpack(out))
 
 
+class Temporary:
+    """A CUDA array of which nothing is ever read."""
+
+    def __init__(self, shape: tuple[int, ...], gone: list[int]) -> None:
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "<f4", "data": (4096, False), "version": 3}
+        weakref.finalize(self, gone.append, 1)
+
+
+@pytest.mark.parametrize("device", ["bodies"], indirect=True)
+def test_arrays_live_until_the_launch(device: DeviceKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those to which nobody else holds a reference."""
+    gone, launched = list[int](), list[int]()
+    module = SimpleNamespace(crop_concat=lambda *_: launched.append(len(gone)))
+    monkeypatch.setattr(kernels, "_cuda", lambda: module)
+    kernels.crop_concat(Temporary((1, 1, 4), gone), Temporary((1, 1, 2), gone), Temporary((1, 2, 2), gone))
+    assert (launched, len(gone)) == ([0], 3)
+
+
+@pytest.mark.parametrize("device", ["bodies"], indirect=True)
+def test_bodies_touch_nothing_beside_their_arrays(device: DeviceKernels) -> None:
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        pytest.skip("valgrind is not installed (apt-get install valgrind)")
+    host_module()
+    script = Path(__file__).with_name("watched_kernels.py")
+    paths = [str(Path(kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Arrays from the C library, each a block of its own.
+    environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [valgrind, "--undef-value-errors=no", "-q", sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, _, after = done.stderr.partition(BEYOND)
+    invalid = re.compile(r"Invalid (?:read|write)(?:(?!Address).)*_cuda_host.*?Address[^\n]*", re.DOTALL)
+    assert invalid.findall(after), "the memory checker sees nothing"
+    assert not invalid.findall(before)
+
+
 def test_device_errors(device: DeviceKernels) -> None:
     window, out = np.zeros((1, 8, 9), np.uint8), np.zeros((1, 1, 4, 4), np.float32)
     start = np.zeros((1, 2), np.int64)
@@ -270,3 +315,16 @@ def test_the_module_loads_without_a_driver() -> None:
             )
         with pytest.raises(BackendError, match=r"driver|device"):
             module.graph_begin(0)
+    # Nor without the toolkit: the runtime is linked into it, so that it names no library of it.
+    assert b"libcudart.so" not in Path(module.__file__).read_bytes()
+
+
+def test_every_launch_is_checked() -> None:
+    sources = Path(__file__).resolve().parents[1] / "csrc"
+    if not sources.is_dir():
+        pytest.skip("needs the source tree")
+    files = [path for pattern in ("*.cu", "*.h", "*.cpp") for path in sources.glob(pattern)]
+    launches = [text for path in files for text in path.read_text().split("<<<")[1:]]
+    assert launches
+    for text in launches:
+        assert re.match(r"[^;]*;\s*check\(cudaGetLastError\(\)", text)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import reference
 import test_kernels as cpu
+from watched_kernels import BEYOND
 
 import unet_rt
 from unet_rt import kernels
@@ -82,6 +87,28 @@ def test_host_memory_is_not_taken_for_the_device_s() -> None:
 
     with pytest.raises(BackendError, match="host memory"):
         kernels.crop_concat(posing((1, 1, 2)), posing((1, 1, 2)), posing((1, 2, 2)))
+
+
+@pytest.mark.gpu
+def test_the_memory_checker_finds_nothing() -> None:
+    paths = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    checker = shutil.which("compute-sanitizer", path=paths)
+    if checker is None:
+        pytest.xfail("compute-sanitizer, of the CUDA toolkit, is not installed: nobody watched the kernels")
+    script = Path(__file__).with_name("watched_kernels.py")
+    searched = [str(Path(unet_rt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [checker, "--tool", "memcheck", sys.executable, str(script), "device"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,  # in one, so that the order of lines is that of events
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(searched)},
+    )
+    before, line, after = done.stdout.partition(BEYOND)
+    assert line, done.stdout
+    assert "Invalid __global__ read" in after, "the memory checker sees nothing"
+    assert "Invalid" not in before
 
 
 @pytest.mark.gpu

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,12 @@ import tifffile
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from unet_rt import machine
+from unet_rt.backends import cudnn_api
 from unet_rt.cli import main
 from unet_rt.demo import shipped_model
 
+onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -422,6 +429,72 @@ def test_wrong_options_of_build(
     samples = [] if "--samples" in options else ["--samples", "image.npy"]
     line = refused("build", model, *samples, *options)
     assert all(text in line for text in texts), line
+
+
+# What a machine with a driver and a GPU may lack: the backend, modules that are not there, and what is said.
+LACKING = {
+    "TensorRT": (
+        "tensorrt",
+        {"tensorrt", "tensorrt_rtx"},
+        ("TensorRT is not installed", "pip install tensorrt-cu13", "pip install tensorrt-rtx-cu13"),
+    ),
+    "ONNX Runtime": ("onnxruntime", {"onnxruntime"}, ("not installed; pip install onnxruntime-gpu",)),
+    "ONNX Runtime for CUDA": ("onnxruntime", set(), ("this is the CPU wheel", "pip install onnxruntime-gpu")),
+    "PyCUDA": ("cudnn", {"pycuda"}, ("PyCUDA is not installed", "conda-forge", "CUDA_ENABLE_CURAND = False")),
+    "a PyCUDA that works": ("cudnn", set(), ("PyCUDA cannot be imported", "conda-forge", "CUDA_ENABLE_CURAND = False")),
+    "our kernels": ("cudnn", {"unet_rt._cuda"}, ("no CUDA kernels", "UNET_RT_CUDA=ON pip install")),
+    "cuDNN": ("cudnn", set(), ("cuDNN 9 cannot be loaded", "pip install nvidia-cudnn-cu13")),
+}
+
+
+@pytest.fixture
+def lacking(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, set[str]], None]:
+    """Gives the machine a GPU, and takes modules and libraries away from it."""
+
+    def lack(what: str, absent: set[str]) -> None:
+        monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda(("Some GPU",), "13.1", None))
+        real, there = importlib.util.find_spec, {"unet_rt._cuda", "pycuda"}
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *rest: (
+                None if name in absent else ModuleSpec(name, None) if name in there else real(name, *rest)
+            ),
+        )
+        driver = ModuleType("pycuda.driver")
+        monkeypatch.setitem(sys.modules, "pycuda", ModuleType("pycuda"))
+        # None: the import fails, as where a library that it was built with is gone.
+        monkeypatch.setitem(sys.modules, "pycuda.driver", None if what == "a PyCUDA that works" else driver)
+        monkeypatch.setitem(sys.modules, "unet_rt._cuda", SimpleNamespace(steps_head=None))
+        monkeypatch.setattr(cudnn_api, "candidates", lambda: ["libcudnn-of-nowhere.so.9"])
+        cudnn_api.library.cache_clear()
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+
+    return lack
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_what_a_gpu_needs_is_said(
+    what: str, pixels: Array, refused: Callable[..., str], lacking: Callable[[str, set[str]], None]
+) -> None:
+    backend, absent, texts = LACKING[what]
+    lacking(what, absent)
+    np.save("image.npy", pixels)
+    options = ("--samples", "image.npy", "--device", "cuda", "--out", "x.urt")
+    line = refused("build", shipped_model(), "--backend", backend, *options)
+    assert all(text in line for text in texts), line
+
+
+@pytest.mark.parametrize("backend", [(), ("--backend", "tensorrt"), ("--backend", "onnxruntime")])
+def test_a_missing_driver_is_said(
+    backend: Sequence[str], pixels: Array, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda((), "", "no NVIDIA driver is installed"))
+    np.save("image.npy", pixels)
+    line = refused("build", shipped_model(), "--samples", "image.npy", "--device", "cuda", *backend, "--out", "x.urt")
+    assert "cuda was asked: no NVIDIA driver is installed; install the driver, or use --device cpu" in line
 
 
 def test_one_channel_is_binary_or_a_regression_and_both_are_named(pixels: Array, refused: Callable[..., str]) -> None:

@@ -36,7 +36,7 @@ _LEGACY_STREAM = 1  # CU_STREAM_LEGACY
 
 _HOW = (
     "PyCUDA has no wheels: conda install -c conda-forge pycuda brings a binary; pip install pycuda needs the CUDA "
-    "headers and a C++ compiler, and no cuRAND where it is configured with CUDA_ENABLE_CURAND = False"
+    "headers and a C++ compiler, and cuRAND unless ~/.aksetup-defaults.py says CUDA_ENABLE_CURAND = False"
 )
 
 

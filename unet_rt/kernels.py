@@ -483,6 +483,7 @@ class _DeviceArray(NamedTuple):
     strides: tuple[int, ...]  # bytes
     writeable: bool
     stream: int | None  # on which its contents are made
+    owner: Any  # of the memory: the caller may have given the only reference to it away
 
     @property
     def ndim(self) -> int:
@@ -555,17 +556,23 @@ def _of_interface(name: str, array: Any, interface: dict[str, Any]) -> _DeviceAr
     if strides is None:
         strides = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return _DeviceArray(
-        int(pointer or 0), dtype, shape, tuple(map(operator.index, strides)), not read_only, interface.get("stream")
+        int(pointer or 0),
+        dtype,
+        shape,
+        tuple(map(operator.index, strides)),
+        not read_only,
+        interface.get("stream"),
+        array,
     )
 
 
 def _of_dlpack(array: Any) -> _DeviceArray:
-    # The capsule goes with this call; the memory is the array's, which the caller holds.
+    # The capsule goes with this call; the memory is the array's.
     pointer, kind, size, shape, strides, read_only = _cuda().dlpack_description(array.__dlpack__(stream=1))
     letter = {0: "i", 1: "u", 2: "f", 6: "b"}.get(kind)  # DLDataTypeCode
     if letter is None:
         raise ValueError(f"elements of DLPack type {kind}")
-    return _DeviceArray(pointer, np.dtype(f"{letter}{size}"), shape, strides, not read_only, None)
+    return _DeviceArray(pointer, np.dtype(f"{letter}{size}"), shape, strides, not read_only, None, array)
 
 
 def _described(table: _Array) -> Any:

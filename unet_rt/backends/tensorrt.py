@@ -138,7 +138,7 @@ def build(
 
     Args:
         model: The FP32 graph; or a graph that was put into ``precision`` by a pass, with what it keeps higher.
-        graph: Where to write the graph in the form that was the fastest.
+        graph: Where to write the graph in the form that was the fastest; without operators of ours.
         precision: ``fp32``, ``fp16``; ``int8`` for a graph with quantise-dequantise pairs, the rest of it in FP16.
         device: ``cuda:N``.
         blob: Where to write the plan.
@@ -181,7 +181,8 @@ def build(
         best = made[chosen]
         if len(best.header.profiles) < len(profiles):
             best = _make(trt, opened, file, profiles, origin, precision, device, chosen, measure=False)
-    if file != graph:
+    # Of a plan with the kernel of ours the graph is stored in standard operators, from which any library makes it again.
+    if file != graph and chosen != "crop_concat":
         copy_graph(file, graph)
     for _, other in forms:
         if other != graph:

@@ -9,13 +9,13 @@ import functools
 import logging
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet_rt import machine
-from unet_rt.backends.tensorrt_inspect import network_convolutions
+from unet_rt.backends.tensorrt_inspect import network_convolutions, node_names
 from unet_rt.backends.tensorrt_plan import Profile
 from unet_rt.errors import BackendError, TileError
 from unet_rt.field import size_text
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("unet_rt")
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-# Nodes in messages of the builder: "node {ForeignNode[a...b]}", "node /up/ConvTranspose", "(/up/ConvTranspose)".
-_NODE = re.compile(r"node \{?(?:ForeignNode\[)?([^\]\s}]+)")
+# Nodes in messages of the builder: "node {ForeignNode[a...b]}", "node /up/ConvTranspose"; "Error (/up/Concat: ...", where
+# something else may stand as well.
+_NODE = re.compile(r"node \{?(?:ForeignNode\[)?(?P<node>[^\]\s}]+)|Error \((?P<perhaps>[^\s():]+): ")
+# The text is all there is. An error recorder receives codes, and one of them is FAILED_ALLOCATION, but in published logs
+# of TensorRT 8 to 10.13 a block that the GPU refuses is INTERNAL_ERROR ("Error Code 2: OutOfMemory") or UNSPECIFIED_ERROR
+# ("Error Code 1: Cuda Runtime (out of memory)"), like much else. And where a recorder is set, TensorRT-RTX 1.7 crashes
+# after a graph that its parser refuses.
 _MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation", re.IGNORECASE)
 _ADVICE = (
     (_MEMORY, "the GPU's memory is short: use a smaller --tile or --batch, or free the GPU"),
@@ -67,9 +72,10 @@ def logger(trt: Any) -> tuple[Any, Messages]:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
+            text = " ".join(text.split())
             if int(severity) <= int(trt.ILogger.ERROR):
-                messages.errors.append(text.strip())
-            log.debug("%s: %s", trt.__name__, text.strip())
+                messages.errors.append(text)
+            log.debug("%s: %s", trt.__name__, text)
 
     return _Logger(), messages
 
@@ -200,7 +206,7 @@ def compile_plan(
         plan = None
     text = messages.take()
     if plan is None:
-        raise failure(refusal(trt, graph.name, profiles[0], text), text)
+        raise failure(refusal(trt, graph.name, profiles[0], text, node_names(network)), text)
     if timings is not None:
         _TIMINGS[key] = bytes(timings.serialize())
     inputs = tuple(network.get_input(k).name for k in range(network.num_inputs))
@@ -208,10 +214,15 @@ def compile_plan(
     return Compiled(bytes(plan), convolutions, inputs, outputs)
 
 
-def refusal(trt: Any, name: str, profile: Profile, text: str) -> str:
+def refusal(trt: Any, name: str, profile: Profile, text: str, nodes: Collection[str] = ()) -> str:
     """Why the builder refused, in one sentence: graph, shapes, node if it is named, the library's words, way out."""
-    node = _NODE.search(text)
-    where = f" at node {node.group(1).rstrip('.,;:')}" if node else ""
+    named = (
+        match["node"] or match["perhaps"]
+        for match in _NODE.finditer(text)
+        if match["node"] or match["perhaps"] in nodes
+    )
+    node = next(named, None)
+    where = f" at node {node.rstrip('.,;:')}" if node else ""
     return f"{title(trt)} cannot build {name} for {profile}{where}: {text or 'it gives no reason'}; {advice(text)}"
 
 
@@ -233,11 +244,13 @@ def _parse(trt: Any, network: Any, graph: Path) -> None:
     if not errors:
         raise BackendError(f"{title(trt)} cannot parse {graph.name}: {text or 'it gives no reason'}; {advice(text)}")
     error = errors[0]
-    node = error.node_name() or "an unnamed node"
+    kind, operator = error.code().name, error.node_operator()  # UNSUPPORTED_NODE, INVALID_GRAPH, ...
+    where = f" at node {error.node_name() or f'number {error.node()}'} ({operator})" if operator else ""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    way_out = "without this operator" if operator and kind.startswith("UNSUPPORTED") else "with another opset"
     raise BackendError(
-        f"{title(trt)} cannot parse {graph.name} at node {node} ({error.node_operator() or 'no operator'}): "
-        f"{error.desc()}{more}; use --backend onnxruntime, or export the graph with another opset"
+        f"{title(trt)} cannot parse {graph.name}{where}: {kind.lower().replace('_', ' ')}, {' '.join(error.desc().split())}"
+        f"{more}; use --backend onnxruntime, or export the graph {way_out}"
     )
 
 

@@ -46,6 +46,11 @@ def network_convolutions(trt: Any, network: Any) -> dict[str, str]:
     return found
 
 
+def node_names(network: Any) -> frozenset[str]:
+    """The ONNX nodes that a parsed network's layers came from."""
+    return frozenset(_node(network.get_layer(index)) for index in range(network.num_layers))
+
+
 def _node(layer: Any) -> str:
     named = _ONNX_LAYER.search(getattr(layer, "metadata", "") or "")
     return named.group(1) if named else str(layer.name)
