@@ -79,6 +79,10 @@ class HostDevice:
 
     def __init__(self) -> None:
         self.held: list[Array] = []
+        self.free_bytes = 2**34
+
+    def memory(self) -> tuple[int, int]:
+        return self.free_bytes, 2**34
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:

@@ -387,7 +387,7 @@ USED = {
     "ParserError": "node_name node_operator desc",
     "Runtime": "deserialize_cuda_engine",
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype num_optimization_profiles "
-    "get_device_memory_size_for_profile_v2 device_memory_size_v2 create_execution_context create_engine_inspector",
+    "get_device_memory_size_for_profile_v2 create_execution_context create_engine_inspector",
     "IExecutionContext": "set_optimization_profile_async set_input_shape set_device_memory get_tensor_shape "
     "set_tensor_address execute_async_v3",
     "EngineInspector": "get_engine_information",
@@ -398,7 +398,7 @@ RTX_ALONE = {
     "IBuilderConfig": "num_compute_capabilities set_compute_capability",
     "Runtime": "get_engine_validity",
     "EngineValidity": "INVALID",
-    "EngineInvalidityDiagnostics": "UNSUPPORTED_CC VERSION_MISMATCH",
+    "EngineInvalidityDiagnostics": "UNSUPPORTED_CC VERSION_MISMATCH INSUFFICIENT_GPU_MEMORY",
     "IRuntimeConfig": "cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy create_runtime_cache "
     "set_runtime_cache",
     "CudaGraphStrategy": "DISABLED",

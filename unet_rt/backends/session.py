@@ -79,6 +79,13 @@ class DeviceSession(Session, Protocol):
         run faster (their addresses can be recorded); they must not be freed while work on the stream uses them.
         """
 
+    @property
+    def held_bytes(self) -> int:
+        """Device memory that it holds for shapes that were run, and that their next run, or :meth:`give_back`, frees."""
+
+    def give_back(self) -> None:
+        """Frees :attr:`held_bytes`, where other shapes are short of memory; waits. Shapes may be run again, as new ones."""
+
     def at_close(self, release: Callable[[], None]) -> None:
         """Calls ``release`` when the session is closed, before its stream goes: for buffers kept beside it."""
 
