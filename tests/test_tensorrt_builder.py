@@ -386,7 +386,7 @@ USED = {
     "OnnxParser": "parse_from_file num_errors get_error",
     "ParserError": "node_name node_operator desc",
     "Runtime": "deserialize_cuda_engine",
-    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype num_optimization_profiles "
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype "
     "get_device_memory_size_for_profile_v2 create_execution_context create_engine_inspector",
     "IExecutionContext": "set_optimization_profile_async set_input_shape set_device_memory get_tensor_shape "
     "set_tensor_address execute_async_v3",

@@ -338,6 +338,6 @@ def test_a_smaller_tile_owns_the_same_samples_of_the_same_canvas(network, image,
         assert 0 <= target <= target + size <= len(written)
         written[target : target + size] += 1
         if size:
-            assert source >= (field.halo[0] if k else 0)
+            assert source >= (field.halo[0] if axis.starts[k] else 0)
             assert source + size <= n - (field.halo[1] if axis.starts[k] + axis.tile < axis.canvas.size else 0)
     assert (written == 1).all()

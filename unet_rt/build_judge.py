@@ -19,6 +19,7 @@ from .engine import Engine
 from .model import judged_tile
 from .parity import BatchParity, ImageParity, Verdict
 from .samples import Sample, raw_results
+from .tiles import tile_grid
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +37,7 @@ class Judge:
         self.rows: dict[Key, tuple[BatchParity, ...]] = {}
         self._job, self._tiling, self._calibrating = job, tiling, calibrating
         self._wanted_tile: list[Array] = []  # the baseline's outputs on the tile that rows are about
+        self._grown: dict[tuple[str, tuple[int, ...]], list[Array]] = {}  # its results by window and canvas
 
     def verdict(self, engine: Engine, tile: tuple[int, ...] | None = None) -> Verdict:
         """Whether an engine holds its budget on all windows.
@@ -104,5 +106,20 @@ class Judge:
         for sample, whole in zip(wanted.samples, wanted.values, strict=True):
             grid = engine.spec.grid(sample.shape, tile or judged_tile(engine.spec, sample.shape))
             got = raw_results(engine, sample, grid, self._job.threads)
-            images += parity.compare_outputs(whole, got, self._tiling.spec, f"{sample.name}{remark}")
+            same = self._on_canvas_of(engine, sample, whole)
+            images += parity.compare_outputs(same, got, self._tiling.spec, f"{sample.name}{remark}")
         return images
+
+    def _on_canvas_of(self, engine: Engine, sample: Sample, whole: list[Array]) -> list[Array]:
+        """The baseline's results on the canvas of the engine's: ``whole``, but for windows smaller than a plan's tile.
+
+        Their canvas is grown to the tile, so that the network sees other pixels behind the window's ends.
+        """
+        spec, canvas = self._tiling.spec, engine.spec.canvas_shape(sample.shape)
+        if not spec.runs_whole or canvas == spec.canvas_shape(sample.shape):
+            return whole
+        key = sample.sha256, canvas
+        if key not in self._grown:
+            grid = tile_grid(sample.shape, canvas, spec.sizes, spec.outputs, least=canvas)
+            self._grown[key] = raw_results(self._job.baseline, sample, grid, self._job.threads)
+        return self._grown[key]
