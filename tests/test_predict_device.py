@@ -572,15 +572,15 @@ def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypat
     monkeypatch.setattr("unet_rt.blocks.TILES", 2)
     monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
     wide, plan = np.concatenate([texture] * 3, axis=1), planned(small, LARGE, SMALL)
-    expected = urt.predict(plan, wide)
     if "region" in options:  # blocks that need no tile are kept before the first tile finds no memory
         wanted = np.zeros(wide.shape, np.uint8)
         wanted[150:, 100:] = 1
         np.save(tmp_path / "region.npy", wanted)
-        options, expected = {"region": tmp_path / "region.npy"}, np.where(wanted, expected, 0)
-    elif options:
-        options = {"out": tmp_path / options["out"]}
+        options = {"region": tmp_path / "region.npy"}
     gpu, reports, told = on_device(plan, bytes_per_px=1000), list[RunReport](), list[tuple[int, int]]()
+    inside = {key: value for key, value in options.items() if key == "region"}
+    expected = urt.predict(plan, wide, memory_bytes=2**40, report=reports.append, **inside)
+    options = {key: tmp_path / value for key, value in options.items()}
     short_of_memory(gpu, 2000)
     found = urt.predict(
         gpu, wide, memory_bytes=2**40, report=reports.append, progress=lambda *n: told.append(n), **options
@@ -588,9 +588,10 @@ def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypat
     if "out" in options:
         found = urt.image.open_image(found, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
     np.testing.assert_array_equal(found, expected)
-    (report,) = reports
-    assert report.notes[0] == NOTE
-    assert report.tile == SMALL
+    large, report = reports
+    assert (report.notes[0], large.notes) == (NOTE, [])
+    assert (report.tile, large.tile) == (SMALL, LARGE)
+    assert report.class_share == large.class_share, "no block is counted twice"
     assert report.tiles == len([n for run in session_of(gpu).runs for n in range(run[0][0])])
     assert told[-1][0] == told[-1][1]
     assert {run[0] for run in session_of(gpu).runs} == {(1, 1, *SMALL)}
@@ -638,9 +639,14 @@ def test_views_fall_to_smaller_tiles_as_well(small, texture, on_device, options)
         urt.predict(gpu, wide, tile=LARGE, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"tta": "flip"}, {"memory_bytes": None}], ids=str)
-def test_tiles_are_sized_by_the_device_s_memory(small, texture, on_device, options):
-    """Not by the host's; and what an engine holds since its last prediction is its own to use."""
+@pytest.mark.parametrize(("what", "most_px"), [("plain", 2800), ("tta", 2800), ("blocks", 1824)])
+def test_tiles_are_sized_by_the_device_s_memory(small, texture, on_device, tmp_path, what, most_px):
+    """Not by the host's; and what an engine holds since its last prediction is its own to use.
+
+    8 MB, 1000 bytes per pixel: 0.35 of them for a run; of blocks 0.25, with 96 bytes more for tiles that wait.
+    """
+    np.save(tmp_path / "region.npy", np.ones(texture.shape, np.uint8))
+    options = {"plain": {}, "tta": {"tta": "flip"}, "blocks": {"region": tmp_path / "region.npy"}}[what]
     spec = replace(small.spec, tile=(96, 96), bytes_per_px=1000.0)
     gpu, reports = on_device(Engine(spec, small._session), bytes_per_px=700), list[RunReport]()
     device = session_of(gpu).stream.device
@@ -650,7 +656,7 @@ def test_tiles_are_sized_by_the_device_s_memory(small, texture, on_device, optio
         assert device.held > 1_000_000
     first, second = (report.tile for report in reports)
     assert first == second
-    assert 0.5 * 0.35 * 8000 < first[0] * first[1] <= 0.35 * 8000
+    assert 0.5 * most_px < first[0] * first[1] <= most_px
     assert not any(report.notes for report in reports)
 
 

@@ -75,7 +75,7 @@ def choose(job: Job, tiling: Tiling, measured: Measured, engines: Engines, judge
     choice = Choice(measured.candidates, best, engine, measured.kept.get(engine), bytes_per_px)
     if not fixed_tile and tiling.spec.runs_whole:
         choice = _choose_tile(job, tiling, choice, engines, judge)
-    if choice.engine.spec.batches and tiling.spec.overlap is None and tiling.spec.halo == "exact":
+    if choice.engine.spec.batches and tiling.spec.overlap is None:
         choice = _with_smaller_tile(job, tiling, choice, engines, judge)
     best = choice.best
     among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
@@ -243,6 +243,9 @@ def _with_smaller_tile(job: Job, tiling: Tiling, choice: Choice, engines: Engine
     had, the plan for one tile stays.
     """
     best, spec, remarks = choice.best, choice.engine.spec, job.remarks
+    if spec.halo != "exact":
+        remarks.notes.append("the plan takes one tile: as the halo is not exact, another would change the result")
+        return choice
     smaller = smaller_tile(best.tile, tiling.spec.sizes, tiling.spec.used_outputs())
     if smaller is None:
         remarks.notes.append(f"the plan takes no smaller tile than {size_text(best.tile)} px: the halo leaves none")

@@ -198,7 +198,7 @@ def exam_tiles(job: Job, spec: EngineSpec, engine: Engine, windows: Sequence[Sam
     for sample in picked:
         x = tile_of(sample, spec, tile, job.threads)
         wanted = job.baseline.run(x)
-        found = exam.compared(engine, x[0], [y[0] for y in wanted], sample.name)
+        found = exam.compared(engine, spec, x[0], [y[0] for y in wanted], sample.name)
         if parity.judge([*images, *found], budget).accepted:
             images += found
             kept.append((x, wanted))

@@ -18,7 +18,7 @@ from .errors import EngineError, ParityError
 from .field import size_text
 
 if TYPE_CHECKING:
-    from .engine import Engine, EngineFolder
+    from .engine import Engine, EngineFolder, EngineSpec
 
 log = logging.getLogger("unet_rt")
 Array = npt.NDArray[Any]
@@ -173,17 +173,18 @@ def sit(engine: Engine, exam: Mapping[str, Array]) -> parity.Verdict:
     results: list[parity.ImageParity] = []
     for k, tile in enumerate(exam["input"]):
         wanted = [exam[f"output_{n}"][k] for n in range(len(engine.spec.outputs))]
-        results += compared(engine, tile, wanted, f"exam tile {k}")
+        results += compared(engine, engine.spec, tile, wanted, f"exam tile {k}")
     return parity.judge(results, budget.of(engine.spec.precision))
 
 
-def compared(engine: Engine, tile: Array, wanted: Sequence[Array], name: str) -> list[parity.ImageParity]:
+def compared(
+    engine: Engine, spec: EngineSpec, tile: Array, wanted: Sequence[Array], name: str
+) -> list[parity.ImageParity]:
     """Agreement of an engine with the baseline's outputs ``wanted`` (K, *spatial) for a tile (C, *spatial).
 
     The smaller tile of a plan is run on the tile's first corner: there it sees the same edges, and but for its halo at
     the others its outputs are the same.
     """
-    spec = engine.spec
     found = parity.compare_outputs(wanted, [y[0] for y in engine.run(tile[None])], spec, name)
     for smaller in spec.tiles[1:]:
         got = engine.run(tile[(None, slice(None), *(slice(n) for n in smaller))])
