@@ -30,6 +30,7 @@ from unet_rt.device import DeviceMemoryError
 from unet_rt.engine import Engine
 from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
 from unet_rt.pipeline import RunReport
+from unet_rt.stage import MemoryStore
 from unet_rt.synthetic import microscopy
 
 pytestmark = pytest.mark.onnxruntime
@@ -472,10 +473,10 @@ def planned(engine: Engine, *tiles: tuple[int, ...], batches: tuple[int, ...] = 
 
 
 def short_of_memory(engine: Engine, holds: int) -> HostDevice:
-    """Its device, with memory for runs of so many pixels beside 50 kB of buffers."""
+    """Its device, with memory for runs of so many pixels beside 0.3 MB of buffers."""
     session = session_of(engine)
     device = session.stream.device
-    device.limit = holds * session._bytes_per_px + 50_000
+    device.limit = holds * session._bytes_per_px + 300_000
     return device
 
 
@@ -504,6 +505,25 @@ def test_a_plan_falls_to_its_smaller_tile(small, texture, on_device, shape, outp
     assert (reports[1].tile, reports[1].notes) == (LARGE, [])
 
 
+def test_what_larger_tiles_took_is_given_back_first(small, texture, on_device):
+    """Memory holds what a run of the larger tile takes, and not the pixels and results beside it."""
+    plan, reports = planned(small, LARGE, SMALL), list[RunReport]()
+    gpu = on_device(plan, bytes_per_px=1000)
+    session_of(gpu).stream.device.limit = 1000 * LARGE[0] * LARGE[1] + 60_000
+    found = urt.predict(gpu, texture, batch=1, report=reports.append)
+    np.testing.assert_array_equal(found, urt.predict(plan, texture))
+    assert (reports[0].tile, reports[0].notes) == (SMALL, [NOTE])
+
+
+def test_what_earlier_predictions_took_is_given_back_first(small, texture, on_device):
+    """Memory would hold the tile, but for that."""
+    gpu, reports = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000), list[RunReport]()
+    short_of_memory(gpu, LARGE[0] * LARGE[1])
+    urt.predict(gpu, texture, tile=SMALL)
+    urt.predict(gpu, texture, batch=1, report=reports.append)
+    assert (reports[0].tile, reports[0].batch, reports[0].notes) == (LARGE, 1, [])
+
+
 def test_an_engine_of_any_size_falls_to_smaller_tiles(small, texture, on_device, shared_with):
     gpu = on_device(Engine(replace(small.spec, tile=(64, 64)), small._session), bytes_per_px=1000)
     device = short_of_memory(gpu, 1500)
@@ -512,7 +532,7 @@ def test_an_engine_of_any_size_falls_to_smaller_tiles(small, texture, on_device,
     np.testing.assert_array_equal(found, urt.predict(small, texture, output="raw"))
     (report,) = reports
     first = gpu.spec.grid(texture.shape).tile
-    assert report.tile[0] * report.tile[1] <= 1500
+    assert report.tile[0] * report.tile[1] <= 1800
     assert report.notes[0].startswith("the device is out of memory; tiles of ")
     assert f"instead of {first[0]}x{first[1]}" in report.notes[0]
     device.limit = 2**34
@@ -597,6 +617,44 @@ def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypat
     assert {run[0] for run in session_of(gpu).runs} == {(1, 1, *SMALL)}
 
 
+def test_no_block_is_kept_twice(small, texture, on_device, monkeypatch, tmp_path):
+    """Those that need no tile are kept before the first tile finds no memory."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 1)
+    wanted = np.zeros(texture.shape, np.uint8)
+    wanted[200:] = 1
+    np.save(tmp_path / "region.npy", wanted)
+    kept, write = list[int](), MemoryStore.write
+    monkeypatch.setattr(
+        MemoryStore, "write", lambda store, block, _: kept.append(block.number) or write(store, block, _)
+    )
+    plan = planned(small, LARGE, SMALL)
+    gpu = on_device(plan, bytes_per_px=1000)
+    short_of_memory(gpu, 2000)
+    found = urt.predict(gpu, texture, region=tmp_path / "region.npy")
+    np.testing.assert_array_equal(found, np.where(wanted, urt.predict(plan, texture), 0))
+    assert kept == list(range(len(kept)))
+    assert len(kept) > 3
+
+
+def test_tiles_do_not_change_once_some_were_run(small, texture, on_device, monkeypatch):
+    """Others took the memory after the first blocks: what was computed is not reported twice, or lost from the report."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
+    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 1)
+    gpu, real = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000), predict_device.run
+
+    def run(*arguments: Any, **options: Any) -> RunReport:
+        report = real(*arguments, **options)
+        predict_device._WORKSPACES[session_of(gpu)].free()
+        session_of(gpu).give_back()
+        short_of_memory(gpu, 2000)
+        return report
+
+    monkeypatch.setattr(predict_device, "run", run)
+    with pytest.raises(DeviceMemoryError, match=r"^the device is out of memory$"):
+        urt.predict(gpu, np.concatenate([texture] * 3, axis=1), memory_bytes=2**40)
+    assert {run[0][2:] for run in session_of(gpu).runs} == {LARGE}
+
+
 def test_an_interrupted_run_goes_on_with_smaller_tiles(small, texture, on_device, monkeypatch, tmp_path):
     monkeypatch.setattr("unet_rt.blocks.TILES", 2)
     monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
@@ -633,6 +691,11 @@ def test_views_fall_to_smaller_tiles_as_well(small, texture, on_device, options)
     urt.predict(gpu, wide, output="raw", report=reports.append, **options)
     assert (reports[1].tile, reports[1].batch) == (LARGE, 1)
     assert "the device is out of memory; 1 tiles per run instead of 4" in reports[1].notes
+    session_of(gpu).give_back()
+    urt.predict(gpu, wide, tile=SMALL, **options)  # what it takes is in the way, and is given back
+    short_of_memory(gpu, LARGE[0] * LARGE[1])
+    urt.predict(gpu, wide, output="raw", report=reports.append, batch=1, **options)
+    assert (reports[2].tile, reports[2].notes[:1]) == (LARGE, [])
     session_of(gpu).give_back()
     short_of_memory(gpu, 2000)
     with pytest.raises(DeviceMemoryError, match="--tile 64x80 was asked: use --tile 32x40"):

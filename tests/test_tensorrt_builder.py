@@ -244,6 +244,18 @@ def test_the_fastest_form_becomes_the_plan(opened: dict[str, float], tmp_path: P
 
 
 @pytest.mark.tensorrt
+def test_a_plan_holds_two_tiles(opened: dict[str, float], tmp_path: Path) -> None:
+    """As ``unet_rt.build`` asks for them; rows of every profile were run."""
+    tensorrt.build(
+        DATA / "nuclei.onnx", tmp_path / "g.onnx", precision="fp16", device="cuda:0", blob=tmp_path / "p",
+        tiles=[(128, 128), (64, 64)], batches=[1, 4],
+    )  # fmt: skip
+    header, _, _ = read_plan(tmp_path / "p")
+    assert [(p.tile, p.batch) for p in header.profiles] == [((n, n), batch) for n in (128, 64) for batch in (4, 1)]
+    assert header.profile_of([(4, 1, 64, 64)]) == 2
+
+
+@pytest.mark.tensorrt
 def test_a_form_that_fails_is_left_out(
     opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

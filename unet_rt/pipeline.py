@@ -357,13 +357,17 @@ def run(
 
 def _results(engine: Engine, tiles: Array, *, first: bool) -> list[npt.NDArray[np.float32]]:
     """What the engine makes of tiles; where a GPU's memory does not hold the ``first`` ones, others may be tried."""
+    session = engine.gpu_session
+    held = 0 if session is None else session.held_bytes  # for the shapes of earlier predictions
     try:
         return engine.run(tiles)
     except DeviceMemoryError as error:
-        if not first or engine.gpu_session is None:
+        if not first or session is None:
             raise
-        engine.gpu_session.give_back()
-        raise TileMemoryError(str(error), len(tiles)) from error
+        session.give_back()
+        if not held:
+            raise TileMemoryError(str(error), len(tiles)) from error
+    return _results(engine, tiles, first=True)
 
 
 def with_smaller_tiles(

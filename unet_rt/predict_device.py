@@ -102,6 +102,7 @@ def run(
     with workspace.lock:
         tiles = sum(work.grid.count for work in works)
         size, notes = engine.batch_for(min(batch, total or tiles)), list[str]()
+        held = session.held_bytes  # for the shapes of earlier predictions
         while True:
             job = _Job(
                 engine, session, workspace, source, works, decision, write, affines, output, size, tiles, done, target
@@ -116,6 +117,9 @@ def run(
                     raise
                 workspace.free()
                 session.give_back()
+                if held:
+                    held = 0
+                    continue
                 less = engine.fewer(size)
                 if less == size:
                     raise TileMemoryError(str(error), size) from error

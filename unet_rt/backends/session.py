@@ -81,10 +81,10 @@ class DeviceSession(Session, Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Device memory that it holds for shapes that were run, and that their next run, or :meth:`give_back`, frees."""
+        """Device memory that it holds for shapes that were run: their next run uses it, :meth:`give_back` frees it."""
 
     def give_back(self) -> None:
-        """Frees :attr:`held_bytes`, where other shapes are short of memory; waits. Shapes may be run again, as new ones."""
+        """Waits, and frees :attr:`held_bytes`, where other shapes are short of it. Shapes may be run again, as new ones."""
 
     def at_close(self, release: Callable[[], None]) -> None:
         """Calls ``release`` when the session is closed, before its stream goes: for buffers kept beside it."""
