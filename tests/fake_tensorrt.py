@@ -111,9 +111,10 @@ class FakeGraphs:
 
 class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
-        self.engine, self.shape, self.addresses, self.scratch = engine, (), {}, 0
+        self.engine, self.shape, self.addresses, self.scratch, self.profile = engine, (), {}, 0, 0
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
         return 0 <= index < self.engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: Shape) -> bool:
@@ -121,7 +122,7 @@ class FakeContext:
         return True
 
     def set_device_memory(self, pointer: int, size: int) -> None:
-        assert size >= self.engine.device_memory_size_v2
+        assert size >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
         self.scratch = pointer
 
     def get_tensor_shape(self, name: str) -> Shape:
@@ -160,7 +161,6 @@ def _view(address: int, shape: Shape, dtype: Any) -> np.ndarray[Any, Any]:
 
 class FakeEngine:
     num_io_tensors = 2
-    device_memory_size_v2 = 4096
 
     def __init__(self, library: FakeTensorRt) -> None:
         self.library, self.dtype = library, library.dtype
@@ -173,7 +173,7 @@ class FakeEngine:
         return SimpleNamespace(name={"float16": "HALF", "float32": "FLOAT"}[np.dtype(self.dtype).name])
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
-        return 1024 * (index + 1)
+        return 4096 // (index + 1)  # the largest profile comes first
 
     def create_execution_context(self, strategy: Any) -> FakeContext:
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED

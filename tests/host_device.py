@@ -64,7 +64,7 @@ class HostDevice:
         pass
 
     def memory(self) -> tuple[int, int]:
-        return 2**34 - self.held, 2**34
+        return max(0, self.limit - self.held), self.limit
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         if self.held + prod(shape) * np.dtype(dtype).itemsize > self.limit:
@@ -224,16 +224,24 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
 
 
 class HostSession:
-    """A session on the CPU that poses as one on a :class:`HostDevice`. ``dtype`` is that of its tiles there."""
+    """A session on the CPU that poses as one on a :class:`HostDevice`.
 
-    def __init__(self, engine: Engine, device: HostDevice, dtype: Any = np.float32) -> None:
+    ``dtype`` is that of its tiles there; ``bytes_per_px`` the device's memory that a shape takes, until given back.
+    """
+
+    version = "host 0"
+
+    def __init__(self, engine: Engine, device: HostDevice, dtype: Any = np.float32, bytes_per_px: int = 0) -> None:
         self._session: Any = engine._session
+        self._device, self._bytes_per_px = device, bytes_per_px
+        self._arenas = dict[Any, DeviceArray]()
         self.stream = device.stream()
         self._ports = len(engine.spec.inputs), len(engine.spec.outputs)
         self._dtype, self._shapes = np.dtype(dtype), dict[Any, list[tuple[int, ...]]]()
         self._at_close: list[Callable[[], None]] = []
         self.runs: list[tuple[tuple[int, ...], ...]] = []  # input shapes
         self.fail_at = -1  # which run raises
+        self.failure: Exception = RuntimeError("the device is lost")
 
     @property
     def input_dtypes(self) -> tuple[np.dtype[Any], ...]:
@@ -245,13 +253,26 @@ class HostSession:
 
     def output_shapes(self, input_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         key = tuple(map(tuple, input_shapes))
+        self._take(key)
         if key not in self._shapes:
             self._shapes[key] = [y.shape for y in self._session.run([np.zeros(s, np.float32) for s in key])]
         return self._shapes[key]
 
+    def _take(self, key: tuple[tuple[int, ...], ...]) -> None:
+        if self._bytes_per_px and key not in self._arenas:
+            self._arenas[key] = self._device.empty((self._bytes_per_px * sum(map(prod, key)),), np.uint8)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(array.nbytes for array in self._arenas.values())
+
+    def give_back(self) -> None:
+        while self._arenas:
+            self._arenas.popitem()[1].free()
+
     def run_device(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
         if len(self.runs) == self.fail_at:
-            raise RuntimeError("the device is lost")
+            raise self.failure
         self.runs.append(tuple(x.shape for x in inputs))
         assert all(a.contiguous for a in (*inputs, *outputs))
 
@@ -264,6 +285,7 @@ class HostSession:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """As the device computes: tiles and results rounded to its dtype."""
+        self._take(tuple(np.shape(x) for x in inputs))
         rounded = [np.asarray(x).astype(self._dtype).astype(np.float32) for x in inputs]
         return [y.astype(self._dtype).astype(np.float32) for y in self._session.run(rounded)]
 
@@ -273,3 +295,4 @@ class HostSession:
     def close(self) -> None:
         while self._at_close:
             self._at_close.pop()()
+        self.give_back()

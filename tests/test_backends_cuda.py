@@ -81,6 +81,10 @@ class HostDevice:
 
     def __init__(self) -> None:
         self.held: list[Array] = []
+        self.free_bytes = 2**34
+
+    def memory(self) -> tuple[int, int]:
+        return self.free_bytes, 2**34
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -361,6 +365,47 @@ def test_a_session_whose_arrays_find_no_memory_is_given_back(
                 session.output_shapes([(4, 1, 32, 32)])
         assert not session._compiled
         assert session.output_shapes([(4, 1, 32, 32)]) == [(4, 2, 32, 32)]
+
+
+def test_memory_of_shapes_is_given_back(host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch, baseline: Any) -> None:
+    """``held_bytes``: what the first run of a shape took of the device, and the arrays that host arrays go through."""
+    real = HostSession.run_with_iobinding
+
+    def takes(self: HostSession, *arguments: Any) -> None:
+        real(self, *arguments)
+        if len(self.runs) == 1:
+            host_gpu.free_bytes -= 1000
+
+    monkeypatch.setattr(HostSession, "run_with_iobinding", takes)
+    with CudaSession(shipped_model(), "fp32", "cuda:0", 1) as session:
+        assert session.held_bytes == 0
+        for side in (32, 40, 32):
+            session.run([pixels(1, side)])
+        assert session.held_bytes == 2 * 1000 + 4 * 3 * (32 * 32 + 40 * 40)
+        held = [weakref.ref(one) for one in HostSession.made]
+        HostSession.made.clear()
+        session.give_back()
+        assert session.held_bytes == 0
+        assert not any(one() for one in held)
+        np.testing.assert_array_equal(session.run([pixels(1, 32)])[0], baseline.run([pixels(1, 32)])[0])
+
+
+def test_a_session_that_finds_no_memory_for_its_weights_says_so(
+    host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's error says it in words alone; that the file is larger than what is free needs none."""
+    monkeypatch.setattr(onnxruntime, "session_options", lambda *_: pytest.fail("not reached"))
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError("some error")
+
+    monkeypatch.setattr(CudaSession, "_session_options", refused)
+    with pytest.raises(BackendError, match="ONNX Runtime refuses") as raised:
+        CudaSession(shipped_model(), "fp32", "cuda:0", 1)
+    assert not isinstance(raised.value, gpu.DeviceMemoryError)
+    host_gpu.free_bytes = shipped_model().stat().st_size - 1
+    with pytest.raises(gpu.DeviceMemoryError, match=r"takes \d MB of device memory, \d MB are free on cuda:0; free"):
+        CudaSession(shipped_model(), "fp32", "cuda:0", 1)
 
 
 def test_launches_are_recorded_for_addresses_that_stay(host_gpu: HostDevice) -> None:

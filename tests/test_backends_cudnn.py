@@ -26,6 +26,7 @@ import unet_rt
 from unet_rt import backends, kernels
 from unet_rt.backends import cudnn, cudnn_api, cudnn_plan, cudnn_session
 from unet_rt.backends.cudnn_plan import Combine, Convolve, First, Head, Pool, Refused, Resize, compile_plan, read
+from unet_rt.device import DeviceMemoryError
 from unet_rt.errors import BackendError
 from unet_rt.synthetic import microscopy
 
@@ -551,6 +552,29 @@ def test_arrays_of_the_device_are_recorded_once_they_stay(on_host: SimpleNamespa
         given.free()
         taken.free()
     assert not on_host.kernels.graphs
+
+
+def test_memory_of_all_shapes_is_given_back_where_others_are_short(on_host: SimpleNamespace) -> None:
+    with on_host.open(NUCLEI) as session:
+        x = tile(1, 1, 16, 16)
+        wanted = session.run([x])[0]
+        weights = on_host.device.held - session.held_bytes
+        assert 0 < weights < on_host.device.held
+        session.give_back()
+        assert (on_host.device.held, session.held_bytes) == (weights, 0)
+        np.testing.assert_array_equal(session.run([x])[0], wanted)
+
+
+def test_short_device_memory_is_told_by_its_status() -> None:
+    library = object.__new__(cudnn_api.Library)
+    library._library = SimpleNamespace(
+        cudnnGetLastErrorString=lambda text, size: None, cudnnGetErrorString=lambda status: b"STATUS"
+    )
+    with pytest.raises(DeviceMemoryError, match="cuDNN fails in a call: STATUS; use a smaller --tile or --batch"):
+        library.check(4004, "a call")
+    with pytest.raises(cudnn_api.CudnnError, match=r"^cuDNN fails in a call: STATUS$"):
+        library.check(4003, "a call")
+    library.check(0, "a call")
 
 
 def test_memory_of_old_shapes_is_given_back(on_host: SimpleNamespace) -> None:

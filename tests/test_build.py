@@ -615,6 +615,120 @@ def test_on_a_gpu_a_fixed_batch_is_the_only_one(network, tmp_path, monkeypatch):
     assert build_engines.batches_to_try(model, replace(spec, device="cpu")) == (1,)
 
 
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+class PlanSession:
+    """A session on the CPU that runs the shapes of a plan and no others."""
+
+    def __init__(self, session: Any, plan: dict[str, Any], flawed: tuple[int, ...] | None) -> None:
+        self._session, self._plan, self._flawed = session, plan, flawed
+        self.precision, self.device, self.threads = session.precision, session.device, session.threads
+        self.version, self.close = "planner 1", session.close
+
+    def run(self, inputs: list[Array]) -> list[Array]:
+        batch, _, *tile = inputs[0].shape
+        assert tile in self._plan["tiles"]
+        assert batch in self._plan["batches"]
+        outputs: list[Array] = self._session.run(inputs)
+        return [y[:, ::-1] for y in outputs] if tuple(tile) == self._flawed else outputs
+
+
+class Planner:
+    """TensorRT, had it a CPU: its plan is ONNX Runtime's graph, and the shapes that it may be run with."""
+
+    def __init__(self) -> None:
+        self.real = backends.get("onnxruntime")
+        self.built: list[list[list[int]]] = []  # tiles of every plan
+        self.flawed: tuple[int, ...] | None = None  # a tile that gives wrong results
+        self.stale_because: str | None = None
+
+    def missing(self, device: str = "cpu") -> None:
+        return None
+
+    def precisions(self, device: str = "cpu") -> tuple[str, ...]:
+        return ("fp32",)
+
+    def build(self, model: Path, graph: Path, *, blob: Path, tiles: Any, batches: Any, **options: Any) -> None:
+        self.real.build(model, graph, **options)
+        self.built.append([list(tile) for tile in tiles])
+        blob.write_text(json.dumps({"tiles": self.built[-1], "batches": list(batches)}))
+
+    def load(self, graph: Path, *, blob: Path, **options: Any) -> PlanSession:
+        return PlanSession(self.real.load(graph, **options), json.loads(blob.read_text()), self.flawed)
+
+    def stale(self, blob: Path, device: str) -> str | None:
+        return self.stale_because
+
+
+@pytest.fixture
+def planner(monkeypatch: pytest.MonkeyPatch) -> Planner:
+    made, get = Planner(), backends.get
+    monkeypatch.setattr(backends, "get", lambda name: made if name == "tensorrt" else get(name))
+    return made
+
+
+PLANNED: dict[str, Any] = {"contract": LOGITS, "backend": "tensorrt", "device": "cpu", "halo": "exact"}
+
+
+@pytest.mark.parametrize("tile", [None, (112, 96)], ids=["chosen", "asked for"])
+def test_a_plan_takes_a_smaller_tile_as_well(network, textures, tmp_path, planner, monkeypatch, tile):
+    report, engine = built(network(), tmp_path / "x.urt", samples=textures, tile=tile, **PLANNED)
+    spec, record = engine.spec, engine.folder.parity
+    large, small = spec.tiles
+    assert large == spec.tile == (tile or large)
+    assert small == tuple(n // 2 for n in large)
+    assert [s.fixed for s in spec.sizes] == list(large)
+    # Candidates are compared by plans for one tile each; the chosen one's is made again for both.
+    assert [len(tiles) for tiles in planner.built] == [1] * (len(planner.built) - 1) + [2]
+    assert record["smaller_tile"]["tile"] == list(small)
+    assert record["smaller_tile"]["verdict"]["accepted"]
+    # On the CPU all bits are those of the baseline, on windows larger and smaller than a tile, which grows their canvas.
+    for verdict in (record["verdict"], record["smaller_tile"]["verdict"]):
+        assert [image["max_abs"] for image in verdict["images"]] == [0.0] * 3
+    assert any(f"tiles of {small[0]}x{small[1]} px are in the plan, too" in note for note in report.notes)
+    for image in (textures[0], textures[1][:40, :50], np.tile(textures[0], (2, 2))):
+        raw = [urt.predict(engine, image, output="raw", tile=t) for t in spec.tiles]
+        np.testing.assert_array_equal(raw[1], raw[0])
+    with pytest.raises(urt.TileError, match=r"not in the engine's plan, .* --backend tensorrt --device cpu"):
+        urt.predict(engine, textures[0], tile=(48, 64))
+    engine.close()
+    planner.built.clear()
+    planner.stale_because = "it is another GPU's"
+    urt.load(tmp_path / "x.urt").close()
+    assert planner.built == [[list(large), list(small)]]
+    planner.flawed = small  # what was made again sits the exam at both tiles
+    with pytest.raises(urt.ParityError, match=f"its corner of {small[0]}x{small[1]} px"):
+        urt.load(tmp_path / "x.urt")
+
+
+@pytest.mark.parametrize("why", ["wrong there", "measured halo", "not exact", "its halo leaves none"])
+def test_a_plan_for_one_tile(network, textures, tmp_path, planner, why):
+    options, parameters = dict(PLANNED), {}
+    if why == "wrong there":
+        planner.flawed, options["tile"] = (56, 48), (112, 96)
+    elif why == "measured halo":
+        options |= {"halo": 4, "tile": (112, 96), "budget": urt.Budget(label_change=0.1)}
+    elif why == "not exact":
+        parameters, options = {"norm": "instance"}, {**options, "halo": "auto", "tile": (64, 64)}
+    else:
+        options["tile"] = (24, 24)
+    report, engine = built(network(**parameters), tmp_path / "x.urt", samples=textures, **options)
+    with engine:
+        assert engine.spec.tiles == (engine.spec.tile,)
+        assert engine.folder.parity["smaller_tile"] is None
+        urt.predict(engine, textures[0])
+    said = [note for note in report.notes if note.startswith("the plan takes ")]
+    if why == "wrong there":
+        assert "56x48 px was tried and left: at 56x48 px" in said[0]
+    elif why == "its halo leaves none":
+        assert said == ["the plan takes no smaller tile than 24x24 px: the halo leaves none"]
+    elif why == "measured halo":
+        assert said == ["the plan takes one tile: as the halo is not exact, another would change the result"]
+    else:
+        assert not said, "the report says that the tile is part of the model"
+
+
 # --- the contract -------------------------------------------------------------------------------------------------
 
 

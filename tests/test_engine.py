@@ -330,7 +330,7 @@ def test_a_stale_plan_is_made_again_from_the_graph_as_built(tmp_path, engine_fol
     fake = SimpleNamespace(stale=lambda blob, device: "it is another GPU's", build=build, load=real.load)
     monkeypatch.setattr(backends, "get", lambda name: fake)
     with urt.load(folder.path) as engine:
-        assert built == [(folder.file("graph"), [engine.spec.tile], (engine.spec.run_batch,))]
+        assert built == [(folder.file("graph"), (engine.spec.tile,), (engine.spec.run_batch,))]
     assert "it is another GPU's" in caplog.text
 
 

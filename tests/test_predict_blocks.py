@@ -119,6 +119,26 @@ def test_less_memory_means_smaller_tiles_and_then_an_error(engine):
         tile_px(10**5)
 
 
+def test_less_memory_means_a_plan_s_smaller_tile(engine):
+    large, small = (512, 512), (256, 272)
+    spec = replace(engine.spec, halo="exact", halo_limit=None, tile=large, tiles=(large, small), batches=(1,))
+    spec = replace(spec, sizes=tuple(replace(s, fixed=t) for s, t in zip(spec.sizes, large, strict=True)))
+    decision = decide(spec.contract, 2, "mask")
+
+    def chosen(memory: int, tile: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        plan = plan_blocks(spec, (6000, 5000), 1, decision, pixel_bytes=2, memory_bytes=memory, tile=tile)
+        return plan.grid.tile
+
+    assert (chosen(2**32), chosen(2**32, small)) == (large, small)
+    with pytest.raises(urt.ContractError, match="tiles of 512x512 px, 1 at a time, take about") as raised:
+        chosen(2**20, large)
+    needed_mb = int(str(raised.value).partition("take about ")[2].partition(" MB")[0])
+    assert chosen(needed_mb * 10**6) == large
+    assert chosen(needed_mb * 7 * 10**5) == small
+    with pytest.raises(urt.ContractError, match="tiles of 256x272 px, 1 at a time, take about"):
+        chosen(2**20)
+
+
 def test_shards_make_the_output_together(engine, stored, whole, small_blocks, tmp_path):
     out = tmp_path / "mask.tif"
     notes: list[str] = []

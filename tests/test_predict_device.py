@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from unet_rt.device import DeviceMemoryError
 from unet_rt.engine import Engine
 from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
 from unet_rt.pipeline import RunReport
+from unet_rt.stage import MemoryStore
 from unet_rt.synthetic import microscopy
 
 pytestmark = pytest.mark.onnxruntime
@@ -90,10 +92,18 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     """The same engine on a device of host memory."""
 
-    def make(engine: Engine, *, eager: tuple[int, ...] = (), dtype: Any = np.float32, device: Any = None) -> Engine:
+    def make(
+        engine: Engine,
+        *,
+        eager: tuple[int, ...] = (),
+        dtype: Any = np.float32,
+        device: Any = None,
+        bytes_per_px: int = 0,
+    ) -> Engine:
         device = device or HostDevice(eager=eager)
         use_host_kernels(monkeypatch, device)
-        return Engine(replace(engine.spec, device="cuda:0"), HostSession(engine, device, dtype))  # type: ignore[arg-type]
+        session: Any = HostSession(engine, device, dtype, bytes_per_px)
+        return Engine(replace(engine.spec, device="cuda:0"), session)
 
     return make
 
@@ -437,6 +447,295 @@ def test_memory_that_is_short_is_found_out_once(small, texture, on_device, monke
     np.testing.assert_array_equal(found, urt.predict(small, texture, tile=(40, 48)))
     assert reports[0].batch == 4
     assert len(refused) == 2  # of 16 tiles, and of 8
+
+
+def test_the_batches_of_a_plan_are_all_tried(small, texture, on_device):
+    """Of 1, 4 and 16 tiles: 16 are too many, and so the next is 4, though half of 16 would be held by 16 only."""
+    plan = planned(small, (40, 48), batches=(1, 4, 16))
+    assert [plan.fewer(n) for n in (16, 10, 4, 3, 1)] == [4, 4, 1, 1, 1]
+    assert [small.fewer(n) for n in (16, 5, 1)] == [8, 2, 1]
+    gpu = on_device(plan, bytes_per_px=100)
+    session_of(gpu).stream.device.limit = 8 * 100 * 40 * 48
+    reports: list[RunReport] = []
+    found = urt.predict(gpu, texture, report=reports.append)
+    np.testing.assert_array_equal(found, urt.predict(plan, texture))
+    assert reports[0].notes == ["the device is out of memory; 4 tiles per run instead of 16"]
+
+
+# --- smaller tiles ------------------------------------------------------------------------------------------------
+
+
+def planned(engine: Engine, *tiles: tuple[int, ...], batches: tuple[int, ...] = (1, 4)) -> Engine:
+    """The engine as one of a plan for these tiles and batches."""
+    sizes = tuple(replace(s, fixed=t) for s, t in zip(engine.spec.sizes, tiles[0], strict=True))
+    spec = replace(engine.spec, tile=tiles[0], tiles=tiles, sizes=sizes, batches=batches, run_batch=batches[-1])
+    return Engine(spec, engine._session)
+
+
+def short_of_memory(engine: Engine, holds: int) -> HostDevice:
+    """Its device, with memory for runs of so many pixels beside 0.3 MB of buffers."""
+    session = session_of(engine)
+    device = session.stream.device
+    device.limit = holds * session._bytes_per_px + 300_000
+    return device
+
+
+LARGE, SMALL = (64, 80), (32, 40)
+NOTE = "the device is out of memory; tiles of 32x40 px instead of 64x80, for the same result"
+
+
+@pytest.mark.parametrize("shape", [(231, 71), (50, 30), (70, 71)], ids=str)
+@pytest.mark.parametrize("output", ["mask", "raw"])
+def test_a_plan_falls_to_its_smaller_tile(small, texture, on_device, shape, output):
+    """On the canvas of the larger one: an image smaller than that has the same pixels behind its ends."""
+    plan = planned(small, LARGE, SMALL)
+    gpu = on_device(plan, bytes_per_px=1000)
+    device = short_of_memory(gpu, 2000)
+    pixels, reports = np.ascontiguousarray(texture[: shape[0], : shape[1]]), list[RunReport]()
+    found = urt.predict(gpu, pixels, output=output, report=reports.append)
+    np.testing.assert_array_equal(found, urt.predict(plan, pixels, output=output))
+    assert {run[0] for run in session_of(gpu).runs} == {(1, 1, *SMALL)}
+    (report,) = reports
+    assert (report.tile, report.batch) == (SMALL, 1)
+    assert report.notes == [NOTE, "the device is out of memory; 1 tiles per run instead of 4"]
+    again = urt.predict(gpu, pixels, output=output)
+    np.testing.assert_array_equal(again, found)
+    device.limit = 2**34  # memory that was short is there again, and so is the tile
+    urt.predict(gpu, pixels, output=output, report=reports.append)
+    assert (reports[1].tile, reports[1].notes) == (LARGE, [])
+
+
+def test_what_larger_tiles_took_is_given_back_first(small, texture, on_device):
+    """Memory holds what a run of the larger tile takes, and not the pixels and results beside it."""
+    plan, reports = planned(small, LARGE, SMALL), list[RunReport]()
+    gpu = on_device(plan, bytes_per_px=1000)
+    session_of(gpu).stream.device.limit = 1000 * LARGE[0] * LARGE[1] + 60_000
+    found = urt.predict(gpu, texture, batch=1, report=reports.append)
+    np.testing.assert_array_equal(found, urt.predict(plan, texture))
+    assert (reports[0].tile, reports[0].notes) == (SMALL, [NOTE])
+
+
+def test_what_earlier_predictions_took_is_given_back_first(small, texture, on_device):
+    """Memory would hold the tile, but for that."""
+    gpu, reports = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000), list[RunReport]()
+    short_of_memory(gpu, LARGE[0] * LARGE[1])
+    urt.predict(gpu, texture, tile=SMALL)
+    urt.predict(gpu, texture, batch=1, report=reports.append)
+    assert (reports[0].tile, reports[0].batch, reports[0].notes) == (LARGE, 1, [])
+
+
+def test_an_engine_of_any_size_falls_to_smaller_tiles(small, texture, on_device, shared_with):
+    gpu = on_device(Engine(replace(small.spec, tile=(64, 64)), small._session), bytes_per_px=1000)
+    device = short_of_memory(gpu, 1500)
+    reports: list[RunReport] = []
+    found = urt.predict(gpu, texture, output="raw", batch=2, report=reports.append)
+    np.testing.assert_array_equal(found, urt.predict(small, texture, output="raw"))
+    (report,) = reports
+    first = gpu.spec.grid(texture.shape).tile
+    assert report.tile[0] * report.tile[1] <= 1800
+    assert report.notes[0].startswith("the device is out of memory; tiles of ")
+    assert f"instead of {first[0]}x{first[1]}" in report.notes[0]
+    device.limit = 2**34
+    shared_with(device)
+    given = OnDevice(device, texture)
+    gpu.close()
+    short_of_memory(gpu, 1500).limit += device.held + 4 * texture.nbytes
+    on_gpu = urt.predict(gpu, given, output="raw", report=reports.append)
+    np.testing.assert_array_equal(host(on_gpu), found)
+    assert reports[1].tile[0] * reports[1].tile[1] < first[0] * first[1]
+
+
+def test_a_tile_that_was_asked_for_stays(small, texture, on_device, tmp_path):
+    gpu = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000)
+    device = short_of_memory(gpu, 2000)
+    refused = r"out of memory; --tile 64x80 was asked: use --tile 32x40, or leave --tile away"
+    for options in ({}, {"out": tmp_path / "mask.npy"}, {"memory_bytes": 2**40}, {"out": tmp_path / "mask.zarr"}):
+        with pytest.raises(DeviceMemoryError, match=refused):
+            urt.predict(gpu, texture, tile=LARGE, **options)
+    assert device.held == 0
+    expected = urt.predict(planned(small, LARGE), texture)
+    np.testing.assert_array_equal(urt.predict(gpu, texture, tile=SMALL), expected)
+    gpu = on_device(small, bytes_per_px=1000)
+    short_of_memory(gpu, 2000)
+    with pytest.raises(DeviceMemoryError, match=r"--tile 64x48 was asked: use --tile \d+x\d+, or leave"):
+        urt.predict(gpu, texture, tile=(64, 48))
+
+
+@pytest.mark.parametrize("why", ["one tile", "measured halo", "given halo", "blended", "too little for either"])
+def test_no_smaller_tile_is_an_error(small, texture, on_device, engine_for, network, why):
+    engine = planned(small, LARGE, SMALL)
+    if why == "one tile":
+        engine = planned(small, LARGE)
+    elif why == "blended":
+        engine = engine_for(network(norm="instance"), LOGITS, tile=48, blend=True)
+    elif "halo" in why:
+        engine = Engine(replace(engine.spec, halo=why.split()[0], halo_limit=1), engine._session)
+    gpu = on_device(engine, bytes_per_px=1000)
+    device = short_of_memory(gpu, 500 if "little" in why else 2000)
+    with pytest.raises(DeviceMemoryError, match=r"^the device is out of memory$"):
+        urt.predict(gpu, texture)
+    assert device.held == 0
+    assert not session_of(gpu).runs
+
+
+def test_what_was_begun_does_not_begin_again(small, texture, on_device):
+    gpu = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000)
+    session_of(gpu).fail_at, session_of(gpu).failure = 3, DeviceMemoryError("others took it all")
+    with pytest.raises(DeviceMemoryError, match=r"^others took it all$"):
+        urt.predict(gpu, texture, batch=1)
+    assert {run[0][2:] for run in session_of(gpu).runs} == {LARGE}
+
+
+@pytest.mark.parametrize("options", [{}, {"region": True}, {"out": "mask.npy"}, {"out": "mask.zarr"}], ids=str)
+def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypatch, tmp_path, options):
+    """The blocks stay: other shards, and what an earlier run has kept, know nothing of tiles."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
+    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
+    wide, plan = np.concatenate([texture] * 3, axis=1), planned(small, LARGE, SMALL)
+    if "region" in options:  # blocks that need no tile are kept before the first tile finds no memory
+        wanted = np.zeros(wide.shape, np.uint8)
+        wanted[150:, 100:] = 1
+        np.save(tmp_path / "region.npy", wanted)
+        options = {"region": tmp_path / "region.npy"}
+    gpu, reports, told = on_device(plan, bytes_per_px=1000), list[RunReport](), list[tuple[int, int]]()
+    inside = {key: value for key, value in options.items() if key == "region"}
+    expected = urt.predict(plan, wide, memory_bytes=2**40, report=reports.append, **inside)
+    options = {key: tmp_path / value for key, value in options.items()}
+    short_of_memory(gpu, 2000)
+    found = urt.predict(
+        gpu, wide, memory_bytes=2**40, report=reports.append, progress=lambda *n: told.append(n), **options
+    )
+    if "out" in options:
+        found = urt.image.open_image(found, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
+    np.testing.assert_array_equal(found, expected)
+    large, report = reports
+    assert (report.notes[0], large.notes) == (NOTE, [])
+    assert (report.tile, large.tile) == (SMALL, LARGE)
+    assert report.class_share == large.class_share, "no block is counted twice"
+    assert report.tiles == len([n for run in session_of(gpu).runs for n in range(run[0][0])])
+    assert told[-1][0] == told[-1][1]
+    assert {run[0] for run in session_of(gpu).runs} == {(1, 1, *SMALL)}
+
+
+def test_no_block_is_kept_twice(small, texture, on_device, monkeypatch, tmp_path):
+    """Those that need no tile are kept before the first tile finds no memory."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 1)
+    wanted = np.zeros(texture.shape, np.uint8)
+    wanted[200:] = 1
+    np.save(tmp_path / "region.npy", wanted)
+    kept, write = list[int](), MemoryStore.write
+    monkeypatch.setattr(
+        MemoryStore, "write", lambda store, block, _: kept.append(block.number) or write(store, block, _)
+    )
+    plan = planned(small, LARGE, SMALL)
+    gpu = on_device(plan, bytes_per_px=1000)
+    short_of_memory(gpu, 2000)
+    found = urt.predict(gpu, texture, region=tmp_path / "region.npy")
+    np.testing.assert_array_equal(found, np.where(wanted, urt.predict(plan, texture), 0))
+    assert kept == list(range(len(kept)))
+    assert len(kept) > 3
+
+
+def test_tiles_do_not_change_once_some_were_run(small, texture, on_device, monkeypatch):
+    """Others took the memory after the first blocks: what was computed is not reported twice, or lost from the report."""
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
+    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 1)
+    gpu, real = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000), predict_device.run
+
+    def run(*arguments: Any, **options: Any) -> RunReport:
+        report = real(*arguments, **options)
+        predict_device._WORKSPACES[session_of(gpu)].free()
+        session_of(gpu).give_back()
+        short_of_memory(gpu, 2000)
+        return report
+
+    monkeypatch.setattr(predict_device, "run", run)
+    with pytest.raises(DeviceMemoryError, match=r"^the device is out of memory$"):
+        urt.predict(gpu, np.concatenate([texture] * 3, axis=1), memory_bytes=2**40)
+    assert {run[0][2:] for run in session_of(gpu).runs} == {LARGE}
+
+
+def test_an_interrupted_run_goes_on_with_smaller_tiles(small, texture, on_device, monkeypatch, tmp_path):
+    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
+    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
+    plan, out, reports = planned(small, LARGE, SMALL, batches=(1,)), tmp_path / "mask.zarr", list[RunReport]()
+    gpu = on_device(plan, bytes_per_px=1000)
+    gpu.folder = SimpleNamespace(files={"graph": {"sha256": "0"}}, parity=None)  # what a stage tells an engine by
+    wide = np.concatenate([texture] * 3, axis=1)
+    np.save(tmp_path / "image.npy", wide)
+    session_of(gpu).fail_at, session_of(gpu).failure = 5, DeviceMemoryError("others took it all")
+    with pytest.raises(DeviceMemoryError, match="others took it all"):
+        urt.predict(gpu, tmp_path / "image.npy", out=out)
+    gpu.close()
+    short_of_memory(gpu, 2000)
+    session_of(gpu).fail_at = -1
+    urt.predict(gpu, tmp_path / "image.npy", out=out, report=reports.append)
+    found = urt.image.open_image(out, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
+    np.testing.assert_array_equal(found, urt.predict(plan, wide))
+    assert any("were there from an earlier run" in note for note in reports[0].notes)
+    assert NOTE in reports[0].notes
+
+
+@pytest.mark.parametrize("options", [{"tta": "flip"}, {"head": "y0"}], ids=str)
+def test_views_fall_to_smaller_tiles_as_well(small, texture, on_device, options):
+    if "head" in options:
+        options = {"head": small.spec.outputs[0].name}
+    plan, wide = planned(small, LARGE, SMALL), np.concatenate([texture[:100]] * 3, axis=1)
+    gpu, reports = on_device(plan, bytes_per_px=1000), list[RunReport]()
+    short_of_memory(gpu, 2000)
+    found = urt.predict(gpu, wide, output="raw", report=reports.append, **options)
+    np.testing.assert_array_equal(found, urt.predict(plan, wide, output="raw", **options))
+    assert (reports[0].tile, reports[0].batch) == (SMALL, 1)
+    assert NOTE in reports[0].notes
+    short_of_memory(gpu, 2 * LARGE[0] * LARGE[1])
+    urt.predict(gpu, wide, output="raw", report=reports.append, **options)
+    assert (reports[1].tile, reports[1].batch) == (LARGE, 1)
+    assert "the device is out of memory; 1 tiles per run instead of 4" in reports[1].notes
+    session_of(gpu).give_back()
+    urt.predict(gpu, wide, tile=SMALL, **options)  # what it takes is in the way, and is given back
+    short_of_memory(gpu, LARGE[0] * LARGE[1])
+    urt.predict(gpu, wide, output="raw", report=reports.append, batch=1, **options)
+    assert (reports[2].tile, reports[2].notes[:1]) == (LARGE, [])
+    session_of(gpu).give_back()
+    short_of_memory(gpu, 2000)
+    with pytest.raises(DeviceMemoryError, match="--tile 64x80 was asked: use --tile 32x40"):
+        urt.predict(gpu, wide, tile=LARGE, **options)
+
+
+@pytest.mark.parametrize(("what", "most_px"), [("plain", 2800), ("tta", 2800), ("blocks", 1824)])
+def test_tiles_are_sized_by_the_device_s_memory(small, texture, on_device, tmp_path, what, most_px):
+    """Not by the host's; and what an engine holds since its last prediction is its own to use.
+
+    8 MB, 1000 bytes per pixel: 0.35 of them for a run; of blocks 0.25, with 96 bytes more for tiles that wait.
+    """
+    np.save(tmp_path / "region.npy", np.ones(texture.shape, np.uint8))
+    options = {"plain": {}, "tta": {"tta": "flip"}, "blocks": {"region": tmp_path / "region.npy"}}[what]
+    spec = replace(small.spec, tile=(96, 96), bytes_per_px=1000.0)
+    gpu, reports = on_device(Engine(spec, small._session), bytes_per_px=700), list[RunReport]()
+    device = session_of(gpu).stream.device
+    device.limit = 8_000_000
+    for _ in range(2):
+        urt.predict(gpu, texture, batch=1, report=reports.append, **options)
+        assert device.held > 1_000_000
+    first, second = (report.tile for report in reports)
+    assert first == second
+    assert 0.5 * most_px < first[0] * first[1] <= most_px
+    assert not any(report.notes for report in reports)
+
+
+def test_other_tiles_than_those_of_a_plan_name_the_rebuild(small, texture, on_device):
+    for engine in (planned(small, LARGE, SMALL), on_device(planned(small, LARGE, SMALL))):
+        for tile in ((48, 48), (64, 40), (32, 80)):
+            with pytest.raises(urt.TileError) as raised:
+                urt.predict(engine, texture, tile=tile)
+            where = engine.spec.device
+            assert str(raised.value) == (
+                f"tile {tile[0]}x{tile[1]} px is not in the engine's plan, which takes 64x80 or 32x40 px; use one of "
+                "these, or build it: unet-rt build MODEL.onnx --samples IMAGES --backend onnxruntime "
+                f"--device {where} --tile {tile[0]}x{tile[1]}"
+            )
+    with pytest.raises(urt.TileError, match="spatial axes"):
+        urt.predict(planned(small, LARGE, SMALL), texture, tile=(48,))
 
 
 def test_two_threads_take_turns(small, texture, on_device):

@@ -584,7 +584,7 @@ def test_windows_that_calibrated_judge_the_other_precisions(monkeypatch: pytest.
     """Like any window. INT8 they disprove only, with the numbers that a wider budget would need."""
     changes: dict[tuple[str, str], float] = {}
 
-    def compared(judge: Judge, engine: Any, wanted: Any, remark: str = "") -> list[parity.ImageParity]:
+    def compared(judge: Judge, engine: Any, wanted: Any, tile: Any, remark: str = "") -> list[parity.ImageParity]:
         change = changes[engine.spec.precision, wanted]
         return [parity.ImageParity(f"{wanted}{remark}", 100, change, {}, {}, 0.0, 0.0, 0.0)]
 

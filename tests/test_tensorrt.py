@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -370,6 +370,7 @@ def test_runs_are_recorded_per_arrays_and_nothing_is_allocated(fake: FakeTensorR
     device = FakeDevice()
     with session_of(fake, device) as session:
         pairs = [(device.empty((4, 1, 8, 8), "f4"), device.empty((4, 1, 8, 8), "f4")) for _ in range(2)]
+        session.output_shapes([(4, 1, 8, 8)])
         made = device.allocated
         for seed in range(5):
             for x, y in pairs:
@@ -433,8 +434,9 @@ def test_what_cannot_be_recorded_runs_all_the_same(fake: FakeTensorRt, monkeypat
 def test_scratch_memory_is_one_block_and_given_back(fake: FakeTensorRt) -> None:
     device = FakeDevice()
     session = session_of(fake, device)
-    assert session.scratch_bytes == 4096
+    assert session.scratch_bytes == 0
     session.run([tiles(4)])
+    assert session.scratch_bytes == 4096
     session.run([tiles(1)])
     session.run([tiles(4)])
     assert fake.contexts == 2
@@ -443,9 +445,52 @@ def test_scratch_memory_is_one_block_and_given_back(fake: FakeTensorRt) -> None:
     assert all(array.freed for array in device.arrays)
     with pytest.raises(BackendError, match="this TensorRT session is closed"):
         session.run([tiles(1)])
-    device.free_bytes = 100
-    with pytest.raises(DeviceMemoryError, match=r"needs 0 MB of device memory .* use a smaller --tile or --batch"):
-        session_of(fake, device)
+
+
+def test_scratch_memory_is_what_the_shapes_in_use_take(fake: FakeTensorRt) -> None:
+    """So that memory which does not hold a large batch, or tile, holds a smaller one."""
+    device = FakeDevice()
+    device.free_bytes = 3000
+    with session_of(fake, device) as session:
+        short = r"8x8 px at batch 4 needs 0 MB of device memory .* use a smaller --tile or --batch"
+        with pytest.raises(DeviceMemoryError, match=short):
+            session.output_shapes([(4, 1, 8, 8)])
+        for seed in range(4):
+            assert np.array_equal(session.run([tiles(1, seed=seed)])[0], 2 * tiles(1, seed=seed))
+        assert (session.scratch_bytes, len(fake.graphs.graphs)) == (2048, 1)
+        assert session.held_bytes == 2048 + 2 * 4 * 64
+        device.free_bytes = 2500  # and the 2048 bytes that it holds: enough for the larger batch
+        (block,) = [array for array in device.arrays if array.nbytes == 2048]
+        for seed in range(4):
+            assert np.array_equal(session.run([tiles(4, seed=seed)])[0], 2 * tiles(4, seed=seed))
+            assert np.array_equal(session.run([tiles(1, seed=seed)])[0], 2 * tiles(1, seed=seed))
+        assert block.freed
+        assert session.scratch_bytes == 4096
+        session.give_back()
+        assert (session.held_bytes, len(fake.graphs.graphs)) == (0, 0)
+        assert all(array.freed for array in device.arrays)
+        device.free_bytes = 3000
+        with pytest.raises(DeviceMemoryError, match=short):
+            session.run([tiles(4)])
+        assert np.array_equal(session.run([tiles(1)])[0], 2 * tiles(1))
+
+
+def test_a_gpu_that_is_too_small_is_told_from_a_plan_that_does_not_run(fake: FakeTensorRt) -> None:
+    from enum import IntFlag
+
+    diagnostics = IntFlag("EngineInvalidityDiagnostics", {"MALFORMED_ENGINE": 1, "INSUFFICIENT_GPU_MEMORY": 4})
+    found = SimpleNamespace(diagnostics=4)
+    runtime = SimpleNamespace(get_engine_validity=lambda plan: ("invalid", found.diagnostics))
+    rtx = ModuleType("tensorrt_rtx")
+    vars(rtx).update(
+        __version__="1.7.1", ILogger=fake.ILogger, Runtime=lambda sink: runtime,
+        EngineValidity=SimpleNamespace(INVALID="invalid"), EngineInvalidityDiagnostics=diagnostics,
+    )  # fmt: skip
+    with pytest.raises(DeviceMemoryError, match="the GPU's memory is too small; free what others hold"):
+        tensorrt_session.deserialize(rtx, b"plan")
+    found.diagnostics = 1
+    with pytest.raises(EngineError, match="the plan is damaged; use --backend onnxruntime"):
+        tensorrt_session.deserialize(rtx, b"plan")
 
 
 def test_shapes_outside_the_plan_name_the_rebuild(fake: FakeTensorRt) -> None:

@@ -414,6 +414,18 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
 
 
 @pytest.mark.tensorrt
+def test_a_plan_holds_two_tiles(opened: dict[str, float], tmp_path: Path) -> None:
+    """As ``unet_rt.build`` asks for them; rows of every profile were run."""
+    tensorrt.build(
+        DATA / "nuclei.onnx", tmp_path / "g.onnx", precision="fp16", device="cuda:0", blob=tmp_path / "p",
+        tiles=[(128, 128), (64, 64)], batches=[1, 4],
+    )  # fmt: skip
+    header, _, _ = read_plan(tmp_path / "p")
+    assert [(p.tile, p.batch) for p in header.profiles] == [((n, n), batch) for n in (128, 64) for batch in (4, 1)]
+    assert header.profile_of([(4, 1, 64, 64)]) == 2
+
+
+@pytest.mark.tensorrt
 def test_a_form_that_fails_is_left_out(
     opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -642,8 +654,8 @@ USED = {
     "OnnxParser": "parse_from_file num_errors get_error",
     "ParserError": "code node node_name node_operator desc",
     "Runtime": "deserialize_cuda_engine",
-    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype num_optimization_profiles "
-    "get_device_memory_size_for_profile_v2 device_memory_size_v2 create_execution_context create_engine_inspector",
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_dtype "
+    "get_device_memory_size_for_profile_v2 create_execution_context create_engine_inspector",
     "IExecutionContext": "set_optimization_profile_async set_input_shape set_device_memory get_tensor_shape "
     "set_tensor_address execute_async_v3",
     "EngineInspector": "get_engine_information",

@@ -20,6 +20,7 @@ from unet_rt.tiles import (
     choose_tile,
     cost_ratio,
     exact_step,
+    smaller_tile,
     smallest_tile,
     tile_grid,
     with_halo,
@@ -296,3 +297,47 @@ def test_blended_tiles_of_unpadded_networks_leave_no_gap():
         for start, size in zip(place.target[:, 1], place.size[:, 1], strict=True):
             covered[start : start + size] = True
     assert covered.all()
+
+
+@pytest.mark.parametrize(
+    ("field", "sizes", "tile", "smaller"),
+    [
+        (same_padded(16, 53), TileSizes(16, 0, 16), 512, 256),
+        (same_padded(), TileSizes(16, 0, 16), 512, 256),  # owns 64 of its 256 px, just enough
+        (same_padded(), TileSizes(16, 0, 16), 384, 256),
+        (same_padded(), TileSizes(16, 0, 16), 336, None),  # 256 px saves less than a quarter of a side
+        (PAPER, PAPER_SIZES, 572, 300),
+        (same_padded(32, 540), TileSizes(32, 0, 32), 2048, 1472),
+        (same_padded(32, 540), TileSizes(32, 0, 32), 1536, None),
+        (same_padded(), TileSizes(16, 0, 16, fixed=512), 512, None),
+    ],
+)
+def test_worked_examples_of_a_smaller_tile(field, sizes, tile, smaller):
+    assert smaller_tile((tile,), (sizes,), (output(field),)) == (None if smaller is None else (smaller,))
+    both = smaller_tile((tile, 576), (sizes, TileSizes(16, 0, 16)), (output(field, same_padded(16, 20)),))
+    assert both == (smaller or tile, 288)  # an axis that leaves none keeps the side
+
+
+@settings(deadline=None, max_examples=200)
+@given(networks(), st.integers(1, 700), st.integers(0, 40), st.booleans())
+def test_a_smaller_tile_owns_the_same_samples_of_the_same_canvas(network, image, larger, aligned):
+    field, sizes = network
+    tile = smallest_tile(sizes, [field], aligned=True) + larger * sizes.stride
+    smaller = smaller_tile((tile,), (sizes,), (output(field),))
+    if smaller is None:
+        return
+    assert sizes.accepts(smaller[0])
+    assert tile / 2 <= smaller[0] <= 3 * tile / 4
+    of_two = [replace(sizes, fixed=t) for t in (tile, smaller[0])]
+    whole = tile_grid((image,), (tile,), of_two[:1], (output(field),), aligned=aligned)
+    grid = tile_grid((image,), smaller, of_two[1:], (output(field),), aligned=aligned, least=(tile,))
+    assert grid.axes[0].canvas == whole.axes[0].canvas
+    axis, n = grid.axes[0], field.out_size(smaller[0])
+    written = np.zeros(ceil(image * field.scale), int)
+    for k, (source, target, size) in enumerate(axis.owned(field)):
+        assert 0 <= target <= target + size <= len(written)
+        written[target : target + size] += 1
+        if size:
+            assert source >= (field.halo[0] if axis.starts[k] else 0)
+            assert source + size <= n - (field.halo[1] if axis.starts[k] + axis.tile < axis.canvas.size else 0)
+    assert (written == 1).all()

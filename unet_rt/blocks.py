@@ -151,6 +151,8 @@ def plan_blocks(
     bound = int(RUNNING_SHARE * memory_bytes / per_px)
     given = image if seen is None else seen
     grid = spec.grid(given, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
+    if prod(grid.tile) > bound and tile is None:
+        grid = spec.smaller_grid(grid, aligned=True) or grid  # a plan's, which is of no size between
     if prod(grid.tile) > bound:
         raise ContractError(
             f"tiles of {size_text(grid.tile)} px, {batch} at a time, take about "

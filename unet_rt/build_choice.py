@@ -1,4 +1,7 @@
-"""Build, step 5: the candidate that keeps most per second inside the budget, and the tile at which it does."""
+"""Build, step 5: the candidate that keeps most per second inside the budget, and the tile at which it does.
+
+A plan, which takes no other shapes than its own, gets a smaller tile beside that one.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from .build_report import Candidate
 from .build_tiling import Tiling, tried_tiles
 from .build_timing import interleaved_times, with_timing
 from .engine import Engine
-from .errors import BackendError, ParityError
+from .errors import BackendError, GraphError, ParityError, TileError
 from .field import size_text
 from .model import kept_share
 from .parity import Budget, Verdict
 from .predict import MEMORY_SHARE
 from .samples import tile_of
+from .tiles import smaller_tile
 
 LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
 SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without warm-up: its first run is 5 % slower
@@ -38,6 +42,7 @@ class Choice:
         engine: It, loaded.
         kept: Its layers in FP32 where it is an INT8 engine, else None.
         bytes_per_px: Memory that running it takes per tile pixel.
+        smaller: Verdict on the smaller tile of its plan; None where it has none.
     """
 
     candidates: tuple[Candidate, ...]
@@ -45,6 +50,7 @@ class Choice:
     engine: Engine
     kept: frozenset[str] | None
     bytes_per_px: float
+    smaller: Verdict | None = None
 
     @property
     def chosen(self) -> int:
@@ -69,6 +75,8 @@ def choose(job: Job, tiling: Tiling, measured: Measured, engines: Engines, judge
     choice = Choice(measured.candidates, best, engine, measured.kept.get(engine), bytes_per_px)
     if not fixed_tile and tiling.spec.runs_whole:
         choice = _choose_tile(job, tiling, choice, engines, judge)
+    if choice.engine.spec.batches and tiling.spec.overlap is None:
+        choice = _with_smaller_tile(job, tiling, choice, engines, judge)
     best = choice.best
     among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
     if all(c.precision != "fp32" for c in accepted):
@@ -219,9 +227,52 @@ def _larger_tiles(job: Job, tiling: Tiling, first: Choice) -> list[tuple[int, ..
         if device == "cpu":
             enough = first.bytes_per_px * best.batch * prod(tile) <= MEMORY_SHARE * machine.memory_bytes()
         else:
-            enough = fits(job.model, device, tile, 1)
+            session = first.engine.gpu_session
+            enough = fits(job.model, device, tile, 1, held=0 if session is None else session.held_bytes)
         if not enough:
             remarks.notes.append(f"tiles above {last} px were not tried: too little memory is free")
             break
         tiles.append(tile)
     return tiles
+
+
+def _with_smaller_tile(job: Job, tiling: Tiling, choice: Choice, engines: Engines, judge: Judge) -> Choice:
+    """The choice with a plan for a smaller tile as well, for memory that does not hold the chosen one.
+
+    It is another plan, so that both tiles are held to the budget as one was, and it is timed again. Where it cannot be
+    had, the plan for one tile stays.
+    """
+    best, spec, remarks = choice.best, choice.engine.spec, job.remarks
+    if spec.halo != "exact":
+        remarks.notes.append("the plan takes one tile: as the halo is not exact, another would change the result")
+        return choice
+    smaller = smaller_tile(best.tile, tiling.spec.sizes, tiling.spec.used_outputs())
+    if smaller is None:
+        remarks.notes.append(f"the plan takes no smaller tile than {size_text(best.tile)} px: the halo leaves none")
+        return choice
+    remarks.say(f"building {best.title} for tiles of {size_text(smaller)} px as well")
+    graph = engines.files[choice.engine].graph if best.precision == "int8" else None  # calibrated once
+    sample, verdicts = tiling.results.samples[0], list[Verdict]()
+    try:
+        engine = engines.make(best.backend, best.precision, best.tile, spec.batches, graph, smaller)
+        for tile in engine.spec.tiles:
+            x = tile_of(sample, tiling.spec, tile, job.threads)
+            verdicts.append(judge.same_rows(engine, x, judge.verdict(engine, tile), spec.batches))
+            if not verdicts[-1].accepted:
+                raise BackendError(f"at {size_text(tile)} px, {verdicts[-1].reasons[0]}")
+        (timing,) = interleaved_times([(engine, best.tile, best.batch)], sample, job.threads, runs=3)
+        if isinstance(timing, BackendError):
+            raise timing
+    except (BackendError, GraphError, TileError) as error:
+        remarks.notes.append(f"the plan takes no smaller tile: {size_text(smaller)} px was tried and left: {error}")
+        return choice
+    again = with_timing(best, best.tile, timing, verdicts[0], tiling.spec)
+    if (again.kept_mpx_per_s or 0.0) < AS_FAST * (best.kept_mpx_per_s or 0.0):
+        remarks.notes.append(
+            f"with {size_text(smaller)} px in its plan, too, a run takes {again.latency_ms:.3g} ms instead of "
+            f"{best.latency_ms:.3g} ms"
+        )
+    remarks.notes.append(f"tiles of {size_text(smaller)} px are in the plan, too, for memory that is short")
+    choice.engine.close()
+    candidates = tuple(again if c is best else c for c in choice.candidates)
+    return replace(choice, candidates=candidates, best=again, engine=engine, smaller=verdicts[1])

@@ -49,8 +49,9 @@ class Engines:
         tile: tuple[int, ...],
         batches: Sequence[int],
         source: Path | None = None,
+        smaller: tuple[int, ...] | None = None,
     ) -> Engine:
-        """The model built for one backend and precision, loaded; a plan takes this tile and these batches alone.
+        """The model built for one backend and precision, loaded; a plan takes these tiles and batches alone.
 
         Args:
             name: The backend.
@@ -58,6 +59,7 @@ class Engines:
             tile: In pixels.
             batches: Tiles per run.
             source: The graph where a pass has lowered its precision already; None: the model's.
+            smaller: A smaller tile that a plan is to take as well; None: none.
 
         Raises:
             BackendError, GraphError, TileError: The backend cannot be built, or loaded, with this graph at these shapes.
@@ -69,6 +71,8 @@ class Engines:
         if source is not None:
             self._count += 1
             stem += f"-{self._count}"
+        tiles = (tile,) if smaller is None else (tile, smaller)
+        stem += "" if smaller is None else f"-{size_text(smaller)}"
         graph, blob = job.work / f"{stem}.onnx", job.work / f"{stem}.bin"
         backend.build(
             source or job.model.graph,
@@ -76,7 +80,7 @@ class Engines:
             precision=precision,
             device=spec.device,
             blob=blob,
-            tiles=[tile],
+            tiles=tiles,
             batches=batches,
         )
         plan = blob if blob.exists() else None
@@ -84,7 +88,7 @@ class Engines:
         spec = replace(spec, backend=name, precision=precision, tile=tile)
         if plan is not None:
             sizes = tuple(replace(s, fixed=t) for s, t in zip(spec.sizes, tile, strict=True))
-            spec = replace(spec, sizes=sizes, batches=tuple(batches))
+            spec = replace(spec, sizes=sizes, batches=tuple(batches), tiles=tiles)
         engine = Engine(spec, session)
         self.files[engine] = EngineFiles(graph, plan)
         return engine
@@ -142,9 +146,12 @@ def batches_to_try(model: Model, spec: EngineSpec) -> tuple[int, ...]:
     return tuple(n for n in GPU_BATCHES if n == 1 or fits(model, spec.device, spec.tile, n))
 
 
-def fits(model: Model, device: str, tile: Sequence[int], batch: int) -> bool:
-    """Whether a GPU has the memory for a batch: live activations, twice, for workspaces and the network itself."""
+def fits(model: Model, device: str, tile: Sequence[int], batch: int, held: int = 0) -> bool:
+    """Whether a GPU has the memory for a batch: live activations, twice, for workspaces and the network itself.
+
+    ``held``: bytes of its memory that are not free and will be by then.
+    """
     from .device import Device
 
     free = Device.open(machine.cuda_index(device)).memory()[0]
-    return 2 * model.report.activation_bytes(tile, batch) < free
+    return 2 * model.report.activation_bytes(tile, batch) < free + held

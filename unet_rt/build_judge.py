@@ -19,6 +19,7 @@ from .engine import Engine
 from .model import judged_tile
 from .parity import BatchParity, ImageParity, Verdict
 from .samples import Sample, raw_results
+from .tiles import tile_grid
 
 Array = npt.NDArray[Any]
 
@@ -36,21 +37,26 @@ class Judge:
         self.rows: dict[Key, tuple[BatchParity, ...]] = {}
         self._job, self._tiling, self._calibrating = job, tiling, calibrating
         self._wanted_tile: list[Array] = []  # the baseline's outputs on the tile that rows are about
+        self._grown: dict[tuple[str, tuple[int, ...]], list[Array]] = {}  # its results by window and canvas
 
-    def verdict(self, engine: Engine) -> Verdict:
+    def verdict(self, engine: Engine, tile: tuple[int, ...] | None = None) -> Verdict:
         """Whether an engine holds its budget on all windows.
 
         Those that calibrated INT8 judge the other precisions like any. INT8 itself they may disprove and never prove:
         its numbers are of the others, unless it misses the budget there.
+
+        Args:
+            engine: The engine.
+            tile: Tile that windows are cut into; None: the engine's own, or one that gives them seams.
         """
         precision = engine.spec.precision
         budget = self._job.budget.of(precision)
-        images = self._compared(engine, self._tiling.results)
+        images = self._compared(engine, self._tiling.results, tile)
         verdict = parity.judge(images, budget)
         if not self._calibrating or (precision == "int8" and not verdict.accepted):
             return verdict
         remark = " (it calibrated)" if precision == "int8" else ""
-        more = parity.judge([*images, *self._compared(engine, self._calibrated, remark)], budget)
+        more = parity.judge([*images, *self._compared(engine, self._calibrated, tile, remark)], budget)
         return verdict if precision == "int8" and more.accepted else more
 
     def same_rows(
@@ -92,11 +98,28 @@ class Judge:
     def _calibrated(self) -> Results:
         return calibrating_results(self._job, self._tiling.spec, self._calibrating)
 
-    def _compared(self, engine: Engine, wanted: Results, remark: str = "") -> list[ImageParity]:
+    def _compared(
+        self, engine: Engine, wanted: Results, tile: tuple[int, ...] | None, remark: str = ""
+    ) -> list[ImageParity]:
         """Agreement with the baseline on every window, in tiles that give it seams."""
         images: list[ImageParity] = []
         for sample, whole in zip(wanted.samples, wanted.values, strict=True):
-            grid = engine.spec.grid(sample.shape, judged_tile(engine.spec, sample.shape))
+            grid = engine.spec.grid(sample.shape, tile or judged_tile(engine.spec, sample.shape))
             got = raw_results(engine, sample, grid, self._job.threads)
-            images += parity.compare_outputs(whole, got, self._tiling.spec, f"{sample.name}{remark}")
+            same = self._on_canvas_of(engine, sample, whole)
+            images += parity.compare_outputs(same, got, self._tiling.spec, f"{sample.name}{remark}")
         return images
+
+    def _on_canvas_of(self, engine: Engine, sample: Sample, whole: list[Array]) -> list[Array]:
+        """The baseline's results on the canvas of the engine's: ``whole``, but for windows smaller than a plan's tile.
+
+        Their canvas is grown to the tile, so that the network sees other pixels behind the window's ends.
+        """
+        spec, canvas = self._tiling.spec, engine.spec.canvas_shape(sample.shape)
+        if not spec.runs_whole or canvas == spec.canvas_shape(sample.shape):
+            return whole
+        key = sample.sha256, canvas
+        if key not in self._grown:
+            grid = tile_grid(sample.shape, canvas, spec.sizes, spec.outputs, least=canvas)
+            self._grown[key] = raw_results(self._job.baseline, sample, grid, self._job.threads)
+        return self._grown[key]

@@ -142,6 +142,9 @@ def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
         ],
         "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in outcome.windows],
         "verdict": verdict.to_json(),
+        "smaller_tile": None
+        if choice.smaller is None
+        else {"tile": list(spec.tiles[1]), "verdict": choice.smaller.to_json()},
         "calibrated_on": [{"name": s.name, "sha256": s.sha256} for s in outcome.samples.calibrating],
         "seams": {str(k): v for k, v in tiling.seams.items()},
         "candidates": [c.to_json() for c in choice.candidates],
@@ -194,8 +197,8 @@ def exam_tiles(job: Job, spec: EngineSpec, engine: Engine, windows: Sequence[Sam
     kept, images = list[tuple[Array, list[Array]]](), list[ImageParity]()
     for sample in picked:
         x = tile_of(sample, spec, tile, job.threads)
-        wanted, got = job.baseline.run(x), engine.run(x)
-        found = parity.compare_outputs([y[0] for y in wanted], [y[0] for y in got], spec, sample.name)
+        wanted = job.baseline.run(x)
+        found = exam.compared(engine, spec, x[0], [y[0] for y in wanted], sample.name)
         if parity.judge([*images, *found], budget).accepted:
             images += found
             kept.append((x, wanted))

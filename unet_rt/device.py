@@ -44,6 +44,14 @@ class DeviceMemoryError(BackendError):
     """The device has not enough free memory."""
 
 
+class TileMemoryError(DeviceMemoryError):
+    """The device's memory does not hold ``batch`` tiles, and fewer were not tried or do not exist; nothing was run yet."""
+
+    def __init__(self, message: str, batch: int) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
 def missing(index: int = 0) -> str | None:
     """None if GPU ``index`` can be used; else one sentence: what is missing and how to get it."""
     found = machine.cuda()
@@ -91,6 +99,10 @@ class Device:
             device = self._driver.Device(index)
             self._context: Any = device.retain_primary_context()
             self.multiprocessors = int(device.get_attribute(self._driver.device_attribute.MULTIPROCESSOR_COUNT))
+        except self._driver.MemoryError as error:
+            raise DeviceMemoryError(
+                f"cuda:{index} has no memory left for a process more ({str(error).strip()}); free what others hold"
+            ) from error
         except self._driver.Error as error:
             raise BackendError(f"cuda:{index} cannot be opened: {error}; see unet-rt doctor") from error
         self.index = index

@@ -89,6 +89,8 @@ class EngineSpec:
         precision, backend, device: As built.
         run_batch: Tiles per run at which build measured it fastest; what ``predict`` uses unless told otherwise.
         batches: The batch sizes that its plan takes, ascending; empty: any.
+        tiles: The tiles that its plan takes: ``tile``, and a smaller one for memory that does not hold it, on the same
+            canvas; empty: any that the graph accepts.
         bytes_per_px: Memory that running takes per tile pixel, as measured by build (0: unknown); the device's memory
             for an engine on a GPU.
         made_on: Machine and library versions at build.
@@ -110,6 +112,7 @@ class EngineSpec:
     device: str
     run_batch: int = 1
     batches: tuple[int, ...] = ()
+    tiles: tuple[tuple[int, ...], ...] = ()
     bytes_per_px: float = 0.0
     made_on: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -189,8 +192,8 @@ class EngineSpec:
             aligned: Tiles that are placed own equal stretches, for results that are written in blocks.
 
         Raises:
-            TileError: A tile that the graph does not accept, keeps nothing, or that would change the answer (networks
-                that cannot be tiled exactly have one tile: it is part of the model).
+            TileError: A tile that the graph or the engine's plan does not accept, that keeps nothing, or that would
+                change the answer (networks that cannot be tiled exactly have one tile: it is part of the model).
         """
         outputs = self.used_outputs()
         if tile is not None and len(tile) != self.spatial:
@@ -210,7 +213,34 @@ class EngineSpec:
             tile = self.tile  # narrower ones would have more seams than the halo was judged on
         elif tile is None:
             tile = choose_tile(image, self.sizes, outputs, bound, aligned=aligned)
-        return tile_grid(image, tile, self.sizes, outputs, aligned=aligned)
+        if not self.tiles:
+            return tile_grid(image, tile, self.sizes, outputs, aligned=aligned)
+        if tuple(tile) not in self.tiles:
+            raise TileError(
+                f"tile {size_text(tile)} px is not in the engine's plan, which takes "
+                f"{' or '.join(map(size_text, self.tiles))} px; use one of these, or build it: unet-rt build MODEL.onnx "
+                f"--samples IMAGES --backend {self.backend} --device {self.device} --tile {size_text(tile)}"
+            )
+        sizes = [replace(s, fixed=t) for s, t in zip(self.sizes, tile, strict=True)]
+        return tile_grid(image, tile, sizes, outputs, aligned=aligned, least=self.tile)
+
+    def smaller_grid(self, grid: TileGrid, *, aligned: bool = False) -> TileGrid | None:
+        """The tiles for the same image that come next where memory does not hold those of ``grid``.
+
+        Results are the same, as the halo is exact: the plan's smaller tile, or one of at most half the pixels. None:
+        there are none, or results would change.
+        """
+        if self.overlap is not None or self.halo != "exact":
+            return None
+        size = prod(grid.tile)
+        tile = next((t for t in self.tiles if prod(t) < size), None)
+        if self.tiles and tile is None:
+            return None
+        try:
+            smaller = self.grid(grid.image, tile, size // 2, aligned=aligned)
+        except TileError:  # test-time augmentation has larger halos, beside which it may keep nothing
+            return None
+        return smaller if prod(smaller.tile) < size else None
 
     def canvas_shape(self, image: Sequence[int]) -> tuple[int, ...]:
         """Size in pixels of the canvas that whole-image inference runs on."""
@@ -234,6 +264,7 @@ class EngineSpec:
             "device": self.device,
             "run_batch": self.run_batch,
             "batches": list(self.batches),
+            "tiles": [list(tile) for tile in self.tiles],
             "bytes_per_px": self.bytes_per_px,
             "made_on": dict(self.made_on),
             "options": dict(self.options),
@@ -253,23 +284,26 @@ class EngineSpec:
             batch=data["batch"],
             halo=data["halo"],
             halo_limit=data["halo_limit"],
-            tile=_pixels(data, "tile", 1),
-            overlap=None if data["overlap"] is None else _pixels(data, "overlap", 0),
+            tile=_pixels(data, "tile", data["tile"], 1),
+            overlap=None if data["overlap"] is None else _pixels(data, "overlap", data["overlap"], 0),
             blend=data["blend"],
             precision=data["precision"],
             backend=data["backend"],
             device=data["device"],
             run_batch=_count(data.get("run_batch", 1)),
             batches=tuple(_count(n) for n in data.get("batches", ())),
+            tiles=tuple(
+                _pixels(data, "tiles", tile, 1)
+                for tile in data.get("tiles", [data["tile"]] if data.get("batches") else [])  # earlier plans have one
+            ),
             bytes_per_px=data["bytes_per_px"],
             made_on=data["made_on"],
             options=data["options"],
         )
 
 
-def _pixels(data: Mapping[str, Any], key: str, least: int) -> tuple[int, ...]:
-    """One whole number per spatial axis."""
-    value = data[key]
+def _pixels(data: Mapping[str, Any], key: str, value: Any, least: int) -> tuple[int, ...]:
+    """``value``, of ``key``: one whole number per spatial axis."""
     if len(value) != len(data["sizes"]) or any(not isinstance(n, int) or n < least for n in value):
         raise ValueError(f"{key} {value!r}")
     return tuple(value)
@@ -320,6 +354,11 @@ class Engine:
     @property
     def device_session(self) -> DeviceSession | None:
         """The session where it takes arrays on a GPU, else None."""
+        return self.gpu_session
+
+    @property
+    def gpu_session(self) -> DeviceSession | None:
+        """The session where it runs on a GPU, wherever this form of the engine takes its tiles from; else None."""
         from .backends.session import on_device
 
         return self._session if on_device(self._session) else None
@@ -328,6 +367,11 @@ class Engine:
         """The batch size to run ``tiles`` tiles with: theirs, or the smallest that the engine takes and that holds them."""
         sizes = self.spec.batch_sizes
         return next((n for n in sizes if n >= tiles), sizes[-1]) if sizes else tiles
+
+    def fewer(self, batch: int) -> int:
+        """The batch size to try next where memory does not hold ``batch`` tiles; ``batch`` itself where none is less."""
+        sizes = self.spec.batch_sizes
+        return max((n for n in sizes if n < batch), default=batch) if sizes else max(1, batch // 2)
 
     def run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
         """Runs tiles through the network.
@@ -781,7 +825,7 @@ def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> tuple[Sess
             precision=spec.precision,
             device=spec.device,
             blob=anew,
-            tiles=[spec.tile],
+            tiles=spec.tiles or (spec.tile,),
             batches=spec.batches or (spec.run_batch,),
         )
         session = backend.load(

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels, machine
+from .device import DeviceMemoryError, TileMemoryError
 from .errors import BackendError, ImageError, TileError
 from .field import size_text
 from .normalize import Affine, Affines, OnePlane, grey_levels
@@ -252,6 +253,10 @@ def run(
 
     An engine on a GPU whose tiles the kernels can fill there runs there from end to end (``predict_device``); another
     one takes its tiles from the host. Tiles with the same pixels as one shortly before are not run again.
+
+    Raises:
+        TileMemoryError: A GPU's memory does not hold the first tiles, so that nothing was written.
+        ImageError, TileError, BackendError: see their messages.
     """
     spec = engine.spec
     stop = stop or threading.Event()
@@ -323,7 +328,7 @@ def run(
             results = None
             if len(item.tiles):
                 with clock("infer"):
-                    results = engine.run(item.tiles)[output]
+                    results = _results(engine, item.tiles, first=finished == 0)[output]
                 expected = item.work.grid.tile_out_shape(output)
                 if results.shape[2:] != expected:
                     raise BackendError(
@@ -350,6 +355,72 @@ def run(
     return seen.report(spec, source, output, batch, begun, clock)
 
 
+def _results(engine: Engine, tiles: Array, *, first: bool) -> list[npt.NDArray[np.float32]]:
+    """What the engine makes of tiles; where a GPU's memory does not hold the ``first`` ones, others may be tried."""
+    session = engine.gpu_session
+    held = 0 if session is None else session.held_bytes  # for the shapes of earlier predictions
+    try:
+        return engine.run(tiles)
+    except DeviceMemoryError as error:
+        if not first or session is None:
+            raise
+        session.give_back()
+        if not held:
+            raise TileMemoryError(str(error), len(tiles)) from error
+    return _results(engine, tiles, first=True)
+
+
+def with_smaller_tiles(
+    engine: Engine,
+    grid: TileGrid,
+    batch: int,
+    attempt: Callable[[TileGrid, int], RunReport],
+    *,
+    asked: bool,
+    aligned: bool = False,
+) -> RunReport:
+    """Runs tiles; where a GPU's memory does not hold them, fewer at once, and then smaller ones of the same result.
+
+    A note of the report says what was run instead of what, and why.
+
+    Args:
+        engine: Runs the tiles.
+        grid: The tiles.
+        batch: Tiles per run.
+        attempt: Runs the tiles of a grid, so many at once, from the start.
+        asked: The user chose the tile, which is not changed: the error names the smaller one.
+        aligned: Whether ``grid`` is aligned.
+
+    Raises:
+        TileMemoryError: There are no smaller tiles of the same result, or the tile was ``asked`` for.
+    """
+    tried, size, notes, why = grid, batch, list[str](), ""
+    while True:
+        try:
+            report = attempt(tried, size)
+        except TileMemoryError as error:
+            fewer = engine.fewer(error.batch)
+            if fewer < error.batch:
+                size, notes = fewer, [f"{error}; {fewer} tiles per run instead of {error.batch}"]
+                continue
+            smaller = engine.spec.smaller_grid(tried, aligned=aligned)
+            if smaller is None:
+                raise
+            if asked:
+                raise TileMemoryError(
+                    f"{error}; --tile {size_text(tried.tile)} was asked: use --tile {size_text(smaller.tile)}, or leave "
+                    "--tile away",
+                    error.batch,
+                ) from error
+            tried, size, notes, why = smaller, batch, [], why or str(error)
+        else:
+            if tried is not grid:
+                text = f"tiles of {size_text(tried.tile)} px instead of {size_text(grid.tile)}, for the same result"
+                notes.insert(0, f"{why}; {text}")
+            report.notes[:0] = notes
+            return report
+
+
 def _on_device(
     engine: Engine, source: Source, works: Iterable[Work], decision: Decision, write: Write, affines: Affines | OnePlane,
     *, output: int, batch: int, total: int, progress: Progress | None, done: Done | None,
@@ -371,10 +442,15 @@ def _on_device(
             if done is not None:
                 done(work, tally)
 
-        report = predict_device.run(
-            engine, source, group, decision, write, affines,
-            output=output, batch=batch, total=total, progress=told, done=ended,
-        )  # fmt: skip
+        try:
+            report = predict_device.run(
+                engine, source, group, decision, write, affines,
+                output=output, batch=batch, total=total, progress=told, done=ended,
+            )  # fmt: skip
+        except TileMemoryError as error:
+            if not reports:
+                raise
+            raise DeviceMemoryError(str(error)) from error  # others took memory meanwhile, and tiles were run
         reports.append(report)
         batch = report.batch  # what memory did not hold is not tried again
     if not reports:

@@ -18,7 +18,7 @@ from .heads import Headed
 from .levels import PIXEL_SIZE_TOLERANCE, um_text
 from .normalize import affine
 from .pictures import OverlayCollector
-from .pipeline import Progress, RunReport, Spans, Work, run
+from .pipeline import Progress, RunReport, Spans, Work, run, with_smaller_tiles
 from .stage import stage_folder
 from .stitch import Decision, OutputKind, decide, default_output
 from .tiles import TileGrid
@@ -84,7 +84,8 @@ def predict(
             of the mask, numbered). None: a mask, or raw for a regression.
         axes: Axes of the image, where they cannot be told from the file.
         channels: Which channels of the image, in the network's order.
-        tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area.
+        tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area, and a smaller one
+            of the same result where a GPU's memory does not hold it.
         batch: Tiles per run; None: the engine's own number.
         threads: Threads of the kernels; 0: as many as affinity and quota allow.
         mask_values: Value of every label in a mask, e.g. ``(0, 255)``.
@@ -234,14 +235,13 @@ def _at_once(
 ) -> tuple[RunReport, Any]:
     """All planes from top to bottom, in one go: the report, and the path written or the array."""
     from .output import open_output
+    from .predict_device import free_bytes
 
-    free = None if engine.device_session is None else engine.device_session.stream.device.memory()[0]
-    grid = plan(engine.spec, source, tile=tile, batch=batch, free_bytes=free)
+    grid = plan(engine.spec, source, tile=tile, batch=batch, free_bytes=free_bytes(engine))
     affines = affine(normalization, source)
     shape = grid.out_shape(0)
     lead = (decision.channels,) if decision.channels else ()
     whole = (source.planes, *lead, *shape)
-    works = [Work(plane, grid) for plane in range(source.planes)]
 
     def finish(write: Callable[[int, int, Array], None] | None, target: DeviceArray | None = None) -> RunReport:
         def both(work: Work, start: int, band: Array) -> None:
@@ -250,17 +250,21 @@ def _at_once(
             if collector is not None:
                 collector(work.plane, start, band)
 
-        if target is None:
-            return run(
-                engine, source, works, decision, both, affines,
-                batch=batch, threads=threads, progress=progress, trace=trace,
-            )  # fmt: skip
-        from . import predict_device
+        def attempt(grid: TileGrid, batch: int) -> RunReport:
+            works = [Work(plane, grid) for plane in range(source.planes)]
+            if target is None:
+                return run(
+                    engine, source, works, decision, both, affines,
+                    batch=batch, threads=threads, progress=progress, trace=trace,
+                )  # fmt: skip
+            from . import predict_device
 
-        host = both if collector is not None or counted else None
-        return predict_device.run(
-            engine, source, works, decision, host, affines, batch=batch, progress=progress, target=target
-        )
+            host = both if collector is not None or counted else None
+            return predict_device.run(
+                engine, source, works, decision, host, affines, batch=batch, progress=progress, target=target
+            )
+
+        return with_smaller_tiles(engine, grid, batch, attempt, asked=tile is not None)
 
     if out is not None:
         with open_output(

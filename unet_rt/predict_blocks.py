@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -20,9 +20,10 @@ from .blocks import Block, BlockPlan
 from .engine import Engine
 from .image import Source
 from .normalize import Affines, OnePlane
-from .pipeline import Progress, RunReport, Spans, Stop, StoppableQueue, Tally, Work, filled, run
+from .pipeline import Progress, RunReport, Spans, Stop, StoppableQueue, Tally, Work, filled, run, with_smaller_tiles
 from .resample import needed, resample
 from .stitch import Decision, decision_arguments
+from .tiles import TileGrid
 
 Array = npt.NDArray[Any]
 Put = Callable[
@@ -71,6 +72,7 @@ class Prepared:
         region: Where predictions are wanted: other than 0; None: everywhere.
         nodata: Value of results where the image holds no data.
         batch, threads: Tiles per run; threads of the kernels.
+        fixed_tile: The tile was asked for: it stays, even where a GPU's memory does not hold it.
     """
 
     engine: Engine
@@ -84,6 +86,7 @@ class Prepared:
     nodata: float = 0.0
     batch: int = 1
     threads: int = 0
+    fixed_tile: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,6 +142,9 @@ def run_blocks(
 ) -> RunReport:
     """Computes blocks, in the order given.
 
+    Where a GPU's memory does not hold the tiles, smaller ones fill the same blocks with the same result: nobody who works
+    on other blocks of it needs to know. (Neighbouring blocks may then have some tiles in common, which are run for both.)
+
     Args:
         made: The result.
         numbers: Of the blocks.
@@ -146,6 +152,32 @@ def run_blocks(
         done_tiles: Tiles that need not be run any more, for ``progress``.
         progress: Called with (tiles done, tiles in all).
         trace: As for :func:`unet_rt.pipeline.run`.
+    """
+    settled = set[int]()  # blocks that were kept
+
+    def attempt(grid: TileGrid, batch: int) -> RunReport:
+        now = replace(made, plan=replace(made.plan, grid=grid), batch=batch)
+        left = [number for number in numbers if number not in settled]
+        before = done_tiles + sum(now.plan.tiles(number) for number in settled)
+        return _attempt(now, left, put, settled, done_tiles=before, progress=progress, trace=trace)
+
+    return with_smaller_tiles(made.engine, made.plan.grid, made.batch, attempt, asked=made.fixed_tile, aligned=True)
+
+
+def _attempt(
+    made: Prepared,
+    numbers: Sequence[int],
+    put: Put,
+    settled: set[int],
+    *,
+    done_tiles: int,
+    progress: Progress | None,
+    trace: Spans | None,
+) -> RunReport:
+    """Computes blocks with the tiles of their plan, and adds those that were kept to ``settled``.
+
+    Raises:
+        TileMemoryError: No tile was run yet: all that was kept are blocks that need none.
     """
     stop, errors = threading.Event(), list[BaseException]()
     queue = StoppableQueue(1, stop)
@@ -157,6 +189,7 @@ def run_blocks(
         try:
             for item in queue:
                 put(*item)
+                settled.add(item[0].number)
         except Stop:
             pass
         except BaseException as error:  # noqa: BLE001 - handed to the pipeline, which raises it

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels
-from .device import DeviceArray, DeviceMemoryError
+from .device import DeviceArray, DeviceMemoryError, TileMemoryError
 from .errors import BackendError, ImageError
 from .normalize import grey_levels
 from .pipeline import Seen, StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
@@ -88,6 +88,10 @@ def run(
 
     The report's ``stages`` gather, infer and stitch are seconds on the device. Of an image on the device the pixels
     outside the value range are not counted.
+
+    Raises:
+        TileMemoryError: The device's memory does not hold the fewest tiles that the engine runs at once.
+        ImageError, BackendError: see their messages.
     """
     session = engine.device_session
     if session is None or not serves(engine, output):
@@ -98,6 +102,7 @@ def run(
     with workspace.lock:
         tiles = sum(work.grid.count for work in works)
         size, notes = engine.batch_for(min(batch, total or tiles)), list[str]()
+        held = session.held_bytes  # for the shapes of earlier predictions
         while True:
             job = _Job(
                 engine, session, workspace, source, works, decision, write, affines, output, size, tiles, done, target
@@ -108,14 +113,32 @@ def run(
                 report.notes.extend(notes)
                 return report
             except DeviceMemoryError as error:
-                less = engine.batch_for(size // 2) if size > 1 else size
-                if job.begun or less >= size:
+                if job.begun:
                     raise
+                workspace.free()
+                session.give_back()
+                if held:
+                    held = 0
+                    continue
+                less = engine.fewer(size)
+                if less == size:
+                    raise TileMemoryError(str(error), size) from error
                 notes = [f"{error}; {less} tiles per run instead of {size}"]
                 size = less
-                workspace.free()
             finally:
                 workspace.trim()
+
+
+def free_bytes(engine: Engine) -> int | None:
+    """Memory of the engine's GPU for running tiles; None on a CPU.
+
+    What is free, and what session and buffers hold from earlier predictions: the next one uses or frees that.
+    """
+    session = engine.gpu_session
+    if session is None:
+        return None
+    workspace = _WORKSPACES.get(session)
+    return session.stream.device.memory()[0] + session.held_bytes + (workspace.held_bytes if workspace else 0)
 
 
 # --- memory kept from one prediction to the next --------------------------------------------------------------------
@@ -132,6 +155,11 @@ class _Workspace:
         self._on_device: dict[str, DeviceArray] = {}
         self._pinned: dict[str, Array] = {}
         self._used: set[str] = set()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the device's memory."""
+        return sum(held.nbytes for held in list(self._on_device.values()))
 
     def empty(self, name: str, shape: Sequence[int], dtype: npt.DTypeLike) -> DeviceArray:
         """Device memory, C-contiguous; what it held before is of no meaning."""

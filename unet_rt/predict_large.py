@@ -140,6 +140,8 @@ def prepare(engine: Engine, source: Source, asked: Request, stage: Stage | None 
         asked: What is asked for.
         stage: Of a run that was begun: its plan and numbers are taken; None: they are made.
     """
+    from .predict_device import free_bytes
+
     spec = engine.spec
     channels = spec.outputs[0].channels
     kind: Any = "mask" if asked.output == "instances" else asked.output
@@ -163,8 +165,9 @@ def prepare(engine: Engine, source: Source, asked: Request, stage: Stage | None 
         plan = plan_of(spec, source.shape, source.planes, stage.run["plan"], seen=shape)
     else:
         free, given = machine.memory_bytes(), asked.memory_bytes
-        if engine.device_session is not None:
-            free = min(free, engine.device_session.stream.device.memory()[0])
+        on_device = free_bytes(engine)
+        if on_device is not None and not spec.tiles:  # a plan's tiles are not sized, but tried
+            free = min(free, on_device)
         plan = plan_blocks(
             spec,
             source.shape,
@@ -178,7 +181,10 @@ def prepare(engine: Engine, source: Source, asked: Request, stage: Stage | None 
         )
     region = None if asked.region is None else _region(asked.region, source)
     nodata = nodata_value(decision.dtype, decision.values)
-    return Prepared(engine, source, seen, plan, decision, first, affines, region, nodata, asked.batch, asked.threads)
+    return Prepared(
+        engine, source, seen, plan, decision, first, affines, region, nodata, asked.batch, asked.threads,
+        fixed_tile=asked.tile is not None,
+    )  # fmt: skip
 
 
 def _resampled(engine: Engine, source: Source, asked: Request) -> tuple[int, ...]:

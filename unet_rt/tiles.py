@@ -42,18 +42,18 @@ class Canvas:
     size: int
 
 
-def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField]) -> Canvas:
+def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField], least: int = 0) -> Canvas:
     """The canvas of one axis: the shrink of every output added on both sides, then grown to a size the graph accepts.
 
     It depends on the image and the graph only, never on the tile: the network on the canvas, cropped to the image, is what
     "the whole-image result" means. Fixed-size graphs need a canvas of at least their size, congruent to it modulo the
-    stride.
+    stride. With tiles of two sizes that is the larger one, ``least``, whichever is in use.
     """
     if image < 1:
         raise TileError(f"an image axis of {image} px cannot be tiled; it needs at least 1 px")
     before = _before(fields)
     need = max(before + ceil((ceil(image * f.scale) + f.shrink[1]) / f.scale) for f in fields)
-    need = max(need, before + image)
+    need = max(need, before + image, least)
     if sizes.fixed is None:
         size = sizes.at_least(need)
     else:
@@ -102,6 +102,24 @@ def smallest_tile(sizes: TileSizes, fields: Sequence[AxisField], *, aligned: boo
         while kept(tile, sizes.stride, fields) <= 0:
             tile += sizes.stride
     return tile
+
+
+def smaller_tile(
+    tile: Sequence[int], sizes: Sequence[TileSizes], outputs: Sequence[OutputField]
+) -> tuple[int, ...] | None:
+    """A tile of about half the sides, for memory that does not hold ``tile``; None where the halo leaves no such tile.
+
+    A side is the smallest accepted one that is at least half of the tile's and owns a quarter of itself in an aligned
+    grid (others keep no less). One that would be above three quarters of the tile's saves too little, and stays.
+    """
+    sides = []
+    for k, (t, s) in enumerate(zip(tile, sizes, strict=True)):
+        fields = [output.field[k] for output in outputs]
+        side = s.at_least(-(-t // 2))
+        while side < t and 4 * aligned_step(side, s.stride, fields) < side:
+            side += s.stride
+        sides.append(side if 4 * side <= 3 * t else t)
+    return None if sides == list(tile) else tuple(sides)
 
 
 @dataclass(frozen=True)
@@ -354,6 +372,7 @@ def tile_grid(
     *,
     overlap: Sequence[int] | None = None,
     aligned: bool = False,
+    least: Sequence[int] | None = None,
 ) -> TileGrid:
     """The tiles of an image.
 
@@ -365,6 +384,7 @@ def tile_grid(
         overlap: Pixels shared by neighbouring tiles at least, per axis, for tiles that are blended (they are spread
             evenly). None: exact tiles, whose overlap follows from the halo.
         aligned: Exact tiles own equal stretches of the image (the last ones less).
+        least: Pixels per axis that the canvas has at least; None: as many as the image takes.
 
     Raises:
         TileError: A tile that the graph does not accept or that keeps nothing; an overlap outside [0, tile).
@@ -376,7 +396,7 @@ def tile_grid(
     axes = []
     for k, (n, t, s) in enumerate(zip(image, tile, sizes, strict=True)):
         fields = [output.field[k] for output in outputs]
-        c = canvas(n, s, fields)
+        c = canvas(n, s, fields, 0 if least is None else least[k])
         if not s.accepts(t):
             raise TileError(_not_accepted(t, s))
         t = min(t, c.size)
@@ -412,7 +432,10 @@ def tile_grid(
                 continue
             step = share
         axes.append(_axis_tiles(c, t, step, s.stride, evenly=overlap is not None))
-    return TileGrid(tuple(axes), tuple(outputs), blended=overlap is not None)
+    grid = TileGrid(tuple(axes), tuple(outputs), blended=overlap is not None)
+    if least is None:
+        return grid
+    return grid.part((0,) * len(image), image)  # whole tiles may lie behind the image, where nothing is wanted
 
 
 def _not_accepted(tile: int, sizes: TileSizes) -> str:

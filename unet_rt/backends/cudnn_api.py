@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from unet_rt.device import DeviceMemoryError
 from unet_rt.errors import BackendError
 
 Activation = Literal["none", "relu"]
@@ -44,6 +45,7 @@ _CROSS_CORRELATION: Final = 1
 # Engines that round the inputs to fewer bits, sum in FP16, may give other bits from run to run, or compute by transforms
 # (FFT, Winograd) that lose precision.
 _NOTES_REFUSED: Final = frozenset({1, 2, 3, 4, 5, 6, 7, 8})
+_DEVICE_ALLOCATION_FAILED: Final = 4004  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
 
 
 class CudnnError(BackendError):
@@ -87,14 +89,17 @@ class Library:
         return number // 10000, number // 100 % 100, number % 100
 
     def check(self, status: int, what: str) -> None:
-        """Raises :class:`CudnnError` for a status other than success."""
+        """Raises :class:`CudnnError` for a status other than success, DeviceMemoryError where device memory is short."""
         if status == 0:
             return
         text = ctypes.create_string_buffer(2048)
         self._library.cudnnGetLastErrorString(text, len(text))
         name = self._library.cudnnGetErrorString(status).decode()
         detail = text.value.decode(errors="replace").strip()
-        raise CudnnError(f"cuDNN fails in {what}: {name}{f' ({detail})' if detail else ''}")
+        message = f"cuDNN fails in {what}: {name}{f' ({detail})' if detail else ''}"
+        if status == _DEVICE_ALLOCATION_FAILED:
+            raise DeviceMemoryError(f"{message}; use a smaller --tile or --batch, or free what others hold")
+        raise CudnnError(message)
 
 
 def candidates() -> list[str]:

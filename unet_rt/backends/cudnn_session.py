@@ -248,6 +248,19 @@ class CudnnSession(SessionBase):
             self._require_open()
             self._enqueue(inputs, outputs)
 
+    @property
+    def held_bytes(self) -> int:
+        """Device memory of the shapes that were run, beside the weights."""
+        arrays = [array for ready in self._ready.values() for array in (ready.block, *ready.scratch)]
+        arrays += [array for pairs in self._staging.values() for side in pairs for _, array in side]
+        return sum(array.nbytes for array in arrays)
+
+    def give_back(self) -> None:
+        """Frees :attr:`held_bytes`; shapes that are run again are made ready again."""
+        with self._lock, self._gpu.activate():
+            for key in list(self._ready):
+                self._drop(key)
+
     def steps(self, input_shapes: Sequence[Sequence[int]]) -> tuple[Plan, list[Call]]:
         """The plan for input shapes and its launches, for measurements."""
         with self._lock, self._gpu.activate():

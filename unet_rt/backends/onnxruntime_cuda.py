@@ -44,6 +44,7 @@ import numpy as np
 from unet_rt import bench, machine
 from unet_rt.backends import onnxruntime as common
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for, check_shapes
+from unet_rt.device import DeviceMemoryError
 from unet_rt.errors import BackendError
 from unet_rt.field import size_text
 
@@ -259,6 +260,7 @@ class _Compiled:
     session: Any
     outputs: tuple[tuple[int, ...], ...] | None = None  # known after the first run
     graphs: int = 0  # recordings that it holds
+    arena_bytes: int = 0  # that its first run took, by what was free on the device before and after
 
 
 class CudaSession(SessionBase):
@@ -346,6 +348,17 @@ class CudaSession(SessionBase):
             self._require_open()
             self._enqueue(inputs, outputs)
 
+    @property
+    def held_bytes(self) -> int:
+        """Device memory that runs use again: of the arenas, and of arrays that host arrays go through."""
+        staged = sum(array.nbytes for _, array in self._staging.values())
+        return staged + sum(compiled.arena_bytes for compiled in self._compiled.values())
+
+    def give_back(self) -> None:
+        """Frees :attr:`held_bytes`, with the provider sessions; shapes that are run again get new ones."""
+        with self._lock, self._device_handle.activate():
+            self._drop_all()
+
     # ------------------------------------------------------------------------------------------------------------------
 
     def _create(self, key: tuple[tuple[int, ...], ...]) -> Any:
@@ -372,6 +385,13 @@ class CudaSession(SessionBase):
             except self._errors as error:
                 refused = refused or error
         else:
+            # Its errors have no kind of their own for short memory. The weights alone take as much as the file.
+            weights, free = self._graph.stat().st_size, self._device_handle.memory()[0]
+            if weights > free:
+                raise DeviceMemoryError(
+                    f"{self._graph.name} takes {weights / 1e6:.0f} MB of device memory, {free / 1e6:.0f} MB are free on "
+                    f"{self.device}; free what others hold, or use --device cpu"
+                ) from refused
             raise BackendError(f"ONNX Runtime refuses {self._graph} on {self.device}: {refused}") from refused
         active = session.get_providers()
         if not active or active[0] != "CUDAExecutionProvider":
@@ -443,8 +463,10 @@ class CudaSession(SessionBase):
             binding.bind_input(port.name, "cuda", device.index, port.dtype.type, array.shape, array.pointer)
         for port in self._out_ports:
             binding.bind_output(port.name, "cuda", device.index)
+        free = device.memory()[0]
         compiled.session.run_with_iobinding(binding, self._run_options)
         self._stream.synchronize()
+        compiled.arena_bytes = max(0, free - device.memory()[0])
         compiled.outputs = tuple(tuple(value.shape()) for value in binding.get_outputs())
         del binding
         for array in inputs:
@@ -454,8 +476,6 @@ class CudaSession(SessionBase):
     @contextlib.contextmanager
     def _failures(self, key: tuple[tuple[int, ...], ...]) -> Iterator[None]:
         """Errors of a run as ours. Where memory is short, the provider session gives back what it holds of it."""
-        from unet_rt.device import DeviceMemoryError
-
         kinds: tuple[type[Exception], ...] = (DeviceMemoryError, *self._errors)
         try:
             yield
@@ -578,12 +598,15 @@ class CudaSession(SessionBase):
 
     def _release(self) -> None:
         with self._device_handle.activate():
-            self._stream.synchronize()
-            self._bindings.clear()
-            self._compiled.clear()
-            for _, array in self._staging.values():
-                array.free()
-            self._staging.clear()
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        self._stream.synchronize()
+        self._bindings.clear()
+        self._compiled.clear()
+        for _, array in self._staging.values():
+            array.free()
+        self._staging.clear()
 
 
 def sizes_by_name(inputs: Sequence[Named], key: Sequence[Sequence[int]]) -> dict[str, int]:

@@ -79,6 +79,13 @@ class DeviceSession(Session, Protocol):
         run faster (their addresses can be recorded); they must not be freed while work on the stream uses them.
         """
 
+    @property
+    def held_bytes(self) -> int:
+        """Device memory that it holds for shapes that were run: their next run uses it, :meth:`give_back` frees it."""
+
+    def give_back(self) -> None:
+        """Waits, and frees :attr:`held_bytes`, where other shapes are short of it. Shapes may be run again, as new ones."""
+
     def at_close(self, release: Callable[[], None]) -> None:
         """Calls ``release`` when the session is closed, before its stream goes: for buffers kept beside it."""
 

@@ -356,7 +356,8 @@ def load(
 
     Raises:
         EngineError: A plan of another machine or version (see :func:`stale`), of another precision, or damaged.
-        BackendError: No GPU, no library, or not enough device memory.
+        DeviceMemoryError: The GPU has no room for its weights.
+        BackendError: No GPU, or no library.
     """
     trt, opened = _open(device)
     if blob is None:

@@ -1,5 +1,8 @@
 """A plan ready to run: one execution context per profile, one block of scratch memory for all, one stream.
 
+The block is as large as the profiles that were used take: where memory does not hold what a large tile or batch needs, the
+others run.
+
 What is enqueued often is recorded: the second run on the same arrays is captured as a CUDA graph, the third replays it.
 """
 
@@ -78,7 +81,7 @@ class TensorRtSession(SessionBase):
             self._output_dtypes = tuple(self._dtype(n) for n in self._outputs)
             self._config, self._cache = _runtime_config(trt, self._engine, kernels)
             self._stream = device.stream()
-            self._scratch = self._new_scratch()
+        self._scratch: DeviceArray | None = None
         _OPEN.add(self)
         _close_at_exit()
 
@@ -88,18 +91,31 @@ class TensorRtSession(SessionBase):
             raise BackendError(f"tensor {name} of the plan is {found}, which NumPy cannot hold; cast it in the graph")
         return np.dtype(_DTYPES[found])
 
-    def _new_scratch(self) -> DeviceArray:
-        """One block for all profiles: runs of one stream follow each other."""
-        engine = self._engine
-        sizes = [engine.get_device_memory_size_for_profile_v2(k) for k in range(engine.num_optimization_profiles)]
-        size = max(*sizes, engine.device_memory_size_v2, 256)
-        free, _ = self._device_.memory()
+    def _scratch_for(self, index: int) -> DeviceArray:
+        """Memory for runs of a profile: one block for all of them, as runs of one stream follow each other."""
+        size = max(int(self._engine.get_device_memory_size_for_profile_v2(index)), 256)
+        if self._scratch is not None and self._scratch.nbytes >= size:
+            return self._scratch
+        free = self._device_.memory()[0] + self.scratch_bytes
         if size > free:
             raise DeviceMemoryError(
-                f"the plan needs {size / 1e6:.0f} MB of device memory beside its weights, {free / 1e6:.0f} MB are free on "
-                f"{self.device}; use a smaller --tile or --batch, or free the GPU"
+                f"{self.header.profiles[index]} needs {size / 1e6:.0f} MB of device memory beside the weights, "
+                f"{free / 1e6:.0f} MB are free on {self.device}; use a smaller --tile or --batch, or free the GPU"
             )
-        return self._device_.empty((size,), np.dtype(np.uint8))
+        self._drop_scratch()
+        self._scratch = self._device_.empty((size,), np.dtype(np.uint8))
+        return self._scratch
+
+    def _drop_scratch(self) -> None:
+        """Frees the scratch memory, with the contexts and recordings that use it."""
+        self._stream.synchronize()
+        for handle in self._graphs.values():
+            self._destroy(handle)
+        self._graphs.clear()
+        self._contexts.clear()
+        if self._scratch is not None:
+            self._scratch.free()
+            self._scratch = None
 
     @property
     def version(self) -> str:
@@ -120,7 +136,19 @@ class TensorRtSession(SessionBase):
     @property
     def scratch_bytes(self) -> int:
         """Device memory that runs share, beside weights and arrays."""
-        return int(self._scratch.nbytes)
+        return 0 if self._scratch is None else int(self._scratch.nbytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory that runs use again: what they share, and the arrays that host arrays go through."""
+        staged = [] if self._staged is None else [*self._staged[1].inputs, *self._staged[1].outputs]
+        return self.scratch_bytes + sum(int(array.nbytes) for array in staged)
+
+    def give_back(self) -> None:
+        """Frees :attr:`held_bytes`; the next run takes what it needs."""
+        with self._lock, self._device_.activate():
+            self._drop_staging()
+            self._drop_scratch()
 
     @property
     def opened(self) -> Device:
@@ -203,6 +231,7 @@ class TensorRtSession(SessionBase):
 
     def _new_context(self, index: int) -> _Context:
         trt, messages = self._trt, logger(self._trt)[1]
+        scratch = self._scratch_for(index)
         messages.take()
         if self._config is not None:
             native = self._engine.create_execution_context(self._config)
@@ -216,7 +245,7 @@ class TensorRtSession(SessionBase):
         for name, shape in zip(self._inputs, self.header.profiles[index].inputs, strict=True):
             if not native.set_input_shape(name, shape):
                 raise BackendError(f"input {name} cannot be {shape}: {messages.take()}; build the engine again")
-        native.set_device_memory(int(self._scratch.pointer), int(self._scratch.nbytes))
+        native.set_device_memory(int(scratch.pointer), int(scratch.nbytes))
         self._stream.synchronize()  # what setting the profile copied
         shapes = [tuple(int(n) for n in native.get_tensor_shape(name)) for name in self._outputs]
         if any(n < 0 for shape in shapes for n in shape):
@@ -368,14 +397,10 @@ class TensorRtSession(SessionBase):
         with self._device_.activate():
             self._stream.synchronize()
             self._drop_staging()
-            for handle in self._graphs.values():
-                self._destroy(handle)
-            self._graphs.clear()
-            self._contexts.clear()  # contexts before the engine, the engine before its runtime
+            self._drop_scratch()  # and contexts, which go before the engine, as the engine before its runtime
             self._config = self._cache = None
             self._engine = None
             self._runtime = None
-            self._scratch.free()
 
 
 class _Context:
@@ -413,6 +438,11 @@ def deserialize(trt: Any, plan: bytes) -> tuple[Any, Any]:
         validity, diagnostics = runtime.get_engine_validity(plan)
         if validity == trt.EngineValidity.INVALID:
             reasons = invalidity(trt, int(diagnostics)) or messages.take() or "it gives no reason"
+            if int(diagnostics) & int(trt.EngineInvalidityDiagnostics.INSUFFICIENT_GPU_MEMORY):
+                raise DeviceMemoryError(
+                    f"{title(trt)} {trt.__version__} does not run this plan here: {reasons}; free what others hold, or "
+                    "use another GPU"
+                )
             raise EngineError(
                 f"{title(trt)} {trt.__version__} does not run this plan here: {reasons}; "
                 "use --backend onnxruntime, or build the engine again"
