@@ -80,6 +80,10 @@ UNET_RT_HD void convert(const T (&pixels)[kCount], const Channel<typename Pixel<
         values[i] = static_cast<float>(normalised(value(pixels[i]), low, high, offset, divisor));
 }
 
+// Groups of kRows rows per thread: more of them where each takes little time.
+template <class T>
+constexpr int kTurnsOf = sizeof(T) <= 2 ? 2 : 1;
+
 // Samples of 16 bytes of the wider of pixels and tile.
 template <class T, class Out>
 constexpr int kWidest = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
@@ -88,6 +92,7 @@ constexpr int kWidest = sizeof(Out) == 2 && sizeof(T) <= 2 ? 8 : 4;
 template <class T, class Out, int kVector>
 struct Body {
     static constexpr int kBlocks = sizeof(T) >= 4 ? 2 : 3;
+    static constexpr int kTurns = kTurnsOf<T>;
 
     const char* window;
     int64_t window_stride[4];
@@ -96,7 +101,7 @@ struct Body {
     int64_t image_shape[3];
     char* out;
     int64_t out_stride[5];
-    Rows rows;  // groups of kRows rows
+    Rows rows;  // groups of kRows x kTurns rows
     uint32_t height;
     Divider depth;
     uint32_t planes;
@@ -133,12 +138,8 @@ struct Body {
         const uint32_t item = at.block_x * kThreads + at.thread;
         if (item >= rows.items) return;
         const uint32_t group = rows.vectors.quotient(item);
-        const uint32_t y = group * kRows;
         const uint32_t n = at.block_z;
         const int64_t start_x = starts.at(n, 2);
-        const int64_t start_y = starts.at(n, 1);
-        const int64_t line = start_y + y - window_start[1];
-        const bool held_rows = y + kRows <= height && line >= 0 && line + kRows <= held[1];
         // Where rows begin at multiples of a vector, all of the thread's are at the same place in theirs.
         const uint32_t x = (item - group * rows.vectors.divisor) * kVector;
         const int64_t first = start_x + x - window_start[2];
@@ -149,29 +150,42 @@ struct Body {
             const uint32_t c = depth.quotient(plane);
             const uint32_t z = plane - c * depth.divisor;
             const int64_t slice = found(starts.at(n, 0) + z, 0);
-            char* const to = out + n * out_stride[0] + c * out_stride[1] + z * out_stride[2] + y * out_stride[3];
+            uint32_t y = group * (kRows * kTurns);
+            int64_t line = starts.at(n, 1) + y - window_start[1];
+            char* to = out + n * out_stride[0] + c * out_stride[1] + z * out_stride[2] + y * out_stride[3];
             const char* const from = window + c * window_stride[0] + slice * window_stride[1];
-            uint32_t made = 0;  // rows, bit by bit
-            if (held_rows && slice >= 0) {
-                const char* const own = from + line * window_stride[2];
-                if (whole) {
-                    all(own + first * window_stride[3], to + x * sizeof(Out), c, bad);
-                    continue;
-                }
-                if constexpr (kVector == 4) {
-                    if (rows.peeled) made = four(own, start_x, item, group, to, c, bad);
-                }
-            }
             UNET_RT_ROLLED
-            for (uint32_t r = 0; r < kRows && y + r < height; ++r) {
-                if ((made >> r & 1) != 0) continue;
-                char* const row = to + r * out_stride[3];
-                const auto span = rows.span(item, group, row, sizeof(Out), rows.width);
-                const int64_t own = found(start_y + y + r, 1);
-                bad += vector(from + own * window_stride[2], (slice | own) >= 0, start_x, span, row, channels[c]);
+            for (int turn = 0; turn < kTurns && y < height; ++turn) {
+                uint32_t made = 0;  // rows, bit by bit
+                if (slice >= 0 && y + kRows <= height && line >= 0 && line + kRows <= held[1]) {
+                    const char* const own = from + line * window_stride[2];
+                    if (whole) {
+                        all(own + first * window_stride[3], to + x * sizeof(Out), c, bad);
+                        made = (1u << kRows) - 1;
+                    }
+                    if constexpr (kVector == 4) {
+                        if (rows.peeled) made = four(own, start_x, item, group, to, c, bad);
+                    }
+                }
+                if (made != (1u << kRows) - 1)
+                    others(made, from, slice, start_x, item, group, line, height - y, to, c, bad);
+                y += kRows, line += kRows, to += kRows * out_stride[3];
             }
         }
         if (bad != 0 && non_finite != nullptr) add_to(non_finite, bad);
+    }
+
+    // Of `count` rows, the first of which stands for the window's row `line`, those that are not `made`, one by one.
+    UNET_RT_HD void others(uint32_t made, const char* from, int64_t slice, int64_t start_x, uint32_t item,
+                           uint32_t group, int64_t line, uint32_t count, char* to, uint32_t c, uint64_t& bad) const {
+        UNET_RT_ROLLED
+        for (uint32_t r = 0; r < kRows && r < count; ++r) {
+            if ((made >> r & 1) != 0) continue;
+            char* const row = to + r * out_stride[3];
+            const auto span = rows.span(item, group, row, sizeof(Out), rows.width);
+            const int64_t own = found(line + window_start[1] + r, 1);
+            bad += vector(from + own * window_stride[2], (slice | own) >= 0, start_x, span, row, channels[c]);
+        }
     }
 
     UNET_RT_HD void load_pixels(const char* const (&source)[kRows], const bool (&wanted)[kRows], uint64_t alignment,
@@ -322,10 +336,10 @@ struct Body {
 };
 
 template <class Out>
-Rows rows_of(const Array& o, const char* data, int64_t vector, int64_t least) {
+Rows rows_of(const Array& o, const char* data, int64_t vector, int64_t least, int64_t turns) {
     const int64_t strides[] = {moving(o, 0), moving(o, 1), moving(o, 2), moving(o, 3)};
-    return cuda::rows_of((o.shape[3] + kRows - 1) / kRows, o.shape[4], data, o.stride[4], strides, sizeof(Out), vector,
-                         least);
+    return cuda::rows_of((o.shape[3] + kRows * turns - 1) / (kRows * turns), o.shape[4], data, o.stride[4], strides,
+                         sizeof(Out), vector, least);
 }
 
 template <class T, class Out, int kVector>
@@ -365,7 +379,7 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
             const int64_t tiles = std::min(most, o.shape[0] - n);
             body.starts = table_of<int64_t>(call.starts, starts, 0, n, tiles);
             body.out = o.data + n * o.stride[0] + c * o.stride[1];
-            body.rows = rows_of<Out>(o, body.out, kVector, kVector);
+            body.rows = rows_of<Out>(o, body.out, kVector, kVector, body.kTurns);
             body.height = static_cast<uint32_t>(o.shape[3]);
             launch({blocks_for(body.rows.items), body.planes, tiles}, stream, body);
         }
@@ -375,7 +389,7 @@ void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite
 template <class T, class Out>
 void run(const TileGather& call, const DeviceTable& starts, uint64_t* non_finite, Stream stream) {
     if constexpr (kWidest<T, Out> == 8) {
-        const Rows rows = rows_of<Out>(call.out, call.out.data, 8, 4);
+        const Rows rows = rows_of<Out>(call.out, call.out.data, 8, 4, kTurnsOf<T>);
         if (rows.step == 8 && !rows.peeled) return run<T, Out, 8>(call, starts, non_finite, stream);
     }
     run<T, Out, 4>(call, starts, non_finite, stream);

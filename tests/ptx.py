@@ -35,6 +35,7 @@ TYPES = {
     "u8": "u1", "s8": "i1", "b8": "u1", "u16": "u2", "s16": "i2", "b16": "u2", "u32": "u4", "s32": "i4", "b32": "u4",
     "u64": "u8", "s64": "i8", "b64": "u8", "f16": "f2", "f16x2": "u4", "f32": "f4", "f64": "f8", "pred": "?",
 }  # fmt: skip
+_WARP = 32
 _NOBODY, _MANY, _CACHED = -1, -2, -3  # where a thread's number stands otherwise
 
 
@@ -52,6 +53,8 @@ class Memory:
         self.regions: list[_Region] = []
         self.counts: Counter[tuple[str, int]] = Counter()
         """Accesses of threads, of all launches, by kind and bytes."""
+        self.instructions: int | None = None
+        """Of warps, of all launches; None: not counted."""
 
     def add(self, start: int, size: int) -> _Region:
         """A region; ``regions.remove`` takes it away again."""
@@ -223,7 +226,7 @@ class Launch:
 
 
 def run(kernel: Kernel, launch: Launch, memory: Memory) -> None:
-    """Carries out a launch.
+    """Carries out a launch; ``memory.instructions`` counts what warps would carry out.
 
     Raises:
         PtxError: An access that a device would punish, a race, an instruction that is not known here.
@@ -262,6 +265,8 @@ class _State:
 
     def block(self, block: int, threads: Values) -> None:
         """Carries a block out for the threads that are at its beginning."""
+        if self.memory.instructions is not None:
+            self.memory.instructions += len(np.unique(threads // _WARP)) * len(self.kernel.blocks[block])
         ends = False
         for instruction in self.kernel.blocks[block]:
             active = threads
