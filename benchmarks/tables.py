@@ -363,6 +363,11 @@ def instructions() -> str:
     return table(("", "instructions per pixel"), rows)
 
 
+def cuda_instructions() -> str:
+    rows = [(name, f"{value:.1f}") for name, value in record("cuda-instructions")["per_sample"].items()]
+    return table(("", "PTX instructions per sample"), rows)
+
+
 def memory() -> str:
     data = record("memory")
     side = data["side"]
@@ -744,6 +749,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "roofline": roofline,
     "instructions": instructions,
+    "cuda-instructions": cuda_instructions,
     "engine-paper": engine_paper,
     "predict-nuclei": predict_nuclei,
     "predict-paper": predict_paper,

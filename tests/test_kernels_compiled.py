@@ -24,7 +24,10 @@ from device_kernels import DeviceKernels, WatchedMemory, device_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-SLOW = {"test_stitch_geometry", "test_gather_geometry", "test_exp_is_accurate_over_its_whole_range"}
+SLOW = {
+    "test_stitch_geometry", "test_gather_geometry", "test_exp_is_accurate_over_its_whole_range", "test_gather_layouts",
+    "test_gather_borders",
+}  # fmt: skip
 globals().update({name: getattr(cpu, name) for name in cuda.SAME_AS_ON_THE_CPU if name not in SLOW})
 # Copies: settings belong to a function, and these functions to other modules, too.
 test_gather_geometry, test_stitch_geometry = (
@@ -42,6 +45,17 @@ def device() -> Iterator[DeviceKernels]:
     with device_kernels("compiled") as found, pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "kernels", found)
         yield found
+
+
+@pytest.mark.parametrize("layout", cpu.LAYOUTS)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_gather_layouts(layout: str, dtype: str) -> None:
+    cpu.test_gather_layouts(layout, dtype, 3)
+
+
+@pytest.mark.parametrize("border", cpu.BORDERS)
+def test_gather_borders(border: str) -> None:
+    cpu.test_gather_borders(border, (9, 14))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])

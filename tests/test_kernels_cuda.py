@@ -220,6 +220,7 @@ def test_arrays_live_until_the_launch(device: DeviceKernels, monkeypatch: pytest
     assert (launched, len(gone)) == ([0], 3)
 
 
+@pytest.mark.slow  # what was compiled is watched in test_kernels_compiled.py
 @pytest.mark.parametrize("device", ["bodies"], indirect=True)
 def test_bodies_touch_nothing_beside_their_arrays(device: DeviceKernels) -> None:
     valgrind = shutil.which("valgrind")
