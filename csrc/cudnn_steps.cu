@@ -405,7 +405,7 @@ struct Vectors {
         items = Items((count + kLot - 1) / kLot, 1, std::min(std::max<int64_t>(count, 1), kLot), 1);
     }
 
-    // Of a thread: each_vector's, up to the block's end.
+    // One thread's vectors.
     template <class Each>
     UNET_RT_HD void each_vector(const Place& at, const Each& each) const {
         each_image(items, at, [&](int64_t lot, const Items::Spot& spot) {
@@ -414,7 +414,7 @@ struct Vectors {
         });
     }
 
-    static constexpr int64_t kLot = int64_t{1} << 24;
+    static constexpr int64_t kLot = 1 << 16;
 };
 
 struct Fill {
