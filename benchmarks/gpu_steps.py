@@ -4,7 +4,8 @@
 
 Times are CUDA events around the steps of whole runs (so that what lies in the L2 cache is what would lie there), the
 median of the repeats. Beside them: the whole run from a CUDA graph, and alternatives: the first layer by cuDNN, the first
-engine that cuDNN's heuristics name instead of the fastest, a pooling without the crop. What fails is named and left out.
+engine that cuDNN's heuristics name instead of the fastest, a pooling without the crop. Engines that were passed over are
+named with the reason: what they got wrong, or how they failed. What fails is named and left out.
 """
 
 from __future__ import annotations
@@ -153,10 +154,12 @@ def table(run: Run, repeats: int, copy: float, gemm: float) -> list[dict[str, An
         }
         if isinstance(step, Convolve):
             key = cudnn_session.key_of(step.convolution)
-            trials = sorted((t for t in run.session.trials.get(key, []) if t.ms is not None), key=lambda t: t.ms or 0.0)
+            tried = run.session.trials.get(key, [])
+            trials = sorted((t for t in tried if t.ms is not None), key=lambda t: t.ms or 0.0)
             row["engine"] = run.session.choices.names.get(key, "")
             row["trials"] = len(trials)
-            row["first_ms"] = next((t.ms for t in run.session.trials.get(key, []) if t.ms is not None), None)
+            row["first_ms"] = next((t.ms for t in tried if t.ms is not None), None)
+            row["passed_over"] = {t.name: t.note for t in tried if t.note}
             row["best"] = [(t.name, round(t.ms or 0.0, 4)) for t in trials[:4]]
             row["shape"] = (
                 f"{step.convolution.channels}->{step.convolution.filters} {step.convolution.kernel[0]}x"
@@ -168,6 +171,8 @@ def table(run: Run, repeats: int, copy: float, gemm: float) -> list[dict[str, An
             f"{row['tflops']:7} TFLOP/s  roof {row['roof']:6.1%}  {row.get('engine', '')[:34]}",
             flush=True,
         )
+        for name, note in row.get("passed_over", {}).items():
+            print(f"{'':9}passed over: {name}: {note}", flush=True)
     total = sum(r["ms"] for r in rows)
     kinds: dict[str, float] = {}
     for r in rows:

@@ -75,6 +75,29 @@ inline void define_steps(py::module_& m) {
                         stream_of(stream));
         });
     });
+    m.def("steps_fill", [](uint64_t block, int64_t bytes, uint64_t stream) {
+        enqueue({}, [&] { steps_fill(address(block), bytes, stream_of(stream)); });
+    });
+    // (n, y, x, channels), (kernel_y, kernel_x, stride_y, stride_x, dilation_y, dilation_x, before_y, before_x),
+    // (y, x, filters)
+    m.def("steps_count_wrong",
+          [](const MapNumbers& from, const Sizes& s, const std::array<int64_t, 8>& w, uint64_t weights, uint64_t bias,
+             bool relu, const MapNumbers& out, const Sizes& out_s, uint64_t count, uint64_t stream) {
+              enqueue({}, [&] {
+                  steps_count_wrong(map_of(from), s.at(0), s.at(1), s.at(2), s.at(3),
+                                    {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]}, address(weights), address(bias),
+                                    out_s.at(2), relu, map_of(out), out_s.at(0), out_s.at(1),
+                                    reinterpret_cast<uint64_t*>(address(count)), stream_of(stream));
+              });
+          });
+    // (n, y, x, channels)
+    m.def("steps_count_beside",
+          [](uint64_t block, int64_t bytes, const MapNumbers& out, const Sizes& s, uint64_t count, uint64_t stream) {
+              enqueue({}, [&] {
+                  steps_count_beside(address(block), bytes, map_of(out), s.at(0), s.at(1), s.at(2), s.at(3),
+                                     reinterpret_cast<uint64_t*>(address(count)), stream_of(stream));
+              });
+          });
 }
 
 }  // namespace unet_rt::cuda

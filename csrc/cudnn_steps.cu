@@ -23,6 +23,16 @@ UNET_RT_HD Eight load_eight(const char* from) {
     return value;
 }
 
+// Of memory that the same launch writes: each thread what it then writes itself. Not through the read-only cache.
+UNET_RT_HD Eight load_own(const char* from) {
+#if defined(__CUDA_ARCH__)
+    const uint4 four = *reinterpret_cast<const uint4*>(from);
+    return {{four.x, four.y, four.z, four.w}};
+#else
+    return load_eight(from);
+#endif
+}
+
 UNET_RT_HD void widen(const Eight& from, float (&values)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -217,7 +227,7 @@ struct Add {
     UNET_RT_HD void operator()(const Place& at) const {
         each_image(items, at, [&](int64_t n, const Items::Spot& spot) {
             const int64_t shift = spot.part * 16;
-            const Eight left = load_eight(sample(a, n, spot.y, spot.x) + shift);
+            const Eight left = load_own(sample(a, n, spot.y, spot.x) + shift);
             char* const to = sample(out, n, spot.y, spot.x) + shift;
             if constexpr (!kSum && !kAct) {
                 store_aligned<16>(to, left.pair);
@@ -226,7 +236,7 @@ struct Add {
                 widen(left, values);
                 if constexpr (kSum) {
                     float other[8];
-                    widen(load_eight(sample(b, n, spot.y, spot.x) + shift), other);
+                    widen(load_own(sample(b, n, spot.y, spot.x) + shift), other);
 #pragma unroll
                     for (int i = 0; i < 8; ++i) values[i] = values[i] + other[i];
                 }
@@ -363,6 +373,169 @@ struct Leave {
                 store_planar(planar, ((n * filters + k) * y + spot.y) * x + spot.x, value);
             }
         });
+    }
+};
+
+// ----------------------------------------------------------------------------- whether a convolution does what it
+// should
+
+// The number at a place of a filled block: -1 to 1 in steps of 2^-15, rounded to float16.
+UNET_RT_HD uint32_t number_at(uint64_t place) {
+    auto hash = static_cast<uint32_t>(place) ^ static_cast<uint32_t>(place >> 32) * 0x9e3779b9u;
+    hash = (hash ^ hash >> 16) * 0x7feb352du;
+    hash = (hash ^ hash >> 15) * 0x846ca68bu;
+    const auto steps = static_cast<int32_t>((hash ^ hash >> 16) & 0xffffu) - 32768;
+    return narrowed(static_cast<float>(steps) * (1.0f / 32768.0f)).bits;
+}
+
+UNET_RT_HD Eight numbers_at(uint64_t vector) {
+    Eight found;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found.pair[i] = number_at(8 * vector + 2 * i) | number_at(8 * vector + 2 * i + 1) << 16;
+    return found;
+}
+
+// The vectors of a block, in lots that are the images of Items.
+struct Vectors {
+    Items items;
+    int64_t count = 0;
+
+    explicit Vectors(int64_t bytes) : count(bytes / 16) {
+        if (bytes % 16 != 0) throw std::invalid_argument("a block that does not end on 16 bytes");
+        items = Items((count + kLot - 1) / kLot, 1, std::min(std::max<int64_t>(count, 1), kLot), 1);
+    }
+
+    // One thread's vectors.
+    template <class Each>
+    UNET_RT_HD void each_vector(const Place& at, const Each& each) const {
+        each_image(items, at, [&](int64_t lot, const Items::Spot& spot) {
+            const int64_t vector = lot * kLot + spot.x;
+            if (vector < count) each(vector);
+        });
+    }
+
+    static constexpr int64_t kLot = 1 << 16;
+};
+
+struct Fill {
+    Vectors vectors;
+    char* block;
+
+    UNET_RT_HD void operator()(const Place& at) const {
+        vectors.each_vector(at,
+                            [&](int64_t vector) { store_aligned<16>(block + 16 * vector, numbers_at(vector).pair); });
+    }
+};
+
+// a * b + c of a and b that were float16: their product is exact, so that one rounding and two give the same.
+UNET_RT_HD float add_product(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return fused_multiply_add(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+struct CountWrong {
+    Items items;  // vectors of filters, rows and columns: neighbours in a warp share the weights
+    Map from;
+    int64_t y, x, channels;
+    Window window;
+    const char* weights;
+    const char* bias;
+    bool relu;
+    Map out;
+    uint64_t* count;
+
+    UNET_RT_HD void operator()(const Place& at) const {
+        each_image(items, at, [&](int64_t n, const Items::Spot& spot) {
+            const int64_t filter = static_cast<int64_t>(spot.y) * kVector;
+            float sums[8] = {}, sizes[8];
+            if (bias != nullptr) widen(load_eight(bias + 2 * filter), sums);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sizes[i] = fabsf(sums[i]);
+            const int64_t taps = window.kernel_y * window.kernel_x * channels;
+            for (int64_t ky = 0; ky < window.kernel_y; ++ky) {
+                const int64_t row = spot.x * window.stride_y + ky * window.dilation_y - window.before_y;
+                if (row < 0 || row >= y) continue;
+                for (int64_t kx = 0; kx < window.kernel_x; ++kx) {
+                    const int64_t column = spot.part * window.stride_x + kx * window.dilation_x - window.before_x;
+                    if (column < 0 || column >= x) continue;
+                    add_tap(sample(from, n, row, column),
+                            weights + 2 * (filter * taps + (ky * window.kernel_x + kx) * channels), 2 * taps, sums,
+                            sizes);
+                }
+            }
+            float found[8];
+            widen(load_eight(sample(out, n, spot.x, spot.part) + 2 * filter), found);
+            uint64_t wrong = 0;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) wrong += right(found[i], sums[i], sizes[i], taps + 1) ? 0 : 1;
+            if (wrong > 0) add_to(count, wrong);
+        });
+    }
+
+    // Products of a sample's channels and those of eight filters, which are `distance` bytes apart, and their sizes.
+    UNET_RT_HD void add_tap(const char* pixel, const char* taps, int64_t distance, float (&sums)[8],
+                            float (&sizes)[8]) const {
+        for (int64_t c = 0; c < channels; c += kVector) {
+            float values[8];
+            widen(load_eight(pixel + 2 * c), values);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                float tap[8];
+                widen(load_eight(taps + k * distance + 2 * c), tap);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    sums[k] = add_product(values[i], tap[i], sums[k]);
+                    sizes[k] = add_product(fabsf(values[i]), fabsf(tap[i]), sizes[k]);
+                }
+            }
+        }
+    }
+
+    // Of K terms, whose sizes add up to `size`, sums in float32 are within K * 2^-24 * size here, and within
+    // 1.25 K * 2^-23 * size where tensor cores cut off, in groups of four or more, instead of rounding: K * 2^-22 *
+    // size covers both. The result is then rounded to 11 bits, or to 2^-24. Beyond float16 it is infinite. NaN is
+    // wrong.
+    UNET_RT_HD bool right(float found, float sum, float size, int64_t terms) const {
+        constexpr float kLargest = 65504.0f;
+        if (relu && sum < 0.0f) sum = 0.0f;
+        const float inexact = static_cast<float>(terms) * size * (1.0f / 4194304.0f);
+        const float allowed = inexact + (fabsf(sum) + inexact) * (1.0f / 2048.0f) + 1.0f / 33554432.0f;
+        return fabsf(clipped(found, -kLargest, kLargest) - clipped(sum, -kLargest, kLargest)) <= allowed;
+    }
+};
+
+struct CountBeside {
+    Vectors vectors;
+    const char* block;
+    uint64_t start, stride_n, stride_y, stride_x;  // of the region, bytes
+    uint64_t n, y, x, bytes;                       // bytes: of a sample
+    uint64_t* count;
+
+    UNET_RT_HD void operator()(const Place& at) const {
+        vectors.each_vector(at, [&](int64_t vector) {
+            if (inside(16 * static_cast<uint64_t>(vector))) return;
+            const Eight found = load_eight(block + 16 * vector), filled = numbers_at(vector);
+            uint64_t changed = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t differs = found.pair[i] ^ filled.pair[i];
+                changed += ((differs & 0xffffu) != 0 ? 1 : 0) + (differs >> 16 != 0 ? 1 : 0);
+            }
+            if (changed > 0) add_to(count, changed);
+        });
+    }
+
+    UNET_RT_HD bool inside(uint64_t place) const {
+        if (place < start) return false;
+        uint64_t rest = place - start;
+        if (rest / stride_n >= n) return false;
+        rest %= stride_n;
+        if (rest / stride_y >= y) return false;
+        rest %= stride_y;
+        return rest / stride_x < x && rest % stride_x < bytes;
     }
 };
 
@@ -508,6 +681,48 @@ void steps_leave(const Map& from, int64_t n, int64_t y, int64_t x, int64_t filte
     using namespace steps_kernel;
     const Leave body{Items(n, y, x, 1), from, planar, y, x, static_cast<int32_t>(filters), act};
     launch(body.items.grid(), stream, body);
+}
+
+void steps_fill(char* block, int64_t bytes, Stream stream) {
+    using namespace steps_kernel;
+    const Fill body{Vectors(bytes), block};
+    launch(body.vectors.items.grid(), stream, body);
+}
+
+void steps_count_wrong(const Map& from, int64_t n, int64_t y, int64_t x, int64_t channels, const Window& window,
+                       const char* weights, const char* bias, int64_t filters, bool relu, const Map& out, int64_t out_y,
+                       int64_t out_x, uint64_t* count, Stream stream) {
+    using namespace steps_kernel;
+    require(from), require(out);
+    if (channels % kVector != 0 || filters % kVector != 0)
+        throw std::invalid_argument("a convolution whose channels or filters are no multiple of 8");
+    const CountWrong body{
+        Items(n, filters / kVector, out_y, out_x), from, y, x, channels, window, weights, bias, relu, out, count};
+    launch(body.items.grid(), stream, body);
+}
+
+void steps_count_beside(const char* block, int64_t bytes, const Map& out, int64_t n, int64_t y, int64_t x,
+                        int64_t channels, uint64_t* count, Stream stream) {
+    using namespace steps_kernel;
+    require(out);
+    const int64_t size = 2 * channels, row = (x - 1) * out.stride_x + size, image = (y - 1) * out.stride_y + row;
+    const int64_t start = out.data - block;
+    if (size % 16 != 0 || start < 0 || start + (n - 1) * out.stride_n + image > bytes || out.stride_x < size ||
+        out.stride_y < row || out.stride_n < image)
+        throw std::invalid_argument("a region that overlaps itself or is not inside its block");
+    const auto number = [](int64_t value) { return static_cast<uint64_t>(value); };
+    const CountBeside body{Vectors(bytes),
+                           block,
+                           number(start),
+                           number(out.stride_n),
+                           number(out.stride_y),
+                           number(out.stride_x),
+                           number(n),
+                           number(y),
+                           number(x),
+                           number(size),
+                           count};
+    launch(body.vectors.items.grid(), stream, body);
 }
 
 }  // namespace unet_rt::cuda

@@ -53,4 +53,23 @@ void steps_head(const Map& from, int64_t n, int64_t y, int64_t x, int64_t channe
 void steps_leave(const Map& from, int64_t n, int64_t y, int64_t x, int64_t filters, Activation act, char* planar,
                  Stream stream);
 
+// For trials of convolutions. block[k] = a float16 number in [-1, 1] that depends on k alone; bytes: a multiple of 16.
+void steps_fill(char* block, int64_t bytes, Stream stream);
+
+// Of a convolution: sample (i, j) of the output begins at sample (i * stride_y - before_y, ...) of the input.
+struct Window {
+    int64_t kernel_y, kernel_x, stride_y, stride_x, dilation_y, dilation_x, before_y, before_x;
+};
+
+// Adds to *count how many values of `out` are not convolution(from) + bias, with ReLU if asked: further from it than
+// sums in float32, in whatever order, and one rounding bring them. weights: (filters, kernel_y, kernel_x, channels),
+// bias: (filters,) or null, all float16; (y, x): size of `from`, zeros around it.
+void steps_count_wrong(const Map& from, int64_t n, int64_t y, int64_t x, int64_t channels, const Window& window,
+                       const char* weights, const char* bias, int64_t filters, bool relu, const Map& out, int64_t out_y,
+                       int64_t out_x, uint64_t* count, Stream stream);
+
+// Adds to *count how many values of the block, outside of `out`, are not what steps_fill put there.
+void steps_count_beside(const char* block, int64_t bytes, const Map& out, int64_t n, int64_t y, int64_t x,
+                        int64_t channels, uint64_t* count, Stream stream);
+
 }  // namespace unet_rt::cuda

@@ -1,7 +1,8 @@
 """The cuDNN backend: what becomes of a graph, and the session.
 
 Without a GPU the session runs on a device made of host memory (``host_device``): its kernels are the bodies of the CUDA
-kernels where ``unet_rt._cuda_host`` was built, and the convolutions are computed here from what cuDNN would be given.
+kernels where ``unet_rt._cuda_host`` was built, or what nvcc makes of them, interpreted; the convolutions are computed here
+from what cuDNN would be given.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import importlib
 import importlib.util
 import itertools
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import host_device
 import numpy as np
 import onnx
 import onnxruntime
+import ptx
 import pytest
+from device_kernels import Interpreter
 from host_device import HostDevice, host
 from onnx import TensorProto, helper, numpy_helper
 
@@ -283,11 +288,31 @@ def convolved(what: cudnn_api.Convolution, x: int, w: int, bias: int, y: int) ->
     strided(y, what, "y")[...] = out.numpy().transpose(0, 2, 3, 1)
 
 
-class HostGraphs:
-    """The step kernels on host memory, in the order of the stream, and graphs made of them."""
+def spilling(what: cudnn_api.Convolution, x: int, w: int, bias: int, y: int) -> None:
+    """Writes a value behind the channels of the first sample, too."""
+    convolved(what, x, w, bias, y)
+    plain(y + 2 * what.filters, (1,))[...] = 7
 
-    def __init__(self, device: HostDevice, bodies: Any) -> None:
-        self.device, self.bodies = device, bodies
+
+def erring(what: cudnn_api.Convolution, x: int, w: int, bias: int, y: int) -> None:
+    """One value is wrong."""
+    convolved(what, x, w, bias, y)
+    strided(y, what, "y")[-1, -1, 0, -1] += 1
+
+
+ENGINES = {"spilling": spilling, "erring": erring}  # all others are right
+PROOF = ("steps_fill", "steps_count_wrong", "steps_count_beside")
+
+
+class HostGraphs:
+    """The step kernels on host memory, in the order of the stream, and graphs made of them.
+
+    With an ``interpreter`` they are compiled ones, but for those of the proof, which would take minutes:
+    test_cudnn_proof.py has them compiled.
+    """
+
+    def __init__(self, device: HostDevice, bodies: Any, interpreter: Interpreter | None = None) -> None:
+        self.device, self.bodies, self.interpreter = device, bodies, interpreter
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.recording: list[Callable[[], None]] | None = None
         self.launched: list[int] = []
@@ -301,7 +326,14 @@ class HostGraphs:
 
     def __getattr__(self, name: str) -> Any:
         body = getattr(self.bodies, name)
-        return lambda *args: self.enqueue(args[-1], lambda: body(*args))
+
+        def compiled(*args: Any) -> None:
+            assert self.interpreter is not None
+            with self.interpreter.listening():
+                body(*args)
+
+        run = body if self.interpreter is None or name in PROOF else compiled
+        return lambda *args: self.enqueue(args[-1], lambda: run(*args))
 
     def graph_begin(self, stream: int) -> None:
         self.recording = []
@@ -321,16 +353,40 @@ class HostGraphs:
         del self.graphs[graph]
 
 
+def watched(memory: ptx.Memory) -> type[host_device.HostMemory]:
+    """Host memory of which compiled kernels may touch what was asked for, and no other."""
+
+    class Watched(host_device.HostMemory):
+        def __init__(self, device: HostDevice, size: int) -> None:
+            super().__init__(device, size)
+            self._region = memory.add(self.pointer, size)
+
+        def free(self) -> None:
+            if self._bytes is not None:
+                memory.regions.remove(self._region)
+            super().free()
+
+    return Watched
+
+
 @pytest.fixture
-def on_host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """``open(graph)`` gives a session on host memory; ``kernels``: its kernels; ``timed``: configurations that were."""
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """``open(graph)`` gives a session on host memory; ``kernels``: its kernels; ``engines``: names of the configurations
+    that cuDNN proposes, the first of those that can run being the fastest.
+
+    The kernels are bodies, or for a test with the parameter "compiled" what nvcc makes of them.
+    """
     pytest.importorskip("torch")
     bodies = pytest.importorskip("unet_rt._cuda_host", reason="built with UNET_RT_TEST_MODULES=ON")
-    if not hasattr(bodies, "steps_head"):
+    if not hasattr(bodies, "steps_fill"):
         pytest.skip("unet_rt._cuda_host is older than its sources; build it again")
+    interpreter = None
+    if getattr(request, "param", "bodies") == "compiled":
+        interpreter = Interpreter("cudnn_steps")
+        monkeypatch.setattr(host_device, "HostMemory", watched(interpreter.memory))
     device = HostDevice()
-    graphs = HostGraphs(device, bodies)
-    timed: list[str] = []
+    graphs = HostGraphs(device, bodies, interpreter)
+    engines = ["broken", "sloppy", "good", "other"]
 
     class Handle:
         def __init__(self, stream: int) -> None:
@@ -349,16 +405,13 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             assert workspace
 
             def launch(handle: Handle) -> None:
-                graphs.enqueue(handle.stream, lambda: convolved(self.what, x, w, bias, y))
+                engine = ENGINES.get(self.name, convolved)
+                graphs.enqueue(handle.stream, lambda: engine(self.what, x, w, bias, y))
 
             return launch
 
     def configurations(what: cudnn_api.Convolution, modes: Sequence[str] = cudnn_api.MODES) -> list[Any]:
-        timed.append("")
-        return [
-            SimpleNamespace(name=name, faithful=faithful, knobs=(), what=what)
-            for name, faithful in (("broken", True), ("sloppy", False), ("good", True), ("other", True))
-        ]
+        return [SimpleNamespace(name=name, faithful=name != "sloppy", knobs=(), what=what) for name in engines]
 
     monkeypatch.setattr("unet_rt.device.Device.open", lambda index: device)
     monkeypatch.setattr(kernels, "_cuda", lambda: graphs)
@@ -372,7 +425,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def opened(graph: Path | Any, **options: Any) -> cudnn_session.CudnnSession:
         return cudnn_session.CudnnSession(graph, "cuda:0", **options)
 
-    return SimpleNamespace(open=opened, device=device, kernels=graphs, timed=timed)
+    return SimpleNamespace(open=opened, device=device, kernels=graphs, engines=engines)
 
 
 @pytest.mark.parametrize(("name", "size"), [("paper", 188), ("nuclei", 64), ("strain", 224)])
@@ -386,6 +439,17 @@ def test_networks_give_what_onnx_runtime_gives(
     with on_host.open(path) as session:
         assert_close(session.run([x]), expected(path, x), layers=24)
     assert on_host.device.held == 0
+
+
+@pytest.mark.parametrize("on_host", ["compiled"], indirect=True)
+def test_the_unpadded_network_compiled(paper: Path, on_host: SimpleNamespace) -> None:
+    """Crops, transposed convolutions and concatenations by the step kernels as a device has them."""
+    x = tile(1, 1, 188, 188)
+    with on_host.open(paper) as session:
+        assert_close(session.run([x]), expected(paper, x), layers=24)
+    counts = on_host.kernels.interpreter.memory.counts
+    assert counts["store", 16] > 0
+    assert counts["read-only load", 16] > 0
 
 
 def test_first_layer_has_two_ways(on_host: SimpleNamespace) -> None:
@@ -515,6 +579,7 @@ SMALL: dict[str, tuple[list[Any], dict[str, Array]]] = {
 }
 
 
+@pytest.mark.parametrize("on_host", ["bodies", "compiled"], indirect=True)
 @pytest.mark.parametrize("name", SMALL)
 def test_every_step_gives_what_onnx_runtime_gives(name: str, on_host: SimpleNamespace, tmp_path: Path) -> None:
     nodes, weights = SMALL[name]
@@ -607,6 +672,101 @@ def test_build_puts_choices_on_record(on_host: SimpleNamespace, tmp_path: Path) 
     with cudnn.load(graph, precision="fp16", device="cuda:0") as session:
         session.run([tile(2, 1, 16, 24)])
         assert session.trials
+
+
+# ------------------------------------------------------------------------------------------ engines that are wrong
+
+
+@pytest.fixture
+def transposed(tmp_path: Path) -> tuple[Path, Array]:
+    """A network whose transposed convolution writes every third sample, and an input."""
+    path = tmp_path / "net.onnx"
+    onnx.save(model(SMALL[TRANSPOSED][0], ["N", 3, "H", "W"], SMALL[TRANSPOSED][1]), str(path))
+    return path, tile(2, 3, 37, 45).astype(np.float16).astype(np.float32)
+
+
+TRANSPOSED = "transposed by 3, one class, sigmoid"
+
+
+def strided_key(session: cudnn_session.CudnnSession, x: Array) -> str:
+    """Of the transposed convolution, all of whose parts have one geometry."""
+    keys = {cudnn_session.key_of(s.convolution) for s in session.steps([x.shape])[0].steps if isinstance(s, Convolve)}
+    assert len(keys) == 1
+    return keys.pop()
+
+
+@pytest.mark.parametrize("most", [0, 1, 6])
+def test_the_fastest_engine_that_is_right_is_taken(
+    most: int, transposed: tuple[Path, Array], on_host: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where more have to be timed than was asked."""
+    on_host.engines[:] = ["spilling", "broken", "erring", "good", "other"]
+    path, x = transposed
+    with caplog.at_level(logging.INFO, "unet_rt"), on_host.open(path, most=most) as session:
+        assert_close(session.run([x]), expected(path, x), layers=5)
+        key = strided_key(session, x)
+        assert session.choices.names == {key: "good"}
+        trials = {t.name: t for t in session.trials[key]}
+    outputs = 2 * 35 * 43 * 16
+    assert trials["spilling"].note == f"wrong: 0 of {outputs} outputs, 1 values beside them"
+    assert trials["erring"].note == f"wrong: 1 of {outputs} outputs, 0 values beside them"
+    assert trials["broken"].note == "it is broken"
+    assert trials["good"].note == ""
+    assert ("other" in trials) == (most != 1)
+    assert trials["erring"].ms is not None
+    passed = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert [name for line in passed for name in ("spilling", "erring") if name in line] == ["spilling", "erring"]
+
+
+def test_an_engine_is_tried_at_every_place(
+    transposed: tuple[Path, Array], on_host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of a transposed convolution share an engine."""
+    path, x = transposed
+    first: list[int] = []
+
+    def right_once(what: cudnn_api.Convolution, x: int, w: int, bias: int, y: int) -> None:
+        first[:] = first or [y]
+        (convolved if y == first[0] else erring)(what, x, w, bias, y)
+
+    monkeypatch.setitem(ENGINES, "elsewhere", right_once)
+    on_host.engines[:] = ["elsewhere", "good"]
+    with on_host.open(path) as session:
+        assert session.choices.names == {}
+        assert strided_key(session, x) in session.choices.names
+        assert set(session.choices.names.values()) == {"good"}
+
+
+def test_no_engine_that_is_wrong_is_run(transposed: tuple[Path, Array], on_host: SimpleNamespace) -> None:
+    on_host.engines[:] = ["broken", "spilling", "erring"]
+    path, x = transposed
+    with on_host.open(path) as session, pytest.raises(BackendError) as caught:
+        session.run([x])
+    for part in ("no engine of cuDNN computes it", "1 values beside them", "another backend"):
+        assert part in str(caught.value)
+
+
+def test_an_engine_on_record_that_is_wrong_is_replaced(
+    transposed: tuple[Path, Array], on_host: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_host.engines[:] = ["spilling", "good"]
+    path, x = transposed
+    with on_host.open(path) as session:
+        key = strided_key(session, x)
+    with caplog.at_level(logging.WARNING, "unet_rt"), on_host.open(path, names={key: "spilling"}) as session:
+        assert_close(session.run([x]), expected(path, x), layers=5)
+        assert session.choices.names == {key: "good"}
+        assert [t.ms is None for t in session.trials[key]] == [True, False]
+    assert [r.getMessage().count("spilling, on record for") for r in caplog.records] == [1]
+
+
+def test_memory_is_zero_after_the_trials(transposed: tuple[Path, Array], on_host: SimpleNamespace) -> None:
+    path, x = transposed
+    with on_host.open(path) as session:
+        session.steps([x.shape])
+        session.stream.synchronize()
+        (ready,) = session._ready.values()
+        assert not host(ready.block).any()
 
 
 def test_other_precisions_are_refused(on_host: SimpleNamespace, tmp_path: Path) -> None:

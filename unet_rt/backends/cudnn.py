@@ -1,8 +1,9 @@
 """cuDNN: 2-D U-Nets in FP16 on NVIDIA GPUs, planned here and convolved by cuDNN's fused kernels.
 
 The graph becomes a list of steps over one block of memory (:mod:`cudnn_plan`); convolutions with bias and ReLU are
-cuDNN's (:mod:`cudnn_api`), the fastest of its engines by timing; what lies between them are kernels of this package; the
-whole is recorded once as a CUDA graph (:mod:`cudnn_session`). Weights and maps are float16, sums float32.
+cuDNN's (:mod:`cudnn_api`), each by the fastest of its engines that is right when tried (:mod:`cudnn_proof`); what lies
+between them are kernels of this package; the whole is recorded once as a CUDA graph (:mod:`cudnn_session`). Weights and
+maps are float16, sums float32.
 
 Any tile and batch can be run. Those given to ``build`` have their engines chosen there and put on record in the graph;
 for others a few engines are timed when they first run.
@@ -34,7 +35,7 @@ def missing(device: str = "cpu") -> str | None:
     if reason is not None:
         return f"cuDNN cannot use {device}: {reason}"
     kernels = importlib.import_module("unet_rt._cuda")
-    if not hasattr(kernels, "steps_head"):
+    if not hasattr(kernels, "steps_fill"):
         return "the CUDA kernels of this installation are older than its Python files; build it again"
     if importlib.util.find_spec("onnx") is None:
         return "the cuDNN backend reads graphs with the onnx package, which is not installed; pip install onnx"

@@ -1,4 +1,8 @@
-"""Running a plan of :mod:`cudnn_plan` on a GPU: launches, the choice of cuDNN's engines by timing, recorded graphs."""
+"""Running a plan of :mod:`cudnn_plan` on a GPU: launches, the choice of cuDNN's engines, recorded graphs.
+
+Of the engines that cuDNN proposes for a convolution the fastest is taken that gives what it should at every place of the
+plan (:mod:`cudnn_proof`); so is one on record only after it has been tried.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import itertools
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,6 +35,7 @@ from unet_rt.backends.cudnn_plan import (
     compile_plan,
     read,
 )
+from unet_rt.backends.cudnn_proof import Arrays, Proof
 from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
 from unet_rt.errors import BackendError
 from unet_rt.field import size_text
@@ -147,14 +152,22 @@ class Choices:
 
 @dataclass
 class Trial:
-    """One configuration of a convolution: milliseconds, or why it was not timed."""
+    """One configuration of a convolution: milliseconds if it was timed, and why it was passed over if it was."""
 
     name: str
-    ms: float | None
+    ms: float | None = None
     note: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------------- session
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A convolution of a plan, and where its arrays are."""
+
+    step: Convolve
+    arrays: Arrays
 
 
 @dataclass
@@ -176,7 +189,8 @@ class CudnnSession(SessionBase):
         graph: The FP32 graph.
         device: ``"cuda:N"``.
         threads: Not used: the host computes nothing.
-        most: Engine configurations that are timed for a convolution without a choice on record; 0: all.
+        most: Engine configurations that are timed for a convolution without a choice on record; 0: all. Where none of
+            these is right, as many more.
         direct: Whether the kernel for a first layer of few channels may be used; None: as it is on record.
         names: Choices made before, instead of those on record.
     """
@@ -316,78 +330,137 @@ class CudnnSession(SessionBase):
                 self._gpu.copy_in(target, np.ascontiguousarray(array), self._stream)
                 self._constants[name] = target
         block = self._gpu.empty((max(plan.bytes, 1),), np.uint8)
-        self._gpu.zero(block, self._stream)  # trials then compute with numbers
-        self._stream.synchronize()
         ready = _Ready(plan, block)
-        pending: list[tuple[Convolve, api.Plan, int, int, int, int]] = []
+        uses: list[_Use] = []
         addresses = {name: array.pointer for name, array in self._constants.items()}
 
         def bind(step: Convolve, x: int, w: int, bias: int, y: int) -> Callable[[], None]:
-            chosen = self._chosen(step, x, w, bias, y)
-            pending.append((step, chosen, x, w, bias, y))
-            place = len(pending) - 1
+            uses.append(_Use(step, Arrays(x, w, bias, y)))
+            place = len(uses) - 1
             return lambda: launches[place](self._handle)
 
         launches: list[api.Launch] = []
         ready.calls = calls(plan, block.pointer, addresses, self._kernels, bind)
+        chosen = self._chosen(uses, block)
         # Steps run one after the other: they share the scratch memory.
-        scratch = max((chosen.workspace for _, chosen, *_ in pending), default=0)
+        scratch = max((plan.workspace for plan in chosen), default=0)
         workspace = 0
         if scratch:
             ready.scratch.append(self._gpu.empty((scratch,), np.uint8))
             workspace = ready.scratch[0].pointer
-        launches += [chosen.bind(x, w, bias, y, workspace) for _, chosen, x, w, bias, y in pending]
+        launches += [plan.bind(*use.arrays, workspace) for plan, use in zip(chosen, uses, strict=True)]
         log.debug("cuDNN: %d steps, %.0f MB for %s", len(plan.steps), plan.bytes / 1e6, key)
         return ready
 
-    def _chosen(self, step: Convolve, x: int, w: int, bias: int, y: int) -> api.Plan:
-        """The execution plan of a convolution: that on record, or the fastest of a few."""
-        key = key_of(step.convolution)
-        if key not in self._plans:
-            try:
-                self._plans[key] = self._choose(key, step, x, w, bias, y)
-            except api.CudnnError as error:
-                raise BackendError(
-                    f"{step.name}: {error}; use another backend, or a smaller --tile or --batch"
-                ) from error
-        return self._plans[key]
+    def _chosen(self, uses: Sequence[_Use], block: DeviceArray) -> list[api.Plan]:
+        """The execution plan of every convolution. What is in ``block`` is lost: it is zero afterwards."""
+        places: dict[str, list[_Use]] = {}
+        for use in uses:
+            places.setdefault(key_of(use.step.convolution), []).append(use)
+        proof = Proof(self._gpu, self._stream, self._kernels, block)
+        try:
+            proof.fill()  # trials compute with numbers
+            for key, same in places.items():
+                if key in self._plans:
+                    continue
+                try:
+                    self._plans[key] = self._choose(key, same, proof)
+                except api.CudnnError as error:
+                    raise BackendError(
+                        f"{same[0].step.name}: {error}; use another backend, or a smaller --tile or --batch"
+                    ) from error
+            self._gpu.zero(block, self._stream)
+        finally:
+            proof.close()
+        return [self._plans[key_of(use.step.convolution)] for use in uses]
 
-    def _choose(self, key: str, step: Convolve, x: int, w: int, bias: int, y: int) -> api.Plan:
-        operations = api.graph(step.convolution, self._handle)
-        wanted = self.choices.names.get(key)
-        for mode in api.MODES if wanted else ():
+    def _choose(self, key: str, places: Sequence[_Use], proof: Proof) -> api.Plan:
+        """The engine on record, or else the fastest of a few, that is right at every place of the convolution."""
+        what, name = places[0].step.convolution, places[0].step.name
+        operations = api.graph(what, self._handle)
+        trials: list[Trial] = []
+        recorded = self.choices.names.get(key)
+        if recorded and (plan := self._named(operations, recorded)) is not None:
+            objection = self._objection(plan, places, proof)
+            if not objection:
+                return plan
+            log.warning("cuDNN: %s, on record for %s, is passed over (%s); choosing again", recorded, name, objection)
+            trials.append(Trial(recorded, note=objection))
+        self.trials[key] = trials
+        untried = iter(
+            [
+                c
+                for c in api.configurations(operations)
+                if c.faithful and not dict(c.knobs).get(_STREAM_K, 0) and c.name not in {t.name for t in trials}
+            ]
+        )
+        while timed := self._timed(untried, places[0], trials):
+            for _, trial, plan in sorted(timed, key=lambda entry: entry[0]):
+                trial.note = self._objection(plan, places, proof)
+                if not trial.note:
+                    self.choices.names[key] = plan.name
+                    return plan
+                log.info("cuDNN: %s is passed over for %s, %s: %s", plan.name, name, key, trial.note)
+        notes = "; ".join(sorted({t.note for t in trials})[:3]) or "none keeps FP32 sums and repeats its bits"
+        raise api.CudnnError(f"no engine of cuDNN computes it ({notes})")
+
+    def _named(self, operations: api.Descriptor, name: str) -> api.Plan | None:
+        """The plan of a configuration, if cuDNN still proposes it."""
+        for mode in api.MODES:
             with contextlib.suppress(api.CudnnError):
                 for configuration in api.configurations(operations, (mode,)):
-                    if configuration.name == wanted:
+                    if configuration.name == name:
                         return api.Plan(configuration, self._handle)
-        found = [c for c in api.configurations(operations) if c.faithful and not dict(c.knobs).get(_STREAM_K, 0)]
-        best: tuple[float, api.Plan] | None = None
-        trials: list[Trial] = []
-        for configuration in found:
-            if self._most and sum(t.ms is not None for t in trials) >= self._most:
-                break
+        return None
+
+    def _timed(
+        self, untried: Iterator[api.Configuration], use: _Use, trials: list[Trial]
+    ) -> list[tuple[float, Trial, api.Plan]]:
+        """Times the next configurations that run, as many as are wanted; none where all were tried."""
+        found: list[tuple[float, Trial, api.Plan]] = []
+        for configuration in untried:
+            trial = Trial(configuration.name)
+            trials.append(trial)
             try:
                 plan = api.Plan(configuration, self._handle)
                 if plan.workspace > _MOST_WORKSPACE:
                     raise api.CudnnError(f"{plan.workspace} bytes of scratch memory")
-                ms = self._time(plan, x, w, bias, y, None if best is None else best[0])
+                trial.ms = self._time(plan, use.arrays, min((ms for ms, *_ in found), default=None))
             except api.CudnnError as error:
-                trials.append(Trial(configuration.name, None, str(error)))
+                trial.note = str(error)
                 continue
-            trials.append(Trial(configuration.name, ms))
-            if best is None or ms < best[0]:
-                best = (ms, plan)
-        self.trials[key] = trials
-        if best is None:
-            notes = "; ".join(sorted({t.note for t in trials})[:3]) or "none keeps FP32 sums and repeats its bits"
-            raise api.CudnnError(f"no engine of cuDNN runs it ({notes})")
-        self.choices.names[key] = best[1].name
-        return best[1]
+            found.append((trial.ms, trial, plan))
+            if len(found) == self._most:
+                break
+        return found
 
-    def _time(self, plan: api.Plan, x: int, w: int, bias: int, y: int, best: float | None) -> float:
-        """Milliseconds of a run; of one run alone if that is far from the best."""
+    def _objection(self, plan: api.Plan, places: Sequence[_Use], proof: Proof) -> str:
+        """Why a plan is not to be used; empty where it is right at every place."""
+        for use in places:
+            try:
+                with self._tried(plan, use.arrays, proof) as launch:
+                    faults = proof.faults(use.step.convolution, use.arrays, lambda: launch(self._handle))
+            except api.CudnnError as error:
+                return str(error)
+            if faults:
+                return str(faults)
+        return ""
+
+    @contextlib.contextmanager
+    def _tried(self, plan: api.Plan, arrays: Arrays, proof: Proof | None = None) -> Iterator[api.Launch]:
+        """A plan with scratch memory of its own; for a proof it holds numbers, as other steps leave them in a run."""
         scratch = self._gpu.empty((plan.workspace,), np.uint8) if plan.workspace else None
-        launch = plan.bind(x, w, bias, y, scratch.pointer if scratch is not None else 0)
+        try:
+            if scratch is not None and proof is not None:
+                proof.fill(scratch)
+            yield plan.bind(*arrays, scratch.pointer if scratch is not None else 0)
+        finally:
+            self._stream.synchronize()
+            if scratch is not None:
+                scratch.free()
+
+    def _time(self, plan: api.Plan, arrays: Arrays, best: float | None) -> float:
+        """Milliseconds of a run; of two runs alone if that is far from the best."""
         start, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
 
         def measured(runs: int) -> float:
@@ -398,17 +471,13 @@ class CudnnSession(SessionBase):
             end.synchronize()
             return end.seconds_since(start) * 1e3 / runs
 
-        try:
+        with self._tried(plan, arrays) as launch:
             launch(self._handle)
             self._stream.synchronize()
             once = measured(2)
             if best is not None and once > 1.3 * best:
                 return once
             return min(once, measured(4), measured(4))
-        finally:
-            self._stream.synchronize()
-            if scratch is not None:
-                scratch.free()
 
     # ------------------------------------------------------------------------------------------------------------------
 
