@@ -376,8 +376,8 @@ struct Leave {
     }
 };
 
-// ----------------------------------------------------------------------------- whether a convolution does what it
-// should
+// ------------------------------------------------------------------------------- whether a convolution is what it
+// claims
 
 // The number at a place of a filled block: -1 to 1 in steps of 2^-15, rounded to float16.
 UNET_RT_HD uint32_t number_at(uint64_t place) {
