@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -370,13 +370,13 @@ def watched(memory: ptx.Memory) -> type[host_device.HostMemory]:
 
 
 @pytest.fixture
-def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """``open(graph)`` gives a session on host memory; ``kernels``: its kernels; ``engines``: names of the configurations
     that cuDNN proposes, the first of those that can run being the fastest.
 
     The kernels are bodies, or for a test with the parameter "compiled" what nvcc makes of them.
     """
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     bodies = pytest.importorskip("unet_rt._cuda_host", reason="built with UNET_RT_TEST_MODULES=ON")
     if not hasattr(bodies, "steps_fill"):
         pytest.skip("unet_rt._cuda_host is older than its sources; build it again")
@@ -425,7 +425,10 @@ def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def opened(graph: Path | Any, **options: Any) -> cudnn_session.CudnnSession:
         return cudnn_session.CudnnSession(graph, "cuda:0", **options)
 
-    return SimpleNamespace(open=opened, device=device, kernels=graphs, engines=engines)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # convolutions are so small that threads would wait for each other most of the time
+    yield SimpleNamespace(open=opened, device=device, kernels=graphs, engines=engines)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("name", "size"), [("paper", 188), ("nuclei", 64), ("strain", 224)])
