@@ -1,5 +1,6 @@
-// CUDA kernel. A thread makes one vector of 16 bytes of a row of a tile (8 where pixels are wider). Inside the window
-// it loads its pixels at once and does no border arithmetic; at borders and ragged ends it goes pixel by pixel.
+// CUDA kernel. A thread makes a vector, 16 bytes of the wider of pixels and tile where alignment allows, of each of
+// some rows of a tile. Inside the window it loads all their pixels at once and does no border arithmetic; at borders
+// and ragged ends it goes row by row.
 #include "kernels_cuda.h"
 #include "pixel.h"
 
