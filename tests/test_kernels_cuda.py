@@ -22,7 +22,8 @@ import pytest
 import reference
 import test_kernels as cpu
 from device_kernels import DeviceKernels, device_kernels, host_module
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from watched_kernels import BEYOND
 
 from unet_rt import kernels
@@ -35,11 +36,12 @@ SAME_AS_ON_THE_CPU = [
     and not name.endswith("_errors")
 ]
 assert len(SAME_AS_ON_THE_CPU) >= 23
-# A device's first example waits for its kernels to be loaded.
-PATIENT = {
-    name: settings(deadline=None)(getattr(cpu, name)) for name in ("test_gather_geometry", "test_stitch_geometry")
-}
-globals().update({name: getattr(cpu, name) for name in SAME_AS_ON_THE_CPU} | PATIENT)
+globals().update({name: getattr(cpu, name) for name in SAME_AS_ON_THE_CPU})
+# A device's first example waits for its kernels to be loaded. Copies: settings belong to a function.
+test_gather_geometry, test_stitch_geometry = (
+    settings(deadline=None)(given(data=st.data())(test.hypothesis.inner_test))  # type: ignore[attr-defined]
+    for test in (cpu.test_gather_geometry, cpu.test_stitch_geometry)
+)
 
 
 @pytest.fixture(

@@ -467,7 +467,7 @@ def lacking(
         monkeypatch.setitem(sys.modules, "pycuda", ModuleType("pycuda"))
         # None: the import fails, as where a library that it was built with is gone.
         monkeypatch.setitem(sys.modules, "pycuda.driver", None if what == "a PyCUDA that works" else driver)
-        monkeypatch.setitem(sys.modules, "unet_rt._cuda", SimpleNamespace(steps_head=None))
+        monkeypatch.setitem(sys.modules, "unet_rt._cuda", SimpleNamespace(steps_fill=None))
         monkeypatch.setattr(cudnn_api, "candidates", lambda: ["libcudnn-of-nowhere.so.9"])
         cudnn_api.library.cache_clear()
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
