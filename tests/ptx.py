@@ -371,7 +371,7 @@ def _form(i: Instruction) -> _Form:
         if i.parts != ("r", "wrap", "b32"):
             _unknown(i)
         return _Form((kind, kind, "u32"), _funnel)
-    if name == "prmt":
+    if name == "prmt" and i.parts == ("b32",):
         return _Form(("b32", "b32", "b32"), _permuted)
     if name in ("mul", "mad") and kind[0] != "f":
         return _product(i)

@@ -270,6 +270,27 @@ def test_without_commit_nothing_is_left(tmp_path: Path, suffix: str) -> None:
         sink.write(0, (10, 0), np.zeros((10, 40), np.uint8))
 
 
+@pytest.mark.parametrize("suffix", ["tif", "npy", "png"])
+def test_an_interruption_before_the_block_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """The file is there by then, and no ``with`` that would remove it."""
+    there = list[int]()
+
+    def interrupted(made: output.Output) -> None:
+        there.append(len(list(tmp_path.iterdir())))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output.Output, "__enter__", interrupted)
+    try:
+        with open_output(tmp_path / f"mask.{suffix}", shape=(30, 40)):
+            raise AssertionError
+    except KeyboardInterrupt:
+        pass
+    assert there == [1]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("start", "shape", "dtype"),
     [((5, 0), (10, 40), "u1"), ((0, 1), (10, 39), "u1"), ((0, 0), (31, 40), "u1"), ((0, 0), (2, 10, 40), "u1")]

@@ -166,6 +166,11 @@ class Output:
         finally:
             self._part.unlink(missing_ok=True)
 
+    def __del__(self) -> None:
+        # An interruption may come before the ``with`` block that would remove the file has begun.
+        if "_open" in vars(self):
+            self.abort()
+
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         try:
@@ -279,13 +284,13 @@ def open_output(
             writer = _PackedTiffWriter(part, what, _tiff_form(target, what, origin, size, extra))
         else:
             writer = _PlainTiffWriter(target, part, what, _tiff_form(target, what, origin, size, extra))
+        return Output(target, what, part, writer)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    return Output(target, what, part, writer)
 
 
 def size_of(source: Source | None, spatial: tuple[int, ...]) -> tuple[float, ...] | None:
