@@ -2,9 +2,7 @@
 #include <pybind11/functional.h>
 
 #include "bind_cuda.h"
-#include "bind_steps.h"
 #include "crop_concat.cu"
-#include "cudnn_steps.cu"
 #include "tile_gather.cu"
 #include "tile_stitch.cu"
 
@@ -29,7 +27,6 @@ namespace py = pybind11;
 PYBIND11_MODULE(_cuda_host, m, pybind11::mod_gil_not_used()) {
     m.doc() = "Bodies of the CUDA kernels on host memory, for tests.";
     unet_rt::cuda::define(m);
-    unet_rt::cuda::define_steps(m);
     // (mangled type of the body, grid, the body's bytes); None: the bodies run here again.
     m.def("set_launcher", [](const py::object& take) {
         unet_rt::cuda::launcher = nullptr;

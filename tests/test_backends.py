@@ -749,9 +749,9 @@ def test_what_a_removed_wheel_leaves_behind_is_broken(monkeypatch: pytest.Monkey
 
 
 def test_names() -> None:
-    assert backends.names() == ("onnxruntime", "openvino", "tensorrt", "cudnn")
+    assert backends.names() == ("onnxruntime", "openvino", "tensorrt")
     with pytest.raises(
-        BackendError, match="no backend 'tensorflow'; choose one of onnxruntime, openvino, tensorrt, cudnn, eager"
+        BackendError, match="no backend 'tensorflow'; choose one of onnxruntime, openvino, tensorrt, eager"
     ):
         backends.get("tensorflow")
 

@@ -20,7 +20,7 @@ def test_the_report_is_json_and_says_everything() -> None:
     assert json.loads(json.dumps(report)) == report
     assert report["unet_rt"] == unet_rt.__version__
     assert report["cpu"]["threads"] == machine.threads()
-    assert list(report["backends"]) == ["onnxruntime", "openvino", "tensorrt", "cudnn", "eager"]
+    assert list(report["backends"]) == ["onnxruntime", "openvino", "tensorrt", "eager"]
     text = doctor.format(report)
     for name, backend in report["backends"].items():
         assert name in text

@@ -23,7 +23,6 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from unet_rt import machine
-from unet_rt.backends import cudnn_api
 from unet_rt.cli import main
 from unet_rt.demo import shipped_model
 
@@ -440,10 +439,13 @@ LACKING = {
     ),
     "ONNX Runtime": ("onnxruntime", {"onnxruntime"}, ("not installed; pip install onnxruntime-gpu",)),
     "ONNX Runtime for CUDA": ("onnxruntime", set(), ("this is the CPU wheel", "pip install onnxruntime-gpu")),
-    "PyCUDA": ("cudnn", {"pycuda"}, ("PyCUDA is not installed", "conda-forge", "CUDA_ENABLE_CURAND = False")),
-    "a PyCUDA that works": ("cudnn", set(), ("PyCUDA cannot be imported", "conda-forge", "CUDA_ENABLE_CURAND = False")),
-    "our kernels": ("cudnn", {"unet_rt._cuda"}, ("no CUDA kernels", "UNET_RT_CUDA=ON pip install")),
-    "cuDNN": ("cudnn", set(), ("cuDNN 9 cannot be loaded", "pip install nvidia-cudnn-cu13")),
+    "PyCUDA": ("onnxruntime", {"pycuda"}, ("PyCUDA is not installed", "conda-forge", "CUDA_ENABLE_CURAND = False")),
+    "a PyCUDA that works": (
+        "onnxruntime",
+        set(),
+        ("PyCUDA cannot be imported", "conda-forge", "CUDA_ENABLE_CURAND = False"),
+    ),
+    "our kernels": ("onnxruntime", {"unet_rt._cuda"}, ("no CUDA kernels", "UNET_RT_CUDA=ON pip install")),
 }
 
 
@@ -467,10 +469,9 @@ def lacking(
         monkeypatch.setitem(sys.modules, "pycuda", ModuleType("pycuda"))
         # None: the import fails, as where a library that it was built with is gone.
         monkeypatch.setitem(sys.modules, "pycuda.driver", None if what == "a PyCUDA that works" else driver)
-        monkeypatch.setitem(sys.modules, "unet_rt._cuda", SimpleNamespace(steps_fill=None))
-        monkeypatch.setattr(cudnn_api, "candidates", lambda: ["libcudnn-of-nowhere.so.9"])
-        cudnn_api.library.cache_clear()
-        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        monkeypatch.setitem(sys.modules, "unet_rt._cuda", SimpleNamespace())
+        providers = ["CPUExecutionProvider"] if what == "ONNX Runtime for CUDA" else ["CUDAExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
 
     return lack
 

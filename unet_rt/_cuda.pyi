@@ -67,65 +67,6 @@ def blend_finish(
     /,
 ) -> None: ...
 def crop_concat(skip: _Array, up: _Array, out: _Array, offset: Sequence[int], stream: int, /) -> None: ...
-
-# Steps between cuDNN's convolutions: maps are (address, stride of n, y and x in bytes).
-def steps_enter(planar: int, wide: bool, sizes: Sequence[int], out: Sequence[int], stream: int, /) -> None: ...
-def steps_first(
-    planar: int,
-    wide: bool,
-    sizes: Sequence[int],
-    before: Sequence[int],
-    weights: int,
-    bias: int,
-    relu: bool,
-    out: Sequence[int],
-    out_sizes: Sequence[int],
-    stream: int,
-    /,
-) -> None: ...
-def steps_pool(
-    source: Sequence[int],
-    sizes: Sequence[int],
-    out: Sequence[int],
-    crop: Sequence[int],
-    window: Sequence[int],
-    stream: int,
-    /,
-) -> None: ...
-def steps_add(
-    a: Sequence[int], b: Sequence[int], out: Sequence[int], sizes: Sequence[int], slope: float, stream: int, /
-) -> None: ...
-def steps_resize(
-    source: Sequence[int], out: Sequence[int], sizes: Sequence[int], factor: int, linear: bool, stream: int, /
-) -> None: ...
-def steps_head(
-    source: Sequence[int],
-    sizes: Sequence[int],
-    weights: Sequence[float],
-    bias: Sequence[float],
-    activation: int,
-    planar: int,
-    stream: int,
-    /,
-) -> None: ...
-def steps_leave(source: Sequence[int], sizes: Sequence[int], activation: int, planar: int, stream: int, /) -> None: ...
-def steps_fill(block: int, bytes: int, stream: int, /) -> None: ...
-def steps_count_wrong(
-    source: Sequence[int],
-    sizes: Sequence[int],
-    window: Sequence[int],
-    weights: int,
-    bias: int,
-    relu: bool,
-    out: Sequence[int],
-    out_sizes: Sequence[int],
-    count: int,
-    stream: int,
-    /,
-) -> None: ...
-def steps_count_beside(
-    block: int, bytes: int, out: Sequence[int], sizes: Sequence[int], count: int, stream: int, /
-) -> None: ...
 def dlpack_description(capsule: Any, /) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...], bool]: ...
 def missing() -> str: ...
 def graph_begin(stream: int, /) -> None: ...

@@ -184,7 +184,7 @@ def _add_build(verbs: Any) -> None:
     )
     p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt; ensemble.urt for several)")
-    p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt or cudnn")
+    p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino or tensorrt")
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
     p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")

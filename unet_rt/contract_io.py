@@ -33,7 +33,7 @@ from .normalize import value_range
 from .pixels import Array
 
 METADATA_KEY = "unet_rt.contract"
-_RECORDS = (METADATA_KEY, "unet_rt.half", "unet_rt.cudnn")  # what passes and backends say of a graph: no fields
+_RECORDS = (METADATA_KEY, "unet_rt.half")  # what passes and backends say of a graph: no fields
 CHOICES = (
     "none (the network takes grey levels), scale=255, dtype (largest value of the dtype), minmax, percentile=1,99.8, "
     "zscore, imagenet, or mean=..;std=..;scale=..;clip=.."

@@ -45,7 +45,6 @@ DISTRIBUTIONS = {
     ),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx"),
-    "cudnn": ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
     "eager": ("torch",),
 }
 _PACKAGES = ("numpy", "onnx", *(name for names in DISTRIBUTIONS.values() for name in names))

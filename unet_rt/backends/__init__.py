@@ -1,4 +1,4 @@
-"""The libraries that run graphs, one module each: ``onnxruntime``, ``openvino``, ``tensorrt``, ``cudnn``, ``eager``.
+"""The libraries that run graphs, one module each: ``onnxruntime``, ``openvino``, ``tensorrt``, ``eager``.
 
 Every module has the three functions of :class:`unet_rt.backends.session.Backend`; none of the libraries is imported
 before one of them is called.
@@ -16,11 +16,7 @@ from unet_rt.errors import BackendError
 __all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable"]
 
 # Engines, the baseline first; a tie in speed goes to the first.
-_ENGINES = ("onnxruntime", "openvino", "tensorrt", "cudnn")
-
-# Tried only where they are asked for by name. cuDNN was the fastest by far on the one GPU it ran on, and gave wrong
-# answers for some batch sizes there, which build's own check of rows and batches found and refused.
-_ON_REQUEST = ("cudnn",)
+_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 
 # Baselines: they run a module or a checkpoint, and no engine folder.
 _BASELINES = ("eager",)
@@ -43,12 +39,12 @@ def get(name: str) -> Backend:
 
 
 def usable(device: str = "cpu") -> list[str]:
-    """Names of the backends that are installed and run on ``device``, without those that must be asked for by name.
+    """Names of the backends that are installed and run on ``device``.
 
     Raises:
         BackendError: An installation that is broken.
     """
-    return [name for name in _ENGINES if name not in _ON_REQUEST and get(name).missing(device) is None]
+    return [name for name in _ENGINES if get(name).missing(device) is None]
 
 
 def require(device: str = "cpu") -> list[str]:

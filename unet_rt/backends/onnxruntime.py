@@ -188,7 +188,7 @@ def build(
 
 def _require_precision(precision: str, device: str) -> None:
     if precision not in precisions(device):
-        others = "--backend openvino" if device == "cpu" else "--backend cudnn"
+        others = "--backend openvino" if device == "cpu" else "--backend tensorrt"
         has = " or ".join(f"--precision {name}" for name in precisions(device))
         raise BackendError(f"ONNX Runtime has no {precision} on {device}; use {has}, or {others}")
 

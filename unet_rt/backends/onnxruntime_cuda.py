@@ -491,7 +491,7 @@ class CudaSession(SessionBase):
             kind, way_out = (
                 (DeviceMemoryError, "use a smaller --tile or --batch, or free what others hold")
                 if short
-                else (BackendError, "use --backend cudnn, or --device cpu")
+                else (BackendError, "use --device cpu")
             )
             raise kind(f"ONNX Runtime fails on {self.device} on an input of {shapes}: {error}; {way_out}") from error
 
