@@ -1,10 +1,9 @@
-"""What each pass does to speed and result, per backend: fold, up_conv, class decision, QDQ, half.
+"""What each pass does to speed and result, per backend: fold, up_conv, QDQ, half.
 
     python benchmarks/bench_passes.py [--net nuclei|nuclei4|paper] [--tile 512] [--runs 7] [--seconds 60]
 
 Every pass is timed against the same graph without it, interleaved, one tile, batch 1, in the library itself (ONNX Runtime
-and OpenVINO on the CPU, as many threads as the process may use). The class decision is timed to the end: a network that
-returns labels, against one that returns its values and our argmax after it, which is what ``predict`` does.
+and OpenVINO on the CPU, as many threads as the process may use).
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ import record
 from bench_engine import tile_of
 from bench_precision import NETS
 
-from unet_rt import backends, bench, kernels, machine
+from unet_rt import backends, bench, machine
 from unet_rt.calibration import calibrate
 from unet_rt.passes import qdq
-from unet_rt.passes.decision import decision
 from unet_rt.passes.fold import fold
 from unet_rt.passes.half import half
 from unet_rt.passes.up_conv import up_conv
 from unet_rt.search import form_of
-from unet_rt.stitch import Decision
 
 Array = np.ndarray[Any, Any]
 
@@ -81,16 +78,11 @@ def pairs(model: onnx.ModelProto, tiles: list[Array]) -> dict[str, tuple[onnx.Mo
         return qdq.quantise(prepared, found.ranges["mse"], form_of(backend), means=found.means).model
 
     halved = copy(lambda m: half(m, keep_io=True))
-    output = model.graph.output[0]
-    classes = tuple(range(output.type.tensor_type.shape.dim[1].dim_value))
-    argmax = Decision("argmax", 0, np.dtype(np.uint8), values=classes)
-    decided = copy(lambda m: decision(m, output.name, argmax, "NCYX"))
     return {
         "fold": (model, lambda _: copy(fold), "values"),
         "up_conv": (model, lambda _: copy(up_conv), "values"),
         "QDQ": (model, quantised, "labels"),
         "half": (model, lambda _: halved, "labels"),
-        "decision": (model, lambda _: decided, "decided"),
     }
 
 
@@ -135,15 +127,12 @@ def row(
 ) -> dict[str, Any]:
     """Times and difference of one pass in one library."""
     old, new = Bare(backend, before, folder, x.shape), Bare(backend, after, folder, x.shape)
-    decided = Decided(old.run, x)
-    first: Callable[[], object] = decided if compared == "decided" else lambda: old.run(x)
-    timings = bench.interleave([first, lambda: new.run(x)], runs=args.runs, seconds=args.seconds)
+    timings = bench.interleave([lambda: old.run(x), lambda: new.run(x)], runs=args.runs, seconds=args.seconds)
     a, b = np.array(old.run(x)), np.array(new.run(x))
     if compared == "values":
         difference = f"largest error {np.abs(a - b).max():.2e} of {np.abs(a).max():.3g}"
     else:
-        got = b[:, 0] if compared == "decided" else b.argmax(1)
-        difference = f"{np.mean(got != a.argmax(1)):.4%} of labels"
+        difference = f"{np.mean(b.argmax(1) != a.argmax(1)):.4%} of labels"
     one, two = timings
     return {
         "name": name,
@@ -156,21 +145,6 @@ def row(
         "runs": one.runs,
         "difference": difference,
     }
-
-
-class Decided:
-    """A network, and our decision kernel behind it: what ``predict`` does with a tile that is a whole image."""
-
-    def __init__(self, run: Callable[[Array], Array], x: Array):
-        self.run, self.x = run, x
-        self.out = np.empty(run(x).shape[-2:], np.uint8)
-
-    def __call__(self) -> Array:
-        values = np.ascontiguousarray(self.run(self.x))
-        origin = np.zeros((1, 2), np.int64)
-        size = np.array([self.out.shape], np.int64)
-        kernels.tile_stitch(values, origin, origin, size, self.out, op="argmax")
-        return self.out
 
 
 if __name__ == "__main__":

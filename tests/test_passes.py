@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,16 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import kernels  # noqa: E402
 from unet_rt.backends import onnxruntime  # noqa: E402
 from unet_rt.calibration import calibrate  # noqa: E402
-from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.models import UNet  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.passes.crop_concat import crop_concat  # noqa: E402
-from unet_rt.passes.decision import decision  # noqa: E402
 from unet_rt.passes.fold import fold  # noqa: E402
 from unet_rt.passes.free_crops import free_crops  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.passes.outputs import keep_outputs  # noqa: E402
 from unet_rt.passes.up_conv import up_conv  # noqa: E402
-from unet_rt.stitch import Decision, decision_arguments  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
@@ -160,9 +155,6 @@ def everything() -> onnx.ModelProto:
     return model
 
 
-ARGMAX = Decision("argmax", 0, np.dtype(np.uint8), values=(0, 1, 2))
-
-
 @pytest.mark.parametrize(
     ("rewrite", "changed", "units"),
     [
@@ -172,9 +164,8 @@ ARGMAX = Decision("argmax", 0, np.dtype(np.uint8), values=(0, 1, 2))
         (crop_concat, 1, None),  # no library on a CPU knows the node
         (lambda m: keep_outputs(m, ["y"]), 1, 0),
         (lambda m: half(m, keep_io=True).nodes, 11, 2**13 * 64),  # float16 has 13 bits less
-        (lambda m: decision(m, "y", ARGMAX, "NCYX"), 1, None),
     ],
-    ids=["fold", "up_conv", "free_crops", "crop_concat", "outputs", "half", "decision"],
+    ids=["fold", "up_conv", "free_crops", "crop_concat", "outputs", "half"],
 )
 def test_every_pass_is_the_same_network_and_idempotent(rewrite, changed, units, tmp_path):
     model, x = everything(), pixels(32)
@@ -200,70 +191,3 @@ def test_preparing_twice_and_quantising_twice():
     assert made[0].SerializeToString(deterministic=True) == made[1].SerializeToString(deterministic=True)
     with pytest.raises(urt.GraphError, match="quantised already"):
         qdq.prepare(made[0])
-
-
-# --- the class decision inside the graph ---------------------------------------------------------------------------------
-
-
-def decided(values: np.ndarray, task: Decision) -> np.ndarray:
-    """What predict makes of the values of one tile, by its kernel."""
-    out = np.empty(values.shape[1:] if task.op == "argmax" else values.shape, np.uint8)
-    place = np.zeros((1, 2), np.int64)
-    size = np.array([values.shape[-2:]], np.int64)
-    kernels.tile_stitch(np.ascontiguousarray(values[None]), place, place, size, out, **decision_arguments(task))
-    return out[None] if task.op == "argmax" else out
-
-
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("op", ["argmax", "threshold"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_decision_in_the_graph_is_that_of_predict(backend, op, dtype, tmp_path):
-    """Bit for bit, equal classes and values at the threshold included: logits are rounded to thirds, so that many are."""
-    library = pytest.importorskip(f"unet_rt.backends.{backend}")
-    if library.missing() is not None:
-        pytest.skip(library.missing())
-    model = onnx.load(shipped_model())
-    (output,) = model.graph.output
-    onnx.helper.set_model_props(model, {})
-    inner = f"{output.name}/exact"
-    (last,) = (node for node in model.graph.node if output.name in node.output)
-    last.output[0] = inner
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(3, np.float32), "three"))
-    model.graph.node.extend(
-        [
-            onnx.helper.make_node("Mul", [inner, "three"], ["larger"]),
-            onnx.helper.make_node("Round", ["larger"], [output.name]),
-        ]
-    )
-    if dtype == "float16":
-        half(model)
-    task = ARGMAX if op == "argmax" else Decision("threshold", 2, np.dtype(np.uint8), (1.0, -2.0), (0, 1))
-    task = replace(task, values=(0, 1))
-    x = pixels(96).astype(dtype)
-    (values,) = results(model, [x], tmp_path / "values.onnx")
-    assert (values[0, 0] == values[0, 1]).sum() > 10, "classes tie"
-    assert (values == 1).sum() > 10
-    assert decision(model, output.name, task, "NCYX") == 1
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, tmp_path / "labels.onnx")
-    with library.load(tmp_path / "labels.onnx", precision="fp32", device="cpu", threads=1) as session:
-        (labels,) = session.run([x])
-    assert labels.shape == (1, 1 if op == "argmax" else 2, 96, 96)
-    np.testing.assert_array_equal(labels[0], decided(values[0].astype(np.float32), task))
-    assert 0 < labels.mean() < 1
-
-
-def test_decisions_that_no_graph_takes():
-    model = everything()
-    for output, change, text in (
-        ("z", {}, "no output 'z'; its outputs are y, pooled"),
-        ("y", {"op": "softmax"}, "'softmax' makes no labels"),
-        ("y", {"values": (0, 255, 1)}, "not 0, 1, 2"),
-    ):
-        with pytest.raises(urt.GraphError, match=text):
-            decision(model, output, replace(ARGMAX, **change), "NCYX")
-    with pytest.raises(urt.GraphError, match="no channels"):
-        decision(model, "y", ARGMAX, "NYX")
-    model.opset_import[0].version = 11
-    with pytest.raises(urt.GraphError, match="needs opset 12"):
-        decision(model, "y", ARGMAX, "NCYX")
