@@ -525,6 +525,14 @@ def test_what_must_not_happen_in_silence(host_gpu: HostDevice, monkeypatch: pyte
         Options(fuse_conv_bias=True)
 
 
+def test_settings_of_another_version_are_refused() -> None:
+    settings = Options().to_json()
+    assert Options.from_json(settings) == Options()
+    for other in ({**settings, "more": 1}, {"search": "HEURISTIC"}):
+        with pytest.raises(BackendError, match=r"another version.*unet-rt build model\.onnx --overwrite"):
+            Options.from_json(other)
+
+
 def test_metadata_is_read_without_onnx(tmp_path: Path) -> None:
     path = tmp_path / "graph.onnx"
     model = onnx.load(str(shipped_model()))

@@ -73,6 +73,12 @@ def test_the_fp32_graph_runs_in_plain_onnxruntime(engine_folder):
         (lambda f: (f / "spec.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         (lambda f: edit(f, lambda d: d.update(schema=[SCHEMA[0] + 1, 0])), "upgrade unet-rt"),
         (lambda f: edit(f, lambda d: d.pop("outputs")), "is damaged"),
+        (
+            lambda f: edit(f, lambda d: d.pop("tiles")),
+            r"another version .*: unet-rt build model\.onnx --out .* --overwrite",
+        ),
+        (lambda f: edit(f, lambda d: d["options"].update(input_range=[0.0, 1.0])), "another version"),
+        (lambda f: edit(f, lambda d: d.update(schema=[SCHEMA[0] - 1, 0])), r"unet-rt build .* --overwrite"),
         (lambda f: edit(f, lambda d: d["files"].pop("graph")), "names no graph"),
         (lambda f: next(f.glob("graph-*")).unlink(), "is missing"),
         (lambda f: next(f.glob("graph-*")).write_bytes(b"x"), "is not the file that was built"),

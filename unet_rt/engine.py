@@ -290,12 +290,9 @@ class EngineSpec:
             precision=data["precision"],
             backend=data["backend"],
             device=data["device"],
-            run_batch=_count(data.get("run_batch", 1)),
-            batches=tuple(_count(n) for n in data.get("batches", ())),
-            tiles=tuple(
-                _pixels(data, "tiles", tile, 1)
-                for tile in data.get("tiles", [data["tile"]] if data.get("batches") else [])  # earlier plans have one
-            ),
+            run_batch=_count(data["run_batch"]),
+            batches=tuple(_count(n) for n in data["batches"]),
+            tiles=tuple(_pixels(data, "tiles", tile, 1) for tile in data["tiles"]),
             bytes_per_px=data["bytes_per_px"],
             made_on=data["made_on"],
             options=data["options"],
@@ -310,11 +307,7 @@ def _pixels(data: Mapping[str, Any], key: str, value: Any, least: int) -> tuple[
 
 
 def _ranges(value: Any) -> tuple[tuple[float, float], ...] | None:
-    """Pairs of numbers, or one pair by itself, as records of one range for all channels hold it."""
-    if value is None:
-        return None
-    pairs = value if value and isinstance(value[0], list | tuple) else [value]
-    return tuple((float(low), float(high)) for low, high in pairs)
+    return None if value is None else tuple((float(low), float(high)) for low, high in value)
 
 
 def _count(value: Any) -> int:
@@ -703,7 +696,7 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
     if major != SCHEMA[0]:
         raise EngineError(
             f"{called} has schema {major}.{minor}, and this version reads {SCHEMA[0]}.x; "
-            + ("upgrade unet-rt" if major > SCHEMA[0] else "build the engine again")
+            + ("upgrade unet-rt" if major > SCHEMA[0] else _anew(called))
         )
     for kind in ("model", "graph"):
         if kind not in files:
@@ -732,13 +725,21 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
         )
         key = _key(document)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, ContractError) as error:
-        raise EngineError(f"{path} is damaged ({type(error).__name__}: {error}); build the engine again") from error
+        raise EngineError(
+            f"{path} is damaged, or was written by another version of unet-rt ({type(error).__name__}: {error}); "
+            f"{_anew(called)}"
+        ) from error
     if document.get("key") != key:
         raise EngineError(
             f"{path} was changed after it was written (its key differs), and parity was proven for what it said; "
             "copy it again, or build again"
         )
     return EngineFolder(folder, spec, files, parity)
+
+
+def _anew(folder: Path) -> str:
+    """How an engine of another form is replaced: nothing but the folder's name is known of how it was built."""
+    return f"build it again: unet-rt build model.onnx --out {folder} --overwrite"
 
 
 def _key(document: Mapping[str, Any]) -> str:

@@ -157,12 +157,12 @@ def _passed_here(folder: EngineFolder, here: Mapping[str, Any]) -> bool:
 
 def _missed(verdict: Mapping[str, Any], budget: parity.Budget) -> bool:
     """Whether the numbers of a written verdict are outside a budget, whatever the verdict says of itself."""
-    change, dice = verdict.get("label_change"), verdict.get("dice")
-    values = [i for i in verdict.get("images", ()) if i["label_change"] is None and i.get("judged", True)]
+    change, dice = verdict["label_change"], verdict["dice"]
+    values = [i for i in verdict["images"] if i["label_change"] is None and i["judged"]]
     if any(not float(image["relative"]) <= budget.error for image in values):  # a regression beside labels is one, too
         return True
     if change is None:  # a regression
-        return not float(verdict.get("relative", "nan")) <= budget.error
+        return not float(verdict["relative"]) <= budget.error
     return bool(change > budget.labels or (dice is not None and dice < budget.dice))
 
 

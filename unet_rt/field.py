@@ -134,5 +134,5 @@ class OutputField:
             field,
             data["exact"],
             tuple(data["reasons"]),
-            data.get("note", ""),
+            data["note"],
         )

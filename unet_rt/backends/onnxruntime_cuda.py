@@ -100,8 +100,12 @@ class Options:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Options:
-        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
-        return cls(**known)
+        if set(data) != set(cls.__dataclass_fields__):
+            raise BackendError(
+                f"the graph records the settings {', '.join(data)}, as another version of unet-rt has them; build it again: "
+                "unet-rt build model.onnx --overwrite"
+            )
+        return cls(**data)
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
