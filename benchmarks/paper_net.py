@@ -22,6 +22,7 @@ import torch
 import unet_rt
 from unet_rt import models
 from unet_rt.contract import Contract, Normalization
+from unet_rt.contract_io import contract_from_json
 from unet_rt.export import METADATA_KEY, export
 from unet_rt.models import UNet, UNetSpec
 from unet_rt.synthetic import microscopy
@@ -104,13 +105,13 @@ def _made(name: str, source: Path, factor: int) -> Net:
 def _shipped(source: Path) -> tuple[UNet, Contract]:
     record = json.loads(source.with_suffix(".json").read_text())
     if source.suffix == ".npz":
-        return models.load_half(source), Contract.from_json(record["contract"])
+        return models.load_half(source), contract_from_json(record["contract"])
     import onnx
 
     model = onnx.load(source)
     metadata = {p.key: p.value for p in model.metadata_props}
     network = models.unet_from_onnx(model, UNetSpec(**record["architecture"]))
-    return network, Contract.from_json(json.loads(metadata[METADATA_KEY]))
+    return network, contract_from_json(json.loads(metadata[METADATA_KEY]))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ ort = pytest.importorskip("onnxruntime", reason="export checks with onnxruntime;
 import unet_rt  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
 from unet_rt.contract import Contract, Normalization  # noqa: E402
+from unet_rt.contract_io import contract_from_json, contract_from_smp  # noqa: E402
 from unet_rt.errors import ContractError, GraphError  # noqa: E402
 from unet_rt.export import METADATA_KEY, export  # noqa: E402
 from unet_rt.models import FCN8s, SegNet, UNet, unet_from_onnx  # noqa: E402
@@ -94,7 +95,7 @@ def test_the_contract_travels_in_the_metadata(tmp_path: Path) -> None:
     export(network, tmp_path / "model.onnx", contract=CONTRACT, pixels=pixels())
     props = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert list(props) == [METADATA_KEY]
-    assert Contract.from_json(json.loads(props[METADATA_KEY])) == CONTRACT
+    assert contract_from_json(json.loads(props[METADATA_KEY])) == CONTRACT
 
 
 def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_the_shipped_network_has_its_contract_and_is_free() -> None:
     assert path.stat().st_size < 1.5e6
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
-    contract = Contract.from_json(json.loads(next(p.value for p in model.metadata_props if p.key == METADATA_KEY)))
+    contract = contract_from_json(json.loads(next(p.value for p in model.metadata_props if p.key == METADATA_KEY)))
     assert contract.axes == "NCYX"
     assert contract.classes == ("background", "nucleus")
     assert contract.output_is == "logits"
@@ -307,7 +308,7 @@ def test_checkpoints_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
     document = json.loads(capsys.readouterr().out)
     assert document["contract"]["classes"] == ["a", "b"]  # options win over the checkpoint
     props = {p.key: p.value for p in onnx.load(out).metadata_props}
-    assert Contract.from_json(json.loads(props[METADATA_KEY])).normalization == CONTRACT.normalization
+    assert contract_from_json(json.loads(props[METADATA_KEY])).normalization == CONTRACT.normalization
     assert main(["export", str(tmp_path / "model.pt"), "--out", str(out)]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
 
@@ -357,19 +358,19 @@ def test_whole_modules_are_not_unpickled(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_contracts_of_encoders() -> None:
     imagenet = Normalization("fixed", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    assert Contract.from_smp("resnet34").normalization == imagenet
-    assert Contract.from_smp("timm-efficientnet-b3", weights="noisy-student").normalization == imagenet
+    assert contract_from_smp("resnet34").normalization == imagenet
+    assert contract_from_smp("timm-efficientnet-b3", weights="noisy-student").normalization == imagenet
     half = Normalization("fixed", scale=255.0, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert Contract.from_smp("inceptionv4").normalization == half
-    assert Contract.from_smp("timm-efficientnet-b3", weights="advprop").normalization == half
+    assert contract_from_smp("inceptionv4").normalization == half
+    assert contract_from_smp("timm-efficientnet-b3", weights="advprop").normalization == half
     with pytest.raises(ContractError, match="'my-own' is not known"):
-        Contract.from_smp("my-own")
+        contract_from_smp("my-own")
 
 
 def test_segmentation_models_pytorch(tmp_path: Path) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch", reason="pip install segmentation-models-pytorch")
     torch.manual_seed(0)
-    contract = Contract.from_smp("resnet18", classes=("background", "road"))
+    contract = contract_from_smp("resnet18", classes=("background", "road"))
     network = smp.Unet("resnet18", encoder_weights=None, classes=2)
     done = export(network, tmp_path / "smp.onnx", contract=contract, sizes=[64, (64, 96)])
     assert done.max_error <= done.tolerance

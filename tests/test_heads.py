@@ -248,7 +248,7 @@ def test_outputs_are_declared_in_the_contract(five: Path, windows: list[Array], 
     assert engine.spec.contract_of(2).classes == ("background", "nucleus")
     assert engine.spec.contract_of(1).threshold == (0.5, 0.9)
     assert engine.spec.contract_of(0).task == "multiclass"
-    assert Contract.from_json(json.loads(json.dumps(engine.spec.contract.to_json()))) == engine.spec.contract
+    assert contract_from_json(json.loads(json.dumps(engine.spec.contract.to_json()))) == engine.spec.contract
     image = engine.folder.parity["verdict"]["images"][2]
     assert (image["head"], image["label_change"]) == ("half", 0.0)
     assert set(image["dice"]) == {"background", "nucleus"}

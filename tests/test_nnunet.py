@@ -16,7 +16,8 @@ pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip i
 
 import unet_rt as urt  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
-from unet_rt.contract import Contract, Normalization  # noqa: E402
+from unet_rt.contract import Normalization  # noqa: E402
+from unet_rt.contract_io import contract_from_json  # noqa: E402
 from unet_rt.errors import GraphError  # noqa: E402
 from unet_rt.export import METADATA_KEY  # noqa: E402
 from unet_rt.models.nnunet import open_nnunet  # noqa: E402
@@ -114,7 +115,7 @@ def test_the_contract_is_that_of_its_plans(trained: Path, tmp_path: Path, capsys
     assert "equals the module" in capsys.readouterr().out
     model = onnx.load(out)
     metadata = {p.key: p.value for p in model.metadata_props}
-    contract = Contract.from_json(json.loads(metadata[METADATA_KEY]))
+    contract = contract_from_json(json.loads(metadata[METADATA_KEY]))
     assert contract.axes == "NCYX"
     assert contract.channels == ("DAPI",)
     assert contract.normalization == ZSCORE

@@ -170,7 +170,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_the_table_is_read_back_as_it_was_measured(tmp_path: Path):
     mask = (microscopy((300, 400), seed=11).truth > 0).astype(np.uint8)
     _, found = label_mask(mask, min_size=30, pixel_size_um=(0.5, 0.25), class_names={1: "nucleus, stained"})
-    found.to_csv(tmp_path / "objects.csv")
+    write_table(tmp_path / "objects.csv", [found])
     table = rows(tmp_path / "objects.csv")
     assert [int(row["id"]) for row in table] == found.ids.tolist()
     assert len(table) > 5
@@ -201,7 +201,8 @@ def test_planes_and_classes_are_summed_up(tmp_path: Path):
 
 
 def test_a_volume_has_volumes(tmp_path: Path):
-    label_mask(np.ones((2, 3, 4), bool), pixel_size_um=(2, 1, 1))[1].to_csv(tmp_path / "objects.csv")
+    found = label_mask(np.ones((2, 3, 4), bool), pixel_size_um=(2, 1, 1))[1]
+    write_table(tmp_path / "objects.csv", [found])
     (row,) = rows(tmp_path / "objects.csv")
     assert (row["volume_px"], row["volume_um3"], row["centroid_z"], row["stop_x"]) == ("24", "48.0", "0.5", "4")
 
@@ -209,21 +210,21 @@ def test_a_volume_has_volumes(tmp_path: Path):
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch):
     _, found = label_mask(np.eye(3, dtype=np.uint8))
     path = tmp_path / "objects.csv"
-    found.to_csv(path)
+    write_table(path, [found])
     before = path.read_bytes()
     with pytest.raises(OutputError, match="exists already"):
-        found.to_csv(path)
+        write_table(path, [found])
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(objects.os, "fsync", full)
     with pytest.raises(OutputError, match="No space left"):
-        found.to_csv(path, overwrite=True)
+        write_table(path, [found], overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OutputError, match="missing"):
-        found.to_csv(tmp_path / "missing" / "objects.csv")
+        write_table(tmp_path / "missing" / "objects.csv", [found])
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

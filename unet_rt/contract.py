@@ -122,29 +122,6 @@ class Contract:
             given["heads"] = [_declared(asdict(head)) for head in self.heads]
         return given
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Contract:
-        """Inverse of :meth:`to_json`. Raises ContractError for unknown keys and values of the wrong kind."""
-        from .contract_io import contract_from_json
-
-        return contract_from_json(data)
-
-    @classmethod
-    def from_smp(cls, encoder: str, *, weights: str | None = "imagenet", classes: tuple[str, ...] = ()) -> Contract:
-        """What a network of segmentation_models_pytorch expects: the normalisation that its encoder was trained with.
-
-        Args:
-            encoder: As given to the network, e.g. ``"resnet34"``.
-            weights: As given to the network; a network trained from the start is normalised as you trained it.
-            classes: Names of the classes.
-
-        Raises:
-            ContractError: the encoder is not known.
-        """
-        from .contract_io import contract_from_smp
-
-        return contract_from_smp(encoder, weights, classes)
-
 
 def _declared(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value != ()}

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from .contract import Border, Contract, Head, Method, Normalization, OutputIs, Scope, Task
 from .errors import ContractError
 from .image import Source
 from .normalize import value_range
-from .pixels import Array
+
+Array = npt.NDArray[Any]
 
 METADATA_KEY = "unet_rt.contract"
 _RECORDS = (METADATA_KEY, "unet_rt.half")  # what passes and backends say of a graph: no fields
@@ -699,8 +701,17 @@ SMP_ENCODERS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }  # fmt: skip
 
 
-def contract_from_smp(encoder: str, weights: str | None, classes: tuple[str, ...]) -> Contract:
-    """The contract of an encoder of segmentation_models_pytorch. See :meth:`Contract.from_smp`."""
+def contract_from_smp(encoder: str, *, weights: str | None = "imagenet", classes: tuple[str, ...] = ()) -> Contract:
+    """What a network of segmentation_models_pytorch expects: the normalisation that its encoder was trained with.
+
+    Args:
+        encoder: As given to the network, e.g. ``"resnet34"``.
+        weights: As given to the network; a network trained from the start is normalised as you trained it.
+        classes: Names of the classes.
+
+    Raises:
+        ContractError: the encoder is not known.
+    """
     if encoder.startswith("tu-"):
         mean, std = _timm(encoder.removeprefix("tu-"))
     else:

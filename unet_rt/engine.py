@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import Contract
+from .contract_io import contract_from_json
 from .durable import PART, Disk, locked, part_path, parts_of
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError
 from .field import OutputField, TileSizes, size_text
@@ -277,7 +278,7 @@ class EngineSpec:
         if seen is not None and len(seen) not in (1, sum(i.channels for i in inputs)):
             raise ValueError(f"input_range {seen!r}")
         return cls(
-            contract=Contract.from_json(data["contract"]),
+            contract=contract_from_json(data["contract"]),
             inputs=inputs,
             outputs=tuple(OutputField.from_json(o) for o in data["outputs"]),
             sizes=tuple(TileSizes(**s) for s in data["sizes"]),

@@ -84,14 +84,6 @@ class Objects:
         """The name of a label; its number where it has none."""
         return self.class_names.get(label, str(label))
 
-    def to_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes one line per object. See :func:`write_table`."""
-        write_table(path, [self], overwrite=overwrite)
-
-    def class_areas_to_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes one line per class. See :func:`write_class_areas`."""
-        write_class_areas(path, [self], overwrite=overwrite)
-
 
 def label_mask(
     mask: Array,

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from unet_rt.contract import Contract
+from unet_rt.contract_io import contract_from_json
 from unet_rt.durable import Disk
 from unet_rt.errors import OutputError, UnetRtError, first_line
 from unet_rt.models import Network, SegNet, architecture_of, network_of
@@ -423,7 +424,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, Contract, di
         )
     network = network_of(content["architecture"])
     network.load_state_dict(content["state"])
-    return network.eval(), Contract.from_json(json.loads(content["contract"])), json.loads(content["record"])
+    return network.eval(), contract_from_json(json.loads(content["contract"])), json.loads(content["record"])
 
 
 def write_torch(path: Path, content: Any) -> None:
