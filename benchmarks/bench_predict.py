@@ -47,7 +47,7 @@ from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
 from unet_rt.pipeline import RunReport, Spans
 from unet_rt.synthetic import microscopy
-from unet_rt.training import predict_whole
+from unet_rt.training.trainer import predict_whole
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]

@@ -37,8 +37,7 @@ from unet_rt.model import baseline_engine, open_model, square_tile, untiled_spec
 from unet_rt.samples import Sample, draw, raw_result
 from unet_rt.synthetic import microscopy
 from unet_rt.tiles import TileGrid, tile_grid
-from unet_rt.training import iou
-from unet_rt.training.metrics import dice
+from unet_rt.training.metrics import dice, iou
 
 SEAM = 1e-5  # share of labels, as build's default budget
 

@@ -17,10 +17,13 @@ import numpy as np
 import record
 import torch
 
-from unet_rt.models import UNet
+from unet_rt.models.unet import UNet
 from unet_rt.synthetic import Scene, microscopy
-from unet_rt.training import Augmentation, Recipe, Tiles, border_weights, prepare, train
+from unet_rt.training.augment import Augmentation, Tiles
 from unet_rt.training.fit import NORMALIZATION
+from unet_rt.training.samples import prepare
+from unet_rt.training.trainer import Recipe, train
+from unet_rt.training.weights import border_weights
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,10 +41,17 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import backends, kernels, machine  # noqa: E402
+from unet_rt import (
+    backends,
+    kernels,
+    machine,  # noqa: E402
+)
 from unet_rt.contract import Normalization  # noqa: E402
 from unet_rt.image import open_image  # noqa: E402
-from unet_rt.normalize import affine, normalised  # noqa: E402
+from unet_rt.normalize import (
+    affine,
+    normalised,  # noqa: E402
+)
 from unet_rt.pipeline import RunReport  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 

@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> int:
 def train_one(args: argparse.Namespace) -> None:
     import torch
 
-    from unet_rt.models import network_of
-    from unet_rt.training import save_checkpoint, train
+    from unet_rt.models.architecture import network_of
     from unet_rt.training.curves import training_curves
     from unet_rt.training.fit import NORMALIZATION, Options, device_of, fitting_tile, planned
     from unet_rt.training.folder import read_folder
     from unet_rt.training.membranes import CONTRACT
+    from unet_rt.training.trainer import save_checkpoint, train
 
     torch.set_num_threads(args.threads)
     place = device_of(args.device)
@@ -160,7 +160,7 @@ def train_one(args: argparse.Namespace) -> None:
 
 def _probability(network: Any, image: Any) -> Any:
     """Of being inside a cell: mean over the eight flips and turns of the slice, as the paper's test averaged seven."""
-    from unet_rt.training import predict_whole
+    from unet_rt.training.trainer import predict_whole
 
     total = np.zeros(image.shape[1:], np.float64)
     for quarter in range(4):

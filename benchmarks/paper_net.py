@@ -24,9 +24,12 @@ from unet_rt import models
 from unet_rt.contract import Contract, Normalization
 from unet_rt.contract_io import contract_from_json
 from unet_rt.export import METADATA_KEY, export
-from unet_rt.models import UNet, UNetSpec
+from unet_rt.models import stored
+from unet_rt.models import widen as models_widen
+from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.synthetic import microscopy
-from unet_rt.training import load_checkpoint, normalized, predict_whole, save_checkpoint
+from unet_rt.training.samples import normalized
+from unet_rt.training.trainer import load_checkpoint, predict_whole, save_checkpoint
 
 DATA = Path(unet_rt.__file__).parent / "data"
 PAPER_PARAMETERS = 31_030_658
@@ -86,7 +89,7 @@ def _made(name: str, source: Path, factor: int) -> Net:
     if not (graph.exists() and checkpoint.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         small, contract = _shipped(source)
-        wide = models.widen(small, factor) if factor > 1 else small
+        wide = models_widen.widen(small, factor) if factor > 1 else small
         drawn = microscopy((384, 384), seed=1)
         pixels = normalized(drawn.image[None], contract.normalization or Normalization("none"))
         changed = (predict_whole(small, pixels).argmax(0) != predict_whole(wide, pixels).argmax(0)).mean()
@@ -105,12 +108,12 @@ def _made(name: str, source: Path, factor: int) -> Net:
 def _shipped(source: Path) -> tuple[UNet, Contract]:
     record = json.loads(source.with_suffix(".json").read_text())
     if source.suffix == ".npz":
-        return models.load_half(source), contract_from_json(record["contract"])
+        return stored.load_half(source), contract_from_json(record["contract"])
     import onnx
 
     model = onnx.load(source)
     metadata = {p.key: p.value for p in model.metadata_props}
-    network = models.unet_from_onnx(model, UNetSpec(**record["architecture"]))
+    network = stored.unet_from_onnx(model, UNetSpec(**record["architecture"]))
     return network, contract_from_json(json.loads(metadata[METADATA_KEY]))
 
 

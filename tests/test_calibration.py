@@ -13,24 +13,33 @@ from hypothesis import strategies as st
 
 onnx = pytest.importorskip("onnx")
 
-from unet_rt.activations import BINS, Distribution, overflowing, probe, tensors  # noqa: E402
-from unet_rt.calibration import (  # noqa: E402
-    METHODS,
-    Calibration,
-    Range,
-    calibrate,
-    input_ranges,
-    range_of,
-    split,
-    tile_starts,
+from unet_rt.activations import (
+    BINS,
+    Distribution,
+    overflowing,
+    probe,
+    tensors,  # noqa: E402
 )
-from unet_rt.contract import Contract, Normalization  # noqa: E402
+from unet_rt.calibration import METHODS, Calibration, Range, calibrate, input_ranges, range_of, split, tile_starts
+from unet_rt.contract import (
+    Contract,
+    Normalization,  # noqa: E402
+)
 from unet_rt.demo import shipped_model  # noqa: E402
-from unet_rt.errors import EngineError, ImageError  # noqa: E402
-from unet_rt.normalize import Affine, normalised  # noqa: E402
+from unet_rt.errors import (
+    EngineError,
+    ImageError,  # noqa: E402
+)
+from unet_rt.normalize import (
+    Affine,
+    normalised,  # noqa: E402
+)
 from unet_rt.parity import constant_reason  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
-from unet_rt.samples import Sample, draw  # noqa: E402
+from unet_rt.samples import (
+    Sample,
+    draw,  # noqa: E402
+)
 from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime

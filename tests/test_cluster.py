@@ -14,6 +14,7 @@ from test_engine import edit
 
 import unet_rt as urt
 from unet_rt import cluster
+from unet_rt import engine as unet_rt_engine
 from unet_rt.synthetic import microscopy
 
 pytestmark = pytest.mark.onnxruntime
@@ -88,7 +89,9 @@ def test_workers_load_the_engine_as_it_was_loaded_here(
     with pytest.raises(urt.UnetRtError):
         urt.load(unproven)
     loaded = []
-    monkeypatch.setattr(cluster, "load", lambda path, **options: loaded.append(options) or urt.load(path, **options))
+    monkeypatch.setattr(
+        unet_rt_engine, "load", lambda path, **options: loaded.append(options) or urt.load(path, **options)
+    )
     with urt.load(unproven, device="cpu", accept_unverified=True) as engine:
         expected = urt.predict(engine, sample_images[0])
         for options in ({}, {"tta": "flip"}):

@@ -18,17 +18,36 @@ import onnx  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import cli, ensemble  # noqa: E402
-from unet_rt.contract import Contract, Head, Normalization  # noqa: E402
-from unet_rt.contract_io import contract_from_metadata, contract_to_metadata  # noqa: E402
+from unet_rt import (
+    cli,
+    ensemble,
+    onnx_file,  # noqa: E402
+)
+from unet_rt.contract import (
+    Contract,
+    Head,
+    Normalization,  # noqa: E402
+)
+from unet_rt.contract_io import (
+    contract_from_metadata,
+    contract_to_metadata,  # noqa: E402
+)
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.engine import sha256  # noqa: E402
 from unet_rt.ensemble import merge  # noqa: E402
-from unet_rt.errors import ContractError, GraphError  # noqa: E402
+from unet_rt.errors import (
+    ContractError,
+    GraphError,  # noqa: E402
+)
 from unet_rt.export import export  # noqa: E402
 from unet_rt.graph import inspect  # noqa: E402
-from unet_rt.model import Model, open_model, open_models  # noqa: E402
-from unet_rt.models import UNet, UNetSpec, unet_from_onnx  # noqa: E402
+from unet_rt.model import (
+    Model,
+    open_model,
+    open_models,  # noqa: E402
+)
+from unet_rt.models.stored import unet_from_onnx  # noqa: E402
+from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 
@@ -347,7 +366,7 @@ def test_options_settle_a_difference(folds, contract, tmp_path):
 
 
 def test_what_no_file_holds_is_refused(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(ensemble, "LARGEST", 2**21)
+    monkeypatch.setattr(onnx_file, "LARGEST", 2**21)
     with pytest.raises(GraphError, match="that one ONNX file holds"):
         merge(opened, tmp_path / "ensemble.onnx")
 

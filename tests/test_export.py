@@ -16,13 +16,28 @@ ort = pytest.importorskip("onnxruntime", reason="export checks with onnxruntime;
 
 import unet_rt  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
-from unet_rt.contract import Contract, Normalization  # noqa: E402
-from unet_rt.contract_io import contract_from_json, contract_from_smp  # noqa: E402
-from unet_rt.errors import ContractError, GraphError  # noqa: E402
-from unet_rt.export import METADATA_KEY, export  # noqa: E402
-from unet_rt.models import FCN8s, SegNet, UNet, unet_from_onnx  # noqa: E402
+from unet_rt.contract import (
+    Contract,
+    Normalization,  # noqa: E402
+)
+from unet_rt.contract_io import (
+    contract_from_json,
+    contract_from_smp,  # noqa: E402
+)
+from unet_rt.errors import (
+    ContractError,
+    GraphError,  # noqa: E402
+)
+from unet_rt.export import (
+    METADATA_KEY,
+    export,  # noqa: E402
+)
+from unet_rt.models.fcn import FCN8s
+from unet_rt.models.segnet import SegNet
+from unet_rt.models.stored import unet_from_onnx  # noqa: E402
+from unet_rt.models.unet import UNet
 from unet_rt.synthetic import microscopy  # noqa: E402
-from unet_rt.training import save_checkpoint  # noqa: E402
+from unet_rt.training.trainer import save_checkpoint  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 

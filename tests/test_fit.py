@@ -21,12 +21,37 @@ torch = pytest.importorskip("torch", reason="training needs torch; pip install u
 
 import unet_rt  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
-from unet_rt.errors import BackendError, ContractError, ImageError, OutputError  # noqa: E402
-from unet_rt.models import UNet  # noqa: E402
-from unet_rt.synthetic import Scene, microscopy  # noqa: E402
-from unet_rt.training import Recipe, Sample, TrainingError, components, load_checkpoint, train  # noqa: E402
-from unet_rt.training.fit import NORMALIZATION, Options, fit, planned, split, watched  # noqa: E402
-from unet_rt.training.folder import find_pairs, read_folder  # noqa: E402
+from unet_rt.errors import (
+    BackendError,
+    ContractError,
+    ImageError,
+    OutputError,  # noqa: E402
+)
+from unet_rt.models.unet import UNet  # noqa: E402
+from unet_rt.synthetic import (
+    Scene,
+    microscopy,  # noqa: E402
+)
+from unet_rt.training import components
+from unet_rt.training.fit import (
+    NORMALIZATION,
+    Options,
+    fit,
+    planned,
+    split,
+    watched,  # noqa: E402
+)
+from unet_rt.training.folder import (
+    find_pairs,
+    read_folder,  # noqa: E402
+)
+from unet_rt.training.samples import Sample
+from unet_rt.training.trainer import (
+    Recipe,
+    TrainingError,
+    load_checkpoint,
+    train,  # noqa: E402
+)
 
 pytestmark = pytest.mark.torch
 
@@ -448,7 +473,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(folder: Path, 
 
 def test_a_step_is_not_bound_by_its_augmentation(micrographs: list[Any]) -> None:
     """Drawing a batch against forward and backward of the smallest network that anyone would train: within 15 %."""
-    from unet_rt.training import Augmentation, Tiles, prepare
+    from unet_rt.training.augment import Augmentation, Tiles
+    from unet_rt.training.samples import prepare
 
     sample: Sample = prepare("one", micrographs[0].image, micrographs[0].truth, NORMALIZATION)
     tiles = Tiles([sample], 256, 256, Augmentation(), 0)
@@ -468,7 +494,7 @@ def test_a_step_is_not_bound_by_its_augmentation(micrographs: list[Any]) -> None
 
 
 def test_border_weights_of_a_hundred_objects_are_quick() -> None:
-    from unet_rt.training import border_weights
+    from unet_rt.training.weights import border_weights
 
     labels = microscopy((512, 512), seed=3, scene=Scene(radius_px=11, cover=0.3)).truth
     assert len(np.unique(labels)) > 100

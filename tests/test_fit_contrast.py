@@ -14,9 +14,19 @@ pytest.importorskip("skimage", reason="thresholds to compare with; pip install u
 
 from scipy.ndimage import distance_transform_edt, gaussian_filter  # noqa: E402
 
-from unet_rt.synthetic import Scene, microscopy  # noqa: E402
-from unet_rt.training import evaluate, iou, load_checkpoint, prepare, separate  # noqa: E402
-from unet_rt.training.fit import NORMALIZATION, Options, fit  # noqa: E402
+from unet_rt.synthetic import (
+    Scene,
+    microscopy,  # noqa: E402
+)
+from unet_rt.training.fit import (
+    NORMALIZATION,
+    Options,
+    fit,  # noqa: E402
+)
+from unet_rt.training.metrics import iou
+from unet_rt.training.samples import prepare
+from unet_rt.training.trainer import evaluate, load_checkpoint
+from unet_rt.training.weights import separate  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

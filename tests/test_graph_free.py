@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from unet_rt import free
+from unet_rt import graph as free
 from unet_rt.free import free_spatial
 from unet_rt.graph import analyse, inspect
 from unet_rt.onnx_file import read_graph

@@ -12,13 +12,7 @@ pytest.importorskip("skimage", reason="scores Rand errors; pip install unet-rt[t
 
 from unet_rt.synthetic import Scene, microscopy
 from unet_rt.training import components
-from unet_rt.training.metrics import (
-    dice,
-    object_iou,
-    pixel_error,
-    rand_error,
-    warping_error,
-)
+from unet_rt.training.metrics import dice, object_iou, pixel_error, rand_error, warping_error
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,13 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the reference networks need torch; pip install unet-rt[torch]")
 
 from unet_rt.errors import GraphError  # noqa: E402
-from unet_rt.models import (  # noqa: E402
-    FCN8s,
-    SegNet,
-    UNet,
-    UNetSpec,
-    architecture_of,
-    crop_concat,
-    load_half,
-    network_of,
-    save_half,
-    widen,
-)
+from unet_rt.models import widen
+from unet_rt.models.architecture import architecture_of, network_of
+from unet_rt.models.fcn import FCN8s
+from unet_rt.models.segnet import SegNet
+from unet_rt.models.skip import crop_concat
+from unet_rt.models.stored import load_half, save_half
+from unet_rt.models.unet import UNet, UNetSpec
 
 pytestmark = pytest.mark.torch
 

@@ -21,8 +21,12 @@ from unet_rt.contract_io import contract_from_json  # noqa: E402
 from unet_rt.errors import GraphError  # noqa: E402
 from unet_rt.export import METADATA_KEY  # noqa: E402
 from unet_rt.models.nnunet import open_nnunet  # noqa: E402
-from unet_rt.synthetic import Scene, microscopy  # noqa: E402
-from unet_rt.training import Augmentation, Tiles, prepare  # noqa: E402
+from unet_rt.synthetic import (
+    Scene,
+    microscopy,  # noqa: E402
+)
+from unet_rt.training.augment import Augmentation, Tiles
+from unet_rt.training.samples import prepare  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,

@@ -23,6 +23,7 @@ from test_cases import output, predicted
 
 import unet_rt as urt
 from unet_rt import normalize, predict_blocks, predict_large, stage
+from unet_rt import stage as unet_rt_stage
 from unet_rt.blocks import plan_blocks
 from unet_rt.contract import Contract, Normalization
 from unet_rt.durable import Disk
@@ -383,7 +384,7 @@ def test_the_last_block_fails_with_its_own_error(engine, stored, small_blocks, t
             raise urt.OutputError("the disk is full")
         put(self, store, block, values, tally)
 
-    opened = predict_large.open_stage
+    opened = unet_rt_stage.open_stage
 
     def open_stage(*args, **options):
         found = opened(*args, **options)
@@ -393,7 +394,7 @@ def test_the_last_block_fails_with_its_own_error(engine, stored, small_blocks, t
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.Stage, "put", failing)
-        patch.setattr(predict_large, "open_stage", open_stage)
+        patch.setattr(unet_rt_stage, "open_stage", open_stage)
         with pytest.raises(urt.OutputError, match="the disk is full"):
             urt.predict(engine, stored, out=out, tile=TILE)
     assert len(blocks) > 1

@@ -15,12 +15,26 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from unet_rt import backends  # noqa: E402
-from unet_rt.calibration import Calibration, Range, calibrate  # noqa: E402
+from unet_rt.calibration import (
+    Calibration,
+    Range,
+    calibrate,  # noqa: E402
+)
 from unet_rt.demo import shipped_model  # noqa: E402
-from unet_rt.errors import BackendError, GraphError  # noqa: E402
+from unet_rt.errors import (
+    BackendError,
+    GraphError,  # noqa: E402
+)
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.passes.fold import fold  # noqa: E402
-from unet_rt.passes.qdq import FORMS, Form, layers, prepare, probed, quantise  # noqa: E402
+from unet_rt.passes.qdq import (
+    FORMS,
+    Form,
+    layers,
+    prepare,
+    probed,
+    quantise,  # noqa: E402
+)
 from unet_rt.search import form_of  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
 

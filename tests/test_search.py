@@ -17,20 +17,39 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import build_engines, build_int8, build_judge, build_tiling, parity  # noqa: E402
-from unet_rt.activations import overflowing, probe, tensors  # noqa: E402
-from unet_rt.build_choice import _wider, closest  # noqa: E402
+from unet_rt import build_baseline as build_judge
+from unet_rt import (
+    build_engines,
+    build_tiling,
+    parity,  # noqa: E402
+)
+from unet_rt import search as build_int8
+from unet_rt.activations import (
+    overflowing,
+    probe,
+    tensors,  # noqa: E402
+)
+from unet_rt.build_choice import (
+    _wider,
+    closest,  # noqa: E402
+)
 from unet_rt.build_int8 import return_layers  # noqa: E402
 from unet_rt.build_job import Remarks  # noqa: E402
 from unet_rt.build_judge import Judge  # noqa: E402
-from unet_rt.build_report import BuildReport, Candidate  # noqa: E402
+from unet_rt.build_report import (
+    BuildReport,
+    Candidate,  # noqa: E402
+)
 from unet_rt.calibration import Calibration  # noqa: E402
-from unet_rt.contract import Contract, Head  # noqa: E402
+from unet_rt.contract import (
+    Contract,
+    Head,  # noqa: E402
+)
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402
-from unet_rt.search import (  # noqa: E402
+from unet_rt.search import (
     Deadline,
     LayerCost,
     Mixture,

@@ -27,7 +27,8 @@ from fake_tensorrt import FakeDevice
 
 import unet_rt
 from unet_rt import exam
-from unet_rt.backends import crop_concat_plugin, tensorrt, tensorrt_build
+from unet_rt.backends import crop_concat_plugin, tensorrt, tensorrt_build, tensorrt_session
+from unet_rt.backends import tensorrt_build as backends_tensorrt_build
 from unet_rt.backends.tensorrt_build import Compiled, compile_plan, profiles_for
 from unet_rt.backends.tensorrt_inspect import check_network
 from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, read_plan, write_plan
@@ -43,8 +44,14 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
 from unet_rt import kernels  # noqa: E402
-from unet_rt.models import FCN8s, UNet, load_half  # noqa: E402
-from unet_rt.passes.crop_concat import DOMAIN, OPERATOR, crop_concat  # noqa: E402
+from unet_rt.models.fcn import FCN8s
+from unet_rt.models.stored import load_half  # noqa: E402
+from unet_rt.models.unet import UNet
+from unet_rt.passes.crop_concat import (
+    DOMAIN,
+    OPERATOR,
+    crop_concat,  # noqa: E402
+)
 
 PACKAGE = Path(unet_rt.__file__).parent
 DATA = PACKAGE / "data"
@@ -355,7 +362,7 @@ def opened(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     device = FakeDevice()
     device.compute_capability = (9, 0)  # not listed by the library, so that it does not ask the driver for the GPU
     monkeypatch.setattr(tensorrt, "_open", lambda name: (rtx, device))
-    monkeypatch.setattr(tensorrt, "TensorRtSession", Session)
+    monkeypatch.setattr(tensorrt_session, "TensorRtSession", Session)
     monkeypatch.setattr(tensorrt, "_measured_ms", lambda session: times[session.header.variant])
     return times
 
@@ -388,7 +395,7 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
     opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan that is stale elsewhere is made again there from this graph, by a library that may have no plugins."""
-    real, seen = tensorrt.compile_plan, {}
+    real, seen = backends_tensorrt_build.compile_plan, {}
 
     def compile_plan(trt: Any, file: Path, *rest: Any, **more: Any) -> Any:
         kinds = Counter(node.op_type for node in onnx.load(str(file)).graph.node)
@@ -398,7 +405,7 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
         return real(trt, file, *rest, **more)
 
     opened["crop_concat"] = 0.1
-    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
+    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", compile_plan)
     monkeypatch.setattr(crop_concat_plugin, "register", lambda trt: True)
     tensorrt.build(
         shipped_model("membranes"), tmp_path / "g.onnx", precision="fp16", device="cuda:0", blob=tmp_path / "p",
@@ -429,14 +436,14 @@ def test_a_plan_holds_two_tiles(opened: dict[str, float], tmp_path: Path) -> Non
 def test_a_form_that_fails_is_left_out(
     opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = tensorrt.compile_plan
+    real = backends_tensorrt_build.compile_plan
 
     def compile_plan(trt: Any, file: Path, *rest: Any, **more: Any) -> Any:
         if broken in file.name:
             raise BackendError(f"no kernel for {file.name}")
         return real(trt, file, *rest, **more)
 
-    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
+    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", compile_plan)
     (tmp_path / "model.onnx").write_bytes(graph("paper_w8"))
 
     def build() -> None:
@@ -483,7 +490,7 @@ def test_another_precision_than_the_one_asked_is_no_engine(
     compiled = Compiled(b"plan", {"/conv": network}, ("x",), ("y",))
     tensor = {"Name": "t", "Format/Datatype": engine}
     told = {"Layers": [{"Name": "/conv", "Inputs": [tensor], "Outputs": [tensor]}]}
-    monkeypatch.setattr(tensorrt, "compile_plan", lambda *given, **more: compiled)
+    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", lambda *given, **more: compiled)
     monkeypatch.setattr(Session, "inspect", lambda self: json.dumps(told))
     with pytest.raises(BackendError, match=said):
         tensorrt.build(
@@ -530,7 +537,12 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
     def run(self: Session, inputs: list[np.ndarray[Any, Any]]) -> list[Any]:
         return list(cpu.run(None, {cpu.get_inputs()[0].name: inputs[0].astype(np.float16)}))
 
-    real_compile, real_sit, layers, sat = tensorrt.compile_plan, exam.sit, list[Counter[str]](), list[int]()
+    real_compile, real_sit, layers, sat = (
+        backends_tensorrt_build.compile_plan,
+        exam.sit,
+        list[Counter[str]](),
+        list[int](),
+    )
 
     def compile_plan(*given: Any, **more: Any) -> Any:
         made = real_compile(*given, **more)
@@ -538,7 +550,7 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
         return made
 
     monkeypatch.setattr(Session, "run", run)
-    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
+    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", compile_plan)
     monkeypatch.setattr(exam, "sit", lambda *given: sat.append(1) or real_sit(*given))
     with unet_rt.load(stale.path) as engine:
         assert engine.spec.precision == "int8"

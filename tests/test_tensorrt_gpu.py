@@ -200,7 +200,7 @@ def test_forms_of_a_graph_are_measured(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import networks
 
-    from unet_rt.models import load_half
+    from unet_rt.models.stored import load_half
 
     network = load_half(NUCLEI.with_name("paper_w8.npz"))
     networks.export(network, [(1, 1, 188, 188)], tmp_path / "paper.onnx", free_batch=True)

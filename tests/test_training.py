@@ -15,30 +15,31 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="training needs torch; pip install unet-rt[train]")
 
 import unet_rt  # noqa: E402
-from unet_rt.contract import Contract, Normalization  # noqa: E402
+from unet_rt.contract import (
+    Contract,
+    Normalization,  # noqa: E402
+)
 from unet_rt.errors import ImageError  # noqa: E402
-from unet_rt.models import UNet, load_half  # noqa: E402
-from unet_rt.synthetic import Scene, microscopy  # noqa: E402
-from unet_rt.training import (  # noqa: E402
-    Augmentation,
+from unet_rt.models.stored import load_half  # noqa: E402
+from unet_rt.models.unet import UNet
+from unet_rt.synthetic import (
+    Scene,
+    microscopy,  # noqa: E402
+)
+from unet_rt.training.augment import Augmentation, Tiles
+from unet_rt.training.metrics import iou
+from unet_rt.training.samples import Sample, normalized, prepare, split_by_blocks
+from unet_rt.training.trainer import (
     Recipe,
-    Sample,
-    Tiles,
     TrainingError,
-    border_weights,
-    class_weights,
     evaluate,
-    iou,
     load_checkpoint,
-    normalized,
     predict_whole,
-    prepare,
     save_checkpoint,
-    separate,
-    split_by_blocks,
     train,
     weighted_cross_entropy,
 )
+from unet_rt.training.weights import border_weights, class_weights, separate
 
 pytestmark = pytest.mark.torch
 

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from .engine import EngineSpec
-from .errors import ContractError, TileError
-from .field import size_text
+from .errors import ContractError, TileError, size_text
 from .resample import needed
 from .stitch import Decision
 from .tiles import AxisTiles, TileGrid

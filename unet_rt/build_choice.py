@@ -18,8 +18,7 @@ from .build_report import Candidate
 from .build_tiling import Tiling, tried_tiles
 from .build_timing import interleaved_times, with_timing
 from .engine import Engine
-from .errors import BackendError, GraphError, ParityError, TileError
-from .field import size_text
+from .errors import BackendError, GraphError, ParityError, TileError, size_text
 from .model import kept_share
 from .parity import Budget, Verdict
 from .predict import MEMORY_SHARE

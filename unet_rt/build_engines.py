@@ -13,7 +13,7 @@ from .build_job import Job
 from .build_report import Kind
 from .build_tiling import Tiling
 from .engine import Engine, EngineSpec, Precision
-from .field import size_text
+from .errors import size_text
 from .model import Model, square_tile
 from .passes.half import half
 from .samples import tile_of

@@ -10,8 +10,7 @@ from .build_baseline import Results, judging_results
 from .build_job import Job
 from .build_samples import Samples
 from .engine import EngineSpec
-from .errors import ContractError, ImageError, TileError
-from .field import size_text
+from .errors import ContractError, ImageError, TileError, size_text
 from .model import blended_spec, keeps, kept_share, largest_halo, seam_tile, square_tile, whole_grid
 from .parity import ImageParity
 from .samples import Sample, raw_results

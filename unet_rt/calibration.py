@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .activations import Distribution, probe
-from .errors import EngineError, ImageError
-from .field import size_text
+from .errors import EngineError, ImageError, size_text
 from .parity import constant_reason
 from .samples import Sample, tile_of
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import onnx
 
     from .engine import EngineSpec
+
 
 Array = npt.NDArray[Any]
 Method = Literal["minmax", "percentile", "tight", "entropy", "mse"]

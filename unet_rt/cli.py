@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .pipeline import RunReport
     from .predict_large import Tables
 
+
 Progress = Callable[[int, int], None]
 
 
@@ -1046,8 +1047,8 @@ def _export(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     _torch("runs the module", "torch")
+    from .errors import size_text
     from .export import OPSET, export, read_pixels
-    from .field import size_text
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:

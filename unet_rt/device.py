@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import machine
-from .errors import BackendError
-from .field import size_text
+from .errors import BackendError, size_text
 
 Array = npt.NDArray[Any]
 

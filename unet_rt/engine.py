@@ -38,14 +38,14 @@ import numpy.typing as npt
 from .contract import Contract
 from .contract_io import contract_from_json
 from .durable import PART, Disk, locked, part_path, parts_of
-from .errors import BackendError, ContractError, EngineError, OutputError, TileError
-from .field import OutputField, TileSizes, size_text
+from .errors import BackendError, ContractError, EngineError, OutputError, TileError, size_text
+from .field import OutputField, TileSizes
 from .stitch import Blend
 from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
 
 if TYPE_CHECKING:
-    from .backends import Session
-    from .backends.session import DeviceSession
+    from .backends.session import DeviceSession, Session
+
 
 log = logging.getLogger("unet_rt")
 

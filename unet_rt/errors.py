@@ -6,6 +6,8 @@ The command line turns each of these into exit code 2 (wrong use), except
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UnetRtError(Exception):
     """Base of every error that unet-rt raises on purpose."""
@@ -47,3 +49,8 @@ def first_line(error: BaseException) -> str:
     """What another library said, short enough to stand in a sentence; the kind of the error where it said nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
+
+
+def size_text(shape: Iterable[int | None]) -> str:
+    """A size along several axes, for people: ``512x512``; ``?`` where it is free."""
+    return "x".join("?" if n is None else str(n) for n in shape)

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from . import machine, parity
 from .durable import Disk
-from .errors import EngineError, ParityError
-from .field import size_text
+from .errors import EngineError, ParityError, size_text
 
 if TYPE_CHECKING:
     from .engine import Engine, EngineFolder, EngineSpec
+
 
 log = logging.getLogger("unet_rt")
 Array = npt.NDArray[Any]

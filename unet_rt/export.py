@@ -25,13 +25,12 @@ import numpy.typing as npt
 from . import backends
 from .contract import Contract
 from .durable import Disk
-from .errors import BackendError, ContractError, GraphError, first_line
-from .field import size_text
+from .errors import BackendError, ContractError, GraphError, first_line, size_text
 
 if TYPE_CHECKING:
-    # Imported where they are used: `import unet_rt` names export() and must stay light.
     import onnx
     from torch import nn
+
 
 Exporter = Literal["auto", "trace", "dynamo"]
 Array = npt.NDArray[np.float32]

@@ -5,17 +5,12 @@ Frozen values only; no pixels, no ONNX. ``graph.py`` computes them, ``tiles.py``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 Pair = tuple[int, int]
-
-
-def size_text(shape: Iterable[int | None]) -> str:
-    """A size along several axes, for people: ``512x512``; ``?`` where it is free."""
-    return "x".join("?" if n is None else str(n) for n in shape)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from unet_rt.errors import UnetRtError, first_line
-from unet_rt.field import OutputField, size_text
-from unet_rt.graph import Analysis, analyse_model
-from unet_rt.onnx_file import Value
+from .errors import UnetRtError, first_line, size_text
+from .field import OutputField
+from .graph import Analysis, analyse_model
+from .onnx_file import Value
 
 Array = NDArray[Any]
 Run = Callable[[onnx.ModelProto, Sequence[Array]], Sequence[Array]]

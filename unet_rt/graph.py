@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from unet_rt.errors import GraphError
-from unet_rt.field import AxisField, OutputField, Pair, TileSizes, size_text
-from unet_rt.line import Line, input_line
-from unet_rt.onnx_file import Graph, Node, Value, load_model, read_graph, restricted
-from unet_rt.passes.free_crops import free_crops
-from unet_rt.propagate import Axis, Tensor, Walk, plain, sole_line, tracked, value_of, walk
-from unet_rt.shapes import ELEMENT_BYTES
+from .errors import GraphError, size_text
+from .field import AxisField, OutputField, Pair, TileSizes
+from .line import Line, input_line
+from .onnx_file import Graph, Node, Value, load_model, read_graph, restricted
+from .passes.free_crops import free_crops
+from .propagate import Axis, Tensor, Walk, plain, sole_line, tracked, value_of, walk
+from .shapes import ELEMENT_BYTES
 
 COST_TILES = (512, 1024, 2048, 4096)
 SPATIAL = {1: "X", 2: "YX", 3: "ZYX"}

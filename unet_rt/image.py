@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from .axes import Choice, Layout, choose_channels, parse_channels, read_axes
 from .contract import Contract
-from .errors import BackendError, ContractError, ImageError
-from .field import size_text
+from .errors import BackendError, ContractError, ImageError, size_text
 from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import (
     Array,
@@ -40,6 +39,7 @@ from .pixels import (
 
 if TYPE_CHECKING:
     from .device import Device, DeviceArray, Stream
+
 
 SLIDES = (".svs", ".ndpi", ".scn", ".bif", ".mrxs", ".vms", ".vmu", ".svslide")  # whole slides: the suffix decides
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".btf", ".tf8", ".npy", *SLIDES)

@@ -19,8 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .errors import ImageError
-from .field import size_text
+from .errors import ImageError, size_text
 from .pixels import (
     CACHE_BYTES,
     GEO_TAGS,

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unet_rt.errors import BackendError, ContractError, ImageError, OutputError, TileError
-from unet_rt.field import size_text
+from .errors import BackendError, ContractError, ImageError, OutputError, TileError, size_text
 
 if TYPE_CHECKING:
     from types import ModuleType
+
 
 Border = Literal["mirror", "edge", "constant"]
 Op = Literal["copy", "softmax", "sigmoid", "argmax", "threshold"]
@@ -64,7 +64,7 @@ _DLPACK_ON_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 @functools.cache  # reading the cgroup's files takes longer than gathering a small tile
 def default_threads() -> int:
     """Threads that this process may use: affinity and cgroup quota, as found at the first call."""
-    from unet_rt import machine
+    from . import machine
 
     return machine.threads()
 

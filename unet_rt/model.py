@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from .contract import Contract
 from .engine import Engine, EngineSpec, InputSpec
-from .errors import BackendError, ContractError, GraphError, TileError
-from .field import OutputField, TileSizes, size_text
+from .errors import BackendError, ContractError, GraphError, TileError, size_text
+from .field import OutputField, TileSizes
 from .stitch import Blend
 from .tiles import TileGrid, cost_ratio, covered_px, exact_step, smallest_tile, tile_grid
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
     from .graph import GraphReport
+
 
 BASELINES = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
 LABEL_OPS = (  # last operators whose results are decisions already

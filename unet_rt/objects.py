@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .durable import Disk
-from .errors import ContractError, ImageError, OutputError
-from .field import size_text
+from .errors import ContractError, ImageError, OutputError, size_text
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]

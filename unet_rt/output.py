@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .durable import Disk, part_path, parts_of
-from .errors import OutputError
-from .field import size_text
+from .errors import OutputError, size_text
 from .image import Source
 from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
 

@@ -22,8 +22,7 @@ import numpy.typing as npt
 
 from . import kernels, machine
 from .device import DeviceMemoryError, TileMemoryError
-from .errors import BackendError, ImageError, TileError
-from .field import size_text
+from .errors import BackendError, ImageError, TileError, size_text
 from .normalize import Affine, Affines, OnePlane, grey_levels
 from .parity import class_name
 from .repeats import Repeats, Results
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from .contract import Contract
     from .engine import Engine, EngineSpec
     from .image import Source
+
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # (tiles done, tiles in all)

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ImageError
-from .field import size_text
+from .errors import ImageError, size_text
 
 Array = NDArray[Any]
 Window = tuple[slice, ...]

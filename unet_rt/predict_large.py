@@ -24,8 +24,7 @@ from .blocks import Block, plan_blocks, plan_of
 from .contract import Contract, Normalization
 from .durable import Disk, locked
 from .engine import Engine
-from .errors import ContractError, OutputError
-from .field import size_text
+from .errors import ContractError, OutputError, size_text
 from .image import Source, open_image
 from .image_zarr import import_zarr
 from .normalize import Affine, Affines, OnePlane, affine

@@ -15,12 +15,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from unet_rt import line as lines
-from unet_rt import onnx_file, shapes
-from unet_rt.field import size_text
-from unet_rt.line import Line, Sampling
-from unet_rt.onnx_file import Constant, Graph, Node
-from unet_rt.shapes import Array
+from . import line as lines
+from . import onnx_file, shapes
+from .errors import size_text
+from .line import Line, Sampling
+from .onnx_file import Constant, Graph, Node
+from .shapes import Array
 
 Part = Line | int
 Axis = tuple[Part, ...]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .field import size_text
+from .errors import size_text
 from .parity import judged_outputs
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .pipeline import RunReport
     from .search import LayerCost
     from .verify import VerifyReport
+
 
 OUTSIDE_TOLD = 1e-3  # share of pixels outside the range seen at build from which on the result is worth a look
 

@@ -33,8 +33,7 @@ from . import machine, parity
 from .activations import islands, too_large
 from .calibration import METHODS, Method, calibrate
 from .engine import Engine
-from .errors import BackendError, ContractError, GraphError
-from .field import size_text
+from .errors import BackendError, ContractError, GraphError, size_text
 from .passes import qdq
 from .passes.half import half
 from .stitch import decide
@@ -42,6 +41,7 @@ from .stitch import decide
 if TYPE_CHECKING:
     from .contract import Contract
     from .parity import Budget, Verdict
+
 
 Array = npt.NDArray[Any]
 Say = Callable[[str], None]

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import Border
-from .errors import TileError
-from .field import AxisField, OutputField, TileSizes, size_text
+from .errors import TileError, size_text
+from .field import AxisField, OutputField, TileSizes
 
 Ints = npt.NDArray[np.int64]
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unet_rt import machine
-from unet_rt.backends.session import Array, SessionBase
-from unet_rt.errors import BackendError
-from unet_rt.field import size_text
+from .. import machine
+from ..errors import BackendError, size_text
+from .session import Array, SessionBase
 
 if TYPE_CHECKING:
     from torch import nn

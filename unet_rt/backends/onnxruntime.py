@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from unet_rt import machine
-from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, Session, SessionBase, arrays_for, thread_count
-from unet_rt.errors import BackendError
-from unet_rt.field import size_text
-from unet_rt.passes.up_conv import up_conv
+from .. import machine
+from ..errors import BackendError, size_text
+from ..passes.up_conv import up_conv
+from .onnx_file import copy_graph, precision_of
+from .session import Array, Port, Session, SessionBase, arrays_for, thread_count
 
 # Metadata of a quantised graph: how many convolutions it means to run in INT8.
 QUANTISED_KEY = "quantised_layers"
@@ -86,7 +85,7 @@ def missing(device: str = "cpu") -> str | None:
             f"ONNX Runtime cannot use {device}: this is the CPU wheel; "
             "pip uninstall -y onnxruntime, then pip install onnxruntime-gpu"
         )
-    from unet_rt import device as gpu
+    from .. import device as gpu
 
     reason = gpu.missing(machine.cuda_index(device))
     return None if reason is None else f"ONNX Runtime cannot use {device}: {reason}"
@@ -159,7 +158,7 @@ def build(
     _require_precision(precision, device)
     import onnx
 
-    from unet_rt.passes.half import halved
+    from ..passes.half import halved
 
     found = precision_of(model)
     if precision == "int8":
@@ -176,7 +175,7 @@ def build(
         reason = missing(device)
         if reason is not None:
             raise BackendError(reason)
-        from unet_rt.backends import onnxruntime_cuda
+        from . import onnxruntime_cuda
 
         onnxruntime_cuda.build(model, graph, precision=precision, device=device, tiles=tiles, batches=batches)
         return
@@ -201,7 +200,7 @@ def load(graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, 
     _require_precision(precision, device)
     if device == "cpu":
         return OnnxRuntimeSession(Path(graph), precision, threads)
-    from unet_rt.backends.onnxruntime_cuda import CudaSession
+    from .onnxruntime_cuda import CudaSession
 
     return CudaSession(Path(graph), precision, device, threads)
 

@@ -41,15 +41,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from unet_rt import bench, machine
-from unet_rt.backends import onnxruntime as common
-from unet_rt.backends.session import Array, Port, SessionBase, arrays_for, check_shapes
-from unet_rt.device import DeviceMemoryError
-from unet_rt.errors import BackendError
-from unet_rt.field import size_text
+from .. import bench, machine
+from ..device import DeviceMemoryError
+from ..errors import BackendError, size_text
+from . import onnxruntime as common
+from .session import Array, Port, SessionBase, arrays_for, check_shapes
 
 if TYPE_CHECKING:
-    from unet_rt.device import Device, DeviceArray, Stream
+    from ..device import DeviceArray, Stream
+
 
 log = logging.getLogger("unet_rt")
 
@@ -287,7 +287,7 @@ class CudaSession(SessionBase):
         reason = common.missing(device)
         if reason is not None:
             raise BackendError(reason)
-        from unet_rt.device import Device
+        from ..device import Device
 
         self._library = common._import()
         self._errors = common._errors(self._library)
@@ -666,8 +666,8 @@ def build(
     """
     import onnx
 
-    from unet_rt.passes.half import half
-    from unet_rt.passes.up_conv import up_conv
+    from ..passes.half import half
+    from ..passes.up_conv import up_conv
 
     shapes = trial_shapes(model, tiles, batches)
     proto = onnx.load(str(model))
@@ -727,8 +727,8 @@ def _name_sizes(proto: Any) -> tuple[tuple[Named, ...], tuple[Named, ...]]:
 
 def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Input shapes that settings are compared at."""
-    from unet_rt.graph import inspect
-    from unet_rt.model import square_tile
+    from ..graph import inspect
+    from ..model import square_tile
 
     report = inspect(str(model))
     tile = tuple(tiles[0]) if tiles else square_tile(report.sizes, report.outputs, 512**2)

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from unet_rt import machine
-from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.session import Array, Port, SessionBase, arrays_for, thread_count
-from unet_rt.errors import BackendError
-from unet_rt.field import size_text
+from .. import machine
+from ..errors import BackendError, size_text
+from .onnx_file import copy_graph, precision_of
+from .session import Array, Port, SessionBase, arrays_for, thread_count
 
 # Hint that is asked for -> runtime precision that layers report.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}

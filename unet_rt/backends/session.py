@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard
 
 import numpy as np
 
-from unet_rt import machine
-from unet_rt.errors import BackendError
-from unet_rt.field import size_text
+from .. import machine
+from ..errors import BackendError, size_text
 
 if TYPE_CHECKING:
-    from unet_rt.device import DeviceArray, Stream
+    from ..device import DeviceArray, Stream
+
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unet_rt import machine
-from unet_rt.backends.tensorrt_inspect import network_convolutions, node_names
-from unet_rt.backends.tensorrt_plan import Profile
-from unet_rt.errors import BackendError, TileError
-from unet_rt.field import size_text
+from .. import machine
+from ..errors import BackendError, TileError, size_text
+from .tensorrt_inspect import network_convolutions, node_names
+from .tensorrt_plan import Profile
 
 if TYPE_CHECKING:
     import onnx
+
 
 log = logging.getLogger("unet_rt")
 
@@ -83,7 +83,7 @@ def logger(trt: Any) -> tuple[Any, Messages]:
 def failure(message: str, text: str) -> BackendError:
     """The error for a message that ends in the library's words: of its own kind where device memory is short."""
     if _MEMORY.search(text):
-        from unet_rt.device import DeviceMemoryError
+        from ..device import DeviceMemoryError
 
         return DeviceMemoryError(message)
     return BackendError(message)

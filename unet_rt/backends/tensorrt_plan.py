@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unet_rt.errors import BackendError, EngineError
-from unet_rt.field import size_text
+from ..errors import BackendError, EngineError, size_text
 
 _MAGIC = b"unet-rt plan 1\n"
 _LONGEST_HEADER = 1 << 20

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unet_rt import kernels
-from unet_rt.backends.session import Array, Port, SessionBase, arrays_for
-from unet_rt.backends.tensorrt_build import advice, failure, logger, title
-from unet_rt.backends.tensorrt_plan import PlanHeader
-from unet_rt.device import DeviceMemoryError
-from unet_rt.errors import BackendError, EngineError, TileError
-from unet_rt.field import size_text
+from .. import kernels
+from ..device import DeviceMemoryError
+from ..errors import BackendError, EngineError, TileError, size_text
+from .session import Array, Port, SessionBase, arrays_for
+from .tensorrt_build import advice, failure, logger, title
+from .tensorrt_plan import PlanHeader
 
 if TYPE_CHECKING:
-    from unet_rt.device import Device, DeviceArray, Stream
+    from ..device import Device, DeviceArray, Stream
+
 
 log = logging.getLogger("unet_rt")
 

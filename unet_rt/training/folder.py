@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unet_rt.contract import Contract, Normalization
-from unet_rt.errors import ContractError, ImageError
-from unet_rt.field import size_text
-from unet_rt.image import SUFFIXES, Source, open_image
-from unet_rt.normalize import affine, normalised
-
+from ..contract import Contract, Normalization
+from ..errors import ContractError, ImageError, size_text
+from ..image import SUFFIXES, Source, open_image
+from ..normalize import affine, normalised
 from .samples import MaskKind, Sample, sample_of
 from .weights import F32
 
