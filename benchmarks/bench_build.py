@@ -22,8 +22,9 @@ import paper_net
 import record
 
 import unet_rt as urt
-from unet_rt import backends, machine
+from unet_rt import backends
 from unet_rt.build_report import BuildReport
+from unet_rt.system import limits as machine
 
 LOAD = """
 import sys, time

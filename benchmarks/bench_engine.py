@@ -23,9 +23,12 @@ import record
 import torch
 
 import unet_rt as urt
-from unet_rt import backends, bench, machine
+from unet_rt import backends
 from unet_rt.backends import onnxruntime, openvino
 from unet_rt.synthetic import microscopy
+from unet_rt.system import facts as machine
+from unet_rt.system import limits
+from unet_rt.system import timing as bench
 
 Contender = Callable[[], np.ndarray]
 
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick:
         args.net, args.tile, args.batches, args.runs, args.int8, args.no_compile = "nuclei", 192, "1,2", 1, "none", True
-    threads = machine.threads()
+    threads = limits.threads()
     torch.set_num_threads(1 if args.quick else threads)
     net = paper_net.paper() if args.net == "paper" else paper_net.nuclei()
     tile = args.tile or (572 if args.net == "paper" else 512)

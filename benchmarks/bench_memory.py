@@ -17,11 +17,11 @@ import record
 import tifffile
 
 import unet_rt as urt
-from unet_rt import machine
-from unet_rt.bench import MemoryWatch
 from unet_rt.demo import shipped_model
 from unet_rt.pipeline import RunReport
 from unet_rt.synthetic import microscopy
+from unet_rt.system import limits as machine
+from unet_rt.system.timing import MemoryWatch
 
 
 def write_image(path: Path, side: int, compressed: bool) -> None:

@@ -22,9 +22,11 @@ import record
 from bench_engine import tile_of
 
 import unet_rt as urt
-from unet_rt import backends, bench, machine
+from unet_rt import backends
 from unet_rt.backends import onnxruntime, openvino
 from unet_rt.engine import read_folder
+from unet_rt.system import limits as machine
+from unet_rt.system import timing as bench
 
 LIMIT = 1.03
 BARE = {"onnxruntime": onnxruntime.bare, "openvino": openvino.bare}

@@ -22,8 +22,10 @@ import torch
 from bench_engine import Contender, eager, tile_of
 
 import unet_rt as urt
-from unet_rt import backends, bench, machine
+from unet_rt import backends
 from unet_rt.build_report import BuildReport
+from unet_rt.system import limits as machine
+from unet_rt.system import timing as bench
 
 NETS = {
     "paper": (paper_net.paper, 572),

@@ -41,12 +41,12 @@ import tifffile
 import torch
 
 import unet_rt as urt
-from unet_rt import machine
 from unet_rt.backends import eager
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
 from unet_rt.pipeline import RunReport, Spans
 from unet_rt.synthetic import microscopy
+from unet_rt.system import limits as machine
 from unet_rt.training.trainer import predict_whole
 
 Array = np.ndarray[Any, np.dtype[Any]]

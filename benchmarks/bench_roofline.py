@@ -25,12 +25,15 @@ import torch
 from bench_engine import tile_of
 
 import unet_rt as urt
-from unet_rt import backends, bench, graph, machine
+from unet_rt import backends, graph
+from unet_rt.system import facts as machine
+from unet_rt.system import limits
+from unet_rt.system import timing as bench
 
 
 def main(argv: list[str] | None = None) -> int:
     args = record.parser(__doc__, seconds=60).parse_args(argv)
-    threads = machine.threads()
+    threads = limits.threads()
     torch.set_num_threads(1 if args.quick else threads)
     seconds = 1.0 if args.quick else args.seconds / 4
     products, skipped = peaks(256 if args.quick else 2048, seconds)

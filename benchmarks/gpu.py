@@ -41,11 +41,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import (
-    backends,
-    kernels,
-    machine,  # noqa: E402
-)
+from unet_rt import backends, kernels
 from unet_rt.contract import Normalization  # noqa: E402
 from unet_rt.image import open_image  # noqa: E402
 from unet_rt.normalize import (
@@ -54,6 +50,8 @@ from unet_rt.normalize import (
 )
 from unet_rt.pipeline import RunReport  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402
+from unet_rt.system import facts as machine
+from unet_rt.system import limits  # noqa: E402
 
 PRECISIONS = ("fp32", "fp16", "int8")
 NETS = ("paper", "nuclei")
@@ -1314,7 +1312,7 @@ def section_repeat(section: Section) -> None:
             for _ in range(2 if section.dry else 20):
                 first = np.asarray(urt.predict(engine, pixels))
             synchronize(section.device)
-            free, rss = _free_bytes(section), machine.rss_bytes()
+            free, rss = _free_bytes(section), limits.rss_bytes()
             begun, done = time.perf_counter(), 0
             for _ in range(count):
                 last = np.asarray(urt.predict(engine, pixels))
@@ -1328,7 +1326,7 @@ def section_repeat(section: Section) -> None:
                 runs=done,
                 ms=spent / done * 1e3,
                 device_grown_bytes=free - _free_bytes(section),
-                resident_grown_bytes=machine.rss_bytes() - rss,
+                resident_grown_bytes=limits.rss_bytes() - rss,
                 same=bool(np.array_equal(first, last)),
             )
             engine.close()

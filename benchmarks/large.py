@@ -32,10 +32,11 @@ import numpy as np
 import record
 
 import unet_rt as urt
-from unet_rt import bench, machine
 from unet_rt.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.synthetic import microscopy
+from unet_rt.system import limits as machine
+from unet_rt.system import timing as bench
 
 LONGEST_S = 1.2  # from the start of a prediction to its kill
 DRAWN = 2048  # side of the micrograph that the images are made of

@@ -20,10 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unet_rt import machine
+from unet_rt.system import facts as machine
 
 if TYPE_CHECKING:
-    from unet_rt.bench import Timing
+    from unet_rt.system.timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
 # Precisions that a processor has instructions for, by the names of machine.cpu_features; without, they are emulated.

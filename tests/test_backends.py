@@ -17,13 +17,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import unet_rt
-from unet_rt import backends, machine
+from unet_rt import backends
 from unet_rt.backends import onnx_file, session
 from unet_rt.backends import onnxruntime as onnxruntime_backend
 from unet_rt.backends import openvino as openvino_backend
 from unet_rt.backends.session import Session
 from unet_rt.errors import BackendError, GraphError
 from unet_rt.synthetic import microscopy
+from unet_rt.system import facts as machine
+from unet_rt.system import limits
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Load = Callable[..., Session]
@@ -232,7 +234,7 @@ def test_threads_change_no_answer(name: str, pixels: Array) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_zero_threads_are_those_of_the_machine(name: str) -> None:
     with load(name, TRAINED, threads=0) as tested:
-        assert tested.threads == machine.threads()
+        assert tested.threads == limits.threads()
     with pytest.raises(BackendError, match="-1 threads"):
         load(name, TRAINED, threads=-1)
 
@@ -503,13 +505,13 @@ def test_a_large_image_does_not_hold_its_memory(name: str) -> None:
     tile = np.ascontiguousarray(whole[:, :, :128, :128])
     with load(name, TRAINED) as tested:
         tested.run([tile])
-        small = machine.rss_bytes()
+        small = limits.rss_bytes()
         tested.run([whole])
         tested.run([whole])
-        large = machine.rss_bytes()
+        large = limits.rss_bytes()
         for _ in range(2):
             tested.run([tile])
-        after = machine.rss_bytes()
+        after = limits.rss_bytes()
     assert large - small > 64 << 20
     assert after - small < 0.3 * (large - small)
 

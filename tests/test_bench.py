@@ -29,14 +29,15 @@ from unet_rt.device import Device
 from unet_rt.engine import Engine
 from unet_rt.reports import bench_text
 from unet_rt.samples import draw, raw_result
+from unet_rt.system import timing as system_timing
 from unet_rt.tiles import tile_grid
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def timing(*times: float) -> bench.Timing:
-    return bench.Timing(statistics.median(times), min(times), max(times), len(times), 0, times)
+def timing(*times: float) -> system_timing.Timing:
+    return system_timing.Timing(statistics.median(times), min(times), max(times), len(times), 0, times)
 
 
 @pytest.fixture
@@ -54,15 +55,15 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
 def test_noise_that_both_share_cancels() -> None:
     rng = np.random.default_rng(5)
     noise = rng.lognormal(0, 1, 21)  # rounds that differ by a factor of ten
-    found = bench.ratio(timing(*(2.0 * noise)), timing(*noise))
-    assert found == bench.Ratio(pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0))
+    found = system_timing.ratio(timing(*(2.0 * noise)), timing(*noise))
+    assert found == system_timing.Ratio(pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0))
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     rng, held = np.random.default_rng(7), 0
     for _ in range(200):
         times = rng.lognormal(0.0, 0.1, (2, 25))
-        found = bench.ratio(timing(*times[0]), timing(*times[1]), resamples=300)
+        found = system_timing.ratio(timing(*times[0]), timing(*times[1]), resamples=300)
         assert found.low <= found.median <= found.high
         held += found.low <= 1.0 <= found.high
     # 95 % of 200, and five standard deviations below: a bootstrap of a median is a little narrow
@@ -89,27 +90,28 @@ def test_nothing_rests_between_runs_on_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A rest is for threads of the host that spin; a GPU lowers its clocks meanwhile."""
-    rests, real = list[float | None](), bench.interleave
+    rests, real = list[float | None](), system_timing.interleave
 
     def interleave(contenders: Any, **options: Any) -> Any:
         rests.append(options.get("rest_s"))
         return real(contenders, **options)
 
-    monkeypatch.setattr(bench, "interleave", interleave)
+    monkeypatch.setattr(system_timing, "interleave", interleave)
     with urt.load(engine_folder) as cpu:
         (sample,) = draw(sample_images[:1], cpu.spec.contract, spatial=2, network_channels=1, count=1)
         gpu = on_device(cpu)
         for engines in ((gpu, gpu), (cpu, cpu), (cpu, gpu)):
             runs = [(engine, (64, 64), 1) for engine in engines]
             assert all(
-                isinstance(t, bench.Timing) for t in build_timing.interleaved_times(runs, sample, 1, runs=1, warm_up=0)
+                isinstance(t, system_timing.Timing)
+                for t in build_timing.interleaved_times(runs, sample, 1, runs=1, warm_up=0)
             )
     assert rests == [0.0, None, None]
 
 
 def test_every_other_round_goes_backwards() -> None:
     order: list[str] = []
-    found = bench.interleave([lambda: order.append("a"), lambda: order.append("b")], runs=3, warm_up=1)
+    found = system_timing.interleave([lambda: order.append("a"), lambda: order.append("b")], runs=3, warm_up=1)
     assert "".join(order) == "abbaabba"
     assert [len(t.times_s) for t in found] == [3, 3]
 
@@ -139,7 +141,7 @@ def test_an_engine_beside_the_libraries(report: BenchReport) -> None:
     assert {"unet-rt onnxruntime fp32", "ONNX Runtime FP32, bare"} <= set(rows)
     assert [row.engine for row in rows.values()].count(True) == 1
     assert report.baseline == "ONNX Runtime FP32, bare"
-    assert rows[report.baseline].speed == bench.Ratio(1.0, 1.0, 1.0)
+    assert rows[report.baseline].speed == system_timing.Ratio(1.0, 1.0, 1.0)
     assert report.tiles > 1
     for name, row in rows.items():
         assert row.mpx_per_s == pytest.approx(report.shape[0] * report.shape[1] / 1e6 / row.window.median_s)

@@ -347,7 +347,7 @@ def test_a_section_that_crashes_is_run_again_without_the_suspect(
 
 
 def test_without_a_device_it_says_so(tmp_path: Path) -> None:
-    from unet_rt import machine
+    from unet_rt.system import facts as machine
 
     if machine.cuda().missing is None:
         pytest.skip("there is a device")

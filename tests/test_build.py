@@ -26,7 +26,6 @@ from unet_rt import (
     build_record,
     build_tiling,
     contract_io,
-    machine,
     search,
 )
 from unet_rt.build_report import BuildReport, Candidate
@@ -37,6 +36,8 @@ from unet_rt.model import kept_share, open_model, untiled_spec
 from unet_rt.reports import build_text
 from unet_rt.samples import draw
 from unet_rt.stitch import blend_weight
+from unet_rt.system import facts as machine
+from unet_rt.system import limits
 from unet_rt.verify import verify
 
 pytestmark = pytest.mark.onnxruntime
@@ -881,7 +882,7 @@ def test_a_tile_that_keeps_much_more_is_tried_whatever_the_time(exact_folder, mo
     shares = [kept_share(spec, tile) for tile in tiles]
     assert shares[1] > build_choice.WORTH_WAITING * shares[0]
     assert shares[2] < build_choice.WORTH_WAITING * shares[1]
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 2**40)
+    monkeypatch.setattr(limits, "memory_bytes", lambda: 2**40)
     remarks = build_job.Remarks(lambda _: None)
     job = SimpleNamespace(deadline=SimpleNamespace(left=lambda share: seconds), remarks=remarks)
     first = SimpleNamespace(best=Candidate("openvino", "fp32", tiles[0], latency_ms=500.0), bytes_per_px=1000.0)

@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 import unet_rt as urt
-from unet_rt import cache, cli, machine
+from unet_rt import cache, cli
 from unet_rt.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
 from unet_rt.cli import main
 from unet_rt.contract import Contract, Normalization
@@ -28,6 +28,7 @@ from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
 from unet_rt.model import open_model
 from unet_rt.samples import Sample, draw
+from unet_rt.system import facts as machine
 
 pytestmark = pytest.mark.onnxruntime
 BUILD = importlib.import_module("unet_rt.build")  # the package's name ``build`` is the function

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 import unet_rt
-from unet_rt import backends, doctor, kernels, machine
+from unet_rt import backends, doctor, kernels
 from unet_rt.backends import openvino
 from unet_rt.errors import BackendError
+from unet_rt.system import facts as machine
+from unet_rt.system import limits
 
 
 def test_the_report_is_json_and_says_everything() -> None:
     report = doctor.collect()
     assert json.loads(json.dumps(report)) == report
     assert report["unet_rt"] == unet_rt.__version__
-    assert report["cpu"]["threads"] == machine.threads()
+    assert report["cpu"]["threads"] == limits.threads()
     assert list(report["backends"]) == ["onnxruntime", "openvino", "tensorrt", "eager"]
     text = doctor.format(report)
     for name, backend in report["backends"].items():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from unet_rt.durable import Disk, locked, part_path, parts_of
 from unet_rt.errors import OutputError
 from unet_rt.objects import written_whole
+from unet_rt.system.durable import Disk, locked, part_path, parts_of
 
 
 def test_who_waited_for_a_lock_holds_it(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_lock_that_cannot_be_is_not_one_that_is_held(tmp_path: Path, monkeypat
 
     with pytest.raises(OutputError, match="cannot be written"), locked(tmp_path / "none" / "a.lock"):
         pass
-    monkeypatch.setattr("unet_rt.durable._lock", no_locks)
+    monkeypatch.setattr("unet_rt.system.durable._lock", no_locks)
     for busy in (None, "somebody is at it"):
         with (
             pytest.raises(OutputError, match=r"cannot be locked \(No locks available\)"),

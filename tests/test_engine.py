@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import unet_rt as urt
-from unet_rt import backends, machine
+from unet_rt import backends
 from unet_rt.engine import SCHEMA, Engine, EngineSpec, InputSpec, _key, read_folder, sha256, write_folder
+from unet_rt.system import facts as machine
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_rt import machine
+from unet_rt.system import facts as machine
+from unet_rt.system import limits
 
 GIB = 1 << 30
 linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
@@ -85,7 +86,7 @@ def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_quota_of_version_2(text: str, threads: int, tmp_path: Path) -> None:
     root = version2(tmp_path, "/pod", pod={"cpu.max": text})
-    assert machine.threads(root=root) == threads
+    assert limits.threads(root=root) == threads
 
 
 @linux
@@ -96,7 +97,7 @@ def test_quota_is_rounded_up_and_at_most_the_affinity(
     root = version2(tmp_path_factory.mktemp("cgroup"), "/", top={"cpu.max": f"{quota} {period}\n"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-        assert machine.threads(root=root) == max(1, min(8, math.ceil(quota / period)))
+        assert limits.threads(root=root) == max(1, min(8, math.ceil(quota / period)))
 
 
 @linux
@@ -109,7 +110,7 @@ def test_the_tightest_ancestor_counts(tmp_path: Path) -> None:
         slurm_job={"cpu.max": "300000 100000\n"},
         slurm_job_step={"cpu.max": "500000 100000\n"},
     )
-    assert machine.threads(root=root) == 3
+    assert limits.threads(root=root) == 3
 
 
 @linux
@@ -118,7 +119,7 @@ def test_the_tightest_ancestor_counts(tmp_path: Path) -> None:
 def test_quota_of_version_1(quota: str, threads: int, tmp_path: Path) -> None:
     files = {"cpu.cfs_quota_us": f"{quota}\n", "cpu.cfs_period_us": "100000\n"}
     root = version1(tmp_path, "/docker/abc", cpu_docker_abc=files)
-    assert machine.threads(root=root) == threads
+    assert limits.threads(root=root) == threads
 
 
 @linux
@@ -126,29 +127,29 @@ def test_quota_of_version_1(quota: str, threads: int, tmp_path: Path) -> None:
 def test_a_container_that_sees_the_host_s_path(tmp_path: Path) -> None:
     # Docker without a cgroup namespace: membership by the host's path, the mount shows that group as its top.
     files = {"cpu.cfs_quota_us": "400000\n", "cpu.cfs_period_us": "100000\n"}
-    assert machine.threads(root=version1(tmp_path / "a", "/docker/abc", "/docker/abc", cpu=files)) == 4
+    assert limits.threads(root=version1(tmp_path / "a", "/docker/abc", "/docker/abc", cpu=files)) == 4
     # A namespace that does not contain the process writes "..", and only the top is known.
     root = version2(tmp_path / "b", "/../../other", top={"cpu.max": "500000 100000\n"})
-    assert machine.threads(root=root) == 5
+    assert limits.threads(root=root) == 5
     # A group whose name begins like the mount's root is not inside it.
     root = version2(tmp_path / "c", "/docker/abcdef", "/docker/abc", top={"cpu.max": "600000 100000\n"})
-    assert machine.threads(root=root) == 6
+    assert limits.threads(root=root) == 6
 
 
 @linux
 @pytest.mark.usefixtures("eight_cpus")
 def test_without_control_groups_the_affinity_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.threads(root=tmp_path) == 8
+    assert limits.threads(root=tmp_path) == 8
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
-    assert machine.threads(root=tmp_path) == 1
+    assert limits.threads(root=tmp_path) == 1
 
 
 def test_systems_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert machine.threads(root=tmp_path) == 12
+    assert limits.threads(root=tmp_path) == 12
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert machine.threads(root=tmp_path) == 1
+    assert limits.threads(root=tmp_path) == 1
 
 
 @linux
@@ -197,40 +198,40 @@ def meminfo(root: Path, available: int) -> Path:
 )
 def test_memory_of_version_2(files: dict[str, str], left: int, tmp_path: Path) -> None:
     root = meminfo(version2(tmp_path, "/pod", pod=files), 20 * GIB)
-    assert machine.memory_bytes(root=root) == left
+    assert limits.memory_bytes(root=root) == left
 
 
 @linux
 def test_memory_of_version_1(tmp_path: Path) -> None:
     unlimited = {"memory.limit_in_bytes": "9223372036854771712\n", "memory.usage_in_bytes": f"{30 * GIB}\n"}
     root = meminfo(version1(tmp_path, "/job", memory=unlimited, memory_job=unlimited), 20 * GIB)
-    assert machine.memory_bytes(root=root) == 20 * GIB
+    assert limits.memory_bytes(root=root) == 20 * GIB
     bounded = {
         "memory.limit_in_bytes": f"{6 * GIB}\n",
         "memory.usage_in_bytes": f"{4 * GIB}\n",
         "memory.stat": f"cache 1\ntotal_inactive_file {GIB}\n",
     }
     version1(tmp_path, "/job", memory=unlimited, memory_job=bounded)
-    assert machine.memory_bytes(root=root) == 3 * GIB
+    assert limits.memory_bytes(root=root) == 3 * GIB
 
 
 @linux
 def test_memory_of_this_machine() -> None:
     record = machine.describe()
-    assert 16 << 20 < machine.memory_bytes() <= record["memory_bytes"]
+    assert 16 << 20 < limits.memory_bytes() <= record["memory_bytes"]
     assert record["memory_bytes"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_resident_memory_follows_allocations() -> None:
     size = 96 << 20
-    before, peak_before = machine.rss_bytes(), machine.peak_rss_bytes()
+    before, peak_before = limits.rss_bytes(), limits.peak_rss_bytes()
     block = np.ones(size, np.uint8)
-    during = machine.rss_bytes()
+    during = limits.rss_bytes()
     del block
-    after = machine.rss_bytes()
+    after = limits.rss_bytes()
     assert during - before > 0.9 * size
     assert during - after > 0.9 * size
-    assert machine.peak_rss_bytes() >= max(peak_before, during - (4 << 20))
+    assert limits.peak_rss_bytes() >= max(peak_before, during - (4 << 20))
 
 
 @linux

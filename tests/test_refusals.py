@@ -22,9 +22,9 @@ import tifffile
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from unet_rt import machine
 from unet_rt.cli import main
 from unet_rt.demo import shipped_model
+from unet_rt.system import facts as machine
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.onnxruntime

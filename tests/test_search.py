@@ -132,10 +132,10 @@ def test_the_shortest_beginning_that_holds_the_budget(needed: int) -> None:
 
 
 def test_weights_have_seven_bits_where_products_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unet_rt.machine.cpu_features", lambda: frozenset({"avx2", "avx512f"}))
+    monkeypatch.setattr("unet_rt.system.facts.cpu_features", lambda: frozenset({"avx2", "avx512f"}))
     assert form_of("onnxruntime").levels == form_of("openvino").levels == 63
     assert form_of("tensorrt").levels == 127
-    monkeypatch.setattr("unet_rt.machine.cpu_features", lambda: frozenset({"avx2", "avx_vnni"}))
+    monkeypatch.setattr("unet_rt.system.facts.cpu_features", lambda: frozenset({"avx2", "avx_vnni"}))
     assert form_of("onnxruntime").levels == form_of("openvino").levels == 127
 
 

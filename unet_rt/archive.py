@@ -17,9 +17,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from .durable import Disk
 from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
 from .errors import EngineError, OutputError
+from .system.durable import Disk
 
 SPEC = "spec.json"
 LARGEST_SPEC = 64 << 20  # bytes; a spec is a few thousand

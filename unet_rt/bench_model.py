@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import backends, bench, machine, parity
+from . import backends, parity
 from .contract import Contract
 from .engine import Engine, EngineSpec, load, read_folder
 from .errors import BackendError, ContractError, ImageError, ParityError
@@ -31,6 +31,7 @@ from .pipeline import Work, run
 from .predict import normalization_of, plan
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
 from .stitch import blend_weight, decide
+from .system import facts, limits, timing
 from .tiles import TileGrid, tile_grid
 
 Array = npt.NDArray[Any]
@@ -64,13 +65,13 @@ class BenchRow:
 
     name: str
     engine: bool
-    tile: bench.Timing
-    window: bench.Timing
+    tile: timing.Timing
+    window: timing.Timing
     mpx_per_s: float
     label_agreement: float | None
     relative_error: float
     seam: float | None
-    speed: bench.Ratio
+    speed: timing.Ratio
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class BenchReport:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "machine": machine.describe()}
+        return {**asdict(self), "machine": facts.describe()}
 
 
 @dataclass(frozen=True)
@@ -439,14 +440,14 @@ def _measured(
     peaks = []
     for contender, own in zip(contenders, grids, strict=True):  # first of all: later runs find memory allocated
         say(f"memory of {contender.name}")
-        with bench.MemoryWatch() as watch:
+        with timing.MemoryWatch() as watch:
             contender.labels(timed, own)
         peaks.append(watch.grown)
     say(f"timing a tile of {len(contenders)} contenders")
-    per_tile = bench.interleave([_call(c.run, x) for c in contenders], runs=runs, seconds=seconds)
+    per_tile = timing.interleave([_call(c.run, x) for c in contenders], runs=runs, seconds=seconds)
     say(f"timing {timed.name}")
     calls = [_call(c.labels, timed, own) for c, own in zip(contenders, grids, strict=True)]
-    per_window = bench.interleave(calls, runs=runs, seconds=seconds, warm_up=0)
+    per_window = timing.interleave(calls, runs=runs, seconds=seconds, warm_up=0)
     small = tile_grid(
         judged.shape, seam_tile(spec, judged.shape), spec.sizes, spec.used_outputs(), overlap=spec.overlap
     )
@@ -474,7 +475,7 @@ def _measured(
                 None if found.label_change is None else 1 - found.label_change,
                 found.relative,
                 seam,
-                bench.ratio(per_window[first], window),
+                timing.ratio(per_window[first], window),
             )
         )
     return BenchReport(
@@ -483,7 +484,7 @@ def _measured(
         timed.shape,
         grid.tile,
         grid.count,
-        threads or machine.threads(),
+        threads or limits.threads(),
         contenders[first].name,
         tuple(sorted(rows, key=lambda row: row.mpx_per_s)),
         skipped,

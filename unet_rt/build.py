@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from . import backends, machine
+from . import backends
 from .build_candidates import try_candidates
 from .build_choice import choose
 from .build_engines import Engines
@@ -45,6 +45,7 @@ from .model import Model, baseline_engine, check_fp32, open_models, untiled_spec
 from .parity import Budget
 from .search import Deadline, Say
 from .stitch import Blend
+from .system import limits
 
 log = logging.getLogger("unet_rt")
 
@@ -129,7 +130,7 @@ def build(
             "halo": halo,
             "overlap": overlap,
             "blend": blend,
-            "threads": threads or machine.threads(),
+            "threads": threads or limits.threads(),
             "exam": keep_exam,
             "minutes": search_minutes,
         },

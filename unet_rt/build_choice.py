@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor, prod
 
-from . import machine, parity
+from . import parity
 from .build_candidates import Measured
 from .build_engines import Engines, fits
 from .build_job import TILES_END, Job
@@ -23,6 +23,7 @@ from .model import kept_share
 from .parity import Budget, Verdict
 from .predict import MEMORY_SHARE
 from .samples import tile_of
+from .system import limits
 from .tiles import smaller_tile
 
 LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
@@ -224,7 +225,7 @@ def _larger_tiles(job: Job, tiling: Tiling, first: Choice) -> list[tuple[int, ..
             remarks.left_out.append(f"tiles above {last} px were not tried")
             break
         if device == "cpu":
-            enough = first.bytes_per_px * best.batch * prod(tile) <= MEMORY_SHARE * machine.memory_bytes()
+            enough = first.bytes_per_px * best.batch * prod(tile) <= MEMORY_SHARE * limits.memory_bytes()
         else:
             session = first.engine.gpu_session
             enough = fits(job.model, device, tile, 1, held=0 if session is None else session.held_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from . import backends, machine
+from . import backends
 from .activations import overflowing, probe, tensors
 from .build_job import Job
 from .build_report import Kind
@@ -17,6 +17,7 @@ from .errors import size_text
 from .model import Model, square_tile
 from .passes.half import half
 from .samples import tile_of
+from .system import facts
 
 GPU_BATCHES = (1, 4, 16)  # tiles per run that are tried on a GPU
 CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at
@@ -153,5 +154,5 @@ def fits(model: Model, device: str, tile: Sequence[int], batch: int, held: int =
     """
     from .device import Device
 
-    free = Device.open(machine.cuda_index(device)).memory()[0]
+    free = Device.open(facts.cuda_index(device)).memory()[0]
     return 2 * model.report.activation_bytes(tile, batch) < free + held

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import exam, machine, parity
+from . import exam, parity
 from .build_candidates import Measured
 from .build_choice import Choice
 from .build_engines import Engines
@@ -26,6 +26,7 @@ from .model import baseline_name, square_tile
 from .parity import ImageParity
 from .samples import Sample, tile_of
 from .search import LayerCost, Quantiser
+from .system import facts, json
 
 Array = npt.NDArray[Any]
 EXAM_TILES = 8
@@ -64,7 +65,7 @@ def final_spec(outcome: Outcome, asked: Asked) -> EngineSpec:
         tile=choice.best.tile,
         run_batch=choice.best.batch,
         bytes_per_px=choice.bytes_per_px,
-        made_on=machine.describe(),
+        made_on=facts.describe(),
         options={
             "threads": outcome.job.threads,
             "sample_sha256": [s.sha256 for s in outcome.windows],
@@ -95,7 +96,7 @@ def _int8_options(outcome: Outcome) -> dict[str, Any]:
 def engine_files(outcome: Outcome, spec: EngineSpec, *, keep_exam: bool) -> dict[FileKind, Path]:
     """The files of the engine folder, by kind, for the ``spec`` that :func:`final_spec` made."""
     job, made = outcome.job, outcome.engines.files[outcome.choice.engine]
-    record = exam.record_json(_record(outcome, spec, made.graph))
+    record = json.record_json(_record(outcome, spec, made.graph))
     files: dict[FileKind, Path] = {"model": job.model.given, "graph": made.graph, "parity": job.work / "parity.json"}
     files["parity"].write_text(record, encoding="utf-8")
     if made.plan is not None:
@@ -127,7 +128,7 @@ def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
             "whole": tiling.spec.runs_whole,  # an engine with a plan has fixed sizes, its baseline has not
         },
         "fingerprint": exam.fingerprint(choice.best.backend, choice.engine.session_version, spec.device),
-        "machine": machine.describe(),
+        "machine": facts.describe(),
         "batch": sorted(outcome.judge.batches),
         "rows": [
             {

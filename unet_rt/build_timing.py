@@ -18,13 +18,14 @@ from .errors import BackendError
 from .model import kept_share
 from .parity import Verdict
 from .samples import Sample, tile_of
+from .system import timing as timing_module
 
 Array = npt.NDArray[Any]
 
 
 def interleaved_times(
     batches: Sequence[tuple[Engine, tuple[int, ...], int]], sample: Sample, threads: int, **options: Any
-) -> list[bench.Timing | BackendError]:
+) -> list[timing_module.Timing | BackendError]:
     """Interleaved times of (engine, tile, batch); for one that cannot be run, what its backend says.
 
     Args:
@@ -40,7 +41,7 @@ def interleaved_times(
             contenders.append(stack.enter_context(closing(_Run(engine, x))))
         if all(engine.device_session is not None for engine, _, _ in batches):
             options["rest_s"] = 0.0  # nothing spins on the host, and a GPU that rests lowers its clocks
-        timings = bench.interleave(contenders, **options)
+        timings = timing_module.interleave(contenders, **options)
         return [run.error or run.of(timing) for run, timing in zip(contenders, timings, strict=True)]
 
 
@@ -51,7 +52,7 @@ def quick_seconds(engine: Engine, tile: tuple[int, ...], sample: Sample, threads
 
 
 def with_timing(
-    candidate: Candidate, tile: tuple[int, ...], timing: bench.Timing, verdict: Verdict | None, spec: EngineSpec
+    candidate: Candidate, tile: tuple[int, ...], timing: timing_module.Timing, verdict: Verdict | None, spec: EngineSpec
 ) -> Candidate:
     """The candidate with its numbers at a tile; what of the tile is kept follows from the halo or overlap of ``spec``."""
     return replace(
@@ -89,7 +90,7 @@ class _Run:
         except BackendError as error:
             self.error = error
 
-    def of(self, timing: bench.Timing) -> bench.Timing:
+    def of(self, timing: timing_module.Timing) -> timing_module.Timing:
         """Its timing, with the device's memory where it runs on one."""
         return timing if self._on_device is None else replace(timing, peak_bytes=self._on_device.grown)
 

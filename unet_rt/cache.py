@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import machine
 from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
 from .errors import EngineError, OutputError
+from .system import facts
 
 if TYPE_CHECKING:
     from .contract import Contract
     from .samples import Sample
+
 
 log = logging.getLogger("unet_rt")
 Asked = Mapping[str, str]  # what decides, by hash
@@ -37,10 +38,10 @@ _DESCRIBED = ("cpu", "features", "gpus", "versions")  # of a machine; memory and
 
 def asked_first(options: Mapping[str, Any], device: str) -> dict[str, str]:
     """What is known before a model or an image is opened: code, machine and options."""
-    described = machine.describe()
+    described = facts.describe()
     here = {name: described[name] for name in _DESCRIBED} | {"device": device}
     if device != "cpu":
-        here["driver"] = machine.cuda().identity
+        here["driver"] = facts.cuda().identity
     return {"code": _code(), "machine": _hash(here), "options": _hash(options)}
 
 

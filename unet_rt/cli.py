@@ -656,7 +656,7 @@ class _TrainingBar:
 
 
 def _print_json(document: Any) -> None:
-    from .exam import record_json
+    from .system.json import record_json
 
     print(record_json(document), end="", flush=True)
 
@@ -979,8 +979,8 @@ def _unpack(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from . import machine
     from .contract_io import parse_normalization
+    from .system import limits as machine
 
     _torch("trains networks", "train")
     from .training.fit import NORMALIZATION, Options, fit

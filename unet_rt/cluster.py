@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
-from . import machine
 from .engine import Engine, LoadOptions, load, read_folder
 from .errors import BackendError, ContractError
 from .heads import Headed
@@ -25,6 +24,7 @@ from .pipeline import Progress, RunReport, together
 from .predict_blocks import Prepared, run_blocks
 from .predict_large import Compute, Request, begun, open_store
 from .stage import Stage, Store
+from .system import facts, limits
 from .tta import Augmented
 
 PER_WORKER = 8  # shares of the blocks per worker: the last ones to finish wait for at most an eighth of their work
@@ -77,7 +77,7 @@ def computing(
     if engine.folder is None or not isinstance(image, (str, Path)):
         raise ContractError("a scheduler's workers open engine and image by their paths; give both as paths")
     asked = replace(
-        asked, processes=count, threads=asked.threads or (max(1, machine.threads() // count) if count > 1 else 0)
+        asked, processes=count, threads=asked.threads or (max(1, limits.threads() // count) if count > 1 else 0)
     )
     folder = str(engine.folder.path.resolve())
     job = Job(folder, engine.options, where_of(image), reading, asked, str(Path(out).resolve()), uuid4().hex)
@@ -204,7 +204,7 @@ def _device(job: Job) -> str | None:
         return job.options.device
     from distributed import get_worker
 
-    count = len(machine.cuda().devices)
+    count = len(facts.cuda().devices)
     name = str(get_worker().name)
     return f"cuda:{int(name) % count}" if name.isdecimal() and count else None
 

@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from . import machine
 from .errors import BackendError, size_text
+from .system import facts
 
 Array = npt.NDArray[Any]
 
@@ -53,7 +53,7 @@ class TileMemoryError(DeviceMemoryError):
 
 def missing(index: int = 0) -> str | None:
     """None if GPU ``index`` can be used; else one sentence: what is missing and how to get it."""
-    found = machine.cuda()
+    found = facts.cuda()
     if found.missing is not None:
         return found.missing
     if not 0 <= index < len(found.devices):
@@ -107,7 +107,7 @@ class Device:
         self.index = index
         self.name = str(device.name())
         self.compute_capability: tuple[int, int] = tuple(device.compute_capability())
-        self.driver_version = machine.cuda().driver
+        self.driver_version = facts.cuda().driver
         self.closed = False
         atexit.register(self._leave)
 

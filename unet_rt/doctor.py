@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from unet_rt import backends, machine
-from unet_rt._version import __version__
-from unet_rt.errors import UnetRtError
+from . import backends
+from ._version import __version__
+from .errors import UnetRtError
+from .system import facts
 
 _ALL = (*backends.names(), "eager")
 
@@ -20,8 +21,8 @@ def collect() -> dict[str, Any]:
     ``native`` (modules and why absent), ``versions`` (installed packages), ``conflicts`` (sentences), ``advice`` (what
     to do next, or None).
     """
-    record = machine.describe()
-    cuda = machine.cuda()
+    record = facts.describe()
+    cuda = facts.cuda()
     devices = ["cpu", *(f"cuda:{index}" for index in range(len(cuda.devices)))]
     found = {name: _backend(name, devices) for name in _ALL}
     usable = [name for name in backends.names() if found[name]["missing"]["cpu"] is None]
@@ -52,7 +53,7 @@ def collect() -> dict[str, Any]:
 
 def conflicts() -> list[str]:
     """Installed distributions that cannot live together, one sentence each."""
-    from unet_rt.backends import onnxruntime
+    from .backends import onnxruntime
 
     clash = onnxruntime.conflict()
     return [] if clash is None else [clash]
@@ -60,7 +61,7 @@ def conflicts() -> list[str]:
 
 def _unusable(index: int) -> str | None:
     """Why images cannot be predicted on a GPU that the driver lists; None if they can."""
-    from unet_rt import device
+    from . import device
 
     try:
         return device.missing(index)
@@ -70,7 +71,7 @@ def _unusable(index: int) -> str | None:
 
 def _backend(name: str, devices: list[str]) -> dict[str, Any]:
     backend = backends.get(name)
-    versions = (machine.package_version(package) for package in machine.DISTRIBUTIONS[name])
+    versions = (facts.package_version(package) for package in facts.DISTRIBUTIONS[name])
     missing: dict[str, str | None] = {}
     precisions: dict[str, list[str]] = {}
     for device in devices:
@@ -89,11 +90,11 @@ def _backend(name: str, devices: list[str]) -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     """State of the compiled modules: for each, whether it is there and why not."""
-    from unet_rt import kernels
+    from . import kernels
 
     try:
         cuda = kernels.cuda_status()
-        from unet_rt import _cpu
+        from . import _cpu
 
         cpu, compiler = None, str(_cpu.build_info["compiler"])
     except (UnetRtError, ImportError, AttributeError) as error:

@@ -37,10 +37,10 @@ import numpy.typing as npt
 
 from .contract import Contract
 from .contract_io import contract_from_json
-from .durable import PART, Disk, locked, part_path, parts_of
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError, size_text
 from .field import OutputField, TileSizes
 from .stitch import Blend
+from .system.durable import PART, Disk, locked, part_path, parts_of
 from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
-from . import machine, parity
-from .durable import Disk
+from . import parity
 from .errors import EngineError, ParityError, size_text
+from .system import facts
+from .system.durable import Disk
+from .system.json import record_json
 
 if TYPE_CHECKING:
     from .engine import Engine, EngineFolder, EngineSpec
@@ -27,16 +28,16 @@ Array = npt.NDArray[Any]
 def fingerprint(backend: str, version: str, device: str) -> dict[str, Any]:
     """What a result may depend on besides the engine's bytes: library version, processor, device."""
     if device != "cpu":
-        cuda = machine.cuda()
-        index = machine.cuda_index(device)
+        cuda = facts.cuda()
+        index = facts.cuda_index(device)
         gpu = cuda.devices[index] if index < len(cuda.devices) else ""
         return {"backend": backend, "version": version, "gpu": gpu, "driver": cuda.identity}
     return {
         "backend": backend,
         "version": version,
         "device": device,
-        "cpu": machine.cpu_name(),
-        "features": sorted(machine.cpu_features()),
+        "cpu": facts.cpu_name(),
+        "features": sorted(facts.cpu_features()),
     }
 
 
@@ -128,7 +129,7 @@ def _keep_row(folder: EngineFolder, here: Mapping[str, Any], verdict: parity.Ver
         "graph_sha256": folder.files["graph"]["sha256"],
         "exam_sha256": folder.files["exam"]["sha256"],
         "fingerprint": dict(here),
-        "machine": machine.describe(),
+        "machine": facts.describe(),
         "verdict": verdict.to_json(),
     }
     path = _row(folder, here)
@@ -202,20 +203,3 @@ def compared(
             f"{name}, its corner of {size_text(smaller)} px",
         )
     return found
-
-
-def record_json(record: Mapping[str, Any]) -> str:
-    """The record as it is written; non-finite numbers are not JSON and are written as text."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): clean(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(item) for item in value]
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, float) and not np.isfinite(value):
-            return str(value)
-        return value
-
-    return json.dumps(clean(record), indent=2, allow_nan=False) + "\n"

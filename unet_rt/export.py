@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from . import backends
 from .contract import Contract
-from .durable import Disk
 from .errors import BackendError, ContractError, GraphError, first_line, size_text
+from .system.durable import Disk
 
 if TYPE_CHECKING:
     import onnx

@@ -64,7 +64,7 @@ _DLPACK_ON_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 @functools.cache  # reading the cgroup's files takes longer than gathering a small tile
 def default_threads() -> int:
     """Threads that this process may use: affinity and cgroup quota, as found at the first call."""
-    from . import machine
+    from .system import limits as machine
 
     return machine.threads()
 

@@ -24,8 +24,8 @@ from typing import Any, Literal, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from .durable import Disk
 from .errors import ContractError, ImageError, OutputError, size_text
+from .system.durable import Disk
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]

@@ -21,10 +21,10 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .durable import Disk, part_path, parts_of
 from .errors import OutputError, size_text
 from .image import Source
 from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
+from .system.durable import Disk, part_path, parts_of
 
 SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 # Strips of a compressed mask: 2**18 samples are 64 rows of 4096; small enough for windows, large enough to pack.

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from .durable import Disk
 from .errors import OutputError
 from .image_zarr import import_zarr
 from .output import Shape, ome_axes
 from .pictures import COLOURS
 from .pixels import UM, Array, Origin
+from .system.durable import Disk
 
 VERSION = "0.5"
 MAX_TOP_PX = 512  # the coarsest level is no larger along Y and X: a thumbnail

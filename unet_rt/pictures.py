@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .durable import Disk
 from .errors import OutputError
+from .system.durable import Disk
 
 if TYPE_CHECKING:
     from .image import Source
+
 
 Array = npt.NDArray[Any]
 RGB = npt.NDArray[np.uint8]

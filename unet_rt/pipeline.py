@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels, machine
+from . import kernels
 from .device import DeviceMemoryError, TileMemoryError
 from .errors import BackendError, ImageError, TileError, size_text
 from .normalize import Affine, Affines, OnePlane, grey_levels
 from .parity import class_name
 from .repeats import Repeats, Results
 from .stitch import BandStitcher, Decision
+from .system import limits
 from .tiles import Ints, TileGrid
 
 if TYPE_CHECKING:
@@ -531,7 +532,7 @@ class Seen:
             mpx=self.px / 1e6,
             seconds=time.perf_counter() - begun,
             stages={name: round(s, 4) for name, s in clock.seconds.items()},
-            peak_rss_bytes=machine.peak_rss_bytes(),
+            peak_rss_bytes=limits.peak_rss_bytes(),
             class_share=class_share(self.tally, self._decision, spec),
             outside_range=self.tally.outside_share(),
             notes=[] if grid is None else _seam_notes(spec, grid),

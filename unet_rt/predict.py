@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import blocks, machine
+from . import blocks
 from .contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
@@ -21,6 +21,7 @@ from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run, with_smaller_tiles
 from .stage import stage_folder
 from .stitch import Decision, OutputKind, decide, default_output
+from .system import limits
 from .tiles import TileGrid
 from .tta import Augmented, Tta
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .device import Device, DeviceArray
     from .image import Source
     from .predict_large import Tables
+
 
 Array = npt.NDArray[Any]
 
@@ -384,7 +386,7 @@ def plan(
         raise ContractError(f"a batch of {batch} tiles cannot be run; use 1 or more")
     max_px = prod(spec.tile)
     if spec.bytes_per_px and spec.exact:
-        free = machine.memory_bytes() if free_bytes is None else free_bytes
+        free = limits.memory_bytes() if free_bytes is None else free_bytes
         fits = int(MEMORY_SHARE * free / (spec.bytes_per_px * batch))
         max_px = min(max_px, fits)
     return spec.grid(source.shape, tile, max_px)

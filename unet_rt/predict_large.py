@@ -18,11 +18,10 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from . import exam, machine, objects, outlines
+from . import exam, objects, outlines
 from ._version import __version__
 from .blocks import Block, plan_blocks, plan_of
 from .contract import Contract, Normalization
-from .durable import Disk, locked
 from .engine import Engine
 from .errors import ContractError, OutputError, size_text
 from .image import Source, open_image
@@ -37,6 +36,8 @@ from .predict_blocks import Prepared, Resampled, run_blocks
 from .resample import resampled_shape
 from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage, shard_lock, stage_folder
 from .stitch import Decision, decide
+from .system import limits
+from .system.durable import Disk, locked
 from .tta import Tta
 
 Array = npt.NDArray[Any]
@@ -163,7 +164,7 @@ def prepare(engine: Engine, source: Source, asked: Request, stage: Stage | None 
     if stage is not None:
         plan = plan_of(spec, source.shape, source.planes, stage.run["plan"], seen=shape)
     else:
-        free, given = machine.memory_bytes(), asked.memory_bytes
+        free, given = limits.memory_bytes(), asked.memory_bytes
         on_device = free_bytes(engine)
         if on_device is not None and not spec.tiles:  # a plan's tiles are not sized, but tried
             free = min(free, on_device)
@@ -173,7 +174,7 @@ def prepare(engine: Engine, source: Source, asked: Request, stage: Stage | None 
             source.planes,
             decision,
             pixel_bytes=source.channels * source.dtype.itemsize,
-            memory_bytes=(int(FREE_SHARE * free) if given is None else given - machine.rss_bytes()) // asked.processes,
+            memory_bytes=(int(FREE_SHARE * free) if given is None else given - limits.rss_bytes()) // asked.processes,
             tile=asked.tile,
             batch=asked.batch,
             seen=shape,

@@ -10,13 +10,13 @@ from .errors import size_text
 from .parity import judged_outputs
 
 if TYPE_CHECKING:
-    from .bench import Timing
     from .bench_model import BenchReport
     from .build_report import BuildReport
     from .graph import GraphReport
     from .parity import ImageParity, Verdict
     from .pipeline import RunReport
     from .search import LayerCost
+    from .system.timing import Timing
     from .verify import VerifyReport
 
 

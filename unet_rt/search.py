@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import machine, parity
+from . import parity
 from .activations import islands, too_large
 from .calibration import METHODS, Method, calibrate
 from .engine import Engine
@@ -37,6 +37,7 @@ from .errors import BackendError, ContractError, GraphError, size_text
 from .passes import qdq
 from .passes.half import half
 from .stitch import decide
+from .system import facts
 
 if TYPE_CHECKING:
     from .contract import Contract
@@ -230,7 +231,7 @@ class Quantiser:
 def form_of(backend: str) -> qdq.Form:
     """The form of a quantised graph for a backend on this machine."""
     form = qdq.FORMS[backend]
-    features = machine.cpu_features()
+    features = facts.cpu_features()
     if backend in ("onnxruntime", "openvino") and "avx2" in features and not features & VNNI:
         # their kernels add pairs of products in 16 bits there, and two of 255 x 127 do not fit
         return replace(form, levels=63)

@@ -31,10 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .blocks import Block
-from .durable import Disk, locked, part_path
 from .errors import OutputError
 from .output_zarr import ZarrOutput
 from .pipeline import Tally
+from .system.durable import Disk, locked, part_path
 
 Array = npt.NDArray[Any]
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # [start, stop) in samples of the result

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from unet_rt import machine
-from unet_rt.backends.session import Backend, Session
-from unet_rt.errors import BackendError
+from ..errors import BackendError
+from ..system import facts
+from .session import Backend, Session
 
 __all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable"]
 
@@ -61,7 +61,7 @@ def require(device: str = "cpu") -> list[str]:
 
 def advice(device: str = "cpu") -> str:
     """Why no backend runs on ``device``, and the one line that installs one on this machine."""
-    driver = machine.cuda().missing
+    driver = facts.cuda().missing
     if device != "cpu" and driver is not None:
         return f"{device} was asked: {driver}; install the driver, or use --device cpu"
     reasons = "; ".join(f"{name}: {get(name).missing(device)}" for name in _ENGINES)
@@ -71,7 +71,7 @@ def advice(device: str = "cpu") -> str:
 
 def install_line() -> str:
     """The command that installs the backends for this machine."""
-    return f'pip install "unet-rt[{"gpu" if machine.cuda().devices else "cpu"}]"'
+    return f'pip install "unet-rt[{"gpu" if facts.cuda().devices else "cpu"}]"'
 
 
 def device(name: str = "auto") -> str:
@@ -85,11 +85,11 @@ def device(name: str = "auto") -> str:
     if name == "cpu":
         return "cpu"
     if name == "auto":
-        return "cuda:0" if machine.cuda().devices and usable("cuda:0") else "cpu"
+        return "cuda:0" if facts.cuda().devices and usable("cuda:0") else "cpu"
     kind, colon, number = name.partition(":")
     if kind != "cuda" or (colon and not number.isdecimal()):
         raise BackendError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N")
-    index, cuda = int(number or 0), machine.cuda()
+    index, cuda = int(number or 0), facts.cuda()
     if cuda.missing is not None:
         raise BackendError(f"{name} was asked: {cuda.missing}; install the driver, or use --device cpu")
     if index >= len(cuda.devices):

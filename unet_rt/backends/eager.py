@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import machine
 from ..errors import BackendError, size_text
+from ..system import facts
 from .session import Array, SessionBase
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def missing(device: str = "cpu") -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed; pip install torch"
     if device != "cpu":
-        reason = machine.cuda().missing
+        reason = facts.cuda().missing
         if reason is not None:
             return f"PyTorch cannot use {device}: {reason}; use --device cpu"
         if not _import().cuda.is_available():

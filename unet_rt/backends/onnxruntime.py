@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import machine
 from ..errors import BackendError, size_text
 from ..passes.up_conv import up_conv
+from ..system import facts
 from .onnx_file import copy_graph, precision_of
 from .session import Array, Port, Session, SessionBase, arrays_for, thread_count
 
@@ -53,13 +53,13 @@ def conflict() -> str | None:
     """
     folders = {
         name: folder
-        for name in machine.DISTRIBUTIONS["onnxruntime"]
-        if (folder := machine.package_folder(name)) is not None
+        for name in facts.DISTRIBUTIONS["onnxruntime"]
+        if (folder := facts.package_folder(name)) is not None
     }
     found = [name for name, folder in folders.items() if list(folders.values()).count(folder) > 1]
     if not found:
         return None
-    keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found and machine.cuda().devices else "onnxruntime"
+    keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found and facts.cuda().devices else "onnxruntime"
     return (
         f"{' and '.join(found)} are both installed and overwrite each other's files; "
         f"pip uninstall -y {' '.join(found)}, then pip install {keep}"
@@ -77,7 +77,7 @@ def missing(device: str = "cpu") -> str | None:
     if device == "cpu":
         _import()
         return None
-    reason = machine.cuda().missing
+    reason = facts.cuda().missing
     if reason is not None:
         return f"ONNX Runtime cannot use {device}: {reason}; use --device cpu"
     if "CUDAExecutionProvider" not in _import().get_available_providers():
@@ -87,7 +87,7 @@ def missing(device: str = "cpu") -> str | None:
         )
     from .. import device as gpu
 
-    reason = gpu.missing(machine.cuda_index(device))
+    reason = gpu.missing(facts.cuda_index(device))
     return None if reason is None else f"ONNX Runtime cannot use {device}: {reason}"
 
 

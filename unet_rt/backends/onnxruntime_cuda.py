@@ -41,9 +41,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from .. import bench, machine
 from ..device import DeviceMemoryError
 from ..errors import BackendError, size_text
+from ..system import facts
+from ..system import timing as timing_module
 from . import onnxruntime as common
 from .session import Array, Port, SessionBase, arrays_for, check_shapes
 
@@ -295,7 +296,7 @@ class CudaSession(SessionBase):
         record = read_record(graph)
         self._options = record.options if options is None else options
         preload(self._library)
-        self._device_handle: Device = Device.open(machine.cuda_index(device))
+        self._device_handle: Device = Device.open(facts.cuda_index(device))
         self._stream: Stream = self._device_handle.stream()
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
         self._bindings: OrderedDict[Any, _Binding] = OrderedDict()
@@ -785,7 +786,7 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: 
                 if note:
                     trials.append(Trial(options, note=note))
                     running.pop(options).close()
-            timings = bench.interleave([c.run for c in running.values()], runs=15, seconds=4.0, rest_s=0.0)
+            timings = timing_module.interleave([c.run for c in running.values()], runs=15, seconds=4.0, rest_s=0.0)
         except BaseException:
             for contender in running.values():
                 contender.close()

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import machine
 from ..errors import BackendError, size_text
+from ..system import facts
 from .onnx_file import copy_graph, precision_of
 from .session import Array, Port, SessionBase, arrays_for, thread_count
 
@@ -113,9 +113,9 @@ def _require(precision: str, device: str) -> None:
     # AVX-512 but without avx512_bf16): the rounding of BF16, slower than FP32, and no word about it.
     if precision not in precisions():
         if precision == "int8":
-            raise BackendError(f"OpenVINO computes in no INT8 on {machine.cpu_name()}; use --precision fp32")
+            raise BackendError(f"OpenVINO computes in no INT8 on {facts.cpu_name()}; use --precision fp32")
         raise BackendError(
-            f"{machine.cpu_name()} has no BF16 instructions (avx512_bf16, amx_bf16 or ARM bf16), "
+            f"{facts.cpu_name()} has no BF16 instructions (avx512_bf16, amx_bf16 or ARM bf16), "
             "OpenVINO would emulate them; use --precision fp32"
         )
 

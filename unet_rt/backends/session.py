@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard
 
 import numpy as np
 
-from .. import machine
 from ..errors import BackendError, size_text
+from ..system import limits
 
 if TYPE_CHECKING:
     from ..device import DeviceArray, Stream
@@ -248,7 +248,7 @@ def thread_count(threads: int) -> int:
         raise BackendError(
             f"{threads} threads asked, more than {MOST_THREADS}; pass 0 for as many as this process may use"
         )
-    return threads or machine.threads()
+    return threads or limits.threads()
 
 
 def arrays_for(ports: Sequence[Port], inputs: Sequence[Array]) -> list[Array]:

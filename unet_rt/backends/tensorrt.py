@@ -21,19 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unet_rt import machine
-from unet_rt.backends import crop_concat_plugin
-from unet_rt.backends.onnx_file import copy_graph, precision_of
-from unet_rt.backends.tensorrt_build import compile_plan, profiles_for, title
-from unet_rt.backends.tensorrt_inspect import check_engine, check_network, engine_convolutions
-from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
-from unet_rt.backends.tensorrt_session import TensorRtSession
-from unet_rt.errors import BackendError, EngineError
+from ..errors import BackendError, EngineError
+from ..system import facts
+from . import crop_concat_plugin
+from .onnx_file import copy_graph, precision_of
+from .tensorrt_build import compile_plan, profiles_for, title
+from .tensorrt_inspect import check_engine, check_network, engine_convolutions
+from .tensorrt_plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
+from .tensorrt_session import TensorRtSession
 
 if TYPE_CHECKING:
     import onnx
 
-    from unet_rt.device import Device
+    from ..device import Device
+
 
 log = logging.getLogger("unet_rt")
 
@@ -54,15 +55,15 @@ def missing(device: str = "cpu") -> str | None:
     """None if usable on ``device``; else what is missing and how to get it."""
     if device == "cpu":
         return "TensorRT runs on NVIDIA GPUs alone; use --device cuda on a machine that has one"
-    reason = machine.cuda().missing  # first: some versions of the library crash where there is no driver
+    reason = facts.cuda().missing  # first: some versions of the library crash where there is no driver
     if reason is not None:
         return f"TensorRT cannot use {device}: {reason}; use --device cpu"
     if _found() is None:
         return f"TensorRT is not installed; {_INSTALL}"
     _import()
-    from unet_rt import device as device_layer
+    from .. import device as device_layer
 
-    return device_layer.missing(machine.cuda_index(device))
+    return device_layer.missing(facts.cuda_index(device))
 
 
 def precisions(device: str = "cpu") -> tuple[str, ...]:
@@ -97,9 +98,9 @@ def _open(device: str) -> tuple[Any, Device]:
     reason = missing(device)
     if reason is not None:
         raise BackendError(reason)
-    from unet_rt.device import Device
+    from ..device import Device
 
-    return _import(), Device.open(machine.cuda_index(device))
+    return _import(), Device.open(facts.cuda_index(device))
 
 
 def _origin(trt: Any, device: Device) -> Origin:
@@ -198,8 +199,8 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
     """
     import onnx
 
-    from unet_rt.passes.half import half, halved
-    from unet_rt.passes.up_conv import up_conv
+    from ..passes.half import half, halved
+    from ..passes.up_conv import up_conv
 
     found = precision_of(model)
     if found != precision and not (found == "fp32" and precision == "fp16"):
@@ -220,7 +221,7 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
     if up_conv(shuffled):
         forms.append(("up_conv", finished(shuffled)))
     if plugins:
-        from unet_rt.passes.crop_concat import crop_concat
+        from ..passes.crop_concat import crop_concat
 
         merged = onnx.ModelProto()
         merged.CopyFrom(forms[0][1])
@@ -238,7 +239,7 @@ def islands(model: onnx.ModelProto) -> frozenset[str]:
     """Nodes that a graph keeps in FP32 on purpose."""
     import json
 
-    from unet_rt.passes.half import RECORD
+    from ..passes.half import RECORD
 
     record = next((entry.value for entry in model.metadata_props if entry.key == RECORD), None)
     return frozenset() if record is None else frozenset(json.loads(record).get("islands", ()))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import machine
 from ..errors import BackendError, TileError, size_text
+from ..system import limits
 from .tensorrt_inspect import network_convolutions, node_names
 from .tensorrt_plan import Profile
 
@@ -184,7 +184,7 @@ def compile_plan(
     if not builder:
         text = messages.take()
         raise BackendError(f"{title(trt)} does not start: {text or 'no reason given'}; {advice(text)}")
-    builder.max_threads = machine.threads()
+    builder.max_threads = limits.threads()
     network = builder.create_network(_network_flags(trt))
     _parse(trt, network, graph)
     config = builder.create_builder_config()

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from unet_rt.contract import Contract
-from unet_rt.contract_io import contract_from_json
-from unet_rt.durable import Disk
-from unet_rt.errors import OutputError, UnetRtError, first_line
-from unet_rt.models import Network, SegNet, architecture_of, network_of
-
+from ..contract import Contract
+from ..contract_io import contract_from_json
+from ..errors import OutputError, UnetRtError, first_line
+from ..models.architecture import Network, architecture_of, network_of
+from ..models.segnet import SegNet
+from ..system.durable import Disk
 from .augment import Augmentation, Tiles
 from .metrics import iou
 from .samples import Sample, padded

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from .errors import OutputError
+from ..errors import OutputError
 
 _NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP)  # of file systems that sync no folders: names are theirs to keep
 # What systems say of a lock that another process holds.
