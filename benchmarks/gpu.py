@@ -42,7 +42,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
 from unet_rt import backends, kernels
-from unet_rt.contract import Normalization  # noqa: E402
+from unet_rt.contract.contract import Normalization  # noqa: E402
 from unet_rt.image import open_image  # noqa: E402
 from unet_rt.normalize import (
     affine,

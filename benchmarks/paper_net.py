@@ -21,8 +21,8 @@ import torch
 
 import unet_rt
 from unet_rt import models
-from unet_rt.contract import Contract, Normalization
-from unet_rt.contract_io import contract_from_json
+from unet_rt.contract.contract import Contract, Normalization
+from unet_rt.contract.json import contract_from_json
 from unet_rt.export import METADATA_KEY, export
 from unet_rt.models import stored
 from unet_rt.models import widen as models_widen

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet_rt.axes import choose_channels, parse_channels, read_axes
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError
 from unet_rt.image import open_image
 

@@ -23,7 +23,7 @@ import unet_rt as urt
 from unet_rt import bench, build_timing
 from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
 from unet_rt.cli import main
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.device import Device
 from unet_rt.engine import Engine

@@ -17,19 +17,10 @@ import pytest
 import tifffile
 
 import unet_rt as urt
-from unet_rt import (
-    backends,
-    build_choice,
-    build_engines,
-    build_int8,
-    build_job,
-    build_record,
-    build_tiling,
-    contract_io,
-    search,
-)
+from unet_rt import backends, build_choice, build_engines, build_int8, build_job, build_record, build_tiling, search
 from unet_rt.build_report import BuildReport, Candidate
-from unet_rt.contract import Contract, Head, Normalization
+from unet_rt.contract import metadata as contract_io
+from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
 from unet_rt.model import kept_share, open_model, untiled_spec

@@ -23,7 +23,7 @@ import unet_rt as urt
 from unet_rt import cache, cli
 from unet_rt.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
 from unet_rt.cli import main
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import read_folder
 from unet_rt.model import open_model

@@ -21,7 +21,7 @@ from unet_rt.activations import (
     tensors,  # noqa: E402
 )
 from unet_rt.calibration import METHODS, Calibration, Range, calibrate, input_ranges, range_of, split, tile_starts
-from unet_rt.contract import (
+from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402
 )

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import unet_rt as urt
 from unet_rt import kernels
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine import Engine, EngineSpec, InputSpec
 from unet_rt.field import AxisField, OutputField, TileSizes
 from unet_rt.image import open_image

@@ -14,18 +14,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_rt.contract import Contract, Normalization
-from unet_rt.contract_io import (
-    contract_from_file,
-    contract_from_json,
-    contract_from_metadata,
-    contract_from_rdf,
-    contract_to_metadata,
-    format_normalization,
-    missing_normalization,
-    parse_normalization,
-    resolve_task,
-)
+from unet_rt.contract.bioimageio import contract_from_rdf
+from unet_rt.contract.contract import Contract, Normalization
+from unet_rt.contract.json import contract_from_file, contract_from_json, missing_normalization
+from unet_rt.contract.metadata import contract_from_metadata, contract_to_metadata
+from unet_rt.contract.task import resolve_task
+from unet_rt.contract.words import format_normalization, parse_normalization
 from unet_rt.errors import ContractError
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised

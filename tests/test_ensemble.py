@@ -23,12 +23,12 @@ from unet_rt import (
     ensemble,
     onnx_file,  # noqa: E402
 )
-from unet_rt.contract import (
+from unet_rt.contract.contract import (
     Contract,
     Head,
     Normalization,  # noqa: E402
 )
-from unet_rt.contract_io import (
+from unet_rt.contract.metadata import (
     contract_from_metadata,
     contract_to_metadata,  # noqa: E402
 )

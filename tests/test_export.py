@@ -16,14 +16,12 @@ ort = pytest.importorskip("onnxruntime", reason="export checks with onnxruntime;
 
 import unet_rt  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
-from unet_rt.contract import (
+from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402
 )
-from unet_rt.contract_io import (
-    contract_from_json,
-    contract_from_smp,  # noqa: E402
-)
+from unet_rt.contract.json import contract_from_json
+from unet_rt.contract.smp import contract_from_smp  # noqa: E402
 from unet_rt.errors import (
     ContractError,
     GraphError,  # noqa: E402

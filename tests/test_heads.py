@@ -17,8 +17,9 @@ from onnx import TensorProto, helper
 import unet_rt as urt
 from unet_rt import backends, exam
 from unet_rt.cli import main
-from unet_rt.contract import Contract, Head
-from unet_rt.contract_io import contract_from_json, resolve_heads
+from unet_rt.contract.contract import Contract, Head
+from unet_rt.contract.json import contract_from_json
+from unet_rt.contract.task import resolve_heads
 from unet_rt.demo import shipped_model
 from unet_rt.graph import inspect
 from unet_rt.image import open_image

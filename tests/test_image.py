@@ -19,7 +19,7 @@ from PIL import Image
 
 from unet_rt import image_tiff
 from unet_rt import pixels as unet_rt_pixels
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.image import Source, list_images, open_image
 

@@ -16,7 +16,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.errors import ImageError
 from unet_rt.image import list_images, open_image
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import unet_rt as urt
 from unet_rt import cluster, predict_large
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.image import open_image
 from unet_rt.levels import FINE_ENOUGH, fine_enough, level_of_size, level_sizes, parse_level
 from unet_rt.resample import resample

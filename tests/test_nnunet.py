@@ -16,8 +16,8 @@ pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip i
 
 import unet_rt as urt  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
-from unet_rt.contract import Normalization  # noqa: E402
-from unet_rt.contract_io import contract_from_json  # noqa: E402
+from unet_rt.contract.contract import Normalization  # noqa: E402
+from unet_rt.contract.json import contract_from_json  # noqa: E402
 from unet_rt.errors import GraphError  # noqa: E402
 from unet_rt.export import METADATA_KEY  # noqa: E402
 from unet_rt.models.nnunet import open_nnunet  # noqa: E402

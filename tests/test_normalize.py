@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_rt.contract import Contract, Normalization, Scope
+from unet_rt.contract.contract import Contract, Normalization, Scope
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.image import Source, open_image
 from unet_rt.normalize import Affine, affine, grey_levels, measure, normalised, percentiles

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unet_rt import output
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
 from unet_rt.image import Source, open_image
 from unet_rt.output import check_output, open_output

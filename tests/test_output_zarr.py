@@ -18,7 +18,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
 from unet_rt.image import open_image
 from unet_rt.output import Shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError
 from unet_rt.parity import Budget, ImageParity, compare, constant_reason, dice, judge, labels, saturated, used
 from unet_rt.synthetic import microscopy

@@ -16,7 +16,7 @@ import unet_rt as urt  # noqa: E402
 from unet_rt import build_engines  # noqa: E402
 from unet_rt.build_report import BuildReport  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
-from unet_rt.contract import Contract  # noqa: E402
+from unet_rt.contract.contract import Contract  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.synthetic import microscopy  # noqa: E402

@@ -20,7 +20,7 @@ from PIL import Image
 
 import unet_rt as urt
 from unet_rt import backends
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine import Engine
 from unet_rt.image import open_image

@@ -24,7 +24,7 @@ from host_device import HostDevice, HostSession, host, use_host_kernels
 
 import unet_rt as urt
 from unet_rt import backends, predict_blocks, predict_device
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.device import DeviceMemoryError
 from unet_rt.engine import Engine

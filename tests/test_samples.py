@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unet_rt.contract import Contract, Normalization
+from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.errors import ImageError
 from unet_rt.samples import draw
 from unet_rt.synthetic import microscopy

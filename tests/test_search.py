@@ -41,7 +41,7 @@ from unet_rt.build_report import (
     Candidate,  # noqa: E402
 )
 from unet_rt.calibration import Calibration  # noqa: E402
-from unet_rt.contract import (
+from unet_rt.contract.contract import (
     Contract,
     Head,  # noqa: E402
 )

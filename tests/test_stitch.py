@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_rt.contract import Contract
+from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, TileError
 from unet_rt.field import AxisField, OutputField, TileSizes
 from unet_rt.stitch import BandStitcher, Decision, blend_weight, decide

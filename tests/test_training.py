@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="training needs torch; pip install unet-rt[train]")
 
 import unet_rt  # noqa: E402
-from unet_rt.contract import (
+from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402
 )

@@ -19,7 +19,7 @@ from PIL import Image
 import unet_rt as urt
 from unet_rt import backends, parity, pictures
 from unet_rt.cli import main
-from unet_rt.contract import Contract, Head, Normalization
+from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.engine import Engine, read_folder, write_folder
 from unet_rt.model import open_model, square_tile, untiled_spec
 from unet_rt.parity import Budget

@@ -19,7 +19,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .build import build
     from .build_report import BuildReport
-    from .contract import Contract, Normalization
+    from .contract.contract import Contract, Normalization
     from .engine import Engine, EngineSpec, load
     from .errors import (
         BackendError,
@@ -69,10 +69,10 @@ __all__ = [
 _MODULE = {
     "Budget": "parity",
     "BuildReport": "build_report",
-    "Contract": "contract",
+    "Contract": "contract.contract",
     "Engine": "engine",
     "EngineSpec": "engine",
-    "Normalization": "contract",
+    "Normalization": "contract.contract",
     "RunReport": "pipeline",
     "VerifyReport": "verify",
     "build": "build",

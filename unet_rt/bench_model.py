@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends, parity
-from .contract import Contract
+from .contract.contract import Contract
 from .engine import Engine, EngineSpec, load, read_folder
 from .errors import BackendError, ContractError, ImageError, ParityError
 from .model import Model, baseline_engine, open_model, seam_tile, square_tile, whole_grid

@@ -38,7 +38,7 @@ from .build_samples import read_samples, set_aside
 from .build_task import describe_first, resolve_task
 from .build_tiling import choose_tiling
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
-from .contract import Contract
+from .contract.contract import Contract
 from .engine import Engine, EngineFolder, Precision, check_target, load, read_folder, write_folder
 from .errors import BackendError, ContractError, EngineError, OutputError
 from .model import Model, baseline_engine, check_fp32, open_models, untiled_spec

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from . import parity
 from .build_job import Job, Remarks
 from .build_samples import Samples
-from .contract import Contract
+from .contract.contract import Contract
 from .engine import EngineSpec
 from .model import square_tile
 from .normalize import normalised
@@ -27,7 +27,7 @@ def resolve_task(job: Job, spec: EngineSpec, samples: Samples) -> Contract:
     Raises:
         ContractError: The output can be read in several ways, and the samples are the user's.
     """
-    from .contract_io import resolve_heads
+    from .contract.task import resolve_heads
 
     model, remarks = job.model, job.remarks
     tile = square_tile(spec.sizes, spec.outputs, 256 * 256)

@@ -26,7 +26,7 @@ from .errors import EngineError, OutputError
 from .system import facts
 
 if TYPE_CHECKING:
-    from .contract import Contract
+    from .contract.contract import Contract
     from .samples import Sample
 
 

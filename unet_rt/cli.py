@@ -27,7 +27,7 @@ from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtE
 
 if TYPE_CHECKING:
     from .build_report import BuildReport
-    from .contract import Contract
+    from .contract.contract import Contract
     from .models.source import Opened
     from .parity import Budget
     from .pipeline import RunReport
@@ -542,8 +542,8 @@ def _channels(args: argparse.Namespace) -> Any:
 
 
 def _contract(args: argparse.Namespace) -> Contract:
-    from .contract import Contract, Normalization
-    from .contract_io import parse_normalization
+    from .contract.contract import Contract, Normalization
+    from .contract.words import parse_normalization
 
     normalization: Normalization | None = None
     if args.normalize is not None:
@@ -567,7 +567,7 @@ def _contract(args: argparse.Namespace) -> Contract:
     if args.border:
         found = replace(found, border=args.border)
     if args.contract is not None:
-        from .contract_io import contract_from_file
+        from .contract.json import contract_from_file
 
         found = found.over(contract_from_file(Path(args.contract)))
     return found
@@ -738,7 +738,7 @@ def _with_samples(argv: Sequence[str], folder: Path) -> str:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from .contract_io import parse_normalization
+    from .contract.words import parse_normalization
     from .engine import load
     from .image import list_images
     from .predict import predict
@@ -979,7 +979,7 @@ def _unpack(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .contract_io import parse_normalization
+    from .contract.words import parse_normalization
     from .system import limits as machine
 
     _torch("trains networks", "train")

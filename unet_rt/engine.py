@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .contract import Contract
-from .contract_io import contract_from_json
+from .contract.contract import Contract
+from .contract.json import contract_from_json
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError, size_text
 from .field import OutputField, TileSizes
 from .stitch import Blend

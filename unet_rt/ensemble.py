@@ -17,8 +17,9 @@ import onnx.compose
 import onnx.inliner
 from onnx import TensorProto, helper
 
-from .contract import Contract
-from .contract_io import contract_to_metadata, first_contract, resolve_task
+from .contract.contract import Contract
+from .contract.metadata import contract_to_metadata
+from .contract.task import first_contract, resolve_task
 from .engine import sha256
 from .errors import ContractError, GraphError
 from .model import Model, baseline_engine, check_fp32, square_tile, untiled_spec

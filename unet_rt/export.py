@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends
-from .contract import Contract
+from .contract.contract import Contract
 from .errors import BackendError, ContractError, GraphError, first_line, size_text
 from .system.durable import Disk
 

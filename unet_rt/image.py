@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .axes import Choice, Layout, choose_channels, parse_channels, read_axes
-from .contract import Contract
+from .contract.contract import Contract
 from .errors import BackendError, ContractError, ImageError, size_text
 from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import (

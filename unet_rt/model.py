@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract import Contract
+from .contract.contract import Contract
 from .engine import Engine, EngineSpec, InputSpec
 from .errors import BackendError, ContractError, GraphError, TileError, size_text
 from .field import OutputField, TileSizes
@@ -136,7 +136,10 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     """
     import onnx
 
-    from . import contract_io, onnx_file
+    from . import onnx_file
+    from .contract import json as contract_io
+    from .contract.bioimageio import contract_from_rdf
+    from .contract.metadata import contract_from_metadata
     from .free import free_spatial
     from .graph import check_images, inspect
     from .passes.outputs import keep_outputs
@@ -144,7 +147,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     given = Path(path)
     declared = Contract()
     if given.suffix.lower() in (".yaml", ".yml", ".zip") or given.is_dir():
-        declared, given = contract_io.contract_from_rdf(
+        declared, given = contract_from_rdf(
             given, _folder(work / "package"), normalization=options.normalization if options else None
         )
     proto = onnx_file.load_model(given)
@@ -164,7 +167,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         # An engine folder holds one file per graph, which must be whole without its neighbours.
         given = _folder(work / "given") / given.name
         onnx.save_model(proto, str(given))
-    declared = declared.over(contract_io.contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
+    declared = declared.over(contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
     if contract is not None:
         declared = contract_io.contract_from_file(contract).over(declared)
     if options is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kernels
-from .contract import Normalization
+from .contract.contract import Normalization
 from .errors import ContractError, ImageError
 from .image import Source
 from .pixels import Array

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract import Contract
+from .contract.contract import Contract
 from .errors import ContractError
 from .stitch import decide
 
 if TYPE_CHECKING:
     from .engine import EngineSpec
+
 
 Array = npt.NDArray[Any]
 

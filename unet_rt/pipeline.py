@@ -31,7 +31,7 @@ from .system import limits
 from .tiles import Ints, TileGrid
 
 if TYPE_CHECKING:
-    from .contract import Contract
+    from .contract.contract import Contract
     from .engine import Engine, EngineSpec
     from .image import Source
 

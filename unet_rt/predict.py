@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import blocks
-from .contract import Contract, Normalization
+from .contract.contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
 from .heads import Headed
@@ -367,7 +367,7 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     if given is not None:
         return given
     if source.dtype.kind in "iu":
-        from .contract_io import missing_normalization
+        from .contract.json import missing_normalization
 
         raise missing_normalization(source)
     return Normalization("none")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from . import exam, objects, outlines
 from ._version import __version__
 from .blocks import Block, plan_blocks, plan_of
-from .contract import Contract, Normalization
+from .contract.contract import Contract, Normalization
 from .engine import Engine
 from .errors import ContractError, OutputError, size_text
 from .image import Source, open_image

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels
-from .contract import Contract
+from .contract.contract import Contract
 from .engine import Engine, EngineSpec, EngineView
 from .errors import ImageError
 from .normalize import Affine, OnePlane, affine
@@ -25,6 +25,7 @@ from .tiles import TileGrid
 
 if TYPE_CHECKING:
     from .image import Source
+
 
 Array = npt.NDArray[Any]
 

@@ -40,7 +40,7 @@ from .stitch import decide
 from .system import facts
 
 if TYPE_CHECKING:
-    from .contract import Contract
+    from .contract.contract import Contract
     from .parity import Budget, Verdict
 
 

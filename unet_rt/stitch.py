@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels
-from .contract import Contract
+from .contract.contract import Contract
 from .errors import ContractError, TileError
 from .tiles import Ints, TileGrid
 

@@ -26,7 +26,7 @@ from math import ceil, lcm, prod
 import numpy as np
 import numpy.typing as npt
 
-from .contract import Border
+from .contract.contract import Border
 from .errors import TileError, size_text
 from .field import AxisField, OutputField, TileSizes
 

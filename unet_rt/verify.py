@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import exam, parity, pictures
-from .contract import Contract
+from .contract.contract import Contract
 from .engine import Engine, EngineSpec, load
 from .errors import ContractError, EngineError, GraphError, ImageError, OutputError, size_text
 from .model import Model, baseline_engine, judged_tile, open_model, whole_grid

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from unet_rt.contract import Contract, Normalization
-from unet_rt.errors import BackendError, ContractError, GraphError
-
+from ..contract.contract import Contract, Normalization
+from ..errors import BackendError, ContractError, GraphError
 from .source import Opened, load_state
 
 METADATA_KEY = "nnunet"
@@ -87,7 +86,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> dict[str, Any]:
     """nnU-Net's checkpoints log NumPy scalars beside their tensors; apart from these nothing but weights is loaded."""
-    from unet_rt.training.trainer import read_torch
+    from ..training.trainer import read_torch
 
     numpy_scalar: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(code)) for code in "fdilqB?"]

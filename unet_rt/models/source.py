@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from unet_rt.contract import Contract
-from unet_rt.errors import ContractError, GraphError
-
+from ..contract.contract import Contract
+from ..errors import ContractError, GraphError
 from .architecture import network_of
 
 # Where trainers keep the state dict inside what they save.
@@ -64,7 +63,7 @@ def open_module(
         from .nnunet import open_nnunet
 
         return open_nnunet(path)
-    from unet_rt.training.trainer import load_checkpoint, read_torch
+    from ..training.trainer import load_checkpoint, read_torch
 
     content = read_torch(path)
     if architecture is None and factory is None:

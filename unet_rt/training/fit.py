@@ -13,11 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from unet_rt._version import __version__
-from unet_rt.contract import Contract, Normalization
-from unet_rt.errors import BackendError, ContractError, OutputError
-from unet_rt.models import Network, network_of
-
+from .._version import __version__
+from ..contract.contract import Contract, Normalization
+from ..errors import BackendError, ContractError, OutputError
+from ..models.architecture import Network, network_of
 from .augment import Augmentation
 from .curves import training_curves
 from .folder import DataSet, read_folder

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import Contract, Normalization
+from ..contract.contract import Contract, Normalization
 from ..errors import ContractError, ImageError, size_text
 from ..image import SUFFIXES, Source, open_image
 from ..normalize import affine, normalised

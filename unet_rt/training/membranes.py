@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unet_rt.contract import Contract
-from unet_rt.errors import ImageError
-from unet_rt.models import UNet, UNetSpec
-from unet_rt.synthetic_membranes import membranes, random_tissue
-
+from ..contract.contract import Contract
+from ..errors import ImageError
+from ..models.unet import UNet, UNetSpec
+from ..synthetic_membranes import membranes, random_tissue
 from .augment import Augmentation
 from .fit import NORMALIZATION
 from .metrics import iou, pixel_error, rand_error

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unet_rt.contract import Contract
-from unet_rt.errors import ImageError
-from unet_rt.models import UNet, UNetSpec, save_half
-from unet_rt.synthetic import microscopy, random_scene
-
+from ..contract.contract import Contract
+from ..errors import ImageError
+from ..models.stored import save_half
+from ..models.unet import UNet, UNetSpec
+from ..synthetic import microscopy, random_scene
 from .augment import Augmentation
 from .fit import NORMALIZATION
 from .metrics import iou

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from unet_rt.contract import Contract, Normalization
-from unet_rt.errors import ImageError
-from unet_rt.image import open_image
-from unet_rt.normalize import affine, normalised
-
+from ..contract.contract import Contract, Normalization
+from ..errors import ImageError
+from ..image import open_image
+from ..normalize import affine, normalised
 from .components import components
 from .weights import F32, Labels, border_weights, separate
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from unet_rt.contract import Contract
-from unet_rt.export import export
-from unet_rt.models import UNet
-
+from ..contract.contract import Contract
+from ..export import export
+from ..models.unet import UNet
 from .trainer import Progress, Recipe, save_checkpoint
 from .weights import F32
 

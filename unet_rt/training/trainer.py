@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from ..contract import Contract
-from ..contract_io import contract_from_json
+from ..contract.contract import Contract
+from ..contract.json import contract_from_json
 from ..errors import OutputError, UnetRtError, first_line
 from ..models.architecture import Network, architecture_of, network_of
 from ..models.segnet import SegNet

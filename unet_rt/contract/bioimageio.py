@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..errors import ContractError
 from .contract import Contract, Normalization, OutputIs, Scope, Task
-from .contract_io import check_normalization
-from .errors import ContractError
+from .words import check_normalization
 
 NAMES = ("rdf.yaml", "bioimageio.yaml", "model.yaml", "rdf.yml")
 _LETTERS = {"batch": "N", "channel": "C", "b": "N", "c": "C", "z": "Z", "y": "Y", "x": "X", "t": "T", "time": "T"}
@@ -416,3 +416,14 @@ def _axes_or_none(tensor: Mapping[str, Any]) -> list[_Axis]:
         return _axes(tensor, "output")
     except ContractError:
         return []
+
+
+# bioimage.io -------------------------------------------------------------------------------------------------------
+
+
+def contract_from_rdf(
+    path: str | Path, work: Path | None = None, *, normalization: Normalization | None = None
+) -> tuple[Contract, Path]:
+    """(contract, path of the ONNX weights) of a bioimage.io package: see :mod:`unet_rt.bioimageio`."""
+
+    return read_package(Path(path), work, normalization)
