@@ -25,7 +25,7 @@ import torch
 import unet_rt as urt
 from unet_rt import backends
 from unet_rt.backends import onnxruntime, openvino
-from unet_rt.synthetic import microscopy
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 from unet_rt.system import timing as bench

@@ -42,10 +42,10 @@ import torch
 
 import unet_rt as urt
 from unet_rt.backends import eager
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.image import open_image
 from unet_rt.normalize import affine, normalised
 from unet_rt.pipeline import RunReport, Spans
-from unet_rt.synthetic import microscopy
 from unet_rt.system import limits as machine
 from unet_rt.training.trainer import predict_whole
 

@@ -35,11 +35,11 @@ from bench_memory import write_image
 from onnx import numpy_helper
 
 import unet_rt as urt
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.image import open_image
 from unet_rt.normalize import affine
 from unet_rt.pipeline import RunReport, Work, run
 from unet_rt.stitch import decide
-from unet_rt.synthetic import microscopy
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
 from unet_rt.tiles import cost_ratio

@@ -43,13 +43,13 @@ from torch import Tensor, nn  # noqa: E402
 import unet_rt as urt  # noqa: E402
 from unet_rt import backends, kernels
 from unet_rt.contract.contract import Normalization  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.image import open_image  # noqa: E402
 from unet_rt.normalize import (
     affine,
     normalised,  # noqa: E402
 )
 from unet_rt.pipeline import RunReport  # noqa: E402
-from unet_rt.synthetic import microscopy  # noqa: E402
 from unet_rt.system import facts as machine
 from unet_rt.system import limits  # noqa: E402
 

@@ -34,7 +34,7 @@ import record
 import unet_rt as urt
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
-from unet_rt.synthetic import microscopy
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
 

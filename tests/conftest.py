@@ -113,7 +113,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def sample_images() -> list[NDArray[np.uint16]]:
     """Three drawn micrographs of odd sizes: realistic pixels for the network that ships with the package."""
-    from unet_rt.synthetic import microscopy
+    from unet_rt.drawing.microscopy import microscopy
 
     return [microscopy(shape, seed=seed).image for seed, shape in enumerate([(300, 260), (211, 330), (257, 257)], 500)]
 

@@ -22,8 +22,8 @@ from unet_rt.backends import onnx_file, session
 from unet_rt.backends import onnxruntime as onnxruntime_backend
 from unet_rt.backends import openvino as openvino_backend
 from unet_rt.backends.session import Session
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError, GraphError
-from unet_rt.synthetic import microscopy
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 

@@ -25,9 +25,9 @@ from unet_rt.backends import onnxruntime, onnxruntime_cuda
 from unet_rt.backends.onnxruntime_cuda import RECORD, CudaSession, Options
 from unet_rt.backends.session import on_device
 from unet_rt.demo import shipped_model
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError
 from unet_rt.passes.half import half
-from unet_rt.synthetic import microscopy
 from unet_rt.system import facts as machine
 
 pytestmark = pytest.mark.onnxruntime

@@ -26,6 +26,7 @@ from unet_rt.contract.contract import (
     Normalization,  # noqa: E402
 )
 from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import (
     EngineError,
     ImageError,  # noqa: E402
@@ -40,7 +41,6 @@ from unet_rt.samples import (
     Sample,
     draw,  # noqa: E402
 )
-from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -15,7 +15,7 @@ from test_engine import edit
 import unet_rt as urt
 from unet_rt import cluster
 from unet_rt import engine as unet_rt_engine
-from unet_rt.synthetic import microscopy
+from unet_rt.drawing.microscopy import microscopy
 
 pytestmark = pytest.mark.onnxruntime
 pytest.importorskip("distributed")

@@ -142,7 +142,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that every page starts from."""
     import tifffile
 
-    from unet_rt.synthetic import microscopy
+    from unet_rt.drawing.microscopy import microscopy
 
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(Path(unet_rt.__file__).parent / "data" / "nuclei.onnx", folder / "model.onnx")

@@ -33,6 +33,7 @@ from unet_rt.contract.metadata import (
     contract_to_metadata,  # noqa: E402
 )
 from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.engine import sha256  # noqa: E402
 from unet_rt.ensemble import merge  # noqa: E402
 from unet_rt.errors import (
@@ -49,7 +50,6 @@ from unet_rt.model import (
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.passes.half import half  # noqa: E402
-from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 

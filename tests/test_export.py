@@ -22,6 +22,7 @@ from unet_rt.contract.contract import (
 )
 from unet_rt.contract.json import contract_from_json
 from unet_rt.contract.smp import contract_from_smp  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import (
     ContractError,
     GraphError,  # noqa: E402
@@ -34,7 +35,6 @@ from unet_rt.models.fcn import FCN8s
 from unet_rt.models.segnet import SegNet
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
 from unet_rt.models.unet import UNet
-from unet_rt.synthetic import microscopy  # noqa: E402
 from unet_rt.training.trainer import save_checkpoint  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]

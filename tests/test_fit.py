@@ -21,6 +21,10 @@ torch = pytest.importorskip("torch", reason="training needs torch; pip install u
 
 import unet_rt  # noqa: E402
 from unet_rt.cli import main  # noqa: E402
+from unet_rt.drawing.microscopy import (
+    Scene,
+    microscopy,  # noqa: E402
+)
 from unet_rt.errors import (
     BackendError,
     ContractError,
@@ -28,10 +32,6 @@ from unet_rt.errors import (
     OutputError,  # noqa: E402
 )
 from unet_rt.models.unet import UNet  # noqa: E402
-from unet_rt.synthetic import (
-    Scene,
-    microscopy,  # noqa: E402
-)
 from unet_rt.training import components
 from unet_rt.training.fit import (
     NORMALIZATION,

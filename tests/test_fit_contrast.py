@@ -14,7 +14,7 @@ pytest.importorskip("skimage", reason="thresholds to compare with; pip install u
 
 from scipy.ndimage import distance_transform_edt, gaussian_filter  # noqa: E402
 
-from unet_rt.synthetic import (
+from unet_rt.drawing.microscopy import (
     Scene,
     microscopy,  # noqa: E402
 )

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference  # noqa: E40
 
 from unet_rt.backends import onnxruntime  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import GraphError  # noqa: E402
 from unet_rt.passes.half import (
     RECORD,
@@ -29,7 +30,6 @@ from unet_rt.passes.half import (
     node_name,  # noqa: E402
 )
 from unet_rt.passes.up_conv import up_conv  # noqa: E402
-from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
 

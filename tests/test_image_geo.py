@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
 from unet_rt.image import open_image
 from unet_rt.output import nodata_value, open_output
-from unet_rt.synthetic import microscopy
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
 

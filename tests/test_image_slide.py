@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
 from unet_rt.image import open_image
-from unet_rt.synthetic import microscopy
 
 pytest.importorskip("tiffslide", reason="needs tiffslide")
 

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 
 import unet_rt as urt
-from unet_rt.synthetic import microscopy
+from unet_rt.drawing.microscopy import microscopy
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -6,7 +6,7 @@ import pytest
 
 import unet_rt as urt
 from unet_rt.demo import shipped_model
-from unet_rt.synthetic import microscopy
+from unet_rt.drawing.microscopy import microscopy
 
 pytestmark = pytest.mark.onnxruntime
 

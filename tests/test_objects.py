@@ -15,8 +15,8 @@ from PIL import Image
 from skimage import measure
 
 from unet_rt import ContractError, ImageError, OutputError, objects
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.objects import Objects, find_objects, label_mask, write_class_areas, write_table
-from unet_rt.synthetic import microscopy
 
 EPS = np.finfo(np.float64).eps
 

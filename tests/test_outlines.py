@@ -15,9 +15,9 @@ from PIL import Image
 from skimage import measure
 
 from unet_rt import ContractError, ImageError, OutputError
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.objects import Objects, label_mask
 from unet_rt.outlines import outlines, write_geojson
-from unet_rt.synthetic import microscopy
 
 
 def reader(ids: np.ndarray) -> Any:

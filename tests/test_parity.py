@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from unet_rt.contract.contract import Contract
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ContractError
 from unet_rt.parity import Budget, ImageParity, compare, constant_reason, dice, judge, labels, saturated, used
-from unet_rt.synthetic import microscopy
 
 MULTI = Contract(task="multiclass", output_is="logits", classes=("background", "cell", "debris"))
 

@@ -22,6 +22,7 @@ import unet_rt as urt
 from unet_rt import backends
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine
 from unet_rt.image import open_image
 from unet_rt.model import open_model, square_tile, untiled_spec
@@ -29,7 +30,6 @@ from unet_rt.normalize import affine, normalised
 from unet_rt.pictures import COLOURS
 from unet_rt.pipeline import RunReport, Work, run
 from unet_rt.stitch import Decision
-from unet_rt.synthetic import microscopy
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("onnxruntime", "openvino")]

@@ -26,11 +26,11 @@ from unet_rt import normalize, predict_blocks, predict_large, stage
 from unet_rt import stage as unet_rt_stage
 from unet_rt.blocks import plan_blocks
 from unet_rt.contract.contract import Contract, Normalization
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.image import open_image
 from unet_rt.normalize import affine
 from unet_rt.resample import needed, resample, resampled_shape
 from unet_rt.stitch import decide
-from unet_rt.synthetic import microscopy
 from unet_rt.system.durable import Disk
 
 pytestmark = pytest.mark.onnxruntime

@@ -27,11 +27,11 @@ from unet_rt import backends, predict_blocks, predict_device
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.device import DeviceMemoryError
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine
 from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
 from unet_rt.pipeline import RunReport
 from unet_rt.stage import MemoryStore
-from unet_rt.synthetic import microscopy
 
 pytestmark = pytest.mark.onnxruntime
 

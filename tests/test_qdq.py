@@ -21,6 +21,7 @@ from unet_rt.calibration import (
     calibrate,  # noqa: E402
 )
 from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import (
     BackendError,
     GraphError,  # noqa: E402
@@ -36,7 +37,6 @@ from unet_rt.passes.qdq import (
     quantise,  # noqa: E402
 )
 from unet_rt.search import form_of  # noqa: E402
-from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, Any]

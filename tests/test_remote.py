@@ -11,9 +11,9 @@ import pytest
 
 import unet_rt as urt
 from unet_rt.demo import shipped_model
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import read_folder
 from unet_rt.remote import connect
-from unet_rt.synthetic import microscopy
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, Any]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from unet_rt.contract.contract import Contract, Normalization
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
 from unet_rt.samples import draw
-from unet_rt.synthetic import microscopy
 
 CONTRACT = Contract(normalization=Normalization("zscore"))
 

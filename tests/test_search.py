@@ -46,6 +46,7 @@ from unet_rt.contract.contract import (
     Head,  # noqa: E402
 )
 from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402
@@ -62,7 +63,6 @@ from unet_rt.search import (
     plain_and_ends,
     put_back,
 )
-from unet_rt.synthetic import microscopy  # noqa: E402
 
 pytestmark = [pytest.mark.onnxruntime]
 Array = np.ndarray[Any, Any]

@@ -10,8 +10,8 @@ import pytest
 
 import unet_rt as urt
 from unet_rt.demo import shipped_model
+from unet_rt.drawing.membranes import membranes, random_tissue
 from unet_rt.errors import GraphError
-from unet_rt.synthetic_membranes import membranes, random_tissue
 
 MODEL = shipped_model("membranes")
 RECORD: dict[str, Any] = json.loads(MODEL.with_suffix(".json").read_text(encoding="utf-8"))

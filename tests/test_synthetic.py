@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unet_rt.drawing.membranes import Tissue
+from unet_rt.drawing.microscopy import CAMERA_OFFSET, IDS_PER_BLOCK, Micrograph, Scene, microscopy, random_scene
 from unet_rt.errors import ImageError
-from unet_rt.synthetic import CAMERA_OFFSET, IDS_PER_BLOCK, Micrograph, Scene, microscopy, random_scene
-from unet_rt.synthetic_membranes import Tissue
 
 SHAPE = (700, 1100)  # two rows and three columns of blocks, none of them whole at the far edges
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from unet_rt.drawing.membranes import CELL, MEMBRANE, Section, Tissue, membranes, random_tissue
 from unet_rt.errors import ImageError
-from unet_rt.synthetic_membranes import CELL, MEMBRANE, Section, Tissue, membranes, random_tissue
 
 SHAPE = (300, 420)
 

@@ -15,8 +15,8 @@ import unet_rt
 from unet_rt.backends import onnxruntime, tensorrt
 from unet_rt.backends.tensorrt_plan import Origin, read_header, read_plan, write_plan
 from unet_rt.backends.tensorrt_session import TensorRtSession
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError, EngineError, TileError
-from unet_rt.synthetic import microscopy
 
 onnx = pytest.importorskip("onnx")
 

@@ -19,13 +19,13 @@ from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402
 )
-from unet_rt.errors import ImageError  # noqa: E402
-from unet_rt.models.stored import load_half  # noqa: E402
-from unet_rt.models.unet import UNet
-from unet_rt.synthetic import (
+from unet_rt.drawing.microscopy import (
     Scene,
     microscopy,  # noqa: E402
 )
+from unet_rt.errors import ImageError  # noqa: E402
+from unet_rt.models.stored import load_half  # noqa: E402
+from unet_rt.models.unet import UNet
 from unet_rt.training.augment import Augmentation, Tiles
 from unet_rt.training.metrics import iou
 from unet_rt.training.samples import Sample, normalized, prepare, split_by_blocks

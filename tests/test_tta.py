@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import unet_rt as urt
-from unet_rt.synthetic import microscopy
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.tta import Augmented
 
 pytestmark = pytest.mark.onnxruntime

@@ -13,12 +13,12 @@ import numpy as np
 from . import parity
 from .build import build
 from .build_report import BuildReport
+from .drawing.microscopy import microscopy
 from .engine import load
 from .errors import GraphError, OutputError
 from .pipeline import Progress, RunReport
 from .predict import predict
 from .reports import build_text, run_text, verify_text
-from .synthetic import microscopy
 from .system.durable import Disk
 from .verify import verify
 

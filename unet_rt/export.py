@@ -237,7 +237,7 @@ def _tiles(
 def _pixels(tile: tuple[int, ...], channels: int, pixels: npt.ArrayLike | None) -> Array:
     """(2, C, *tile) of normalised pixels: two different windows, mirrored where the image is smaller."""
     if pixels is None:
-        from .synthetic import microscopy
+        from .drawing.microscopy import microscopy
 
         drawn = [microscopy(tile[-2:] if len(tile) > 1 else (32, *tile), seed=seed).image for seed in (1, 2)]
         # Dithered below one grey level: equal neighbours are an artefact of integers, and ties prove little.

@@ -195,7 +195,7 @@ def _window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, ...], t
 
 def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512) -> list[Sample]:
     """Generated microscopy for builds without samples: enough to compare backends in FP32, no proof of anything else."""
-    from .synthetic import microscopy
+    from .drawing.microscopy import microscopy
 
     samples = []
     for seed in range(count):

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 
 from ..contract.contract import Contract
+from ..drawing.membranes import membranes, random_tissue
 from ..errors import ImageError
 from ..models.unet import UNet, UNetSpec
-from ..synthetic_membranes import membranes, random_tissue
 from .augment import Augmentation
 from .fit import NORMALIZATION
 from .metrics import iou, pixel_error, rand_error

@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 from ..contract.contract import Contract
+from ..drawing.microscopy import microscopy, random_scene
 from ..errors import ImageError
 from ..models.stored import save_half
 from ..models.unet import UNet, UNetSpec
-from ..synthetic import microscopy, random_scene
 from .augment import Augmentation
 from .fit import NORMALIZATION
 from .metrics import iou

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ImageError
-from .synthetic import F32, check_limits, low_pass, smooth_noise
+from ..errors import ImageError
+from .microscopy import F32, check_limits, low_pass, smooth_noise
 
 MOST_PX = 4096  # side; noise fields are of the whole image
 BLOCK_PX = 32  # cells are told apart by blocks of this size, each with the few ellipses that can reach it

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ImageError
+from ..errors import ImageError
 
 F32 = npt.NDArray[np.float32]
 Pixels = npt.NDArray[Any]
