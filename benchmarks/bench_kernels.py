@@ -30,7 +30,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import record  # noqa: E402
 import reference  # noqa: E402
 
-from unet_rt import kernels  # noqa: E402
+from unet_rt.kernels import calls as kernels  # noqa: E402
+from unet_rt.kernels import native
 
 Case = tuple[str, int, Callable[[], Any], Callable[[], Any]]  # name, bytes touched, kernel, twin
 
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.size = 1, 160
-    threads = options.threads or kernels.default_threads()
+    threads = options.threads or native.default_threads()
     cases = [*gather_cases(options.size, threads), *stitch_cases(options.size, threads)]
     results = measure([*cases, *other_cases(options.size, threads)], threads, options.rounds)
     print(f"{'':44} {'kernel ms':>10} {'copyto ms':>10} {'twin ms':>9} {'bandwidth':>10} {'x twin':>7}")

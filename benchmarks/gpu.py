@@ -41,10 +41,12 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import backends, kernels
+from unet_rt import backends
 from unet_rt.contract.contract import Normalization  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.image import open_image  # noqa: E402
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
 from unet_rt.normalize import (
     affine,
     normalised,  # noqa: E402
@@ -430,7 +432,7 @@ class DeviceRun:
             self.inputs: list[Any] = [np.empty(x.shape, session.input_dtypes[0])]
             self.outputs: list[Any] = [np.empty(s, d) for s, d in zip(shapes, session.output_dtypes, strict=True)]
         else:
-            from unet_rt.device import Device
+            from unet_rt.kernels.device import Device
 
             device = Device.open(0)
             self.inputs = [device.empty(tuple(x.shape), session.input_dtypes[0])]
@@ -608,7 +610,7 @@ def section_machine(section: Section) -> None:
     found = {name: machine.package_version(name) for name in names.split()}
     figures = section.figures
     figures["versions"] = {name: version for name, version in found.items() if version is not None}
-    figures["cuda_kernels"] = kernels.cuda_status()
+    figures["cuda_kernels"] = native.cuda_status()
     figures["torch_cuda"] = torch.version.cuda
     with section.part("cuDNN's version"):
         figures["cudnn"] = torch.backends.cudnn.version()

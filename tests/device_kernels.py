@@ -23,7 +23,7 @@ import ptx
 import pytest
 from numpy.typing import NDArray
 
-from unet_rt import kernels
+from unet_rt.kernels import native as kernels
 
 WRITTEN = {"out", "total", "weight_total"}
 
@@ -216,7 +216,7 @@ def device_kernels(place: str) -> Iterator[DeviceKernels]:
         return
     module = host_module()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_cuda", lambda: module)
+        patch.setattr(kernels, "cuda", lambda: module)
         if place == "bodies":
             yield DeviceKernels(HostMemory)
             return

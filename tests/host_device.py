@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unet_rt import kernels
-from unet_rt.device import DeviceArray, DeviceMemoryError, _Memory
 from unet_rt.engine import Engine
+from unet_rt.kernels import native as kernels
+from unet_rt.kernels.device import DeviceArray, DeviceMemoryError, _Memory
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LOCK = threading.RLock()
@@ -196,7 +196,7 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
     except ImportError:
         cuda_host = None
     else:
-        monkeypatch.setattr(kernels, "_cuda", lambda: cuda_host)
+        monkeypatch.setattr(kernels, "cuda", lambda: cuda_host)
 
     def enqueued(name: str, counter: str) -> Callable[..., int]:
         function = getattr(kernels, name)

@@ -20,13 +20,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from unet_rt import device as gpu
 from unet_rt.backends import onnxruntime, onnxruntime_cuda
 from unet_rt.backends.onnxruntime_cuda import RECORD, CudaSession, Options
 from unet_rt.backends.session import on_device
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError
+from unet_rt.kernels import device as gpu
 from unet_rt.passes.half import half
 from unet_rt.system import facts as machine
 

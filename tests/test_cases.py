@@ -28,11 +28,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unet_rt as urt
-from unet_rt import kernels
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine import Engine, EngineSpec, InputSpec
 from unet_rt.field import AxisField, OutputField, TileSizes
 from unet_rt.image import open_image
+from unet_rt.kernels import calls as kernels
 from unet_rt.normalize import affine
 from unet_rt.output import open_output
 from unet_rt.pipeline import Work, run

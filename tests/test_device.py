@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, basic_indices
 
-from unet_rt import device as gpu
-from unet_rt import doctor, kernels
-from unet_rt.device import Device, DeviceArray, DeviceMemoryError
+from unet_rt import doctor
 from unet_rt.errors import BackendError
+from unet_rt.kernels import device as gpu
+from unet_rt.kernels import native as kernels
+from unet_rt.kernels.device import Device, DeviceArray, DeviceMemoryError
 from unet_rt.system import facts as machine
 
 Array = np.ndarray[Any, np.dtype[Any]]

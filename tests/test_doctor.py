@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import unet_rt
-from unet_rt import backends, doctor, kernels
+from unet_rt import backends, doctor
 from unet_rt.backends import openvino
 from unet_rt.errors import BackendError
+from unet_rt.kernels import native as kernels
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from unet_rt import kernels
 from unet_rt.errors import BackendError, ContractError, ImageError, OutputError, TileError, UnetRtError
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
 
 DTYPES = ["uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64", "bool"]
 BORDERS = ["mirror", "edge", "constant"]
@@ -529,8 +530,8 @@ def test_cuda_arrays_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    status = kernels.cuda_status()
-    monkeypatch.setattr(kernels, "_cuda", kernels._cuda.__wrapped__)
+    status = native.cuda_status()
+    monkeypatch.setattr(native, "cuda", native.cuda.__wrapped__)
     monkeypatch.setattr(kernels.importlib, "import_module", absent)
     tensor = SimpleNamespace(__cuda_array_interface__={})
     with pytest.raises(
@@ -546,7 +547,7 @@ def test_missing_module_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: x")
 
-    monkeypatch.setattr(kernels, "_cpu", kernels._cpu.__wrapped__)
+    monkeypatch.setattr(native, "cpu", native.cpu.__wrapped__)
     for load, advice in ((absent, "pip install unet-rt"), (broken, "reinstall")):
         monkeypatch.setattr(kernels.importlib, "import_module", load)
         with pytest.raises(BackendError, match=advice):
@@ -554,7 +555,7 @@ def test_missing_module_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_default_threads() -> None:
-    assert kernels.default_threads() >= 1
+    assert native.default_threads() >= 1
 
 
 WINDOW = np.zeros((2, 10, 12), np.uint8)

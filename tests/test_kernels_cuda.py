@@ -26,8 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from watched_kernels import BEYOND
 
-from unet_rt import kernels
 from unet_rt.errors import BackendError, ImageError, OutputError, TileError
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
 
 SAME_AS_ON_THE_CPU = [
     name
@@ -217,7 +218,7 @@ def test_arrays_live_until_the_launch(device: DeviceKernels, monkeypatch: pytest
     """Also those to which nobody else holds a reference."""
     gone, launched = list[int](), list[int]()
     module = SimpleNamespace(crop_concat=lambda *_: launched.append(len(gone)))
-    monkeypatch.setattr(kernels, "_cuda", lambda: module)
+    monkeypatch.setattr(native, "cuda", lambda: module)
     kernels.crop_concat(Temporary((1, 1, 4), gone), Temporary((1, 1, 2), gone), Temporary((1, 2, 2), gone))
     assert (launched, len(gone)) == ([0], 3)
 
@@ -269,7 +270,7 @@ def test_device_errors(device: DeviceKernels) -> None:
 def test_streams_are_those_of_the_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     module = SimpleNamespace(crop_concat=lambda *arguments: seen.append(arguments[-1]))
-    monkeypatch.setattr(kernels, "_cuda", lambda: module)
+    monkeypatch.setattr(native, "cuda", lambda: module)
 
     def array(stream: int | None) -> Any:
         typestr, shape = "<f4", (1, 1, 4)
@@ -292,24 +293,24 @@ def test_without_kernels_or_device_that_is_said(monkeypatch: pytest.MonkeyPatch)
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    kernels._cpu()
+    native.cpu()
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_cuda", IMPORTED)
+        patch.setattr(native, "cuda", IMPORTED)
         patch.setattr(kernels.importlib, "import_module", absent)
-        assert "UNET_RT_CUDA=ON" in str(kernels.cuda_missing())
+        assert "UNET_RT_CUDA=ON" in str(native.cuda_missing())
         array = SimpleNamespace(__cuda_array_interface__={})
         with pytest.raises(BackendError, match="no CUDA kernels"):
             kernels.tile_gather(array, [[0, 0]], array)
 
 
-IMPORTED = kernels._cuda.__wrapped__
+IMPORTED = native.cuda.__wrapped__
 
 
 def test_the_module_loads_without_a_driver() -> None:
     """And says what is missing when it is called. Where there is a device, nothing is."""
     module = pytest.importorskip("unet_rt._cuda")
     assert {name for name in dir(module) if name.startswith(("tile", "blend", "crop"))} == {
-        name for name in dir(kernels._cpu()) if name.startswith(("tile", "blend", "crop"))
+        name for name in dir(native.cpu()) if name.startswith(("tile", "blend", "crop"))
     }
     if module.missing():
         with pytest.raises(BackendError, match=r"driver|device"):

@@ -18,8 +18,9 @@ import test_kernels as cpu
 from watched_kernels import BEYOND
 
 import unet_rt
-from unet_rt import kernels
 from unet_rt.errors import BackendError, ImageError
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
 
 
 @pytest.mark.gpu
@@ -58,23 +59,23 @@ def test_a_graph_is_launched_with_new_tables() -> None:
     mask = torch.zeros(1, 364, 464, device="cuda")
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
-    kernels.graph_begin(stream.cuda_stream)
+    native.graph_begin(stream.cuda_stream)
     kernels.tile_gather(window, starts, tiles, divisor=7.0, stream=stream.cuda_stream)
     kernels.tile_stitch(tiles, origin, starts, size, mask, stream=stream.cuda_stream)
-    graph = kernels.graph_end(stream.cuda_stream)
+    graph = native.graph_end(stream.cuda_stream)
     try:
         for shift in (0, 11, 77):
             new = np.array([[0, 0], [64, 0], [0, 64], [64, 64]]) + shift
             starts.copy_(torch.from_numpy(new))
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
-            kernels.graph_launch(graph, stream.cuda_stream)
+            native.graph_launch(graph, stream.cuda_stream)
             stream.synchronize()
             assert torch.cuda.memory_allocated() == before
             expected = image[0, shift : shift + 128, shift : shift + 128] / np.float32(7)
             cpu.same(mask[0, shift : shift + 128, shift : shift + 128].cpu().numpy(), expected)
     finally:
-        kernels.graph_destroy(graph)
+        native.graph_destroy(graph)
 
 
 @pytest.mark.gpu

@@ -26,9 +26,9 @@ import unet_rt as urt
 from unet_rt import backends, predict_blocks, predict_device
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
-from unet_rt.device import DeviceMemoryError
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine
+from unet_rt.kernels.device import DeviceMemoryError
 from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
 from unet_rt.pipeline import RunReport
 from unet_rt.stage import MemoryStore
@@ -272,7 +272,7 @@ def shared_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[HostDevice], None]
         def from_array(array: OnDevice, name: str) -> Any:
             return array.array, array.stream.handle
 
-        monkeypatch.setattr("unet_rt.device.from_array", from_array)
+        monkeypatch.setattr("unet_rt.kernels.device.from_array", from_array)
 
     return use
 

@@ -21,14 +21,14 @@ import pytest
 from fake_tensorrt import FakeDevice, FakeTensorRt
 
 import unet_rt
-from unet_rt import kernels
 from unet_rt.backends import tensorrt, tensorrt_session
 from unet_rt.backends.tensorrt_build import advice, failure, logger, profiles_for, refusal
 from unet_rt.backends.tensorrt_inspect import check_engine, check_network, engine_convolutions
 from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
 from unet_rt.backends.tensorrt_session import TensorRtSession
-from unet_rt.device import DeviceMemoryError
 from unet_rt.errors import BackendError, EngineError, TileError
+from unet_rt.kernels import native as kernels
+from unet_rt.kernels.device import DeviceMemoryError
 from unet_rt.system import facts as machine
 
 onnx = pytest.importorskip("onnx")

@@ -43,7 +43,7 @@ import networks  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
-from unet_rt import kernels  # noqa: E402
+from unet_rt.kernels import calls as kernels  # noqa: E402
 from unet_rt.models.fcn import FCN8s
 from unet_rt.models.stored import load_half  # noqa: E402
 from unet_rt.models.unet import UNet

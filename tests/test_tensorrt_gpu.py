@@ -37,7 +37,7 @@ def pixels(batch: int, tile: tuple[int, int], seed: int = 0) -> np.ndarray[Any, 
 
 def unsupported(trt: Any) -> str | None:
     """Why a failure to build is the library's limit: TensorRT-RTX lists the compute capabilities that it builds for."""
-    from unet_rt.device import Device
+    from unet_rt.kernels.device import Device
 
     major, minor = Device.open(0).compute_capability
     if trt.__name__ != "tensorrt_rtx" or hasattr(trt.ComputeCapability, f"SM{major}{minor}"):

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from unet_rt import kernels
-from unet_rt.device import Device
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
+from unet_rt.kernels.device import Device
 
 BEYOND = "what follows reads beyond its window"
 
@@ -52,7 +53,7 @@ def main() -> None:
     put = copied if on_device else shared
     if not on_device:
         module = importlib.import_module("unet_rt._cuda_host")
-        kernels._cuda = lambda: module  # type: ignore[assignment]
+        native.cuda = lambda: module  # type: ignore[assignment]
     rng = np.random.default_rng(0)
 
     def some(shape: tuple[int, ...], dtype: str) -> Any:

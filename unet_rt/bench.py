@@ -23,7 +23,7 @@ class DeviceRun:
 
     def __init__(self, engine: Engine, batch: npt.NDArray[Any]):
         """``batch`` (N, C, *tile), normalised pixels; runs it twice. One that the engine does not take is padded."""
-        from .device import Device
+        from .kernels.device import Device
 
         session = engine.device_session
         if session is None:

@@ -152,7 +152,7 @@ def fits(model: Model, device: str, tile: Sequence[int], batch: int, held: int =
 
     ``held``: bytes of its memory that are not free and will be by then.
     """
-    from .device import Device
+    from .kernels.device import Device
 
     free = Device.open(facts.cuda_index(device)).memory()[0]
     return 2 * model.report.activation_bytes(tile, batch) < free + held

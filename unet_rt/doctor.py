@@ -61,7 +61,7 @@ def conflicts() -> list[str]:
 
 def _unusable(index: int) -> str | None:
     """Why images cannot be predicted on a GPU that the driver lists; None if they can."""
-    from . import device
+    from .kernels import device
 
     try:
         return device.missing(index)
@@ -90,7 +90,7 @@ def _backend(name: str, devices: list[str]) -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     """State of the compiled modules: for each, whether it is there and why not."""
-    from . import kernels
+    from .kernels import native as kernels
 
     try:
         cuda = kernels.cuda_status()

@@ -38,7 +38,7 @@ from .pixels import (
 )
 
 if TYPE_CHECKING:
-    from .device import Device, DeviceArray, Stream
+    from .kernels.device import Device, DeviceArray, Stream
 
 
 SLIDES = (".svs", ".ndpi", ".scn", ".bif", ".mrxs", ".vms", ".vmu", ".svslide")  # whole slides: the suffix decides
@@ -641,7 +641,7 @@ class DevicePixels:
 
 def _array_pixels(image: Any, name: str) -> Pixels:
     if not isinstance(image, np.ndarray):
-        from . import device
+        from .kernels import device
 
         if device.is_device_array(image):
             try:

@@ -16,10 +16,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kernels
 from .contract.contract import Normalization
 from .errors import ContractError, ImageError
 from .image import Source
+from .kernels import calls
 from .pixels import Array
 
 Float32 = NDArray[np.float32]
@@ -214,7 +214,7 @@ def _moments_of_counts(source: Source, channels: Sequence[int] | None, plane: in
     bits = source.dtype.itemsize * 8
     counts = np.zeros(1 << bits, np.int64)
     for band in _bands(source, channels, plane, None):
-        kernels.histogram(_keys(band), counts)
+        calls.histogram(_keys(band), counts)
     found = np.flatnonzero(counts)
     values = found - (1 << (bits - 1) if source.dtype.kind == "i" else 0)
     times = [int(n) for n in counts[found]]
@@ -312,7 +312,7 @@ def _order_statistics(
             low = (keys >> keys.dtype.type(shift)) & keys.dtype.type((1 << width) - 1) if digits > 1 else keys
             for p, histogram in counts.items():
                 inside = low if digit == 0 else low[(keys >> keys.dtype.type(shift + width)) == p]
-                kernels.histogram(inside if digits == 1 else inside.astype(np.uint16), histogram)
+                calls.histogram(inside if digits == 1 else inside.astype(np.uint16), histogram)
         for rank in ranks:
             upto = np.cumsum(counts[prefix[rank]])
             value = int(np.searchsorted(upto, left[rank], side="right"))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
-from .device import DeviceMemoryError, TileMemoryError
 from .errors import BackendError, ImageError, TileError, size_text
+from .kernels import calls
+from .kernels.device import DeviceMemoryError, TileMemoryError
 from .normalize import Affine, Affines, OnePlane, grey_levels
 from .parity import class_name
 from .repeats import Repeats, Results
@@ -658,7 +658,7 @@ def _gather(
             part = slice(first, min(first + batch, len(index)))
             tiles = np.empty((part.stop - first, spec.channels, *grid.tile), dtype=np.float32)
             with clock("gather"):
-                bad = kernels.tile_gather(
+                bad = calls.tile_gather(
                     window,
                     origins[part],
                     tiles,

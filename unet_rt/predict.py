@@ -26,8 +26,8 @@ from .tiles import TileGrid
 from .tta import Augmented, Tta
 
 if TYPE_CHECKING:
-    from .device import Device, DeviceArray
     from .image import Source
+    from .kernels.device import Device, DeviceArray
     from .predict_large import Tables
 
 
@@ -289,7 +289,7 @@ def _at_once(
         return finished, out
     result: Any
     if source.device is not None:
-        from .device import empty_like
+        from .kernels.device import empty_like
 
         result, target = empty_like(image, whole, decision.dtype, source.device)
         finished = finish(None, target)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
 from .blocks import Block, BlockPlan
 from .engine import Engine
 from .image import Source
+from .kernels import calls
 from .normalize import Affines, OnePlane
 from .pipeline import Progress, RunReport, Spans, Stop, StoppableQueue, Tally, Work, filled, run, with_smaller_tiles
 from .resample import needed, resample
@@ -356,7 +356,7 @@ def decided(values: Array, decision: Decision, threads: int = 0) -> Array:
     out = np.empty((*lead, *values.shape[1:]), decision.dtype)
     zero = np.zeros((1, values.ndim - 1), np.int64)
     size = np.array([values.shape[1:]], np.int64)
-    kernels.tile_stitch(
+    calls.tile_stitch(
         np.ascontiguousarray(values[None]), zero, zero, size, out, threads=threads, **decision_arguments(decision)
     )
     return out[0] if decision.channels == 0 and out.ndim == values.ndim else out

@@ -21,9 +21,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
-from .device import DeviceArray, DeviceMemoryError, TileMemoryError
 from .errors import BackendError, ImageError
+from .kernels import calls
+from .kernels.device import DeviceArray, DeviceMemoryError, TileMemoryError
 from .normalize import grey_levels
 from .pipeline import Seen, StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
 from .stitch import Decision, blend_weight, decision_arguments, uncovered_error
@@ -31,11 +31,12 @@ from .tiles import Ints
 
 if TYPE_CHECKING:
     from .backends.session import DeviceSession
-    from .device import Device, Event
     from .engine import Engine, EngineSpec
     from .image import Source
+    from .kernels.device import Device, Event
     from .normalize import Affine, Affines, OnePlane
     from .pipeline import Done, Progress, RunReport, Tally, Write
+
 
 Array = npt.NDArray[Any]
 
@@ -567,7 +568,7 @@ class _Job:
         for tiles, given in zip(self.tiles_in, self.spec.inputs, strict=True):
             channels = slice(first, first + given.channels)
             first += given.channels
-            kernels.tile_gather(
+            calls.tile_gather(
                 row.pixels[channels],
                 row.origins[part],
                 tiles[piece.at : piece.at + piece.count],
@@ -605,7 +606,7 @@ class _Job:
             if piece.begins:
                 self._open_band(row, start, stop)
             goal[:, 0] -= start
-            kernels.tile_stitch(
+            calls.tile_stitch(
                 tiles,
                 place.source,
                 goal,
@@ -745,16 +746,14 @@ class _Blend:
     def add(self, tiles: DeviceArray, source: Ints, goal: Ints, size: Ints) -> None:
         goal[:, 0] -= self._top
         sums = self._sums[0]
-        kernels.tile_blend(
-            tiles, source, goal, size, self._weight, sums[:-1], sums[-1], stream=self._job.compute.handle
-        )
+        calls.tile_blend(tiles, source, goal, size, self._weight, sums[:-1], sums[-1], stream=self._job.compute.handle)
 
     def finish(self, band: DeviceArray, start: int, stop: int, uncovered: DeviceArray) -> None:
         """Divides the rows that are final, and moves the others to the front."""
         rows, job = stop - start, self._job
         if rows:
             done, rest = self._sums
-            kernels.blend_finish(
+            calls.blend_finish(
                 done[:-1, :rows],
                 done[-1, :rows],
                 band,

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
 from .contract.contract import Contract
 from .engine import Engine, EngineSpec, EngineView
 from .errors import ImageError
+from .kernels import calls
 from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
 from .pipeline import Work, run
@@ -233,7 +233,7 @@ def tile_of(
     middle = [max(0, (n - t) // 2) for n, t in zip(sample.shape, tile, strict=True)]
     starts = np.array([middle if start is None else list(start)], dtype=np.int64)
     out = np.empty((1, spec.channels, *tile), dtype=np.float32)
-    kernels.tile_gather(
+    calls.tile_gather(
         sample.pixels,
         starts,
         out,

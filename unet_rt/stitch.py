@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
 from .contract.contract import Contract
 from .errors import ContractError, TileError
+from .kernels import calls
 from .tiles import Ints, TileGrid
 
 OutputKind = Literal["mask", "probability", "raw"]
@@ -182,12 +182,12 @@ class BandStitcher:
         target = place.target.copy()
         if self._grid.blended:
             target[:, 0] -= self._top
-            kernels.tile_blend(
+            calls.tile_blend(
                 tiles, place.source, target, place.size, self._weight, self._total, self._weights, threads=self._threads
             )
         else:
             target[:, 0] -= self._grid.band(self._row, self._output)[0]
-            kernels.tile_stitch(
+            calls.tile_stitch(
                 tiles,
                 place.source,
                 target,
@@ -219,7 +219,7 @@ class BandStitcher:
             if rows:
                 total = np.ascontiguousarray(self._total[:, :rows])
                 weights = self._weights[:rows]
-                bare = kernels.blend_finish(
+                bare = calls.blend_finish(
                     total, weights, band, threads=self._threads, **decision_arguments(self._decision)
                 )
                 if bare:

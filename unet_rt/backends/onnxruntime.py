@@ -85,7 +85,7 @@ def missing(device: str = "cpu") -> str | None:
             f"ONNX Runtime cannot use {device}: this is the CPU wheel; "
             "pip uninstall -y onnxruntime, then pip install onnxruntime-gpu"
         )
-    from .. import device as gpu
+    from ..kernels import device as gpu
 
     reason = gpu.missing(facts.cuda_index(device))
     return None if reason is None else f"ONNX Runtime cannot use {device}: {reason}"

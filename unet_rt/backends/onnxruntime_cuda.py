@@ -41,15 +41,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..device import DeviceMemoryError
 from ..errors import BackendError, size_text
+from ..kernels.device import DeviceMemoryError
 from ..system import facts
 from ..system import timing as timing_module
 from . import onnxruntime as common
 from .session import Array, Port, SessionBase, arrays_for, check_shapes
 
 if TYPE_CHECKING:
-    from ..device import DeviceArray, Stream
+    from ..kernels.device import DeviceArray, Stream
 
 
 log = logging.getLogger("unet_rt")
@@ -288,7 +288,7 @@ class CudaSession(SessionBase):
         reason = common.missing(device)
         if reason is not None:
             raise BackendError(reason)
-        from ..device import Device
+        from ..kernels.device import Device
 
         self._library = common._import()
         self._errors = common._errors(self._library)

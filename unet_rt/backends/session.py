@@ -16,7 +16,7 @@ from ..errors import BackendError, size_text
 from ..system import limits
 
 if TYPE_CHECKING:
-    from ..device import DeviceArray, Stream
+    from ..kernels.device import DeviceArray, Stream
 
 
 Array = np.ndarray[Any, np.dtype[Any]]

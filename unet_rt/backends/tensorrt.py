@@ -33,7 +33,7 @@ from .tensorrt_session import TensorRtSession
 if TYPE_CHECKING:
     import onnx
 
-    from ..device import Device
+    from ..kernels.device import Device
 
 
 log = logging.getLogger("unet_rt")
@@ -61,7 +61,7 @@ def missing(device: str = "cpu") -> str | None:
     if _found() is None:
         return f"TensorRT is not installed; {_INSTALL}"
     _import()
-    from .. import device as device_layer
+    from ..kernels import device as device_layer
 
     return device_layer.missing(facts.cuda_index(device))
 
@@ -98,7 +98,7 @@ def _open(device: str) -> tuple[Any, Device]:
     reason = missing(device)
     if reason is not None:
         raise BackendError(reason)
-    from ..device import Device
+    from ..kernels.device import Device
 
     return _import(), Device.open(facts.cuda_index(device))
 

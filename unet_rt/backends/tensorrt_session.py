@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import kernels
-from ..device import DeviceMemoryError
 from ..errors import BackendError, EngineError, TileError, size_text
+from ..kernels import native
+from ..kernels import native as native_module
+from ..kernels.device import DeviceMemoryError
 from .session import Array, Port, SessionBase, arrays_for
 from .tensorrt_build import advice, failure, logger, title
 from .tensorrt_plan import PlanHeader
 
 if TYPE_CHECKING:
-    from ..device import Device, DeviceArray, Stream
+    from ..kernels.device import Device, DeviceArray, Stream
 
 
 log = logging.getLogger("unet_rt")
@@ -262,7 +263,7 @@ class TensorRtSession(SessionBase):
         handle = self._graphs.get(key)
         if handle:
             self._graphs.move_to_end(key)
-            kernels.graph_launch(handle, stream)
+            native_module.graph_launch(handle, stream)
             return
         if handle is None:  # the first run loads kernels, and compiles them in TensorRT-RTX
             self._execute(context, addresses)
@@ -271,7 +272,7 @@ class TensorRtSession(SessionBase):
         handle = self._record(context, addresses)
         if handle:
             self._remember(key, handle)
-            kernels.graph_launch(handle, stream)
+            native_module.graph_launch(handle, stream)
         else:
             self._execute(context, addresses)
 
@@ -281,10 +282,10 @@ class TensorRtSession(SessionBase):
         possible = getattr(context.native, "is_stream_capturable", None)  # TensorRT-RTX tells
         reason: object = "it says so"
         if possible is None or possible(stream):
-            kernels.graph_begin(stream)
+            native_module.graph_begin(stream)
             try:
                 self._execute(context, addresses)
-                return kernels.graph_end(stream)
+                return native_module.graph_end(stream)
             except BackendError as error:
                 _discard(stream)
                 reason = error
@@ -317,7 +318,7 @@ class TensorRtSession(SessionBase):
     def _destroy(self, handle: int) -> None:
         if handle:
             self._stream.synchronize()  # it may still run
-            kernels.graph_destroy(handle)
+            native_module.graph_destroy(handle)
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
         """Runs arrays of the host; a batch that the plan does not take is padded with its last tile, or cut."""
@@ -506,7 +507,7 @@ def _discard(stream: int) -> None:
     """Ends a capture that failed, if it has not ended itself; what it holds is nothing."""
     if _capturing(stream):
         try:
-            kernels.graph_destroy(kernels.graph_end(stream))
+            native.graph_destroy(native.graph_end(stream))
         except BackendError:
             return  # a capture that was invalidated ends with an error
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unet_rt import kernels
+from ..kernels import calls
+from ..kernels import native as native_module
 
 NATIVE = (torch.float32, torch.float16, torch.int8, torch.uint8)
 
@@ -41,17 +42,17 @@ def _operator_body(skip: Tensor, up: Tensor, crop: int) -> Tensor:
         and skip.device == up.device
         and skip.is_contiguous()
         and up.is_contiguous()
-        and (skip.device.type == "cpu" or (skip.device.type == "cuda" and kernels.cuda_missing() is None))
+        and (skip.device.type == "cpu" or (skip.device.type == "cuda" and native_module.cuda_missing() is None))
     )
     if not native:
         return _plain(skip, up, crop)
     out = torch.empty((up.shape[0], skip.shape[1] + up.shape[1], *up.shape[2:]), dtype=up.dtype, device=up.device)
     if up.device.type == "cpu":
         arrays: list[Any] = [t.detach().numpy() for t in (skip, up, out)]
-        kernels.crop_concat(*arrays, offset=[crop] * len(room), threads=torch.get_num_threads())
+        calls.crop_concat(*arrays, offset=[crop] * len(room), threads=torch.get_num_threads())
     else:
         stream = torch.cuda.current_stream(up.device).cuda_stream
-        kernels.crop_concat(skip.detach(), up.detach(), out, offset=[crop] * len(room), stream=stream)
+        calls.crop_concat(skip.detach(), up.detach(), out, offset=[crop] * len(room), stream=stream)
     return out
 
 

@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BackendError, size_text
-from .system import facts
+from ..errors import BackendError, size_text
+from ..system import facts
 
 Array = npt.NDArray[Any]
 
@@ -59,7 +59,7 @@ def missing(index: int = 0) -> str | None:
     if not 0 <= index < len(found.devices):
         return f"there is no device cuda:{index}; the driver lists {len(found.devices)} (cuda:0 is the first)"
     if importlib.util.find_spec("unet_rt._cuda") is None:
-        from . import kernels
+        from . import native as kernels
 
         return (
             f"this installation has no CUDA kernels ({kernels.cuda_status()}); build it where nvcc is found: "
