@@ -307,7 +307,7 @@ def engine_labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> Label
     """Labels of a crop, with the whole image's statistics, in tiles of at most 768 px."""
     from unet_rt.normalize import OnePlane
     from unet_rt.pipeline import Work, run
-    from unet_rt.stitch import decide
+    from unet_rt.tiling.decision import decide
 
     spec = engine.spec
     result = np.empty(pixels.shape, np.uint8)

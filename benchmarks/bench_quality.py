@@ -34,9 +34,9 @@ from unet_rt import parity
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine, EngineSpec
-from unet_rt.model import baseline_engine, open_model, square_tile, untiled_spec, whole_grid
+from unet_rt.model import baseline_engine, open_model, untiled_spec, whole_grid
 from unet_rt.samples import Sample, draw, raw_result
-from unet_rt.tiles import TileGrid, tile_grid
+from unet_rt.tiling.grid import TileGrid, square_tile, tile_grid
 from unet_rt.training.metrics import dice, iou
 
 SEAM = 1e-5  # share of labels, as build's default budget

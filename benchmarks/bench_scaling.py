@@ -39,10 +39,10 @@ from unet_rt.drawing.microscopy import microscopy
 from unet_rt.image import open_image
 from unet_rt.normalize import affine
 from unet_rt.pipeline import RunReport, Work, run
-from unet_rt.stitch import decide
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
-from unet_rt.tiles import cost_ratio
+from unet_rt.tiling.decision import decide
+from unet_rt.tiling.grid import cost_ratio
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from unet_rt.kernels.device import Device
 from unet_rt.reports import bench_text
 from unet_rt.samples import draw, raw_result
 from unet_rt.system import timing as system_timing
-from unet_rt.tiles import tile_grid
+from unet_rt.tiling.grid import tile_grid
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -26,9 +26,9 @@ from unet_rt.engine import read_folder
 from unet_rt.model import kept_share, open_model, untiled_spec
 from unet_rt.reports import build_text
 from unet_rt.samples import draw
-from unet_rt.stitch import blend_weight
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
+from unet_rt.tiling.stitch import blend_weight
 from unet_rt.verify import verify
 
 pytestmark = pytest.mark.onnxruntime

@@ -30,14 +30,15 @@ from hypothesis import strategies as st
 import unet_rt as urt
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine import Engine, EngineSpec, InputSpec
-from unet_rt.field import AxisField, OutputField, TileSizes
 from unet_rt.image import open_image
 from unet_rt.kernels import calls as kernels
 from unet_rt.normalize import affine
 from unet_rt.output import open_output
 from unet_rt.pipeline import Work, run
-from unet_rt.stitch import BandStitcher, Decision, blend_weight, decide
-from unet_rt.tiles import TileGrid, tile_grid
+from unet_rt.tiling.decision import Decision, decide
+from unet_rt.tiling.field import AxisField, OutputField, TileSizes
+from unet_rt.tiling.grid import TileGrid, tile_grid
+from unet_rt.tiling.stitch import BandStitcher, blend_weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 EPS = float(np.finfo(np.float32).eps)

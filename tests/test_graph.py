@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from unet_rt.errors import GraphError
-from unet_rt.field import AxisField, OutputField
 from unet_rt.graph import GraphReport, inspect, kept_step
+from unet_rt.tiling.field import AxisField, OutputField
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

@@ -19,7 +19,7 @@ from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.image import open_image
 from unet_rt.levels import FINE_ENOUGH, fine_enough, level_of_size, level_sizes, parse_level
-from unet_rt.resample import resample
+from unet_rt.tiling.resample import resample
 
 FACTORS = (1, 2, 4, 8)
 SIZE_UM = 0.2517  # of the finest level, as scanners measure it: level 1 has a nominal 0.5 um

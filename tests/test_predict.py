@@ -25,11 +25,12 @@ from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine
 from unet_rt.image import open_image
-from unet_rt.model import open_model, square_tile, untiled_spec
+from unet_rt.model import open_model, untiled_spec
 from unet_rt.normalize import affine, normalised
 from unet_rt.pictures import COLOURS
 from unet_rt.pipeline import RunReport, Work, run
-from unet_rt.stitch import Decision
+from unet_rt.tiling.decision import Decision
+from unet_rt.tiling.grid import square_tile
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("onnxruntime", "openvino")]

@@ -29,9 +29,9 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.image import open_image
 from unet_rt.normalize import affine
-from unet_rt.resample import needed, resample, resampled_shape
-from unet_rt.stitch import decide
 from unet_rt.system.durable import Disk
+from unet_rt.tiling.decision import decide
+from unet_rt.tiling.resample import needed, resample, resampled_shape
 
 pytestmark = pytest.mark.onnxruntime
 

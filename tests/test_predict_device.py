@@ -29,9 +29,10 @@ from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine
 from unet_rt.kernels.device import DeviceMemoryError
-from unet_rt.model import blended_spec, open_model, square_tile, untiled_spec
+from unet_rt.model import blended_spec, open_model, untiled_spec
 from unet_rt.pipeline import RunReport
 from unet_rt.stage import MemoryStore
+from unet_rt.tiling.grid import square_tile
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, TileError
-from unet_rt.field import AxisField, OutputField, TileSizes
-from unet_rt.stitch import BandStitcher, Decision, blend_weight, decide
-from unet_rt.tiles import AxisTiles, Canvas, TileGrid, tile_grid
+from unet_rt.tiling.axis import AxisTiles, Canvas
+from unet_rt.tiling.decision import Decision, decide
+from unet_rt.tiling.field import AxisField, OutputField, TileSizes
+from unet_rt.tiling.grid import TileGrid, tile_grid
+from unet_rt.tiling.stitch import BandStitcher, blend_weight
 
 RAW = Decision("copy", 2, np.dtype(np.float32))
 

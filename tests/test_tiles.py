@@ -13,18 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_rt.errors import TileError
-from unet_rt.field import AxisField, OutputField, TileSizes
-from unet_rt.tiles import (
-    border_window,
-    canvas,
-    choose_tile,
-    cost_ratio,
-    exact_step,
-    smaller_tile,
-    smallest_tile,
-    tile_grid,
-    with_halo,
-)
+from unet_rt.tiling.axis import border_window, canvas, exact_step, smaller_tile, smallest_tile
+from unet_rt.tiling.field import AxisField, OutputField, TileSizes
+from unet_rt.tiling.grid import choose_tile, cost_ratio, tile_grid, with_halo
 
 ONE = Fraction(1)
 

@@ -22,11 +22,12 @@ from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine, read_folder, write_folder
-from unet_rt.model import open_model, square_tile, untiled_spec
+from unet_rt.model import open_model, untiled_spec
 from unet_rt.parity import Budget
 from unet_rt.reports import verify_text
 from unet_rt.samples import draw
 from unet_rt.testing import assert_parity
+from unet_rt.tiling.grid import square_tile
 from unet_rt.verify import _truth, verify
 
 pytestmark = pytest.mark.onnxruntime

@@ -25,14 +25,15 @@ from . import backends, parity
 from .contract.contract import Contract
 from .engine import Engine, EngineSpec, load, read_folder
 from .errors import BackendError, ContractError, ImageError, ParityError
-from .model import Model, baseline_engine, open_model, seam_tile, square_tile, whole_grid
+from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
 from .normalize import normalised
 from .pipeline import Work, run
 from .predict import normalization_of, plan
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
-from .stitch import blend_weight, decide
 from .system import facts, limits, timing
-from .tiles import TileGrid, tile_grid
+from .tiling.decision import decide
+from .tiling.grid import TileGrid, square_tile, tile_grid
+from .tiling.stitch import blend_weight
 
 Array = npt.NDArray[Any]
 Say = Callable[[str], None]

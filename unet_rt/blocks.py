@@ -22,9 +22,10 @@ import numpy as np
 
 from .engine import EngineSpec
 from .errors import ContractError, TileError, size_text
-from .resample import needed
-from .stitch import Decision
-from .tiles import AxisTiles, TileGrid
+from .tiling.axis import AxisTiles
+from .tiling.decision import Decision
+from .tiling.grid import TileGrid
+from .tiling.resample import needed
 
 LARGE_PX = 2**26  # from 8192 x 8192 on a file is made in blocks: half a minute of a small network is worth keeping
 TILES = 16  # per block: a block is some seconds of work, and one writing to disk

@@ -44,8 +44,8 @@ from .errors import BackendError, ContractError, EngineError, OutputError
 from .model import Model, baseline_engine, check_fp32, open_models, untiled_spec
 from .parity import Budget
 from .search import Deadline, Say
-from .stitch import Blend
 from .system import limits
+from .tiling.stitch import Blend
 
 log = logging.getLogger("unet_rt")
 

@@ -24,7 +24,7 @@ from .parity import Budget, Verdict
 from .predict import MEMORY_SHARE
 from .samples import tile_of
 from .system import limits
-from .tiles import smaller_tile
+from .tiling.axis import smaller_tile
 
 LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
 SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without warm-up: its first run is 5 % slower

@@ -14,10 +14,11 @@ from .build_report import Kind
 from .build_tiling import Tiling
 from .engine import Engine, EngineSpec, Precision
 from .errors import size_text
-from .model import Model, square_tile
+from .model import Model
 from .passes.half import half
 from .samples import tile_of
 from .system import facts
+from .tiling.grid import square_tile
 
 GPU_BATCHES = (1, 4, 16)  # tiles per run that are tried on a GPU
 CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at

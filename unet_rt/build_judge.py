@@ -19,7 +19,7 @@ from .engine import Engine
 from .model import judged_tile
 from .parity import BatchParity, ImageParity, Verdict
 from .samples import Sample, raw_results
-from .tiles import tile_grid
+from .tiling.grid import tile_grid
 
 Array = npt.NDArray[Any]
 

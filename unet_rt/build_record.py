@@ -22,11 +22,12 @@ from .build_tiling import Tiling
 from .cache import Asked
 from .engine import Engine, EngineSpec, FileKind, sha256
 from .errors import ParityError
-from .model import baseline_name, square_tile
+from .model import baseline_name
 from .parity import ImageParity
 from .samples import Sample, tile_of
 from .search import LayerCost, Quantiser
 from .system import facts, json
+from .tiling.grid import square_tile
 
 Array = npt.NDArray[Any]
 EXAM_TILES = 8

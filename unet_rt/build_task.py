@@ -13,9 +13,9 @@ from .build_job import Job, Remarks
 from .build_samples import Samples
 from .contract.contract import Contract
 from .engine import EngineSpec
-from .model import square_tile
 from .normalize import normalised
 from .samples import Sample, tile_of
+from .tiling.grid import square_tile
 
 Array = npt.NDArray[Any]
 LEAST_OF_RANGE = 0.02  # of the declared grey levels that samples should cover: 0 to 1 is not 0 to 255

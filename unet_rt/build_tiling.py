@@ -11,11 +11,11 @@ from .build_job import Job
 from .build_samples import Samples
 from .engine import EngineSpec
 from .errors import ContractError, ImageError, TileError, size_text
-from .model import blended_spec, keeps, kept_share, largest_halo, seam_tile, square_tile, whole_grid
+from .model import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
 from .parity import ImageParity
 from .samples import Sample, raw_results
-from .stitch import Blend
-from .tiles import TileGrid, tile_grid
+from .tiling.grid import TileGrid, square_tile, tile_grid
+from .tiling.stitch import Blend
 
 PROBE_PX = 512 * 512  # tile area at which backends and precisions are compared
 TILE_AREAS = (512**2, 1024**2, 1536**2, 2048**2)  # tile areas tried with the winner

@@ -38,10 +38,11 @@ import numpy.typing as npt
 from .contract.contract import Contract
 from .contract.json import contract_from_json
 from .errors import BackendError, ContractError, EngineError, OutputError, TileError, size_text
-from .field import OutputField, TileSizes
-from .stitch import Blend
 from .system.durable import PART, Disk, locked, part_path, parts_of
-from .tiles import TileGrid, canvas, choose_tile, tile_grid, with_halo
+from .tiling.axis import canvas
+from .tiling.field import OutputField, TileSizes
+from .tiling.grid import TileGrid, choose_tile, tile_grid, with_halo
+from .tiling.stitch import Blend
 
 if TYPE_CHECKING:
     from .backends.session import DeviceSession, Session

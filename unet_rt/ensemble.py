@@ -22,10 +22,11 @@ from .contract.metadata import contract_to_metadata
 from .contract.task import first_contract, resolve_task
 from .engine import sha256
 from .errors import ContractError, GraphError
-from .model import Model, baseline_engine, check_fp32, square_tile, untiled_spec
+from .model import Model, baseline_engine, check_fp32, untiled_spec
 from .onnx_file import LARGEST
 from .passes.outputs import keep_outputs
 from .samples import synthetic, tile_of
+from .tiling.grid import square_tile
 
 MEMBERS_KEY = "ensemble.members"  # metadata: JSON list of name and SHA-256 of every member
 SOFTMAX_OPSET = 13  # before it, Softmax flattens the axes behind its own

@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import NDArray
 
 from .errors import UnetRtError, first_line, size_text
-from .field import OutputField
 from .graph import Analysis, analyse_model
 from .onnx_file import Value
+from .tiling.field import OutputField
 
 Array = NDArray[Any]
 Run = Callable[[onnx.ModelProto, Sequence[Array]], Sequence[Array]]

@@ -19,12 +19,12 @@ import numpy as np
 import onnx
 
 from .errors import GraphError, size_text
-from .field import AxisField, OutputField, Pair, TileSizes
 from .line import Line, input_line
 from .onnx_file import Graph, Node, Value, load_model, read_graph, restricted
 from .passes.free_crops import free_crops
 from .propagate import Axis, Tensor, Walk, plain, sole_line, tracked, value_of, walk
 from .shapes import ELEMENT_BYTES
+from .tiling.field import AxisField, OutputField, Pair, TileSizes
 
 COST_TILES = (512, 1024, 2048, 4096)
 SPATIAL = {1: "X", 2: "YX", 3: "ZYX"}

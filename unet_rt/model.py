@@ -14,9 +14,9 @@ import numpy.typing as npt
 from .contract.contract import Contract
 from .engine import Engine, EngineSpec, InputSpec
 from .errors import BackendError, ContractError, GraphError, TileError, size_text
-from .field import OutputField, TileSizes
-from .stitch import Blend
-from .tiles import TileGrid, cost_ratio, covered_px, exact_step, smallest_tile, tile_grid
+from .tiling.axis import covered_px, exact_step
+from .tiling.grid import TileGrid, cost_ratio, square_tile, tile_grid
+from .tiling.stitch import Blend
 
 if TYPE_CHECKING:
     import onnx
@@ -273,17 +273,6 @@ def baseline_engine(model: Model, spec: EngineSpec, *, threads: int = 0) -> Engi
     name = baseline_name()
     session = backends.get(name).load(model.graph, precision="fp32", device="cpu", threads=threads)
     return Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session)
-
-
-def square_tile(sizes: Sequence[TileSizes], outputs: Sequence[OutputField], area: int) -> tuple[int, ...]:
-    """The accepted tile nearest to a square (cube) of ``area`` pixels that keeps something."""
-    side = round(area ** (1 / len(sizes)))
-    tile = []
-    for k, s in enumerate(sizes):
-        smallest = smallest_tile(s, [o.field[k] for o in outputs])
-        low, high = max(s.at_most(side), smallest), max(s.at_least(side), smallest)
-        tile.append(low if side - low <= high - side else high)
-    return tuple(tile)
 
 
 def untiled_spec(model: Model) -> EngineSpec:

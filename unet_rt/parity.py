@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .contract.contract import Contract
 from .errors import ContractError
-from .stitch import decide
+from .tiling.decision import decide
 
 if TYPE_CHECKING:
     from .engine import EngineSpec

@@ -26,9 +26,10 @@ from .kernels.device import DeviceMemoryError, TileMemoryError
 from .normalize import Affine, Affines, OnePlane, grey_levels
 from .parity import class_name
 from .repeats import Repeats, Results
-from .stitch import BandStitcher, Decision
 from .system import limits
-from .tiles import Ints, TileGrid
+from .tiling.decision import Decision
+from .tiling.grid import Ints, TileGrid
+from .tiling.stitch import BandStitcher
 
 if TYPE_CHECKING:
     from .contract.contract import Contract

@@ -20,9 +20,9 @@ from .normalize import affine
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run, with_smaller_tiles
 from .stage import stage_folder
-from .stitch import Decision, OutputKind, decide, default_output
 from .system import limits
-from .tiles import TileGrid
+from .tiling.decision import Decision, OutputKind, decide, default_output
+from .tiling.grid import TileGrid
 from .tta import Augmented, Tta
 
 if TYPE_CHECKING:

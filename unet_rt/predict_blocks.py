@@ -21,9 +21,9 @@ from .image import Source
 from .kernels import calls
 from .normalize import Affines, OnePlane
 from .pipeline import Progress, RunReport, Spans, Stop, StoppableQueue, Tally, Work, filled, run, with_smaller_tiles
-from .resample import needed, resample
-from .stitch import Decision, decision_arguments
-from .tiles import TileGrid
+from .tiling.decision import Decision, decision_arguments
+from .tiling.grid import TileGrid
+from .tiling.resample import needed, resample
 
 Array = npt.NDArray[Any]
 Put = Callable[

@@ -26,8 +26,9 @@ from .kernels import calls
 from .kernels.device import DeviceArray, DeviceMemoryError, TileMemoryError
 from .normalize import grey_levels
 from .pipeline import Seen, StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
-from .stitch import Decision, blend_weight, decision_arguments, uncovered_error
-from .tiles import Ints
+from .tiling.decision import Decision, decision_arguments
+from .tiling.grid import Ints
+from .tiling.stitch import blend_weight, uncovered_error
 
 if TYPE_CHECKING:
     from .backends.session import DeviceSession

@@ -33,11 +33,11 @@ from .parity import class_name
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Tally, class_share, label_names
 from .predict_blocks import Prepared, Resampled, run_blocks
-from .resample import resampled_shape
 from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage, shard_lock, stage_folder
-from .stitch import Decision, decide
 from .system import limits
 from .system.durable import Disk, locked
+from .tiling.decision import Decision, decide
+from .tiling.resample import resampled_shape
 from .tta import Tta
 
 Array = npt.NDArray[Any]

@@ -20,8 +20,8 @@ from .kernels import calls
 from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
 from .pipeline import Work, run
-from .stitch import Decision
-from .tiles import TileGrid
+from .tiling.decision import Decision
+from .tiling.grid import TileGrid
 
 if TYPE_CHECKING:
     from .image import Source

@@ -36,8 +36,8 @@ from .engine import Engine
 from .errors import BackendError, ContractError, GraphError, size_text
 from .passes import qdq
 from .passes.half import half
-from .stitch import decide
 from .system import facts
+from .tiling.decision import decide
 
 if TYPE_CHECKING:
     from .contract.contract import Contract

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .engine import Engine, EngineView
 from .errors import ContractError
-from .field import AxisField, OutputField
+from .tiling.field import AxisField, OutputField
 
 Array = npt.NDArray[Any]
 Tta = Literal["none", "flip", "d4"]

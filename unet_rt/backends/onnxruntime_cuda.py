@@ -729,7 +729,7 @@ def _name_sizes(proto: Any) -> tuple[tuple[Named, ...], tuple[Named, ...]]:
 def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Input shapes that settings are compared at."""
     from ..graph import inspect
-    from ..model import square_tile
+    from ..tiling.grid import square_tile
 
     report = inspect(str(model))
     tile = tuple(tiles[0]) if tiles else square_tile(report.sizes, report.outputs, 512**2)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ContractError
+from ..errors import ContractError
 
 Array = npt.NDArray[Any]
 
