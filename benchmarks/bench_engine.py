@@ -35,8 +35,8 @@ Contender = Callable[[], np.ndarray]
 
 def tile_of(contract: urt.Contract, tile: int, seed: int = 4242) -> np.ndarray:
     """(1, 1, tile, tile): drawn microscopy, normalised as the contract says."""
-    from unet_rt.image import open_image
-    from unet_rt.normalize import affine, normalised
+    from unet_rt.images.normalize import affine, normalised
+    from unet_rt.images.open import open_image
 
     pixels = microscopy((tile, tile), seed=seed).image
     with open_image(pixels, contract, spatial=2) as source:

@@ -36,8 +36,8 @@ from onnx import numpy_helper
 
 import unet_rt as urt
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.image import open_image
-from unet_rt.normalize import affine
+from unet_rt.images.normalize import affine
+from unet_rt.images.open import open_image
 from unet_rt.pipeline import RunReport, Work, run
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench

@@ -44,13 +44,13 @@ import unet_rt as urt  # noqa: E402
 from unet_rt import backends
 from unet_rt.contract.contract import Normalization  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.image import open_image  # noqa: E402
-from unet_rt.kernels import calls as kernels
-from unet_rt.kernels import native
-from unet_rt.normalize import (
+from unet_rt.images.normalize import (
     affine,
     normalised,  # noqa: E402
 )
+from unet_rt.images.open import open_image  # noqa: E402
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
 from unet_rt.pipeline import RunReport  # noqa: E402
 from unet_rt.system import facts as machine
 from unet_rt.system import limits  # noqa: E402

@@ -144,7 +144,7 @@ def sparse(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     with urt.load(engine(folder, divisor=16)) as loaded:
         planning = time.perf_counter()
-        from unet_rt.image import open_image
+        from unet_rt.images.open import open_image
         from unet_rt.predict_large import Request, prepare
 
         with open_image(folder / "image.zarr", loaded.spec.contract, network_channels=1) as source:

@@ -303,7 +303,7 @@ def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     pixels = gpu.drawn(320)
     numbers = gpu.numbers_of(net, pixels)
     module = net.module()
-    from unet_rt.normalize import normalised
+    from unet_rt.images.normalize import normalised
 
     with gpu.torch.inference_mode():
         whole = module(gpu.torch.from_numpy(normalised(pixels[None], numbers)[None]))[0].argmax(0)

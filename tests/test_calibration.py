@@ -31,7 +31,7 @@ from unet_rt.errors import (
     EngineError,
     ImageError,  # noqa: E402
 )
-from unet_rt.normalize import (
+from unet_rt.images.normalize import (
     Affine,
     normalised,  # noqa: E402
 )

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from unet_rt.contract.bioimageio import contract_from_rdf
 from unet_rt.contract.contract import Contract, Normalization
-from unet_rt.contract.json import contract_from_file, contract_from_json, missing_normalization
+from unet_rt.contract.json import contract_from_file, contract_from_json
 from unet_rt.contract.metadata import contract_from_metadata, contract_to_metadata
 from unet_rt.contract.task import resolve_task
 from unet_rt.contract.words import format_normalization, parse_normalization
 from unet_rt.errors import ContractError
-from unet_rt.image import open_image
-from unet_rt.normalize import affine, normalised
+from unet_rt.images.normalize import affine, missing_normalization, normalised
+from unet_rt.images.open import open_image
 
 IMAGENET = Normalization("fixed", scale=255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -161,7 +161,7 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 def test_single_metadata_keys_win_over_the_whole() -> None:
     metadata = contract_to_metadata(Contract(task="binary", normalization=Normalization("minmax"), threshold=(0.3,)))
     metadata |= {
-        "unet_rt.normalize": "mean=0.5;std=0.5;scale=255",
+        "unet_rt.images.normalize": "mean=0.5;std=0.5;scale=255",
         "unet_rt.channels": "DAPI, GFP",
         "unet_rt.trained_tile": "512,256",
         "unet_rt.threshold": "0.7",
@@ -174,7 +174,7 @@ def test_single_metadata_keys_win_over_the_whole() -> None:
         trained_tile=(512, 256),
         threshold=(0.7,),
     )
-    scoped = contract_from_metadata({"unet_rt.normalize": "zscore", "unet_rt.normalize_scope": "slice"})
+    scoped = contract_from_metadata({"unet_rt.images.normalize": "zscore", "unet_rt.normalize_scope": "slice"})
     assert scoped.normalization == Normalization("zscore", scope="slice")
     with pytest.raises(ContractError, match="unknown key 'normalise'"):
         contract_from_metadata({"unet_rt.normalise": "zscore"})

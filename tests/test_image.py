@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unet_rt import image_tiff
-from unet_rt import pixels as unet_rt_pixels
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
-from unet_rt.image import Source, list_images, open_image
+from unet_rt.images import pixels as images_pixels
+from unet_rt.images import tiff as image_tiff
+from unet_rt.images.open import list_images, open_image
+from unet_rt.images.source import Source
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ANY = Contract()
@@ -176,7 +177,7 @@ def test_only_the_segments_of_a_window_are_decoded(tmp_path: Path, monkeypatch: 
 
 
 def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unet_rt_pixels, "CACHE_BYTES", 20_000)
+    monkeypatch.setattr(images_pixels, "CACHE_BYTES", 20_000)
     pixels = RNG.integers(0, 99, (640, 320), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", pixels, rowsperstrip=16, compression="zlib")
     with open_image(tmp_path / "a.tif", ANY) as source:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
-from unet_rt.image import open_image
+from unet_rt.images.open import open_image
 from unet_rt.output import nodata_value, open_output
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
@@ -185,7 +185,7 @@ def test_without_rasterio_pixels_and_nodata_are_read_and_the_loss_is_said(
     pixels = fields(1)
     path = write(tmp_path / "a.tif", pixels, nodata=0)
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    monkeypatch.setattr("unet_rt.image_tiff.find_spec", lambda name: None)
+    monkeypatch.setattr("unet_rt.images.tiff.find_spec", lambda name: None)
     with open_image(path, ANY) as source:
         assert "its georeference is not carried over; pip install 'unet-rt[geo]'" in source.reading
         np.testing.assert_array_equal(source.read(0, (80, 100), (220, 340)), pixels[:, 80:220, 100:340])

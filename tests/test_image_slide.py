@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
-from unet_rt.image import open_image
+from unet_rt.images.open import open_image
 
 pytest.importorskip("tiffslide", reason="needs tiffslide")
 
@@ -103,7 +103,7 @@ def test_damage_is_an_error(svs: Path, tmp_path: Path) -> None:
 def test_without_a_library_a_slide_is_a_plain_tiff_or_an_error(
     svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unet_rt.image_slide.find_spec", lambda name: None)
+    monkeypatch.setattr("unet_rt.images.slide.find_spec", lambda name: None)
     for name in ("tiffslide", "openslide"):
         monkeypatch.setitem(sys.modules, name, None)
     with open_image(svs, ANY, network_channels=3, level=1) as source:
@@ -116,7 +116,7 @@ def test_without_a_library_a_slide_is_a_plain_tiff_or_an_error(
 
 def test_openslide_reads_the_same_pixels(svs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openslide", reason="needs openslide")
-    from unet_rt import image_slide
+    from unet_rt.images import slide as image_slide
 
     monkeypatch.setattr(image_slide, "find_spec", lambda name: name == "openslide" or None)
     for level, factor in enumerate(FACTORS):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ImageError
-from unet_rt.image import list_images, open_image
+from unet_rt.images.open import list_images, open_image
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
 zarr = pytest.importorskip("zarr", reason="needs zarr")

@@ -17,7 +17,8 @@ from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
-from unet_rt.image import Source, list_images, open_image
+from unet_rt.images.open import list_images, open_image
+from unet_rt.images.source import Source
 
 zarr = pytest.importorskip("zarr", reason="needs zarr")
 

@@ -17,8 +17,8 @@ import unet_rt as urt
 from unet_rt import cluster, predict_large
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.image import open_image
-from unet_rt.levels import FINE_ENOUGH, fine_enough, level_of_size, level_sizes, parse_level
+from unet_rt.images.levels import FINE_ENOUGH, fine_enough, level_of_size, level_sizes, parse_level
+from unet_rt.images.open import open_image
 from unet_rt.tiling.resample import resample
 
 FACTORS = (1, 2, 4, 8)

@@ -19,7 +19,8 @@ from PIL import Image
 from unet_rt import output
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
-from unet_rt.image import Source, open_image
+from unet_rt.images.open import open_image
+from unet_rt.images.source import Source
 from unet_rt.output import check_output, open_output
 
 RNG = np.random.default_rng(7)

@@ -24,9 +24,9 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import Engine
-from unet_rt.image import open_image
+from unet_rt.images.normalize import affine, normalised
+from unet_rt.images.open import open_image
 from unet_rt.model import open_model, untiled_spec
-from unet_rt.normalize import affine, normalised
 from unet_rt.pictures import COLOURS
 from unet_rt.pipeline import RunReport, Work, run
 from unet_rt.tiling.decision import Decision
@@ -593,7 +593,7 @@ def test_a_failure_keeps_the_old_output(nuclei, image, tmp_path):
 @pytest.mark.parametrize("where", ["reading", "writing", "progress"])
 def test_a_failure_in_another_stage_reaches_the_caller(nuclei, image, tmp_path, monkeypatch, where):
     from unet_rt import output
-    from unet_rt.image import Source
+    from unet_rt.images.source import Source
 
     calls = []
 

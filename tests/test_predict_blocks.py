@@ -22,13 +22,14 @@ from test_cases import engine as fake_engine
 from test_cases import output, predicted
 
 import unet_rt as urt
-from unet_rt import normalize, predict_blocks, predict_large, stage
+from unet_rt import predict_blocks, predict_large, stage
 from unet_rt import stage as unet_rt_stage
 from unet_rt.blocks import plan_blocks
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.image import open_image
-from unet_rt.normalize import affine
+from unet_rt.images import normalize
+from unet_rt.images.normalize import affine
+from unet_rt.images.open import open_image
 from unet_rt.system.durable import Disk
 from unet_rt.tiling.decision import decide
 from unet_rt.tiling.resample import needed, resample, resampled_shape

@@ -25,8 +25,8 @@ from . import backends, parity
 from .contract.contract import Contract
 from .engine import Engine, EngineSpec, load, read_folder
 from .errors import BackendError, ContractError, ImageError, ParityError
+from .images.normalize import normalised
 from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
-from .normalize import normalised
 from .pipeline import Work, run
 from .predict import normalization_of, plan
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
@@ -272,7 +272,7 @@ def _engines(
 
 def _window(spec: EngineSpec, image: Any, axes: str | None, channels: Any, most_px: int, notes: list[str]) -> Sample:
     """The window of an image that is measured on."""
-    from .image import open_image
+    from .images.open import open_image
 
     if image is None:
         note = "no image is given: drawn microscopy, on which labels prove nothing about this network; pass --image"

@@ -74,8 +74,8 @@ def read_samples(
 def _without_normalization(model: Model, image: Any, axes: str | None, channels: Sequence[int] | None) -> Model:
     """The model for pixels as they are, which only floating point ones can be taken for."""
     from .contract.contract import Normalization
-    from .contract.json import missing_normalization
-    from .image import open_image
+    from .images.normalize import missing_normalization
+    from .images.open import open_image
 
     with open_image(
         image,

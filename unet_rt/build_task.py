@@ -13,7 +13,7 @@ from .build_job import Job, Remarks
 from .build_samples import Samples
 from .contract.contract import Contract
 from .engine import EngineSpec
-from .normalize import normalised
+from .images.normalize import normalised
 from .samples import Sample, tile_of
 from .tiling.grid import square_tile
 

@@ -536,7 +536,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _channels(args: argparse.Namespace) -> Any:
     if args.channels is None:
         return None
-    from .axes import parse_channels
+    from .images.axes import parse_channels
 
     return parse_channels(args.channels)
 
@@ -740,7 +740,7 @@ def _with_samples(argv: Sequence[str], folder: Path) -> str:
 def _predict(args: argparse.Namespace) -> int:
     from .contract.words import parse_normalization
     from .engine import load
-    from .image import list_images
+    from .images.open import list_images
     from .predict import predict
     from .reports import run_text
     from .stage import stage_folder

@@ -19,7 +19,8 @@ from uuid import uuid4
 from .engine import Engine, LoadOptions, load, read_folder
 from .errors import BackendError, ContractError
 from .heads import Headed
-from .image import Source, open_image, where_of
+from .images.open import open_image, where_of
+from .images.source import Source
 from .pipeline import Progress, RunReport, together
 from .predict_blocks import Prepared, run_blocks
 from .predict_large import Compute, Request, begun, open_store

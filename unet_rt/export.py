@@ -174,8 +174,8 @@ def read_pixels(
     image: str | os.PathLike[str], contract: Contract, axes: str | None = None, channels: str | None = None
 ) -> Array:
     """(C, *spatial) of the first plane of an image, normalised as ``contract`` says: what to compare on."""
-    from .image import open_image
-    from .normalize import affine, normalised
+    from .images.normalize import affine, normalised
+    from .images.open import open_image
 
     if contract.normalization is None:
         raise ContractError("pixels to compare on need a normalisation; declare it in the contract")

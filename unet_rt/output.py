@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .errors import OutputError, size_text
-from .image import Source
-from .pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
+from .images.pixels import MAX_WHOLE_PX, NODATA_TAG, Array, Origin
+from .images.source import Source
 from .system.durable import Disk, part_path, parts_of
 
 SUFFIXES = (".png", ".tif", ".tiff", ".npy")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import OutputError
-from .pixels import GEO_TAGS, Origin
+from .images.pixels import GEO_TAGS, Origin
 
 
 def geo_tags(origin: Origin, scale: Sequence[float]) -> tuple[tuple[int, int, int, Any, bool], ...]:

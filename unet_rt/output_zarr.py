@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from .errors import OutputError
-from .image_zarr import import_zarr
+from .images.pixels import UM, Array, Origin
+from .images.zarr import import_zarr
 from .output import Shape, ome_axes
 from .pictures import COLOURS
-from .pixels import UM, Array, Origin
 from .system.durable import Disk
 
 VERSION = "0.5"

@@ -13,7 +13,7 @@ from .errors import OutputError
 from .system.durable import Disk
 
 if TYPE_CHECKING:
-    from .image import Source
+    from .images.source import Source
 
 
 Array = npt.NDArray[Any]

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BackendError, ImageError, TileError, size_text
+from .images.normalize import Affine, Affines, OnePlane, grey_levels
 from .kernels import calls
 from .kernels.device import DeviceMemoryError, TileMemoryError
-from .normalize import Affine, Affines, OnePlane, grey_levels
 from .parity import class_name
 from .repeats import Repeats, Results
 from .system import limits
@@ -34,7 +34,7 @@ from .tiling.stitch import BandStitcher
 if TYPE_CHECKING:
     from .contract.contract import Contract
     from .engine import Engine, EngineSpec
-    from .image import Source
+    from .images.source import Source
 
 
 Array = npt.NDArray[Any]

@@ -15,8 +15,8 @@ from .contract.contract import Contract, Normalization
 from .engine import Engine, EngineSpec
 from .errors import ContractError, ImageError, OutputError
 from .heads import Headed
-from .levels import PIXEL_SIZE_TOLERANCE, um_text
-from .normalize import affine
+from .images.levels import PIXEL_SIZE_TOLERANCE, um_text
+from .images.normalize import affine
 from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run, with_smaller_tiles
 from .stage import stage_folder
@@ -26,7 +26,7 @@ from .tiling.grid import TileGrid
 from .tta import Augmented, Tta
 
 if TYPE_CHECKING:
-    from .image import Source
+    from .images.source import Source
     from .kernels.device import Device, DeviceArray
     from .predict_large import Tables
 
@@ -121,7 +121,7 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from .image import open_image, where_of
+    from .images.open import open_image, where_of
 
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
@@ -367,7 +367,7 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     if given is not None:
         return given
     if source.dtype.kind in "iu":
-        from .contract.json import missing_normalization
+        from .images.normalize import missing_normalization
 
         raise missing_normalization(source)
     return Normalization("none")

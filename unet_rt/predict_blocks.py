@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from .blocks import Block, BlockPlan
 from .engine import Engine
-from .image import Source
+from .images.normalize import Affines, OnePlane
+from .images.source import Source
 from .kernels import calls
-from .normalize import Affines, OnePlane
 from .pipeline import Progress, RunReport, Spans, Stop, StoppableQueue, Tally, Work, filled, run, with_smaller_tiles
 from .tiling.decision import Decision, decision_arguments
 from .tiling.grid import TileGrid

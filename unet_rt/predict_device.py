@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BackendError, ImageError
+from .images.normalize import grey_levels
 from .kernels import calls
 from .kernels.device import DeviceArray, DeviceMemoryError, TileMemoryError
-from .normalize import grey_levels
 from .pipeline import Seen, StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
 from .tiling.decision import Decision, decision_arguments
 from .tiling.grid import Ints
@@ -33,9 +33,9 @@ from .tiling.stitch import blend_weight, uncovered_error
 if TYPE_CHECKING:
     from .backends.session import DeviceSession
     from .engine import Engine, EngineSpec
-    from .image import Source
+    from .images.normalize import Affine, Affines, OnePlane
+    from .images.source import Source
     from .kernels.device import Device, Event
-    from .normalize import Affine, Affines, OnePlane
     from .pipeline import Done, Progress, RunReport, Tally, Write
 
 

@@ -24,9 +24,10 @@ from .blocks import Block, plan_blocks, plan_of
 from .contract.contract import Contract, Normalization
 from .engine import Engine
 from .errors import ContractError, OutputError, size_text
-from .image import Source, open_image
-from .image_zarr import import_zarr
-from .normalize import Affine, Affines, OnePlane, affine
+from .images.normalize import Affine, Affines, OnePlane, affine
+from .images.open import open_image
+from .images.source import Source
+from .images.zarr import import_zarr
 from .output import Output, Shape, check_output, nodata_value, open_output, remove_parts, size_of
 from .output_zarr import NO_DATA, ZarrOutput
 from .parity import class_name

@@ -16,15 +16,15 @@ import numpy.typing as npt
 from .contract.contract import Contract
 from .engine import Engine, EngineSpec, EngineView
 from .errors import ImageError
+from .images.normalize import Affine, OnePlane, affine
 from .kernels import calls
-from .normalize import Affine, OnePlane, affine
 from .parity import constant_reason
 from .pipeline import Work, run
 from .tiling.decision import Decision
 from .tiling.grid import TileGrid
 
 if TYPE_CHECKING:
-    from .image import Source
+    from .images.source import Source
 
 
 Array = npt.NDArray[Any]
@@ -66,7 +66,7 @@ class Sample:
 
     def source(self, contract: Contract) -> Source:
         """The window as an image of its own; its normalisation remains that of the whole image (``affines``)."""
-        from .image import open_image
+        from .images.open import open_image
 
         spatial = self.pixels.ndim - 1
         return open_image(
@@ -81,7 +81,7 @@ class Sample:
 
 def sample_images(samples: Any) -> list[Any]:
     """Files of paths and folders; arrays as they are."""
-    from .image import list_images
+    from .images.open import list_images
 
     if isinstance(samples, str | Path):
         samples = [samples]
@@ -114,7 +114,7 @@ def draw(
     Raises:
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
-    from .image import open_image
+    from .images.open import open_image
 
     if not images:
         raise ImageError("no sample images; pass files or a folder with --samples")
@@ -207,7 +207,7 @@ def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, s
         pixels = np.stack(layers)
         if contract.normalization is not None and contract.normalization.method in ("scale", "dtype", "fixed"):
             pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * 255).astype(np.uint8)
-        from .image import open_image
+        from .images.open import open_image
 
         with open_image(
             pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial, network_channels=channels

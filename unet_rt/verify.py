@@ -15,8 +15,8 @@ from . import exam, parity, pictures
 from .contract.contract import Contract
 from .engine import Engine, EngineSpec, load
 from .errors import ContractError, EngineError, GraphError, ImageError, OutputError, size_text
+from .images.normalize import normalised
 from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
-from .normalize import normalised
 from .parity import Budget, ImageParity, Verdict
 from .samples import Sample, draw, raw_results, sample_images
 
@@ -356,7 +356,7 @@ def _iou(a: Array, b: Array) -> float:
 
 def _label_of(sample: Sample, labels: Any, channels: int) -> Array:
     """(channels, *spatial): the label of the image that a sample comes from, whole."""
-    from .image import open_image
+    from .images.open import open_image
 
     if sample.path is None:
         raise ImageError("labels need images that are files, to be matched by name")

@@ -26,10 +26,8 @@ from typing import Any, get_args
 import numpy.typing as npt
 
 from ..errors import ContractError
-from ..image import Source
-from ..normalize import value_range
 from .contract import Border, Contract, Head, Method, Normalization, OutputIs, Task
-from .words import CHOICES, _method, _scope, _text, check_normalization, close, parse_normalization
+from .words import _method, _scope, _text, check_normalization, close, parse_normalization
 
 Array = npt.NDArray[Any]
 
@@ -167,15 +165,3 @@ def _normalization_from_json(value: Any) -> Normalization:
         elif key in ("mean", "std"):
             values[key] = _floats(key, item)
     return check_normalization(Normalization(**values))
-
-
-# What is left open -------------------------------------------------------------------------------------------------
-
-
-def missing_normalization(source: Source) -> ContractError:
-    """The refusal of integer pixels with no normalisation declared anywhere: their range, and the choices."""
-    low, high = value_range(source)
-    return ContractError(
-        f"no normalisation is declared, and {source.name} holds {source.dtype} pixels from {low:g} to {high:g}: "
-        f"nothing says what the network was trained on. Declare it with --normalize: {CHOICES}"
-    )

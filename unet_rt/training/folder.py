@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract, Normalization
 from ..errors import ContractError, ImageError, size_text
-from ..image import SUFFIXES, Source, open_image
-from ..normalize import affine, normalised
+from ..images.formats import SUFFIXES
+from ..images.normalize import affine, normalised
+from ..images.open import open_image
+from ..images.source import Source
 from .samples import MaskKind, Sample, sample_of
 from .weights import F32
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract, Normalization
 from ..errors import ImageError
-from ..image import open_image
-from ..normalize import affine, normalised
+from ..images.normalize import affine, normalised
+from ..images.open import open_image
 from .components import components
 from .weights import F32, Labels, border_weights, separate
 

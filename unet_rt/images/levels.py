@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .errors import ContractError, ImageError
+from ..errors import ContractError, ImageError
 
 Sizes = tuple[tuple[float, ...], ...]  # micrometres per pixel along the spatial axes, of all levels, finest first
 

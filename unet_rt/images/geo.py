@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ImageError
+from ..errors import ImageError
 from .pixels import CACHE_BYTES, Array, Origin, Stored, Window, check_pixels, pick_level
 
 _COLOURS = ("red", "green", "blue", "alpha")

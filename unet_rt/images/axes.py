@@ -25,7 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import ContractError, size_text
+from ..errors import ContractError, size_text
 
 LUMA = "luma"
 MAX_BY_RULE = 4  # an axis of 3 or 4 next to a large one is taken for colour, more are not

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ImageError
+from ..errors import ImageError
 from .pixels import MAX_WHOLE_PX, Array, ArrayPixels, Origin, Stored
 
 if TYPE_CHECKING:
     from PIL import Image
+
 
 # Deflate cannot shrink more than 1032 : 1, so a PNG that promises more is cut off or a bomb.
 MAX_DEFLATE = 1032

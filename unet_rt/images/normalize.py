@@ -16,11 +16,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract.contract import Normalization
-from .errors import ContractError, ImageError
-from .image import Source
-from .kernels import calls
+from ..contract.contract import Normalization
+from ..contract.words import CHOICES
+from ..errors import ContractError, ImageError
+from ..kernels import calls
 from .pixels import Array
+from .source import Source
 
 Float32 = NDArray[np.float32]
 
@@ -385,4 +386,16 @@ def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, chan
     raise ImageError(
         f"{source.name}: {int(bad.sum())} NaN or infinite pixels in rows {start} to {start + band.shape[1] - 1} of "
         f"plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num"
+    )
+
+
+# What is left open -------------------------------------------------------------------------------------------------
+
+
+def missing_normalization(source: Source) -> ContractError:
+    """The refusal of integer pixels with no normalisation declared anywhere: their range, and the choices."""
+    low, high = value_range(source)
+    return ContractError(
+        f"no normalisation is declared, and {source.name} holds {source.dtype} pixels from {low:g} to {high:g}: "
+        f"nothing says what the network was trained on. Declare it with --normalize: {CHOICES}"
     )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ImageError, size_text
+from ..errors import ImageError, size_text
 
 Array = NDArray[Any]
 Window = tuple[slice, ...]

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .errors import ImageError, size_text
+from ..errors import ImageError, size_text
 from .pixels import (
     CACHE_BYTES,
     GEO_TAGS,
@@ -67,7 +67,7 @@ def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None) -> St
         try:
             with quiet():
                 if place.path is not None and _is_geo(tif) and find_spec("rasterio") is not None:
-                    from .image_geo import open_geo
+                    from .geo import open_geo
 
                     return open_geo(place.path, name, level)
                 return _stored(tif, place, name, level)

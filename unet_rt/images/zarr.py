@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ImageError, UnetRtError
+from ..errors import ImageError, UnetRtError
 from .pixels import UM, ZARR_METADATA, ChunkedPixels, Origin, Stored, check_pixels, pick_level
 
 OLD_AXES = "TCZYX"  # of OME-Zarr 0.1 and 0.2, which name none

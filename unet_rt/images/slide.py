@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ImageError
+from ..errors import ImageError
 from .pixels import Array, ChunkedPixels, Origin, Stored, Window, pick_level
 
 # Read at a time and cached: one to four of the tiles that scanners write (240 to 512, sometimes 1024).
@@ -31,7 +31,7 @@ def open_slide(path: Path, name: str, level: int | None = None) -> Stored:
     if find_spec("openslide") is not None:
         return _by_openslide(path, name, level)
     if is_tiff:
-        from .image_tiff import open_tiff
+        from .tiff import open_tiff
 
         found = open_tiff(path, name, level)
         note = "read as a plain TIFF; pip install 'unet-rt[slides]' for its pixel size"
@@ -44,7 +44,7 @@ def open_slide(path: Path, name: str, level: int | None = None) -> Stored:
 def _by_tiffslide(path: Path, name: str, level: int | None) -> Stored:
     from tiffslide import TiffSlide
 
-    from .image_tiff import check_whole, quiet
+    from .tiff import check_whole, quiet
 
     class Slide(TiffSlide):
         """Takes locations at the level that is read, where the base class, like openslide, takes those of level 0."""

@@ -10,12 +10,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from .errors import ImageError
-from .image import NPY_MAGIC, SLIDES, TIFF_MAGIC, check_magic
-from .image_raster import open_raster
-from .image_tiff import TiffBytes, open_tiff_bytes
-from .image_zarr import open_store
+from ..errors import ImageError
+from .formats import NPY_MAGIC, SLIDES, TIFF_MAGIC, check_magic
 from .pixels import ZARR_METADATA, ArrayPixels, Origin, Stored, check_pixels, pick_level
+from .raster import open_raster
+from .tiff import TiffBytes, open_tiff_bytes
+from .zarr import open_store
 
 MAX_WHOLE_BYTES = 2**30  # of formats that are fetched whole
 BLOCK_BYTES = 2**20  # fetched at a time from a TIFF: some tiles
