@@ -272,7 +272,7 @@ def best_threshold(run: Run) -> float:
 
 def report(args: argparse.Namespace) -> None:
     """Table and picture of the networks in ``--out``."""
-    from unet_rt.pictures import comparison
+    from unet_rt.outputs.pictures import comparison
     from unet_rt.training.metrics import rand_error, warping_error
 
     found = sorted(

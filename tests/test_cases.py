@@ -33,7 +33,7 @@ from unet_rt.engine import Engine, EngineSpec, InputSpec
 from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
 from unet_rt.kernels import calls as kernels
-from unet_rt.output import open_output
+from unet_rt.outputs.output import open_output
 from unet_rt.pipeline import Work, run
 from unet_rt.tiling.decision import Decision, decide
 from unet_rt.tiling.field import AxisField, OutputField, TileSizes

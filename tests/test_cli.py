@@ -27,7 +27,7 @@ import unet_rt as urt
 from unet_rt import build_job
 from unet_rt.cli import _Bar, _parser, main
 from unet_rt.demo import shipped_model
-from unet_rt.pictures import COLOURS
+from unet_rt.outputs.pictures import COLOURS
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]

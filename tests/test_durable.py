@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unet_rt.errors import OutputError
-from unet_rt.objects import written_whole
+from unet_rt.outputs.tables import written_whole
 from unet_rt.system.durable import Disk, locked, part_path, parts_of
 
 

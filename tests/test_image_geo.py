@@ -17,7 +17,8 @@ from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
 from unet_rt.images.open import open_image
-from unet_rt.output import nodata_value, open_output
+from unet_rt.outputs.output import open_output
+from unet_rt.outputs.shape import nodata_value
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
 

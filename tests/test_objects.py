@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import measure
 
-from unet_rt import ContractError, ImageError, OutputError, objects
+from unet_rt import ContractError, ImageError, OutputError
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.objects import Objects, find_objects, label_mask, write_class_areas, write_table
+from unet_rt.outputs import objects
+from unet_rt.outputs.objects import Objects, find_objects, label_mask
+from unet_rt.outputs.tables import write_class_areas, write_table
 
 EPS = np.finfo(np.float64).eps
 

@@ -16,8 +16,8 @@ from skimage import measure
 
 from unet_rt import ContractError, ImageError, OutputError
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.objects import Objects, label_mask
-from unet_rt.outlines import outlines, write_geojson
+from unet_rt.outputs.objects import Objects, label_mask
+from unet_rt.outputs.outlines import outlines, write_geojson
 
 
 def reader(ids: np.ndarray) -> Any:

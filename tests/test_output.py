@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unet_rt import output
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
 from unet_rt.images.open import open_image
 from unet_rt.images.source import Source
-from unet_rt.output import check_output, open_output
+from unet_rt.outputs import output, plain, tiff
+from unet_rt.outputs import shape as outputs_shape
+from unet_rt.outputs.output import check_output, open_output
 
 RNG = np.random.default_rng(7)
 
@@ -70,7 +71,7 @@ def test_what_is_written_is_read_back(data: st.DataObject, tmp_path_factory: pyt
 
 
 def test_strips_do_not_depend_on_the_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "STRIP_SAMPLES", 100 * 32)
+    monkeypatch.setattr(tiff, "STRIP_SAMPLES", 100 * 32)
     mask = (RNG.random((1, 1, 301, 100)) > 0.9).astype(np.uint8)
     first = written(tmp_path / "a.tif", mask, [1, 2, 90, 200])
     second = written(tmp_path / "b.tif", mask, [160])
@@ -94,8 +95,8 @@ def test_large_masks_are_stored_in_tiles(data: st.DataObject, tmp_path_factory: 
     mask = RNG.integers(0, 3, (planes, channels, *spatial)).astype(data.draw(st.sampled_from(["uint8", "uint16"])))
     folder = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:  # a mask as small as here is not large
-        patch.setattr(output, "TILED_PX", 32)
-        patch.setattr(output, "TILE_PX", data.draw(st.sampled_from([16, 32])))
+        patch.setattr(tiff, "TILED_PX", 32)
+        patch.setattr(tiff, "TILE_PX", data.draw(st.sampled_from([16, 32])))
         suffix = data.draw(st.sampled_from([".tif", ".ome.tif"]))
         path = written(folder / f"a{suffix}", mask, cuts)
     np.testing.assert_array_equal(tifffile.imread(path).reshape(mask.shape), mask)
@@ -110,10 +111,10 @@ def test_tiles_and_strips_by_size(tmp_path: Path) -> None:
         with tifffile.TiffFile(path) as tif:
             page = tif.pages[0]
             assert ((page.tilelength, page.tilewidth) if page.is_tiled else None) == tile
-    huge = output.Shape((100_000, 100_000), (), "", 8, np.dtype("uint8"))
-    length, width = output._tile(huge) or (0, 0)
+    huge = outputs_shape.Shape((100_000, 100_000), (), "", 8, np.dtype("uint8"))
+    length, width = tiff._tile(huge) or (0, 0)
     assert (length % 16, width) == (0, 512)
-    assert length * 100_000 * 8 <= output.TILE_ROW_BYTES
+    assert length * 100_000 * 8 <= tiff.TILE_ROW_BYTES
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
@@ -206,7 +207,7 @@ def test_a_plain_stack_stays_a_plain_stack(tmp_path: Path) -> None:
 
 
 def test_large_outputs_become_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "CLASSIC_TIFF_BYTES", 1000)
+    monkeypatch.setattr(tiff, "CLASSIC_TIFF_BYTES", 1000)
     for dtype in ("uint8", "float32"):
         pixels = RNG.integers(0, 9, (1, 1, 30, 40)).astype(dtype)
         path = written(tmp_path / f"{dtype}.tif", pixels, [7])
@@ -316,7 +317,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pixels = RNG.integers(0, 255, (30, 40)).astype(dtype)
     sink = open_output(tmp_path / f"a{suffix}", shape=(30, 40), dtype=dtype)
     monkeypatch.setattr(Image.Image, "save", full)
-    monkeypatch.setattr(output, "_write_all", full)
+    monkeypatch.setattr(plain, "write_all", full)
 
     def write() -> None:
         with sink:

@@ -22,8 +22,8 @@ from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
 from unet_rt.images.open import open_image
 from unet_rt.images.pixels import Origin
-from unet_rt.output import Shape
-from unet_rt.output_zarr import NO_DATA, ZarrOutput
+from unet_rt.outputs.shape import Shape
+from unet_rt.outputs.zarr import NO_DATA, ZarrOutput
 from unet_rt.predict_large import check_target
 
 Array = npt.NDArray[Any]

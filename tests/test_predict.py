@@ -27,7 +27,7 @@ from unet_rt.engine import Engine
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
 from unet_rt.model import open_model, untiled_spec
-from unet_rt.pictures import COLOURS
+from unet_rt.outputs.pictures import COLOURS
 from unet_rt.pipeline import RunReport, Work, run
 from unet_rt.tiling.decision import Decision
 from unet_rt.tiling.grid import square_tile
@@ -592,8 +592,8 @@ def test_a_failure_keeps_the_old_output(nuclei, image, tmp_path):
 
 @pytest.mark.parametrize("where", ["reading", "writing", "progress"])
 def test_a_failure_in_another_stage_reaches_the_caller(nuclei, image, tmp_path, monkeypatch, where):
-    from unet_rt import output
     from unet_rt.images.source import Source
+    from unet_rt.outputs import tiff as output
 
     calls = []
 
@@ -617,7 +617,7 @@ def test_a_failure_in_another_stage_reaches_the_caller(nuclei, image, tmp_path, 
 
         monkeypatch.setattr(sys.modules["unet_rt.predict"], "affine", affine_then_fail)
     elif where == "writing":
-        monkeypatch.setattr(output._PackedTiffWriter, "write", fail)
+        monkeypatch.setattr(output.PackedTiffWriter, "write", fail)
     else:
         options["progress"] = fail
     before = threading.active_count()

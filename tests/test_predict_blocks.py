@@ -288,7 +288,7 @@ def test_a_power_cut_loses_no_finished_block(engine, stored, whole, small_blocks
     out, disk = tmp_path / name, LossyDisk()
     monkeypatch.setattr("unet_rt.blocks.LARGE_PX", 1)
     monkeypatch.setattr("unet_rt.stage.Disk", lambda: disk)
-    monkeypatch.setattr("unet_rt.output_zarr.Disk", lambda: disk)
+    monkeypatch.setattr("unet_rt.outputs.zarr.Disk", lambda: disk)
     kept = interrupted(engine, stored, out, after)
     folder = stage.stage_folder(out)
     marks = {int(p.name) for p in (folder / "done").iterdir() if p.name.isdecimal()}

@@ -944,7 +944,7 @@ def _bench(args: argparse.Namespace) -> int:
     _clear()
     print(bench_text(report), file=_out(args))
     if args.plot:
-        from .charts import scatter
+        from .outputs.charts import scatter
 
         points = [
             (r.name, r.mpx_per_s, 100 * (1 - r.relative_error if r.label_agreement is None else r.label_agreement))

@@ -17,7 +17,7 @@ from .errors import ContractError, ImageError, OutputError
 from .heads import Headed
 from .images.levels import PIXEL_SIZE_TOLERANCE, um_text
 from .images.normalize import affine
-from .pictures import OverlayCollector
+from .outputs.pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Work, run, with_smaller_tiles
 from .stage import stage_folder
 from .system import limits
@@ -236,7 +236,7 @@ def _at_once(
     trace: Spans | None,
 ) -> tuple[RunReport, Any]:
     """All planes from top to bottom, in one go: the report, and the path written or the array."""
-    from .output import open_output
+    from .outputs.output import open_output
     from .predict_device import free_bytes
 
     grid = plan(engine.spec, source, tile=tile, batch=batch, free_bytes=free_bytes(engine))

@@ -18,7 +18,7 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from . import exam, objects, outlines
+from . import exam
 from ._version import __version__
 from .blocks import Block, plan_blocks, plan_of
 from .contract.contract import Contract, Normalization
@@ -28,10 +28,14 @@ from .images.normalize import Affine, Affines, OnePlane, affine
 from .images.open import open_image
 from .images.source import Source
 from .images.zarr import import_zarr
-from .output import Output, Shape, check_output, nodata_value, open_output, remove_parts, size_of
-from .output_zarr import NO_DATA, ZarrOutput
+from .outputs import objects as objects_module
+from .outputs import outlines
+from .outputs import tables as tables_module
+from .outputs.output import Output, check_output, open_output, remove_parts
+from .outputs.pictures import OverlayCollector
+from .outputs.shape import Shape, nodata_value, size_of
+from .outputs.zarr import NO_DATA, ZarrOutput
 from .parity import class_name
-from .pictures import OverlayCollector
 from .pipeline import Progress, RunReport, Spans, Tally, class_share, label_names
 from .predict_blocks import Prepared, Resampled, run_blocks
 from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage, shard_lock, stage_folder
@@ -298,7 +302,7 @@ def _checked(engine: Engine, source: Source, asked: Request, tables: Tables | No
         raise ContractError(
             "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.objects)"
         )
-    objects.morphology()
+    objects_module.morphology()
     tables = tables or Tables()
     if tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
@@ -657,7 +661,7 @@ def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tabl
 
         names = {k: class_name(made.engine.spec.contract, k) for k in range(1, len(made.decision.values))}
         planes = [
-            objects.find_objects(
+            objects_module.find_objects(
                 partial(_labels, made, store, plane),
                 made.shape,
                 window=window,
@@ -674,15 +678,15 @@ def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tabl
         elif isinstance(sink, Output):
             sink.commit()
     if tables.objects is not None:
-        objects.write_table(tables.objects, planes, overwrite=overwrite)
+        tables_module.write_table(tables.objects, planes, overwrite=overwrite)
     if tables.areas is not None:
-        objects.write_class_areas(tables.areas, planes, overwrite=overwrite)
+        tables_module.write_class_areas(tables.areas, planes, overwrite=overwrite)
     if tables.geojson is not None:
         _write_outlines(planes[0], image, ids[0] if out is None else out, tables.geojson, overwrite=overwrite)
     return ids
 
 
-def _write_outlines(found: objects.Objects, image: Source, ids: Any, path: Path, *, overwrite: bool) -> None:
+def _write_outlines(found: objects_module.Objects, image: Source, ids: Any, path: Path, *, overwrite: bool) -> None:
     """Outlines of the ids in an array or file: in map coordinates where the image has them, else in pixels."""
     place = {}
     if image.metadata.kind == "geo":

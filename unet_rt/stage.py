@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from .blocks import Block
 from .errors import OutputError
-from .output_zarr import ZarrOutput
+from .outputs.zarr import ZarrOutput
 from .pipeline import Tally
 from .system.durable import Disk, locked, part_path
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import exam, parity, pictures
+from . import exam, parity
 from .contract.contract import Contract
 from .engine import Engine, EngineSpec, load
 from .errors import ContractError, EngineError, GraphError, ImageError, OutputError, size_text
 from .images.normalize import normalised
 from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
+from .outputs import pictures
 from .parity import Budget, ImageParity, Verdict
 from .samples import Sample, draw, raw_results, sample_images
 

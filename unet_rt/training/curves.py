@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unet_rt.charts import Panel, chart
-
+from ..outputs.charts import Panel, chart
 from .trainer import Progress
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OutputError
-from .images.pixels import UM, Array, Origin
-from .images.zarr import import_zarr
-from .output import Shape, ome_axes
+from ..errors import OutputError
+from ..images.pixels import UM, Array, Origin
+from ..images.zarr import import_zarr
+from ..system.durable import Disk
 from .pictures import COLOURS
-from .system.durable import Disk
+from .shape import Shape
+from .tiff import ome_axes
 
 VERSION = "0.5"
 MAX_TOP_PX = 512  # the coarsest level is no larger along Y and X: a thumbnail

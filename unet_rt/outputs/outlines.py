@@ -21,8 +21,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ContractError, ImageError
-from .objects import Array, Ints, Objects, Read, read_window, window_for, written_whole
+from ..errors import ContractError, ImageError
+from .objects import Array, Ints, Objects, Read, read_window, window_for
+from .tables import written_whole
 
 Edges = npt.NDArray[np.int32]
 Ring = list[tuple[int, int]]  # corners (y, x) of a closed line, the first not repeated

@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import OutputError
-from .images.pixels import GEO_TAGS, Origin
+from ..errors import OutputError
+from ..images.pixels import GEO_TAGS, Origin
 
 
 def geo_tags(origin: Origin, scale: Sequence[float]) -> tuple[tuple[int, int, int, Any, bool], ...]:

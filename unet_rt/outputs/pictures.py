@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OutputError
-from .system.durable import Disk
+from ..errors import OutputError
+from ..system.durable import Disk
 
 if TYPE_CHECKING:
-    from .images.source import Source
+    from ..images.source import Source
 
 
 Array = npt.NDArray[Any]

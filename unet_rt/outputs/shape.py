@@ -1,0 +1,72 @@
+"""TODO unet_rt.outputs.shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from ..images.pixels import Array
+from ..images.source import Source
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is written: ``plane_shape`` pictures of ``channels`` channels (0: no such axis) of ``spatial`` samples."""
+
+    spatial: tuple[int, ...]
+    plane_shape: tuple[int, ...]
+    plane_axes: str
+    channels: int
+    dtype: np.dtype[Any]
+
+    @property
+    def planes(self) -> int:
+        return math.prod(self.plane_shape)
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """The shape of the stored array: plane axes, channels if there are any, spatial axes."""
+        return (*self.plane_shape, *((self.channels,) if self.channels else ()), *self.spatial)
+
+    @property
+    def axes(self) -> str:
+        return self.plane_axes + ("C" if self.channels else "") + "ZYX"[-len(self.spatial) :]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.full) * self.dtype.itemsize
+
+    def offset(self, plane: int, channel: int, row: int) -> int:
+        """Bytes before a row (of the first spatial axis) in the C-ordered array."""
+        rows = (plane * max(1, self.channels) + channel) * self.spatial[0] + row
+        return rows * math.prod(self.spatial[1:]) * self.dtype.itemsize
+
+
+class Writer(Protocol):
+    """One format. ``write`` gets a checked (K, rows, ...) block; ``finish`` completes the file; ``close`` lets go."""
+
+    def write(self, plane: int, row: int, block: Array) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def size_of(source: Source | None, spatial: tuple[int, ...]) -> tuple[float, ...] | None:
+    """The source's pixel size, scaled where the output has another number of samples."""
+    if source is None or source.pixel_size_um is None or len(source.shape) != len(spatial):
+        return None
+    return tuple(s * n / m for s, n, m in zip(source.pixel_size_um, source.shape, spatial, strict=True))
+
+
+def nodata_value(dtype: DTypeLike, labels: Sequence[int] = ()) -> float:
+    """What marks samples without data in an output: NaN, or the largest integer that is not among the labels."""
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return math.nan
+    return next(n for n in range(np.iinfo(kind).max, -1, -1) if n not in labels)
