@@ -25,7 +25,8 @@ import torch
 from bench_engine import tile_of
 
 import unet_rt as urt
-from unet_rt import backends, graph
+from unet_rt import backends
+from unet_rt.graph import report as graph
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 from unet_rt.system import timing as bench

@@ -18,12 +18,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 import unet_rt
 from unet_rt import backends
-from unet_rt.backends import onnx_file, session
 from unet_rt.backends import onnxruntime as onnxruntime_backend
 from unet_rt.backends import openvino as openvino_backend
+from unet_rt.backends import session
 from unet_rt.backends.session import Session
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError, GraphError
+from unet_rt.graph import precision as onnx_file
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 

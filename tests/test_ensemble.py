@@ -18,11 +18,7 @@ import onnx  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import (
-    cli,
-    ensemble,
-    onnx_file,  # noqa: E402
-)
+from unet_rt import cli, ensemble
 from unet_rt.contract.contract import (
     Contract,
     Head,
@@ -41,7 +37,8 @@ from unet_rt.errors import (
     GraphError,  # noqa: E402
 )
 from unet_rt.export import export  # noqa: E402
-from unet_rt.graph import inspect  # noqa: E402
+from unet_rt.graph import file  # noqa: E402
+from unet_rt.graph.report import inspect  # noqa: E402
 from unet_rt.model import (
     Model,
     open_model,
@@ -366,7 +363,7 @@ def test_options_settle_a_difference(folds, contract, tmp_path):
 
 
 def test_what_no_file_holds_is_refused(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "LARGEST", 2**21)
+    monkeypatch.setattr(file, "LARGEST", 2**21)
     with pytest.raises(GraphError, match="that one ONNX file holds"):
         merge(opened, tmp_path / "ensemble.onnx")
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from unet_rt.errors import GraphError
-from unet_rt.graph import GraphReport, inspect, kept_step
+from unet_rt.graph.report import GraphReport, inspect
+from unet_rt.graph.sizes import kept_step
 from unet_rt.tiling.field import AxisField, OutputField
 
 torch = pytest.importorskip("torch")

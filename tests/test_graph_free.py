@@ -12,10 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from unet_rt import graph as free
-from unet_rt.free import free_spatial
-from unet_rt.graph import analyse, inspect
-from unet_rt.onnx_file import read_graph
+from unet_rt.graph import analysis as free
+from unet_rt.graph.analysis import analyse
+from unet_rt.graph.file import read_graph
+from unet_rt.graph.free import free_spatial
+from unet_rt.graph.report import inspect
 from unet_rt.passes.free_crops import free_crops
 
 torch = pytest.importorskip("torch")
@@ -131,7 +132,7 @@ def test_baked_sizes_stay_and_say_why(name: str) -> None:
 
 
 def test_a_baked_size_is_reported_with_the_field_it_has_at_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unet_rt.graph.free_crops", lambda model: 0)
+    monkeypatch.setattr("unet_rt.graph.report.free_crops", lambda model: 0)
     report = inspect(fixed(networks.UNet(UNetSpec(valid=True)), 76))
     f = report.outputs[0].field[0]
     assert (f.shrink, f.stride, f.out_size(76)) == ((20, 20), 4, 36)

@@ -21,7 +21,7 @@ from unet_rt.contract.contract import Contract, Head
 from unet_rt.contract.json import contract_from_json
 from unet_rt.contract.task import resolve_heads
 from unet_rt.demo import shipped_model
-from unet_rt.graph import inspect
+from unet_rt.graph.report import inspect
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
 from unet_rt.parity import Budget

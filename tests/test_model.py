@@ -49,7 +49,7 @@ def test_weights_that_are_missing_are_said(tmp_path, sample_images):
 
 def test_weights_beyond_what_one_file_holds(tmp_path, sample_images, monkeypatch):
     """The limit is protobuf's, 2 GB; lowered here, as a network of that size takes minutes to write."""
-    from unet_rt import onnx_file
+    from unet_rt.graph import file as onnx_file
 
     model = apart(tmp_path / "model.onnx")
     monkeypatch.setattr(onnx_file, "LARGEST", 900_000)  # between the graph's bytes and those with its weights

@@ -578,7 +578,7 @@ def test_a_failure_of_our_own_is_one_line_too(
     def broken(path: object) -> None:
         raise ZeroDivisionError("division by\nzero")
 
-    monkeypatch.setattr("unet_rt.graph.inspect", broken)
+    monkeypatch.setattr("unet_rt.graph.report.inspect", broken)
     assert main(["inspect", "model.onnx"]) == 2
     assert capsys.readouterr().err == (
         "unet-rt: internal error, please report it with the output of --debug: division by zero\n"

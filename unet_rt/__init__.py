@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         UnetRtError,
     )
     from .export import export
-    from .graph import inspect
+    from .graph.report import inspect
     from .parity import Budget
     from .pipeline import RunReport
     from .predict import predict
@@ -77,7 +77,7 @@ _MODULE = {
     "VerifyReport": "verify",
     "build": "build",
     "export": "export",
-    "inspect": "graph",
+    "inspect": "graph.report",
     "load": "engine",
     "predict": "predict",
     "verify": "verify",

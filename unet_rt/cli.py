@@ -665,7 +665,7 @@ def _print_json(document: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .graph import check_images, inspect
+    from .graph.report import check_images, inspect
     from .reports import inspect_text
 
     report = inspect(args.model)

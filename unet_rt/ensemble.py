@@ -22,8 +22,8 @@ from .contract.metadata import contract_to_metadata
 from .contract.task import first_contract, resolve_task
 from .engine import sha256
 from .errors import ContractError, GraphError
+from .graph.file import LARGEST
 from .model import Model, baseline_engine, check_fp32, untiled_spec
-from .onnx_file import LARGEST
 from .passes.outputs import keep_outputs
 from .samples import synthetic, tile_of
 from .tiling.grid import square_tile

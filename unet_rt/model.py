@@ -21,7 +21,7 @@ from .tiling.stitch import Blend
 if TYPE_CHECKING:
     import onnx
 
-    from .graph import GraphReport
+    from .graph.report import GraphReport
 
 
 BASELINES = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
@@ -84,7 +84,7 @@ class Model:
 
 def check_fp32(graph: Path, name: str) -> None:
     """Raises GraphError where a network computes in less than FP32: nothing is left to hold parity against."""
-    from .backends.onnx_file import precision_of
+    from .graph.precision import precision_of
 
     found = precision_of(graph)
     if found in ("int8", "fp16", "bf16"):
@@ -136,12 +136,12 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     """
     import onnx
 
-    from . import onnx_file
     from .contract import json as contract_io
     from .contract.bioimageio import contract_from_rdf
     from .contract.metadata import contract_from_metadata
-    from .free import free_spatial
-    from .graph import check_images, inspect
+    from .graph import file as onnx_file
+    from .graph.free import free_spatial
+    from .graph.report import check_images, inspect
     from .passes.outputs import keep_outputs
 
     given = Path(path)

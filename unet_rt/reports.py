@@ -12,7 +12,7 @@ from .parity import judged_outputs
 if TYPE_CHECKING:
     from .bench_model import BenchReport
     from .build_report import BuildReport
-    from .graph import GraphReport
+    from .graph.report import GraphReport
     from .parity import ImageParity, Verdict
     from .pipeline import RunReport
     from .search import LayerCost

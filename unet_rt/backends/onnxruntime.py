@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, size_text
+from ..graph.precision import copy_graph, precision_of
 from ..passes.up_conv import up_conv
 from ..system import facts
-from .onnx_file import copy_graph, precision_of
 from .session import Array, Port, Session, SessionBase, arrays_for, thread_count
 
 # Metadata of a quantised graph: how many convolutions it means to run in INT8.

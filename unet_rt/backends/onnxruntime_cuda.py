@@ -728,7 +728,7 @@ def _name_sizes(proto: Any) -> tuple[tuple[Named, ...], tuple[Named, ...]]:
 
 def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Input shapes that settings are compared at."""
-    from ..graph import inspect
+    from ..graph.report import inspect
     from ..tiling.grid import square_tile
 
     report = inspect(str(model))

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, size_text
+from ..graph.precision import copy_graph, precision_of
 from ..system import facts
-from .onnx_file import copy_graph, precision_of
 from .session import Array, Port, SessionBase, arrays_for, thread_count
 
 # Hint that is asked for -> runtime precision that layers report.

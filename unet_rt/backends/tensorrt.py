@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BackendError, EngineError
+from ..graph.precision import copy_graph, precision_of
 from ..system import facts
 from . import crop_concat_plugin
-from .onnx_file import copy_graph, precision_of
 from .tensorrt_build import compile_plan, profiles_for, title
 from .tensorrt_inspect import check_engine, check_network, engine_convolutions
 from .tensorrt_plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from unet_rt.onnx_file import needed
-
+from ..graph.file import needed
 from .fold import drop_unused
 
 if TYPE_CHECKING:

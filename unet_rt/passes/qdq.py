@@ -38,9 +38,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.onnx_file import QUANTISED
 from ..backends.onnxruntime import QUANTISED_KEY
 from ..errors import GraphError
+from ..graph.precision import QUANTISED
 from .fold import drop_unused, fold, refill
 from .up_conv import up_conv
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import onnx
 
     from ..calibration import Range
+
 
 Array = npt.NDArray[Any]
 FormName = Literal["onnxruntime", "openvino", "tensorrt"]

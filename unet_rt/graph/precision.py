@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unet_rt.errors import BackendError, GraphError
+from ..errors import BackendError, GraphError
 
 # Layers where the arithmetic is; the type of their weights is the precision of a graph.
 _HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

@@ -17,8 +17,8 @@ import onnx.numpy_helper
 import onnx.shape_inference
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
-from unet_rt.errors import GraphError
-from unet_rt.shapes import ELEMENT_BYTES, MAX_ELEMENTS, Array
+from ..errors import GraphError
+from .constants import ELEMENT_BYTES, MAX_ELEMENTS, Array
 
 # What people hand over by mistake, by its first bytes.
 _FOREIGN = (

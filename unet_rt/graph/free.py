@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from .errors import UnetRtError, first_line, size_text
-from .graph import Analysis, analyse_model
-from .onnx_file import Value
-from .tiling.field import OutputField
+from ..errors import UnetRtError, first_line, size_text
+from ..tiling.field import OutputField
+from .analysis import Analysis, analyse_model
+from .file import Value
 
 Array = NDArray[Any]
 Run = Callable[[onnx.ModelProto, Sequence[Array]], Sequence[Array]]

@@ -1,0 +1,125 @@
+"""TODO unet_rt.graph.analysis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx
+
+from ..errors import GraphError
+from ..passes.free_crops import free_crops
+from ..tiling.field import OutputField, TileSizes
+from .file import Graph, read_graph, restricted
+from .layout import _spatial, input_axes, layout
+from .sizes import Search
+from .walk import Walk, walk
+
+# ------------------------------------------------------------------------------------------------------------ analysis
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that the walks tell.
+
+    ``given`` is the whole graph, ``graph`` that of ``outputs``: those that are images, where any are; ``others`` are not.
+    ``letters`` are the axes of each input, ``channels`` its channel count, ``declared`` the spatial sizes in the file.
+    """
+
+    given: Graph
+    graph: Graph
+    letters: Mapping[str, str]
+    channels: Mapping[str, int]
+    declared: tuple[int | None, ...]
+    outputs: tuple[OutputField, ...]
+    sizes: tuple[TileSizes, ...]
+    batch: int | None
+    density: float
+    freed: tuple[str, ...]
+    reasons_fixed: tuple[str, ...]
+    global_pools: frozenset[str]
+    others: tuple[OutputField, ...] = ()
+
+    def walk(self, sizes: Sequence[int], batch: int = 1) -> Walk:
+        given = input_axes(self.graph, self.letters, self.channels, tuple(sizes), batch)
+        return walk(self.graph, given, tuple(sizes), self.global_pools)
+
+
+def analyse_model(
+    model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None
+) -> tuple[Analysis, onnx.ModelProto]:
+    """The analysis of a model, and the model it is of: that given, or a copy whose crops were counted from the far edge.
+
+    The copy is taken where it is exact and the model, whose crops hold the size of its export, is not.
+    """
+    analysis = analyse(read_graph(model, folder))
+    if all(size is None for size in analysis.declared) or all(output.exact for output in analysis.outputs):
+        return analysis, model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    if not free_crops(copy):
+        return analysis, model
+    candidate = analyse(read_graph(copy, folder))
+    return (candidate, copy) if all(output.exact for output in candidate.outputs) else (analysis, model)
+
+
+def analyse(graph: Graph) -> Analysis:
+    """Find stride, accepted sizes and fields of a graph.
+
+    Outputs that are no images (a class, a few numbers) have no say in which sizes the others accept.
+    """
+    found = _analyse(graph)
+    spatial = len(found.declared)
+    images = [value for value, o in zip(graph.outputs, found.outputs, strict=True) if len(o.field) == spatial]
+    if not images or len(images) == len(graph.outputs):
+        return found
+    others = tuple(o for o in found.outputs if len(o.field) != spatial)
+    return replace(_analyse(restricted(graph, images)), given=graph, others=others)
+
+
+def _analyse(graph: Graph) -> Analysis:
+    letters, channels = {}, {}
+    for value in graph.inputs:
+        letters[value.name], channels[value.name] = layout(graph, value)
+    image = next((v for v in graph.inputs if _spatial(letters[v.name])), None)
+    if image is None:
+        shapes = ", ".join(f"{v.name} {list(v.shape or ())}" for v in graph.inputs)
+        raise GraphError(f"no input of the graph has spatial axes ({shapes}); a network for images takes e.g. NCYX")
+    axes = _spatial(letters[image.name])
+    dims = dict(zip(letters[image.name], image.shape or (None,) * len(letters[image.name]), strict=True))
+    declared = tuple(dims[a] for a in axes)
+    batch = dims.get("N")
+    search = Search(graph, letters, channels, declared, batch or 1)
+    search.find_sizes()
+    search.find_fields()
+    sizes = tuple(
+        TileSizes(s, r, m) for s, r, m in zip(search.strides, search.remainders, search.minimum(), strict=True)
+    )
+    outputs = tuple(search.outputs)
+    freed, reasons = [], []
+    at_fault = list(dict.fromkeys(r for o in outputs for r in o.reasons))
+    for k, (axis, size) in enumerate(zip(axes, declared, strict=True)):
+        if size is None:
+            continue
+        if all(o.exact for o in outputs) and sizes[k].accepts(size):
+            freed.append(f"{axis} ({size} px)")
+            continue
+        why = at_fault[0] if at_fault else f"{size} px is not among the sizes that the graph runs at"
+        reasons.append(f"{axis} is fixed to {size} px: {why}")
+        one = sizes[k]
+        sizes = (*sizes[:k], TileSizes(one.stride, size % one.stride, size, size), *sizes[k + 1 :])
+    return Analysis(
+        graph,
+        graph,
+        letters,
+        channels,
+        declared,
+        outputs,
+        sizes,
+        batch,
+        search.density,
+        tuple(freed),
+        tuple(reasons),
+        search.global_pools,
+    )

@@ -1,0 +1,143 @@
+"""TODO unet_rt.graph.rules_resize."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+
+from . import line as lines
+from .file import Node
+from .line import Line, Sampling
+from .rules_arithmetic import _first
+from .walk import CannotRun, Inputs, Tensor, Walk, axis_size, plain, rule, sole_line, tracked, unknown, value_of
+
+# ---------------------------------------------------------------------------------------------------------- resize
+
+
+@rule("Resize", "Upsample")
+def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
+    first, a = _first(x), node.attributes
+    rank = first.rank
+    old = node.op == "Upsample" or state.graph.opset < 11
+    position = 1 if old else 2
+    given_scales = a.get("scales", value_of(x[position]) if len(x) > position else None)
+    given_sizes = value_of(x[3]) if len(x) > 3 else None
+    scales = None if given_scales is None or len(given_scales) == 0 else [float(s) for s in given_scales]
+    sizes = None if given_sizes is None or len(given_sizes) == 0 else [int(s) for s in given_sizes]
+    if scales is None and sizes is None:
+        return unknown(state, node, x, "takes its size from the image")
+    axes = [int(k) % rank for k in a.get("axes", range(rank))]
+    policy = a.get("keep_aspect_ratio_policy", "stretch")
+    result = list(first.axes or ())
+    texts: list[str] = []
+    notes: list[str] = []
+    if sizes is not None and policy != "stretch":
+        ratios = [s / axis_size(result[k]) for k, s in zip(axes, sizes, strict=True)]
+        ratio = min(ratios) if policy == "not_larger" else max(ratios)
+        sizes = [round(ratio * axis_size(result[k])) for k in axes]
+    for i, k in enumerate(axes):
+        n = axis_size(result[k])
+        if sizes is not None:
+            size, factor = sizes[i], Fraction(sizes[i], n)
+        elif scales is not None:
+            # As the backends do: the scale and the product in float32.
+            size = int(np.floor(np.float32(scales[i]) * np.float32(n)))
+            factor = _fraction(scales[i])
+        if size < 1:
+            raise CannotRun(f"leaves {size} samples")
+        if size == n and factor == 1:
+            continue
+        line = sole_line(result[k])
+        if line is None:
+            if tracked(result[k]):
+                texts.append("resizes a flattened axis")
+            result[k] = plain(size)
+            continue
+        if sizes is not None and not x[3].sized:  # type: ignore[union-attr]
+            texts.append(f"resizes to {size} samples whatever the size of the image")
+        moved, fault, note = _resized(node, line, size, factor)
+        result[k] = (moved,)
+        texts += fault
+        notes += note
+    return [
+        Tensor(
+            tuple(result),
+            first.dtype,
+            faults=frozenset(state.remark(node, t) for t in texts),
+            notes=frozenset(state.remark(node, t) for t in notes),
+        )
+    ]
+
+
+def _fraction(scale: float) -> Fraction:
+    """The simple fraction that a float32 scale stands for."""
+    simple = Fraction(scale).limit_denominator(256)
+    return (
+        simple if simple > 0 and abs(float(simple) / scale - 1) < 2e-7 else Fraction(scale).limit_denominator(1 << 20)
+    )
+
+
+def _resized(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line, list[str], list[str]]:
+    a = node.attributes
+    old = node.op == "Upsample"
+    mode = {"bilinear": "linear", "trilinear": "linear"}.get(a.get("mode", "nearest"), a.get("mode", "nearest"))
+    coordinates = a.get("coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
+    rounding = a.get("nearest_mode", "floor" if old else "round_prefer_floor")
+    texts: list[str] = []
+    notes: list[str] = []
+    slope, half = 1 / factor, Fraction(1, 2)
+    n = line.size
+    if coordinates == "align_corners":
+        texts.append("aligns corners: its positions stretch with the size")
+        sampling = Sampling(Fraction(n - 1, size - 1) if size > 1 and n > 1 else slope, Fraction(0))
+    elif coordinates == "asymmetric":
+        sampling = Sampling(slope, Fraction(0))
+    elif coordinates == "tf_half_pixel_for_nn":
+        sampling = Sampling(slope, slope / 2)
+    elif coordinates in ("half_pixel", "pytorch_half_pixel"):
+        sampling = Sampling(slope, slope / 2 - half)
+    elif coordinates == "half_pixel_symmetric":
+        sampling = Sampling(slope, slope / 2 - half)
+        if factor * n != size:
+            texts.append("centres on the image (half_pixel_symmetric), which shifts with the size")
+    else:
+        texts.append(f"reads by {coordinates}, which depends on the size")
+        sampling = Sampling(slope, slope / 2 - half)
+    dyadic = _is_power_of_two(factor.numerator) and _is_power_of_two(factor.denominator)
+    if mode == "nearest":
+        exact_scale = Fraction(float(np.float32(float(factor)))) == factor
+        if not exact_scale and lines.near_tie(sampling, size, rounding):
+            texts.append(f"picks neighbours by a factor of {factor}, which float32 coordinates decide by rounding")
+        moved = lines.nearest(line, sampling, size, rounding)
+    elif mode in ("linear", "cubic"):
+        moved = lines.interpolated(line, sampling, size, mode, bool(a.get("antialias", 0)))
+        if not dyadic and coordinates != "align_corners":
+            notes.append(
+                f"({mode}, factor {factor}) is exact up to float32 coordinates: at most about {_drift(200):.0e} of the "
+                f"difference between neighbours near pixel 200, {_drift(60_000):.0e} near pixel 60,000"
+            )
+    else:
+        texts.append(f"interpolates by {mode}, which is unknown")
+        moved = lines.interpolated(line, sampling, size, "cubic", False)
+    if coordinates == "align_corners":  # for the report: what the factor would be without the stretch
+        ratio = Fraction(size, n)
+        scale = line.scale * ratio
+        moved = replace(
+            moved,
+            scale=scale,
+            place=line.place + (1 / ratio / 2 - half) / line.scale,
+            stride=math.lcm(line.stride, scale.denominator),
+        )
+    return moved, texts, notes
+
+
+def _drift(pixel: int) -> float:
+    """Rounding of a float32 coordinate near ``pixel``."""
+    return pixel * 2.0**-24
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0

@@ -1,0 +1,253 @@
+"""TODO unet_rt.graph.rules_windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import size_text
+from . import line as lines
+from .file import Node
+from .rules_arithmetic import _first
+from .walk import (
+    Axis,
+    CannotRun,
+    Inputs,
+    Remark,
+    Tensor,
+    Walk,
+    axis_size,
+    note_numbers,
+    plain,
+    rule,
+    sole_line,
+    tracked,
+    unknown,
+    value_of,
+)
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def _global_pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
+    first = _first(x)
+    fault = frozenset({state.remark(node, "pools over the whole image")})
+    axes = (first.axes or ())[:2] + tuple(plain(1) for _ in range(first.rank - 2))
+    return [Tensor(axes, first.dtype, faults=fault)]
+
+
+# --------------------------------------------------------------------------------------------------------- windows
+
+
+@dataclass(frozen=True)
+class _Windows:
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    auto: str
+
+
+def _windows(node: Node, kernel: Sequence[int]) -> _Windows:
+    n, a = len(kernel), node.attributes
+    pads = [int(p) for p in a.get("pads", [0] * (2 * n))]
+    return _Windows(
+        tuple(int(k) for k in kernel),
+        tuple(int(s) for s in a.get("strides", [1] * n)),
+        tuple(int(d) for d in a.get("dilations", [1] * n)),
+        tuple(pads[:n]),
+        tuple(pads[n:]),
+        str(a.get("auto_pad", "NOTSET")),
+    )
+
+
+def _window_size(n: int, kernel: int, stride: int, before: int, after: int, auto: str, ceil: bool) -> tuple[int, int]:
+    """(output samples, padding before) of a convolution or pooling whose dilated kernel spans ``kernel`` samples."""
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        out = -(-n // stride)
+        total = max(0, (out - 1) * stride + kernel - n)
+        return out, (total // 2 if auto == "SAME_UPPER" else total - total // 2)
+    if auto == "VALID":
+        before = after = 0
+    span = n + before + after - kernel
+    if span < 0:
+        raise CannotRun(f"needs {kernel} samples and has {n + before + after}")
+    out = (-(-span // stride) if ceil else span // stride) + 1
+    if ceil and (out - 1) * stride >= n + before:
+        out -= 1  # a window must begin inside the samples or the padding before them
+    return out, before
+
+
+def _slide(state: Walk, node: Node, axis: Axis, k: int, w: _Windows, ceil: bool) -> tuple[Axis, list[str]]:
+    """One axis of a convolution or pooling."""
+    n = axis_size(axis)
+    kernel, stride, dilation = w.kernel[k], w.strides[k], w.dilations[k]
+    span = (kernel - 1) * dilation + 1
+    size, before = _window_size(n, span, stride, w.before[k], w.after[k], w.auto, ceil)
+    texts = []
+    if w.auto in ("SAME_UPPER", "SAME_LOWER") and stride > 1 and n % stride:
+        # The padding before depends on the size; a tile of another phase would read other pixels.
+        texts.append(f"pads by {w.auto}, which shifts with sizes that are no multiple of its stride {stride}")
+    line = sole_line(axis)
+    if line is None:
+        if not tracked(axis) or (span == 1 and stride == 1 and size == n):
+            return (axis if size == n and tracked(axis) else plain(size)), texts
+        return plain(size), [*texts, "slides over a flattened axis"]
+    state.drop(line, lines.dropped(line, kernel, stride, dilation, before, size))
+    return (lines.window(line, kernel, stride, dilation, before, size),), texts
+
+
+def _slid(state: Walk, node: Node, x: Tensor, w: _Windows, ceil: bool = False) -> tuple[list[Axis], frozenset[Remark]]:
+    if x.rank != len(w.kernel) + 2:
+        raise CannotRun(f"has a kernel of {len(w.kernel)} axes and an input of {x.rank}")
+    results = [_slide(state, node, axis, k, w, ceil) for k, axis in enumerate((x.axes or ())[2:])]
+    faults = frozenset(state.remark(node, text) for _, texts in results for text in texts)
+    if x.axes is not None and tracked(x.axes[1]):
+        faults |= {state.remark(node, "sums over an axis that follows the image")}
+    return [axis for axis, _ in results], faults
+
+
+@rule("Conv", "ConvInteger", "QLinearConv", "FusedConv")
+def _conv(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
+    first = _first(x)
+    weight = x[3] if node.op == "QLinearConv" else x[1]
+    if weight is None:
+        raise CannotRun("has no weights")
+    if not weight.constant:
+        return unknown(state, node, x, "takes its weights from the image")
+    group = int(node.attributes.get("group", 1))
+    out_channels, per_group, *kernel = weight.shape
+    if first.shape[1] != per_group * group:
+        raise CannotRun(f"has weights for {per_group * group} channels and an input of {first.shape[1]}")
+    axes, faults = _slid(state, node, first, _windows(node, kernel))
+    result = (*(first.axes or ())[:1], plain(out_channels), *axes)
+    state.macs(per_group * math.prod(kernel), result)
+    dtype = 6 if node.op == "ConvInteger" else first.dtype
+    extra = [t for t in x[8:] if t is not None] if node.op == "FusedConv" else []
+    if extra:
+        return unknown(state, node, x, "is fused with more than is understood")
+    return [Tensor(result, dtype, faults=faults)]
+
+
+@rule("MaxPool", "AveragePool", "LpPool")
+def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
+    first = _first(x)
+    w = _windows(node, node.attributes["kernel_shape"])
+    shape = first.shape[2:]
+    spans = [(k - 1) * d + 1 for k, d in zip(w.kernel, w.dilations, strict=True)]
+    whole = all(k == n > 1 for k, n in zip(spans, shape, strict=True)) and not any(w.before) and not any(w.after)
+    if whole:
+        state.whole_pools.add(node.name)
+    if node.name in state.global_pools:
+        fault = frozenset(
+            {state.remark(node, f"pools over the whole image: its kernel {size_text(w.kernel)} is a baked size")}
+        )
+        return [Tensor((*(first.axes or ())[:2], *(plain(1) for _ in shape)), first.dtype, faults=fault)]
+    axes, faults = _slid(state, node, first, w, bool(node.attributes.get("ceil_mode", 0)))
+    result = (*(first.axes or ())[:2], *axes)
+    outputs = [Tensor(result, first.dtype, faults=faults)]
+    if len(node.outputs) > 1 and node.outputs[1]:
+        simple = w.kernel == w.strides and not any((*w.before, *w.after)) and set(w.dilations) == {1}
+        fault = frozenset({state.remark(node, "gives positions counted over the whole image")})
+        outputs.append(Tensor(result, 7, faults=fault, pooled=w.kernel if simple else ()))
+    return outputs
+
+
+@rule("MaxUnpool")
+def _unpool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
+    first, indices = _first(x), x[1]
+    kernel = tuple(int(k) for k in node.attributes["kernel_shape"])
+    strides = tuple(int(s) for s in node.attributes.get("strides", [1] * len(kernel)))
+    if indices is None or indices.pooled != kernel or strides != kernel or len(x) > 2:
+        return unknown(state, node, x, "puts values where another node says")
+    result = [*(first.axes or ())[:2]]
+    for axis, other, k in zip((first.axes or ())[2:], (indices.axes or ())[2:], kernel, strict=True):
+        a, b = sole_line(axis), sole_line(other)
+        result.append(plain(axis_size(axis) * k) if a is None or b is None else (lines.repeat(lines.merge([a, b]), k),))
+    # The positions count over the whole image: not exact, by the fault that the indices bring along.
+    return [Tensor(tuple(result), first.dtype)]
+
+
+@rule("ConvTranspose")
+def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
+    first, weight, a = _first(x), x[1], node.attributes
+    if weight is None or not weight.constant:
+        return unknown(state, node, x, "takes its weights from the image")
+    in_channels, per_group, *kernel = weight.shape
+    if first.shape[1] != in_channels:
+        raise CannotRun(f"has weights for {in_channels} channels and an input of {first.shape[1]}")
+    w = _windows(node, kernel)
+    extra = [int(p) for p in a.get("output_padding", [0] * len(kernel))]
+    target = [int(n) for n in a["output_shape"]][-len(kernel) :] if "output_shape" in a else None
+    axes: list[Axis] = []
+    texts: list[str] = []
+    for k, axis in enumerate((first.axes or ())[2:]):
+        n, span = axis_size(axis), (w.kernel[k] - 1) * w.dilations[k] + 1
+        full = w.strides[k] * (n - 1) + extra[k] + span
+        if target is not None or w.auto in ("SAME_UPPER", "SAME_LOWER"):
+            size = n * w.strides[k] if target is None else target[k]
+            total = max(0, full - size)
+            before = total // 2 if w.auto == "SAME_UPPER" else total - total // 2
+        else:
+            before = 0 if w.auto == "VALID" else w.before[k]
+            size = full - before - (0 if w.auto == "VALID" else w.after[k])
+        if size < 1:
+            raise CannotRun(f"leaves {size} samples")
+        line = sole_line(axis)
+        if line is None:
+            texts += ["slides over a flattened axis"] if tracked(axis) else []
+            axes.append(plain(size))
+        else:
+            moved = lines.transposed_window(line, w.kernel[k], w.strides[k], w.dilations[k], before, size)
+            axes.append((moved,))
+    batch = (first.axes or ())[:1]
+    state.macs(per_group * math.prod(kernel), (first.axes or ()))
+    faults = frozenset(state.remark(node, text) for text in texts)
+    return [Tensor((*batch, plain(per_group * int(a.get("group", 1))), *axes), first.dtype, faults=faults)]
+
+
+# --------------------------------------------------------------------------------------------- moving samples about
+
+
+@rule("Pad")
+def _pad(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
+    first, a = _first(x), node.attributes
+    given = a.get("pads", a.get("paddings"))
+    if given is None:
+        given = value_of(x[1]) if len(x) > 1 else None
+    if given is None:
+        return unknown(state, node, x, "pads by what is in the image")
+    pads = [int(p) for p in given]
+    axes = range(first.rank)
+    if len(x) > 3 and x[3] is not None:
+        chosen = value_of(x[3])
+        if chosen is None:
+            return unknown(state, node, x, "pads axes that depend on the image")
+        axes = [int(k) % first.rank for k in chosen.ravel()]  # type: ignore[assignment]
+    if len(x) > 2 and x[2] is not None:
+        if not x[2].constant:
+            return unknown(state, node, x, "pads with a value taken from the image")
+        note_numbers(state, node, [x[2]])
+    mode = str(a.get("mode", "constant"))
+    result, texts = list(first.axes or ()), []
+    for position, k in enumerate(axes):
+        before, after = pads[position], pads[position + len(pads) // 2]
+        result[k], found = _padded(result[k], before, after, mode)
+        texts += found
+    return [Tensor(tuple(result), first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
+
+
+def _padded(axis: Axis, before: int, after: int, mode: str) -> tuple[Axis, list[str]]:
+    n = axis_size(axis)
+    if before == 0 and after == 0:
+        return axis, []
+    if n + before + after < 1:
+        raise CannotRun(f"leaves {n + before + after} samples")
+    if mode == "reflect" and max(before, after) >= n:
+        raise CannotRun(f"reflects {max(before, after)} of {n} samples")
+    line = sole_line(axis)
+    if line is None:
+        return plain(n + before + after), (["pads a flattened axis"] if tracked(axis) else [])
+    moved = lines.pad(line, before, after, mode)
+    return (moved,), (["wraps around the image"] if mode == "wrap" else [])

@@ -1,0 +1,349 @@
+"""TODO unet_rt.graph.sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from ..errors import size_text
+from ..tiling.field import AxisField, OutputField, Pair
+from .file import Graph, Value
+from .layout import SPATIAL, input_axes
+from .line import Line
+from .walk import Tensor, Walk, sole_line, tracked, walk
+
+# Down-sampling beyond this is no network for images but a size baked into the graph.
+_MAX_STRIDE = 2048
+_MAX_SIZE = 8192
+
+
+@dataclass
+class Search:
+    """Walks at ever larger sizes until the accepted sizes and the fields are known."""
+
+    graph: Graph
+    letters: Mapping[str, str]
+    channels: Mapping[str, int]
+    declared: tuple[int | None, ...]
+    batch: int
+    global_pools: frozenset[str] = frozenset()
+    strides: tuple[int, ...] = ()
+    remainders: tuple[int, ...] = ()
+    base: int = 64
+    lawful: bool = False
+    density: float = 0.0
+    outputs: list[OutputField] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def at(self, sizes: Sequence[int], strict: bool = False) -> Walk:
+        given = input_axes(self.graph, self.letters, self.channels, tuple(sizes), self.batch)
+        return walk(self.graph, given, tuple(sizes), self.global_pools, strict)
+
+    def tensors(self, state: Walk) -> list[Tensor]:
+        return [state.tensors[o.name] for o in self.graph.outputs]
+
+    def congruent(self, at_least: int, extra: int = 0) -> tuple[int, ...]:
+        """The smallest size per axis from ``at_least`` on with the right remainder, plus ``extra`` strides.
+
+        Axes differ by a stride each, so that a graph cannot mix them up unnoticed.
+        """
+        return tuple(
+            at_least + (r - at_least) % s + (extra + k) * s
+            for k, (s, r) in enumerate(zip(self.strides, self.remainders, strict=True))
+        )
+
+    # -- sizes
+
+    def find_sizes(self) -> None:
+        """Stride and remainder of the sizes that the graph accepts."""
+        if any(n is not None for n in self.declared):
+            first = self.at([n or 64 for n in self.declared])
+            self.global_pools = frozenset(first.whole_pools)
+        for base in (64, 256, 1024):
+            self.base = base
+            if self._find_remainder(base):
+                self.lawful = True
+                return
+        self.strides = self.strides or (1,) * len(self.declared)
+        self.remainders = tuple((n or 0) % s for n, s in zip(self.declared, self.strides, strict=True))
+
+    def _stride(self, base: int) -> tuple[int, ...]:
+        """Least common multiple of the down-samplings on the way to the outputs, per axis."""
+        start = self.at([n or base for n in self.declared])
+        found = [1] * len(self.declared)
+        pool = [line for t in self.tensors(start) for line in t.lines()]
+        if start.broken or not pool:
+            pool = [line for t in start.tensors.values() for line in t.lines()]
+        for line in pool:
+            found[line.source] = math.lcm(found[line.source], line.stride)
+        return tuple(s if s <= _MAX_STRIDE else 1 for s in found)
+
+    def _find_remainder(self, base: int) -> bool:
+        self.strides = self._stride(base)
+        fallback: tuple[int, ...] | None = None
+        candidates = range(max(self.strides)) if None in self.declared else range(1)
+        for r in candidates:
+            self.remainders = tuple(
+                (r if n is None else n) % s for n, s in zip(self.declared, self.strides, strict=True)
+            )
+            small = self.at(self.congruent(base), strict=True)
+            if small.broken:
+                continue
+            large = self.at(self.congruent(base, 1), strict=True)
+            if large.broken or not self._law(small, large):
+                continue
+            if not small.dropped:
+                return True
+            fallback = fallback or self.remainders
+        if fallback is None:
+            return False
+        self.remainders = fallback
+        return True
+
+    def _law(self, small: Walk, large: Walk) -> bool:
+        """Whether output sizes follow the scale between two walks that lie one stride apart."""
+        for a, b in zip(self.tensors(small), self.tensors(large), strict=True):
+            if a.axes is None or b.axes is None:
+                return False
+            for p, q in zip(a.lines(), b.lines(), strict=True):
+                lost = small.sizes[p.source] * p.scale - p.size
+                if p.scale != q.scale or q.size - p.size != self.strides[p.source] * p.scale or lost.denominator != 1:
+                    return False
+        return True
+
+    def minimum(self) -> list[int]:
+        """Smallest accepted size per axis."""
+        if not self.lawful:
+            return [n or max(s, r) for n, s, r in zip(self.declared, self.strides, self.remainders, strict=True)]
+        top = [(n - r) // s for n, s, r in zip(self.congruent(self.base), self.strides, self.remainders, strict=True)]
+        steps = _smallest(max(top), lambda k: self._runs([min(k, t) for t in top]))
+        best = [min(steps, t) for t in top]
+        for axis in range(len(best)):
+
+            def runs(k: int, axis: int = axis) -> bool:
+                return self._runs([k if a == axis else b for a, b in enumerate(best)])
+
+            best[axis] = _smallest(best[axis], runs)
+        return [r + k * s for k, s, r in zip(best, self.strides, self.remainders, strict=True)]
+
+    def _runs(self, steps: Sequence[int]) -> bool:
+        sizes = [r + k * s for k, s, r in zip(steps, self.strides, self.remainders, strict=True)]
+        if min(sizes) < 1:
+            return False
+        state = self.at(sizes, strict=True)
+        if state.broken:
+            return False
+        for tensor, output in zip(self.tensors(state), self.outputs, strict=True):
+            found = _field_lines(tensor)
+            if len(found) != len(output.field):
+                return False
+            for line, f in zip(found, output.field, strict=True):
+                if line.size < 1 or line.size != sizes[line.source] * f.scale - sum(f.shrink):
+                    return False
+        return True
+
+    # -- fields
+
+    def find_fields(self) -> None:
+        """Walk at three sizes, large enough that an untouched core exists, and compare."""
+        if not self.lawful and None not in self.declared:
+            self._fields_of_fixed()
+            return
+        size, extra = self.base, 2
+        while True:
+            states = [self.at(self.congruent(size, k)) for k in range(3)]
+            ready = all(self._has_core(line) for t in self.tensors(states[0]) for line in t.lines())
+            disagreements = [self._disagreement(states, k) for k in range(len(self.graph.outputs))]
+            settled = ready and (not any(disagreements) or extra == 0)
+            if settled or size >= _MAX_SIZE or any(s.broken for s in states):
+                break
+            extra -= ready
+            size *= 2
+        self.density = states[0].density
+        numbers = _changing_numbers(states)
+        for k, value in enumerate(self.graph.outputs):
+            self.outputs.append(self._output(value, states, k, disagreements[k], numbers, ready))
+
+    def _fields_of_fixed(self) -> None:
+        """Fields at the one size that the graph runs at, and what keeps it from others."""
+        declared = tuple(n for n in self.declared if n is not None)
+        only = self.at(declared)
+        larger = self.at([n + s for n, s in zip(declared, self.strides, strict=True)])
+        self.density = only.density
+        for k, value in enumerate(self.graph.outputs):
+            why = larger.broken[0] if larger.broken else self._disagreement([only, larger], k)
+            why = f"runs at {size_text(declared)} px only: {why}" if why else ""
+            self.outputs.append(self._output(value, [only], k, why, [], True))
+
+    def _has_core(self, line: Line) -> bool:
+        before, after = _halo(line)
+        return line.size - before - after >= 2 * self.strides[line.source] * line.scale + 2
+
+    def _disagreement(self, states: list[Walk], k: int) -> str:
+        """A sentence if the three walks do not tell the same about output ``k``."""
+        lines = [_field_lines(self.tensors(s)[k]) for s in states]
+        if all(self._agree(states, here) for here in zip(*lines, strict=False)) and len({len(x) for x in lines}) == 1:
+            return ""
+        for node in states[0].order:
+            for name in node.outputs:
+                tensors = [s.tensors.get(name) for s in states]
+                if any(t is None or t.axes is None for t in tensors):
+                    continue
+                found = [t.lines() for t in tensors if t is not None]
+                if len({len(x) for x in found}) > 1 or not all(
+                    self._agree(states, x) for x in zip(*found, strict=True)
+                ):
+                    sizes = ", ".join(f"{s.sizes[-1]} px" for s in states)
+                    return f"{node} does not follow the size: inputs of {sizes} give fields that do not agree"
+        return "inputs of three sizes give fields that do not agree"
+
+    def _agree(self, states: list[Walk], trio: Sequence[Line]) -> bool:
+        """Whether one line tells the same at all three sizes, and shifts by a stride within its core."""
+        first, source = trio[0], trio[0].source
+        stride = self.strides[source]
+        if any(line.scale != first.scale or line.source != source for line in trio):
+            return False
+        shift = stride * first.scale
+        if shift.denominator != 1:
+            return False
+        step = int(shift)
+        sizes = [s.sizes[source] for s in states]
+        for line, size in zip(trio, sizes, strict=True):
+            if _halo(line) != _halo(first) or _shrink(line, size) != _shrink(first, sizes[0]):
+                return False
+            grown = size - sizes[0]
+            half = first.size // 2
+            for name in ("low", "high"):
+                a, b = getattr(first, name), getattr(line, name)
+                if not np.array_equal(a[:half], b[:half]) or not np.array_equal(a[-half:] + grown, b[-half:]):
+                    return False
+        before, after = _halo(first)
+        for array in (first.low, first.high):
+            core = array[before : first.size - after]
+            # A tap of weight zero beyond the edge changes no value; there the dependence is cut off.
+            cut = (first.high[before : first.size - after] == sizes[0] - 1) | (
+                first.low[before : first.size - after] == 0
+            )
+            if len(core) > step:
+                equal = core[step:] - core[:-step] == stride
+                if not (equal | cut[step:] | cut[:-step]).all():
+                    return False
+        return True
+
+    def _output(
+        self, value: Value, states: list[Walk], k: int, disagreement: str, numbers: list[str], ready: bool
+    ) -> OutputField:
+        tensor = self.tensors(states[0])[k]
+        remarks = sorted(tensor.faults)
+        reasons = list(dict.fromkeys(text for _, text in remarks)) + numbers
+        broken = next((s.broken[0] for s in states if s.broken), "")
+        if broken and not reasons:
+            reasons.append(broken)
+        if disagreement and not reasons:
+            reasons.append(disagreement)
+        letters = self._output_letters(tensor, value)
+        found = _field_lines(tensor)
+        if not found or len(found) != len(tensor.lines()):
+            reasons = reasons or [f"output '{value.name}' has no spatial axes of its own"]
+        elif not reasons and not ready:
+            sizes = states[0].sizes[-1]
+            reasons.append(f"no sample of output '{value.name}' is untouched by the edges of a tile of {sizes} px")
+        elif not reasons and len(found) != len(self.declared):
+            reasons.append(f"output '{value.name}' follows {len(found)} of {len(self.declared)} spatial axes")
+        fields = tuple(_axis_field(line, states[0].sizes[line.source]) for line in found)
+        channels = 1
+        if tensor.axes is not None and "C" in letters:
+            channels = tensor.shape[letters.index("C")]
+        notes = "; ".join(text for _, text in sorted(tensor.notes))
+        return OutputField(value.name, letters, channels, fields, not reasons, tuple(reasons), "" if reasons else notes)
+
+    def _output_letters(self, tensor: Tensor, value: Value) -> str:
+        spatial = SPATIAL[len(self.declared)]
+        if tensor.axes is None:
+            return "?" * len(value.shape or ())
+        rest = ["N", "C"] if any("N" in own for own in self.letters.values()) else ["C"]
+        if tensor.rank == len(spatial) and all(tracked(a) for a in tensor.axes):
+            rest = []
+        letters = ""
+        for k, axis in enumerate(tensor.axes):
+            line = sole_line(axis)
+            if line is not None:
+                letters += spatial[line.source]
+            elif "N" in rest and k == 0:
+                letters += "N"
+                rest.remove("N")
+            elif "C" in rest:
+                letters += "C"
+                rest = []
+            else:
+                letters += "?"
+        return letters
+
+
+def _smallest(top: int, holds: Any) -> int:
+    """Smallest k in 0..top with ``holds(k)``, taking for granted that it holds from there on, and at ``top``."""
+    low, high = 0, top
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _field_lines(tensor: Tensor) -> list[Line]:
+    return [line for axis in tensor.axes or () if (line := sole_line(axis)) is not None]
+
+
+def _changing_numbers(states: list[Walk]) -> list[str]:
+    first = states[0].numbers
+    return [
+        f"{node} uses a number computed from the size of the image"
+        for node, number in first.items()
+        if any(s.numbers.get(node) != number for s in states[1:])
+    ]
+
+
+def _halo(line: Line) -> Pair:
+    low, high = np.flatnonzero(line.touched_low), np.flatnonzero(line.touched_high)
+    return (int(low[-1]) + 1 if len(low) else 0), (line.size - int(high[0]) if len(high) else 0)
+
+
+def _shrink(line: Line, size: int) -> Pair:
+    """Samples missing before and after, against ``scale`` samples per pixel.
+
+    Where none are missing, sample j belongs to pixel j / scale: strided convolutions read half a stride to the left of
+    it, and no shift is made of that. Otherwise the place decides, halves go to the middle.
+    """
+    total = math.floor(size * line.scale - line.size)
+    at = line.place * line.scale - Fraction(1, 2)
+    before = min(range(min(0, total), max(0, total) + 1), key=lambda n: (abs(n - at), abs(2 * n - total)))
+    return before, total - before
+
+
+def _axis_field(line: Line, size: int) -> AxisField:
+    halo, shrink = _halo(line), _shrink(line, size)
+    core = np.arange(line.size)[halo[0] : line.size - halo[1]]
+    if not len(core):
+        core = np.arange(line.size)
+    place = (core + shrink[0]) * line.scale.denominator // line.scale.numerator
+    reach = (
+        max(0, int((place - line.low[core]).max(initial=0))),
+        max(0, int((line.high[core] - place).max(initial=0))),
+    )
+    return AxisField(line.stride, reach, halo, shrink, line.scale)
+
+
+def kept_step(field: AxisField, size: int, stride: int) -> int:
+    """Input pixels by which tiles of ``size`` px may advance: what an inner tile keeps, rounded down to the stride."""
+    try:
+        kept = field.out_size(size) - sum(field.halo)
+    except ValueError:
+        return 0
+    return math.floor(Fraction(kept) / field.scale) // stride * stride
