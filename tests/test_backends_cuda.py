@@ -26,8 +26,8 @@ from unet_rt.backends.session import on_device
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError
+from unet_rt.graph.passes.half import half
 from unet_rt.kernels import device as gpu
-from unet_rt.passes.half import half
 from unet_rt.system import facts as machine
 
 pytestmark = pytest.mark.onnxruntime

@@ -20,7 +20,7 @@ from unet_rt.activations import (
     probe,
     tensors,  # noqa: E402
 )
-from unet_rt.calibration import METHODS, Calibration, Range, calibrate, input_ranges, range_of, split, tile_starts
+from unet_rt.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
 from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402
@@ -31,12 +31,13 @@ from unet_rt.errors import (
     EngineError,
     ImageError,  # noqa: E402
 )
+from unet_rt.graph.passes import qdq  # noqa: E402
+from unet_rt.graph.passes.qdq import Range
 from unet_rt.images.normalize import (
     Affine,
     normalised,  # noqa: E402
 )
 from unet_rt.parity import constant_reason  # noqa: E402
-from unet_rt.passes import qdq  # noqa: E402
 from unet_rt.samples import (
     Sample,
     draw,  # noqa: E402

@@ -16,8 +16,8 @@ from unet_rt.graph import analysis as free
 from unet_rt.graph.analysis import analyse
 from unet_rt.graph.file import read_graph
 from unet_rt.graph.free import free_spatial
+from unet_rt.graph.passes.free_crops import free_crops
 from unet_rt.graph.report import inspect
-from unet_rt.passes.free_crops import free_crops
 
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")

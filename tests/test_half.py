@@ -23,13 +23,13 @@ from unet_rt.backends import onnxruntime  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import GraphError  # noqa: E402
-from unet_rt.passes.half import (
+from unet_rt.graph.passes.half import (
     RECORD,
     half,
     halved,
     node_name,  # noqa: E402
 )
-from unet_rt.passes.up_conv import up_conv  # noqa: E402
+from unet_rt.graph.passes.up_conv import up_conv  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -15,14 +15,14 @@ import unet_rt as urt  # noqa: E402
 from unet_rt.backends import onnxruntime  # noqa: E402
 from unet_rt.calibration import calibrate  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
+from unet_rt.graph.passes import qdq  # noqa: E402
+from unet_rt.graph.passes.crop_concat import crop_concat  # noqa: E402
+from unet_rt.graph.passes.fold import fold  # noqa: E402
+from unet_rt.graph.passes.free_crops import free_crops  # noqa: E402
+from unet_rt.graph.passes.half import half  # noqa: E402
+from unet_rt.graph.passes.outputs import keep_outputs  # noqa: E402
+from unet_rt.graph.passes.up_conv import up_conv  # noqa: E402
 from unet_rt.models.unet import UNet  # noqa: E402
-from unet_rt.passes import qdq  # noqa: E402
-from unet_rt.passes.crop_concat import crop_concat  # noqa: E402
-from unet_rt.passes.fold import fold  # noqa: E402
-from unet_rt.passes.free_crops import free_crops  # noqa: E402
-from unet_rt.passes.half import half  # noqa: E402
-from unet_rt.passes.outputs import keep_outputs  # noqa: E402
-from unet_rt.passes.up_conv import up_conv  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 

@@ -19,7 +19,7 @@ from unet_rt.cli import main  # noqa: E402
 from unet_rt.contract.contract import Contract  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.passes.half import half  # noqa: E402
+from unet_rt.graph.passes.half import half  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
 SAMPLES = [microscopy((160, 160), seed=seed).image for seed in range(40, 43)]

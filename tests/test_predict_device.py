@@ -815,7 +815,7 @@ class OnHost:
 def gpu_engine(engine_for, tmp_path_factory) -> Iterator[Callable[..., Engine]]:
     """The same engines on the first GPU, in ONNX Runtime with its own choice of settings; nothing is timed."""
     from unet_rt.backends.onnxruntime_cuda import CudaSession
-    from unet_rt.passes.half import half
+    from unet_rt.graph.passes.half import half
 
     folder, opened = tmp_path_factory.mktemp("halved"), list[Engine]()
 

@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from unet_rt import backends  # noqa: E402
 from unet_rt.calibration import (
     Calibration,
-    Range,
     calibrate,  # noqa: E402
 )
 from unet_rt.demo import shipped_model  # noqa: E402
@@ -26,11 +25,12 @@ from unet_rt.errors import (
     BackendError,
     GraphError,  # noqa: E402
 )
-from unet_rt.passes import qdq  # noqa: E402
-from unet_rt.passes.fold import fold  # noqa: E402
-from unet_rt.passes.qdq import (
+from unet_rt.graph.passes import qdq  # noqa: E402
+from unet_rt.graph.passes.fold import fold  # noqa: E402
+from unet_rt.graph.passes.qdq import (
     FORMS,
     Form,
+    Range,
     layers,
     prepare,
     probed,

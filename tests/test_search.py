@@ -47,8 +47,8 @@ from unet_rt.contract.contract import (
 )
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.passes import qdq  # noqa: E402
-from unet_rt.passes.half import half  # noqa: E402
+from unet_rt.graph.passes import qdq  # noqa: E402
+from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402
 from unet_rt.search import (
     Deadline,

@@ -43,15 +43,15 @@ import networks  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
-from unet_rt.kernels import calls as kernels  # noqa: E402
-from unet_rt.models.fcn import FCN8s
-from unet_rt.models.stored import load_half  # noqa: E402
-from unet_rt.models.unet import UNet
-from unet_rt.passes.crop_concat import (
+from unet_rt.graph.passes.crop_concat import (
     DOMAIN,
     OPERATOR,
     crop_concat,  # noqa: E402
 )
+from unet_rt.kernels import calls as kernels  # noqa: E402
+from unet_rt.models.fcn import FCN8s
+from unet_rt.models.stored import load_half  # noqa: E402
+from unet_rt.models.unet import UNet
 
 PACKAGE = Path(unet_rt.__file__).parent
 DATA = PACKAGE / "data"
@@ -105,8 +105,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 def quantised(model: Any) -> Any:
     """With quantise-dequantise pairs of ranges that nobody measured: building looks at no pixel."""
-    from unet_rt.calibration import Range
-    from unet_rt.passes.qdq import prepare, probed, quantise
+    from unet_rt.graph.passes.qdq import Range, prepare, probed, quantise
 
     prepared = prepare(model)
     return quantise(prepared, {tensor: Range(-3.0, 5.0) for tensor in probed(prepared)}, "tensorrt").model
@@ -157,7 +156,7 @@ def test_networks_build(rtx: Any, tmp_path: Path, name: str, precision: str) -> 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_paper_in_full_width_builds(rtx: Any, tmp_path: Path, precision: str) -> None:
-    from unet_rt.passes.half import half
+    from unet_rt.graph.passes.half import half
 
     model = onnx.load_from_string(graph("paper"))
     if precision == "int8":
@@ -212,7 +211,7 @@ def test_what_the_builder_is_told(rtx: Any, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.tensorrt
 def test_half_precision_keeps_its_islands(rtx: Any, tmp_path: Path) -> None:
-    from unet_rt.passes.half import half
+    from unet_rt.graph.passes.half import half
 
     proto = onnx.load_from_string(graph("nuclei"))
     first = next(node.name for node in proto.graph.node if node.op_type == "Conv")
@@ -511,8 +510,8 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
 ) -> None:
     """Its ranges are in no other file. What comes of it sits the exam before it is used."""
     from unet_rt.calibration import calibrate
-    from unet_rt.passes.half import half
-    from unet_rt.passes.qdq import prepare, probed, quantise
+    from unet_rt.graph.passes.half import half
+    from unet_rt.graph.passes.qdq import prepare, probed, quantise
 
     folder, graph, plan, parity = read_folder(engine_folder), tmp_path / "g", tmp_path / "p", tmp_path / "parity"
     exam_tiles = (folder.exam() or {})["input"]

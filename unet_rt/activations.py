@@ -11,6 +11,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import onnx
 
+
 Array = npt.NDArray[Any]
 
 BINS = 8192  # a power of two, so that the range can double by merging pairs
@@ -148,7 +149,7 @@ def islands(model: onnx.ModelProto, large: Collection[str]) -> frozenset[str]:
 
     (A convolution between DequantizeLinear and QuantizeLinear runs in INT8 only if nothing casts in between.)
     """
-    from .passes.half import node_name
+    from .graph.passes.half import node_name
 
     large, as_integers = set(large), set[str]()
     for node in model.graph.node:  # sorted, as ONNX wants them

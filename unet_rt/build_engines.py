@@ -14,8 +14,8 @@ from .build_report import Kind
 from .build_tiling import Tiling
 from .engine import Engine, EngineSpec, Precision
 from .errors import size_text
+from .graph.passes.half import half
 from .model import Model
-from .passes.half import half
 from .samples import tile_of
 from .system import facts
 from .tiling.grid import square_tile

@@ -18,8 +18,8 @@ from .build_tiling import Tiling
 from .calibration import Method, draw_tiles
 from .engine import Engine
 from .errors import BackendError, GraphError
+from .graph.passes.qdq import FORMS
 from .parity import Verdict
-from .passes.qdq import FORMS
 from .samples import Sample
 from .search import Drop, Make, Mixture, Quantiser, VerdictOf, plain_and_ends, put_back
 

@@ -14,8 +14,8 @@ from .build_report import Kind
 from .calibration import input_ranges, split
 from .engine import Precision
 from .errors import ImageError
+from .graph.passes.qdq import FORMS
 from .model import Model
-from .passes.qdq import FORMS
 from .samples import Sample, draw, sample_images, synthetic
 
 

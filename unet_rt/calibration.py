@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from .activations import Distribution, probe
 from .errors import EngineError, ImageError, size_text
+from .graph.passes.qdq import Range
 from .parity import constant_reason
 from .samples import Sample, tile_of
 
@@ -40,14 +41,6 @@ CUT_OFF = {"percentile": 1e-4, "tight": 3e-4}  # share on either side
 CLIPS = np.concatenate([[1.0], 2.0 ** -np.arange(0.25, 5.01, 0.25)])  # of the larger side, tried by mse and entropy
 CALIBRATION_SHARE = 3  # every third window calibrates, the others judge
 SMALLEST_BLOCK_PX = 48  # a window is not cut into blocks narrower than this
-
-
-@dataclass(frozen=True)
-class Range:
-    """Values of one tensor from ``low`` to ``high``."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

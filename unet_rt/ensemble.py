@@ -23,8 +23,8 @@ from .contract.task import first_contract, resolve_task
 from .engine import sha256
 from .errors import ContractError, GraphError
 from .graph.file import LARGEST
+from .graph.passes.outputs import keep_outputs
 from .model import Model, baseline_engine, check_fp32, untiled_spec
-from .passes.outputs import keep_outputs
 from .samples import synthetic, tile_of
 from .tiling.grid import square_tile
 

@@ -141,8 +141,8 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     from .contract.metadata import contract_from_metadata
     from .graph import file as onnx_file
     from .graph.free import free_spatial
+    from .graph.passes.outputs import keep_outputs
     from .graph.report import check_images, inspect
-    from .passes.outputs import keep_outputs
 
     given = Path(path)
     declared = Contract()

@@ -34,8 +34,8 @@ from .activations import islands, too_large
 from .calibration import METHODS, Method, calibrate
 from .engine import Engine
 from .errors import BackendError, ContractError, GraphError, size_text
-from .passes import qdq
-from .passes.half import half
+from .graph.passes import qdq
+from .graph.passes.half import half
 from .system import facts
 from .tiling.decision import decide
 

@@ -4,7 +4,7 @@ TensorRT embeds the PTX (``crop_concat.ptx`` in the package, built from ``csrc/c
 launches it with the sizes that the expressions below give; the plan needs nothing of this package.
 """
 
-# Without `from __future__ import annotations`: TensorRT reads the annotations of what is registered as types.
+from __future__ import annotations
 
 import importlib
 import logging
@@ -12,8 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unet_rt.errors import BackendError
-from unet_rt.passes.crop_concat import DOMAIN, OPERATOR
+# Without `from __future__ import annotations`: TensorRT reads the annotations of what is registered as types.
+from ..errors import BackendError
+from ..graph.passes.crop_concat import DOMAIN, OPERATOR
 
 log = logging.getLogger("unet_rt")
 

@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, size_text
+from ..graph.passes.qdq import QUANTISED_KEY
+from ..graph.passes.up_conv import up_conv
 from ..graph.precision import copy_graph, precision_of
-from ..passes.up_conv import up_conv
 from ..system import facts
 from .session import Array, Port, Session, SessionBase, arrays_for, thread_count
-
-# Metadata of a quantised graph: how many convolutions it means to run in INT8.
-QUANTISED_KEY = "quantised_layers"
 
 # ONNX Runtime names element types in its own way.
 _DTYPES = {
@@ -158,7 +156,7 @@ def build(
     _require_precision(precision, device)
     import onnx
 
-    from ..passes.half import halved
+    from ..graph.passes.half import halved
 
     found = precision_of(model)
     if precision == "int8":

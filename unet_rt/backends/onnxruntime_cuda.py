@@ -667,8 +667,8 @@ def build(
     """
     import onnx
 
-    from ..passes.half import half
-    from ..passes.up_conv import up_conv
+    from ..graph.passes.half import half
+    from ..graph.passes.up_conv import up_conv
 
     shapes = trial_shapes(model, tiles, batches)
     proto = onnx.load(str(model))

@@ -199,8 +199,8 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
     """
     import onnx
 
-    from ..passes.half import half, halved
-    from ..passes.up_conv import up_conv
+    from ..graph.passes.half import half, halved
+    from ..graph.passes.up_conv import up_conv
 
     found = precision_of(model)
     if found != precision and not (found == "fp32" and precision == "fp16"):
@@ -221,7 +221,7 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
     if up_conv(shuffled):
         forms.append(("up_conv", finished(shuffled)))
     if plugins:
-        from ..passes.crop_concat import crop_concat
+        from ..graph.passes.crop_concat import crop_concat
 
         merged = onnx.ModelProto()
         merged.CopyFrom(forms[0][1])
@@ -239,7 +239,7 @@ def islands(model: onnx.ModelProto) -> frozenset[str]:
     """Nodes that a graph keeps in FP32 on purpose."""
     import json
 
-    from ..passes.half import RECORD
+    from ..graph.passes.half import RECORD
 
     record = next((entry.value for entry in model.metadata_props if entry.key == RECORD), None)
     return frozenset() if record is None else frozenset(json.loads(record).get("islands", ()))

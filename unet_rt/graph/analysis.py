@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import onnx
 
 from ..errors import GraphError
-from ..passes.free_crops import free_crops
 from ..tiling.field import OutputField, TileSizes
 from .file import Graph, read_graph, restricted
 from .layout import _spatial, input_axes, layout
+from .passes.free_crops import free_crops
 from .sizes import Search
 from .walk import Walk, walk
 

@@ -18,6 +18,7 @@ from .fold import refill
 if TYPE_CHECKING:
     import onnx
 
+
 DOMAIN, OPERATOR = "unet_rt", "CropConcat"
 _FARTHEST = 1 << 31  # exporters write "to the end" as a number of this size or more
 

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from unet_rt.errors import GraphError
-
+from ...errors import GraphError
 from .fold import refill
 
 if TYPE_CHECKING:
     import onnx
+
 
 HalfType = Literal["fp16", "bf16"]
 RECORD = "unet_rt.half"  # key of the metadata entry: {"to": "fp16", "islands": {node: reason}}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from ..graph.file import needed
+from ..file import needed
 from .fold import drop_unused
 
 if TYPE_CHECKING:

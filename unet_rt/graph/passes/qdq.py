@@ -38,16 +38,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.onnxruntime import QUANTISED_KEY
-from ..errors import GraphError
-from ..graph.precision import QUANTISED
+from ...errors import GraphError
+from ..precision import QUANTISED
 from .fold import drop_unused, fold, refill
 from .up_conv import up_conv
 
 if TYPE_CHECKING:
     import onnx
-
-    from ..calibration import Range
 
 
 Array = npt.NDArray[Any]
@@ -466,3 +463,15 @@ def _sort(model: onnx.ModelProto) -> None:
                 ready.update(here.output)
                 todo.pop()
     refill(model.graph.node, done.values())
+
+
+# Metadata of a quantised graph: how many convolutions it means to run in INT8.
+QUANTISED_KEY = "quantised_layers"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values of one tensor from ``low`` to ``high``."""
+
+    low: float
+    high: float
