@@ -24,7 +24,8 @@ import torch
 
 import unet_rt as urt
 from unet_rt import backends
-from unet_rt.backends import onnxruntime, openvino
+from unet_rt.backends import openvino
+from unet_rt.backends.onnxruntime import backend as onnxruntime
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.system import facts as machine
 from unet_rt.system import limits

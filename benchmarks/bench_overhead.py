@@ -23,7 +23,8 @@ from bench_engine import tile_of
 
 import unet_rt as urt
 from unet_rt import backends
-from unet_rt.backends import onnxruntime, openvino
+from unet_rt.backends import openvino
+from unet_rt.backends.onnxruntime import cpu as onnxruntime
 from unet_rt.engine import read_folder
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench

@@ -42,7 +42,7 @@ class Bare:
         if backend == "onnxruntime":
             import onnxruntime
 
-            from unet_rt.backends.onnxruntime import session_options
+            from unet_rt.backends.onnxruntime.library import session_options
 
             options = session_options(onnxruntime, machine.threads())
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

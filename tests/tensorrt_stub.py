@@ -101,7 +101,7 @@ def main() -> None:
     registry = Registry()
     trt.get_plugin_registry = lambda: registry
     trt.IDimensionExpr = Dimension
-    from unet_rt.backends import crop_concat_plugin
+    from unet_rt.backends.tensorrt import plugin as crop_concat_plugin
 
     crop_concat_plugin._register(trt, "".join(f".entry {name}(" for name, _ in crop_concat_plugin._KERNELS.values()))
     plugin = importlib.import_module("tensorrt.plugin")

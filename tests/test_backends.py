@@ -18,9 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import unet_rt
 from unet_rt import backends
-from unet_rt.backends import onnxruntime as onnxruntime_backend
 from unet_rt.backends import openvino as openvino_backend
 from unet_rt.backends import session
+from unet_rt.backends.onnxruntime import backend as onnxruntime_backend
+from unet_rt.backends.onnxruntime import library as onnxruntime_library
 from unet_rt.backends.session import Session
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError, GraphError
@@ -695,10 +696,10 @@ def test_devices_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.onnxruntime
 @pytest.mark.usefixtures("gpu")
 def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
-    onnxruntime = onnxruntime_backend._import()
+    onnxruntime = onnxruntime_library._import()
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
-    reason = onnxruntime_backend.missing("cuda:0")
+    reason = onnxruntime_library.missing("cuda:0")
     assert reason is not None
     assert "this is the CPU wheel; pip uninstall -y onnxruntime, then pip install onnxruntime-gpu" in reason
     with pytest.raises(BackendError, match="this is the CPU wheel"):
@@ -707,8 +708,8 @@ def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
 
 @pytest.mark.onnxruntime
 def test_a_provider_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_backend, "_provider", lambda: ("AzureExecutionProvider", {}))
-    onnxruntime = onnxruntime_backend._import()
+    monkeypatch.setattr(onnxruntime_library, "_provider", lambda: ("AzureExecutionProvider", {}))
+    onnxruntime = onnxruntime_library._import()
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda path, options, providers: real(path, options, ["CPUExecutionProvider"])
@@ -721,14 +722,14 @@ def test_a_provider_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_two_onnxruntime_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"onnxruntime": Path("site-packages"), "onnxruntime-gpu": Path("site-packages")}
     monkeypatch.setattr(machine, "package_folder", installed.get)
-    reason = onnxruntime_backend.missing()
+    reason = onnxruntime_library.missing()
     assert reason is not None
     assert reason.startswith("onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files")
     assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime" in reason
     with pytest.raises(BackendError, match="overwrite each other"):
         onnxruntime_backend.load(TRAINED, precision="fp32", threads=1)
     installed["onnxruntime-gpu"] = Path("another")
-    assert onnxruntime_backend.conflict() is None
+    assert onnxruntime_library.conflict() is None
 
 
 @pytest.mark.parametrize(("name", "library"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
@@ -748,7 +749,7 @@ def test_what_a_removed_wheel_leaves_behind_is_broken(monkeypatch: pytest.Monkey
     rest.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "onnxruntime", rest)
     with pytest.raises(BackendError, match="incompletely"):
-        onnxruntime_backend.missing()
+        onnxruntime_library.missing()
 
 
 def test_names() -> None:

@@ -20,8 +20,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from unet_rt.backends import onnxruntime, onnxruntime_cuda
-from unet_rt.backends.onnxruntime_cuda import RECORD, CudaSession, Options
+from unet_rt.backends.onnxruntime import backend as onnxruntime
+from unet_rt.backends.onnxruntime import cuda as onnxruntime_cuda
+from unet_rt.backends.onnxruntime import library as onnxruntime_library
+from unet_rt.backends.onnxruntime import settings as onnxruntime_settings
+from unet_rt.backends.onnxruntime import trial
+from unet_rt.backends.onnxruntime.cuda import CudaSession
+from unet_rt.backends.onnxruntime.settings import RECORD, Options
 from unet_rt.backends.session import on_device
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
@@ -147,7 +152,7 @@ class HostSession:
             raise RuntimeError("fallback to CPU EP has been explicitly disabled by the user")
         assert enable_fallback == 0
         assert "ConvActivationFusion" in disabled_optimizers
-        plain = onnxruntime.session_options(ort, 1)
+        plain = onnxruntime_library.session_options(ort, 1)
         self.real = ort.InferenceSession(path, plain, providers=["CPUExecutionProvider"])
         self.made.append(self)
 
@@ -191,7 +196,7 @@ class HostSession:
 @pytest.fixture
 def host_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     device = HostDevice()
-    library = onnxruntime._import()
+    library = onnxruntime_library._import()
 
     class Mask:
         InferenceSession = HostSession
@@ -201,8 +206,8 @@ def host_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
 
     monkeypatch.setattr(HostSession, "made", [])
     monkeypatch.setattr(HostSession, "library", library)
-    monkeypatch.setattr(onnxruntime, "missing", lambda device="cpu": None)
-    monkeypatch.setattr(onnxruntime, "_import", lambda: Mask())
+    monkeypatch.setattr(onnxruntime_library, "missing", lambda device="cpu": None)
+    monkeypatch.setattr(onnxruntime_library, "_import", lambda: Mask())
     monkeypatch.setattr(onnxruntime_cuda, "preload", lambda library: None)
     monkeypatch.setattr(gpu.Device, "open", classmethod(lambda cls, index=0: device))
     return device
@@ -308,7 +313,7 @@ def test_arrays_on_the_device_are_checked(host_gpu: HostDevice) -> None:
 def test_memory_that_is_short_is_told_from_other_failures(
     host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch, kind: str, text: str, short: bool
 ) -> None:
-    error = getattr(onnxruntime._import().capi.onnxruntime_pybind11_state, kind)
+    error = getattr(onnxruntime_library._import().capi.onnxruntime_pybind11_state, kind)
 
     def fails(*_: Any) -> None:
         raise error(f"[ONNXRuntimeError] : {text}")
@@ -394,7 +399,7 @@ def test_a_session_that_finds_no_memory_for_its_weights_says_so(
     host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime's error says it in words alone; that the file is larger than what is free needs none."""
-    monkeypatch.setattr(onnxruntime, "session_options", lambda *_: pytest.fail("not reached"))
+    monkeypatch.setattr(onnxruntime_library, "session_options", lambda *_: pytest.fail("not reached"))
 
     def refused(*_: Any) -> None:
         raise RuntimeError("some error")
@@ -442,7 +447,7 @@ def test_build_measures_and_load_obeys(host_gpu: HostDevice, tmp_path: Path, bas
     graph = tmp_path / "graph.onnx"
     onnxruntime.build(shipped_model(), graph, precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(1, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["graph.onnx"]
-    record = json.loads(onnxruntime_cuda.metadata(graph)[RECORD])
+    record = json.loads(onnxruntime_settings.metadata(graph)[RECORD])
     assert record["input_shapes"] == [[2, 1, 64, 64]]
     tried = [Options.from_json(t["options"]) for t in record["trials"]]
     assert {(o.prefer_nhwc, o.fuse_conv_bias) for o in tried} == {(False, False), (True, False), (True, True)}
@@ -450,7 +455,7 @@ def test_build_measures_and_load_obeys(host_gpu: HostDevice, tmp_path: Path, bas
     assert {o.search for o in tried} == {"HEURISTIC", "EXHAUSTIVE"}
     assert all(t["ms"] > 0 and not t["note"] for t in record["trials"])
     kept = {p.key: p.value for p in onnx.load(str(shipped_model())).metadata_props}
-    assert kept.items() <= onnxruntime_cuda.metadata(graph).items()
+    assert kept.items() <= onnxruntime_settings.metadata(graph).items()
     HostSession.made.clear()
     x = pixels(2, 64)
     with onnxruntime.load(graph, precision="fp16", device="cuda:0", threads=1) as session:
@@ -470,12 +475,12 @@ def test_crops_are_constants_in_a_session_for_a_shape(tmp_path: Path) -> None:
     model = networks.export(networks.build(networks.UNetSpec(valid=True)), [(1, 1, 92, 92)], free_batch=True)
     assert {"Shape", "Slice"} <= {node.op_type for node in model.graph.node}
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "s2"  # as if exported with one name for both
-    inputs, outputs = onnxruntime_cuda._name_sizes(model)
+    inputs, outputs = trial._name_sizes(model)
     assert inputs[0].shape == ("x0:0", 1, "x0:2", "x0:3")
     assert outputs[0].port.shape[1] == 2
     x = np.repeat(pixels(1, 92), 3, axis=0)[..., :76]
-    library = onnxruntime._import()
-    options = onnxruntime.session_options(library, 1)
+    library = onnxruntime_library._import()
+    options = onnxruntime_library.session_options(library, 1)
     options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     for name, size in onnxruntime_cuda.sizes_by_name(inputs, [x.shape]).items():
@@ -484,11 +489,11 @@ def test_crops_are_constants_in_a_session_for_a_shape(tmp_path: Path) -> None:
     (found,) = session.run(None, {"x0": x})
     left = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
     assert left == {"Conv", "ConvTranspose", "Relu", "MaxPool", "Slice", "Concat"}
-    free = onnxruntime.session_options(library, 1)
+    free = onnxruntime_library.session_options(library, 1)
     free.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
     plain = library.InferenceSession(model.SerializeToString(), free, providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(found, plain.run(None, {"x0": x})[0])
-    same = (onnxruntime_cuda.Named("x", (1, "s", "s"), "float32"),)
+    same = (onnxruntime_settings.Named("x", (1, "s", "s"), "float32"),)
     assert onnxruntime_cuda.sizes_by_name(same, [(1, 8, 8)]) == {"s": 8}
     assert onnxruntime_cuda.sizes_by_name(same, [(1, 8, 16)]) == {}
 
@@ -498,9 +503,7 @@ def test_a_setting_that_computes_something_else_is_left_out(
 ) -> None:
     monkeypatch.setattr(HostSession, "error", 50.0)
     graph = tmp_path / "graph.onnx"
-    record = onnxruntime_cuda.build(
-        shipped_model(), graph, precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(1,)
-    )
+    record = trial.build(shipped_model(), graph, precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(1,))
     fused = [t for t in record.trials if t.options.fuse_conv_bias]
     assert [t.ms for t in fused] == [None]
     assert "its result differs by" in fused[0].note
@@ -539,10 +542,10 @@ def test_metadata_is_read_without_onnx(tmp_path: Path) -> None:
     wanted = {p.key: p.value for p in model.metadata_props} | {"ä key": "line\n" * 1000, "empty": ""}
     helper.set_model_props(model, wanted)
     onnx.save(model, str(path))
-    assert onnxruntime_cuda.metadata(path) == wanted
-    assert onnxruntime_cuda.read_record(path) == onnxruntime_cuda.Record()
+    assert onnxruntime_settings.metadata(path) == wanted
+    assert onnxruntime_settings.read_record(path) == onnxruntime_settings.Record()
     with pytest.raises(BackendError, match="does not exist"):
-        onnxruntime_cuda.read_record(tmp_path / "absent.onnx")
+        onnxruntime_settings.read_record(tmp_path / "absent.onnx")
 
 
 def test_precisions_and_graphs_that_build_takes(
@@ -554,7 +557,7 @@ def test_precisions_and_graphs_that_build_takes(
     with pytest.raises(BackendError, match="computes in fp16, fp32 was asked; give the FP32 graph"):
         onnxruntime.build(halved, tmp_path / "g.onnx", precision="fp32", device="cuda:0")
     seen = {}
-    monkeypatch.setattr(onnxruntime_cuda, "build", lambda model, graph, **how: seen.update(how))
+    monkeypatch.setattr(trial, "build", lambda model, graph, **how: seen.update(how))
     onnxruntime.build(halved, tmp_path / "g.onnx", precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(4,))
     assert seen == {"precision": "fp16", "device": "cuda:0", "tiles": [(64, 64)], "batches": (4,)}
 
@@ -645,7 +648,7 @@ def test_device_arrays_and_recorded_launches(built: tuple[str, Path]) -> None:
     device = gpu.Device.open(0)
     first, second = pixels(4, 256), pixels(4, 256)[::-1]
     for recorded in (False, True):
-        options = onnxruntime_cuda.read_record(graph).options
+        options = onnxruntime_settings.read_record(graph).options
         options = Options.from_json(options.to_json() | {"cuda_graph": recorded})
         with CudaSession(graph, precision, "cuda:0", options=options) as session:
             wanted = [session.run([np.ascontiguousarray(x)])[0] for x in (first, second)]

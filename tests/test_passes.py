@@ -12,7 +12,7 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
 import unet_rt as urt  # noqa: E402
-from unet_rt.backends import onnxruntime  # noqa: E402
+from unet_rt.backends.onnxruntime import backend as onnxruntime  # noqa: E402
 from unet_rt.calibration import calibrate  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.graph.passes import qdq  # noqa: E402

@@ -814,7 +814,7 @@ class OnHost:
 @pytest.fixture(scope="module")
 def gpu_engine(engine_for, tmp_path_factory) -> Iterator[Callable[..., Engine]]:
     """The same engines on the first GPU, in ONNX Runtime with its own choice of settings; nothing is timed."""
-    from unet_rt.backends.onnxruntime_cuda import CudaSession
+    from unet_rt.backends.onnxruntime.cuda import CudaSession
     from unet_rt.graph.passes.half import half
 
     folder, opened = tmp_path_factory.mktemp("halved"), list[Engine]()

@@ -21,11 +21,12 @@ import pytest
 from fake_tensorrt import FakeDevice, FakeTensorRt
 
 import unet_rt
-from unet_rt.backends import tensorrt, tensorrt_session
-from unet_rt.backends.tensorrt_build import advice, failure, logger, profiles_for, refusal
-from unet_rt.backends.tensorrt_inspect import check_engine, check_network, engine_convolutions
-from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
-from unet_rt.backends.tensorrt_session import TensorRtSession
+from unet_rt.backends.tensorrt import backend as tensorrt
+from unet_rt.backends.tensorrt import session as tensorrt_session
+from unet_rt.backends.tensorrt.build import advice, failure, logger, profiles_for, refusal
+from unet_rt.backends.tensorrt.inspect import check_engine, check_network, engine_convolutions
+from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
+from unet_rt.backends.tensorrt.session import TensorRtSession
 from unet_rt.errors import BackendError, EngineError, TileError
 from unet_rt.kernels import native as kernels
 from unet_rt.kernels.device import DeviceMemoryError
@@ -36,7 +37,7 @@ onnx = pytest.importorskip("onnx")
 PACKAGE = Path(unet_rt.__file__).parent
 NUCLEI = PACKAGE / "data" / "nuclei.onnx"
 MODULES = [
-    importlib.import_module(f"unet_rt.backends.tensorrt{part}") for part in ("", "_build", "_inspect", "_session")
+    importlib.import_module("unet_rt.backends.tensorrt.backend") for part in ("", "_build", "_inspect", "_session")
 ]
 HERE = Origin("tensorrt", "11.4.0", "NVIDIA H200", "9.0", "13.1")
 

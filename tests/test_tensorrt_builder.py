@@ -27,11 +27,13 @@ from fake_tensorrt import FakeDevice
 
 import unet_rt
 from unet_rt import exam
-from unet_rt.backends import crop_concat_plugin, tensorrt, tensorrt_build, tensorrt_session
-from unet_rt.backends import tensorrt_build as backends_tensorrt_build
-from unet_rt.backends.tensorrt_build import Compiled, compile_plan, profiles_for
-from unet_rt.backends.tensorrt_inspect import check_network
-from unet_rt.backends.tensorrt_plan import Origin, PlanHeader, read_plan, write_plan
+from unet_rt.backends.tensorrt import backend as tensorrt
+from unet_rt.backends.tensorrt import build as tensorrt_build
+from unet_rt.backends.tensorrt import plugin as crop_concat_plugin
+from unet_rt.backends.tensorrt import session as tensorrt_session
+from unet_rt.backends.tensorrt.build import Compiled, compile_plan, profiles_for
+from unet_rt.backends.tensorrt.inspect import check_network
+from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, read_plan, write_plan
 from unet_rt.demo import SHIPPED, shipped_model
 from unet_rt.engine import read_folder, sha256, write_folder
 from unet_rt.errors import BackendError, ParityError
@@ -394,7 +396,7 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
     opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan that is stale elsewhere is made again there from this graph, by a library that may have no plugins."""
-    real, seen = backends_tensorrt_build.compile_plan, {}
+    real, seen = tensorrt_build.compile_plan, {}
 
     def compile_plan(trt: Any, file: Path, *rest: Any, **more: Any) -> Any:
         kinds = Counter(node.op_type for node in onnx.load(str(file)).graph.node)
@@ -404,7 +406,7 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
         return real(trt, file, *rest, **more)
 
     opened["crop_concat"] = 0.1
-    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", compile_plan)
+    monkeypatch.setattr(tensorrt_build, "compile_plan", compile_plan)
     monkeypatch.setattr(crop_concat_plugin, "register", lambda trt: True)
     tensorrt.build(
         shipped_model("membranes"), tmp_path / "g.onnx", precision="fp16", device="cuda:0", blob=tmp_path / "p",
@@ -435,14 +437,14 @@ def test_a_plan_holds_two_tiles(opened: dict[str, float], tmp_path: Path) -> Non
 def test_a_form_that_fails_is_left_out(
     opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = backends_tensorrt_build.compile_plan
+    real = tensorrt_build.compile_plan
 
     def compile_plan(trt: Any, file: Path, *rest: Any, **more: Any) -> Any:
         if broken in file.name:
             raise BackendError(f"no kernel for {file.name}")
         return real(trt, file, *rest, **more)
 
-    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", compile_plan)
+    monkeypatch.setattr(tensorrt_build, "compile_plan", compile_plan)
     (tmp_path / "model.onnx").write_bytes(graph("paper_w8"))
 
     def build() -> None:
@@ -489,7 +491,7 @@ def test_another_precision_than_the_one_asked_is_no_engine(
     compiled = Compiled(b"plan", {"/conv": network}, ("x",), ("y",))
     tensor = {"Name": "t", "Format/Datatype": engine}
     told = {"Layers": [{"Name": "/conv", "Inputs": [tensor], "Outputs": [tensor]}]}
-    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", lambda *given, **more: compiled)
+    monkeypatch.setattr(tensorrt_build, "compile_plan", lambda *given, **more: compiled)
     monkeypatch.setattr(Session, "inspect", lambda self: json.dumps(told))
     with pytest.raises(BackendError, match=said):
         tensorrt.build(
@@ -536,12 +538,7 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
     def run(self: Session, inputs: list[np.ndarray[Any, Any]]) -> list[Any]:
         return list(cpu.run(None, {cpu.get_inputs()[0].name: inputs[0].astype(np.float16)}))
 
-    real_compile, real_sit, layers, sat = (
-        backends_tensorrt_build.compile_plan,
-        exam.sit,
-        list[Counter[str]](),
-        list[int](),
-    )
+    real_compile, real_sit, layers, sat = tensorrt_build.compile_plan, exam.sit, list[Counter[str]](), list[int]()
 
     def compile_plan(*given: Any, **more: Any) -> Any:
         made = real_compile(*given, **more)
@@ -549,7 +546,7 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
         return made
 
     monkeypatch.setattr(Session, "run", run)
-    monkeypatch.setattr(backends_tensorrt_build, "compile_plan", compile_plan)
+    monkeypatch.setattr(tensorrt_build, "compile_plan", compile_plan)
     monkeypatch.setattr(exam, "sit", lambda *given: sat.append(1) or real_sit(*given))
     with unet_rt.load(stale.path) as engine:
         assert engine.spec.precision == "int8"

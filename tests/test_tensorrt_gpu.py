@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import unet_rt
-from unet_rt.backends import onnxruntime, tensorrt
-from unet_rt.backends.tensorrt_plan import Origin, read_header, read_plan, write_plan
-from unet_rt.backends.tensorrt_session import TensorRtSession
+from unet_rt.backends.onnxruntime import backend as onnxruntime
+from unet_rt.backends.tensorrt import backend as tensorrt
+from unet_rt.backends.tensorrt.plan import Origin, read_header, read_plan, write_plan
+from unet_rt.backends.tensorrt.session import TensorRtSession
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError, EngineError, TileError
 

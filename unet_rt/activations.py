@@ -95,7 +95,7 @@ class Probe:
 
         import onnx
 
-        from .backends import onnxruntime as backend
+        from .backends.onnxruntime import backend
 
         given = {value.name for value in model.graph.input}
         shown = onnx.ModelProto()

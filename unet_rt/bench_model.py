@@ -333,7 +333,8 @@ def _baseline_contenders(
     stack: ExitStack,
 ) -> list[_Contender]:
     """Eager PyTorch first, where it is: its speed is 1."""
-    from .backends import eager, onnxruntime, openvino
+    from .backends import eager, openvino
+    from .backends.onnxruntime import cpu as onnxruntime
     from .backends.session import Called, SessionBase
 
     def engine(name: str) -> Engine:

@@ -53,7 +53,7 @@ def collect() -> dict[str, Any]:
 
 def conflicts() -> list[str]:
     """Installed distributions that cannot live together, one sentence each."""
-    from .backends import onnxruntime
+    from .backends.onnxruntime import library as onnxruntime
 
     clash = onnxruntime.conflict()
     return [] if clash is None else [clash]

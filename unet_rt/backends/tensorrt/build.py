@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BackendError, TileError, size_text
-from ..system import limits
-from .tensorrt_inspect import network_convolutions, node_names
-from .tensorrt_plan import Profile
+from ...errors import BackendError, TileError, size_text
+from ...system import limits
+from .inspect import network_convolutions, node_names
+from .plan import Profile
 
 if TYPE_CHECKING:
     import onnx
@@ -83,7 +83,7 @@ def logger(trt: Any) -> tuple[Any, Messages]:
 def failure(message: str, text: str) -> BackendError:
     """The error for a message that ends in the library's words: of its own kind where device memory is short."""
     if _MEMORY.search(text):
-        from ..kernels.device import DeviceMemoryError
+        from ...kernels.device import DeviceMemoryError
 
         return DeviceMemoryError(message)
     return BackendError(message)

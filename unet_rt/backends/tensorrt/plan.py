@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError, EngineError, size_text
+from ...errors import BackendError, EngineError, size_text
 
 _MAGIC = b"unet-rt plan 1\n"
 _LONGEST_HEADER = 1 << 20

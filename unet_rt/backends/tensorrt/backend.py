@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BackendError, EngineError
-from ..graph.precision import copy_graph, precision_of
-from ..system import facts
-from . import crop_concat_plugin
-from .tensorrt_build import compile_plan, profiles_for, title
-from .tensorrt_inspect import check_engine, check_network, engine_convolutions
-from .tensorrt_plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
-from .tensorrt_session import TensorRtSession
+from ...errors import BackendError, EngineError
+from ...graph.precision import copy_graph, precision_of
+from ...system import facts
+from . import plugin
+from .build import compile_plan, profiles_for, title
+from .inspect import check_engine, check_network, engine_convolutions
+from .plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
+from .session import TensorRtSession
 
 if TYPE_CHECKING:
     import onnx
 
-    from ..kernels.device import Device
+    from ...kernels.device import Device
 
 
 log = logging.getLogger("unet_rt")
@@ -61,7 +61,7 @@ def missing(device: str = "cpu") -> str | None:
     if _found() is None:
         return f"TensorRT is not installed; {_INSTALL}"
     _import()
-    from ..kernels import device as device_layer
+    from ...kernels import device as device_layer
 
     return device_layer.missing(facts.cuda_index(device))
 
@@ -98,7 +98,7 @@ def _open(device: str) -> tuple[Any, Device]:
     reason = missing(device)
     if reason is not None:
         raise BackendError(reason)
-    from ..kernels.device import Device
+    from ...kernels.device import Device
 
     return _import(), Device.open(facts.cuda_index(device))
 
@@ -157,7 +157,7 @@ def build(
         raise BackendError("TensorRT writes a plan beside the graph, and no place for it was given; pass blob")
     origin = _origin(trt, opened)
     # Its kernel copies FP32 and FP16: INT8 tensors would have to be dequantised for it.
-    forms = graph_forms(model, graph, precision, plugins=precision != "int8" and crop_concat_plugin.register(trt))
+    forms = graph_forms(model, graph, precision, plugins=precision != "int8" and plugin.register(trt))
     first = forms[0][1]
     import onnx
 
@@ -199,8 +199,8 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
     """
     import onnx
 
-    from ..graph.passes.half import half, halved
-    from ..graph.passes.up_conv import up_conv
+    from ...graph.passes.half import half, halved
+    from ...graph.passes.up_conv import up_conv
 
     found = precision_of(model)
     if found != precision and not (found == "fp32" and precision == "fp16"):
@@ -221,7 +221,7 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
     if up_conv(shuffled):
         forms.append(("up_conv", finished(shuffled)))
     if plugins:
-        from ..graph.passes.crop_concat import crop_concat
+        from ...graph.passes.crop_concat import crop_concat
 
         merged = onnx.ModelProto()
         merged.CopyFrom(forms[0][1])
@@ -239,7 +239,7 @@ def islands(model: onnx.ModelProto) -> frozenset[str]:
     """Nodes that a graph keeps in FP32 on purpose."""
     import json
 
-    from ..graph.passes.half import RECORD
+    from ...graph.passes.half import RECORD
 
     record = next((entry.value for entry in model.metadata_props if entry.key == RECORD), None)
     return frozenset() if record is None else frozenset(json.loads(record).get("islands", ()))

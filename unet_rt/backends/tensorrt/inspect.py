@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from unet_rt.errors import BackendError
+from ...errors import BackendError
 
 # How the libraries name element types: "Half", "Row major linear FP16 format", "... vectorized row major Int8 format".
 _TYPES = {

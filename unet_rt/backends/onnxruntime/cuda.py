@@ -27,45 +27,35 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import json
 import logging
 import sys
 import threading
-import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BackendError, size_text
-from ..kernels.device import DeviceMemoryError
-from ..system import facts
-from ..system import timing as timing_module
-from . import onnxruntime as common
-from .session import Array, Port, SessionBase, arrays_for, check_shapes
+from ...errors import BackendError, size_text
+from ...kernels.device import DeviceMemoryError
+from ...system import facts
+from ..session import Array, Port, SessionBase, arrays_for, check_shapes
+from . import library
+from .settings import Named, Options, read_record
 
 if TYPE_CHECKING:
-    from ..kernels.device import DeviceArray, Stream
+    from ...kernels.device import DeviceArray, Stream
 
 
 log = logging.getLogger("unet_rt")
 
-RECORD = (
-    "unet_rt.onnxruntime.cuda"  # key of the metadata entry of a built graph: its settings, and the trial behind them
-)
-
 _SHAPES = 4  # provider sessions that are kept, one per shape, each with its weights, arena and plans
 _BINDINGS = 64  # sets of addresses whose bindings are kept
 _GRAPHS = 16  # sets of addresses whose launches are recorded; a recording goes with its provider session, not before
-_RUNS_BEFORE_GRAPH = 2  # runs of a set of addresses before it is taken for one that stays
-
-# A variant is kept only if it is faster than what is in hand by more than this: less is noise.
-_GAIN = 0.02
-_TRIAL_S = 90.0  # after this no further stage of the trial begins: a stage compiles plans for every convolution
+RUNS_BEFORE_GRAPH = 2  # runs of a set of addresses before it is taken for one that stays
 
 # Operators that may run on the CPU: the arithmetic of sizes. Anything else there is a network that left the GPU.
 _ARITHMETIC = frozenset(
@@ -81,163 +71,6 @@ _SHORT_OF_MEMORY = (
     "CUDA failure 2:",  # cudaErrorMemoryAllocation
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings of a session that the trial chooses among."""
-
-    prefer_nhwc: bool = False
-    fuse_conv_bias: bool = False
-    search: str = "HEURISTIC"
-    cuda_graph: bool = False
-    up_conv: bool = False  # of the graph: transposed convolutions as 1 x 1 convolutions and DepthToSpace
-
-    def __post_init__(self) -> None:
-        if self.fuse_conv_bias and not self.prefer_nhwc:
-            raise BackendError(
-                "fuse_conv_bias without prefer_nhwc computes on two streams at once in ONNX Runtime; set both or neither"
-            )
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Options:
-        if set(data) != set(cls.__dataclass_fields__):
-            raise BackendError(
-                f"the graph records the settings {', '.join(data)}, as another version of unet-rt has them; build it again: "
-                "unet-rt build model.onnx --overwrite"
-            )
-        return cls(**data)
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    @property
-    def text(self) -> str:
-        """In a few words, e.g. ``"HEURISTIC prefer_nhwc"``."""
-        return " ".join([self.search, *(name for name, value in vars(self).items() if value is True)])
-
-    def provider(self, index: int, precision: str, stream: int) -> dict[str, str]:
-        """The provider's own options for device ``index``."""
-        return {
-            "device_id": str(index),
-            "has_user_compute_stream": "1",
-            "user_compute_stream": str(stream),
-            "use_tf32": "0" if precision == "fp32" else "1",
-            "prefer_nhwc": str(int(self.prefer_nhwc)),
-            "fuse_conv_bias": str(int(self.fuse_conv_bias)),
-            "cudnn_conv_algo_search": self.search,
-            "cudnn_conv_use_max_workspace": "1",
-            "enable_cuda_graph": str(int(self.cuda_graph)),
-            # The arena takes what is asked; its default doubles, which wastes up to half of what a large batch takes.
-            "arena_extend_strategy": "kSameAsRequested",
-        }
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What one setting did: milliseconds of a run, or why it could not be had."""
-
-    options: Options
-    ms: float | None = None
-    note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"options": self.options.to_json(), "ms": self.ms, "note": self.note}
-
-
-@dataclass(frozen=True)
-class Named:
-    """An input or output of a graph: free sizes by the names under which a session can be told them (None: unnamed)."""
-
-    name: str
-    shape: tuple[int | str | None, ...]
-    dtype: str
-
-    @property
-    def port(self) -> Port:
-        return Port(self.name, tuple(n if isinstance(n, int) else None for n in self.shape), np.dtype(self.dtype))
-
-
-@dataclass(frozen=True)
-class Record:
-    """What ``build`` wrote into a graph: the settings it is to be run with, and what they were chosen from."""
-
-    options: Options = field(default_factory=Options)
-    input_shapes: tuple[tuple[int, ...], ...] = ()
-    trials: tuple[Trial, ...] = ()
-    inputs: tuple[Named, ...] = ()
-    outputs: tuple[Named, ...] = ()
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Record:
-        return cls(
-            Options.from_json(data["options"]),
-            tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"]),
-            tuple(Trial(Options.from_json(t["options"]), t["ms"], t["note"]) for t in data["trials"]),
-            tuple(Named(v["name"], tuple(v["shape"]), v["dtype"]) for v in data["inputs"]),
-            tuple(Named(v["name"], tuple(v["shape"]), v["dtype"]) for v in data["outputs"]),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "inputs": [{**vars(value), "shape": list(value.shape)} for value in self.inputs],
-            "outputs": [{**vars(value), "shape": list(value.shape)} for value in self.outputs],
-            "options": self.options.to_json(),
-            "input_shapes": [list(shape) for shape in self.input_shapes],
-            "trials": [trial.to_json() for trial in self.trials],
-        }
-
-
-# Loading --------------------------------------------------------------------------------------------------------------
-
-
-def metadata(graph: Path) -> dict[str, str]:
-    """The metadata entries of an ONNX file, without reading its weights or importing ONNX (field 14 of its protobuf)."""
-    found: dict[str, str] = {}
-    with graph.open("rb") as stream:
-        while True:
-            tag = _varint(stream)
-            if tag is None:
-                return found
-            number, kind = tag >> 3, tag & 7
-            if kind == 0:
-                _varint(stream)
-            elif kind in (1, 5):
-                stream.seek(8 if kind == 1 else 4, io.SEEK_CUR)
-            elif kind == 2:
-                size = _varint(stream) or 0
-                if number != 14:
-                    stream.seek(size, io.SEEK_CUR)
-                    continue
-                entry = io.BytesIO(stream.read(size))
-                pair = {}
-                while (inner := _varint(entry)) is not None:
-                    pair[inner >> 3] = entry.read(_varint(entry) or 0).decode()
-                found[pair.get(1, "")] = pair.get(2, "")
-            else:
-                raise BackendError(
-                    f"{graph} is not an ONNX file (field {number} of kind {kind}); build the engine again"
-                )
-
-
-def _varint(stream: BinaryIO) -> int | None:
-    """The next variable-length integer, None at the end."""
-    value, shift = 0, 0
-    while byte := stream.read(1):
-        value |= (byte[0] & 127) << shift
-        if byte[0] < 128:
-            return value
-        shift += 7
-    return None
-
-
-def read_record(graph: Path) -> Record:
-    """What ``build`` recorded in ``graph``; the provider's own settings and nothing else where it recorded nothing."""
-    try:
-        text = metadata(graph).get(RECORD)
-    except FileNotFoundError as error:
-        raise BackendError(f"{graph} does not exist; build the engine again") from error
-    return Record() if text is None else Record.from_json(json.loads(text))
 
 
 def preload(library: Any) -> None:
@@ -285,13 +118,13 @@ class CudaSession(SessionBase):
         self, graph: Path, precision: str, device: str, threads: int = 0, options: Options | None = None
     ) -> None:
         super().__init__(precision, device, threads)
-        reason = common.missing(device)
+        reason = library.missing(device)
         if reason is not None:
             raise BackendError(reason)
-        from ..kernels.device import Device
+        from ...kernels.device import Device
 
-        self._library = common._import()
-        self._errors = common._errors(self._library)
+        self._library = library._import()
+        self._errors = library.errors(self._library)
         self._graph = graph
         record = read_record(graph)
         self._options = record.options if options is None else options
@@ -405,7 +238,7 @@ class CudaSession(SessionBase):
                 f"{', '.join(active) or 'nothing'}; CUDA or cuDNN libraries are missing (see unet-rt doctor), "
                 "or use --device cpu"
             )
-        strays = common.strays(session, "CUDAExecutionProvider", _ARITHMETIC)
+        strays = library.strays(session, "CUDAExecutionProvider", _ARITHMETIC)
         if strays:
             raise BackendError(
                 f"{len(strays)} layer(s) of {self._graph.name} would run on the CPU, {self.device} was asked "
@@ -414,7 +247,7 @@ class CudaSession(SessionBase):
         return session
 
     def _session_options(self, strict: bool, key: tuple[tuple[int, ...], ...]) -> Any:
-        options = common.session_options(self._library, self.threads)
+        options = library.session_options(self._library, self.threads)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         # Strictly, the arithmetic of sizes is refused, too, which is none of the GPU's business.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
@@ -535,7 +368,7 @@ class CudaSession(SessionBase):
         """
         if not self._options.cuda_graph:
             return self._run_options
-        if bound.graph is None and bound.runs > _RUNS_BEFORE_GRAPH and self._recordings < _GRAPHS:
+        if bound.graph is None and bound.runs > RUNS_BEFORE_GRAPH and self._recordings < _GRAPHS:
             bound.compiled.graphs += 1
             bound.graph, bound.thread = self._no_wait(bound.compiled.graphs), threading.get_ident()
         return bound.graph if bound.graph is not None and bound.thread == threading.get_ident() else self._run_options
@@ -626,7 +459,7 @@ def sizes_by_name(inputs: Sequence[Named], key: Sequence[Sequence[int]]) -> dict
 
 def _named(value: Any) -> Named:
     """An input or output as a provider session describes it."""
-    port = common._port(value)
+    port = library._port(value)
     return Named(port.name, tuple(n if isinstance(n, int | str) else None for n in value.shape), port.dtype.name)
 
 
@@ -639,241 +472,3 @@ class _Binding:
     runs: int = 0
     graph: Any = None
     thread: int = 0
-
-
-# Building -------------------------------------------------------------------------------------------------------------
-
-
-def build(
-    model: Path,
-    graph: Path,
-    *,
-    precision: str,
-    device: str,
-    tiles: Sequence[Sequence[int]] = (),
-    batches: Sequence[int] = (),
-    islands: Sequence[str] = (),
-) -> Record:
-    """Writes ``graph`` in ``precision``, with the settings that the trial found fastest on ``device``.
-
-    Args:
-        model: The FP32 graph.
-        graph: Where to write; one file, weights included.
-        precision: ``"fp32"`` or ``"fp16"``.
-        device: ``"cuda:N"``.
-        tiles: Spatial sizes that will run, largest first; the trial uses the first, or about 512 px a side.
-        batches: Batch sizes that will run; the trial uses the largest, or 1.
-        islands: Nodes kept in float32.
-    """
-    import onnx
-
-    from ..graph.passes.half import half
-    from ..graph.passes.up_conv import up_conv
-
-    shapes = trial_shapes(model, tiles, batches)
-    proto = onnx.load(str(model))
-    if precision == "fp16":
-        half(proto, islands=islands)
-    inputs, outputs = _name_sizes(proto)
-    _record(proto, Record(input_shapes=shapes, inputs=inputs, outputs=outputs))
-    variants = {False: graph.with_name(f"{graph.name}.plain")}
-    try:
-        onnx.save_model(proto, str(variants[False]))
-        if up_conv(proto):
-            variants[True] = graph.with_name(f"{graph.name}.rewritten")
-            onnx.save_model(proto, str(variants[True]))
-        record = replace(_search(variants, precision, device, shapes), inputs=inputs, outputs=outputs)
-        if not record.options.up_conv:
-            proto = onnx.load(str(variants[False]))
-    finally:
-        for path in variants.values():
-            path.unlink(missing_ok=True)
-    _record(proto, record)
-    onnx.save_model(proto, str(graph))
-    return record
-
-
-def _record(proto: Any, record: Record) -> None:
-    entry = next((p for p in proto.metadata_props if p.key == RECORD), None) or proto.metadata_props.add(key=RECORD)
-    entry.value = json.dumps(record.to_json(), sort_keys=True)
-
-
-def _name_sizes(proto: Any) -> tuple[tuple[Named, ...], tuple[Named, ...]]:
-    """Gives every free size of an input a name of its own; returns inputs and outputs.
-
-    Exporters call two sizes alike, or none. The names elsewhere go: ONNX Runtime infers them again.
-    """
-    import onnx
-
-    stored = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [value for value in proto.graph.input if value.name not in stored]
-    for value in inputs:
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if dim.dim_value <= 0:
-                dim.Clear()
-                dim.dim_param = f"{value.name}:{axis}"
-    for value in proto.graph.output:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_value <= 0:
-                dim.Clear()
-    del proto.graph.value_info[:]
-
-    def named(value: Any) -> Named:
-        kind = value.type.tensor_type
-        shape = (n.dim_value if n.dim_value > 0 else n.dim_param or None for n in kind.shape.dim)
-        return Named(value.name, tuple(shape), onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
-
-    return tuple(named(value) for value in inputs), tuple(named(value) for value in proto.graph.output)
-
-
-def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Input shapes that settings are compared at."""
-    from ..graph.report import inspect
-    from ..tiling.grid import square_tile
-
-    report = inspect(str(model))
-    tile = tuple(tiles[0]) if tiles else square_tile(report.sizes, report.outputs, 512**2)
-    batch = report.batch or max(batches, default=1)
-    shapes = []
-    for port in report.inputs:
-        spatial = iter(tile)
-        shape = []
-        for axis, size in zip(port.axes, port.shape, strict=True):
-            if axis == "N":
-                shape.append(batch)
-            elif axis == "C":
-                shape.append(1 if size is None else size)
-            else:
-                shape.append(next(spatial))
-        shapes.append(tuple(shape))
-    return tuple(shapes)
-
-
-def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: tuple[tuple[int, ...], ...]) -> Record:
-    """Greedy: layout, bias and the form of up-convolutions first, then cuDNN's heuristics, then recording.
-
-    Every stage times the best so far and its changes in turn, on the same input; a change whose result is not that of
-    the first setting is left out.
-    """
-    begun = time.perf_counter()
-    rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
-    fused = [{"prefer_nhwc": True, "fuse_conv_bias": True, "up_conv": True in variants}] if precision == "fp16" else []
-    stages: list[list[dict[str, Any]]] = [
-        [{}, {"prefer_nhwc": True}, *fused],
-        [{"search": "EXHAUSTIVE"}, *([{"up_conv": True}] if True in variants else [])],
-        [{"cuda_graph": True}],
-    ]
-    trials: list[Trial] = []
-    best: tuple[Options, _Contender] | None = None
-    expected: list[Array] | None = None
-    for stage in stages:
-        if not stage or (best is None and trials) or time.perf_counter() - begun > _TRIAL_S:
-            continue
-        running = {} if best is None else {best[0]: best[1]}
-        try:
-            for changes in stage:
-                options = replace(Options() if best is None else best[0], **changes)
-                if options in running:
-                    continue
-                try:
-                    contender = _Contender(variants[options.up_conv], precision, device, options, inputs)
-                except BackendError as error:
-                    trials.append(Trial(options, note=str(error)))
-                    continue
-                running[options] = contender
-                note, expected = _judge(contender, expected, precision)
-                if note:
-                    trials.append(Trial(options, note=note))
-                    running.pop(options).close()
-            timings = timing_module.interleave([c.run for c in running.values()], runs=15, seconds=4.0, rest_s=0.0)
-        except BaseException:
-            for contender in running.values():
-                contender.close()
-            raise
-        times = {options: timing.median_s * 1e3 for options, timing in zip(running, timings, strict=True)}
-        trials += [Trial(options, ms) for options, ms in times.items()]
-        now = None if best is None else best[0]
-        if times:
-            fastest = min(times, key=times.__getitem__)
-            if now is None or times[fastest] < times[now] * (1 - _GAIN):
-                now = fastest
-        for options, contender in running.items():
-            if options != now:
-                contender.close()
-        best = None if now is None else (now, running[now])
-    if best is None:
-        raise BackendError(f"ONNX Runtime runs the graph with no setting on {device}: {trials[0].note}")
-    best[1].close()
-    for trial in trials:
-        log.info("onnxruntime %s %s: %s", device, trial.options.text, trial.note or f"{trial.ms:.3f} ms")
-    return Record(best[0], shapes, tuple(trials))
-
-
-def _judge(contender: _Contender, expected: list[Array] | None, precision: str) -> tuple[str, list[Array] | None]:
-    """Warms a setting up, and says what is wrong with its result ("" where nothing is)."""
-    try:
-        for _ in range(_RUNS_BEFORE_GRAPH + 3):  # plans, memory, and the recording, and a run of that
-            contender.run()
-        outputs = contender.outputs()
-    except BackendError as error:
-        return str(error), expected
-    if expected is None:
-        return "", outputs
-    apart = max(_apart(a, b) for a, b in zip(expected, outputs, strict=True))
-    allowed = 2.0**-5 if precision == "fp16" else 2.0**-14  # TF32 is off by 2^-11 or so
-    return ("" if apart <= allowed else f"its result differs by {apart:.2g} of the range"), expected
-
-
-def _apart(expected: Array, found: Array) -> float:
-    """Largest difference over the range of the expected values; infinite where something is not finite."""
-    a, b = expected.astype(np.float64), found.astype(np.float64)
-    if not np.isfinite(b).all():
-        return float("inf")
-    return float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
-
-
-class _Contender:
-    """A session with fixed arrays on the device: what is timed is the run alone."""
-
-    def __init__(self, graph: Path, precision: str, device: str, options: Options, inputs: Sequence[Array]) -> None:
-        self.session = CudaSession(graph, precision, device, options=options)
-        try:
-            arrays = arrays_for(self.session.ports, inputs)
-            handle, stream = self.session._device_handle, self.session.stream
-            with handle.activate():
-                self.inputs = [handle.empty(a.shape, a.dtype) for a in arrays]
-                for array, target in zip(arrays, self.inputs, strict=True):
-                    pinned = handle.pinned(array.shape, array.dtype)
-                    pinned[...] = array
-                    handle.copy_in(target, pinned, stream)
-                    stream.synchronize()
-            shapes = self.session.output_shapes([a.shape for a in arrays])
-            with handle.activate():
-                dtypes = self.session.output_dtypes
-                self.targets = [handle.empty(s, d) for s, d in zip(shapes, dtypes, strict=True)]
-        except BaseException:
-            self.session.close()
-            raise
-
-    def run(self) -> None:
-        self.session.run_device(self.inputs, self.targets)
-        with self.session._device_handle.activate():
-            self.session.stream.synchronize()
-
-    def outputs(self) -> list[Array]:
-        handle, stream = self.session._device_handle, self.session.stream
-        found = []
-        with handle.activate():
-            for target in self.targets:
-                pinned = handle.pinned(target.shape, np.dtype(target.dtype))
-                handle.copy_out(pinned, target, stream)
-                stream.synchronize()
-                found.append(np.array(pinned))
-        return found
-
-    def close(self) -> None:
-        self.session.close()
-        with self.session._device_handle.activate():
-            for array in (*self.inputs, *self.targets):
-                array.free()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 # Without `from __future__ import annotations`: TensorRT reads the annotations of what is registered as types.
-from ..errors import BackendError
-from ..graph.passes.crop_concat import DOMAIN, OPERATOR
+from ...errors import BackendError
+from ...graph.passes.crop_concat import DOMAIN, OPERATOR
 
 log = logging.getLogger("unet_rt")
 
