@@ -211,9 +211,9 @@ def test_eager_pytorch_is_the_first_baseline(
     engine_folder: Path, tmp_path: Path, sample_images: list[Array], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint beside an engine, from the command line: one JSON document, and one picture."""
+    from unet_rt.models.checkpoint import save_checkpoint
     from unet_rt.models.stored import unet_from_onnx
     from unet_rt.models.unet import UNetSpec
-    from unet_rt.training.trainer import save_checkpoint
 
     shipped, checkpoint, image = shipped_model(), tmp_path / "nuclei.pt", tmp_path / "image.npy"
     architecture = json.loads(shipped.with_suffix(".json").read_text())["architecture"]

@@ -31,11 +31,11 @@ from unet_rt.export import (
     METADATA_KEY,
     export,  # noqa: E402
 )
+from unet_rt.models.checkpoint import save_checkpoint  # noqa: E402
 from unet_rt.models.fcn import FCN8s
 from unet_rt.models.segnet import SegNet
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
 from unet_rt.models.unet import UNet
-from unet_rt.training.trainer import save_checkpoint  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 

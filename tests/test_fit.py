@@ -31,6 +31,7 @@ from unet_rt.errors import (
     ImageError,
     OutputError,  # noqa: E402
 )
+from unet_rt.models.checkpoint import TrainingError, load_checkpoint
 from unet_rt.models.unet import UNet  # noqa: E402
 from unet_rt.training import components
 from unet_rt.training.fit import (
@@ -48,8 +49,6 @@ from unet_rt.training.folder import (
 from unet_rt.training.samples import Sample
 from unet_rt.training.trainer import (
     Recipe,
-    TrainingError,
-    load_checkpoint,
     train,  # noqa: E402
 )
 

@@ -18,6 +18,7 @@ from unet_rt.drawing.microscopy import (
     Scene,
     microscopy,  # noqa: E402
 )
+from unet_rt.models.checkpoint import load_checkpoint
 from unet_rt.training.fit import (
     NORMALIZATION,
     Options,
@@ -25,7 +26,7 @@ from unet_rt.training.fit import (
 )
 from unet_rt.training.metrics import iou
 from unet_rt.training.samples import prepare
-from unet_rt.training.trainer import evaluate, load_checkpoint
+from unet_rt.training.trainer import evaluate
 from unet_rt.training.weights import separate  # noqa: E402
 
 pytestmark = pytest.mark.torch

@@ -24,21 +24,13 @@ from unet_rt.drawing.microscopy import (
     microscopy,  # noqa: E402
 )
 from unet_rt.errors import ImageError  # noqa: E402
+from unet_rt.models.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from unet_rt.models.stored import load_half  # noqa: E402
 from unet_rt.models.unet import UNet
 from unet_rt.training.augment import Augmentation, Tiles
 from unet_rt.training.metrics import iou
 from unet_rt.training.samples import Sample, normalized, prepare, split_by_blocks
-from unet_rt.training.trainer import (
-    Recipe,
-    TrainingError,
-    evaluate,
-    load_checkpoint,
-    predict_whole,
-    save_checkpoint,
-    train,
-    weighted_cross_entropy,
-)
+from unet_rt.training.trainer import Recipe, evaluate, predict_whole, train, weighted_cross_entropy
 from unet_rt.training.weights import border_weights, class_weights, separate
 
 pytestmark = pytest.mark.torch

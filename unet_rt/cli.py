@@ -28,7 +28,7 @@ from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtE
 if TYPE_CHECKING:
     from .build_report import BuildReport
     from .contract.contract import Contract
-    from .models.source import Opened
+    from .models.state import Opened
     from .parity import Budget
     from .pipeline import RunReport
     from .predict_large import Tables

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..contract.contract import Contract, Normalization
 from ..errors import BackendError, ContractError, GraphError
-from .source import Opened, load_state
+from .state import Opened, load_state
 
 METADATA_KEY = "nnunet"
 
@@ -86,7 +86,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> dict[str, Any]:
     """nnU-Net's checkpoints log NumPy scalars beside their tensors; apart from these nothing but weights is loaded."""
-    from ..training.trainer import read_torch
+    from .checkpoint import read_torch
 
     numpy_scalar: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(code)) for code in "fdilqB?"]

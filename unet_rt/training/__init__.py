@@ -1,21 +1,13 @@
 """Training of the reference networks (PyTorch; ``pip install unet-rt[train]``)."""
 
+from __future__ import annotations
+
+from ..models.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from .augment import Augmentation, Tiles
 from .components import components
 from .metrics import iou
 from .samples import MaskKind, Sample, normalized, prepare, sample_of, split_by_blocks
-from .trainer import (
-    Progress,
-    Recipe,
-    TrainingError,
-    class_iou,
-    evaluate,
-    load_checkpoint,
-    predict_whole,
-    save_checkpoint,
-    train,
-    weighted_cross_entropy,
-)
+from .trainer import Progress, Recipe, class_iou, evaluate, predict_whole, train, weighted_cross_entropy
 from .weights import border_weights, class_weights, separate
 
 __all__ = [

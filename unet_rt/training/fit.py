@@ -17,11 +17,12 @@ from .._version import __version__
 from ..contract.contract import Contract, Normalization
 from ..errors import BackendError, ContractError, OutputError
 from ..models.architecture import Network, network_of
+from ..models.checkpoint import TrainingError, save_checkpoint
 from .augment import Augmentation
 from .curves import training_curves
 from .folder import DataSet, read_folder
 from .samples import MaskKind, Sample, split_by_blocks
-from .trainer import Progress, Recipe, TrainingError, evaluate, foreground_is_common, save_checkpoint, train
+from .trainer import Progress, Recipe, evaluate, foreground_is_common, train
 
 NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
 VALIDATION_SHARE = 0.2
@@ -349,7 +350,7 @@ def _check_out(out: Path, state: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _history(state: Path) -> list[Progress]:
-    from .trainer import read_torch
+    from ..models.checkpoint import read_torch
 
     return [Progress(**p) for p in json.loads(read_torch(state)["history"])]
 

@@ -13,8 +13,9 @@ import torch
 
 from ..contract.contract import Contract
 from ..export import export
+from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
-from .trainer import Progress, Recipe, save_checkpoint
+from .trainer import Progress, Recipe
 from .weights import F32
 
 

@@ -18,26 +18,18 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from ..contract.contract import Contract
-from ..contract.json import contract_from_json
-from ..errors import OutputError, UnetRtError, first_line
-from ..models.architecture import Network, architecture_of, network_of
+from ..models.architecture import Network, architecture_of
+from ..models.checkpoint import TrainingError, read_torch, write_torch
 from ..models.segnet import SegNet
-from ..system.durable import Disk
 from .augment import Augmentation, Tiles
 from .metrics import iou
 from .samples import Sample, padded
 from .weights import F32, class_weights
 
-CHECKPOINT_FORMAT = 1
 STATE_FORMAT = 1
 STATE_SECONDS = 60.0  # a kill costs at most so much work
 WHOLE_PX = 1536  # larger images are predicted by windows of this size: activations of a whole slide fit nowhere
 MARGIN_PX = 128  # of those windows
-
-
-class TrainingError(UnetRtError):
-    """Training cannot go on: the loss is not finite, or a checkpoint cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -393,61 +385,6 @@ def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any], *, background: 
     """Mean IoU over the classes that occur in either, without 0 unless ``background``; 1 where none does."""
     present = sorted({*np.unique(labels).tolist(), *np.unique(truth).tolist()} - (set() if background else {0}))
     return float(np.mean([iou(labels == k, truth == k) for k in present])) if present else 1.0
-
-
-def save_checkpoint(
-    path: str | os.PathLike[str], network: Network, contract: Contract, record: dict[str, Any] | None = None
-) -> None:
-    """Architecture, weights, contract and a record, loadable with ``weights_only``. Written whole or not at all.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    content = {
-        "format": CHECKPOINT_FORMAT,
-        "architecture": architecture_of(network),
-        "state": {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()},
-        "contract": json.dumps(contract.to_json()),
-        "record": json.dumps(record or {}),
-    }
-    write_torch(Path(path), content)
-
-
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, Contract, dict[str, Any]]:
-    """Network (evaluation mode), contract and record of :func:`save_checkpoint`. Nothing in it is executed."""
-    content = read_torch(Path(path))
-    if not isinstance(content, dict) or "format" not in content or "architecture" not in content:
-        raise TrainingError(f"{path} is not a checkpoint of unet-rt; export other modules from Python: urt.export(...)")
-    if content["format"] > CHECKPOINT_FORMAT:
-        raise TrainingError(
-            f"{path} has checkpoint format {content['format']}, this version reads {CHECKPOINT_FORMAT}; update unet-rt"
-        )
-    network = network_of(content["architecture"])
-    network.load_state_dict(content["state"])
-    return network.eval(), contract_from_json(json.loads(content["contract"])), json.loads(content["record"])
-
-
-def write_torch(path: Path, content: Any) -> None:
-    """``torch.save``; whole or not at all. OutputError where it cannot be written."""
-    try:
-        # To a stream: torch writes the name of a file into it, and the name of this one is random.
-        with Disk().writing(path) as part, part.open("wb") as stream:
-            torch.save(content, stream)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise OutputError(f"{path} cannot be written ({first_line(error)}); free some space") from error
-
-
-def read_torch(path: Path) -> Any:
-    """``torch.load`` of tensors and plain values, to the CPU; TrainingError for anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise TrainingError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
-    except Exception as error:  # unpickling foreign bytes raises anything
-        raise TrainingError(
-            f"{path} cannot be loaded as weights alone ({first_line(error)}); nothing in it is executed. Save a state dict "
-            "(torch.save(module.state_dict(), ...)), or export the module from Python: urt.export(...)"
-        ) from error
 
 
 def _schedule(done: float) -> float:
