@@ -24,11 +24,11 @@ from unet_rt import models
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.contract.json import contract_from_json
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.export import METADATA_KEY, export
 from unet_rt.models import stored
 from unet_rt.models import widen as models_widen
 from unet_rt.models.checkpoint import load_checkpoint, save_checkpoint
 from unet_rt.models.unet import UNet, UNetSpec
+from unet_rt.training.export import METADATA_KEY, export
 from unet_rt.training.samples import normalized
 from unet_rt.training.trainer import predict_whole
 

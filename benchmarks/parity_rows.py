@@ -97,8 +97,8 @@ def paper() -> Path:
 
 
 def exported(checkpoint: Path, out: Path) -> Path:
-    from unet_rt.export import export
     from unet_rt.models.source import open_module
+    from unet_rt.training.export import export
 
     opened = open_module(checkpoint)
     export(opened.module, out, contract=opened.contract, metadata=opened.metadata)

@@ -36,7 +36,6 @@ from unet_rt.errors import (
     ContractError,
     GraphError,  # noqa: E402
 )
-from unet_rt.export import export  # noqa: E402
 from unet_rt.graph import file  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.graph.report import inspect  # noqa: E402
@@ -47,6 +46,7 @@ from unet_rt.model import (
 )
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
 from unet_rt.models.unet import UNet, UNetSpec
+from unet_rt.training.export import export  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 

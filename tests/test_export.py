@@ -27,15 +27,15 @@ from unet_rt.errors import (
     ContractError,
     GraphError,  # noqa: E402
 )
-from unet_rt.export import (
-    METADATA_KEY,
-    export,  # noqa: E402
-)
 from unet_rt.models.checkpoint import save_checkpoint  # noqa: E402
 from unet_rt.models.fcn import FCN8s
 from unet_rt.models.segnet import SegNet
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
 from unet_rt.models.unet import UNet
+from unet_rt.training.export import (
+    METADATA_KEY,
+    export,  # noqa: E402
+)
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
@@ -181,7 +181,7 @@ def test_an_exporter_that_fails_without_a_word_is_named(tmp_path: Path, monkeypa
     def fail(*_: Any) -> bytes:
         raise AssertionError
 
-    monkeypatch.setattr(sys.modules["unet_rt.export"], "_trace", fail)
+    monkeypatch.setattr(sys.modules["unet_rt.training.export"], "_trace", fail)
     with pytest.raises(GraphError, match="trace: AssertionError: AssertionError"):
         export(UNet(width=2, depth=1, padding="same"), tmp_path / "model.onnx", sizes=[32, 40], exporter="trace")
     assert list(tmp_path.iterdir()) == []

@@ -23,9 +23,9 @@ from unet_rt.drawing.microscopy import (
     microscopy,  # noqa: E402
 )
 from unet_rt.errors import GraphError  # noqa: E402
-from unet_rt.export import METADATA_KEY  # noqa: E402
 from unet_rt.models.nnunet import open_nnunet  # noqa: E402
 from unet_rt.training.augment import Augmentation, Tiles
+from unet_rt.training.export import METADATA_KEY  # noqa: E402
 from unet_rt.training.samples import prepare  # noqa: E402
 
 pytestmark = [

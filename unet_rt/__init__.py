@@ -32,11 +32,11 @@ if TYPE_CHECKING:
         TileError,
         UnetRtError,
     )
-    from .export import export
     from .graph.report import inspect
     from .parity import Budget
     from .pipeline import RunReport
     from .predict import predict
+    from .training.export import export
     from .verify import VerifyReport, verify
 
 __all__ = [
@@ -76,7 +76,7 @@ _MODULE = {
     "RunReport": "pipeline",
     "VerifyReport": "verify",
     "build": "build",
-    "export": "export",
+    "export": "training.export",
     "inspect": "graph.report",
     "load": "engine",
     "predict": "predict",

@@ -1048,7 +1048,7 @@ def _export(args: argparse.Namespace) -> int:
 
     _torch("runs the module", "torch")
     from .errors import size_text
-    from .export import OPSET, export, read_pixels
+    from .training.export import OPSET, export, read_pixels
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:

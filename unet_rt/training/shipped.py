@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ..contract.contract import Contract
-from ..export import export
 from ..models.checkpoint import save_checkpoint
 from ..models.unet import UNet
+from .export import export
 from .trainer import Progress, Recipe
 from .weights import F32
 

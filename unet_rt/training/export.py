@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import backends
-from .contract.contract import Contract
-from .errors import BackendError, ContractError, GraphError, first_line, size_text
-from .system.durable import Disk
+from .. import backends
+from ..contract.contract import Contract
+from ..errors import BackendError, ContractError, GraphError, first_line, size_text
+from ..system.durable import Disk
 
 if TYPE_CHECKING:
     import onnx
@@ -174,8 +174,8 @@ def read_pixels(
     image: str | os.PathLike[str], contract: Contract, axes: str | None = None, channels: str | None = None
 ) -> Array:
     """(C, *spatial) of the first plane of an image, normalised as ``contract`` says: what to compare on."""
-    from .images.normalize import affine, normalised
-    from .images.open import open_image
+    from ..images.normalize import affine, normalised
+    from ..images.open import open_image
 
     if contract.normalization is None:
         raise ContractError("pixels to compare on need a normalisation; declare it in the contract")
@@ -237,7 +237,7 @@ def _tiles(
 def _pixels(tile: tuple[int, ...], channels: int, pixels: npt.ArrayLike | None) -> Array:
     """(2, C, *tile) of normalised pixels: two different windows, mirrored where the image is smaller."""
     if pixels is None:
-        from .drawing.microscopy import microscopy
+        from ..drawing.microscopy import microscopy
 
         drawn = [microscopy(tile[-2:] if len(tile) > 1 else (32, *tile), seed=seed).image for seed in (1, 2)]
         # Dithered below one grey level: equal neighbours are an artefact of integers, and ties prove little.
