@@ -25,7 +25,7 @@ import unet_rt as urt
 from unet_rt import backends
 from unet_rt.backends import openvino
 from unet_rt.backends.onnxruntime import cpu as onnxruntime
-from unet_rt.engine import read_folder
+from unet_rt.engine.folder import read_folder
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
 

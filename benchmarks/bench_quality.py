@@ -30,10 +30,11 @@ import numpy as np
 import record
 from PIL import Image
 
-from unet_rt import parity
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.engine import Engine, EngineSpec
+from unet_rt.engine import parity
+from unet_rt.engine.engine import Engine
+from unet_rt.engine.spec import EngineSpec
 from unet_rt.model import baseline_engine, open_model, untiled_spec, whole_grid
 from unet_rt.samples import Sample, draw, raw_result
 from unet_rt.tiling.grid import TileGrid, square_tile, tile_grid

@@ -28,15 +28,17 @@ import onnxruntime
 import record
 
 import unet_rt as urt
-from unet_rt import backends, parity
+from unet_rt import backends
 from unet_rt.build_report import BuildReport
 from unet_rt.calibration import Calibration
 from unet_rt.demo import shipped_model
-from unet_rt.engine import Engine, read_folder
+from unet_rt.engine import parity
+from unet_rt.engine.engine import Engine
+from unet_rt.engine.folder import read_folder
+from unet_rt.engine.remote import connect
 from unet_rt.graph.passes import qdq
 from unet_rt.graph.passes.half import half
 from unet_rt.model import baseline_engine, judged_tile, open_model, whole_grid
-from unet_rt.remote import connect
 from unet_rt.samples import draw, raw_result
 
 TILE = 256  # small: every window has seams, and builds are quick

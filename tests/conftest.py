@@ -134,7 +134,8 @@ def engine_folder(tmp_path_factory: pytest.TempPathFactory, sample_images: list[
 @pytest.fixture(scope="session")
 def exact_folder(engine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same engine with its exact halo (its own was measured, tiles of 192 px being small): tiles leave no seams."""
-    from unet_rt.engine import read_folder, write_folder
+    from unet_rt.engine.folder import read_folder
+    from unet_rt.engine.write import write_folder
 
     opened = read_folder(engine_folder)
     folder = tmp_path_factory.mktemp("exact") / "exact.urt"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unet_rt.engine import Engine
+from unet_rt.engine.engine import Engine
 from unet_rt.kernels import native as kernels
 from unet_rt.kernels.device import DeviceArray, DeviceMemoryError, _Memory
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import unet_rt as urt
-from unet_rt.archive import pack, unpack
 from unet_rt.cli import main
-from unet_rt.engine import read_folder, sha256
+from unet_rt.engine.archive import pack, unpack
+from unet_rt.engine.folder import read_folder, sha256
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -25,7 +25,7 @@ from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
-from unet_rt.engine import Engine
+from unet_rt.engine.engine import Engine
 from unet_rt.kernels.device import Device
 from unet_rt.reports import bench_text
 from unet_rt.samples import draw, raw_result

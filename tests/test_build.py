@@ -22,7 +22,7 @@ from unet_rt.build_report import BuildReport, Candidate
 from unet_rt.contract import metadata as contract_io
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
-from unet_rt.engine import read_folder
+from unet_rt.engine.folder import read_folder
 from unet_rt.model import kept_share, open_model, untiled_spec
 from unet_rt.reports import build_text
 from unet_rt.samples import draw

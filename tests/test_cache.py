@@ -25,7 +25,7 @@ from unet_rt.cache import EngineCache, asked_first, asked_of, copy_folder, diffe
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
-from unet_rt.engine import read_folder
+from unet_rt.engine.folder import read_folder
 from unet_rt.model import open_model
 from unet_rt.samples import Sample, draw
 from unet_rt.system import facts as machine

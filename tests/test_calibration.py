@@ -27,6 +27,7 @@ from unet_rt.contract.contract import (
 )
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
+from unet_rt.engine.parity import constant_reason  # noqa: E402
 from unet_rt.errors import (
     EngineError,
     ImageError,  # noqa: E402
@@ -37,7 +38,6 @@ from unet_rt.images.normalize import (
     Affine,
     normalised,  # noqa: E402
 )
-from unet_rt.parity import constant_reason  # noqa: E402
 from unet_rt.samples import (
     Sample,
     draw,  # noqa: E402

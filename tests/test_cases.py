@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 
 import unet_rt as urt
 from unet_rt.contract.contract import Contract, Normalization
-from unet_rt.engine import Engine, EngineSpec, InputSpec
+from unet_rt.engine.engine import Engine
+from unet_rt.engine.spec import EngineSpec, InputSpec
 from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
 from unet_rt.kernels import calls as kernels

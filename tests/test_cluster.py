@@ -14,8 +14,8 @@ from test_engine import edit
 
 import unet_rt as urt
 from unet_rt import cluster
-from unet_rt import engine as unet_rt_engine
 from unet_rt.drawing.microscopy import microscopy
+from unet_rt.engine import load
 
 pytestmark = pytest.mark.onnxruntime
 pytest.importorskip("distributed")
@@ -89,9 +89,7 @@ def test_workers_load_the_engine_as_it_was_loaded_here(
     with pytest.raises(urt.UnetRtError):
         urt.load(unproven)
     loaded = []
-    monkeypatch.setattr(
-        unet_rt_engine, "load", lambda path, **options: loaded.append(options) or urt.load(path, **options)
-    )
+    monkeypatch.setattr(load, "load", lambda path, **options: loaded.append(options) or urt.load(path, **options))
     with urt.load(unproven, device="cpu", accept_unverified=True) as engine:
         expected = urt.predict(engine, sample_images[0])
         for options in ({}, {"tta": "flip"}):

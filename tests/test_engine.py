@@ -15,7 +15,10 @@ import pytest
 
 import unet_rt as urt
 from unet_rt import backends
-from unet_rt.engine import SCHEMA, Engine, EngineSpec, InputSpec, _key, read_folder, sha256, write_folder
+from unet_rt.engine.engine import Engine
+from unet_rt.engine.folder import SCHEMA, _key, read_folder, sha256
+from unet_rt.engine.spec import EngineSpec, InputSpec
+from unet_rt.engine.write import write_folder
 from unet_rt.system import facts as machine
 
 
@@ -161,7 +164,7 @@ def test_no_record_no_load(folder):
 
 def test_on_another_machine_the_exam_is_sat_again(folder, monkeypatch):
     sat = []
-    from unet_rt import exam
+    from unet_rt.engine import exam
 
     real = exam.sit
     monkeypatch.setattr(exam, "sit", lambda *args: sat.append(1) or real(*args))
@@ -175,7 +178,7 @@ def test_on_another_machine_the_exam_is_sat_again(folder, monkeypatch):
 def test_a_passed_exam_is_kept_for_such_machines(folder, monkeypatch):
     """It is sat once per machine and graph; a row that was changed, or is another machine's, is worth nothing."""
     sat = []
-    from unet_rt import exam
+    from unet_rt.engine import exam
 
     real = exam.sit
     monkeypatch.setattr(exam, "sit", lambda *args: sat.append(1) or real(*args))
@@ -343,7 +346,7 @@ def test_a_stale_plan_is_made_again_from_the_graph_as_built(tmp_path, engine_fol
 
 def test_a_plan_that_is_made_again_is_proven_each_time(tmp_path, engine_folder, monkeypatch):
     """It need not come out as the one that passed the exam here before."""
-    from unet_rt import exam
+    from unet_rt.engine import exam
 
     opened = read_folder(engine_folder)
     blob = tmp_path / "plan"

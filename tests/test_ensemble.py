@@ -30,7 +30,7 @@ from unet_rt.contract.metadata import (
 )
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.engine import sha256  # noqa: E402
+from unet_rt.engine.folder import sha256  # noqa: E402
 from unet_rt.ensemble import merge  # noqa: E402
 from unet_rt.errors import (
     ContractError,

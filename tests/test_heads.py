@@ -15,16 +15,17 @@ import tifffile
 from onnx import TensorProto, helper
 
 import unet_rt as urt
-from unet_rt import backends, exam
+from unet_rt import backends
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Head
 from unet_rt.contract.json import contract_from_json
 from unet_rt.contract.task import resolve_heads
 from unet_rt.demo import shipped_model
+from unet_rt.engine import exam
+from unet_rt.engine.budget import Budget
 from unet_rt.graph.report import inspect
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
-from unet_rt.parity import Budget
 from unet_rt.reports import build_text, inspect_text, verify_text
 
 pytestmark = pytest.mark.onnxruntime
@@ -292,7 +293,7 @@ def test_an_output_is_found_by_name(built: tuple[Path, Any]) -> None:
 
 def test_a_regression_beside_labels_is_judged_by_its_error() -> None:
     """The labels of one output do not excuse another's values."""
-    from unet_rt.parity import ImageParity, judge
+    from unet_rt.engine.parity import ImageParity, judge
 
     label = ImageParity("a", 100, 0.0, {}, {}, 0.0, 0.0, 0.0, "mask")
     value = ImageParity("a", 100, None, {}, {}, 1.0, 0.1, 0.5, "distance")

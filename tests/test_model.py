@@ -10,7 +10,7 @@ import pytest
 
 import unet_rt as urt
 from unet_rt.demo import shipped_model
-from unet_rt.engine import read_folder
+from unet_rt.engine.folder import read_folder
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -7,8 +7,9 @@ import pytest
 
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
+from unet_rt.engine.budget import Budget
+from unet_rt.engine.parity import ImageParity, compare, constant_reason, dice, judge, labels, saturated, used
 from unet_rt.errors import ContractError
-from unet_rt.parity import Budget, ImageParity, compare, constant_reason, dice, judge, labels, saturated, used
 
 MULTI = Contract(task="multiclass", output_is="logits", classes=("background", "cell", "debris"))
 

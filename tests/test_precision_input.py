@@ -152,7 +152,7 @@ def test_a_graph_without_convolutions_has_nothing_for_int8(tmp_path: Path) -> No
 def test_the_record_holds_every_batch_size(tmp_path: Path) -> None:
     """Per batch size and precision: labels per million, Dice per class, errors, whether rows are identical."""
     built(shipped_model(), tmp_path / "x.urt", precision="int8")
-    from unet_rt.engine import read_folder
+    from unet_rt.engine.folder import read_folder
 
     record = read_folder(tmp_path / "x.urt").parity
     assert record is not None

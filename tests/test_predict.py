@@ -23,7 +23,7 @@ from unet_rt import backends
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.engine import Engine
+from unet_rt.engine.engine import Engine
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
 from unet_rt.model import open_model, untiled_spec

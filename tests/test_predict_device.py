@@ -27,7 +27,7 @@ from unet_rt import backends, predict_blocks, predict_device
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.engine import Engine
+from unet_rt.engine.engine import Engine
 from unet_rt.kernels.device import DeviceMemoryError
 from unet_rt.model import blended_spec, open_model, untiled_spec
 from unet_rt.pipeline import RunReport

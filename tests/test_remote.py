@@ -12,8 +12,8 @@ import pytest
 import unet_rt as urt
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.engine import read_folder
-from unet_rt.remote import connect
+from unet_rt.engine.folder import read_folder
+from unet_rt.engine.remote import connect
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, Any]
@@ -121,7 +121,7 @@ def test_a_graph_without_a_batch_axis_of_other_pixels(tmp_path: Path) -> None:
 
 
 def test_without_an_exam(engine_folder: Path, server: Server, tmp_path: Path) -> None:
-    from unet_rt.engine import write_folder
+    from unet_rt.engine.write import write_folder
 
     opened = read_folder(engine_folder)
     files = {kind: opened.file(kind) for kind in opened.files if kind != "exam"}  # type: ignore[arg-type]

@@ -18,11 +18,7 @@ from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
 from unet_rt import build_baseline as build_judge
-from unet_rt import (
-    build_engines,
-    build_tiling,
-    parity,  # noqa: E402
-)
+from unet_rt import build_engines, build_tiling
 from unet_rt import search as build_int8
 from unet_rt.activations import (
     overflowing,
@@ -47,6 +43,7 @@ from unet_rt.contract.contract import (
 )
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
+from unet_rt.engine import parity  # noqa: E402
 from unet_rt.graph.passes import qdq  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402

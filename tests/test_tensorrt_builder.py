@@ -26,7 +26,6 @@ import pytest
 from fake_tensorrt import FakeDevice
 
 import unet_rt
-from unet_rt import exam
 from unet_rt.backends.tensorrt import backend as tensorrt
 from unet_rt.backends.tensorrt import build as tensorrt_build
 from unet_rt.backends.tensorrt import plugin as crop_concat_plugin
@@ -35,7 +34,9 @@ from unet_rt.backends.tensorrt.build import Compiled, compile_plan, profiles_for
 from unet_rt.backends.tensorrt.inspect import check_network
 from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, read_plan, write_plan
 from unet_rt.demo import SHIPPED, shipped_model
-from unet_rt.engine import read_folder, sha256, write_folder
+from unet_rt.engine import exam
+from unet_rt.engine.folder import read_folder, sha256
+from unet_rt.engine.write import write_folder
 from unet_rt.errors import BackendError, ParityError
 
 onnx = pytest.importorskip("onnx")

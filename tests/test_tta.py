@@ -9,7 +9,7 @@ import pytest
 
 import unet_rt as urt
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.tta import Augmented
+from unet_rt.engine.tta import Augmented
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -17,14 +17,17 @@ from onnx import numpy_helper
 from PIL import Image
 
 import unet_rt as urt
-from unet_rt import backends, parity
+from unet_rt import backends
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.engine import Engine, read_folder, write_folder
+from unet_rt.engine import parity
+from unet_rt.engine.budget import Budget
+from unet_rt.engine.engine import Engine
+from unet_rt.engine.folder import read_folder
+from unet_rt.engine.write import write_folder
 from unet_rt.model import open_model, untiled_spec
 from unet_rt.outputs import pictures
-from unet_rt.parity import Budget
 from unet_rt.reports import verify_text
 from unet_rt.samples import draw
 from unet_rt.testing import assert_parity

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .build import build
     from .build_report import BuildReport
     from .contract.contract import Contract, Normalization
-    from .engine import Engine, EngineSpec, load
+    from .engine.budget import Budget
+    from .engine.engine import Engine
+    from .engine.load import load
+    from .engine.spec import EngineSpec
     from .errors import (
         BackendError,
         ContractError,
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
         UnetRtError,
     )
     from .graph.report import inspect
-    from .parity import Budget
     from .pipeline import RunReport
     from .predict import predict
     from .training.export import export
@@ -67,18 +69,18 @@ __all__ = [
 ]
 
 _MODULE = {
-    "Budget": "parity",
+    "Budget": "engine.budget",
     "BuildReport": "build_report",
     "Contract": "contract.contract",
-    "Engine": "engine",
-    "EngineSpec": "engine",
+    "Engine": "engine.engine",
+    "EngineSpec": "engine.spec",
     "Normalization": "contract.contract",
     "RunReport": "pipeline",
     "VerifyReport": "verify",
     "build": "build",
     "export": "training.export",
     "inspect": "graph.report",
-    "load": "engine",
+    "load": "engine.load",
     "predict": "predict",
     "verify": "verify",
 }

@@ -11,7 +11,7 @@ from .errors import BackendError
 from .system import facts
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine.engine import Engine
 
 
 class DeviceRun:

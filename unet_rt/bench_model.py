@@ -21,9 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import backends, parity
+from . import backends
 from .contract.contract import Contract
-from .engine import Engine, EngineSpec, load, read_folder
+from .engine import parity as parity_module
+from .engine.engine import Engine
+from .engine.folder import read_folder
+from .engine.load import load
+from .engine.spec import EngineSpec
 from .errors import BackendError, ContractError, ImageError, ParityError
 from .images.normalize import normalised
 from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
@@ -371,7 +375,7 @@ def _by_hand(name: str, engine: Engine, tiled: Callable[[Sample, TileGrid], Arra
 
     def labels(sample: Sample, grid: TileGrid) -> Array:
         raw = values(sample, grid)
-        return parity.labels(raw, contract) if contract.has_labels else raw
+        return parity_module.labels(raw, contract) if contract.has_labels else raw
 
     return _Contender(name, engine.spec, lambda x: engine.run(x)[0], labels, values)
 
@@ -462,10 +466,10 @@ def _measured(
     for contender, tile, window, peak in zip(contenders, per_tile, per_window, peaks, strict=True):
         say(f"labels of {contender.name}")
         got = contender.tiled(judged, _grid_of(contender.spec, judged, small))
-        found = parity.compare(wanted, got, spec.contract, judged.name)
+        found = parity_module.compare(wanted, got, spec.contract, judged.name)
         seam = None
         if spec.runs_whole:
-            alone = parity.compare(contender.tiled(judged, untiled), got, spec.contract, judged.name)
+            alone = parity_module.compare(contender.tiled(judged, untiled), got, spec.contract, judged.name)
             seam = alone.changed
         rows.append(
             BenchRow(

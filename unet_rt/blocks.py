@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import EngineSpec
+from .engine.spec import EngineSpec
 from .errors import ContractError, TileError, size_text
 from .tiling.axis import AxisTiles
 from .tiling.decision import Decision

@@ -39,10 +39,14 @@ from .build_task import describe_first, resolve_task
 from .build_tiling import choose_tiling
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
 from .contract.contract import Contract
-from .engine import Engine, EngineFolder, Precision, check_target, load, read_folder, write_folder
+from .engine.budget import Budget
+from .engine.engine import Engine
+from .engine.folder import EngineFolder, read_folder
+from .engine.load import load
+from .engine.spec import Precision
+from .engine.write import check_target, write_folder
 from .errors import BackendError, ContractError, EngineError, OutputError
 from .model import Model, baseline_engine, check_fp32, open_models, untiled_spec
-from .parity import Budget
 from .search import Deadline, Say
 from .system import limits
 from .tiling.stitch import Blend

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .build_job import Job
 from .build_samples import Samples
 from .calibration import reach
-from .engine import EngineSpec
+from .engine.spec import EngineSpec
 from .model import whole_grid
 from .samples import Sample, raw_results
 

@@ -13,9 +13,10 @@ from .build_judge import Judge
 from .build_report import Candidate, Key
 from .build_tiling import Tiling
 from .build_timing import interleaved_times, quick_seconds, with_timing
-from .engine import Engine, Precision
+from .engine.engine import Engine
+from .engine.parity import Verdict
+from .engine.spec import Precision
 from .errors import BackendError, GraphError, ImageError, TileError, size_text
-from .parity import Verdict
 from .samples import Sample, tile_of
 from .search import Mixture, Quantiser
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor, prod
 
-from . import parity
 from .build_candidates import Measured
 from .build_engines import Engines, fits
 from .build_job import TILES_END, Job
@@ -17,10 +16,12 @@ from .build_judge import Judge
 from .build_report import Candidate
 from .build_tiling import Tiling, tried_tiles
 from .build_timing import interleaved_times, with_timing
-from .engine import Engine
+from .engine import parity as parity_module
+from .engine.budget import Budget
+from .engine.engine import Engine
+from .engine.parity import Verdict
 from .errors import BackendError, GraphError, ParityError, TileError, size_text
 from .model import kept_share
-from .parity import Budget, Verdict
 from .predict import MEMORY_SHARE
 from .samples import tile_of
 from .system import limits
@@ -111,7 +112,7 @@ def _used(candidate: Candidate, budget: Budget) -> float:
     """The share of its budget that a candidate uses, on the output that uses most."""
     if candidate.verdict is None:
         return float("inf")
-    return max(parity.used(candidate.verdict, budget.of(candidate.precision)).values())
+    return max(parity_module.used(candidate.verdict, budget.of(candidate.precision)).values())
 
 
 def _none_inside(job: Job, tiling: Tiling, candidates: Sequence[Candidate]) -> ParityError:

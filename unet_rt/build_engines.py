@@ -12,7 +12,8 @@ from .activations import overflowing, probe, tensors
 from .build_job import Job
 from .build_report import Kind
 from .build_tiling import Tiling
-from .engine import Engine, EngineSpec, Precision
+from .engine.engine import Engine
+from .engine.spec import EngineSpec, Precision
 from .errors import size_text
 from .graph.passes.half import half
 from .model import Model

@@ -16,10 +16,10 @@ from .build_job import INT8_ENDS, PUT_BACK_ENDS, Job
 from .build_report import Key
 from .build_tiling import Tiling
 from .calibration import Method, draw_tiles
-from .engine import Engine
+from .engine.engine import Engine
+from .engine.parity import Verdict
 from .errors import BackendError, GraphError
 from .graph.passes.qdq import FORMS
-from .parity import Verdict
 from .samples import Sample
 from .search import Drop, Make, Mixture, Quantiser, VerdictOf, plain_and_ends, put_back
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import parity
 from .build_baseline import Results, calibrating_results
 from .build_job import Job
 from .build_report import Key
 from .build_tiling import Tiling
-from .engine import Engine
+from .engine import parity as parity_module
+from .engine.engine import Engine
+from .engine.parity import BatchParity, ImageParity, Verdict
 from .model import judged_tile
-from .parity import BatchParity, ImageParity, Verdict
 from .samples import Sample, raw_results
 from .tiling.grid import tile_grid
 
@@ -52,11 +52,11 @@ class Judge:
         precision = engine.spec.precision
         budget = self._job.budget.of(precision)
         images = self._compared(engine, self._tiling.results, tile)
-        verdict = parity.judge(images, budget)
+        verdict = parity_module.judge(images, budget)
         if not self._calibrating or (precision == "int8" and not verdict.accepted):
             return verdict
         remark = " (it calibrated)" if precision == "int8" else ""
-        more = parity.judge([*images, *self._compared(engine, self._calibrated, tile, remark)], budget)
+        more = parity_module.judge([*images, *self._compared(engine, self._calibrated, tile, remark)], budget)
         return verdict if precision == "int8" and more.accepted else more
 
     def same_rows(
@@ -80,8 +80,8 @@ class Judge:
         for n in sorted({2, *batches} - {1}):
             self.batches.add(n)
             rows = engine.run(np.repeat(x, n, axis=0))
-            images = parity.compare_outputs(alone, [y[0] for y in rows], spec, f"a tile in a batch of {n}")
-            reasons += parity.judge(images, budget).reasons
+            images = parity_module.compare_outputs(alone, [y[0] for y in rows], spec, f"a tile in a batch of {n}")
+            reasons += parity_module.judge(images, budget).reasons
             found[n] = ([y[0] for y in rows], all(np.array_equal(y[0], row) for y in rows for row in y[1:]))
             if not found[n][1]:
                 reasons += (f"identical tiles of one batch of {n} give different answers",)
@@ -90,7 +90,7 @@ class Judge:
             self.rows[key] = tuple(
                 BatchParity(n, same, one)
                 for n, (row, same) in found.items()
-                for one in parity.compare_outputs(self._wanted_tile, row, spec, f"a tile, batch {n}")
+                for one in parity_module.compare_outputs(self._wanted_tile, row, spec, f"a tile, batch {n}")
             )
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
 
@@ -107,7 +107,7 @@ class Judge:
             grid = engine.spec.grid(sample.shape, tile or judged_tile(engine.spec, sample.shape))
             got = raw_results(engine, sample, grid, self._job.threads)
             same = self._on_canvas_of(engine, sample, whole)
-            images += parity.compare_outputs(same, got, self._tiling.spec, f"{sample.name}{remark}")
+            images += parity_module.compare_outputs(same, got, self._tiling.spec, f"{sample.name}{remark}")
         return images
 
     def _on_canvas_of(self, engine: Engine, sample: Sample, whole: list[Array]) -> list[Array]:

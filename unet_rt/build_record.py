@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import exam, parity
 from .build_candidates import Measured
 from .build_choice import Choice
 from .build_engines import Engines
@@ -20,10 +19,14 @@ from .build_report import BuildReport
 from .build_samples import Samples
 from .build_tiling import Tiling
 from .cache import Asked
-from .engine import Engine, EngineSpec, FileKind, sha256
+from .engine import exam
+from .engine import parity as parity_module
+from .engine.engine import Engine
+from .engine.folder import FileKind, sha256
+from .engine.parity import ImageParity
+from .engine.spec import EngineSpec
 from .errors import ParityError
 from .model import baseline_name
-from .parity import ImageParity
 from .samples import Sample, tile_of
 from .search import LayerCost, Quantiser
 from .system import facts, json
@@ -201,7 +204,7 @@ def exam_tiles(job: Job, spec: EngineSpec, engine: Engine, windows: Sequence[Sam
         x = tile_of(sample, spec, tile, job.threads)
         wanted = job.baseline.run(x)
         found = exam.compared(engine, spec, x[0], [y[0] for y in wanted], sample.name)
-        if parity.judge([*images, *found], budget).accepted:
+        if parity_module.judge([*images, *found], budget).accepted:
             images += found
             kept.append((x, wanted))
     if len(kept) < len(picked):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .engine import EngineSpec, Precision
-from .parity import ImageParity, Verdict
+from .engine.parity import ImageParity, Verdict
+from .engine.spec import EngineSpec, Precision
 from .search import LayerCost
 
 Key = tuple[str, Precision, str]  # of a candidate: backend, precision, variant

@@ -12,7 +12,7 @@ from . import backends
 from .build_job import Remarks
 from .build_report import Kind
 from .calibration import input_ranges, split
-from .engine import Precision
+from .engine.spec import Precision
 from .errors import ImageError
 from .graph.passes.qdq import FORMS
 from .model import Model

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import parity
 from .build_job import Job, Remarks
 from .build_samples import Samples
 from .contract.contract import Contract
-from .engine import EngineSpec
+from .engine import parity as parity_module
+from .engine.spec import EngineSpec
 from .images.normalize import normalised
 from .samples import Sample, tile_of
 from .tiling.grid import square_tile
@@ -90,14 +90,16 @@ def describe_first(sample: Sample, raw: Array, contract: Contract, remarks: Rema
         if raw.max() == raw.min():
             remarks.warnings.append(f"the output is constant ({raw.max():g}): check --normalize first, then --channels")
         return first
-    masks = parity.labels(raw, contract)
-    first["class_share"] = {name: float(mask.mean()) for name, mask in parity.class_masks(masks, contract, len(raw))}
+    masks = parity_module.labels(raw, contract)
+    first["class_share"] = {
+        name: float(mask.mean()) for name, mask in parity_module.class_masks(masks, contract, len(raw))
+    }
     if masks.min() == masks.max():
         remarks.warnings.append(
             f"the mask of {sample.name} is constant ({int(masks.max())} everywhere): most often the "
             "normalisation is not the one of the training; check --normalize first, then --channels, --task, --output-is"
         )
-    elif parity.saturated(raw, contract) > 0.999:
+    elif parity_module.saturated(raw, contract) > 0.999:
         remarks.warnings.append(
             f"the output of {sample.name} is saturated (nearly every probability is 0 or 1 to six digits): "
             "check --normalize first, then --output-is"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from . import parity
 from .build_baseline import Results, judging_results
 from .build_job import Job
 from .build_samples import Samples
-from .engine import EngineSpec
+from .engine import parity as parity_module
+from .engine.parity import ImageParity
+from .engine.spec import EngineSpec
 from .errors import ContractError, ImageError, TileError, size_text
 from .model import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
-from .parity import ImageParity
 from .samples import Sample, raw_results
 from .tiling.grid import TileGrid, square_tile, tile_grid
 from .tiling.stitch import Blend
@@ -106,9 +106,9 @@ def _whole_mismatch(job: Job, spec: EngineSpec, results: Results) -> ImageParity
     sample = results.samples[0]
     grid = whole_grid(replace(spec, overlap=None), sample.shape)
     untiled = raw_results(job.baseline, sample, grid, job.threads)
-    found = parity.compare_outputs(untiled, results.values[0], spec, sample.name)
+    found = parity_module.compare_outputs(untiled, results.values[0], spec, sample.name)
     budget = job.budget.of("fp32")
-    return max((one for one in found if one.judged), key=lambda one: parity.share(one, budget))
+    return max((one for one in found if one.judged), key=lambda one: parity_module.share(one, budget))
 
 
 # --- the halo -------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def _seam(job: Job, spec: EngineSpec, results: Results, limit: int) -> float:
     for sample, whole in zip(results.samples, results.values, strict=True):
         for grid in _seam_grids(spec, sample, limit):
             tiled = raw_results(job.baseline, sample, grid, job.threads)
-            found = parity.compare_outputs(whole, tiled, spec, sample.name)
+            found = parity_module.compare_outputs(whole, tiled, spec, sample.name)
             error = max(error, *(one.changed for one in found if one.judged))
     return error
 

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from . import bench
 from .build_report import Candidate
-from .engine import Engine, EngineSpec
+from .engine.engine import Engine
+from .engine.parity import Verdict
+from .engine.spec import EngineSpec
 from .errors import BackendError
 from .model import kept_share
-from .parity import Verdict
 from .samples import Sample, tile_of
 from .system import timing as timing_module
 

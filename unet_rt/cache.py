@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
+from .engine.folder import EngineFolder, check_folder, read_folder, sha256
+from .engine.write import place_folder
 from .errors import EngineError, OutputError
 from .system import facts
 

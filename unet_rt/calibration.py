@@ -22,15 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .activations import Distribution, probe
+from .engine.parity import constant_reason
 from .errors import EngineError, ImageError, size_text
 from .graph.passes.qdq import Range
-from .parity import constant_reason
 from .samples import Sample, tile_of
 
 if TYPE_CHECKING:
     import onnx
 
-    from .engine import EngineSpec
+    from .engine.spec import EngineSpec
 
 
 Array = npt.NDArray[Any]

@@ -28,8 +28,8 @@ from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtE
 if TYPE_CHECKING:
     from .build_report import BuildReport
     from .contract.contract import Contract
+    from .engine.budget import Budget
     from .models.state import Opened
-    from .parity import Budget
     from .pipeline import RunReport
     from .predict_large import Tables
 
@@ -574,7 +574,7 @@ def _contract(args: argparse.Namespace) -> Contract:
 
 
 def _budget(args: argparse.Namespace) -> Budget | None:
-    from .parity import Budget
+    from .engine.budget import Budget
 
     if not args.budget:
         return None
@@ -739,7 +739,7 @@ def _with_samples(argv: Sequence[str], folder: Path) -> str:
 
 def _predict(args: argparse.Namespace) -> int:
     from .contract.words import parse_normalization
-    from .engine import load
+    from .engine.load import load
     from .images.open import list_images
     from .predict import predict
     from .reports import run_text
@@ -957,7 +957,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from .archive import pack
+    from .engine.archive import pack
 
     out = Path(args.out) if args.out else Path(Path(args.engine).resolve().name + ".tar")
     digest = pack(args.engine, out, overwrite=args.overwrite)
@@ -968,7 +968,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _unpack(args: argparse.Namespace) -> int:
-    from .archive import unpack
+    from .engine.archive import unpack
 
     opened = unpack(args.archive, args.out, expected=args.sha256, overwrite=args.overwrite)
     spec = opened.spec

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import parity
 from .build import build
 from .build_report import BuildReport
 from .drawing.microscopy import microscopy
-from .engine import load
+from .engine import parity as parity_module
+from .engine.load import load
 from .errors import GraphError, OutputError
 from .pipeline import Progress, RunReport
 from .predict import predict
@@ -108,7 +108,7 @@ def demo(
     truth = drawn.truth > 0
     union = int(np.count_nonzero(mask | truth))
     iou = int(np.count_nonzero(mask & truth)) / union if union else 1.0
-    dice = parity.dice(mask, truth)
+    dice = parity_module.dice(mask, truth)
     say(f"\nagainst the drawing's truth: IoU {iou:.4f}, Dice {dice:.4f}")
     worst = (
         "![worst tile](worst-tile.png)\n"

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from .contract.contract import Contract
 from .contract.metadata import contract_to_metadata
 from .contract.task import first_contract, resolve_task
-from .engine import sha256
+from .engine.folder import sha256
 from .errors import ContractError, GraphError
 from .graph.file import LARGEST
 from .graph.passes.outputs import keep_outputs

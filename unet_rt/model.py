@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract.contract import Contract
-from .engine import Engine, EngineSpec, InputSpec
+from .engine.engine import Engine
+from .engine.spec import EngineSpec, InputSpec
 from .errors import BackendError, ContractError, GraphError, TileError, size_text
 from .tiling.axis import covered_px, exact_step
 from .tiling.grid import TileGrid, cost_ratio, square_tile, tile_grid

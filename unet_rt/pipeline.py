@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .engine.parity import class_name
 from .errors import BackendError, ImageError, TileError, size_text
 from .images.normalize import Affine, Affines, OnePlane, grey_levels
 from .kernels import calls
 from .kernels.device import DeviceMemoryError, TileMemoryError
-from .parity import class_name
 from .repeats import Repeats, Results
 from .system import limits
 from .tiling.decision import Decision
@@ -33,7 +33,8 @@ from .tiling.stitch import BandStitcher
 
 if TYPE_CHECKING:
     from .contract.contract import Contract
-    from .engine import Engine, EngineSpec
+    from .engine.engine import Engine
+    from .engine.spec import EngineSpec
     from .images.source import Source
 
 

@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from . import blocks
 from .contract.contract import Contract, Normalization
-from .engine import Engine, EngineSpec
+from .engine.engine import Engine
+from .engine.heads import Headed
+from .engine.spec import EngineSpec
+from .engine.tta import Augmented, Tta
 from .errors import ContractError, ImageError, OutputError
-from .heads import Headed
 from .images.levels import PIXEL_SIZE_TOLERANCE, um_text
 from .images.normalize import affine
 from .outputs.pictures import OverlayCollector
@@ -23,7 +25,6 @@ from .stage import stage_folder
 from .system import limits
 from .tiling.decision import Decision, OutputKind, decide, default_output
 from .tiling.grid import TileGrid
-from .tta import Augmented, Tta
 
 if TYPE_CHECKING:
     from .images.source import Source

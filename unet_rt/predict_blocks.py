@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .blocks import Block, BlockPlan
-from .engine import Engine
+from .engine.engine import Engine
 from .images.normalize import Affines, OnePlane
 from .images.source import Source
 from .kernels import calls

@@ -32,7 +32,8 @@ from .tiling.stitch import blend_weight, uncovered_error
 
 if TYPE_CHECKING:
     from .backends.session import DeviceSession
-    from .engine import Engine, EngineSpec
+    from .engine.engine import Engine
+    from .engine.spec import EngineSpec
     from .images.normalize import Affine, Affines, OnePlane
     from .images.source import Source
     from .kernels.device import Device, Event

@@ -18,11 +18,13 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from . import exam
 from ._version import __version__
 from .blocks import Block, plan_blocks, plan_of
 from .contract.contract import Contract, Normalization
-from .engine import Engine
+from .engine import exam
+from .engine.engine import Engine
+from .engine.parity import class_name
+from .engine.tta import Tta
 from .errors import ContractError, OutputError, size_text
 from .images.normalize import Affine, Affines, OnePlane, affine
 from .images.open import open_image
@@ -35,7 +37,6 @@ from .outputs.output import Output, check_output, open_output, remove_parts
 from .outputs.pictures import OverlayCollector
 from .outputs.shape import Shape, nodata_value, size_of
 from .outputs.zarr import NO_DATA, ZarrOutput
-from .parity import class_name
 from .pipeline import Progress, RunReport, Spans, Tally, class_share, label_names
 from .predict_blocks import Prepared, Resampled, run_blocks
 from .stage import MemoryStore, PackedStore, Stage, Store, ZarrStore, open_stage, shard_lock, stage_folder
@@ -43,7 +44,6 @@ from .system import limits
 from .system.durable import Disk, locked
 from .tiling.decision import Decision, decide
 from .tiling.resample import resampled_shape
-from .tta import Tta
 
 Array = npt.NDArray[Any]
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .engine.parity import judged_outputs
 from .errors import size_text
-from .parity import judged_outputs
 
 if TYPE_CHECKING:
     from .bench_model import BenchReport
     from .build_report import BuildReport
+    from .engine.parity import ImageParity, Verdict
     from .graph.report import GraphReport
-    from .parity import ImageParity, Verdict
     from .pipeline import RunReport
     from .search import LayerCost
     from .system.timing import Timing

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract.contract import Contract
-from .engine import Engine, EngineSpec, EngineView
+from .engine.engine import Engine, EngineView
+from .engine.parity import constant_reason
+from .engine.spec import EngineSpec
 from .errors import ImageError
 from .images.normalize import Affine, OnePlane, affine
 from .kernels import calls
-from .parity import constant_reason
 from .pipeline import Work, run
 from .tiling.decision import Decision
 from .tiling.grid import TileGrid

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import parity
 from .activations import islands, too_large
 from .calibration import METHODS, Method, calibrate
-from .engine import Engine
+from .engine import parity as parity_module
+from .engine.engine import Engine
 from .errors import BackendError, ContractError, GraphError, size_text
 from .graph.passes import qdq
 from .graph.passes.half import half
@@ -41,7 +41,8 @@ from .tiling.decision import decide
 
 if TYPE_CHECKING:
     from .contract.contract import Contract
-    from .parity import Budget, Verdict
+    from .engine.budget import Budget
+    from .engine.parity import Verdict
 
 
 Array = npt.NDArray[Any]
@@ -127,7 +128,7 @@ class Quantiser:
 
         self.baseline, self.threads, self.say = baseline, threads, say
         self.budget = budget.of("int8")
-        self.judged = parity.judged_outputs(baseline.spec)
+        self.judged = parity_module.judged_outputs(baseline.spec)
         self.weights = [1.0] * len(self.judged)
         self.prepared = qdq.prepare(onnx.load(str(graph)))
         self.layers = qdq.layers(self.prepared)
@@ -197,7 +198,7 @@ class Quantiser:
         uses of the output's budget."""
         if len(self.judged) == 1:
             return
-        shares = parity.used(plain.verdict, self.budget).values()
+        shares = parity_module.used(plain.verdict, self.budget).values()
         self.weights = [
             max(share, LEAST_SAY) / (change if 0 < change < float("inf") else 1.0)
             for share, change in zip(shares, self.changes(plain.engine), strict=True)
@@ -271,7 +272,7 @@ def change_near_decision(wanted: Sequence[Array], got: Sequence[Array], contract
 def _root_mean_square(wanted: Array, got: Array) -> float:
     """Of the error of one channel, over the range of its values; 0 where it has none and nothing changes."""
     error = float(np.sqrt(((got - wanted) ** 2).mean()))
-    return error / max(parity.value_span(wanted), 1e-30)
+    return error / max(parity_module.value_span(wanted), 1e-30)
 
 
 Make = Callable[[frozenset[str], Method], Engine]

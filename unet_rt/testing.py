@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .parity import Budget
+from .engine.budget import Budget
 from .verify import VerifyReport, verify
 
 

@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import exam, parity
 from .contract.contract import Contract
-from .engine import Engine, EngineSpec, load
+from .engine import exam
+from .engine import parity as parity_module
+from .engine.budget import Budget
+from .engine.engine import Engine
+from .engine.load import load
+from .engine.parity import ImageParity, Verdict
+from .engine.spec import EngineSpec
 from .errors import ContractError, EngineError, GraphError, ImageError, OutputError, size_text
 from .images.normalize import normalised
 from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
 from .outputs import pictures
-from .parity import Budget, ImageParity, Verdict
 from .samples import Sample, draw, raw_results, sample_images
 
 Array = npt.NDArray[Any]
@@ -198,7 +202,7 @@ def _and(counts: Sequence[int]) -> str:
 
 
 def _judged(verdict: Verdict, budget: Budget) -> Verdict:
-    return parity.judge(verdict.images, budget)
+    return parity_module.judge(verdict.images, budget)
 
 
 def _verify_images(
@@ -226,20 +230,20 @@ def _verify_images(
         grid = whole_grid(spec, sample.shape) if whole_possible else small
         wanted = raw_results(reference, sample, grid, threads)
         got = raw_results(engine, sample, small, threads)
-        here = parity.compare_outputs(wanted, got, spec, sample.name)
+        here = parity_module.compare_outputs(wanted, got, spec, sample.name)
         found += here
         if whole_possible:
             untiled = raw_results(engine, sample, grid, threads)
-            seams += parity.compare_outputs(untiled, got, spec, sample.name)
+            seams += parity_module.compare_outputs(untiled, got, spec, sample.name)
             growth += _grown(reference, model, sample, wanted)
         for output, one in enumerate(here):
-            used = parity.share(one, budget)
+            used = parity_module.share(one, budget)
             if one.judged and (worst is None or used > worst[0]):
                 worst = (used, sample, wanted[output], got[output], spec.contract_of(output))
         if labels is not None:
             truths.append(_truth(sample, labels, wanted[head], got[head], spec.contract_of(head), budget))
     drawn, truth = None, None
-    verdict = parity.judge(found, budget)
+    verdict = parity_module.judge(found, budget)
     if truths:
         truth = _mean(truths, spec.outputs[head].name if len(spec.outputs) > 1 else "")
         if truth.drop > budget.truth:
@@ -271,7 +275,7 @@ def _verify_images(
 
 def _largest(images: Sequence[ImageParity], budget: Budget) -> ImageParity | None:
     """The largest difference: outputs of labels and of values by their budgets, below that by the values."""
-    return max(images, key=lambda i: (parity.share(i, budget), i.max_abs), default=None)
+    return max(images, key=lambda i: (parity_module.share(i, budget), i.max_abs), default=None)
 
 
 def _grown(reference: Engine, model: Model, sample: Sample, wanted: Sequence[Array]) -> list[ImageParity]:
@@ -289,8 +293,8 @@ def _grown(reference: Engine, model: Model, sample: Sample, wanted: Sequence[Arr
         return []  # the graph does not run at this size: there is nothing to compare
     bare = reference.run(normalised(sample.pixels, sample.numbers)[None])
     return [
-        parity.compare_output(bare[k][0], wanted[k], spec, k, sample.name)
-        for k in parity.judged_outputs(spec)
+        parity_module.compare_output(bare[k][0], wanted[k], spec, k, sample.name)
+        for k in parity_module.judged_outputs(spec)
         if bare[k].shape[1:] == wanted[k].shape  # at another scale the canvas may have a sample more
     ]
 
@@ -326,11 +330,12 @@ def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, contract: Con
     references = truth > 0 if several else [truth[0] == c for c in range(1, max(channels, 2))]
     first = 1 if contract.task == "multiclass" else 0  # the first class of several is the background
     engine, baseline = (
-        parity.class_masks(parity.labels(raw, contract), contract, channels)[first:] for raw in (got, wanted)
+        parity_module.class_masks(parity_module.labels(raw, contract), contract, channels)[first:]
+        for raw in (got, wanted)
     )
     scores, drops = [], [(0.0, "")]
     for (name, ours), (_, theirs), reference in zip(engine, baseline, references, strict=True):
-        one = [f(mask, reference) for mask in (ours, theirs) for f in (parity.dice, _iou)]
+        one = [f(mask, reference) for mask in (ours, theirs) for f in (parity_module.dice, _iou)]
         scores.append(one)
         if np.count_nonzero(reference) >= budget.class_px:
             drops.append((max(one[2] - one[0], one[3] - one[1]), f"{sample.name}, class {name}"))
@@ -386,7 +391,7 @@ def _draw_worst(sample: Sample, wanted: Array, got: Array, contract: Contract, p
         y, x = (int(v) for v in np.unravel_index(int(error.argmax()), error.shape))
         diff = np.repeat((error / max(float(error.max()), 1e-12) * 255).astype(np.uint8)[..., None], 3, axis=2)
     else:
-        a, b = parity.labels(wanted, contract)[0], parity.labels(got, contract)[0]
+        a, b = parity_module.labels(wanted, contract)[0], parity_module.labels(got, contract)[0]
         diff = pictures.difference(a, b)
         counts = (a != b).astype(np.int64)
         side = 64

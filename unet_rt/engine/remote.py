@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..backends.session import Port, SessionBase, arrays_for
+from ..errors import BackendError, EngineError, ParityError
 from . import exam
-from .backends.session import Port, SessionBase, arrays_for
-from .engine import Engine, EngineSpec, read_folder
-from .errors import BackendError, EngineError, ParityError
+from .engine import Engine
+from .folder import read_folder
+from .spec import EngineSpec
 
 Array = npt.NDArray[Any]
 Run = Callable[[list[Array]], Sequence[Array]]

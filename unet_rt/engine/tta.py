@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ContractError
+from ..tiling.field import AxisField, OutputField
 from .engine import Engine, EngineView
-from .errors import ContractError
-from .tiling.field import AxisField, OutputField
 
 Array = npt.NDArray[Any]
 Tta = Literal["none", "flip", "d4"]

@@ -17,9 +17,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from .engine import EngineFolder, check_folder, place_folder, read_folder, sha256
-from .errors import EngineError, OutputError
-from .system.durable import Disk
+from ..errors import EngineError, OutputError
+from ..system.durable import Disk
+from .folder import EngineFolder, check_folder, read_folder, sha256
+from .write import place_folder
 
 SPEC = "spec.json"
 LARGEST_SPEC = 64 << 20  # bytes; a spec is a few thousand

@@ -1,0 +1,160 @@
+"""TODO unet_rt.engine.folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ContractError, EngineError
+from ..system.durable import PART
+from .engine import anew
+from .spec import EngineSpec
+
+SCHEMA = (1, 0)  # (major, minor): a reader accepts its own major and any minor
+FileKind = Literal["model", "graph", "parity", "exam", "engine", "calibration"]
+SUFFIX = {
+    "model": ".onnx",
+    "graph": ".onnx",
+    "parity": ".json",
+    "exam": ".npz",
+    "engine": ".bin",
+    "calibration": ".json",
+}
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """An engine folder that was read and whose files were checked against their hashes."""
+
+    path: Path
+    spec: EngineSpec
+    files: Mapping[str, Mapping[str, Any]]
+    parity: Mapping[str, Any] | None
+
+    def file(self, kind: FileKind) -> Path:
+        return self.path / str(self.files[kind]["name"])
+
+    def exam(self) -> dict[str, npt.NDArray[Any]] | None:
+        """Arrays of the exam: ``input`` and ``output_0``, ``output_1``, ...; None where the engine has none."""
+        if "exam" not in self.files:
+            return None
+        with np.load(self.file("exam"), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
+
+def read_folder(folder: str | Path) -> EngineFolder:
+    """Reads and checks an engine folder; nothing in it is executed or unpickled.
+
+    Raises:
+        EngineError: Not an engine, a newer schema, or files that are missing or not those that were written.
+    """
+    folder = Path(folder)
+    while True:
+        text = _spec_text(folder)
+        try:
+            return check_folder(folder, text)
+        except (EngineError, FileNotFoundError):
+            if _spec_text(folder) == text:
+                raise
+            # replaced while it was read: what the old spec names is gone, and the new one is whole
+
+
+def _spec_text(folder: Path) -> str:
+    path = folder / "spec.json"
+    if folder.name.startswith(".") and folder.name.endswith(PART):
+        raise EngineError(f"{folder} was being written when its process ended; build the engine again")
+    if folder.is_file():
+        raise EngineError(
+            f"{folder} is a file, and an engine is a folder; if unet-rt pack made it: unet-rt unpack {folder}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        what = "does not exist" if not folder.exists() else "is not an engine folder (it has no spec.json)"
+        raise EngineError(f"{folder} {what}; make one with: unet-rt build model.onnx --out {folder}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path} cannot be read ({error}); build the engine again") from error
+
+
+def check_folder(folder: Path, text: str, *, called: Path | None = None) -> EngineFolder:
+    """The engine in ``folder`` by the ``text`` of its ``spec.json``, files and hashes checked.
+
+    Args:
+        folder: Where the files are.
+        text: Of ``spec.json``.
+        called: What errors call the folder, where it is a temporary copy of something.
+
+    Raises:
+        EngineError: Not an engine, a newer schema, or files that are missing or not those that were written.
+    """
+    called = called or folder
+    path = called / "spec.json"
+    try:
+        document = json.loads(text)
+        major, minor = (int(v) for v in document["schema"])
+        files = {str(kind): dict(entry) for kind, entry in document["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
+    if major != SCHEMA[0]:
+        raise EngineError(
+            f"{called} has schema {major}.{minor}, and this version reads {SCHEMA[0]}.x; "
+            + ("upgrade unet-rt" if major > SCHEMA[0] else anew(called))
+        )
+    for kind in ("model", "graph"):
+        if kind not in files:
+            raise EngineError(f"{path} names no {kind}; build the engine again")
+    for entry in files.values():
+        name = str(entry.get("name", ""))
+        if name != Path(name).name:  # nothing outside the folder is ever an engine's
+            raise EngineError(f"{path} names the file {name!r}, outside its folder; build the engine again")
+        file = folder / name
+        if not file.is_file():
+            raise EngineError(f"{called / name} is missing from the engine; copy the folder whole, or build again")
+        try:
+            digest = sha256(file)
+        except PermissionError as error:
+            raise EngineError(
+                f"{called / name} cannot be read ({error.strerror}); give yourself the right to, or copy the engine"
+            ) from error
+        if digest != entry.get("sha256"):
+            raise EngineError(
+                f"{called / name} is not the file that was built (its SHA-256 differs); copy it again, or build again"
+            )
+    try:
+        spec = EngineSpec.from_json(document)
+        parity = (
+            json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
+        )
+        key = _key(document)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, ContractError) as error:
+        raise EngineError(
+            f"{path} is damaged, or was written by another version of unet-rt ({type(error).__name__}: {error}); "
+            f"{anew(called)}"
+        ) from error
+    if document.get("key") != key:
+        raise EngineError(
+            f"{path} was changed after it was written (its key differs), and parity was proven for what it said; "
+            "copy it again, or build again"
+        )
+    return EngineFolder(folder, spec, files, parity)
+
+
+def _key(document: Mapping[str, Any]) -> str:
+    """What ``key`` must be: a hash of everything else that the spec says, hashes of the other files included."""
+    rest = {name: value for name, value in document.items() if name != "key"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
