@@ -19,7 +19,7 @@ import tifffile
 import unet_rt as urt
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.pipeline import RunReport
+from unet_rt.prediction.report import RunReport
 from unet_rt.system import limits as machine
 from unet_rt.system.timing import MemoryWatch
 

@@ -45,7 +45,8 @@ from unet_rt.backends import eager
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
-from unet_rt.pipeline import RunReport, Spans
+from unet_rt.prediction.report import RunReport
+from unet_rt.prediction.work import Spans
 from unet_rt.system import limits as machine
 from unet_rt.training.trainer import predict_whole
 
@@ -306,7 +307,8 @@ def since_begun(spans: Spans) -> Spans:
 def engine_labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> Labels:
     """Labels of a crop, with the whole image's statistics, in tiles of at most 768 px."""
     from unet_rt.images.normalize import OnePlane
-    from unet_rt.pipeline import Work, run
+    from unet_rt.prediction.host import run
+    from unet_rt.prediction.work import Work
     from unet_rt.tiling.decision import decide
 
     spec = engine.spec

@@ -38,7 +38,9 @@ import unet_rt as urt
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
-from unet_rt.pipeline import RunReport, Work, run
+from unet_rt.prediction.host import run
+from unet_rt.prediction.report import RunReport
+from unet_rt.prediction.work import Work
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
 from unet_rt.tiling.decision import decide

@@ -51,7 +51,7 @@ from unet_rt.images.normalize import (
 from unet_rt.images.open import open_image  # noqa: E402
 from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
-from unet_rt.pipeline import RunReport  # noqa: E402
+from unet_rt.prediction.report import RunReport  # noqa: E402
 from unet_rt.system import facts as machine
 from unet_rt.system import limits  # noqa: E402
 

@@ -220,7 +220,7 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
 
     counters = {"tile_gather": "non_finite", "tile_stitch": "", "tile_blend": "", "blend_finish": "uncovered"}
     enqueuing = SimpleNamespace(**{name: enqueued(name, counter) for name, counter in counters.items()})
-    monkeypatch.setattr("unet_rt.predict_device.kernels", enqueuing)
+    monkeypatch.setattr("unet_rt.prediction.device.kernels", enqueuing)
 
 
 class HostSession:

@@ -35,7 +35,8 @@ from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
 from unet_rt.kernels import calls as kernels
 from unet_rt.outputs.output import open_output
-from unet_rt.pipeline import Work, run
+from unet_rt.prediction.host import run
+from unet_rt.prediction.work import Work
 from unet_rt.tiling.decision import Decision, decide
 from unet_rt.tiling.field import AxisField, OutputField, TileSizes
 from unet_rt.tiling.grid import TileGrid, tile_grid

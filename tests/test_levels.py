@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import unet_rt as urt
-from unet_rt import cluster, predict_large
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images.levels import FINE_ENOUGH, fine_enough, level_of_size, level_sizes, parse_level
 from unet_rt.images.open import open_image
+from unet_rt.prediction import cluster
+from unet_rt.prediction import request as predict_large
 from unet_rt.tiling.resample import resample
 
 FACTORS = (1, 2, 4, 8)
@@ -231,7 +232,7 @@ def test_a_resumed_run_reads_the_same_level(
 ) -> None:
     """Chosen by pixel size or named by its number, it is the same image; another level is another one."""
     path, out = write_tiff(tmp_path / "a.tif"), tmp_path / "mask.tif"
-    monkeypatch.setattr("unet_rt.blocks.TILES", 1)
+    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 1)
     urt.predict(engine, path, out=out, tile=TILE, shard=(0, 2), level="0.5um")
     with pytest.raises(urt.OutputError, match="another image"):
         urt.predict(engine, path, out=out, tile=TILE, shard=(1, 2), level=0)

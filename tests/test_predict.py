@@ -28,7 +28,9 @@ from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
 from unet_rt.model import open_model, untiled_spec
 from unet_rt.outputs.pictures import COLOURS
-from unet_rt.pipeline import RunReport, Work, run
+from unet_rt.prediction.host import run
+from unet_rt.prediction.report import RunReport
+from unet_rt.prediction.work import Work
 from unet_rt.tiling.decision import Decision
 from unet_rt.tiling.grid import square_tile
 
@@ -615,7 +617,7 @@ def test_a_failure_in_another_stage_reaches_the_caller(nuclei, image, tmp_path, 
             monkeypatch.setattr(Source, "read", read)
             return numbers
 
-        monkeypatch.setattr(sys.modules["unet_rt.predict"], "affine", affine_then_fail)
+        monkeypatch.setattr(sys.modules["unet_rt.prediction.predict"], "affine", affine_then_fail)
     elif where == "writing":
         monkeypatch.setattr(output.PackedTiffWriter, "write", fail)
     else:

@@ -23,15 +23,17 @@ import pytest
 from host_device import HostDevice, HostSession, host, use_host_kernels
 
 import unet_rt as urt
-from unet_rt import backends, predict_blocks, predict_device
+from unet_rt import backends
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
 from unet_rt.kernels.device import DeviceMemoryError
 from unet_rt.model import blended_spec, open_model, untiled_spec
-from unet_rt.pipeline import RunReport
-from unet_rt.stage import MemoryStore
+from unet_rt.prediction import compute as predict_blocks
+from unet_rt.prediction import device as predict_device
+from unet_rt.prediction.report import RunReport
+from unet_rt.prediction.store import MemoryStore
 from unet_rt.tiling.grid import square_tile
 
 pytestmark = pytest.mark.onnxruntime
@@ -322,7 +324,7 @@ def test_results_on_the_device_can_be_counted_and_drawn(nuclei, image, on_device
 
 def test_a_large_image_on_the_device_is_written_in_one_go(nuclei, image, on_device, shared_with, tmp_path, monkeypatch):
     """On the host it would be made in blocks, which are kept; what lies on a device is predicted as it is."""
-    monkeypatch.setattr("unet_rt.blocks.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
     gpu = on_device(nuclei)
     device = session_of(gpu).stream.device
     shared_with(device)
@@ -372,11 +374,11 @@ def test_a_failure_anywhere_reaches_the_caller(small, texture, on_device, tmp_pa
 
     options: dict[str, Any] = {}
     if where == "reading":
-        monkeypatch.setattr("unet_rt.predict_device._packed", fail)
+        monkeypatch.setattr("unet_rt.prediction.device._packed", fail)
     elif where == "inferring":
         session_of(gpu).fail_at = len(session_of(gpu).runs) + 5
     elif where == "writing":
-        monkeypatch.setattr("unet_rt.pipeline.count_labels", fail)
+        monkeypatch.setattr("unet_rt.prediction.work.count_labels", fail)
     else:
         options["progress"] = fail
     with pytest.raises((OSError, RuntimeError, TypeError, KeyboardInterrupt)):
@@ -428,8 +430,8 @@ def test_smaller_batches_where_memory_is_short(small, texture, on_device):
 
 def test_memory_that_is_short_is_found_out_once(small, texture, on_device, monkeypatch):
     """Later groups of blocks run the batch that the first one ended with."""
-    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
-    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
+    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 2)
     gpu, options = on_device(small), {"tile": (40, 48), "memory_bytes": 2**40}
     device = session_of(gpu).stream.device
     urt.predict(gpu, texture, batch=4, **options)
@@ -590,8 +592,8 @@ def test_what_was_begun_does_not_begin_again(small, texture, on_device):
 @pytest.mark.parametrize("options", [{}, {"region": True}, {"out": "mask.npy"}, {"out": "mask.zarr"}], ids=str)
 def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypatch, tmp_path, options):
     """The blocks stay: other shards, and what an earlier run has kept, know nothing of tiles."""
-    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
-    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
+    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 2)
     wide, plan = np.concatenate([texture] * 3, axis=1), planned(small, LARGE, SMALL)
     if "region" in options:  # blocks that need no tile are kept before the first tile finds no memory
         wanted = np.zeros(wide.shape, np.uint8)
@@ -620,7 +622,7 @@ def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypat
 
 def test_no_block_is_kept_twice(small, texture, on_device, monkeypatch, tmp_path):
     """Those that need no tile are kept before the first tile finds no memory."""
-    monkeypatch.setattr("unet_rt.blocks.TILES", 1)
+    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 1)
     wanted = np.zeros(texture.shape, np.uint8)
     wanted[200:] = 1
     np.save(tmp_path / "region.npy", wanted)
@@ -639,8 +641,8 @@ def test_no_block_is_kept_twice(small, texture, on_device, monkeypatch, tmp_path
 
 def test_tiles_do_not_change_once_some_were_run(small, texture, on_device, monkeypatch):
     """Others took the memory after the first blocks: what was computed is not reported twice, or lost from the report."""
-    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
-    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 1)
+    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 1)
     gpu, real = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000), predict_device.run
 
     def run(*arguments: Any, **options: Any) -> RunReport:
@@ -657,8 +659,8 @@ def test_tiles_do_not_change_once_some_were_run(small, texture, on_device, monke
 
 
 def test_an_interrupted_run_goes_on_with_smaller_tiles(small, texture, on_device, monkeypatch, tmp_path):
-    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
-    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 2)
+    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 2)
     plan, out, reports = planned(small, LARGE, SMALL, batches=(1,)), tmp_path / "mask.zarr", list[RunReport]()
     gpu = on_device(plan, bytes_per_px=1000)
     gpu.folder = SimpleNamespace(files={"graph": {"sha256": "0"}}, parity=None)  # what a stage tells an engine by
@@ -759,9 +761,9 @@ def test_two_threads_take_turns(small, texture, on_device):
 @pytest.mark.parametrize("masked", [False, True], ids=["by number", "by what they hold"])
 def test_blocks_are_taken_some_at_a_time(small, texture, on_device, monkeypatch, tmp_path, masked):
     """Blocks wait with their masks, so a group of them is small; batches have one size in all groups."""
-    monkeypatch.setattr("unet_rt.blocks.TILES", 2)
-    monkeypatch.setattr("unet_rt.pipeline.DEVICE_WORKS", 64 if masked else 2)
-    monkeypatch.setattr("unet_rt.pipeline.DEVICE_HELD_BYTES", 1)
+    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 64 if masked else 2)
+    monkeypatch.setattr("unet_rt.prediction.run.DEVICE_HELD_BYTES", 1)
     groups, earlier, held = list[list[int]](), list[Any](), list[int]()
     real, make = predict_device.run, predict_blocks._work
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unet_rt as urt
-from unet_rt.repeats import KEPT, Repeats, Results
+from unet_rt.prediction.repeats import KEPT, Repeats, Results
 
 
 @settings(deadline=None, max_examples=100)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
         UnetRtError,
     )
     from .graph.report import inspect
-    from .pipeline import RunReport
-    from .predict import predict
+    from .prediction.predict import predict
+    from .prediction.report import RunReport
     from .training.export import export
     from .verify import VerifyReport, verify
 
@@ -75,13 +75,13 @@ _MODULE = {
     "Engine": "engine.engine",
     "EngineSpec": "engine.spec",
     "Normalization": "contract.contract",
-    "RunReport": "pipeline",
+    "RunReport": "prediction.report",
     "VerifyReport": "verify",
     "build": "build",
     "export": "training.export",
     "inspect": "graph.report",
     "load": "engine.load",
-    "predict": "predict",
+    "predict": "prediction.predict",
     "verify": "verify",
 }
 

@@ -31,8 +31,9 @@ from .engine.spec import EngineSpec
 from .errors import BackendError, ContractError, ImageError, ParityError
 from .images.normalize import normalised
 from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
-from .pipeline import Work, run
-from .predict import normalization_of, plan
+from .prediction.host import run
+from .prediction.predict import normalization_of, plan
+from .prediction.work import Work
 from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
 from .system import facts, limits, timing
 from .tiling.decision import decide

@@ -22,7 +22,7 @@ from .engine.engine import Engine
 from .engine.parity import Verdict
 from .errors import BackendError, GraphError, ParityError, TileError, size_text
 from .model import kept_share
-from .predict import MEMORY_SHARE
+from .prediction.predict import MEMORY_SHARE
 from .samples import tile_of
 from .system import limits
 from .tiling.axis import smaller_tile

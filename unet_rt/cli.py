@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .contract.contract import Contract
     from .engine.budget import Budget
     from .models.state import Opened
-    from .pipeline import RunReport
-    from .predict_large import Tables
+    from .prediction.report import RunReport
+    from .prediction.request import Tables
 
 
 Progress = Callable[[int, int], None]
@@ -741,9 +741,9 @@ def _predict(args: argparse.Namespace) -> int:
     from .contract.words import parse_normalization
     from .engine.load import load
     from .images.open import list_images
-    from .predict import predict
+    from .prediction.predict import predict
+    from .prediction.stage import stage_folder
     from .reports import run_text
-    from .stage import stage_folder
 
     images = list_images(args.images)
     targets = _targets(args, images)
@@ -820,7 +820,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _tables(args: argparse.Namespace, images: int) -> Tables | None:
     """What is wanted of objects; None where nothing is."""
-    from .predict_large import Tables
+    from .prediction.request import Tables
 
     paths = {name: getattr(args, name) for name in ("objects", "areas", "geojson") if getattr(args, name)}
     if not paths and args.min_size == 1:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .build_report import BuildReport
     from .engine.parity import ImageParity, Verdict
     from .graph.report import GraphReport
-    from .pipeline import RunReport
+    from .prediction.report import RunReport
     from .search import LayerCost
     from .system.timing import Timing
     from .verify import VerifyReport

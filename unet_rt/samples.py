@@ -20,7 +20,8 @@ from .engine.spec import EngineSpec
 from .errors import ImageError
 from .images.normalize import Affine, OnePlane, affine
 from .kernels import calls
-from .pipeline import Work, run
+from .prediction.host import run
+from .prediction.work import Work
 from .tiling.decision import Decision
 from .tiling.grid import TileGrid
 

@@ -16,19 +16,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
-from .engine.engine import Engine, LoadOptions
-from .engine.folder import read_folder
-from .engine.heads import Headed
-from .engine.load import load
-from .engine.tta import Augmented
-from .errors import BackendError, ContractError
-from .images.open import open_image, where_of
-from .images.source import Source
-from .pipeline import Progress, RunReport, together
-from .predict_blocks import Prepared, run_blocks
-from .predict_large import Compute, Request, begun, open_store
-from .stage import Stage, Store
-from .system import facts, limits
+from ..engine.engine import Engine, LoadOptions
+from ..engine.folder import read_folder
+from ..engine.heads import Headed
+from ..engine.load import load
+from ..engine.tta import Augmented
+from ..errors import BackendError, ContractError
+from ..images.open import open_image, where_of
+from ..images.source import Source
+from ..system import facts, limits
+from .compute import run_blocks
+from .plan import Prepared
+from .report import RunReport, together
+from .request import Request
+from .stage import Stage
+from .staged import Compute, begun, open_store
+from .store import Store
+from .work import Progress
 
 PER_WORKER = 8  # shares of the blocks per worker: the last ones to finish wait for at most an eighth of their work
 

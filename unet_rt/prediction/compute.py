@@ -9,105 +9,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from .blocks import Block, BlockPlan
-from .engine.engine import Engine
-from .images.normalize import Affines, OnePlane
-from .images.source import Source
-from .kernels import calls
-from .pipeline import Progress, RunReport, Spans, Stop, StoppableQueue, Tally, Work, filled, run, with_smaller_tiles
-from .tiling.decision import Decision, decision_arguments
-from .tiling.grid import TileGrid
-from .tiling.resample import needed, resample
+from ..kernels import calls
+from ..tiling.decision import Decision, decision_arguments
+from ..tiling.grid import TileGrid
+from ..tiling.resample import resample
+from .host import run
+from .plan import Array, Block, Prepared
+from .report import RunReport
+from .run import with_smaller_tiles
+from .work import Progress, Spans, Stop, StoppableQueue, Tally, Work
 
-Array = npt.NDArray[Any]
 Put = Callable[
     [Block, Array, Tally], None
 ]  # (block, its part of the result: (K, *spatial) or (*spatial,), what was counted)
-
-
-class Resampled(Source):
-    """An image brought to another number of pixels while it is read; its pixels are float32."""
-
-    def __init__(self, source: Source, shape: tuple[int, ...], affines: Affines | OnePlane) -> None:
-        self.__dict__.update(vars(source))
-        self._inner, self._affines = source, affines
-        self.shape = shape
-        self.dtype = np.dtype(np.float32)
-
-    def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
-        if any(a == b for a, b in zip(start, stop, strict=True)):  # of tiles that lie outside, with a constant border
-            return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
-        shapes = self._inner.shape, self.shape
-        ends = [needed(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
-        first = tuple(a for a, _ in ends)
-        last = tuple(b for _, b in ends)
-        window = filled(*self._inner.read_valid(plane, first, last), self._affines.plane(plane))
-        return resample(window, first, start, stop, *shapes)
-
-    def valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
-        """Not asked of resampled pixels: those without data are filled before."""
-
-    def read_valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> tuple[Array, None]:
-        return self.read(plane, start, stop), None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A result that can be computed, block by block, in this process.
-
-    Attributes:
-        engine: Runs tiles.
-        image: The image as it is stored.
-        seen: The image as the network sees it: the same, or ``Resampled``.
-        plan: The blocks.
-        decision: What is stored.
-        first: What the pipeline decides where the image is resampled: probabilities or values; else ``decision``.
-        affines: The image's normalisation in numbers.
-        region: Where predictions are wanted: other than 0; None: everywhere.
-        nodata: Value of results where the image holds no data.
-        batch, threads: Tiles per run; threads of the kernels.
-        fixed_tile: The tile was asked for: it stays, even where a GPU's memory does not hold it.
-    """
-
-    engine: Engine
-    image: Source
-    seen: Source
-    plan: BlockPlan
-    decision: Decision
-    first: Decision
-    affines: Affines | OnePlane
-    region: Source | None = None
-    nodata: float = 0.0
-    batch: int = 1
-    threads: int = 0
-    fixed_tile: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Spatial shape of the result."""
-        return self.samples(self.plan.image)
-
-    @property
-    def cuts(self) -> list[list[int]]:
-        """Per axis: samples of the result where blocks begin, and its end."""
-        axes = len(self.plan.cuts)
-        return [[self.samples([cut] * axes)[k] for cut in cuts] for k, cuts in enumerate(self.plan.cuts)]
-
-    def place(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """[start, stop) of a block in samples of the result."""
-        return self.samples(block.start), self.samples(block.stop)
-
-    def samples(self, pixels: Sequence[int]) -> tuple[int, ...]:
-        """The first samples at these pixels (or ends of them)."""
-        if self.seen is not self.image:
-            return tuple(pixels)
-        return tuple(ceil(n * f.scale) for n, f in zip(pixels, self.plan.grid.outputs[0].field, strict=True))
 
 
 @dataclass(frozen=True)

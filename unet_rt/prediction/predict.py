@@ -10,26 +10,29 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import blocks
-from .contract.contract import Contract, Normalization
-from .engine.engine import Engine
-from .engine.heads import Headed
-from .engine.spec import EngineSpec
-from .engine.tta import Augmented, Tta
-from .errors import ContractError, ImageError, OutputError
-from .images.levels import PIXEL_SIZE_TOLERANCE, um_text
-from .images.normalize import affine
-from .outputs.pictures import OverlayCollector
-from .pipeline import Progress, RunReport, Spans, Work, run, with_smaller_tiles
+from ..contract.contract import Contract, Normalization
+from ..engine.engine import Engine
+from ..engine.heads import Headed
+from ..engine.spec import EngineSpec
+from ..engine.tta import Augmented, Tta
+from ..errors import ContractError, ImageError, OutputError
+from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
+from ..images.normalize import affine
+from ..outputs.pictures import OverlayCollector
+from ..system import limits
+from ..tiling.decision import Decision, OutputKind, decide, default_output
+from ..tiling.grid import TileGrid
+from . import plan as blocks
+from .host import run
+from .report import RunReport
+from .run import with_smaller_tiles
 from .stage import stage_folder
-from .system import limits
-from .tiling.decision import Decision, OutputKind, decide, default_output
-from .tiling.grid import TileGrid
+from .work import Progress, Spans, Work
 
 if TYPE_CHECKING:
-    from .images.source import Source
-    from .kernels.device import Device, DeviceArray
-    from .predict_large import Tables
+    from ..images.source import Source
+    from ..kernels.device import Device, DeviceArray
+    from .request import Tables
 
 
 Array = npt.NDArray[Any]
@@ -122,7 +125,7 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from .images.open import open_image, where_of
+    from ..images.open import open_image, where_of
 
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
@@ -161,13 +164,14 @@ def predict(
             or stage_folder(place).exists()
         )
         if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:
-            from . import predict_large
+            from . import finish as predict_large
+            from .request import Request
 
             if source.device is not None:
                 raise ImageError(
                     f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
                 )
-            asked = predict_large.Request(
+            asked = Request(
                 output=output or default_output(spec.contract),
                 normalization=normalization,
                 mask_values=tuple(mask_values),
@@ -237,8 +241,8 @@ def _at_once(
     trace: Spans | None,
 ) -> tuple[RunReport, Any]:
     """All planes from top to bottom, in one go: the report, and the path written or the array."""
-    from .outputs.output import open_output
-    from .predict_device import free_bytes
+    from ..outputs.output import open_output
+    from .device import free_bytes
 
     grid = plan(engine.spec, source, tile=tile, batch=batch, free_bytes=free_bytes(engine))
     affines = affine(normalization, source)
@@ -260,7 +264,7 @@ def _at_once(
                     engine, source, works, decision, both, affines,
                     batch=batch, threads=threads, progress=progress, trace=trace,
                 )  # fmt: skip
-            from . import predict_device
+            from . import device as predict_device
 
             host = both if collector is not None or counted else None
             return predict_device.run(
@@ -290,7 +294,7 @@ def _at_once(
         return finished, out
     result: Any
     if source.device is not None:
-        from .kernels.device import empty_like
+        from ..kernels.device import empty_like
 
         result, target = empty_like(image, whole, decision.dtype, source.device)
         finished = finish(None, target)
@@ -307,7 +311,7 @@ def _at_once(
 
 def _check_device(engine: Engine, source: Source, device: Device) -> None:
     """ImageError unless the engine can take an image from the device where it lies."""
-    from . import predict_device
+    from . import device as predict_device
 
     session = engine.device_session
     if session is None and isinstance(engine, Augmented | Headed):
@@ -368,7 +372,7 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     if given is not None:
         return given
     if source.dtype.kind in "iu":
-        from .images.normalize import missing_normalization
+        from ..images.normalize import missing_normalization
 
         raise missing_normalization(source)
     return Normalization("none")

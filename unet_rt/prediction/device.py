@@ -21,23 +21,25 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BackendError, ImageError
-from .images.normalize import grey_levels
-from .kernels import calls
-from .kernels.device import DeviceArray, DeviceMemoryError, TileMemoryError
-from .pipeline import Seen, StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
-from .tiling.decision import Decision, decision_arguments
-from .tiling.grid import Ints
-from .tiling.stitch import blend_weight, uncovered_error
+from ..errors import BackendError, ImageError
+from ..images.normalize import grey_levels
+from ..kernels import calls
+from ..kernels.device import DeviceArray, DeviceMemoryError, TileMemoryError
+from ..tiling.decision import Decision, decision_arguments
+from ..tiling.grid import Ints
+from ..tiling.stitch import blend_weight, uncovered_error
+from .report import Seen
+from .work import StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
 
 if TYPE_CHECKING:
-    from .backends.session import DeviceSession
-    from .engine.engine import Engine
-    from .engine.spec import EngineSpec
-    from .images.normalize import Affine, Affines, OnePlane
-    from .images.source import Source
-    from .kernels.device import Device, Event
-    from .pipeline import Done, Progress, RunReport, Tally, Write
+    from ..backends.session import DeviceSession
+    from ..engine.engine import Engine
+    from ..engine.spec import EngineSpec
+    from ..images.normalize import Affine, Affines, OnePlane
+    from ..images.source import Source
+    from ..kernels.device import Device, Event
+    from .report import RunReport
+    from .work import Done, Progress, Tally, Write
 
 
 Array = npt.NDArray[Any]

@@ -14,143 +14,26 @@ any number of processes may share the blocks, and whoever finds the last mark se
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
 import shutil
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from itertools import pairwise
-from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from .blocks import Block
-from .errors import OutputError
-from .outputs.zarr import ZarrOutput
-from .pipeline import Tally
-from .system.durable import Disk, locked, part_path
-
-Array = npt.NDArray[Any]
-Place = tuple[tuple[int, ...], tuple[int, ...]]  # [start, stop) in samples of the result
+from ..errors import OutputError
+from ..system.durable import Disk, locked
+from .plan import Block
+from .store import Array, Store
+from .work import Tally
 
 FORMAT = 2
-HELD_BYTES = 2**28  # of unpacked blocks, while an output is made of them
-_LEVEL = 1  # of zlib: packed blocks live for the time of the run
 
 
 def stage_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.stage")
-
-
-class Store(Protocol):
-    """Where the data of blocks are kept until all are there."""
-
-    def write(self, block: Block, values: Array) -> list[Path]:
-        """Writes (K, *spatial) or (*spatial,); returns the files that hold it, yet to be synced."""
-        ...
-
-    def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
-        """Samples [start, stop) of finished blocks: (K, *spatial) or (*spatial,)."""
-        ...
-
-
-class PackedStore:
-    """One packed file per block, for outputs that are written from top to bottom at the end."""
-
-    def __init__(self, folder: Path, cuts: Sequence[Sequence[int]]) -> None:
-        """``cuts``: per axis, samples of the result where blocks begin, and its end."""
-        self._folder, self._cuts = folder, cuts
-        self._shape = tuple(len(c) - 1 for c in cuts)
-        self._held: OrderedDict[int, Array] = OrderedDict()  # the ones read last
-        folder.mkdir(exist_ok=True)
-
-    def write(self, block: Block, values: Array) -> list[Path]:
-        stream = io.BytesIO()
-        np.save(stream, values, allow_pickle=False)
-        path = self._path(block.number)
-        part = part_path(path)  # another process may have finished the same block
-        try:
-            part.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
-            part.replace(path)
-        except BaseException:  # half of it would take the room that a full disk lacks
-            part.unlink(missing_ok=True)
-            raise
-        return [path]
-
-    def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
-        ranges = [
-            [k for k, (a, b) in enumerate(pairwise(cuts)) if a < high and b > low]
-            for cuts, low, high in zip(self._cuts, start, stop, strict=True)
-        ]
-        result: Array | None = None
-        for index in itertools.product(*ranges):
-            values = self._block(plane * prod(self._shape) + int(np.ravel_multi_index(index, self._shape)))
-            lead = values.shape[: values.ndim - len(index)]
-            if result is None:
-                result = np.empty((*lead, *(b - a for a, b in zip(start, stop, strict=True))), values.dtype)
-            source, target = [], []
-            for k, cuts, low, high in zip(index, self._cuts, start, stop, strict=True):
-                first, last = max(cuts[k], low), min(cuts[k + 1], high)
-                source.append(slice(first - cuts[k], last - cuts[k]))
-                target.append(slice(first - low, last - low))
-            lead_all = (slice(None),) * len(lead)
-            result[lead_all + tuple(target)] = values[lead_all + tuple(source)]
-        assert result is not None  # noqa: S101 - windows are not empty
-        return result
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:08d}"
-
-    def _block(self, number: int) -> Array:
-        if number in self._held:
-            self._held.move_to_end(number)
-            return self._held[number]
-        path = self._path(number)
-        try:
-            values: Array = np.load(io.BytesIO(zlib.decompress(path.read_bytes())), allow_pickle=False)
-        except (OSError, ValueError, EOFError, zlib.error) as error:
-            raise OutputError(
-                f"{path}: a finished block cannot be read back ({error}); use --restart to begin anew"
-            ) from error
-        self._held[number] = values
-        while len(self._held) > 1 and sum(v.nbytes for v in self._held.values()) > HELD_BYTES:
-            self._held.popitem(last=False)
-        return values
-
-
-class ZarrStore:
-    """Chunks of an OME-Zarr image, which becomes the output as it is."""
-
-    def __init__(self, output: ZarrOutput, place: Callable[[Block], Place]) -> None:
-        self.output, self._place = output, place
-
-    def write(self, block: Block, values: Array) -> list[Path]:
-        return self.output.write(block.plane, self._place(block)[0], values)
-
-    def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
-        return self.output.read(plane, start, stop)
-
-
-class MemoryStore:
-    """An array (planes, [K,] *spatial) in memory."""
-
-    def __init__(self, array: Array, place: Callable[[Block], Place]) -> None:
-        self.array, self._place = array, place
-
-    def write(self, block: Block, values: Array) -> list[Path]:
-        start, stop = self._place(block)
-        self.array[block.plane][(..., *map(slice, start, stop))] = values
-        return []
-
-    def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
-        view: Array = self.array[plane][(..., *map(slice, start, stop))]
-        return view
 
 
 class Stage:
