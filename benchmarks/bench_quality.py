@@ -30,13 +30,15 @@ import numpy as np
 import record
 from PIL import Image
 
+from unet_rt.baseline.model import baseline_engine, open_model
+from unet_rt.baseline.results import raw_result
+from unet_rt.baseline.samples import Sample, draw
+from unet_rt.baseline.tiles import untiled_spec, whole_grid
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import parity
 from unet_rt.engine.engine import Engine
 from unet_rt.engine.spec import EngineSpec
-from unet_rt.model import baseline_engine, open_model, untiled_spec, whole_grid
-from unet_rt.samples import Sample, draw, raw_result
 from unet_rt.tiling.grid import TileGrid, square_tile, tile_grid
 from unet_rt.training.metrics import dice, iou
 

@@ -29,6 +29,10 @@ import record
 
 import unet_rt as urt
 from unet_rt import backends
+from unet_rt.baseline.model import baseline_engine, open_model
+from unet_rt.baseline.results import raw_result
+from unet_rt.baseline.samples import draw
+from unet_rt.baseline.tiles import judged_tile, whole_grid
 from unet_rt.build_report import BuildReport
 from unet_rt.calibration import Calibration
 from unet_rt.demo import shipped_model
@@ -38,8 +42,6 @@ from unet_rt.engine.folder import read_folder
 from unet_rt.engine.remote import connect
 from unet_rt.graph.passes import qdq
 from unet_rt.graph.passes.half import half
-from unet_rt.model import baseline_engine, judged_tile, open_model, whole_grid
-from unet_rt.samples import draw, raw_result
 
 TILE = 256  # small: every window has seams, and builds are quick
 TRAINING_SLICES = 18  # of ISBI 2012; membranes.py trains on them

@@ -21,6 +21,8 @@ from PIL import Image
 
 import unet_rt as urt
 from unet_rt import bench, build_timing
+from unet_rt.baseline.results import raw_result
+from unet_rt.baseline.samples import draw
 from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Normalization
@@ -28,7 +30,6 @@ from unet_rt.demo import shipped_model
 from unet_rt.engine.engine import Engine
 from unet_rt.kernels.device import Device
 from unet_rt.reports import bench_text
-from unet_rt.samples import draw, raw_result
 from unet_rt.system import timing as system_timing
 from unet_rt.tiling.grid import tile_grid
 

@@ -18,14 +18,15 @@ import tifffile
 
 import unet_rt as urt
 from unet_rt import backends, build_choice, build_engines, build_int8, build_job, build_record, build_tiling, search
+from unet_rt.baseline.model import open_model
+from unet_rt.baseline.samples import draw
+from unet_rt.baseline.tiles import kept_share, untiled_spec
 from unet_rt.build_report import BuildReport, Candidate
 from unet_rt.contract import metadata as contract_io
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine.folder import read_folder
-from unet_rt.model import kept_share, open_model, untiled_spec
 from unet_rt.reports import build_text
-from unet_rt.samples import draw
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 from unet_rt.tiling.stitch import blend_weight

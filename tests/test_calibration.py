@@ -20,6 +20,11 @@ from unet_rt.activations import (
     probe,
     tensors,  # noqa: E402
 )
+from unet_rt.baseline.samples import (
+    Sample,
+    constant_reason,  # noqa: E402
+    draw,  # noqa: E402
+)
 from unet_rt.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
 from unet_rt.contract.contract import (
     Contract,
@@ -27,7 +32,6 @@ from unet_rt.contract.contract import (
 )
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.engine.parity import constant_reason  # noqa: E402
 from unet_rt.errors import (
     EngineError,
     ImageError,  # noqa: E402
@@ -37,10 +41,6 @@ from unet_rt.graph.passes.qdq import Range
 from unet_rt.images.normalize import (
     Affine,
     normalised,  # noqa: E402
-)
-from unet_rt.samples import (
-    Sample,
-    draw,  # noqa: E402
 )
 
 pytestmark = pytest.mark.onnxruntime

@@ -18,7 +18,13 @@ import onnx  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import cli, ensemble
+from unet_rt import cli
+from unet_rt.baseline import folds as ensemble
+from unet_rt.baseline.folds import (
+    merge,  # noqa: E402
+    open_models,  # noqa: E402
+)
+from unet_rt.baseline.model import Model, open_model
 from unet_rt.contract.contract import (
     Contract,
     Head,
@@ -31,7 +37,6 @@ from unet_rt.contract.metadata import (
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.engine.folder import sha256  # noqa: E402
-from unet_rt.ensemble import merge  # noqa: E402
 from unet_rt.errors import (
     ContractError,
     GraphError,  # noqa: E402
@@ -39,11 +44,6 @@ from unet_rt.errors import (
 from unet_rt.graph import file  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.graph.report import inspect  # noqa: E402
-from unet_rt.model import (
-    Model,
-    open_model,
-    open_models,  # noqa: E402
-)
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.export import export  # noqa: E402

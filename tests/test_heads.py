@@ -303,7 +303,8 @@ def test_a_regression_beside_labels_is_judged_by_its_error() -> None:
 
 
 def test_tiles_run_once_for_all_outputs(built: tuple[Path, Any], windows: list[Array]) -> None:
-    from unet_rt.samples import draw, raw_result, raw_results
+    from unet_rt.baseline.results import raw_result, raw_results
+    from unet_rt.baseline.samples import draw
 
     runs = []
 

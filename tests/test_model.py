@@ -105,7 +105,7 @@ def test_default_overlap_of_unpadded_networks_leaves_no_gap(engine_folder):
     from dataclasses import replace
     from fractions import Fraction
 
-    from unet_rt.model import blended_spec
+    from unet_rt.baseline.tiles import blended_spec
     from unet_rt.tiling.field import AxisField, TileSizes
 
     field = AxisField(16, (107, 107), (0, 0), (92, 92), Fraction(1))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from unet_rt.baseline.samples import constant_reason
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.budget import Budget
-from unet_rt.engine.parity import ImageParity, compare, constant_reason, dice, judge, labels, saturated, used
+from unet_rt.engine.parity import ImageParity, compare, dice, judge, labels, saturated, used
 from unet_rt.errors import ContractError
 
 MULTI = Contract(task="multiclass", output_is="logits", classes=("background", "cell", "debris"))

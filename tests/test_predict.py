@@ -20,13 +20,14 @@ from PIL import Image
 
 import unet_rt as urt
 from unet_rt import backends
+from unet_rt.baseline.model import open_model
+from unet_rt.baseline.tiles import untiled_spec
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
-from unet_rt.model import open_model, untiled_spec
 from unet_rt.outputs.pictures import COLOURS
 from unet_rt.prediction.host import run
 from unet_rt.prediction.report import RunReport

@@ -24,12 +24,13 @@ from host_device import HostDevice, HostSession, host, use_host_kernels
 
 import unet_rt as urt
 from unet_rt import backends
+from unet_rt.baseline.model import open_model
+from unet_rt.baseline.tiles import blended_spec, untiled_spec
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
 from unet_rt.kernels.device import DeviceMemoryError
-from unet_rt.model import blended_spec, open_model, untiled_spec
 from unet_rt.prediction import compute as predict_blocks
 from unet_rt.prediction import device as predict_device
 from unet_rt.prediction.report import RunReport

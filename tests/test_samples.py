@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from unet_rt.baseline.samples import draw
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
-from unet_rt.samples import draw
 
 CONTRACT = Contract(normalization=Normalization("zscore"))
 

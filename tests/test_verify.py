@@ -18,6 +18,9 @@ from PIL import Image
 
 import unet_rt as urt
 from unet_rt import backends
+from unet_rt.baseline.model import open_model
+from unet_rt.baseline.samples import draw
+from unet_rt.baseline.tiles import untiled_spec
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.drawing.microscopy import microscopy
@@ -26,10 +29,8 @@ from unet_rt.engine.budget import Budget
 from unet_rt.engine.engine import Engine
 from unet_rt.engine.folder import read_folder
 from unet_rt.engine.write import write_folder
-from unet_rt.model import open_model, untiled_spec
 from unet_rt.outputs import pictures
 from unet_rt.reports import verify_text
-from unet_rt.samples import draw
 from unet_rt.testing import assert_parity
 from unet_rt.tiling.grid import square_tile
 from unet_rt.verify import _truth, verify
@@ -263,7 +264,7 @@ def test_labels_of_windows_of_a_large_image(engine_folder, tmp_path, monkeypatch
     labels = tmp_path / "labels"
     labels.mkdir()
     tifffile.imwrite(labels / "a.tif", truth.astype(np.uint8))
-    from unet_rt import samples
+    from unet_rt.baseline import samples
 
     monkeypatch.setattr(samples.draw, "__kwdefaults__", {**samples.draw.__kwdefaults__, "max_px": 200 * 200})
     report = verify(engine_folder, tmp_path / "a.tif", labels=labels)

@@ -22,6 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends
+from .baseline.model import Model, baseline_engine, open_model
+from .baseline.results import raw_result, tile_of
+from .baseline.samples import Sample, draw, sample_images, synthetic
+from .baseline.tiles import seam_tile, whole_grid
 from .contract.contract import Contract
 from .engine import parity as parity_module
 from .engine.engine import Engine
@@ -30,11 +34,9 @@ from .engine.load import load
 from .engine.spec import EngineSpec
 from .errors import BackendError, ContractError, ImageError, ParityError
 from .images.normalize import normalised
-from .model import Model, baseline_engine, open_model, seam_tile, whole_grid
 from .prediction.host import run
 from .prediction.predict import normalization_of, plan
 from .prediction.work import Work
-from .samples import Sample, draw, raw_result, sample_images, synthetic, tile_of
 from .system import facts, limits, timing
 from .tiling.decision import decide
 from .tiling.grid import TileGrid, square_tile, tile_grid

@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from . import backends
+from .baseline.folds import open_models
+from .baseline.model import Model, baseline_engine, check_fp32
+from .baseline.tiles import untiled_spec
 from .build_candidates import try_candidates
 from .build_choice import choose
 from .build_engines import Engines
@@ -46,7 +49,6 @@ from .engine.load import load
 from .engine.spec import Precision
 from .engine.write import check_target, write_folder
 from .errors import BackendError, ContractError, EngineError, OutputError
-from .model import Model, baseline_engine, check_fp32, open_models, untiled_spec
 from .search import Deadline, Say
 from .system import limits
 from .tiling.stitch import Blend

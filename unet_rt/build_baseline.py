@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy.typing as npt
 
+from .baseline.results import raw_results
+from .baseline.samples import Sample
+from .baseline.tiles import whole_grid
 from .build_job import Job
 from .build_samples import Samples
 from .calibration import reach
 from .engine.spec import EngineSpec
-from .model import whole_grid
-from .samples import Sample, raw_results
 
 Array = npt.NDArray[Any]
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from .baseline.results import tile_of
+from .baseline.samples import Sample
 from .build_engines import Engines, batches_to_try
 from .build_int8 import calibrated, check_int8, int8_mixtures, maker, return_layers
 from .build_job import Job
@@ -17,7 +19,6 @@ from .engine.engine import Engine
 from .engine.parity import Verdict
 from .engine.spec import Precision
 from .errors import BackendError, GraphError, ImageError, TileError, size_text
-from .samples import Sample, tile_of
 from .search import Mixture, Quantiser
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor, prod
 
+from .baseline.results import tile_of
+from .baseline.tiles import kept_share
 from .build_candidates import Measured
 from .build_engines import Engines, fits
 from .build_job import TILES_END, Job
@@ -21,9 +23,7 @@ from .engine.budget import Budget
 from .engine.engine import Engine
 from .engine.parity import Verdict
 from .errors import BackendError, GraphError, ParityError, TileError, size_text
-from .model import kept_share
 from .prediction.predict import MEMORY_SHARE
-from .samples import tile_of
 from .system import limits
 from .tiling.axis import smaller_tile
 

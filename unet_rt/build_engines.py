@@ -9,6 +9,8 @@ from pathlib import Path
 
 from . import backends
 from .activations import overflowing, probe, tensors
+from .baseline.model import Model
+from .baseline.results import tile_of
 from .build_job import Job
 from .build_report import Kind
 from .build_tiling import Tiling
@@ -16,8 +18,6 @@ from .engine.engine import Engine
 from .engine.spec import EngineSpec, Precision
 from .errors import size_text
 from .graph.passes.half import half
-from .model import Model
-from .samples import tile_of
 from .system import facts
 from .tiling.grid import square_tile
 

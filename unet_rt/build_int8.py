@@ -11,6 +11,7 @@ from math import prod
 import numpy as np
 
 from . import backends
+from .baseline.samples import Sample
 from .build_engines import Engines, calibration_tile
 from .build_job import INT8_ENDS, PUT_BACK_ENDS, Job
 from .build_report import Key
@@ -20,7 +21,6 @@ from .engine.engine import Engine
 from .engine.parity import Verdict
 from .errors import BackendError, GraphError
 from .graph.passes.qdq import FORMS
-from .samples import Sample
 from .search import Drop, Make, Mixture, Quantiser, VerdictOf, plain_and_ends, put_back
 
 CALIBRATION_FLOP = 1e12  # of all calibration tiles together: half a minute of two cores

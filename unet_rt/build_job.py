@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .baseline.model import Model
 from .engine.budget import Budget
 from .engine.engine import Engine
 from .engine.spec import Precision
-from .model import Model
 from .search import Deadline, Say
 
 # How the time for the search is dealt out: the windows that parity is judged on are chosen so that the verdicts of all

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .baseline.results import raw_results
+from .baseline.samples import Sample
+from .baseline.tiles import judged_tile
 from .build_baseline import Results, calibrating_results
 from .build_job import Job
 from .build_report import Key
@@ -17,8 +20,6 @@ from .build_tiling import Tiling
 from .engine import parity as parity_module
 from .engine.engine import Engine
 from .engine.parity import BatchParity, ImageParity, Verdict
-from .model import judged_tile
-from .samples import Sample, raw_results
 from .tiling.grid import tile_grid
 
 Array = npt.NDArray[Any]

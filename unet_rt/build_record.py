@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .baseline.results import tile_of
+from .baseline.runner import baseline_name
+from .baseline.samples import Sample
 from .build_candidates import Measured
 from .build_choice import Choice
 from .build_engines import Engines
@@ -26,8 +29,6 @@ from .engine.folder import FileKind, sha256
 from .engine.parity import ImageParity
 from .engine.spec import EngineSpec
 from .errors import ParityError
-from .model import baseline_name
-from .samples import Sample, tile_of
 from .search import LayerCost, Quantiser
 from .system import facts, json
 from .tiling.grid import square_tile

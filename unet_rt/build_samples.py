@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from . import backends
+from .baseline.model import Model
+from .baseline.samples import Sample, draw, sample_images, synthetic
 from .build_job import Remarks
 from .build_report import Kind
 from .calibration import input_ranges, split
 from .engine.spec import Precision
 from .errors import ImageError
 from .graph.passes.qdq import FORMS
-from .model import Model
-from .samples import Sample, draw, sample_images, synthetic
 
 
 @dataclass(frozen=True)

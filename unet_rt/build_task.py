@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .baseline.results import tile_of
+from .baseline.samples import Sample
 from .build_job import Job, Remarks
 from .build_samples import Samples
 from .contract.contract import Contract
 from .engine import parity as parity_module
 from .engine.spec import EngineSpec
 from .images.normalize import normalised
-from .samples import Sample, tile_of
 from .tiling.grid import square_tile
 
 Array = npt.NDArray[Any]

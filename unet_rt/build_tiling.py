@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from .baseline.results import raw_results
+from .baseline.samples import Sample
+from .baseline.tiles import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
 from .build_baseline import Results, judging_results
 from .build_job import Job
 from .build_samples import Samples
@@ -12,8 +15,6 @@ from .engine import parity as parity_module
 from .engine.parity import ImageParity
 from .engine.spec import EngineSpec
 from .errors import ContractError, ImageError, TileError, size_text
-from .model import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
-from .samples import Sample, raw_results
 from .tiling.grid import TileGrid, square_tile, tile_grid
 from .tiling.stitch import Blend
 

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from . import bench
+from .baseline.results import tile_of
+from .baseline.samples import Sample
+from .baseline.tiles import kept_share
 from .build_report import Candidate
 from .engine.engine import Engine
 from .engine.parity import Verdict
 from .engine.spec import EngineSpec
 from .errors import BackendError
-from .model import kept_share
-from .samples import Sample, tile_of
 from .system import timing as timing_module
 
 Array = npt.NDArray[Any]

@@ -27,8 +27,8 @@ from .errors import EngineError, OutputError
 from .system import facts
 
 if TYPE_CHECKING:
+    from .baseline.samples import Sample
     from .contract.contract import Contract
-    from .samples import Sample
 
 
 log = logging.getLogger("unet_rt")

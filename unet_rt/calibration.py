@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .activations import Distribution, probe
-from .engine.parity import constant_reason
+from .baseline.results import tile_of
+from .baseline.samples import Sample, constant_reason
 from .errors import EngineError, ImageError, size_text
 from .graph.passes.qdq import Range
-from .samples import Sample, tile_of
 
 if TYPE_CHECKING:
     import onnx

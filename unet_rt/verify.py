@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .baseline.model import Model, baseline_engine, open_model
+from .baseline.results import raw_results
+from .baseline.samples import Sample, draw, sample_images
+from .baseline.tiles import judged_tile, whole_grid
 from .contract.contract import Contract
 from .engine import exam
 from .engine import parity as parity_module
@@ -21,9 +25,7 @@ from .engine.parity import ImageParity, Verdict
 from .engine.spec import EngineSpec
 from .errors import ContractError, EngineError, GraphError, ImageError, OutputError, size_text
 from .images.normalize import normalised
-from .model import Model, baseline_engine, judged_tile, open_model, whole_grid
 from .outputs import pictures
-from .samples import Sample, draw, raw_results, sample_images
 
 Array = npt.NDArray[Any]
 

@@ -331,32 +331,3 @@ def share(image: ImageParity, budget: Budget) -> float:
 def _share(value: float, allowed: float) -> float:
     """Of what is allowed; finite also where nothing is allowed, or the value is not finite."""
     return min(value / max(allowed, 1e-9), 1e9)
-
-
-def constant_reason(array: Array) -> str | None:
-    """Why an array of pixels proves nothing about a trained network, or None where it may.
-
-    Constants (zeros among them) and white noise, told by neighbours that have nothing to do with each other, exercise
-    none of what a network was trained on. One plane with more than that is enough: stacks begin and end out of focus.
-    """
-    if array.size == 0:
-        return "it is empty"
-    low, high = float(array.min()), float(array.max())
-    if low == high:
-        return f"every pixel is {low:g}"
-    if min(array.shape[-2:]) < 8:
-        return None
-    noise = None
-    for plane in array.reshape(-1, *array.shape[-2:]):
-        centred = plane - plane.mean(dtype=np.float64)
-        power = float((centred**2).mean())
-        if power == 0.0:
-            continue
-        along = float((centred[:, 1:] * centred[:, :-1]).mean()) / power
-        down = float((centred[1:] * centred[:-1]).mean()) / power
-        # the correlation of n independent pairs is 0 +- 1/sqrt(n); five of these deviations
-        bound = 5 / np.sqrt(plane.size)
-        if not (abs(along) < bound and abs(down) < bound):
-            return None
-        noise = noise or f"it is noise (neighbouring pixels correlate by {along:.3f} and {down:.3f})"
-    return noise

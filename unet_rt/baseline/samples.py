@@ -13,20 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract.contract import Contract
-from .engine.engine import Engine, EngineView
-from .engine.parity import constant_reason
-from .engine.spec import EngineSpec
-from .errors import ImageError
-from .images.normalize import Affine, OnePlane, affine
-from .kernels import calls
-from .prediction.host import run
-from .prediction.work import Work
-from .tiling.decision import Decision
-from .tiling.grid import TileGrid
+from ..contract.contract import Contract
+from ..engine.parity import Array
+from ..errors import ImageError
+from ..images.normalize import Affine, OnePlane, affine
 
 if TYPE_CHECKING:
-    from .images.source import Source
+    from ..images.source import Source
 
 
 Array = npt.NDArray[Any]
@@ -68,7 +61,7 @@ class Sample:
 
     def source(self, contract: Contract) -> Source:
         """The window as an image of its own; its normalisation remains that of the whole image (``affines``)."""
-        from .images.open import open_image
+        from ..images.open import open_image
 
         spatial = self.pixels.ndim - 1
         return open_image(
@@ -83,7 +76,7 @@ class Sample:
 
 def sample_images(samples: Any) -> list[Any]:
     """Files of paths and folders; arrays as they are."""
-    from .images.open import list_images
+    from ..images.open import list_images
 
     if isinstance(samples, str | Path):
         samples = [samples]
@@ -116,7 +109,7 @@ def draw(
     Raises:
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
-    from .images.open import open_image
+    from ..images.open import open_image
 
     if not images:
         raise ImageError("no sample images; pass files or a folder with --samples")
@@ -197,7 +190,7 @@ def _window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, ...], t
 
 def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512) -> list[Sample]:
     """Generated microscopy for builds without samples: enough to compare backends in FP32, no proof of anything else."""
-    from .drawing.microscopy import microscopy
+    from ..drawing.microscopy import microscopy
 
     samples = []
     for seed in range(count):
@@ -209,7 +202,7 @@ def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, s
         pixels = np.stack(layers)
         if contract.normalization is not None and contract.normalization.method in ("scale", "dtype", "fixed"):
             pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * 255).astype(np.uint8)
-        from .images.open import open_image
+        from ..images.open import open_image
 
         with open_image(
             pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial, network_channels=channels
@@ -225,59 +218,30 @@ def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, s
     return samples
 
 
-def tile_of(
-    sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int, start: Sequence[int] | None = None
-) -> Array:
-    """(1, C, *tile): the sample as the network gets it, continued by the border rule where it is smaller.
+def constant_reason(array: Array) -> str | None:
+    """Why an array of pixels proves nothing about a trained network, or None where it may.
 
-    ``start``: the tile's first pixel per axis; None: the middle.
+    Constants (zeros among them) and white noise, told by neighbours that have nothing to do with each other, exercise
+    none of what a network was trained on. One plane with more than that is enough: stacks begin and end out of focus.
     """
-    middle = [max(0, (n - t) // 2) for n, t in zip(sample.shape, tile, strict=True)]
-    starts = np.array([middle if start is None else list(start)], dtype=np.int64)
-    out = np.empty((1, spec.channels, *tile), dtype=np.float32)
-    calls.tile_gather(
-        sample.pixels,
-        starts,
-        out,
-        border=spec.contract.border or "mirror",
-        offset=sample.numbers.offset,
-        divisor=sample.numbers.divisor,
-        clip=sample.numbers.clip,
-        threads=threads,
-    )
-    return out
-
-
-def raw_results(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0) -> list[Array]:
-    """:func:`raw_result` of every output, by the way that predictions go: one output after the other."""
-    if len(engine.spec.outputs) > 1 and engine.device_session is None:
-        engine = _Remembered(engine)
-    return [raw_result(engine, sample, grid, threads, output) for output in range(len(engine.spec.outputs))]
-
-
-class _Remembered(EngineView):
-    """An engine that is given the same tiles once per output, and runs them the first time."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, engine.spec)
-        self._results: dict[bytes, list[npt.NDArray[np.float32]]] = {}
-
-    def run(self, batch: Array) -> list[npt.NDArray[np.float32]]:
-        key = hashlib.sha256(batch.tobytes()).digest()
-        if key not in self._results:
-            self._results[key] = self._engine.run(batch)
-        return self._results[key]
-
-
-def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
-    """The network's own values (K, *spatial), float32, of a sample."""
-    channels = engine.spec.outputs[output].channels
-    result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)
-
-    def keep(work: Work, start: int, band: Array) -> None:
-        result[:, start : start + band.shape[1]] = band
-
-    decision = Decision("copy", channels, np.dtype(np.float32))
-    with sample.source(engine.spec.contract) as source:
-        run(engine, source, [Work(0, grid)], decision, keep, sample.affines, output=output, threads=threads)
-    return result
+    if array.size == 0:
+        return "it is empty"
+    low, high = float(array.min()), float(array.max())
+    if low == high:
+        return f"every pixel is {low:g}"
+    if min(array.shape[-2:]) < 8:
+        return None
+    noise = None
+    for plane in array.reshape(-1, *array.shape[-2:]):
+        centred = plane - plane.mean(dtype=np.float64)
+        power = float((centred**2).mean())
+        if power == 0.0:
+            continue
+        along = float((centred[:, 1:] * centred[:, :-1]).mean()) / power
+        down = float((centred[1:] * centred[:-1]).mean()) / power
+        # the correlation of n independent pairs is 0 +- 1/sqrt(n); five of these deviations
+        bound = 5 / np.sqrt(plane.size)
+        if not (abs(along) < bound and abs(down) < bound):
+            return None
+        noise = noise or f"it is noise (neighbouring pixels correlate by {along:.3f} and {down:.3f})"
+    return noise

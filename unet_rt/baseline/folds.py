@@ -17,16 +17,18 @@ import onnx.compose
 import onnx.inliner
 from onnx import TensorProto, helper
 
-from .contract.contract import Contract
-from .contract.metadata import contract_to_metadata
-from .contract.task import first_contract, resolve_task
-from .engine.folder import sha256
-from .errors import ContractError, GraphError
-from .graph.file import LARGEST
-from .graph.passes.outputs import keep_outputs
-from .model import Model, baseline_engine, check_fp32, untiled_spec
-from .samples import synthetic, tile_of
-from .tiling.grid import square_tile
+from ..contract.contract import Contract
+from ..contract.metadata import contract_to_metadata
+from ..contract.task import first_contract, resolve_task
+from ..engine.folder import sha256
+from ..errors import ContractError, GraphError
+from ..graph.file import LARGEST
+from ..graph.passes.outputs import keep_outputs
+from ..tiling.grid import square_tile
+from .model import Model, baseline_engine, check_fp32, folder, open_model
+from .results import tile_of
+from .samples import synthetic
+from .tiles import untiled_spec
 
 MEMBERS_KEY = "ensemble.members"  # metadata: JSON list of name and SHA-256 of every member
 SOFTMAX_OPSET = 13  # before it, Softmax flattens the axes behind its own
@@ -235,3 +237,29 @@ def _rename_inputs(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
         for attribute in node.attribute:
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 _rename_inputs(inner, names)
+
+
+def open_models(
+    paths: Sequence[Path], work: Path, *, options: Contract | None = None, contract: Path | None = None
+) -> Model:
+    """Opens one network, or several (the folds of a cross-validation) as the mean of what they say.
+
+    Arguments and errors are those of :func:`open_model`; networks that do not agree are a ContractError or GraphError.
+    """
+    if len(paths) == 1:
+        return open_model(paths[0], work, options=options, contract=contract)
+
+    members = [
+        open_model(path, folder(work / f"member{k}"), options=options, contract=contract)
+        for k, path in enumerate(paths)
+    ]
+    merged = work / "ensemble.onnx"
+    merge(members, merged)
+    # Its metadata hold what options and contract say of the members.
+    opened = open_model(merged, work)
+    others = members[0].report.outputs[1:]
+    left_out = (
+        *members[0].left_out,
+        *(f"output {o.name} is left out: folds are averaged in the first" for o in others),
+    )
+    return replace(opened, left_out=left_out, members=tuple(member.given.name for member in members))

@@ -1,0 +1,207 @@
+"""A model as the model line sees it: the ONNX file as given, its graph with sizes freed, its contract, its spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..contract.contract import Contract
+from ..engine.engine import Engine
+from ..engine.spec import EngineSpec, InputSpec
+from ..errors import ContractError, GraphError
+from .runner import baseline_name, runner
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..graph.report import GraphReport
+
+
+LABEL_OPS = (  # last operators whose results are decisions already
+    "ArgMax", "ArgMin", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Xor", "Not",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model.
+
+    Attributes:
+        given: The ONNX file as given; a copy with its weights inside where they lay in files beside it.
+        graph: FP32 graph with free spatial sizes and batch where that is provably the same network.
+        report: What ``inspect`` says of ``graph``.
+        contract: Options over contract file over the model's metadata; task and thresholds not yet resolved.
+        freed: What was made free.
+        fixed: Why something could not be.
+        left_out: Outputs of the file that ``graph`` does not have, each with the reason, in a sentence.
+        members: Names of the networks that are averaged, where there are several.
+    """
+
+    given: Path
+    graph: Path
+    report: GraphReport
+    contract: Contract
+    freed: tuple[str, ...]
+    fixed: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        return all(o.exact for o in self.report.outputs)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(reason for o in self.report.outputs for reason in o.reasons))
+
+    @property
+    def spatial(self) -> int:
+        return len(self.report.sizes)
+
+    @property
+    def channels(self) -> int:
+        return sum(i.channels for i in self.input_specs())
+
+    def input_specs(self) -> tuple[InputSpec, ...]:
+        specs = []
+        for i in self.report.inputs:
+            channels = i.shape[i.axes.index("C")] if "C" in i.axes else 1
+            if channels is None:
+                raise ContractError(
+                    f"input {i.name} of {self.given.name} leaves its number of channels open; export it with a fixed number"
+                )
+            specs.append(InputSpec(i.name, i.axes, channels, i.dtype))
+        return tuple(specs)
+
+
+def check_fp32(graph: Path, name: str) -> None:
+    """Raises GraphError where a network computes in less than FP32: nothing is left to hold parity against."""
+    from ..graph.precision import precision_of
+
+    found = precision_of(graph)
+    if found in ("int8", "fp16", "bf16"):
+        what = "is quantised already" if found == "int8" else f"computes in {found} already"
+        raise GraphError(
+            f"{name} {what}, and parity is held against FP32; "
+            "give the FP32 graph that it was made from, and build lowers its precision"
+        )
+
+
+def open_model(path: str | Path, work: Path, *, options: Contract | None = None, contract: Path | None = None) -> Model:
+    """Opens an ONNX file, a bioimage.io package or its ``rdf.yaml``.
+
+    Args:
+        path: The file.
+        work: Folder for the freed graph (it lives as long as the model is used).
+        options: What the user says of the input; wins over everything else.
+        contract: JSON file of the contract; wins over the model's metadata.
+
+    Raises:
+        GraphError, ContractError: see their messages.
+    """
+    import onnx
+
+    from ..contract import json as contract_io
+    from ..contract.bioimageio import contract_from_rdf
+    from ..contract.metadata import contract_from_metadata
+    from ..graph import file as onnx_file
+    from ..graph.free import free_spatial
+    from ..graph.passes.outputs import keep_outputs
+    from ..graph.report import check_images, inspect
+
+    given = Path(path)
+    declared = Contract()
+    if given.suffix.lower() in (".yaml", ".yml", ".zip") or given.is_dir():
+        declared, given = contract_from_rdf(
+            given, folder(work / "package"), normalization=options.normalization if options else None
+        )
+    proto = onnx_file.load_model(given)
+    if _keeps_weights_beside(proto):
+        size = onnx_file.stored_bytes(proto)
+        if size > onnx_file.LARGEST:
+            raise GraphError(
+                f"{given} has {size:,} bytes of graph and weights, and an engine keeps them in one file, which holds "
+                f"{onnx_file.LARGEST:,}; it can be inspected but not built: take a smaller network"
+            )
+        try:
+            onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise GraphError(
+                f"the weights of {given} cannot be read: {error}; keep the .data file beside the .onnx it belongs to"
+            ) from error
+        # An engine folder holds one file per graph, which must be whole without its neighbours.
+        given = folder(work / "given") / given.name
+        onnx.save_model(proto, str(given))
+    declared = declared.over(contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
+    if contract is not None:
+        declared = contract_io.contract_from_file(contract).over(declared)
+    if options is not None:
+        declared = options.over(declared)
+    as_given = inspect(proto)
+    check_images(as_given)
+    left_out = _left_out(as_given)
+    if left_out:
+        keep_outputs(proto, {output.name for output in as_given.outputs} - set(left_out))
+    freed_proto, fixed = free_spatial(proto, runner())
+    graph = work / "graph.onnx"
+    onnx.save_model(freed_proto, str(graph))
+    report = _of_its_size(inspect(graph), fixed)
+    before, after = as_given.inputs[0], report.inputs[0]
+    freed = tuple(
+        f"{axis} ({was} px)" if axis != "N" else f"batch ({was})"
+        for axis, was, now in zip(before.axes, before.shape, after.shape, strict=True)
+        if was is not None and now is None
+    )
+    declared = replace(declared, axes=report.inputs[0].axes, border=declared.border or "mirror")
+    return Model(given, graph, report, declared, freed, fixed, tuple(left_out.values()))
+
+
+def _of_its_size(report: GraphReport, fixed: tuple[str, ...]) -> GraphReport:
+    """The report of a graph whose sizes stay as declared: the analysis took them for free, and no proof bore it out."""
+    image = next(i for i in report.inputs if any(axis in "ZYX" for axis in i.axes))
+    declared = [n for axis, n in zip(image.axes, image.shape, strict=True) if axis in "ZYX"]
+    taken = [n is not None and s.fixed is None for n, s in zip(declared, report.sizes, strict=True)]
+    if not any(taken):
+        return report
+    sizes = tuple(replace(s, fixed=n) for n, s in zip(declared, report.sizes, strict=True))
+    return replace(
+        report,
+        sizes=sizes,
+        outputs=tuple(replace(o, exact=False, reasons=(*o.reasons, fixed[0])) for o in report.outputs),
+    )
+
+
+def _left_out(report: GraphReport) -> dict[str, str]:
+    """Outputs that are not predicted, and why: those that are no images, and labels beside what they were taken from."""
+    names = {output.name for output in report.images}
+    labels = {o.name for o, final in zip(report.outputs, report.final_ops, strict=True) if final in LABEL_OPS} & names
+    if labels == names:
+        labels = set()  # there is nothing else: the task is where it is refused
+    why = {output.name: "; ".join(output.reasons) or "it has other axes" for output in report.outputs}
+    return {
+        output.name: f"output {output.name} is left out: "
+        + ("it holds labels, not values" if output.name in labels else f"it is no image ({why[output.name]})")
+        for output in report.outputs
+        if output.name in labels or output.name not in names
+    }
+
+
+def folder(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _keeps_weights_beside(proto: onnx.ModelProto) -> bool:
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
+    return any(uses_external_data(tensor) for tensor in _get_all_tensors(proto))
+
+
+def baseline_engine(model: Model, spec: EngineSpec, *, threads: int = 0) -> Engine:
+    """The model in FP32 on the CPU: what every engine is compared with. Same contract, halo and overlap as ``spec``."""
+    from .. import backends
+
+    name = baseline_name()
+    session = backends.get(name).load(model.graph, precision="fp32", device="cpu", threads=threads)
+    return Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session)

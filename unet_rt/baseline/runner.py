@@ -1,0 +1,47 @@
+"""TODO unet_rt.baseline.runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BackendError
+
+BASELINES = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
+
+
+def runner() -> Any:
+    """A function (model, inputs) -> outputs that runs a graph once with the first baseline that is installed."""
+    import tempfile
+
+    import onnx
+
+    from .. import backends
+
+    backend = backends.get(baseline_name())
+
+    def run(model: onnx.ModelProto, inputs: Any) -> list[npt.NDArray[Any]]:
+        arrays = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        with tempfile.TemporaryDirectory(prefix="unet-rt-") as folder:
+            path = Path(folder) / "graph.onnx"
+            onnx.save_model(model, str(path))
+            session = backend.load(path, precision="fp32", device="cpu", threads=0)
+            try:
+                return [np.array(y) for y in session.run(arrays)]
+            finally:
+                session.close()
+
+    return run
+
+
+def baseline_name() -> str:
+    """The backend that computes FP32 baselines here."""
+    from .. import backends
+
+    for name in BASELINES:
+        if backends.get(name).missing() is None:
+            return name
+    raise BackendError(backends.advice())
