@@ -21,12 +21,12 @@ from bench_engine import tile_of
 from bench_precision import NETS
 
 from unet_rt import backends
-from unet_rt.calibration import calibrate
+from unet_rt.building.calibration import calibrate
+from unet_rt.building.quantiser import form_of
 from unet_rt.graph.passes import qdq
 from unet_rt.graph.passes.fold import fold
 from unet_rt.graph.passes.half import half
 from unet_rt.graph.passes.up_conv import up_conv
-from unet_rt.search import form_of
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
 

@@ -23,7 +23,7 @@ from bench_engine import Contender, eager, tile_of
 
 import unet_rt as urt
 from unet_rt import backends
-from unet_rt.build_report import BuildReport
+from unet_rt.building.report import BuildReport
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
 

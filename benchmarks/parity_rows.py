@@ -33,8 +33,8 @@ from unet_rt.baseline.model import baseline_engine, open_model
 from unet_rt.baseline.results import raw_result
 from unet_rt.baseline.samples import draw
 from unet_rt.baseline.tiles import judged_tile, whole_grid
-from unet_rt.build_report import BuildReport
-from unet_rt.calibration import Calibration
+from unet_rt.building.calibration import Calibration
+from unet_rt.building.report import BuildReport
 from unet_rt.demo import shipped_model
 from unet_rt.engine import parity
 from unet_rt.engine.engine import Engine

@@ -20,10 +20,11 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 import unet_rt as urt
-from unet_rt import bench, build_timing
 from unet_rt.baseline.results import raw_result
 from unet_rt.baseline.samples import draw
 from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
+from unet_rt.building import measure as bench
+from unet_rt.building import measure as build_timing
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model

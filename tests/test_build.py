@@ -17,11 +17,18 @@ import pytest
 import tifffile
 
 import unet_rt as urt
-from unet_rt import backends, build_choice, build_engines, build_int8, build_job, build_record, build_tiling, search
+from unet_rt import backends
 from unet_rt.baseline.model import open_model
 from unet_rt.baseline.samples import draw
 from unet_rt.baseline.tiles import kept_share, untiled_spec
-from unet_rt.build_report import BuildReport, Candidate
+from unet_rt.building import choice as build_choice
+from unet_rt.building import engines as build_engines
+from unet_rt.building import int8 as build_int8
+from unet_rt.building import job as build_job
+from unet_rt.building import record as build_record
+from unet_rt.building import search
+from unet_rt.building import tiling as build_tiling
+from unet_rt.building.report import BuildReport, Candidate
 from unet_rt.contract import metadata as contract_io
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
@@ -34,7 +41,7 @@ from unet_rt.verify import verify
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]
-MODULE = importlib.import_module("unet_rt.build")  # the package's name ``build`` is the function
+MODULE = importlib.import_module("unet_rt.building.build")  # the package's name ``build`` is the function
 NONE = Normalization("none")
 LOGITS = Contract(task="multiclass", output_is="logits", normalization=NONE)
 

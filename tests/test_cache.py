@@ -20,10 +20,11 @@ import pytest
 from numpy.typing import NDArray
 
 import unet_rt as urt
-from unet_rt import cache, cli
+from unet_rt import cli
 from unet_rt.baseline.model import open_model
 from unet_rt.baseline.samples import Sample, draw
-from unet_rt.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
+from unet_rt.building import cache
+from unet_rt.building.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
@@ -31,7 +32,7 @@ from unet_rt.engine.folder import read_folder
 from unet_rt.system import facts as machine
 
 pytestmark = pytest.mark.onnxruntime
-BUILD = importlib.import_module("unet_rt.build")  # the package's name ``build`` is the function
+BUILD = importlib.import_module("unet_rt.building.build")  # the package's name ``build`` is the function
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "tile": (64, 64), "halo": 8, "threads": 1}
 
 

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 onnx = pytest.importorskip("onnx")
 
-from unet_rt.activations import (
+from unet_rt.baseline.samples import (
+    Sample,
+    constant_reason,  # noqa: E402
+    draw,  # noqa: E402
+)
+from unet_rt.building.activations import (
     BINS,
     Distribution,
     overflowing,
     probe,
     tensors,  # noqa: E402
 )
-from unet_rt.baseline.samples import (
-    Sample,
-    constant_reason,  # noqa: E402
-    draw,  # noqa: E402
-)
-from unet_rt.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
+from unet_rt.building.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
 from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402

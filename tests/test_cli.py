@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 import unet_rt as urt
-from unet_rt import build_job
+from unet_rt.building import job as build_job
 from unet_rt.cli import _Bar, _parser, main
 from unet_rt.demo import shipped_model
 from unet_rt.outputs.pictures import COLOURS

@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 
 import unet_rt
-from unet_rt import build_tiling
+from unet_rt.building import tiling as build_tiling
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 import unet_rt as urt  # noqa: E402
 from unet_rt.backends.onnxruntime import backend as onnxruntime  # noqa: E402
-from unet_rt.calibration import calibrate  # noqa: E402
+from unet_rt.building.calibration import calibrate  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.graph.passes import qdq  # noqa: E402
 from unet_rt.graph.passes.crop_concat import crop_concat  # noqa: E402

@@ -15,10 +15,11 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from unet_rt import backends  # noqa: E402
-from unet_rt.calibration import (
+from unet_rt.building.calibration import (
     Calibration,
     calibrate,  # noqa: E402
 )
+from unet_rt.building.quantiser import form_of  # noqa: E402
 from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import (
@@ -36,7 +37,6 @@ from unet_rt.graph.passes.qdq import (
     probed,
     quantise,  # noqa: E402
 )
-from unet_rt.search import form_of  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, Any]

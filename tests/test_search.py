@@ -17,26 +17,32 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import build_baseline as build_judge
-from unet_rt import build_engines, build_tiling
-from unet_rt import search as build_int8
-from unet_rt.activations import (
+from unet_rt.building import engines as build_engines
+from unet_rt.building import search as build_int8
+from unet_rt.building import tiling as build_judge
+from unet_rt.building import tiling as build_tiling
+from unet_rt.building.activations import (
     overflowing,
     probe,
     tensors,  # noqa: E402
 )
-from unet_rt.build_choice import (
+from unet_rt.building.calibration import Calibration  # noqa: E402
+from unet_rt.building.choice import (
     _wider,
     closest,  # noqa: E402
 )
-from unet_rt.build_int8 import return_layers  # noqa: E402
-from unet_rt.build_job import Remarks  # noqa: E402
-from unet_rt.build_judge import Judge  # noqa: E402
-from unet_rt.build_report import (
+from unet_rt.building.int8 import return_layers  # noqa: E402
+from unet_rt.building.job import (
+    Deadline,
+    Remarks,  # noqa: E402
+)
+from unet_rt.building.measure import Judge  # noqa: E402
+from unet_rt.building.quantiser import LayerCost, Mixture, Quantiser, change_near_decision, form_of
+from unet_rt.building.report import (
     BuildReport,
     Candidate,  # noqa: E402
 )
-from unet_rt.calibration import Calibration  # noqa: E402
+from unet_rt.building.search import _best_method, _rank, _shortest, plain_and_ends, put_back
 from unet_rt.contract.contract import (
     Contract,
     Head,  # noqa: E402
@@ -47,19 +53,6 @@ from unet_rt.engine import parity  # noqa: E402
 from unet_rt.graph.passes import qdq  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.reports import build_text  # noqa: E402
-from unet_rt.search import (
-    Deadline,
-    LayerCost,
-    Mixture,
-    Quantiser,
-    _best_method,
-    _rank,
-    _shortest,
-    change_near_decision,
-    form_of,
-    plain_and_ends,
-    put_back,
-)
 
 pytestmark = [pytest.mark.onnxruntime]
 Array = np.ndarray[Any, Any]
@@ -141,7 +134,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
-        monkeypatch.setattr("unet_rt.search.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("unet_rt.building.search.time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 @pytest.mark.parametrize("seconds", [0, 5, 39, 41, 55, 60, 1000])

@@ -512,7 +512,7 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its ranges are in no other file. What comes of it sits the exam before it is used."""
-    from unet_rt.calibration import calibrate
+    from unet_rt.building.calibration import calibrate
     from unet_rt.graph.passes.half import half
     from unet_rt.graph.passes.qdq import prepare, probed, quantise
 

@@ -66,7 +66,7 @@ def build(model: Path, folder: Path, precision: str, tiles: Any = TILES, batches
 
 
 def int8_model(folder: Path) -> Path:
-    from unet_rt.calibration import calibrate
+    from unet_rt.building.calibration import calibrate
     from unet_rt.graph.passes.qdq import prepare, probed, quantise
 
     prepared = prepare(onnx.load(str(NUCLEI)))

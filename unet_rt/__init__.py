@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .build import build
-    from .build_report import BuildReport
+    from .building.build import build
+    from .building.report import BuildReport
     from .contract.contract import Contract, Normalization
     from .engine.budget import Budget
     from .engine.engine import Engine
@@ -70,14 +70,14 @@ __all__ = [
 
 _MODULE = {
     "Budget": "engine.budget",
-    "BuildReport": "build_report",
+    "BuildReport": "building.report",
     "Contract": "contract.contract",
     "Engine": "engine.engine",
     "EngineSpec": "engine.spec",
     "Normalization": "contract.contract",
     "RunReport": "prediction.report",
     "VerifyReport": "verify",
-    "build": "build",
+    "build": "building.build",
     "export": "training.export",
     "inspect": "graph.report",
     "load": "engine.load",

@@ -242,7 +242,7 @@ def _engines(
     Raises:
         The error of the first, where none could be built.
     """
-    from .build import build
+    from .building.build import build
 
     engines: dict[str, Engine] = {}
     failed: list[BackendError | ParityError] = []

@@ -26,7 +26,7 @@ from ._version import __version__
 from .errors import ContractError, ImageError, OutputError, ParityError, UnetRtError
 
 if TYPE_CHECKING:
-    from .build_report import BuildReport
+    from .building.report import BuildReport
     from .contract.contract import Contract
     from .engine.budget import Budget
     from .models.state import Opened
@@ -678,7 +678,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from .build import SEARCH_MINUTES, build
+    from .building.build import SEARCH_MINUTES, build
     from .reports import build_text
 
     reports: list[BuildReport] = []

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .build import build
-from .build_report import BuildReport
+from .building.build import build
+from .building.report import BuildReport
 from .drawing.microscopy import microscopy
 from .engine import parity as parity_module
 from .engine.load import load

@@ -11,11 +11,11 @@ from .errors import size_text
 
 if TYPE_CHECKING:
     from .bench_model import BenchReport
-    from .build_report import BuildReport
+    from .building.quantiser import LayerCost
+    from .building.report import BuildReport
     from .engine.parity import ImageParity, Verdict
     from .graph.report import GraphReport
     from .prediction.report import RunReport
-    from .search import LayerCost
     from .system.timing import Timing
     from .verify import VerifyReport
 

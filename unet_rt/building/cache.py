@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine.folder import EngineFolder, check_folder, read_folder, sha256
-from .engine.write import place_folder
-from .errors import EngineError, OutputError
-from .system import facts
+from ..engine.folder import EngineFolder, check_folder, read_folder, sha256
+from ..engine.write import place_folder
+from ..errors import EngineError, OutputError
+from ..system import facts
 
 if TYPE_CHECKING:
-    from .baseline.samples import Sample
-    from .contract.contract import Contract
+    from ..baseline.samples import Sample
+    from ..contract.contract import Contract
 
 
 log = logging.getLogger("unet_rt")

@@ -9,23 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor, prod
 
-from .baseline.results import tile_of
-from .baseline.tiles import kept_share
-from .build_candidates import Measured
-from .build_engines import Engines, fits
-from .build_job import TILES_END, Job
-from .build_judge import Judge
-from .build_report import Candidate
-from .build_tiling import Tiling, tried_tiles
-from .build_timing import interleaved_times, with_timing
-from .engine import parity as parity_module
-from .engine.budget import Budget
-from .engine.engine import Engine
-from .engine.parity import Verdict
-from .errors import BackendError, GraphError, ParityError, TileError, size_text
-from .prediction.predict import MEMORY_SHARE
-from .system import limits
-from .tiling.axis import smaller_tile
+from ..baseline.results import tile_of
+from ..baseline.tiles import kept_share
+from ..engine import parity as parity_module
+from ..engine.budget import Budget
+from ..engine.engine import Engine
+from ..engine.parity import Verdict
+from ..errors import BackendError, GraphError, ParityError, TileError, size_text
+from ..prediction.predict import MEMORY_SHARE
+from ..system import limits
+from ..tiling.axis import smaller_tile
+from .candidates import Measured
+from .engines import Engines, fits
+from .job import TILES_END, Job
+from .measure import Judge, interleaved_times, with_timing
+from .report import Candidate
+from .tiling import Tiling, tried_tiles
 
 LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
 SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without warm-up: its first run is 5 % slower

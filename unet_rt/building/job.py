@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .baseline.model import Model
-from .engine.budget import Budget
-from .engine.engine import Engine
-from .engine.spec import Precision
-from .search import Deadline, Say
+from ..baseline.model import Model
+from ..engine.budget import Budget
+from ..engine.engine import Engine
+from ..engine.spec import Precision
 
 # How the time for the search is dealt out: the windows that parity is judged on are chosen so that the verdicts of all
 # candidates take PARITY_SHARE of it; INT8 ends when the second and third share are used up, tiles when nearly all is.
@@ -69,3 +69,23 @@ def parity_seconds(deadline: Deadline, names: Sequence[str], precisions: Sequenc
     floats = len(names) * sum(p != "int8" for p in precisions)
     runs = 1 + TILED_COST * floats + INT8_RUNS * len(names) * ("int8" in precisions)
     return PARITY_SHARE * deadline.seconds / runs
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The time that a search has, from ``begun`` (of the monotonic clock) on; parts of it are named by their end."""
+
+    begun: float
+    seconds: float
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until ``share`` of the time is used up; negative afterwards."""
+        return self.begun + share * self.seconds - time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.begun

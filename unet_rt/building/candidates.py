@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from .baseline.results import tile_of
-from .baseline.samples import Sample
-from .build_engines import Engines, batches_to_try
-from .build_int8 import calibrated, check_int8, int8_mixtures, maker, return_layers
-from .build_job import Job
-from .build_judge import Judge
-from .build_report import Candidate, Key
-from .build_tiling import Tiling
-from .build_timing import interleaved_times, quick_seconds, with_timing
-from .engine.engine import Engine
-from .engine.parity import Verdict
-from .engine.spec import Precision
-from .errors import BackendError, GraphError, ImageError, TileError, size_text
-from .search import Mixture, Quantiser
+from ..baseline.results import tile_of
+from ..baseline.samples import Sample
+from ..engine.engine import Engine
+from ..engine.parity import Verdict
+from ..engine.spec import Precision
+from ..errors import BackendError, GraphError, ImageError, TileError, size_text
+from .engines import Engines, batches_to_try
+from .int8 import calibrated, check_int8, int8_mixtures, maker, return_layers
+from .job import Job
+from .measure import Judge, interleaved_times, quick_seconds, with_timing
+from .quantiser import Mixture, Quantiser
+from .report import Candidate, Key
+from .tiling import Tiling
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .engine.parity import ImageParity, Verdict
-from .engine.spec import EngineSpec, Precision
-from .search import LayerCost
+from ..engine.parity import ImageParity, Verdict
+from ..engine.spec import EngineSpec, Precision
+from .quantiser import LayerCost
 
 Key = tuple[str, Precision, str]  # of a candidate: backend, precision, variant
 Kind = Literal["samples", "synthetic"]  # of windows: the user's, or generated ones, which prove FP32 only

@@ -10,28 +10,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .baseline.results import tile_of
-from .baseline.runner import baseline_name
-from .baseline.samples import Sample
-from .build_candidates import Measured
-from .build_choice import Choice
-from .build_engines import Engines
-from .build_job import Job
-from .build_judge import Judge
-from .build_report import BuildReport
-from .build_samples import Samples
-from .build_tiling import Tiling
+from ..baseline.results import tile_of
+from ..baseline.runner import baseline_name
+from ..baseline.samples import Sample
+from ..engine import exam
+from ..engine import parity as parity_module
+from ..engine.engine import Engine
+from ..engine.folder import FileKind, sha256
+from ..engine.parity import ImageParity
+from ..engine.spec import EngineSpec
+from ..errors import ParityError
+from ..system import facts, json
+from ..tiling.grid import square_tile
 from .cache import Asked
-from .engine import exam
-from .engine import parity as parity_module
-from .engine.engine import Engine
-from .engine.folder import FileKind, sha256
-from .engine.parity import ImageParity
-from .engine.spec import EngineSpec
-from .errors import ParityError
-from .search import LayerCost, Quantiser
-from .system import facts, json
-from .tiling.grid import square_tile
+from .candidates import Measured
+from .choice import Choice
+from .engines import Engines
+from .job import Job
+from .measure import Judge
+from .quantiser import LayerCost, Quantiser
+from .report import BuildReport
+from .samples import Samples
+from .tiling import Tiling
 
 Array = npt.NDArray[Any]
 EXAM_TILES = 8

@@ -26,32 +26,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from . import backends
-from .baseline.folds import open_models
-from .baseline.model import Model, baseline_engine, check_fp32
-from .baseline.tiles import untiled_spec
-from .build_candidates import try_candidates
-from .build_choice import choose
-from .build_engines import Engines
-from .build_job import Job, Remarks, parity_seconds
-from .build_judge import Judge
-from .build_record import Outcome, engine_files, final_spec, report_of
-from .build_report import BuildReport
-from .build_samples import read_samples, set_aside
-from .build_task import describe_first, resolve_task
-from .build_tiling import choose_tiling
+from .. import backends
+from ..baseline.folds import open_models
+from ..baseline.model import Model, baseline_engine, check_fp32
+from ..baseline.tiles import untiled_spec
+from ..contract.contract import Contract
+from ..engine.budget import Budget
+from ..engine.engine import Engine
+from ..engine.folder import EngineFolder, read_folder
+from ..engine.load import load
+from ..engine.spec import Precision
+from ..engine.write import check_target, write_folder
+from ..errors import BackendError, ContractError, EngineError, OutputError
+from ..system import limits
+from ..tiling.stitch import Blend
 from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
-from .contract.contract import Contract
-from .engine.budget import Budget
-from .engine.engine import Engine
-from .engine.folder import EngineFolder, read_folder
-from .engine.load import load
-from .engine.spec import Precision
-from .engine.write import check_target, write_folder
-from .errors import BackendError, ContractError, EngineError, OutputError
-from .search import Deadline, Say
-from .system import limits
-from .tiling.stitch import Blend
+from .candidates import try_candidates
+from .choice import choose
+from .engines import Engines
+from .job import Deadline, Job, Remarks, Say, parity_seconds
+from .measure import Judge
+from .record import Outcome, engine_files, final_spec, report_of
+from .report import BuildReport
+from .samples import describe_first, read_samples, resolve_task, set_aside
+from .tiling import choose_tiling
 
 log = logging.getLogger("unet_rt")
 

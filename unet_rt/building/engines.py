@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from . import backends
+from .. import backends
+from ..baseline.model import Model
+from ..baseline.results import tile_of
+from ..engine.engine import Engine
+from ..engine.spec import EngineSpec, Precision
+from ..errors import size_text
+from ..graph.passes.half import half
+from ..system import facts
+from ..tiling.grid import square_tile
 from .activations import overflowing, probe, tensors
-from .baseline.model import Model
-from .baseline.results import tile_of
-from .build_job import Job
-from .build_report import Kind
-from .build_tiling import Tiling
-from .engine.engine import Engine
-from .engine.spec import EngineSpec, Precision
-from .errors import size_text
-from .graph.passes.half import half
-from .system import facts
-from .tiling.grid import square_tile
+from .job import Job
+from .report import Kind
+from .tiling import Tiling
 
 GPU_BATCHES = (1, 4, 16)  # tiles per run that are tried on a GPU
 CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at
@@ -154,7 +154,7 @@ def fits(model: Model, device: str, tile: Sequence[int], batch: int, held: int =
 
     ``held``: bytes of its memory that are not free and will be by then.
     """
-    from .kernels.device import Device
+    from ..kernels.device import Device
 
     free = Device.open(facts.cuda_index(device)).memory()[0]
     return 2 * model.report.activation_bytes(tile, batch) < free + held

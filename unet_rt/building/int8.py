@@ -10,18 +10,19 @@ from math import prod
 
 import numpy as np
 
-from . import backends
-from .baseline.samples import Sample
-from .build_engines import Engines, calibration_tile
-from .build_job import INT8_ENDS, PUT_BACK_ENDS, Job
-from .build_report import Key
-from .build_tiling import Tiling
+from .. import backends
+from ..baseline.samples import Sample
+from ..engine.engine import Engine
+from ..engine.parity import Verdict
+from ..errors import BackendError, GraphError
+from ..graph.passes.qdq import FORMS
 from .calibration import Method, draw_tiles
-from .engine.engine import Engine
-from .engine.parity import Verdict
-from .errors import BackendError, GraphError
-from .graph.passes.qdq import FORMS
-from .search import Drop, Make, Mixture, Quantiser, VerdictOf, plain_and_ends, put_back
+from .engines import Engines, calibration_tile
+from .job import INT8_ENDS, PUT_BACK_ENDS, Job
+from .quantiser import Mixture, Quantiser
+from .report import Key
+from .search import Drop, Make, VerdictOf, plain_and_ends, put_back
+from .tiling import Tiling
 
 CALIBRATION_FLOP = 1e12  # of all calibration tiles together: half a minute of two cores
 

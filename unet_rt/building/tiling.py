@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from .baseline.results import raw_results
-from .baseline.samples import Sample
-from .baseline.tiles import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
-from .build_baseline import Results, judging_results
-from .build_job import Job
-from .build_samples import Samples
-from .engine import parity as parity_module
-from .engine.parity import ImageParity
-from .engine.spec import EngineSpec
-from .errors import ContractError, ImageError, TileError, size_text
-from .tiling.grid import TileGrid, square_tile, tile_grid
-from .tiling.stitch import Blend
+import numpy.typing as npt
+
+from ..baseline.results import raw_results
+from ..baseline.samples import Sample
+from ..baseline.tiles import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
+from ..engine import parity as parity_module
+from ..engine.parity import ImageParity
+from ..engine.spec import EngineSpec
+from ..errors import ContractError, ImageError, TileError, size_text
+from ..tiling.grid import TileGrid, square_tile, tile_grid
+from ..tiling.stitch import Blend
+from .calibration import reach
+from .job import Job
+from .samples import Samples
 
 PROBE_PX = 512 * 512  # tile area at which backends and precisions are compared
 TILE_AREAS = (512**2, 1024**2, 1536**2, 2048**2)  # tile areas tried with the winner
@@ -251,3 +255,60 @@ def _seam(job: Job, spec: EngineSpec, results: Results, limit: int) -> float:
 def _seam_text(spec: EngineSpec, error: float) -> str:
     what = "the output by {:.2e} of its range" if not spec.contract.has_labels else "{:.2e} of labels"
     return f"seams change {what.format(error)} on the worst sample"
+
+
+Array = npt.NDArray[Any]
+
+FEWEST_WINDOWS = 3
+
+
+@dataclass(frozen=True)
+class Results:
+    """The baseline's results.
+
+    Attributes:
+        samples: The windows that there was time for; the first is always among them.
+        values: Of each window, every output (K, *spatial), float32.
+    """
+
+    samples: tuple[Sample, ...]
+    values: tuple[list[Array], ...]
+
+
+def judging_results(job: Job, spec: EngineSpec, samples: Samples) -> Results:
+    """The baseline on the windows that parity is judged on."""
+    windows, values, spent = _farthest_first(samples.judging), list[list[Array]](), 0.0
+    least = FEWEST_WINDOWS if samples.kind == "samples" else 1
+    for k, sample in enumerate(windows, start=1):
+        begun = time.perf_counter()
+        values.append(_values(job, spec, sample))
+        spent += time.perf_counter() - begun
+        job.remarks.say(f"baseline {k}/{len(windows)}: {sample.name}")
+        if k >= least and spent * (k + 1) / k > job.parity_seconds and k < len(windows):
+            job.remarks.left_out.append(f"parity is judged on {k} of {len(windows)} sample windows")
+            break
+    return Results(windows[: len(values)], tuple(values))
+
+
+def calibrating_results(job: Job, spec: EngineSpec, windows: Sequence[Sample]) -> Results:
+    """The baseline on the windows that calibrated: they prove nothing for INT8, and may disprove it."""
+    values, spent = list[list[Array]](), 0.0
+    for k, sample in enumerate(windows, start=1):
+        begun = time.perf_counter()
+        values.append(_values(job, spec, sample))
+        spent += time.perf_counter() - begun
+        if spent > job.parity_seconds / 4 and k < len(windows):
+            job.remarks.left_out.append(f"{len(windows) - k} windows that calibrated were not judged as well")
+            break
+    return Results(tuple(windows[: len(values)]), tuple(values))
+
+
+def _farthest_first(windows: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The first window, which reports are about, then those whose values go farthest: where time is short, they judge."""
+    return (*windows[:1], *sorted(windows[1:], key=lambda sample: -reach(sample)))
+
+
+def _values(job: Job, spec: EngineSpec, sample: Sample) -> list[Array]:
+    """Whole where there is a whole-image result, in the engine's tiles otherwise."""
+    grid = whole_grid(spec, sample.shape) if spec.runs_whole else spec.grid(sample.shape, spec.tile)
+    return raw_results(job.baseline, sample, grid, job.threads)

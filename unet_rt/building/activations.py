@@ -95,7 +95,7 @@ class Probe:
 
         import onnx
 
-        from .backends.onnxruntime import backend
+        from ..backends.onnxruntime import backend
 
         given = {value.name for value in model.graph.input}
         shown = onnx.ModelProto()
@@ -149,7 +149,7 @@ def islands(model: onnx.ModelProto, large: Collection[str]) -> frozenset[str]:
 
     (A convolution between DequantizeLinear and QuantizeLinear runs in INT8 only if nothing casts in between.)
     """
-    from .graph.passes.half import node_name
+    from ..graph.passes.half import node_name
 
     large, as_integers = set(large), set[str]()
     for node in model.graph.node:  # sorted, as ONNX wants them

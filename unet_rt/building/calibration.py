@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..baseline.results import tile_of
+from ..baseline.samples import Sample, constant_reason
+from ..errors import EngineError, ImageError, size_text
+from ..graph.passes.qdq import Range
 from .activations import Distribution, probe
-from .baseline.results import tile_of
-from .baseline.samples import Sample, constant_reason
-from .errors import EngineError, ImageError, size_text
-from .graph.passes.qdq import Range
 
 if TYPE_CHECKING:
     import onnx
 
-    from .engine.spec import EngineSpec
+    from ..engine.spec import EngineSpec
 
 
 Array = npt.NDArray[Any]
