@@ -22,13 +22,14 @@ from PIL import Image
 import unet_rt as urt
 from unet_rt.baseline.results import raw_result
 from unet_rt.baseline.samples import draw
-from unet_rt.bench_model import BenchReport, bench_model, tiles_by_hand
 from unet_rt.building import measure as bench
 from unet_rt.building import measure as build_timing
 from unet_rt.cli import main
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine.engine import Engine
+from unet_rt.judging.bench import BenchReport, bench_model
+from unet_rt.judging.contenders import tiles_by_hand
 from unet_rt.kernels.device import Device
 from unet_rt.reports import bench_text
 from unet_rt.system import timing as system_timing
@@ -167,7 +168,7 @@ def test_one_document_whatever_becomes_of_the_picture(
     """A contender whose values are not finite has no place in the picture; a folder stands where the other should be."""
     broken = replace(report.rows[0], label_agreement=None, relative_error=float("inf"))
     found = replace(report, rows=(broken, *report.rows[1:]))
-    monkeypatch.setattr("unet_rt.bench_model.bench_model", lambda *_, **__: found)
+    monkeypatch.setattr("unet_rt.judging.bench.bench_model", lambda *_, **__: found)
     assert main(["bench", "model.urt", "--plot", str(tmp_path / "plot.png"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == len(found.rows)
     with Image.open(tmp_path / "plot.png") as picture:

@@ -33,11 +33,11 @@ from unet_rt.contract import metadata as contract_io
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.demo import shipped_model
 from unet_rt.engine.folder import read_folder
+from unet_rt.judging.verify import verify
 from unet_rt.reports import build_text
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 from unet_rt.tiling.stitch import blend_weight
-from unet_rt.verify import verify
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]

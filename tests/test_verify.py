@@ -29,11 +29,12 @@ from unet_rt.engine.budget import Budget
 from unet_rt.engine.engine import Engine
 from unet_rt.engine.folder import read_folder
 from unet_rt.engine.write import write_folder
+from unet_rt.judging.truth import _truth
+from unet_rt.judging.verify import verify
 from unet_rt.outputs import pictures
 from unet_rt.reports import verify_text
 from unet_rt.testing import assert_parity
 from unet_rt.tiling.grid import square_tile
-from unet_rt.verify import _truth, verify
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
         UnetRtError,
     )
     from .graph.report import inspect
+    from .judging.verify import VerifyReport, verify
     from .prediction.predict import predict
     from .prediction.report import RunReport
     from .training.export import export
-    from .verify import VerifyReport, verify
 
 __all__ = [
     "BackendError",
@@ -76,13 +76,13 @@ _MODULE = {
     "EngineSpec": "engine.spec",
     "Normalization": "contract.contract",
     "RunReport": "prediction.report",
-    "VerifyReport": "verify",
+    "VerifyReport": "judging.verify",
     "build": "building.build",
     "export": "training.export",
     "inspect": "graph.report",
     "load": "engine.load",
     "predict": "prediction.predict",
-    "verify": "verify",
+    "verify": "judging.verify",
 }
 
 

@@ -888,8 +888,8 @@ def _folder_of(args: argparse.Namespace, targets: Sequence[Path]) -> Iterator[No
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from .judging.verify import verify
     from .reports import verify_text
-    from .verify import verify
 
     report = verify(
         args.engine,
@@ -916,7 +916,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench_model import bench_model
+    from .judging.bench import bench_model
     from .reports import bench_text
 
     if args.plot and not Path(args.plot).absolute().parent.is_dir():

@@ -16,12 +16,12 @@ from .drawing.microscopy import microscopy
 from .engine import parity as parity_module
 from .engine.load import load
 from .errors import GraphError, OutputError
+from .judging.verify import verify
 from .prediction.predict import predict
 from .prediction.report import RunReport
 from .prediction.work import Progress
 from .reports import build_text, run_text, verify_text
 from .system.durable import Disk
-from .verify import verify
 
 SHIPPED = ("nuclei", "membranes")
 SAMPLES = 4

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine.budget import Budget
-from .verify import VerifyReport, verify
+from .judging.verify import VerifyReport, verify
 
 
 def assert_parity(
