@@ -17,7 +17,7 @@ import record
 import tifffile
 
 import unet_rt as urt
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.prediction.report import RunReport
 from unet_rt.system import limits as machine
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         build = [
             sys.executable,
             "-Pm",  # not the package of the checkout, which may lie in the current folder
-            "unet_rt.cli",
+            "unet_rt.cli.main",
             "build",
             str(shipped_model()),
             "--out",

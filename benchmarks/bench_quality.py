@@ -34,7 +34,7 @@ from unet_rt.baseline.model import baseline_engine, open_model
 from unet_rt.baseline.results import raw_result
 from unet_rt.baseline.samples import Sample, draw
 from unet_rt.baseline.tiles import untiled_spec, whole_grid
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import parity
 from unet_rt.engine.engine import Engine

@@ -32,8 +32,8 @@ import numpy as np
 import record
 
 import unet_rt as urt
+from unet_rt.cli.demo import shipped_model
 from unet_rt.contract.contract import Contract, Normalization
-from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench

@@ -35,7 +35,7 @@ from unet_rt.baseline.samples import draw
 from unet_rt.baseline.tiles import judged_tile, whole_grid
 from unet_rt.building.calibration import Calibration
 from unet_rt.building.report import BuildReport
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.engine import parity
 from unet_rt.engine.engine import Engine
 from unet_rt.engine.folder import read_folder

@@ -122,7 +122,7 @@ def sample_images() -> list[NDArray[np.uint16]]:
 def engine_folder(tmp_path_factory: pytest.TempPathFactory, sample_images: list[NDArray[np.uint16]]) -> Path:
     """An FP32 engine of the shipped network in ONNX Runtime, proven on ``sample_images``. Read it, do not change it."""
     import unet_rt as urt
-    from unet_rt.demo import shipped_model
+    from unet_rt.cli.demo import shipped_model
 
     folder = tmp_path_factory.mktemp("engine") / "nuclei.urt"
     urt.build(

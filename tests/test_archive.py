@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import unet_rt as urt
-from unet_rt.cli import main
+from unet_rt.cli.main import main
 from unet_rt.engine.archive import pack, unpack
 from unet_rt.engine.folder import read_folder, sha256
 

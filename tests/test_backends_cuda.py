@@ -28,7 +28,7 @@ from unet_rt.backends.onnxruntime import trial
 from unet_rt.backends.onnxruntime.cuda import CudaSession
 from unet_rt.backends.onnxruntime.settings import RECORD, Options
 from unet_rt.backends.session import on_device
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import BackendError
 from unet_rt.graph.passes.half import half

@@ -24,14 +24,14 @@ from unet_rt.baseline.results import raw_result
 from unet_rt.baseline.samples import draw
 from unet_rt.building import measure as bench
 from unet_rt.building import measure as build_timing
-from unet_rt.cli import main
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.main import main
+from unet_rt.cli.texts import bench_text
 from unet_rt.contract.contract import Contract, Normalization
-from unet_rt.demo import shipped_model
 from unet_rt.engine.engine import Engine
 from unet_rt.judging.bench import BenchReport, bench_model
 from unet_rt.judging.contenders import tiles_by_hand
 from unet_rt.kernels.device import Device
-from unet_rt.reports import bench_text
 from unet_rt.system import timing as system_timing
 from unet_rt.tiling.grid import tile_grid
 

@@ -29,12 +29,12 @@ from unet_rt.building import record as build_record
 from unet_rt.building import search
 from unet_rt.building import tiling as build_tiling
 from unet_rt.building.report import BuildReport, Candidate
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.texts import build_text
 from unet_rt.contract import metadata as contract_io
 from unet_rt.contract.contract import Contract, Head, Normalization
-from unet_rt.demo import shipped_model
 from unet_rt.engine.folder import read_folder
 from unet_rt.judging.verify import verify
-from unet_rt.reports import build_text
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 from unet_rt.tiling.stitch import blend_weight
@@ -939,7 +939,7 @@ def test_files_that_are_no_models(tmp_path):
 
 def test_without_samples_a_task_may_stay_open(network, tmp_path, monkeypatch, capsys):
     """Generated tiles cannot tell a mask's logit from a value, and FP32 is proven on the values; the readings are named."""
-    from unet_rt.cli import main
+    from unet_rt.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build_job, "PARITY_SHARE", 0.0)

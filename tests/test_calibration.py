@@ -26,11 +26,11 @@ from unet_rt.building.activations import (
     tensors,  # noqa: E402
 )
 from unet_rt.building.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
+from unet_rt.cli.demo import shipped_model  # noqa: E402
 from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402
 )
-from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import (
     EngineError,

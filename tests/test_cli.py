@@ -25,8 +25,9 @@ from PIL import Image
 
 import unet_rt as urt
 from unet_rt.building import job as build_job
-from unet_rt.cli import _Bar, _parser, main
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.main import _parser, main
+from unet_rt.cli.printing import Bar
 from unet_rt.outputs.pictures import COLOURS
 
 pytestmark = pytest.mark.onnxruntime
@@ -68,7 +69,7 @@ def images(sample_images: list[Array]) -> Path:
 
 
 def command(*argv: object) -> list[str]:
-    return [sys.executable, "-m", "unet_rt.cli", *(str(part) for part in argv)]
+    return [sys.executable, "-m", "unet_rt.cli.main", *(str(part) for part in argv)]
 
 
 def environment() -> dict[str, str]:
@@ -465,7 +466,7 @@ def test_bars_of_long_predictions_show_time_left(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bar = _Bar("large.tif")
+    bar = Bar("large.tif")
     for done in range(5):
         bar(done, 8)
         now[0] += 3

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, basic_indices
 
-from unet_rt import doctor
+from unet_rt.cli import doctor
 from unet_rt.errors import BackendError
 from unet_rt.kernels import device as gpu
 from unet_rt.kernels import native as kernels

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import unet_rt
-from unet_rt import backends, doctor
+from unet_rt import backends
 from unet_rt.backends import openvino
+from unet_rt.cli import doctor
 from unet_rt.errors import BackendError
 from unet_rt.kernels import native as kernels
 from unet_rt.system import facts as machine

@@ -18,13 +18,14 @@ import onnx  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt import cli
 from unet_rt.baseline import folds as ensemble
 from unet_rt.baseline.folds import (
     merge,  # noqa: E402
     open_models,  # noqa: E402
 )
 from unet_rt.baseline.model import Model, open_model
+from unet_rt.cli import main as cli
+from unet_rt.cli.demo import shipped_model  # noqa: E402
 from unet_rt.contract.contract import (
     Contract,
     Head,
@@ -34,7 +35,6 @@ from unet_rt.contract.metadata import (
     contract_from_metadata,
     contract_to_metadata,  # noqa: E402
 )
-from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.engine.folder import sha256  # noqa: E402
 from unet_rt.errors import (

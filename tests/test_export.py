@@ -15,7 +15,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip install unet-rt[cpu]")
 
 import unet_rt  # noqa: E402
-from unet_rt.cli import main  # noqa: E402
+from unet_rt.cli.main import main  # noqa: E402
 from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402

@@ -20,7 +20,7 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="training needs torch; pip install unet-rt[train]")
 
 import unet_rt  # noqa: E402
-from unet_rt.cli import main  # noqa: E402
+from unet_rt.cli.main import main  # noqa: E402
 from unet_rt.drawing.microscopy import (
     Scene,
     microscopy,  # noqa: E402

@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper, shape_inference  # noqa: E402
 
 from unet_rt.backends.onnxruntime import backend as onnxruntime  # noqa: E402
-from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.cli.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import GraphError  # noqa: E402
 from unet_rt.graph.passes.half import (

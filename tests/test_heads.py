@@ -16,17 +16,17 @@ from onnx import TensorProto, helper
 
 import unet_rt as urt
 from unet_rt import backends
-from unet_rt.cli import main
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.main import main
+from unet_rt.cli.texts import build_text, inspect_text, verify_text
 from unet_rt.contract.contract import Contract, Head
 from unet_rt.contract.json import contract_from_json
 from unet_rt.contract.task import resolve_heads
-from unet_rt.demo import shipped_model
 from unet_rt.engine import exam
 from unet_rt.engine.budget import Budget
 from unet_rt.graph.report import inspect
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
-from unet_rt.reports import build_text, inspect_text, verify_text
 
 pytestmark = pytest.mark.onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]

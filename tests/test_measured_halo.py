@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import unet_rt as urt
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 
 pytestmark = pytest.mark.onnxruntime

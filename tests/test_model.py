@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import unet_rt as urt
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.engine.folder import read_folder
 
 pytestmark = pytest.mark.onnxruntime

@@ -15,7 +15,7 @@ pytest.importorskip("nnunetv2", reason="nnU-Net is not installed; pip install nn
 pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip install unet-rt[cpu]")
 
 import unet_rt as urt  # noqa: E402
-from unet_rt.cli import main  # noqa: E402
+from unet_rt.cli.main import main  # noqa: E402
 from unet_rt.contract.contract import Normalization  # noqa: E402
 from unet_rt.contract.json import contract_from_json  # noqa: E402
 from unet_rt.drawing.microscopy import (

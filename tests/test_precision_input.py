@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 import unet_rt as urt  # noqa: E402
 from unet_rt.building import engines as build_engines  # noqa: E402
 from unet_rt.building.report import BuildReport  # noqa: E402
-from unet_rt.cli import main  # noqa: E402
+from unet_rt.cli.demo import shipped_model  # noqa: E402
+from unet_rt.cli.main import main  # noqa: E402
 from unet_rt.contract.contract import Contract  # noqa: E402
-from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
 

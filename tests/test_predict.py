@@ -22,8 +22,8 @@ import unet_rt as urt
 from unet_rt import backends
 from unet_rt.baseline.model import open_model
 from unet_rt.baseline.tiles import untiled_spec
+from unet_rt.cli.demo import shipped_model
 from unet_rt.contract.contract import Contract, Normalization
-from unet_rt.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
 from unet_rt.images.normalize import affine, normalised

@@ -20,7 +20,7 @@ from unet_rt.building.calibration import (
     calibrate,  # noqa: E402
 )
 from unet_rt.building.quantiser import form_of  # noqa: E402
-from unet_rt.demo import shipped_model  # noqa: E402
+from unet_rt.cli.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import (
     BackendError,

@@ -22,8 +22,8 @@ import tifffile
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from unet_rt.cli import main
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.main import main
 from unet_rt.system import facts as machine
 
 onnxruntime = pytest.importorskip("onnxruntime")

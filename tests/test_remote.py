@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import unet_rt as urt
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.folder import read_folder
 from unet_rt.engine.remote import connect

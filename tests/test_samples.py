@@ -42,7 +42,7 @@ def test_images_that_are_not_drawn_from_are_said():
 def test_what_is_said_of_the_first_sample_holds_for_all_of_it(tmp_path):
     """Nuclei in one corner: the middle alone would read as a mask that is constant, and as a wrong normalisation."""
     import unet_rt as urt
-    from unet_rt.demo import shipped_model
+    from unet_rt.cli.demo import shipped_model
 
     drawn = microscopy((120, 120), seed=1).image
     image = np.random.default_rng(0).poisson(np.percentile(drawn, 5), (560, 560)).astype(np.uint16)

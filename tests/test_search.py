@@ -43,16 +43,16 @@ from unet_rt.building.report import (
     Candidate,  # noqa: E402
 )
 from unet_rt.building.search import _best_method, _rank, _shortest, plain_and_ends, put_back
+from unet_rt.cli.demo import shipped_model  # noqa: E402
+from unet_rt.cli.texts import build_text  # noqa: E402
 from unet_rt.contract.contract import (
     Contract,
     Head,  # noqa: E402
 )
-from unet_rt.demo import shipped_model  # noqa: E402
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.engine import parity  # noqa: E402
 from unet_rt.graph.passes import qdq  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
-from unet_rt.reports import build_text  # noqa: E402
 
 pytestmark = [pytest.mark.onnxruntime]
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import unet_rt as urt
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.membranes import membranes, random_tissue
 from unet_rt.errors import GraphError
 

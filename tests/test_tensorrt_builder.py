@@ -33,7 +33,7 @@ from unet_rt.backends.tensorrt import session as tensorrt_session
 from unet_rt.backends.tensorrt.build import Compiled, compile_plan, profiles_for
 from unet_rt.backends.tensorrt.inspect import check_network
 from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, read_plan, write_plan
-from unet_rt.demo import SHIPPED, shipped_model
+from unet_rt.cli.demo import SHIPPED, shipped_model
 from unet_rt.engine import exam
 from unet_rt.engine.folder import read_folder, sha256
 from unet_rt.engine.write import write_folder

@@ -21,7 +21,8 @@ from unet_rt import backends
 from unet_rt.baseline.model import open_model
 from unet_rt.baseline.samples import draw
 from unet_rt.baseline.tiles import untiled_spec
-from unet_rt.cli import main
+from unet_rt.cli.main import main
+from unet_rt.cli.texts import verify_text
 from unet_rt.contract.contract import Contract, Head, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine import parity
@@ -32,7 +33,6 @@ from unet_rt.engine.write import write_folder
 from unet_rt.judging.truth import _truth
 from unet_rt.judging.verify import verify
 from unet_rt.outputs import pictures
-from unet_rt.reports import verify_text
 from unet_rt.testing import assert_parity
 from unet_rt.tiling.grid import square_tile
 

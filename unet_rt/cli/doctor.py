@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from . import backends
-from ._version import __version__
-from .errors import UnetRtError
-from .system import facts
+from .. import backends
+from .._version import __version__
+from ..errors import UnetRtError
+from ..system import facts
 
 _ALL = (*backends.names(), "eager")
 
@@ -53,7 +53,7 @@ def collect() -> dict[str, Any]:
 
 def conflicts() -> list[str]:
     """Installed distributions that cannot live together, one sentence each."""
-    from .backends.onnxruntime import library as onnxruntime
+    from ..backends.onnxruntime import library as onnxruntime
 
     clash = onnxruntime.conflict()
     return [] if clash is None else [clash]
@@ -61,7 +61,7 @@ def conflicts() -> list[str]:
 
 def _unusable(index: int) -> str | None:
     """Why images cannot be predicted on a GPU that the driver lists; None if they can."""
-    from .kernels import device
+    from ..kernels import device
 
     try:
         return device.missing(index)
@@ -90,11 +90,11 @@ def _backend(name: str, devices: list[str]) -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     """State of the compiled modules: for each, whether it is there and why not."""
-    from .kernels import native as kernels
+    from ..kernels import native as kernels
 
     try:
         cuda = kernels.cuda_status()
-        from . import _cpu
+        from .. import _cpu
 
         cpu, compiler = None, str(_cpu.build_info["compiler"])
     except (UnetRtError, ImportError, AttributeError) as error:

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine.parity import judged_outputs
-from .errors import size_text
+from ..engine.parity import judged_outputs
+from ..errors import size_text
 
 if TYPE_CHECKING:
-    from .building.quantiser import LayerCost
-    from .building.report import BuildReport
-    from .engine.parity import ImageParity, Verdict
-    from .graph.report import GraphReport
-    from .judging.bench import BenchReport
-    from .judging.verify import VerifyReport
-    from .prediction.report import RunReport
-    from .system.timing import Timing
+    from ..building.quantiser import LayerCost
+    from ..building.report import BuildReport
+    from ..engine.parity import ImageParity, Verdict
+    from ..graph.report import GraphReport
+    from ..judging.bench import BenchReport
+    from ..judging.verify import VerifyReport
+    from ..prediction.report import RunReport
+    from ..system.timing import Timing
 
 
 OUTSIDE_TOLD = 1e-3  # share of pixels outside the range seen at build from which on the result is worth a look

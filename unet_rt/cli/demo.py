@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .building.build import build
-from .building.report import BuildReport
-from .drawing.microscopy import microscopy
-from .engine import parity as parity_module
-from .engine.load import load
-from .errors import GraphError, OutputError
-from .judging.verify import verify
-from .prediction.predict import predict
-from .prediction.report import RunReport
-from .prediction.work import Progress
-from .reports import build_text, run_text, verify_text
-from .system.durable import Disk
+from ..building.build import build
+from ..building.report import BuildReport
+from ..drawing.microscopy import microscopy
+from ..engine import parity as parity_module
+from ..engine.load import load
+from ..errors import GraphError, OutputError
+from ..judging.verify import verify
+from ..prediction.predict import predict
+from ..prediction.report import RunReport
+from ..prediction.work import Progress
+from ..system.durable import Disk
+from .texts import build_text, run_text, verify_text
 
 SHIPPED = ("nuclei", "membranes")
 SAMPLES = 4

@@ -1,0 +1,143 @@
+"""TODO unet_rt.cli.build."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import _contract, _shape, budget, channels, contract_options, overwrite_option, threads_option, verb
+from .printing import _out, clear, print_json, say
+
+if TYPE_CHECKING:
+    from ..building.report import BuildReport
+
+
+def add_inspect(verbs: Any) -> None:
+    p = verb(verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs", "MODEL.onnx ")
+    p.add_argument("model", metavar="MODEL.onnx", help="ONNX file")
+
+
+def add_build(verbs: Any) -> None:
+    p = verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ... ")
+    p.add_argument(
+        "model",
+        metavar="MODEL.onnx",
+        nargs="+",
+        help="ONNX file, bioimage.io package or rdf.yaml; several (folds) become one engine of their mean probability",
+    )
+    p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
+    p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt; ensemble.urt for several)")
+    p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino or tensorrt")
+    p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
+    p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
+    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
+    p.add_argument(
+        "--halo",
+        default="auto",
+        metavar="exact|measured|N",
+        help="samples discarded at inner tile edges (default: exact, unless that costs too much)",
+    )
+    p.add_argument(
+        "--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles, for networks that are not exact"
+    )
+    p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
+    p.add_argument(
+        "--budget",
+        metavar="KEY=VALUE",
+        nargs="+",
+        default=[],
+        help="label_change=1e-3 (INT8: 5e-3) dice=0.99 error=1e-2 seam=1e-5",
+    )
+    p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
+    overwrite_option(p)
+    p.add_argument(
+        "--cache",
+        metavar="DIR",
+        default=os.environ.get("UNET_RT_CACHE") or None,
+        help="keep engines here by all that decided them (default: $UNET_RT_CACHE, else nowhere)",
+    )
+    p.add_argument("--search-minutes", type=float, metavar="N", help="time for the search (default: 10)")
+    threads_option(p)
+    contract_options(p)
+
+
+# --- verbs ----------------------------------------------------------------------------------------------------------
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from ..graph.report import check_images, inspect
+    from .texts import inspect_text
+
+    report = inspect(args.model)
+    check_images(report)
+    if args.json:
+        print_json(report.to_json())
+    else:
+        print(inspect_text(report))
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from ..building.build import SEARCH_MINUTES, build
+    from .texts import build_text
+
+    reports: list[BuildReport] = []
+    engine = build(
+        args.model,
+        samples=args.samples,
+        out=args.out,
+        budget=budget(args),
+        contract=_contract(args),
+        backend=args.backend,
+        device=args.device,
+        precision=args.precision,
+        tile=args.tile,
+        halo=args.halo,
+        overlap=args.overlap,
+        blend=args.blend,
+        threads=args.threads,
+        axes=args.axes,
+        channels=channels(args),
+        keep_exam=not args.no_exam,
+        overwrite=args.overwrite,
+        cache=args.cache,
+        search_minutes=SEARCH_MINUTES if args.search_minutes is None else args.search_minutes,
+        say=say(args),
+        report=reports.append,
+    )
+    engine.close()
+    clear()
+    if not reports:
+        folder = "" if engine.folder is None else str(engine.folder.path)
+        if args.json:
+            print_json({"folder": folder, "up_to_date": True, "spec": engine.spec.to_json()})
+        print(
+            f"{folder}: up to date ({engine.spec.backend} {engine.spec.precision}); the same model, samples and options "
+            "built it on this machine",
+            file=_out(args),
+        )
+        return 0
+    done = reports[0]
+    if done.advice:
+        argv = args.argv if done.spec.contract.task else [*args.argv, "--task", "YOUR_TASK"]
+        done = replace(done, advice=_with_samples(argv, done.folder))
+    print(build_text(done), file=_out(args))
+    for warning in done.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    if args.json:
+        print_json(done.to_json())
+    return 0
+
+
+def _with_samples(argv: Sequence[str], folder: Path) -> str:
+    """The command that was given, once more, with samples: every other option decides the result as well."""
+    kept = [part for part in argv if part not in ("--json", "--debug", "--overwrite")]
+    if not any(part == "--out" or part.startswith("--out=") for part in kept):
+        kept += ["--out", str(folder)]
+    return shlex.join(["unet-rt", *kept, "--samples", "YOUR_IMAGES", "--overwrite"])

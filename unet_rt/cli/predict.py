@@ -1,0 +1,243 @@
+"""TODO unet_rt.cli.predict."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ContractError, ImageError, OutputError
+from .options import (
+    _lengths,
+    _shape,
+    channels,
+    memory,
+    numbers,
+    overwrite_option,
+    reading_options,
+    shard,
+    threads_option,
+    verb,
+)
+from .printing import Bar, _out, print_json
+
+if TYPE_CHECKING:
+    from ..prediction.report import RunReport
+    from ..prediction.request import Tables
+
+
+def add_predict(verbs: Any) -> None:
+    p = verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
+    p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
+    p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="files, Zarr folders, URLs, folders of images")
+    p.add_argument(
+        "--out",
+        metavar="PATH",
+        required=True,
+        help="file (.tif, .png, .npy), .zarr, or folder: NAME.tif for every image",
+    )
+    p.add_argument(
+        "--output",
+        choices=("mask", "probability", "raw", "instances"),
+        help="default: a mask; the raw values of a regression; instances: objects, numbered",
+    )
+    p.add_argument(
+        "--head", metavar="NAME", help="which output of the network, where it has several (default: the first)"
+    )
+    p.add_argument(
+        "--mask-values",
+        type=numbers,
+        default=(),
+        metavar="0,255",
+        help="value of every label in a mask, default 0,1,..",
+    )
+    p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
+    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
+    p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
+    threads_option(p)
+    p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
+    p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
+    overwrite_option(p)
+    p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
+    reading_options(p).add_argument(
+        "--level",
+        metavar="N|UMum",
+        help="of pyramids (Zarr, TIFF, slides): number or pixel size, e.g. 0.5um; default: the finest, 0; with --resample: "
+        "the coarsest that is fine enough",
+    )
+    group = p.add_argument_group("where and how often")
+    group.add_argument("--mask", metavar="IMAGE", help="predict only where this image of the same size is not 0")
+    group.add_argument(
+        "--tta", choices=("none", "flip", "d4"), default="none", help="mean over flips: 4 or 8 times the work"
+    )
+    group.add_argument(
+        "--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of the images, in micrometres (of level 0)"
+    )
+    group.add_argument(
+        "--resample", action="store_true", help="bring images to the pixel size of training, results back"
+    )
+    group = p.add_argument_group("large images: a killed run goes on with the same command")
+    group.add_argument(
+        "--memory", type=memory, metavar="4GB", help="bound on resident memory; default: half of the free"
+    )
+    group.add_argument("--shard", type=shard, metavar="I/N", help="every N-th block only; the last shard writes --out")
+    group.add_argument("--scheduler", metavar="local:N|tcp://..", help="have Dask workers compute the blocks")
+    group.add_argument("--restart", action="store_true", help="throw away what an interrupted run has left")
+    group = p.add_argument_group("objects (--output instances)")
+    group.add_argument("--min-size", type=int, default=1, metavar="N", help="leave out objects of fewer pixels")
+    group.add_argument("--objects", metavar="CSV", help="table of all objects")
+    group.add_argument("--areas", metavar="CSV", help="table of what each class covers")
+    group.add_argument("--geojson", metavar="JSON", help="outlines as polygons, for slide viewers")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from ..contract.words import parse_normalization
+    from ..engine.load import load
+    from ..images.open import list_images
+    from ..prediction.predict import predict
+    from ..prediction.stage import stage_folder
+    from .texts import run_text
+
+    images = list_images(args.images)
+    targets = _targets(args, images)
+    overlays = [_overlay_name(target) if args.overlay else None for target in targets]
+    if not args.overwrite:
+        for target, picture in zip(targets, overlays, strict=True):
+            if picture is not None and picture.exists() and not stage_folder(target).exists():
+                raise OutputError(f"{picture} exists; pass --overwrite to replace it, or choose another --out")
+    reports: list[RunReport] = []
+    results: list[dict[str, Any]] = []
+    normalization = parse_normalization(args.normalize, None) if args.normalize else None
+    tables = _tables(args, len(images))
+    device = None if args.device == "auto" else args.device
+    with (
+        ExitStack() as folders,
+        load(
+            args.engine, device=device, threads=args.threads or None, accept_unverified=args.accept_unverified
+        ) as engine,
+    ):
+        if args.accept_unverified:
+            print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
+        folders.enter_context(_folder_of(args, targets))
+        for image, target, overlay in zip(images, targets, overlays, strict=True):
+            try:
+                predict(
+                    engine,
+                    image,
+                    out=target,
+                    output=args.output,
+                    head=args.head,
+                    axes=args.axes,
+                    channels=channels(args),
+                    level=args.level,
+                    tile=args.tile,
+                    batch=args.batch,
+                    threads=args.threads,
+                    mask_values=args.mask_values,
+                    normalization=normalization,
+                    overlay=overlay,
+                    overwrite=args.overwrite,
+                    progress=Bar(Path(image).name),
+                    report=reports.append,
+                    pixel_size_um=args.pixel_size,
+                    resample=args.resample,
+                    tta=args.tta,
+                    region=args.mask,
+                    memory_bytes=args.memory,
+                    shard=args.shard,
+                    scheduler=args.scheduler,
+                    restart=args.restart,
+                    tables=tables,
+                )
+            except (ImageError, ContractError) as error:
+                if len(images) == 1:
+                    raise
+                # One bad image of many costs nobody the others.
+                print(f"error: {image}: {error}", file=sys.stderr)
+                results.append({"image": str(image), "error": str(error)})
+                continue
+            done = reports[-1]
+            if overlay is not None and overlay.exists():  # the last shard draws it
+                done.notes.append(f"overlay: {overlay}")
+            if target.suffix.lower() == ".png" and done.class_share and not args.mask_values:
+                done.notes.append("the mask holds labels 0, 1, .., which viewers show as black; see --mask-values")
+            results.append({**done.to_json(), "out": str(target)})
+            print(run_text(done, target if target.exists() else None), file=_out(args))
+    if args.json:
+        print_json(results)
+    bad = len(images) - len(reports)
+    if bad:
+        print(f"{bad} of {len(images)} images were not predicted", file=sys.stderr)
+    return 2 if bad else 0
+
+
+def _tables(args: argparse.Namespace, images: int) -> Tables | None:
+    """What is wanted of objects; None where nothing is."""
+    from ..prediction.request import Tables
+
+    paths = {name: getattr(args, name) for name in ("objects", "areas", "geojson") if getattr(args, name)}
+    if not paths and args.min_size == 1:
+        return None
+    if args.output != "instances":
+        raise ContractError("--min-size, --objects, --areas and --geojson are about objects; use --output instances")
+    if paths and images > 1:
+        raise OutputError(f"{images} images do not go into one table; predict them one by one")
+    return Tables(args.min_size, **{name: Path(path) for name, path in paths.items()})
+
+
+def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Path]:
+    """One output per image: --out itself for one image, files in the folder --out for several."""
+    if not args.out:
+        raise OutputError("--out is empty; name a file or a folder")
+    out = Path(args.out)
+    suffix = ".tif"
+    if out.is_file() and len(images) > 1:
+        raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
+    zarr = out.suffix.lower() == ".zarr"  # a folder that is one output
+    if len(images) == 1 and (zarr or (not out.is_dir() and (out.suffix != "" or out.exists()))):
+        _not_the_image(out, images)
+        return [out]
+    if zarr or (not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")):
+        raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
+    targets = [out / (Path(image).stem.removesuffix(".ome") + suffix) for image in images]
+    doubles = {t for t in targets if targets.count(t) > 1}
+    if doubles:
+        raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
+    for target in targets:
+        _not_the_image(target, images)
+    if not args.overwrite:
+        existing = [t for t in targets if t.exists()]
+        if existing:
+            raise OutputError(f"{existing[0]} exists; pass --overwrite to replace it")
+    return targets
+
+
+def _not_the_image(target: Path, images: Sequence[Path | str]) -> None:
+    """OutputError where an output would replace one of the images: --overwrite is not meant for them."""
+    if target.exists() and any(isinstance(image, Path) and target.samefile(image) for image in images):
+        raise OutputError(f"{target} is an image to be predicted, which an output never replaces; choose another --out")
+
+
+def _overlay_name(target: Path) -> Path:
+    return target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png")
+
+
+@contextmanager
+def _folder_of(args: argparse.Namespace, targets: Sequence[Path]) -> Iterator[None]:
+    """Makes the folder --out where outputs go into one, and removes it again where nothing came of it."""
+    folder = Path(args.out)
+    if targets[0].parent != folder or folder.is_dir():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be created ({error.strerror}); choose another --out") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds outputs that are whole
+            folder.rmdir()
