@@ -18,7 +18,7 @@ STARTS = {
     "import numpy": "import numpy",
     "import unet_rt": "import unet_rt",
     "image line": "from unet_rt import load, predict",
-    "unet-rt --help": "import sys; sys.argv = ['unet-rt', '--help']; from unet_rt.cli import main; main()",
+    "unet-rt --help": "import sys; sys.argv = ['unet-rt', '--help']; from unet_rt.cli.main import main; main()",
 }
 
 

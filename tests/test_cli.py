@@ -69,7 +69,7 @@ def images(sample_images: list[Array]) -> Path:
 
 
 def command(*argv: object) -> list[str]:
-    return [sys.executable, "-m", "unet_rt.cli.main", *(str(part) for part in argv)]
+    return [sys.executable, "-m", "unet_rt", *(str(part) for part in argv)]
 
 
 def environment() -> dict[str, str]:

@@ -37,7 +37,7 @@ DIRECTIVE = re.compile(r"<!-- (not run|exit status|file): (.+?) -->\s*")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DATA = {"text", "json", "toml", "yaml"}
 MATCH = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-UNET_RT = [sys.executable, "-c", "import sys; from unet_rt.cli import main; sys.exit(main())"]
+UNET_RT = [sys.executable, "-c", "import sys; from unet_rt.cli.main import main; sys.exit(main())"]
 # Searches compare at a smaller tile and try one larger one; the build at the top of README.md measures as any user's.
 SEARCH = {"PROBE_PX": 320**2, "TILE_AREAS": (1024**2,)}
 SMALL = f"from importlib import import_module; vars(import_module('unet_rt.build_tiling')).update({SEARCH}); "

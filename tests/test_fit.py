@@ -426,7 +426,7 @@ def test_a_process_that_is_killed_can_be_resumed(folder: Path, tmp_path: Path) -
     out, state = tmp_path / "model.pt", tmp_path / "model.state.pt"
     words = ["train", str(folder), "--out", str(out), *"--width 4 --depth 2 --minutes 5 --tile 64 --threads 1".split()]
     environment = {**os.environ, "PYTHONPATH": str(Path(unet_rt.__file__).parents[1])}
-    code = "import sys, unet_rt.training.trainer as t; t.STATE_SECONDS = 0.1; from unet_rt.cli import main; "
+    code = "import sys, unet_rt.training.trainer as t; t.STATE_SECONDS = 0.1; from unet_rt.cli.main import main; "
     process = subprocess.Popen(
         [sys.executable, "-c", code + "sys.exit(main())", *words], env=environment, stdout=subprocess.DEVNULL
     )

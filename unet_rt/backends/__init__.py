@@ -15,11 +15,14 @@ from .session import Backend, Session
 
 __all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable"]
 
+_MODULES = {
+    "onnxruntime": ".onnxruntime.backend",
+    "openvino": ".openvino",
+    "tensorrt": ".tensorrt.backend",
+    "eager": ".eager",  # runs a module or a checkpoint, and no engine folder
+}
 # Engines, the baseline first; a tie in speed goes to the first.
 _ENGINES = ("onnxruntime", "openvino", "tensorrt")
-
-# Baselines: they run a module or a checkpoint, and no engine folder.
-_BASELINES = ("eager",)
 
 
 def names() -> tuple[str, ...]:
@@ -33,9 +36,9 @@ def get(name: str) -> Backend:
     Raises:
         BackendError: No backend of this name.
     """
-    if name not in (*_ENGINES, *_BASELINES):
-        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join((*_ENGINES, *_BASELINES))}")
-    return cast(Backend, importlib.import_module(f"unet_rt.backends.{name}"))
+    if name not in _MODULES:
+        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(_MODULES)}")
+    return cast(Backend, importlib.import_module(_MODULES[name], __name__))
 
 
 def usable(device: str = "cpu") -> list[str]:

@@ -130,7 +130,7 @@ def build(
     tiles: Sequence[Sequence[int]] = (),
     batches: Sequence[int] = (),
 ) -> None:
-    """Copy ``model`` to ``graph``: FP32, or quantised in the form of :mod:`unet_rt.passes.qdq` for INT8.
+    """Copy ``model`` to ``graph``: FP32, or quantised in the form of :mod:`unet_rt.graph.passes.qdq` for INT8.
 
     BF16 is a setting of the compiler. What layers compute in is read back from every compiled shape.
 

@@ -1,9 +1,10 @@
-"""TODO unet_rt.baseline.results."""
+"""Raw results of an engine on the windows of a sample."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ from ..prediction.host import run
 from ..prediction.work import Work
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
-from .samples import Array, Sample
+from .samples import Sample
+
+Array = npt.NDArray[Any]
 
 
 def tile_of(

@@ -1,4 +1,4 @@
-"""TODO unet_rt.baseline.runner."""
+"""What runs the FP32 baseline."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..contract.contract import Contract
-from ..engine.parity import Array
 from ..errors import ImageError
 from ..images.normalize import Affine, OnePlane, affine
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.baseline.tiles."""
+"""Specs and tiles that the baseline is run with."""
 
 from __future__ import annotations
 

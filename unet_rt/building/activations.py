@@ -135,7 +135,7 @@ HALF_MARGIN = 2.0  # images may be brighter than samples
 
 
 def overflowing(model: onnx.ModelProto, found: dict[str, Distribution]) -> frozenset[str]:
-    """Nodes that read or write a tensor too large for FP16, or close to it: islands for :func:`unet_rt.passes.half.half`."""
+    """Nodes that read or write a tensor too large for FP16, or close to it: islands for :func:`unet_rt.graph.passes.half.half`."""
     return islands(model, {name for name, d in found.items() if not d.finite or too_large(d.low, d.high)})
 
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.archive."""
+"""The verbs pack and unpack."""
 
 from __future__ import annotations
 

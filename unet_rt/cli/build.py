@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.build."""
+"""The verbs inspect and build."""
 
 from __future__ import annotations
 

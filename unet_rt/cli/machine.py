@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.machine."""
+"""The verbs doctor and demo."""
 
 from __future__ import annotations
 

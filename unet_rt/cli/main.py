@@ -158,7 +158,3 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add(verbs)
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

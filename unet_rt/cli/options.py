@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.options."""
+"""Options that verbs share, and how their words are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.predict."""
+"""The verb predict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.printing."""
+"""Lines, progress bars and JSON on the terminal."""
 
 from __future__ import annotations
 

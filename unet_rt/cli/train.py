@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.train."""
+"""The verbs train and export."""
 
 from __future__ import annotations
 

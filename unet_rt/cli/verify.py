@@ -1,4 +1,4 @@
-"""TODO unet_rt.cli.verify."""
+"""The verbs verify and bench."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.contract.metadata."""
+"""Contracts in the metadata of ONNX files."""
 
 from __future__ import annotations
 

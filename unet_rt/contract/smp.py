@@ -1,4 +1,4 @@
-"""TODO unet_rt.contract.smp."""
+"""Contracts of networks of segmentation_models_pytorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.contract.task."""
+"""The task of a network, and what its outputs mean, told from what is declared and from its numbers."""
 
 from __future__ import annotations
 

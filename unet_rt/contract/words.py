@@ -1,4 +1,4 @@
-"""TODO unet_rt.contract.words."""
+"""Normalisation in the words of the command line, to and from a contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.engine.budget."""
+"""How far an engine may differ from its baseline."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +176,3 @@ def _from_axes(y: npt.NDArray[Any], axes: str) -> npt.NDArray[np.float32]:
         if axis not in axes:
             y = np.expand_dims(y, position)
     return y.astype(np.float32, copy=False)
-
-
-def anew(folder: Path) -> str:
-    """How an engine of another form is replaced: nothing but the folder's name is known of how it was built."""
-    return f"build it again: unet-rt build model.onnx --out {folder} --overwrite"

@@ -15,9 +15,8 @@ from ..errors import EngineError, ParityError, size_text
 from ..system import facts
 from ..system.durable import Disk
 from ..system.json import record_json
-from . import budget
-from . import budget as budget_module
-from . import parity as parity_module
+from .budget import Budget
+from .parity import ImageParity, Verdict, compare_outputs, judge
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -53,7 +52,7 @@ def check_record(folder: EngineFolder) -> None:
         raise EngineError(f"{folder.path} carries no record of parity; {way_out}")
     try:
         graph, accepted, kind = record["graph_sha256"], record["verdict"]["accepted"], record["kind"]
-        budget, verdict = budget_module.Budget(**record["budget"]).of(folder.spec.precision), record["verdict"]
+        budget, verdict = Budget(**record["budget"]).of(folder.spec.precision), record["verdict"]
         missed = _missed(verdict, budget)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{folder.path}: the record of parity is damaged ({error}); {way_out}") from error
@@ -103,16 +102,16 @@ def sit_if_elsewhere(engine: Engine, *, made_again: bool = False) -> None:
         _keep_row(folder, here, verdict)
 
 
-def recorded_budget(folder: EngineFolder) -> budget.Budget:
+def recorded_budget(folder: EngineFolder) -> Budget:
     """The budget that the record of an engine names; the defaults where there is no record.
 
     Raises:
         EngineError: The record is damaged.
     """
     if folder.parity is None:
-        return budget.Budget()
+        return Budget()
     try:
-        return budget.Budget(**folder.parity["budget"])
+        return Budget(**folder.parity["budget"])
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(
             f"{folder.path}: the record of parity names no budget that can be read ({error}); build the engine again, or "
@@ -126,7 +125,7 @@ def _row(folder: EngineFolder, here: Mapping[str, Any]) -> Path:
     return folder.path / f"row-{folder.files['graph']['sha256'][:12]}-{machine_id[:12]}.json"
 
 
-def _keep_row(folder: EngineFolder, here: Mapping[str, Any], verdict: parity_module.Verdict) -> None:
+def _keep_row(folder: EngineFolder, here: Mapping[str, Any], verdict: Verdict) -> None:
     """Writes what the exam gave here, so that it need not be sat at every load; folders may be read-only."""
     row = {
         "schema": 1,
@@ -160,7 +159,7 @@ def _passed_here(folder: EngineFolder, here: Mapping[str, Any]) -> bool:
         return False  # no row, or none that can be trusted: the exam is sat
 
 
-def _missed(verdict: Mapping[str, Any], budget: budget_module.Budget) -> bool:
+def _missed(verdict: Mapping[str, Any], budget: Budget) -> bool:
     """Whether the numbers of a written verdict are outside a budget, whatever the verdict says of itself."""
     change, dice = verdict["label_change"], verdict["dice"]
     values = [i for i in verdict["images"] if i["label_change"] is None and i["judged"]]
@@ -171,26 +170,24 @@ def _missed(verdict: Mapping[str, Any], budget: budget_module.Budget) -> bool:
     return bool(change > budget.labels or (dice is not None and dice < budget.dice))
 
 
-def sit(engine: Engine, exam: Mapping[str, Array]) -> parity_module.Verdict:
+def sit(engine: Engine, exam: Mapping[str, Array]) -> Verdict:
     """Runs the exam's tiles one by one and judges them by the budget on record."""
     folder = engine.folder
-    budget = budget_module.Budget() if folder is None else recorded_budget(folder)
-    results: list[parity_module.ImageParity] = []
+    budget = Budget() if folder is None else recorded_budget(folder)
+    results: list[ImageParity] = []
     for k, tile in enumerate(exam["input"]):
         wanted = [exam[f"output_{n}"][k] for n in range(len(engine.spec.outputs))]
         results += compared(engine, engine.spec, tile, wanted, f"exam tile {k}")
-    return parity_module.judge(results, budget.of(engine.spec.precision))
+    return judge(results, budget.of(engine.spec.precision))
 
 
-def compared(
-    engine: Engine, spec: EngineSpec, tile: Array, wanted: Sequence[Array], name: str
-) -> list[parity_module.ImageParity]:
+def compared(engine: Engine, spec: EngineSpec, tile: Array, wanted: Sequence[Array], name: str) -> list[ImageParity]:
     """Agreement of an engine with the baseline's outputs ``wanted`` (K, *spatial) for a tile (C, *spatial).
 
     The smaller tile of a plan is run on the tile's first corner: there it sees the same edges, and but for its halo at
     the others its outputs are the same.
     """
-    found = parity_module.compare_outputs(wanted, [y[0] for y in engine.run(tile[None])], spec, name)
+    found = compare_outputs(wanted, [y[0] for y in engine.run(tile[None])], spec, name)
     for smaller in spec.tiles[1:]:
         got = engine.run(tile[(None, slice(None), *(slice(n) for n in smaller))])
         corners = [
@@ -200,7 +197,7 @@ def compared(
             ))
             for output in spec.used_outputs()
         ]  # fmt: skip
-        found += parity_module.compare_outputs(
+        found += compare_outputs(
             [y[corner] for y, corner in zip(wanted, corners, strict=True)],
             [y[0][corner] for y, corner in zip(got, corners, strict=True)],
             spec,

@@ -1,4 +1,4 @@
-"""TODO unet_rt.engine.folder."""
+"""The files of an engine, read and checked against their hashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from ..errors import ContractError, EngineError
 from ..system.durable import PART
-from .engine import anew
 from .spec import EngineSpec
 
 SCHEMA = (1, 0)  # (major, minor): a reader accepts its own major and any minor
@@ -158,3 +157,8 @@ def _key(document: Mapping[str, Any]) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def anew(folder: Path) -> str:
+    """How an engine of another form is replaced: nothing but the folder's name is known of how it was built."""
+    return f"build it again: unet-rt build model.onnx --out {folder} --overwrite"

@@ -1,4 +1,4 @@
-"""TODO unet_rt.engine.load."""
+"""Engines from folders: the exam is sat again where the machine is another."""
 
 from __future__ import annotations
 

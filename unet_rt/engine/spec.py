@@ -1,4 +1,4 @@
-"""TODO unet_rt.engine.spec."""
+"""What travels with an engine: contract, stride, halo, tiles, precision, backend."""
 
 from __future__ import annotations
 

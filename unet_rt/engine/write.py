@@ -1,4 +1,4 @@
-"""TODO unet_rt.engine.write."""
+"""Engine folders written whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.graph.analysis."""
+"""The analysis of a graph: for each output its stride, halo and exactness, and the sizes it takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .file import Graph, read_graph, restricted
 from .layout import _spatial, input_axes, layout
 from .passes.free_crops import free_crops
 from .sizes import Search
-from .walk import Walk, walk
+from .tensor import Walk
+from .walk import walk
 
 # ------------------------------------------------------------------------------------------------------------ analysis
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.graph.layout."""
+"""Which axes of a graph's inputs are batch, channels and space."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from .file import Graph, Node, Value
 from .line import input_line
-from .walk import Axis, plain, value_of, walk
+from .tensor import Axis, plain, value_of
+from .walk import walk
 
 SPATIAL = {1: "X", 2: "YX", 3: "ZYX"}
 

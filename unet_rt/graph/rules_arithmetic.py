@@ -1,4 +1,4 @@
-"""TODO unet_rt.graph.rules_arithmetic."""
+"""What element-wise operators, norms, reductions and products do to stride, halo and exactness."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from . import constants
 from .file import Node
-from .walk import (
+from .tensor import (
     CannotRun,
     Inputs,
     Remark,
     Tensor,
     Walk,
+    _first,
     axis_size,
     merged,
     note_numbers,
@@ -38,12 +39,6 @@ def _unary(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         return unknown(state, node, x, "takes its bounds from the image")
     note_numbers(state, node, [t for t in x[1:] if t is not None])
     return [Tensor(first.axes, 9 if node.op in _BOOLEAN else first.dtype)]
-
-
-def _first(x: Inputs) -> Tensor:
-    if not x or x[0] is None:
-        raise CannotRun("has no input")
-    return x[0]
 
 
 @rule("Dropout")

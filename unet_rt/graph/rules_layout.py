@@ -1,4 +1,4 @@
-"""TODO unet_rt.graph.rules_layout."""
+"""What operators that move samples do to stride, halo and exactness: slices, reshapes, transposes, concatenations."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from . import line as lines
 from .constants import Array
 from .file import Node
 from .line import Line
-from .rules_arithmetic import _first
-from .walk import (
+from .tensor import (
     Axis,
     CannotRun,
     Inputs,
     Part,
     Tensor,
     Walk,
+    _first,
     axis_size,
     merged,
     part_size,

@@ -1,4 +1,4 @@
-"""TODO unet_rt.graph.rules_resize."""
+"""What resizing does to stride, halo and exactness."""
 
 from __future__ import annotations
 
@@ -11,8 +11,20 @@ import numpy as np
 from . import line as lines
 from .file import Node
 from .line import Line, Sampling
-from .rules_arithmetic import _first
-from .walk import CannotRun, Inputs, Tensor, Walk, axis_size, plain, rule, sole_line, tracked, unknown, value_of
+from .tensor import (
+    CannotRun,
+    Inputs,
+    Tensor,
+    Walk,
+    _first,
+    axis_size,
+    plain,
+    rule,
+    sole_line,
+    tracked,
+    unknown,
+    value_of,
+)
 
 # ---------------------------------------------------------------------------------------------------------- resize
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.graph.rules_windows."""
+"""What operators with windows do to stride, halo and exactness: convolutions, pooling, padding."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from ..errors import size_text
 from . import line as lines
 from .file import Node
-from .rules_arithmetic import _first
-from .walk import (
+from .tensor import (
     Axis,
     CannotRun,
     Inputs,
     Remark,
     Tensor,
     Walk,
+    _first,
     axis_size,
     note_numbers,
     plain,

@@ -1,4 +1,4 @@
-"""TODO unet_rt.graph.sizes."""
+"""The sizes that a network accepts, and its stride, halo and shrink, found by trying sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..tiling.field import AxisField, OutputField, Pair
 from .file import Graph, Value
 from .layout import SPATIAL, input_axes
 from .line import Line
-from .walk import Tensor, Walk, sole_line, tracked, walk
+from .tensor import Tensor, Walk, sole_line, tracked
+from .walk import walk
 
 # Down-sampling beyond this is no network for images but a size baked into the graph.
 _MAX_STRIDE = 2048

@@ -1,4 +1,4 @@
-"""TODO unet_rt.images.arrays."""
+"""Arrays of any library as pixels: NumPy, DLPack, CUDA."""
 
 from __future__ import annotations
 

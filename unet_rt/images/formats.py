@@ -1,4 +1,4 @@
-"""TODO unet_rt.images.formats."""
+"""Kinds of image files, told by suffix and first bytes."""
 
 from __future__ import annotations
 

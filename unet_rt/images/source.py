@@ -1,4 +1,4 @@
-"""TODO unet_rt.images.source."""
+"""An opened image: windows of its pixels, whatever stores them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.judging.contenders."""
+"""What a benchmark of a user's network runs: engines, bare libraries, eager PyTorch, tiles by hand, MONAI."""
 
 from __future__ import annotations
 

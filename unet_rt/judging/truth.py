@@ -1,4 +1,4 @@
-"""TODO unet_rt.judging.truth."""
+"""Agreement of masks with labels that a person drew: IoU per class, for engine and baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.kernels.arrays."""
+"""Arrays as kernels take them: checked for dtype, shape and layout, on the host or a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.kernels.native."""
+"""The compiled modules, loaded when they are first used."""
 
 from __future__ import annotations
 

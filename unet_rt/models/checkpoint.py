@@ -1,4 +1,4 @@
-"""TODO unet_rt.models.checkpoint."""
+"""Checkpoints of training: weights, contract and record in one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.models.state."""
+"""States of networks as people save them, opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.outputs.plain."""
+"""PNG and npy files, written row by row."""
 
 from __future__ import annotations
 

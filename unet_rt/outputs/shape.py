@@ -1,4 +1,4 @@
-"""TODO unet_rt.outputs.shape."""
+"""Shape, element type and places of a result that is written."""
 
 from __future__ import annotations
 

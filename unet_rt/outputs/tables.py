@@ -1,4 +1,4 @@
-"""TODO unet_rt.outputs.tables."""
+"""Tables of objects and of what classes cover, as CSV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.outputs.tiff."""
+"""TIFF files, plain or packed by tiles, with OME metadata."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from ..kernels import calls
 from ..tiling.decision import Decision, decision_arguments
 from ..tiling.grid import TileGrid
 from ..tiling.resample import resample
+from .blocks import Block
 from .host import run
-from .plan import Array, Block, Prepared
+from .plan import Array, Prepared
 from .report import RunReport
 from .run import with_smaller_tiles
 from .work import Progress, Spans, Stop, StoppableQueue, Tally, Work
@@ -68,7 +69,7 @@ def run_blocks(
         put: Keeps a block; called from one thread.
         done_tiles: Tiles that need not be run any more, for ``progress``.
         progress: Called with (tiles done, tiles in all).
-        trace: As for :func:`unet_rt.pipeline.run`.
+        trace: As for :func:`unet_rt.prediction.host.run`.
     """
     settled = set[int]()  # blocks that were kept
 

@@ -74,20 +74,20 @@ def run(
     done: Done | None = None,
     target: DeviceArray | None = None,
 ) -> RunReport:
-    """Runs works on the engine's device, as :func:`unet_rt.pipeline.run` does on the host.
+    """Runs works on the engine's device, as :func:`unet_rt.prediction.host.run` does on the host.
 
     Args:
         engine: One that this module :func:`serves`.
         source: The image, on the host or on the engine's device.
         works: What is to be computed. Their grids are parts of one: tiles of one size.
         decision: What becomes of output ``output``.
-        write: As for :func:`unet_rt.pipeline.run`. None: nothing is copied to the host, labels are not counted.
+        write: As for :func:`unet_rt.prediction.host.run`. None: nothing is copied to the host, labels are not counted.
         affines: The image's normalisation in numbers.
         output: Which output of the graph.
         batch: Tiles per run; fewer where the device's memory does not hold them, which a note of the report says.
         total: Tiles in all, where the works are some of those of a result: batches have one size for all of it.
         progress: Called from the caller's thread with (tiles done, tiles in all).
-        done: As for :func:`unet_rt.pipeline.run`.
+        done: As for :func:`unet_rt.prediction.host.run`.
         target: (planes, [K,] *spatial) on the device, filled by works that are whole planes; it may have no other user
             until this function returns.
 

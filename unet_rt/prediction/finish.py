@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ..contract.contract import Contract
-from ..engine.engine import Engine
 from ..engine.parity import class_name
 from ..errors import OutputError
 from ..images.open import open_image
@@ -28,68 +27,12 @@ from ..outputs.pictures import OverlayCollector
 from ..outputs.shape import Shape, size_of
 from ..outputs.zarr import ZarrOutput
 from ..system.durable import Disk
-from .compute import run_blocks
-from .plan import Block, Prepared, close, prepare
-from .report import RunReport, class_share
-from .request import Array, Request, Tables, check_tables, checked
-from .stage import stage_folder
-from .staged import Compute, in_stage
-from .store import MemoryStore, Store, ZarrStore
-from .work import Progress, Spans, Tally
+from .plan import Prepared
+from .request import Array, Tables
+from .store import Store, ZarrStore
 
 WINDOW_PX = 4096  # side of the windows in which objects are sought, about
 BAND_BYTES = 2**26  # of a result at a time, where an output is made from blocks
-
-
-def predict(
-    engine: Engine,
-    source: Source,
-    asked: Request,
-    out: Path | None,
-    *,
-    staged: bool,
-    overwrite: bool = False,
-    restart: bool = False,
-    compute: Compute | None = None,
-    overlay: Path | None = None,
-    tables: Tables | None = None,
-    progress: Progress | None = None,
-    trace: Spans | None = None,
-) -> tuple[RunReport, Any]:
-    """A prediction in blocks: its report, and the path written or the array, as :func:`unet_rt.predict.predict` has them."""
-    tables = checked(engine, source, asked, tables)
-
-    def check() -> None:
-        """What an earlier run of the same command has not written may not be there."""
-        if out is not None:
-            check_target(out, overwrite=overwrite)
-        check_tables(tables, overwrite=overwrite)
-
-    if out is None or not (staged and stage_folder(out).exists()):
-        check()
-    ids: list[Array] = []
-
-    def make(made: Prepared, store: Store, again: bool = False) -> None:
-        if overlay is not None:
-            draw_overlay(made, store, overlay)
-        if asked.output == "instances":
-            ids.append(write_instances(made, store, out, tables, overwrite=again or overwrite))
-        elif out is not None:
-            write_output(made, store, out, overwrite=again or overwrite)
-
-    if staged and out is not None:
-        report = in_stage(
-            engine, source, asked, out, make, check,
-            restart=restart, compute=compute, progress=progress, trace=trace,
-        )  # fmt: skip
-        return report, out
-    store, report, made = in_memory(engine, source, asked, progress=progress, trace=trace)
-    make(made, store)
-    if out is not None:
-        clear(out)
-        return report, out
-    result = ids[0] if ids else store.array
-    return report, result.reshape(*source.plane_shape, *result.shape[1:])
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -102,30 +45,6 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist; create it, or choose another with --out")
-
-
-# --- computing ------------------------------------------------------------------------------------------------------
-
-
-def in_memory(
-    engine: Engine, source: Source, asked: Request, *, progress: Progress | None = None, trace: Spans | None = None
-) -> tuple[MemoryStore, RunReport, Prepared]:
-    """The result as an array (planes, [K,] *spatial)."""
-    made = prepare(engine, source, asked)
-    try:
-        lead = (made.decision.channels,) if made.decision.channels else ()
-        store = MemoryStore(np.empty((source.planes, *lead, *made.shape), made.decision.dtype), made.place)
-        total = Tally(made.decision.channels)
-
-        def put(block: Block, values: Array, tally: Tally) -> None:
-            store.write(block, values)
-            total.add(tally)
-
-        report = run_blocks(made, range(len(made.plan)), put, progress=progress, trace=trace)
-    finally:
-        close(made)
-    report.class_share = class_share(total, made.decision, engine.spec)
-    return store, report, made
 
 
 def is_zarr(out: Path) -> bool:

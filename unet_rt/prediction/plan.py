@@ -10,12 +10,10 @@ Worked example (one axis): image 100,000 px, tile 2048, halo 94, stride 16. A ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import cached_property, partial
-from itertools import pairwise
-from math import ceil, prod
+from functools import partial
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -23,219 +21,18 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract
 from ..engine.engine import Engine
-from ..engine.spec import EngineSpec
-from ..errors import ContractError, TileError, size_text
+from ..errors import ContractError, size_text
 from ..images.normalize import Affine, Affines, OnePlane, affine
 from ..images.open import open_image
 from ..images.source import Source
 from ..outputs.shape import nodata_value
 from ..system import limits
-from ..tiling.axis import AxisTiles
 from ..tiling.decision import Decision, decide
-from ..tiling.grid import TileGrid
 from ..tiling.resample import needed, resample, resampled_shape
+from .blocks import Block, BlockPlan, plan_blocks, plan_of
 from .request import Request
 from .stage import Stage
 from .work import filled
-
-LARGE_PX = 2**26  # from 8192 x 8192 on a file is made in blocks: half a minute of a small network is worth keeping
-TILES = 16  # per block: a block is some seconds of work, and one writing to disk
-CHUNK = 1024  # longest side of a chunk in samples: 1 MiB of a mask
-
-# What of the memory goes where: running a batch of tiles, and blocks on their way (window, band, block, packed block).
-RUNNING_SHARE, BLOCK_SHARE = 0.5, 0.25
-
-
-@dataclass(frozen=True)
-class Block:
-    """One unit of work: the pixels [start, stop) of a plane."""
-
-    number: int
-    plane: int
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """All blocks of an image, numbered plane by plane in row-major order.
-
-    Attributes:
-        image: Spatial shape of the image in pixels.
-        grid: The tiles of the whole image; of the resampled one where the network sees another number of pixels.
-        planes: Planes of the image.
-        cuts: Per axis: image pixels where blocks begin, ascending, and the image's end.
-        chunk: Per axis: samples of a stored chunk.
-    """
-
-    image: tuple[int, ...]
-    grid: TileGrid
-    planes: int
-    cuts: tuple[tuple[int, ...], ...]
-    chunk: tuple[int, ...]
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Blocks per axis."""
-        return tuple(len(cuts) - 1 for cuts in self.cuts)
-
-    def __len__(self) -> int:
-        return self.planes * prod(self.shape)
-
-    def block(self, number: int) -> Block:
-        plane, place = divmod(number, prod(self.shape))
-        index = [int(k) for k in np.unravel_index(place, self.shape)]
-        start = tuple(cuts[k] for k, cuts in zip(index, self.cuts, strict=True))
-        return Block(number, plane, start, tuple(cuts[k + 1] for k, cuts in zip(index, self.cuts, strict=True)))
-
-    def seen(self, start: Sequence[int], stop: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The pixels [start, stop) as the network sees them: of the resampled image, with those that interpolation takes."""
-        sides = zip(start, stop, self.grid.image, self.image, strict=True)
-        ends = [(a, b) if n == m else needed(a, b, n, m) for a, b, n, m in sides]
-        return tuple(a for a, _ in ends), tuple(b for _, b in ends)
-
-    @cached_property
-    def _counts(self) -> list[list[int]]:
-        """Per axis: tiles along it for each stretch between cuts."""
-        counts = []
-        for k, cuts in enumerate(self.cuts):
-            fields = [o.field[k] for o in self.grid.outputs]
-            n, m = self.grid.image[k], self.image[k]
-            ends = [(a, b) if n == m else needed(a, b, n, m) for a, b in pairwise(cuts)]
-            parts = [self.grid.axes[k].part(a, b, fields, blended=self.grid.blended) for a, b in ends]
-            counts.append([len(part.starts) for part in parts])
-        return counts
-
-    def tiles(self, number: int) -> int:
-        """Tiles that a block takes."""
-        index = np.unravel_index(number % prod(self.shape), self.shape)
-        return prod(counts[int(k)] for counts, k in zip(self._counts, index, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """Enough to make the same plan again with :func:`plan_of`."""
-        return {"tile": list(self.grid.tile), "cuts": [list(cuts) for cuts in self.cuts], "chunk": list(self.chunk)}
-
-
-def plan_of(
-    spec: EngineSpec, image: Sequence[int], planes: int, data: Mapping[str, Any], *, seen: Sequence[int] | None = None
-) -> BlockPlan:
-    """The plan that :meth:`BlockPlan.to_json` described."""
-    grid = spec.grid(image if seen is None else seen, data["tile"], aligned=True)
-    return BlockPlan(tuple(image), grid, planes, tuple(tuple(cuts) for cuts in data["cuts"]), tuple(data["chunk"]))
-
-
-def plan_blocks(
-    spec: EngineSpec,
-    image: Sequence[int],
-    planes: int,
-    decision: Decision,
-    *,
-    pixel_bytes: int,
-    memory_bytes: int,
-    tile: Sequence[int] | None = None,
-    batch: int = 1,
-    output: int = 0,
-    seen: Sequence[int] | None = None,
-) -> BlockPlan:
-    """Plans the blocks of an image.
-
-    Args:
-        spec: Of the engine.
-        image: Spatial shape in pixels.
-        planes: Planes of the image.
-        decision: What is stored of output ``output``.
-        pixel_bytes: Of one pixel of the image, all of the network's channels.
-        memory_bytes: What all of it may take beside the loaded engine.
-        tile: Tile size; None: the rectangle that computes least for this image in that memory.
-        batch: Tiles per run.
-        output: Which output of the graph.
-        seen: Spatial shape that the network sees, where the image is resampled.
-
-    Raises:
-        TileError: The tile does not serve.
-        ContractError: The memory does not suffice for the smallest tile.
-    """
-    fields = spec.used_outputs()[output]
-    scale = float(prod(f.scale for f in fields.field))
-    floats = 4 * (spec.channels + fields.channels * scale)  # bytes per tile pixel of inputs and outputs
-    per_px = batch * (max(spec.bytes_per_px, floats) + 6 * floats)  # while it runs, and for tiles that wait
-    bound = int(RUNNING_SHARE * memory_bytes / per_px)
-    given = image if seen is None else seen
-    grid = spec.grid(given, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
-    if prod(grid.tile) > bound and tile is None:
-        grid = spec.smaller_grid(grid, aligned=True) or grid  # a plan's, which is of no size between
-    if prod(grid.tile) > bound:
-        raise ContractError(
-            f"tiles of {size_text(grid.tile)} px, {batch} at a time, take about "
-            f"{ceil(prod(grid.tile) * per_px / RUNNING_SHARE / 1e6)} MB, and {max(0, memory_bytes) // 10**6} MB are there; "
-            "use more --memory, a smaller --batch or a smaller --tile"
-        )
-    if seen is not None:
-        return _resampled_plan(image, grid, planes, floats, BLOCK_SHARE * memory_bytes)
-    stored = decision.dtype.itemsize * max(1, decision.channels) * scale
-    shares = [_share(spec, k, axis) for k, axis in enumerate(grid.axes)]
-    counts = [1] * len(shares)  # tiles along each axis of a block: long rows, which files like
-    for k in reversed(range(len(shares))):
-        whole = -(-image[k] // shares[k])
-
-        def fits(count: int, k: int = k) -> bool:
-            tiles = [*counts[:k], count, *counts[k + 1 :]]
-            sides = [min(n, c * s) for n, c, s in zip(image, tiles, shares, strict=True)]
-            window = prod(side + t for side, t in zip(sides, grid.tile, strict=True)) * pixel_bytes
-            return 2 * window + 4 * prod(sides) * stored <= BLOCK_SHARE * memory_bytes
-
-        most = max(1, min(whole, TILES // prod(counts)))
-        counts[k] = next((count for count in range(most, 1, -1) if fits(count)), 1)
-        if counts[k] < whole:
-            break
-    blocks = [share * count for share, count in zip(shares, counts, strict=True)]
-    cuts = tuple(_cuts(axis, block) for axis, block in zip(grid.axes, blocks, strict=True))
-    samples = zip(shares, fields.field, grid.out_shape(output), strict=True)
-    return BlockPlan(tuple(image), grid, planes, cuts, tuple(_chunk(share * f.scale, n) for share, f, n in samples))
-
-
-def _resampled_plan(image: Sequence[int], grid: TileGrid, planes: int, floats: float, memory_bytes: float) -> BlockPlan:
-    """Blocks of whole chunks, about as large as four tiles: neighbours run the tiles between them twice.
-
-    ``floats``: bytes of a sample's inputs and outputs; a block is held about four times while it is resampled.
-    """
-    chunk = round(CHUNK ** (2 / len(image)))
-    sides = [max(1, round(2 * t * n / m / chunk)) * chunk for t, n, m in zip(grid.tile, image, grid.image, strict=True)]
-    while 4 * floats * prod(min(s, n) for s, n in zip(sides, image, strict=True)) > memory_bytes and max(sides) > chunk:
-        longest = sides.index(max(sides))
-        sides[longest] = max(chunk, sides[longest] // 2 // chunk * chunk)
-    cuts = tuple((*range(0, n, side), n) for n, side in zip(image, sides, strict=True))
-    return BlockPlan(tuple(image), grid, planes, cuts, tuple(min(n, chunk) for n in image))
-
-
-def _share(spec: EngineSpec, k: int, axis: AxisTiles) -> int:
-    """Pixels that a tile adds along an axis: blocks are multiples of it."""
-    if len(axis.starts) == 1:
-        return axis.canvas.image
-    if spec.overlap is not None:
-        stride = spec.sizes[k].stride
-        return min(axis.canvas.image, max(stride, (axis.tile - spec.overlap[k]) // stride * stride))
-    return axis.ends[0]
-
-
-def _cuts(axis: AxisTiles, block: int) -> tuple[int, ...]:
-    """Where blocks begin; the last tile owns all that is left, so no block begins inside of that."""
-    image = axis.canvas.image
-    last = axis.ends[-2] if len(axis.ends) > 1 else 0 if axis.ends else image - 1
-    return (*(start for start in range(0, image, block) if start <= last), image)
-
-
-def _chunk(share: Fraction, samples: int) -> int:
-    """Samples of a chunk: what a tile adds, halved until it is at most ``CHUNK``; that of a single tile is free."""
-    if share >= samples:
-        return min(samples, CHUNK)
-    if share.denominator != 1:
-        raise TileError(f"a tile adds {share} samples, which is no whole number of them; use another tile")
-    chunk = int(share)
-    while chunk > CHUNK and chunk % 2 == 0:
-        chunk //= 2
-    return chunk
-
 
 Array = npt.NDArray[Any]
 

@@ -22,7 +22,7 @@ from ..outputs.pictures import OverlayCollector
 from ..system import limits
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from ..tiling.grid import TileGrid
-from . import plan as blocks
+from . import blocks
 from .host import run
 from .report import RunReport
 from .run import with_smaller_tiles
@@ -120,7 +120,7 @@ def predict(
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
         ``(Y, X)`` for the mask of a 2-D image, ``(K, Y, X)`` for its probabilities. A NumPy array; for an image on the
-        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.device.DeviceArray`.
+        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.kernels.device.DeviceArray`.
 
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
@@ -164,7 +164,7 @@ def predict(
             or stage_folder(place).exists()
         )
         if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:
-            from . import finish as predict_large
+            from . import blockwise as predict_large
             from .request import Request
 
             if source.device is not None:

@@ -1,4 +1,4 @@
-"""TODO unet_rt.prediction.report."""
+"""What a prediction did: tiles, times, memory, shares of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.prediction.request."""
+"""What is asked for beyond an engine and an image, checked once."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Request:
 
     Attributes:
         output: ``mask``, ``probability``, ``raw`` or ``instances``.
-        mask_values, tile, batch, threads: As for :func:`unet_rt.predict.predict`.
+        mask_values, tile, batch, threads: As for :func:`unet_rt.prediction.predict.predict`.
         normalization: In use: the contract's or the user's.
         pixel_size_um: Of the image; empty where not known.
         resample: Bring the image to the pixel size of the contract.
         region: Path of an image: predictions are wanted where it is not 0.
         memory_bytes: Bound on the resident memory; None: a share of what is free. The plan of a run that was begun stays.
-        tta, head: As for :func:`unet_rt.predict.predict`; the engine is the view that they make.
+        tta, head: As for :func:`unet_rt.prediction.predict.predict`; the engine is the view that they make.
         shard: (index, count): this process computes every count-th block.
         processes: How many share this machine's memory and threads.
     """

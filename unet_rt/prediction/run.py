@@ -1,4 +1,4 @@
-"""TODO unet_rt.prediction.run."""
+"""Runs tiles on the host or on the engine's device; smaller tiles where memory is short."""
 
 from __future__ import annotations
 

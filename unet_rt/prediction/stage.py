@@ -25,7 +25,7 @@ import numpy as np
 
 from ..errors import OutputError
 from ..system.durable import Disk, locked
-from .plan import Block
+from .blocks import Block
 from .store import Array, Store
 from .work import Tally
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.prediction.staged."""
+"""Results kept in a stage beside their output, so that a run that was cut off goes on."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from ..outputs.shape import size_of
 from ..outputs.zarr import NO_DATA, ZarrOutput
 from ..system.durable import locked
 from ..tiling.decision import Decision, decide
+from .blocks import Block
 from .compute import run_blocks
 from .finish import _shape, clear, is_zarr
-from .plan import Block, Prepared, close, numbers, prepare
+from .plan import Prepared, close, numbers, prepare
 from .report import RunReport, class_share, label_names
 from .request import Array, Request
 from .stage import Stage, open_stage, shard_lock
@@ -93,7 +94,7 @@ def in_stage(
         check: Raises where something is there already that ``make`` would replace.
         restart: Throw away what an interrupted run has left.
         compute: Computes the missing blocks elsewhere, so that they have their marks afterwards; None: here.
-        progress, trace: As for :func:`unet_rt.predict.predict`.
+        progress, trace: As for :func:`unet_rt.prediction.predict.predict`.
     """
     index, count = asked.shard
     if restart and count > 1:

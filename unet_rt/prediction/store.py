@@ -1,4 +1,4 @@
-"""TODO unet_rt.prediction.store."""
+"""Where blocks of a result are kept until it is whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..errors import OutputError
 from ..outputs.zarr import ZarrOutput
 from ..system.durable import part_path
-from .plan import Block
+from .blocks import Block
 
 Array = npt.NDArray[Any]
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # [start, stop) in samples of the result

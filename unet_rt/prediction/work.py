@@ -1,4 +1,4 @@
-"""TODO unet_rt.prediction.work."""
+"""What the pipeline works on: tiles of one plane, their tally, queues that can be stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.system.json."""
+"""Records to and from JSON."""
 
 from __future__ import annotations
 

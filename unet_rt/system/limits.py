@@ -1,4 +1,4 @@
-"""TODO unet_rt.system.limits."""
+"""Threads and memory that this process may use: affinity, quotas, cgroups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.system.timing."""
+"""Timing that can be trusted: interleaved runs, medians and ratios."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.tiling.axis."""
+"""Tiles along one axis: canvas, origins, steps and cores, in integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.tiling.decision."""
+"""What becomes of a network's numbers: labels, probabilities or values."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def build(
 ) -> None:
     """Writes ``graph``: FP32 or INT8 for the CPU, ``precision`` and measured settings for a GPU.
 
-    For INT8 ``model`` is quantised already, in the form of :mod:`unet_rt.passes.qdq` for this backend.
+    For INT8 ``model`` is quantised already, in the form of :mod:`unet_rt.graph.passes.qdq` for this backend.
 
     On the CPU up-convolutions are rewritten so that a tile's bits are the whole image's. On a GPU ``tiles`` and
     ``batches`` name the shape that settings are measured at. ONNX Runtime computes in the types of the graph.

@@ -1,4 +1,4 @@
-"""TODO unet_rt.backends.onnxruntime.cpu."""
+"""ONNX Runtime sessions on a CPU."""
 
 from __future__ import annotations
 

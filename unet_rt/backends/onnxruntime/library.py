@@ -1,4 +1,4 @@
-"""TODO unet_rt.backends.onnxruntime.library."""
+"""The ONNX Runtime that is installed, its errors and session options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO unet_rt.backends.onnxruntime.settings."""
+"""Settings of ONNX Runtime on a GPU, as the graph carries them."""
 
 from __future__ import annotations
 

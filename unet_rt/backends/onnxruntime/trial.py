@@ -1,4 +1,4 @@
-"""TODO unet_rt.backends.onnxruntime.trial."""
+"""Which settings of ONNX Runtime are fastest on a GPU, tried at build."""
 
 from __future__ import annotations
 

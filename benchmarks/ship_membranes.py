@@ -1,4 +1,4 @@
-"""Train the network for membranes that ships with the package: ``python -m unet_rt.training.membranes``.
+"""Train the network for membranes that ships with the package: ``python benchmarks/ship_membranes.py``.
 
 The paper's architecture, valid-padded, at an eighth of its width: a tile loses 92 px on each side and borders are mirrored.
 It learns from drawn sections alone (:mod:`unet_rt.synthetic_membranes`): no real image went into it, so that it owes
@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..contract.contract import Contract
-from ..drawing.membranes import membranes, random_tissue
-from ..errors import ImageError
-from ..models.unet import UNet, UNetSpec
-from .augment import Augmentation
-from .fit import NORMALIZATION
-from .metrics import iou, pixel_error, rand_error
-from .samples import Sample, prepare
-from .shipped import record_of, write_onnx, write_record
-from .trainer import Progress, Recipe, predict_whole, train
-from .weights import F32
+from unet_rt.contract.contract import Contract
+from unet_rt.drawing.membranes import membranes, random_tissue
+from unet_rt.errors import ImageError
+from unet_rt.models.unet import UNet, UNetSpec
+from unet_rt.training.augment import Augmentation
+from unet_rt.training.fit import NORMALIZATION
+from unet_rt.training.metrics import iou, pixel_error, rand_error
+from unet_rt.training.samples import Sample, prepare
+from ship_record import record_of, write_onnx, write_record
+from unet_rt.training.trainer import Progress, Recipe, predict_whole, train
+from unet_rt.training.weights import F32
 
 DRAWN_PX = 512
 # Seeds of drawn sections; the ranges do not meet.
@@ -116,7 +116,7 @@ def figures(predict: Callable[[F32], F32], samples: Sequence[Sample]) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m unet_rt.training.membranes", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/ship_membranes.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for membranes.onnx, .json and .pt")
     parser.add_argument("--data", type=Path, help="real sections to judge by: image/*.png and label/*.png")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="the schedule is stretched")
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = given.out / "membranes.state.pt"
     history = train(network, training, validation, recipe, state=state, resume=given.resume, report=report)
     test, tissue = drawn(TEST_SEEDS), [] if given.data is None else real(given.data)
-    command = f"python -m unet_rt.training.membranes{' --data isbi2012' if given.data else ''} --out ."
+    command = f"python benchmarks/ship_membranes.py{' --data isbi2012' if given.data else ''} --out ."
     record = record_of("membranes", TASK, command, network, CONTRACT, recipe, history, history[-1].seconds)
 
     def predict(image: F32) -> F32:

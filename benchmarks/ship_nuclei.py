@@ -1,4 +1,4 @@
-"""Train the networks that ship with the package: ``python -m unet_rt.training.nuclei``.
+"""Train the networks that ship with the package: ``python benchmarks/ship_nuclei.py``.
 
 ``nuclei`` is the embedded default: same padding, small and fast. ``paper_w8`` has the paper's architecture at an eighth
 of its width; widened by 8 (:func:`unet_rt.models.widen`) it is a trained network of the paper's size.
@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..contract.contract import Contract
-from ..drawing.microscopy import microscopy, random_scene
-from ..errors import ImageError
-from ..models.stored import save_half
-from ..models.unet import UNet, UNetSpec
-from .augment import Augmentation
-from .fit import NORMALIZATION
-from .metrics import iou
-from .samples import Sample, prepare
-from .shipped import record_of, write_onnx, write_record
-from .trainer import Progress, Recipe, evaluate, train
-from .weights import F32
+from unet_rt.contract.contract import Contract
+from unet_rt.drawing.microscopy import microscopy, random_scene
+from unet_rt.errors import ImageError
+from unet_rt.models.stored import save_half
+from unet_rt.models.unet import UNet, UNetSpec
+from unet_rt.training.augment import Augmentation
+from unet_rt.training.fit import NORMALIZATION
+from unet_rt.training.metrics import iou
+from unet_rt.training.samples import Sample, prepare
+from ship_record import record_of, write_onnx, write_record
+from unet_rt.training.trainer import Progress, Recipe, evaluate, train
+from unet_rt.training.weights import F32
 
 SYNTHETIC_PX = 384
 # Drawn microscopy is varied enough: flips, quarter turns and grey values.
@@ -148,7 +148,7 @@ def figures(network: UNet, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m unet_rt.training.nuclei", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/ship_nuclei.py", description=__doc__.split("\n")[0])
     parser.add_argument("network", choices=sorted(NETWORKS))
     parser.add_argument("--out", type=Path, required=True, help="folder for NAME.onnx or NAME.npz, NAME.json, NAME.pt")
     parser.add_argument("--data", type=Path, help="folder with image/*.png and label/*.png (instance ids)")
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained_tile=(recipe.tile_px, recipe.tile_px),
     )
     given.out.mkdir(parents=True, exist_ok=True)
-    command = f"python -m unet_rt.training.nuclei {given.network}{' --data dsb2018' if given.data else ''} --out ."
+    command = f"python benchmarks/ship_nuclei.py {given.network}{' --data dsb2018' if given.data else ''} --out ."
     task = "nuclei (bright on dark, fluorescence) against background"
     record = record_of(given.network, task, command, network, contract, recipe, history, seconds) | {
         "data": {

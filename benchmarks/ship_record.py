@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..contract.contract import Contract
-from ..models.checkpoint import save_checkpoint
-from ..models.unet import UNet
-from .export import export
-from .trainer import Progress, Recipe
-from .weights import F32
+from unet_rt.contract.contract import Contract
+from unet_rt.models.checkpoint import save_checkpoint
+from unet_rt.models.unet import UNet
+from unet_rt.training.export import export
+from unet_rt.training.trainer import Progress, Recipe
+from unet_rt.training.weights import F32
 
 
 def record_of(
