@@ -61,7 +61,7 @@ format: .venv-test/.made  ## rewrite sources in the project's style
 	$(if $(CPP),$(TEST)/clang-format -i $(CPP))
 
 docs: .venv-test/.installed  ## run every code block of README.md and docs/
-	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal tests/test_docs.py $(ARGS)
+	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal tests/docs/test_docs.py $(ARGS)
 
 # Half an hour on two cores. On demand besides: bench_precision, membranes (training), gpu.py; ARGS=--quick tries all.
 BENCHES := bench_startup bench_kernels bench_roofline bench_overhead bench_engine bench_predict bench_scaling bench_memory \

@@ -1,6 +1,6 @@
 """How fast the CPU kernels are, as ratios measured in one interleaved run.
 
-Method: every kernel, its NumPy twin (``tests/reference.py``) and ``np.copyto`` of as many bytes as the kernel reads
+Method: every kernel, its NumPy twin (``tests/helpers/reference.py``) and ``np.copyto`` of as many bytes as the kernel reads
 and writes (half read, half written) run in turns, with the same number of threads (for several, ``np.copyto`` of one
 part per thread; the twin has one), on arrays that were written before, so that no page is new. Reported are medians,
 and from them

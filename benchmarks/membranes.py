@@ -73,13 +73,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_one(args: argparse.Namespace) -> None:
     import torch
+    from ship_membranes import CONTRACT
 
     from unet_rt.models.architecture import network_of
     from unet_rt.models.checkpoint import save_checkpoint
     from unet_rt.training.curves import training_curves
     from unet_rt.training.fit import NORMALIZATION, Options, device_of, fitting_tile, planned
     from unet_rt.training.folder import read_folder
-    from ship_membranes import CONTRACT
     from unet_rt.training.trainer import train
 
     torch.set_num_threads(args.threads)

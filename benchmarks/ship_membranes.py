@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from ship_record import record_of, write_onnx, write_record
 
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.membranes import membranes, random_tissue
@@ -29,7 +30,6 @@ from unet_rt.training.augment import Augmentation
 from unet_rt.training.fit import NORMALIZATION
 from unet_rt.training.metrics import iou, pixel_error, rand_error
 from unet_rt.training.samples import Sample, prepare
-from ship_record import record_of, write_onnx, write_record
 from unet_rt.training.trainer import Progress, Recipe, predict_whole, train
 from unet_rt.training.weights import F32
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from ship_record import record_of, write_onnx, write_record
 
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy, random_scene
@@ -31,7 +32,6 @@ from unet_rt.training.augment import Augmentation
 from unet_rt.training.fit import NORMALIZATION
 from unet_rt.training.metrics import iou
 from unet_rt.training.samples import Sample, prepare
-from ship_record import record_of, write_onnx, write_record
 from unet_rt.training.trainer import Progress, Recipe, evaluate, train
 from unet_rt.training.weights import F32
 

@@ -31,7 +31,7 @@ import pytest
 import unet_rt
 from unet_rt.building import tiling as build_tiling
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DIRECTIVE = re.compile(r"<!-- (not run|exit status|file): (.+?) -->\s*")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

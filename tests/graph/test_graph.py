@@ -26,7 +26,7 @@ F = torch.nn.functional
 networks = pytest.importorskip("networks")
 UNetSpec = networks.UNetSpec
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
 
 
 def shared_model(name: str) -> Path:

@@ -24,9 +24,9 @@ from unet_rt.baseline.model import open_model
 from unet_rt.baseline.samples import Sample, draw
 from unet_rt.building import cache
 from unet_rt.building.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
-from unet_rt.cli.main import main as cli
 from unet_rt.cli.demo import shipped_model
 from unet_rt.cli.main import main
+from unet_rt.cli.main import main as cli
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine.folder import read_folder
 from unet_rt.system import facts as machine

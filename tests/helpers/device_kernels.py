@@ -155,7 +155,7 @@ class DeviceKernels:
         self._run("crop_concat", ("skip", "up", "out"), None, args, options)
 
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 @cache

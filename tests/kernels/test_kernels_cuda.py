@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from watched_kernels import BEYOND
 
+import unet_rt
 from unet_rt.errors import BackendError, ImageError, OutputError, TileError
 from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
@@ -230,8 +231,8 @@ def test_bodies_touch_nothing_beside_their_arrays(device: DeviceKernels) -> None
     if valgrind is None:
         pytest.skip("valgrind is not installed (apt-get install valgrind)")
     host_module()
-    script = Path(__file__).with_name("watched_kernels.py")
-    paths = [str(Path(kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    script = Path(__file__).parents[1] / "helpers" / "watched_kernels.py"
+    paths = [str(Path(unet_rt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Arrays from the C library, each a block of its own.
     environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(paths)}
     command = [valgrind, "--undef-value-errors=no", "-q", sys.executable, str(script)]
@@ -324,7 +325,7 @@ def test_the_module_loads_without_a_driver() -> None:
 
 
 def test_every_launch_is_checked() -> None:
-    sources = Path(__file__).resolve().parents[1] / "csrc"
+    sources = Path(__file__).resolve().parents[2] / "csrc"
     if not sources.is_dir():
         pytest.skip("needs the source tree")
     files = [path for pattern in ("*.cu", "*.h", "*.cpp") for path in sources.glob(pattern)]

@@ -24,7 +24,7 @@ from unet_rt.images import tiff as image_tiff
 from unet_rt.images.open import list_images, open_image
 from unet_rt.images.source import Source
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ANY = Contract()
 RNG = np.random.default_rng(20)
 GREY = RNG.integers(0, 2**16, (75, 93), np.uint16)

@@ -19,7 +19,7 @@ pytest.importorskip("skimage", reason="scores Rand errors; pip install unet-rt[t
 
 from unet_rt.drawing.microscopy import Scene, microscopy
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.torch
 NAMES = ["00.png", "18.png", "21.png", "22.png"]  # trained on, tuned on, two reported on
 PX = 160

@@ -783,7 +783,7 @@ def bindings(tmp_path_factory: pytest.TempPathFactory) -> Any:
         absent("there is no C compiler for the libraries that the bindings need to load")
 
     def ask(names: list[str], dtype: str = "float16") -> Any:
-        script = Path(__file__).with_name("tensorrt_stub.py")
+        script = Path(__file__).parents[1] / "helpers" / "tensorrt_stub.py"
         command = [sys.executable, str(script), str(tmp_path_factory.mktemp("stub")), dtype, json.dumps(names)]
         paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

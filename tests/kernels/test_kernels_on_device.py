@@ -96,7 +96,7 @@ def test_the_memory_checker_finds_nothing() -> None:
     checker = shutil.which("compute-sanitizer", path=paths)
     if checker is None:
         pytest.xfail("compute-sanitizer, of the CUDA toolkit, is not installed: nobody watched the kernels")
-    script = Path(__file__).with_name("watched_kernels.py")
+    script = Path(__file__).parents[1] / "helpers" / "watched_kernels.py"
     searched = [str(Path(unet_rt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [checker, "--tool", "memcheck", sys.executable, str(script), "device"],

@@ -17,7 +17,7 @@ import pytest
 
 import unet_rt as urt
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
 

@@ -24,8 +24,8 @@ from unet_rt.baseline.folds import (
     open_models,  # noqa: E402
 )
 from unet_rt.baseline.model import Model, open_model
-from unet_rt.cli.main import main as cli
 from unet_rt.cli.demo import shipped_model  # noqa: E402
+from unet_rt.cli.main import main as cli
 from unet_rt.contract.contract import (
     Contract,
     Head,

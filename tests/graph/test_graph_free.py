@@ -25,7 +25,7 @@ networks = pytest.importorskip("networks")
 F = torch.nn.functional
 UNetSpec = networks.UNetSpec
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
 
 
 def run(model: onnx.ModelProto, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import unet_rt
 from unet_rt.system import facts as machine
 from unet_rt.system import limits
 
@@ -156,7 +157,7 @@ def test_systems_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_real_affinity_is_followed() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from unet_rt import machine; "
     code += "print(machine.threads())"
-    package = str(Path(machine.__file__).parent.parent)
+    package = str(Path(unet_rt.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": package},
@@ -238,7 +239,7 @@ def test_resident_memory_follows_allocations() -> None:
 def test_a_child_does_not_inherit_the_peak() -> None:
     block = np.ones(256 << 20, np.uint8)
     code = "from unet_rt import machine; print(machine.peak_rss_bytes())"
-    package = str(Path(machine.__file__).parent.parent)
+    package = str(Path(unet_rt.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": package},
@@ -372,7 +373,7 @@ def test_the_record_is_json_and_imports_nothing_heavy() -> None:
     assert record["threads"] <= record["cores"]
     code = "import sys; from unet_rt import machine; machine.describe(); "
     code += "print({'torch', 'openvino', 'onnxruntime', 'onnx'} & set(sys.modules))"
-    package = str(Path(machine.__file__).parent.parent)
+    package = str(Path(unet_rt.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": package},
