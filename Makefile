@@ -48,10 +48,11 @@ demo: .venv-demo/.installed  ## install without torch, build an engine, predict 
 test: .venv-test/.installed  ## install with everything that tests need, and run all tests
 	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal $(ARGS)
 
-lint: .venv-test/.made  ## ruff, mypy, clang-format, codespell
+lint: .venv-test/.made  ## ruff, mypy, import-linter, clang-format, codespell
 	$(TEST)/ruff check .
 	$(TEST)/ruff format --check .
 	$(TEST)/mypy
+	PYTHONPATH=. $(TEST)/lint-imports --no-cache
 	$(if $(CPP),$(TEST)/clang-format --dry-run -Werror $(CPP))
 	$(TEST)/codespell
 

@@ -23,7 +23,8 @@ import ptx
 import pytest
 from numpy.typing import NDArray
 
-from unet_rt.kernels import native as kernels
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
 
 WRITTEN = {"out", "total", "weight_total"}
 
@@ -216,7 +217,7 @@ def device_kernels(place: str) -> Iterator[DeviceKernels]:
         return
     module = host_module()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "cuda", lambda: module)
+        patch.setattr(native, "cuda", lambda: module)
         if place == "bodies":
             yield DeviceKernels(HostMemory)
             return

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from unet_rt.engine.engine import Engine
-from unet_rt.kernels import native as kernels
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
 from unet_rt.kernels.device import DeviceArray, DeviceMemoryError, _Memory
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -196,7 +197,7 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
     except ImportError:
         cuda_host = None
     else:
-        monkeypatch.setattr(kernels, "cuda", lambda: cuda_host)
+        monkeypatch.setattr(native, "cuda", lambda: cuda_host)
 
     def enqueued(name: str, counter: str) -> Callable[..., int]:
         function = getattr(kernels, name)
@@ -220,7 +221,7 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
 
     counters = {"tile_gather": "non_finite", "tile_stitch": "", "tile_blend": "", "blend_finish": "uncovered"}
     enqueuing = SimpleNamespace(**{name: enqueued(name, counter) for name, counter in counters.items()})
-    monkeypatch.setattr("unet_rt.prediction.device.kernels", enqueuing)
+    monkeypatch.setattr("unet_rt.prediction.device.calls", enqueuing)
 
 
 class HostSession:

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import array_shapes, arrays, basic_indices
 from unet_rt.cli import doctor
 from unet_rt.errors import BackendError
 from unet_rt.kernels import device as gpu
-from unet_rt.kernels import native as kernels
+from unet_rt.kernels import native
 from unet_rt.kernels.device import Device, DeviceArray, DeviceMemoryError
 from unet_rt.system import facts as machine
 
@@ -112,7 +112,7 @@ def test_what_is_missing_is_said(monkeypatch):
     assert "cuda:2" in str(gpu.missing(2))
     with monkeypatch.context():
         found(**{"unet_rt._cuda": False, "pycuda": True})
-        monkeypatch.setattr(kernels, "cuda_status", lambda: "no CUDA compiler was found")
+        monkeypatch.setattr(native, "cuda_status", lambda: "no CUDA compiler was found")
         assert "UNET_RT_CUDA=ON" in str(gpu.missing())
         assert "no CUDA compiler was found" in str(gpu.missing())
     found(**{"unet_rt._cuda": True, "pycuda": False})

@@ -532,7 +532,7 @@ def test_cuda_arrays_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
 
     status = native.cuda_status()
     monkeypatch.setattr(native, "cuda", native.cuda.__wrapped__)
-    monkeypatch.setattr(kernels.importlib, "import_module", absent)
+    monkeypatch.setattr(native.importlib, "import_module", absent)
     tensor = SimpleNamespace(__cuda_array_interface__={})
     with pytest.raises(
         BackendError, match=re.escape(status if status != "built" else "they were built, but No module")
@@ -549,7 +549,7 @@ def test_missing_module_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(native, "cpu", native.cpu.__wrapped__)
     for load, advice in ((absent, "pip install unet-rt"), (broken, "reinstall")):
-        monkeypatch.setattr(kernels.importlib, "import_module", load)
+        monkeypatch.setattr(native.importlib, "import_module", load)
         with pytest.raises(BackendError, match=advice):
             kernels.tile_gather(np.zeros((1, 2, 2)), [[0, 0]], np.empty((1, 1, 2, 2), np.float32))
 

@@ -297,7 +297,7 @@ def test_without_kernels_or_device_that_is_said(monkeypatch: pytest.MonkeyPatch)
     native.cpu()
     with monkeypatch.context() as patch:
         patch.setattr(native, "cuda", IMPORTED)
-        patch.setattr(kernels.importlib, "import_module", absent)
+        patch.setattr(native.importlib, "import_module", absent)
         assert "UNET_RT_CUDA=ON" in str(native.cuda_missing())
         array = SimpleNamespace(__cuda_array_interface__={})
         with pytest.raises(BackendError, match="no CUDA kernels"):

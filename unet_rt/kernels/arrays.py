@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import BackendError, ContractError, ImageError, OutputError, TileError, size_text
-from .native import cuda, default_threads
+from . import native
 
 Border = Literal["mirror", "edge", "constant"]
 Op = Literal["copy", "softmax", "sigmoid", "argmax", "threshold"]
@@ -72,7 +72,7 @@ def _arrays(**named: Any) -> tuple[Any, tuple[Any, ...]]:
         raise BackendError(
             f"{found[True]} lives on a CUDA device and {found[False]} on the host; move all arrays to one of them"
         )
-    return (cuda() if True in found else None), arrays
+    return (native.cuda() if True in found else None), arrays
 
 
 def _array(name: str, array: Any) -> _Array:
@@ -110,7 +110,7 @@ def _on_device(name: str, array: Any) -> _DeviceArray | None:
 
 
 def _of_interface(name: str, array: Any, interface: dict[str, Any]) -> _DeviceArray:
-    cuda()  # without kernels that is what is missing, whatever the array holds
+    native.cuda()  # without kernels that is what is missing, whatever the array holds
     if interface.get("mask") is not None:
         raise ImageError(f"{name} ({type(array).__name__}) has a mask; pass an array without one")
     dtype = np.dtype(interface["typestr"])
@@ -132,7 +132,7 @@ def _of_interface(name: str, array: Any, interface: dict[str, Any]) -> _DeviceAr
 
 def _of_dlpack(array: Any) -> _DeviceArray:
     # The capsule goes with this call; the memory is the array's.
-    pointer, kind, size, shape, strides, read_only = cuda().dlpack_description(array.__dlpack__(stream=1))
+    pointer, kind, size, shape, strides, read_only = native.cuda().dlpack_description(array.__dlpack__(stream=1))
     letter = {0: "i", 1: "u", 2: "f", 6: "b"}.get(kind)  # DLDataTypeCode
     if letter is None:
         raise ValueError(f"elements of DLPack type {kind}")
@@ -214,10 +214,10 @@ def check_target(out: _Array, op: str, channels: int, axes: int) -> tuple[int, .
     return out.shape[len(lead) :]
 
 
-def _table(name: str, value: Any, axes: int, native: Any) -> _Array:
+def _table(name: str, value: Any, axes: int, gpu: Any) -> _Array:
     view = None if isinstance(value, np.ndarray | list | tuple) else _on_device(name, value)
     if view is not None:
-        if native is None:
+        if gpu is None:
             raise BackendError(f"{name} lives on a CUDA device and the arrays on the host; pass a NumPy array")
         if view.shape[1:] != (axes,) or view.dtype != np.int64 or (view.strides != (8 * axes, 8) and view.shape[0] > 1):
             raise TileError(
@@ -243,12 +243,12 @@ def _sizes(name: str, value: Size, axes: int) -> list[int]:
 
 
 def parts(
-    source_start: Any, target_start: Any, size: Any, tiles: _Array, spatial: tuple[int, ...], native: Any
+    source_start: Any, target_start: Any, size: Any, tiles: _Array, spatial: tuple[int, ...], gpu: Any
 ) -> tuple[_Array, _Array, _Array]:
     axes = len(spatial)
-    source = _table("source_start", source_start, axes, native)
-    target = _table("target_start", target_start, axes, native)
-    extent = _table("size", size, axes, native)
+    source = _table("source_start", source_start, axes, gpu)
+    target = _table("target_start", target_start, axes, gpu)
+    extent = _table("size", size, axes, gpu)
     count = tiles.shape[0]
     if not source.shape[0] == target.shape[0] == extent.shape[0] == count:
         raise TileError(
@@ -316,4 +316,4 @@ def choice(name: str, value: str, table: dict[str, int], error: type[Exception])
 def _threads(threads: int) -> int:
     if threads < 0:
         raise BackendError(f"threads is {threads}; give 0 for this machine's default, or a positive number")
-    return threads or default_threads()
+    return threads or native.default_threads()

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ContractError, OutputError, TileError
+from . import native
 from .arrays import (
     FARTHEST_PX,
     FLOATS,
@@ -51,7 +52,6 @@ from .arrays import (
     parts,
     per_channel,
 )
-from .native import cpu
 
 _BORDERS = {"mirror": 0, "edge": 1, "constant": 2}  # as in csrc/geometry.h
 _OPS = {"copy": 0, "softmax": 1, "sigmoid": 2, "argmax": 3, "threshold": 4}  # as in csrc/tile_stitch.h
@@ -102,12 +102,12 @@ def tile_gather(
         TileError: Shapes do not fit, or a tile needs pixels that the window does not hold.
         ContractError: A normalisation that cannot be applied.
     """
-    native, (window, out, counter) = _arrays(window=window, out=out, non_finite=non_finite)
+    gpu, (window, out, counter) = _arrays(window=window, out=out, non_finite=non_finite)
     check_dtype("window", window, PIXELS)
     axes = window.ndim - 1
     check_spatial("window", window, axes)
     channels = window.shape[0]
-    begin = _table("starts", starts, axes, native)
+    begin = _table("starts", starts, axes, gpu)
     if isinstance(begin, np.ndarray) and begin.size and (begin.min() < -FARTHEST_PX or begin.max() > FARTHEST_PX):
         raise TileError(f"starts reach from {begin.min()} to {begin.max()} px; they must stay within 2^48")
     check_output(out, FLOATS)
@@ -145,15 +145,15 @@ def tile_gather(
     rule = choice("border", border, _BORDERS, TileError)
     affine = not (offset is None and divisor is None and clip is None)
     normalisation = (affine, offsets, divisors, lows, highs)
-    if native is not None:
-        native.tile_gather(
+    if gpu is not None:
+        gpu.tile_gather(
             *(window.description, described(begin), out.description, image, first, rule, float(constant)),
             *normalisation,
             0 if counter is None else counter.pointer,
             _stream(stream, window, out),
         )
         return 0
-    found: int = cpu().tile_gather(
+    found: int = native.cpu().tile_gather(
         *(window, begin, out, image, first, rule, float(constant)), *normalisation, _threads(threads)
     )
     if counter is not None:
@@ -193,18 +193,18 @@ def tile_stitch(
         TileError: Shapes do not fit, or a part lies outside its tile or the output.
         ContractError: An operation whose threshold, values or number of channels is missing or impossible.
     """
-    native, (tiles, out) = _arrays(tiles=tiles, out=out)
+    gpu, (tiles, out) = _arrays(tiles=tiles, out=out)
     axes = check_tiles(tiles)
     channels = tiles.shape[1]
     code = choice("op", op, _OPS, ContractError)
     spatial = check_target(out, op, channels, axes)
-    tables = parts(source_start, target_start, size, tiles, spatial, native)
+    tables = parts(source_start, target_start, size, tiles, spatial, gpu)
     bounds, labels = _labels(op, channels, threshold, values)
-    if native is not None:
+    if gpu is not None:
         queue = _stream(stream, tiles, out)
-        native.tile_stitch(tiles.description, *map(described, tables), out.description, code, bounds, labels, queue)
+        gpu.tile_stitch(tiles.description, *map(described, tables), out.description, code, bounds, labels, queue)
     else:
-        cpu().tile_stitch(tiles, *tables, out, code, bounds, labels, _threads(threads))
+        native.cpu().tile_stitch(tiles, *tables, out, code, bounds, labels, _threads(threads))
 
 
 def tile_blend(
@@ -237,7 +237,7 @@ def tile_blend(
     Raises:
         TileError: Shapes do not fit, or a part lies outside its tile or the total.
     """
-    native, (tiles, weight, total, weight_total) = _arrays(
+    gpu, (tiles, weight, total, weight_total) = _arrays(
         tiles=tiles, weight=weight, total=total, weight_total=weight_total
     )
     axes = check_tiles(tiles)
@@ -251,13 +251,13 @@ def tile_blend(
             f"total is {_shape(total)} and weight_total {_shape(weight_total)}; {tiles.shape[1]} channels need "
             f"(K, *spatial) and (*spatial)"
         )
-    tables = parts(source_start, target_start, size, tiles, weight_total.shape, native)
-    if native is not None:
+    tables = parts(source_start, target_start, size, tiles, weight_total.shape, gpu)
+    if gpu is not None:
         queue = _stream(stream, tiles, weight, total, weight_total)
         sums = (weight.description, total.description, weight_total.description)
-        native.tile_blend(tiles.description, *map(described, tables), *sums, queue)
+        gpu.tile_blend(tiles.description, *map(described, tables), *sums, queue)
     else:
-        cpu().tile_blend(tiles, *tables, weight, total, weight_total, _threads(threads))
+        native.cpu().tile_blend(tiles, *tables, weight, total, weight_total, _threads(threads))
 
 
 def blend_finish(
@@ -294,7 +294,7 @@ def blend_finish(
         TileError: Shapes do not fit.
         ContractError: As for :func:`tile_stitch`.
     """
-    native, (total, weight_total, out, counter) = _arrays(
+    gpu, (total, weight_total, out, counter) = _arrays(
         total=total, weight_total=weight_total, out=out, uncovered=uncovered
     )
     check_dtype("total", total, ("f4",))
@@ -310,13 +310,13 @@ def blend_finish(
         raise TileError(f"out is {_shape(out)} for a total of {_shape(total)}; spatial shapes must agree")
     check_counter("uncovered", counter)
     bounds, labels = _labels(op, channels, threshold, values)
-    if native is not None:
+    if gpu is not None:
         address = 0 if counter is None else counter.pointer
         queue = _stream(stream, total, weight_total, out)
         sums = (total.description, weight_total.description)
-        native.blend_finish(*sums, out.description, code, bounds, labels, address, queue)
+        gpu.blend_finish(*sums, out.description, code, bounds, labels, address, queue)
         return 0
-    found: int = cpu().blend_finish(total, weight_total, out, code, bounds, labels, _threads(threads))
+    found: int = native.cpu().blend_finish(total, weight_total, out, code, bounds, labels, _threads(threads))
     if counter is not None:
         counter += found
     return found
@@ -336,7 +336,7 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
     Raises:
         TileError: Shapes or dtypes do not fit.
     """
-    native, (skip, up, out) = _arrays(skip=skip, up=up, out=out)
+    gpu, (skip, up, out) = _arrays(skip=skip, up=up, out=out)
     axes = up.ndim - 2
     dtypes = ("f4", "f2", "i1", "u1")
     check_dtype("skip", skip, dtypes)
@@ -356,10 +356,10 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
     start = [r // 2 for r in room] if offset is None else _sizes("offset", offset, axes)
     if any(not 0 <= s <= r for s, r in zip(start, room, strict=True)):
         raise TileError(f"offset {start} leaves skip {_shape(skip)}; it may be 0 to {room}")
-    if native is not None:
-        native.crop_concat(skip.description, up.description, out.description, start, _stream(stream, skip, up, out))
+    if gpu is not None:
+        gpu.crop_concat(skip.description, up.description, out.description, start, _stream(stream, skip, up, out))
     else:
-        cpu().crop_concat(skip, up, out, start, _threads(threads))
+        native.cpu().crop_concat(skip, up, out, start, _threads(threads))
 
 
 def histogram(values: NDArray[Any], counts: NDArray[np.int64], *, threads: int = 0) -> None:
@@ -378,4 +378,4 @@ def histogram(values: NDArray[Any], counts: NDArray[np.int64], *, threads: int =
     kinds = 1 << (8 * values.dtype.itemsize)
     if counts.dtype != np.int64 or counts.shape != (kinds,) or not counts.flags.c_contiguous:
         raise OutputError(f"counts is {_shape(counts)} {counts.dtype}; allocate it as ({kinds},) int64")
-    cpu().histogram(np.ascontiguousarray(values), counts, _threads(threads))
+    native.cpu().histogram(np.ascontiguousarray(values), counts, _threads(threads))
