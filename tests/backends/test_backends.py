@@ -708,7 +708,7 @@ def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
 
 @pytest.mark.onnxruntime
 def test_a_provider_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_library, "_provider", lambda: ("AzureExecutionProvider", {}))
+    monkeypatch.setattr("unet_rt.backends.onnxruntime.cpu._provider", lambda: ("AzureExecutionProvider", {}))
     onnxruntime = onnxruntime_library._import()
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(

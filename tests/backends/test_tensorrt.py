@@ -37,7 +37,7 @@ onnx = pytest.importorskip("onnx")
 PACKAGE = Path(unet_rt.__file__).parent
 NUCLEI = PACKAGE / "data" / "nuclei.onnx"
 MODULES = [
-    importlib.import_module("unet_rt.backends.tensorrt.backend") for part in ("", "_build", "_inspect", "_session")
+    importlib.import_module(f"unet_rt.backends.tensorrt.{part}") for part in ("backend", "build", "inspect", "session")
 ]
 HERE = Origin("tensorrt", "11.4.0", "NVIDIA H200", "9.0", "13.1")
 

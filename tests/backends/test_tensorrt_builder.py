@@ -29,7 +29,6 @@ import unet_rt
 from unet_rt.backends.tensorrt import backend as tensorrt
 from unet_rt.backends.tensorrt import build as tensorrt_build
 from unet_rt.backends.tensorrt import plugin as crop_concat_plugin
-from unet_rt.backends.tensorrt import session as tensorrt_session
 from unet_rt.backends.tensorrt.build import Compiled, compile_plan, profiles_for
 from unet_rt.backends.tensorrt.inspect import check_network
 from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, read_plan, write_plan
@@ -58,7 +57,7 @@ from unet_rt.models.unet import UNet
 
 PACKAGE = Path(unet_rt.__file__).parent
 DATA = PACKAGE / "data"
-SOURCES = [*sorted((PACKAGE / "backends").glob("tensorrt*.py")), PACKAGE / "backends" / "crop_concat_plugin.py"]
+SOURCES = sorted((PACKAGE / "backends" / "tensorrt").glob("*.py"))
 
 pytestmark = pytest.mark.torch
 
@@ -364,7 +363,7 @@ def opened(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     device = FakeDevice()
     device.compute_capability = (9, 0)  # not listed by the library, so that it does not ask the driver for the GPU
     monkeypatch.setattr(tensorrt, "_open", lambda name: (rtx, device))
-    monkeypatch.setattr(tensorrt_session, "TensorRtSession", Session)
+    monkeypatch.setattr(tensorrt, "TensorRtSession", Session)
     monkeypatch.setattr(tensorrt, "_measured_ms", lambda session: times[session.header.variant])
     return times
 
@@ -407,7 +406,7 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
         return real(trt, file, *rest, **more)
 
     opened["crop_concat"] = 0.1
-    monkeypatch.setattr(tensorrt_build, "compile_plan", compile_plan)
+    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
     monkeypatch.setattr(crop_concat_plugin, "register", lambda trt: True)
     tensorrt.build(
         shipped_model("membranes"), tmp_path / "g.onnx", precision="fp16", device="cuda:0", blob=tmp_path / "p",
@@ -445,7 +444,7 @@ def test_a_form_that_fails_is_left_out(
             raise BackendError(f"no kernel for {file.name}")
         return real(trt, file, *rest, **more)
 
-    monkeypatch.setattr(tensorrt_build, "compile_plan", compile_plan)
+    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
     (tmp_path / "model.onnx").write_bytes(graph("paper_w8"))
 
     def build() -> None:
@@ -492,7 +491,7 @@ def test_another_precision_than_the_one_asked_is_no_engine(
     compiled = Compiled(b"plan", {"/conv": network}, ("x",), ("y",))
     tensor = {"Name": "t", "Format/Datatype": engine}
     told = {"Layers": [{"Name": "/conv", "Inputs": [tensor], "Outputs": [tensor]}]}
-    monkeypatch.setattr(tensorrt_build, "compile_plan", lambda *given, **more: compiled)
+    monkeypatch.setattr(tensorrt, "compile_plan", lambda *given, **more: compiled)
     monkeypatch.setattr(Session, "inspect", lambda self: json.dumps(told))
     with pytest.raises(BackendError, match=said):
         tensorrt.build(
@@ -547,7 +546,7 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
         return made
 
     monkeypatch.setattr(Session, "run", run)
-    monkeypatch.setattr(tensorrt_build, "compile_plan", compile_plan)
+    monkeypatch.setattr(tensorrt, "compile_plan", compile_plan)
     monkeypatch.setattr(exam, "sit", lambda *given: sat.append(1) or real_sit(*given))
     with unet_rt.load(stale.path) as engine:
         assert engine.spec.precision == "int8"

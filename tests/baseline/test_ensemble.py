@@ -41,7 +41,6 @@ from unet_rt.errors import (
     ContractError,
     GraphError,  # noqa: E402
 )
-from unet_rt.graph import file  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.graph.report import inspect  # noqa: E402
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
@@ -363,7 +362,7 @@ def test_options_settle_a_difference(folds, contract, tmp_path):
 
 
 def test_what_no_file_holds_is_refused(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(file, "LARGEST", 2**21)
+    monkeypatch.setattr("unet_rt.baseline.folds.LARGEST", 2**21)
     with pytest.raises(GraphError, match="that one ONNX file holds"):
         merge(opened, tmp_path / "ensemble.onnx")
 

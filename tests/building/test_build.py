@@ -26,7 +26,6 @@ from unet_rt.building import engines as build_engines
 from unet_rt.building import int8 as build_int8
 from unet_rt.building import job as build_job
 from unet_rt.building import record as build_record
-from unet_rt.building import search
 from unet_rt.building import tiling as build_tiling
 from unet_rt.building.report import BuildReport, Candidate
 from unet_rt.cli.demo import shipped_model
@@ -852,7 +851,7 @@ def test_a_tile_that_an_accepted_engine_misses_is_no_exam(engine_folder, sample_
 def test_a_fast_precision_outside_the_budget_does_not_end_the_search(monkeypatch, inside, searched):
     """INT8 that is slower than BF16 is worth searching on where BF16 is of no use."""
     calls, remarks = [], build_job.Remarks(lambda _: None)
-    monkeypatch.setattr(search, "put_back", lambda *args: calls.append(args))
+    monkeypatch.setattr("unet_rt.building.int8.put_back", lambda *args: calls.append(args))
     seconds = {"fp32": 4.0, "bf16": 1.0, "int8": 2.0}
     missed = SimpleNamespace(engine="int8", verdict=SimpleNamespace(accepted=False))
     returned, verdicts = build_int8.return_layers(

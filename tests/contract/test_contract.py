@@ -161,7 +161,7 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 def test_single_metadata_keys_win_over_the_whole() -> None:
     metadata = contract_to_metadata(Contract(task="binary", normalization=Normalization("minmax"), threshold=(0.3,)))
     metadata |= {
-        "unet_rt.images.normalize": "mean=0.5;std=0.5;scale=255",
+        "unet_rt.normalize": "mean=0.5;std=0.5;scale=255",
         "unet_rt.channels": "DAPI, GFP",
         "unet_rt.trained_tile": "512,256",
         "unet_rt.threshold": "0.7",
@@ -174,7 +174,7 @@ def test_single_metadata_keys_win_over_the_whole() -> None:
         trained_tile=(512, 256),
         threshold=(0.7,),
     )
-    scoped = contract_from_metadata({"unet_rt.images.normalize": "zscore", "unet_rt.normalize_scope": "slice"})
+    scoped = contract_from_metadata({"unet_rt.normalize": "zscore", "unet_rt.normalize_scope": "slice"})
     assert scoped.normalization == Normalization("zscore", scope="slice")
     with pytest.raises(ContractError, match="unknown key 'normalise'"):
         contract_from_metadata({"unet_rt.normalise": "zscore"})

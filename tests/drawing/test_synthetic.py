@@ -147,7 +147,7 @@ def test_every_number_of_what_is_drawn_has_limits(drawn: type[Scene] | type[Tiss
 
 def test_drawing_needs_neither_torch_nor_scipy() -> None:
     code = (
-        "import sys; from unet_rt.synthetic import microscopy; microscopy((64, 64)); "
+        "import sys; from unet_rt.drawing.microscopy import microscopy; microscopy((64, 64)); "
         "print(sorted({'torch', 'scipy', 'skimage', 'onnx'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -132,7 +132,7 @@ def test_baked_sizes_stay_and_say_why(name: str) -> None:
 
 
 def test_a_baked_size_is_reported_with_the_field_it_has_at_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unet_rt.graph.report.free_crops", lambda model: 0)
+    monkeypatch.setattr("unet_rt.graph.analysis.free_crops", lambda model: 0)
     report = inspect(fixed(networks.UNet(UNetSpec(valid=True)), 76))
     f = report.outputs[0].field[0]
     assert (f.shrink, f.stride, f.out_size(76)) == ((20, 20), 4, 36)

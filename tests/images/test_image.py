@@ -19,7 +19,6 @@ from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
-from unet_rt.images import pixels as images_pixels
 from unet_rt.images import tiff as image_tiff
 from unet_rt.images.open import list_images, open_image
 from unet_rt.images.source import Source
@@ -177,7 +176,7 @@ def test_only_the_segments_of_a_window_are_decoded(tmp_path: Path, monkeypatch: 
 
 
 def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_pixels, "CACHE_BYTES", 20_000)
+    monkeypatch.setattr("unet_rt.images.tiff.CACHE_BYTES", 20_000)
     pixels = RNG.integers(0, 99, (640, 320), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", pixels, rowsperstrip=16, compression="zlib")
     with open_image(tmp_path / "a.tif", ANY) as source:
@@ -188,8 +187,8 @@ def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 MEMORY = """
 import resource, sys
-from unet_rt.contract import Contract
-from unet_rt.image import open_image
+from unet_rt.contract.contract import Contract
+from unet_rt.images.open import open_image
 import tifffile
 # ru_maxrss of a fork starts at its parent's; the current size is what this process itself adds to.
 def resident():

@@ -232,7 +232,7 @@ def test_a_resumed_run_reads_the_same_level(
 ) -> None:
     """Chosen by pixel size or named by its number, it is the same image; another level is another one."""
     path, out = write_tiff(tmp_path / "a.tif"), tmp_path / "mask.tif"
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 1)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 1)
     urt.predict(engine, path, out=out, tile=TILE, shard=(0, 2), level="0.5um")
     with pytest.raises(urt.OutputError, match="another image"):
         urt.predict(engine, path, out=out, tile=TILE, shard=(1, 2), level=0)

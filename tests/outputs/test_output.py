@@ -20,7 +20,7 @@ from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
 from unet_rt.images.open import open_image
 from unet_rt.images.source import Source
-from unet_rt.outputs import output, plain, tiff
+from unet_rt.outputs import output, tiff
 from unet_rt.outputs import shape as outputs_shape
 from unet_rt.outputs.output import check_output, open_output
 
@@ -317,7 +317,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pixels = RNG.integers(0, 255, (30, 40)).astype(dtype)
     sink = open_output(tmp_path / f"a{suffix}", shape=(30, 40), dtype=dtype)
     monkeypatch.setattr(Image.Image, "save", full)
-    monkeypatch.setattr(plain, "write_all", full)
+    monkeypatch.setattr("unet_rt.outputs.plain.write_all", full)
+    monkeypatch.setattr("unet_rt.outputs.tiff.write_all", full)
 
     def write() -> None:
         with sink:

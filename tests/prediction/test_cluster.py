@@ -14,7 +14,6 @@ from test_engine import edit
 
 import unet_rt as urt
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.engine import load
 from unet_rt.prediction import cluster
 
 pytestmark = pytest.mark.onnxruntime
@@ -25,7 +24,7 @@ pytest.importorskip("zarr")
 @pytest.mark.filterwarnings("ignore")  # of the event loops that Dask closes when a worker is killed
 def test_two_workers_of_which_one_is_killed(exact_folder, tmp_path, monkeypatch):
     """Workers are processes of their own; with blocks of two tiles the image has some for all of them."""
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)  # here, where blocks are planned
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 2)  # here, where blocks are planned
     image = microscopy((400, 800), seed=8).image
     path = tmp_path / "image.tif"
     tifffile.imwrite(path, image, tile=(256, 256), photometric="minisblack")
@@ -89,7 +88,7 @@ def test_workers_load_the_engine_as_it_was_loaded_here(
     with pytest.raises(urt.UnetRtError):
         urt.load(unproven)
     loaded = []
-    monkeypatch.setattr(load, "load", lambda path, **options: loaded.append(options) or urt.load(path, **options))
+    monkeypatch.setattr(cluster, "load", lambda path, **options: loaded.append(options) or urt.load(path, **options))
     with urt.load(unproven, device="cpu", accept_unverified=True) as engine:
         expected = urt.predict(engine, sample_images[0])
         for options in ({}, {"tta": "flip"}):

@@ -61,7 +61,7 @@ def whole(engine, image):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of two tiles, so that small images have many."""
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 2)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def interrupted(engine, stored, out, after=2, **options):
 
 @pytest.mark.parametrize("name", ["mask.zarr", "mask.tif", "mask.npy"])
 def test_an_interrupted_run_goes_on(engine, stored, whole, small_blocks, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
     out = tmp_path / name
     kept = interrupted(engine, stored, out)
     assert not out.exists()
@@ -287,7 +287,7 @@ class LossyDisk(Disk):
 def test_a_power_cut_loses_no_finished_block(engine, stored, whole, small_blocks, tmp_path, monkeypatch, name, after):
     """Unsynced data are gone or half there, unsynced names are gone; marks that are left stand for whole blocks."""
     out, disk = tmp_path / name, LossyDisk()
-    monkeypatch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
     monkeypatch.setattr("unet_rt.prediction.stage.Disk", lambda: disk)
     monkeypatch.setattr("unet_rt.outputs.zarr.Disk", lambda: disk)
     kept = interrupted(engine, stored, out, after)
@@ -303,7 +303,7 @@ def test_a_power_cut_loses_no_finished_block(engine, stored, whole, small_blocks
 def test_a_lossy_disk_is_noticed_where_nothing_is_synced(engine, stored, small_blocks, tmp_path, monkeypatch):
     """The double can fail: without syncing, finished blocks do not outlive a power cut."""
     out, disk = tmp_path / "mask.npy", LossyDisk()
-    monkeypatch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
     monkeypatch.setattr("unet_rt.prediction.stage.Disk", lambda: disk)
     monkeypatch.setattr(LossyDisk, "sync_tree", lambda *_: None)
     interrupted(engine, stored, out)
@@ -363,7 +363,7 @@ def test_a_kill_between_the_output_and_the_end_of_its_stage(engine, stored, whol
     """The output is whole, the stage is still there: the same command must not touch the one, and ends the other."""
     out = tmp_path / name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+        patch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
         patch.setattr(stage.Stage, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             urt.predict(engine, stored, out=out, tile=TILE)
@@ -396,7 +396,7 @@ def test_the_last_block_fails_with_its_own_error(engine, stored, small_blocks, t
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.Stage, "put", failing)
-        patch.setattr(prediction_stage, "open_stage", open_stage)
+        patch.setattr("unet_rt.prediction.staged.open_stage", open_stage)
         with pytest.raises(urt.OutputError, match="the disk is full"):
             urt.predict(engine, stored, out=out, tile=TILE)
     assert len(blocks) > 1
@@ -414,7 +414,7 @@ def test_arrays_and_regions_are_told_by_what_they_hold(engine, image, small_bloc
     out, region = tmp_path / "mask.npy", tmp_path / "region.png"
     Image.fromarray(np.full(image.shape, 255, np.uint8)).save(region)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+        patch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
         interrupted(engine, image, out, region=region)
         with pytest.raises(urt.OutputError, match="another image"):
             urt.predict(engine, image[:, ::-1], out=out, tile=TILE, region=region)
@@ -522,7 +522,7 @@ def test_an_image_of_other_pixels_is_resampled_block_by_block(
     at_once = urt.predict(engine, fine, **options)
     expected = whole.repeat(2, axis=0).repeat(2, axis=1)
     assert (at_once != expected).mean() < 0.01
-    monkeypatch.setattr("unet_rt.prediction.plan.CHUNK", 128)
+    monkeypatch.setattr("unet_rt.prediction.blocks.CHUNK", 128)
     path = tmp_path / "fine.npy"
     np.save(path, fine)
     out = urt.predict(engine, path, out=tmp_path / "mask.zarr", **options)
@@ -682,7 +682,7 @@ def test_a_kill_between_tables_and_the_end_of_the_stage(engine, stored, whole, s
 def test_nothing_is_left_of_a_kill_while_the_output_was_made(engine, stored, whole, small_blocks, tmp_path):
     out = tmp_path / "mask.npy"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+        patch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
         interrupted(engine, stored, out)
     (tmp_path / ".mask.npy.0123abcd.part").write_bytes(b"half of it")
     (tmp_path / ".mask.npy2.0123abcd.part").write_bytes(b"of another output")
@@ -717,7 +717,7 @@ def test_a_full_disk_is_not_filled_further(engine, stored, small_blocks, tmp_pat
         write(self, bytes(data[: len(data) // 2]))
         raise OSError(28, "No space left on device", str(self))
 
-    monkeypatch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(urt.OutputError, match="No space left"):
         urt.predict(engine, stored, out=out, tile=TILE)

@@ -325,7 +325,7 @@ def test_results_on_the_device_can_be_counted_and_drawn(nuclei, image, on_device
 
 def test_a_large_image_on_the_device_is_written_in_one_go(nuclei, image, on_device, shared_with, tmp_path, monkeypatch):
     """On the host it would be made in blocks, which are kept; what lies on a device is predicted as it is."""
-    monkeypatch.setattr("unet_rt.prediction.plan.LARGE_PX", 1)
+    monkeypatch.setattr("unet_rt.prediction.blocks.LARGE_PX", 1)
     gpu = on_device(nuclei)
     device = session_of(gpu).stream.device
     shared_with(device)
@@ -431,7 +431,7 @@ def test_smaller_batches_where_memory_is_short(small, texture, on_device):
 
 def test_memory_that_is_short_is_found_out_once(small, texture, on_device, monkeypatch):
     """Later groups of blocks run the batch that the first one ended with."""
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 2)
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 2)
     gpu, options = on_device(small), {"tile": (40, 48), "memory_bytes": 2**40}
     device = session_of(gpu).stream.device
@@ -593,7 +593,7 @@ def test_what_was_begun_does_not_begin_again(small, texture, on_device):
 @pytest.mark.parametrize("options", [{}, {"region": True}, {"out": "mask.npy"}, {"out": "mask.zarr"}], ids=str)
 def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypatch, tmp_path, options):
     """The blocks stay: other shards, and what an earlier run has kept, know nothing of tiles."""
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 2)
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 2)
     wide, plan = np.concatenate([texture] * 3, axis=1), planned(small, LARGE, SMALL)
     if "region" in options:  # blocks that need no tile are kept before the first tile finds no memory
@@ -623,7 +623,7 @@ def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypat
 
 def test_no_block_is_kept_twice(small, texture, on_device, monkeypatch, tmp_path):
     """Those that need no tile are kept before the first tile finds no memory."""
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 1)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 1)
     wanted = np.zeros(texture.shape, np.uint8)
     wanted[200:] = 1
     np.save(tmp_path / "region.npy", wanted)
@@ -642,7 +642,7 @@ def test_no_block_is_kept_twice(small, texture, on_device, monkeypatch, tmp_path
 
 def test_tiles_do_not_change_once_some_were_run(small, texture, on_device, monkeypatch):
     """Others took the memory after the first blocks: what was computed is not reported twice, or lost from the report."""
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 2)
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 1)
     gpu, real = on_device(planned(small, LARGE, SMALL), bytes_per_px=1000), predict_device.run
 
@@ -660,7 +660,7 @@ def test_tiles_do_not_change_once_some_were_run(small, texture, on_device, monke
 
 
 def test_an_interrupted_run_goes_on_with_smaller_tiles(small, texture, on_device, monkeypatch, tmp_path):
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 2)
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 2)
     plan, out, reports = planned(small, LARGE, SMALL, batches=(1,)), tmp_path / "mask.zarr", list[RunReport]()
     gpu = on_device(plan, bytes_per_px=1000)
@@ -762,7 +762,7 @@ def test_two_threads_take_turns(small, texture, on_device):
 @pytest.mark.parametrize("masked", [False, True], ids=["by number", "by what they hold"])
 def test_blocks_are_taken_some_at_a_time(small, texture, on_device, monkeypatch, tmp_path, masked):
     """Blocks wait with their masks, so a group of them is small; batches have one size in all groups."""
-    monkeypatch.setattr("unet_rt.prediction.plan.TILES", 2)
+    monkeypatch.setattr("unet_rt.prediction.blocks.TILES", 2)
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 64 if masked else 2)
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_HELD_BYTES", 1)
     groups, earlier, held = list[list[int]](), list[Any](), list[int]()

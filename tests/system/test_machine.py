@@ -155,8 +155,8 @@ def test_systems_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @linux
 def test_the_real_affinity_is_followed() -> None:
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from unet_rt import machine; "
-    code += "print(machine.threads())"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from unet_rt.system import limits; "
+    code += "print(limits.threads())"
     package = str(Path(unet_rt.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -238,7 +238,7 @@ def test_resident_memory_follows_allocations() -> None:
 @linux
 def test_a_child_does_not_inherit_the_peak() -> None:
     block = np.ones(256 << 20, np.uint8)
-    code = "from unet_rt import machine; print(machine.peak_rss_bytes())"
+    code = "from unet_rt.system import limits; print(limits.peak_rss_bytes())"
     package = str(Path(unet_rt.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -371,7 +371,7 @@ def test_the_record_is_json_and_imports_nothing_heavy() -> None:
     assert json.loads(json.dumps(record)) == record
     assert record["versions"]["numpy"] == np.__version__
     assert record["threads"] <= record["cores"]
-    code = "import sys; from unet_rt import machine; machine.describe(); "
+    code = "import sys; from unet_rt.system import facts; facts.describe(); "
     code += "print({'torch', 'openvino', 'onnxruntime', 'onnx'} & set(sys.modules))"
     package = str(Path(unet_rt.__file__).parent.parent)
     done = subprocess.run(

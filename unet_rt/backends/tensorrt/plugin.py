@@ -4,8 +4,6 @@ TensorRT embeds the PTX (``crop_concat.ptx`` in the package, built from ``csrc/c
 launches it with the sizes that the expressions below give; the plan needs nothing of this package.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import re
@@ -18,7 +16,7 @@ from ...graph.passes.crop_concat import DOMAIN, OPERATOR
 
 log = logging.getLogger("unet_rt")
 
-PTX = Path(__file__).parents[1] / "crop_concat.ptx"
+PTX = Path(__file__).parents[2] / "crop_concat.ptx"
 NAME = f"{DOMAIN}::{OPERATOR}"
 THREADS = 256
 _KERNELS = {"FLOAT": ("unet_rt_crop_concat_f32", 4), "HALF": ("unet_rt_crop_concat_f16", 8)}  # samples per 16 bytes
