@@ -18,6 +18,8 @@ PROCESSES ?= $(if $(findstring gpu,$(UNET_RT_REQUIRE)),0,2)
 export PYTHONSAFEPATH = 1
 export UNET_RT_REQUIRE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Which other builder of sites the theme's authors recommend is no news for every build.
+export NO_MKDOCS_2_WARNING = 1
 # ONNX Runtime sends usage events unless told not to.
 export ORT_DISABLE_TELEMETRY = 1
 
@@ -37,7 +39,7 @@ export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench guard docs wheels clean
+.PHONY: help demo test lint format bench guard site docs wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -61,7 +63,10 @@ format: .venv-test/.made  ## rewrite sources in the project's style
 	$(TEST)/ruff format .
 	$(if $(CPP),$(TEST)/clang-format -i $(CPP))
 
-docs: .venv-test/.installed  ## run every code block of README.md and docs/
+site: .venv-test/.installed  ## the manual, in build/site; a broken link is an error
+	$(TEST)/mkdocs build --strict
+
+docs: site  ## the manual, and every code block of README.md and docs/ run
 	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal tests/docs/test_docs.py $(ARGS)
 
 # Half an hour on two cores. On demand besides: bench_precision, membranes (training), gpu.py; ARGS=--quick tries all.
@@ -97,7 +102,7 @@ endef
 .venv-test/.made: pyproject.toml constraints/test.txt
 	$(new_environment)
 	@echo "installing build tools, linters and test tools"
-	@$(@D)/bin/pip install -q --group build --group lint --group test --group tensorrt --group cuda
+	@$(@D)/bin/pip install -q --group build --group docs --group lint --group test --group tensorrt --group cuda
 	@echo "installing unet-rt[cpu,torch,tiff,zarr,...] and what it needs (torch is large)"
 	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote,objects,dask]'
 	@touch $@

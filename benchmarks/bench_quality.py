@@ -14,7 +14,7 @@ has been warned that this may lower the quality (nnUNet#2105). Here every way is
 ``--data`` holds ``image/*.png`` and ``label/*.png`` (grey images with a label above 0 for the foreground; colour images are
 left out, and so are bright ones: the median above the middle of their range); without it, drawn microscopy with its truth.
 Mean IoU and Dice over images; the difference to *whole* is paired per image, with a 95 % interval by bootstrap.
-The record ``quality-isbi2012`` is of the U-Net that docs/membranes.md trains, exported
+The record ``quality-isbi2012`` is of the U-Net that docs/explanation/membranes.md trains, exported
 (``unet-rt export runs/UNet-w16-default-18.pt --out isbi.onnx``).
 """
 

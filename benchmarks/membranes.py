@@ -8,7 +8,7 @@
 trained on, 18 to 20 choose the best weights, 21 to 23 are reported on: blocks, because neighbours look alike. ``train``
 writes a checkpoint, the curves and the probabilities of the tuning and test slices. ``report`` makes table and picture of
 whatever was trained, on any machine (scikit-image scores Rand errors); ``plot`` those of networks that saw different
-numbers of slices. Both write records, from which ``tables.py`` draws what docs/membranes.md shows.
+numbers of slices. Both write records, from which ``tables.py`` draws what docs/explanation/membranes.md shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures of README.md and benchmarks/README.md are those of the records; none is typed by hand."""
+"""The figures of README.md, docs/ and benchmarks/README.md are those of the records; none is typed by hand."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def test_pages_and_plots_say_what_the_records_say(tables: ModuleType) -> None:
     assert [str(path.relative_to(ROOT)) for path in tables.stale()] == [], "run: python benchmarks/tables.py"
 
 
-def test_a_figure_changed_by_hand_is_noticed(tables: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_a_figure_changed_by_hand_is_noticed(tables: ModuleType, page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = list(tables.BLOCK.finditer(text))
-    assert blocks, "README.md has no block of figures"
+    assert blocks, f"{page} has no block of figures"
     for block in blocks:
         digit = re.search(r"\d", block.group(3))
         assert digit is not None, f"{block.group(2)} holds no figure"

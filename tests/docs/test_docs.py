@@ -1,9 +1,9 @@
 """Every code block of README.md and docs/ runs, or says why not.
 
 A page is one story: its blocks run in order, in a folder that holds ``model.onnx`` (the network that ships with the
-package), ``images/`` (three microscopy images), ``large.tif`` and ``model.urt`` (an engine built from them). Python
-blocks share one namespace; in console blocks, ``$`` starts a command and what follows is its expected output (``...``
-stands for anything).
+package), ``images/`` (three microscopy images), ``large.tif``, ``model.urt`` (an engine built from them), ``cells/``
+(six small images and their masks) and ``section.tif`` (electron microscopy). Python blocks share one namespace; in
+console blocks, ``$`` starts a command and what follows is its expected output (``...`` stands for anything).
 
 A comment right above a block directs it::
 
@@ -15,6 +15,7 @@ A comment right above a block directs it::
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -32,7 +34,8 @@ import unet_rt
 from unet_rt.building import tiling as build_tiling
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 DIRECTIVE = re.compile(r"<!-- (not run|exit status|file): (.+?) -->\s*")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DATA = {"text", "json", "toml", "yaml"}
@@ -40,7 +43,7 @@ MATCH = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 UNET_RT = [sys.executable, "-c", "import sys; from unet_rt.cli.main import main; sys.exit(main())"]
 # Searches compare at a smaller tile and try one larger one; the build at the top of README.md measures as any user's.
 SEARCH = {"PROBE_PX": 320**2, "TILE_AREAS": (1024**2,)}
-SMALL = f"from importlib import import_module; vars(import_module('unet_rt.build_tiling')).update({SEARCH}); "
+SMALL = f"from importlib import import_module; vars(import_module('{build_tiling.__name__}')).update({SEARCH}); "
 COMMANDS = {"unet-rt": UNET_RT, "python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}
 
 
@@ -142,6 +145,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that every page starts from."""
     import tifffile
 
+    from unet_rt.drawing.membranes import membranes, random_tissue
     from unet_rt.drawing.microscopy import microscopy
 
     folder = tmp_path_factory.mktemp("docs")
@@ -150,7 +154,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(3):
         tifffile.imwrite(folder / "images" / f"{seed}.tif", microscopy((256, 256), seed=seed).image)
     tifffile.imwrite(folder / "large.tif", microscopy((1000, 700), seed=3).image)
-    # One candidate, so that it takes a second; docs/engines.md runs the search.
+    _draw_training(folder / "cells")
+    section = membranes((400, 600), seed=1, tissue=random_tissue(1))
+    tifffile.imwrite(folder / "section.tif", section.image)
+    # One candidate, so that it takes a second; docs/reference/engines.md runs the search.
     choice = ["--backend", "onnxruntime", "--precision", "fp32", "--tile", "512x512", "--halo", "exact"]
     command = ["build", "model.onnx", "--samples", "images", "--out", "model.urt", *choice]
     done = subprocess.run([*UNET_RT, *command], cwd=folder, check=False, capture_output=True, text=True)
@@ -158,9 +165,22 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _draw_training(folder: Path) -> None:
+    """Six images of nuclei, and their masks."""
+    import tifffile
+
+    from unet_rt.drawing.microscopy import Scene, microscopy
+
+    whole = microscopy((384, 256), seed=1, scene=Scene(radius_px=9, cover=0.3))
+    for name, pixels in (("images", whole.image), ("masks", whole.truth.astype("uint16"))):
+        (folder / name).mkdir(parents=True)
+        for k in range(6):
+            tifffile.imwrite(folder / name / f"{k}.tif", pixels[64 * k : 64 * k + 64])
+
+
 @pytest.mark.onnxruntime
 @pytest.mark.openvino
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_the_blocks_of_a_page_run(page: Path, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "page"
     shutil.copytree(workshop, folder)
@@ -179,7 +199,7 @@ def test_the_blocks_of_a_page_run(page: Path, workshop: Path, tmp_path: Path, mo
             run_console(block, folder)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_blocks_have_a_language_and_compile(page: Path) -> None:
     for block in all_blocks(page):
         assert block.language in {"python", "console", *DATA}, f"{block.place}: language {block.language!r}"
@@ -189,7 +209,7 @@ def test_blocks_have_a_language_and_compile(page: Path) -> None:
         check_data(block)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
@@ -198,7 +218,46 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert not [page.name for page in PAGES[1:] if page.name != "index.md" and f"({page.name})" not in index]
+    pages = [name.removeprefix("docs/") for name in NAMES[1:] if name != "docs/index.md"]
+    assert not [name for name in pages if f"({name})" not in index]
+
+
+def test_the_front_door_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1200
+    notes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")
+    assert [part.splitlines()[0] for part in notes[1:] if len(part.splitlines()) > 40] == []
+
+
+def test_pages_import_public_names_alone() -> None:
+    public = {
+        "unet_rt",
+        *(f"unet_rt.{name}" for name in ("models", "testing", "training", "training.metrics", "remote")),
+    }
+    for page in PAGES:
+        for block in all_blocks(page):
+            found = re.findall(r"^\s*(?:from|import) (unet_rt[\w.]*)", block.text, re.MULTILINE)
+            assert set(found) <= public, f"{block.place}: {sorted(set(found) - public)}"
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    """What draws the reference when the site is built."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_holds_every_verb_and_public_name(hooks: ModuleType) -> None:
+    text = hooks.verbs()
+    assert {"## inspect", "## build", "## predict", "## verify", "## train"} <= set(text.splitlines())
+    assert "| <code>--search-minutes N</code> | time for the search" in text
+    listed = {line.rpartition(".")[2] for line in hooks.names("unet_rt").split()[1::2]}
+    assert listed == {name for name in unet_rt.__all__ if not name.startswith("_")}
 
 
 def test_blocks_are_found_with_their_directives() -> None:
