@@ -17,7 +17,9 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .building.build import build
     from .building.report import BuildReport
+    from .cli.demo import shipped_model
     from .contract.contract import Contract, Normalization
+    from .contract.smp import contract_from_smp
     from .engine.budget import Budget
     from .engine.engine import Engine
     from .engine.load import load
@@ -34,9 +36,12 @@ if TYPE_CHECKING:
         UnetRtError,
     )
     from .graph.report import inspect
+    from .judging.bench import bench_model as bench
     from .judging.verify import VerifyReport, verify
+    from .outputs.objects import label_mask
     from .prediction.predict import predict
     from .prediction.report import RunReport
+    from .prediction.request import Tables
     from .training.export import export
 
 __all__ = [
@@ -54,15 +59,20 @@ __all__ = [
     "OutputError",
     "ParityError",
     "RunReport",
+    "Tables",
     "TileError",
     "UnetRtError",
     "VerifyReport",
     "__version__",
+    "bench",
     "build",
+    "contract_from_smp",
     "export",
     "inspect",
+    "label_mask",
     "load",
     "predict",
+    "shipped_model",
     "verify",
 ]
 
@@ -74,12 +84,17 @@ _MODULE = {
     "EngineSpec": "engine.spec",
     "Normalization": "contract.contract",
     "RunReport": "prediction.report",
+    "Tables": "prediction.request",
     "VerifyReport": "judging.verify",
+    "bench": "judging.bench",
     "build": "building.build",
+    "contract_from_smp": "contract.smp",
     "export": "training.export",
     "inspect": "graph.report",
+    "label_mask": "outputs.objects",
     "load": "engine.load",
     "predict": "prediction.predict",
+    "shipped_model": "cli.demo",
     "verify": "judging.verify",
 }
 

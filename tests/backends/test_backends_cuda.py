@@ -207,6 +207,7 @@ def host_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     monkeypatch.setattr(HostSession, "made", [])
     monkeypatch.setattr(HostSession, "library", library)
     monkeypatch.setattr(onnxruntime, "missing", lambda device="cpu": None)
+    monkeypatch.setattr(onnxruntime_library, "missing", lambda device="cpu": None)
     monkeypatch.setattr(onnxruntime_library, "_import", lambda: Mask())
     monkeypatch.setattr(onnxruntime_cuda, "preload", lambda library: None)
     monkeypatch.setattr(gpu.Device, "open", classmethod(lambda cls, index=0: device))

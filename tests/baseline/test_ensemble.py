@@ -25,7 +25,7 @@ from unet_rt.baseline.folds import (
 )
 from unet_rt.baseline.model import Model, open_model
 from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.cli.main import main as cli
+from unet_rt.cli.main import main
 from unet_rt.contract.contract import (
     Contract,
     Head,
@@ -180,7 +180,7 @@ def test_build_predict_and_verify_take_folds_as_one_network(folds, tmp_path, cap
         np.save(samples / f"{k}.npy", microscopy((170, 190), seed=500 + k).image)
     folder = tmp_path / "folds.urt"
     words = ["build", *map(str, folds[:2]), "--samples", str(samples), "--out", str(folder), "--precision", "fp32"]
-    assert cli.main([*words, "--backend", "onnxruntime", "--tile", "160x160", "--halo", "exact"]) == 0
+    assert main([*words, "--backend", "onnxruntime", "--tile", "160x160", "--halo", "exact"]) == 0
     assert "the mean probability of 2 networks: nuclei.onnx, fold1.onnx" in capsys.readouterr().out
     image = microscopy((250, 300), seed=40).image
     with urt.load(folder) as engine:

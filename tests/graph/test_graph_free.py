@@ -12,7 +12,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from unet_rt.graph import analysis as free
 from unet_rt.graph.analysis import analyse
 from unet_rt.graph.file import read_graph
 from unet_rt.graph.free import free_spatial
@@ -152,7 +151,7 @@ def test_numbers_overrule_the_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
     same = networks.initialise(networks.Layers(lambda x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2)))
     graph_of_free = read_graph(networks.export(same, [(1, 1, 32, 32)], free=False))
     model = networks.export(network, [(1, 1, 32, 32)], free=False)
-    monkeypatch.setattr(free, "analyse_model", careless)
+    monkeypatch.setattr("unet_rt.graph.free.analyse_model", careless)
     freed, reasons = free_spatial(model, run)
     assert dims(freed)[2:] == [32, 32]
     assert any("output" in r for r in reasons), reasons

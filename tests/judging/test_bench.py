@@ -99,7 +99,7 @@ def test_nothing_rests_between_runs_on_a_device(
         rests.append(options.get("rest_s"))
         return real(contenders, **options)
 
-    monkeypatch.setattr("unet_rt.judging.bench.interleave", interleave)
+    monkeypatch.setattr("unet_rt.system.timing.interleave", interleave)
     with urt.load(engine_folder) as cpu:
         (sample,) = draw(sample_images[:1], cpu.spec.contract, spatial=2, network_channels=1, count=1)
         gpu = on_device(cpu)

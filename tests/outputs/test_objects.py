@@ -220,7 +220,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(objects.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OutputError, match="No space left"):
         write_table(path, [found], overwrite=True)
     assert path.read_bytes() == before

@@ -335,7 +335,7 @@ import resource, signal, sys
 import numpy as np
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from unet_rt.errors import OutputError
-from unet_rt.output import open_output
+from unet_rt.outputs.output import open_output
 import tifffile, PIL.Image
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 pixels = np.random.default_rng(1).integers(0, 255, (300, 400)).astype(sys.argv[2])
