@@ -19,30 +19,17 @@ PACKAGE = Path(unet_rt.__file__).parent
 
 # The files (relative to the package) that may import a library at all, at module level or in a function.
 MAY_IMPORT = {
-    "onnx": (
-        "activations.py",
-        "backends/*.py",
-        "build_engines.py",
-        "ensemble.py",
-        "export.py",
-        "free.py",
-        "graph.py",
-        "model.py",
-        "onnx_file.py",
-        "passes/*.py",
-        "propagate.py",
-        "search.py",
-    ),
-    "onnxruntime": ("backends/onnxruntime.py",),
+    "onnx": ("backends/**", "baseline/*.py", "building/*.py", "graph/**", "training/*.py"),
+    "onnxruntime": ("backends/onnxruntime/library.py",),
     "openvino": ("backends/openvino.py",),
-    "tensorrt": ("backends/tensorrt.py",),
-    "tensorrt_rtx": ("backends/tensorrt.py",),
-    "torch": ("backends/eager.py", "export.py", "models/*.py", "training/*.py"),
+    "tensorrt": ("backends/tensorrt/*.py",),
+    "tensorrt_rtx": ("backends/tensorrt/*.py",),
+    "torch": ("backends/eager.py", "models/*.py", "training/*.py"),
 }
 # The ones among them that may do so at module level: nothing imports these before they are asked for.
 AT_MODULE_LEVEL = {
-    "onnx": ("ensemble.py", "export.py", "free.py", "graph.py", "onnx_file.py", "passes/*.py", "propagate.py"),
-    "torch": ("export.py", "models/*.py", "training/*.py"),
+    "onnx": ("baseline/folds.py", "graph/**", "training/*.py"),
+    "torch": ("models/*.py", "training/*.py"),
 }
 # Never at module level elsewhere: `import unet_rt` pays for NumPy alone.
 LAZY = {"PIL", "imagecodecs", "scipy", "skimage", "tifffile", "tqdm", "yaml", *MAY_IMPORT}
@@ -57,15 +44,15 @@ LIGHT = [
 ]
 # What `unet-rt predict` runs is among these.
 IMAGE_LINE = (
-    "cli.py",
-    "engine.py",
-    "image.py",
-    "kernels.py",
-    "normalize.py",
-    "output.py",
-    "predict.py",
-    "stitch.py",
-    "tiles.py",
+    "cli/main.py",
+    "cli/predict.py",
+    "engine/engine.py",
+    "images/open.py",
+    "images/normalize.py",
+    "kernels/calls.py",
+    "outputs/output.py",
+    "prediction/predict.py",
+    "tiling/stitch.py",
 )
 
 

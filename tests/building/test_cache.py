@@ -266,7 +266,7 @@ from pathlib import Path
 import numpy as np
 import unet_rt as urt
 from unet_rt import engine
-from unet_rt.demo import shipped_model
+from unet_rt.cli.demo import shipped_model
 where, options, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
 build_candidates = importlib.import_module("unet_rt.build_candidates")
 
