@@ -407,7 +407,8 @@ def reading_cases(
     yield "uint16", case(image.astype(np.uint16) * 13, output="probability")
     yield "tile", case(image, tile=tuple(n - n // 4 // 16 * 16 for n in subject.tile))
     yield "batch", case(image, batch=3, output="raw")
-    values = tuple(range(7, 7 + max(2, engine.spec.outputs[0].channels)))
+    multiclass = engine.spec.contract.task == "multiclass"
+    values = tuple(range(7, 9 if not multiclass else 7 + engine.spec.outputs[0].channels))
     yield "mask values", case(small, mask_values=values)
     region = np.zeros(image.shape[: subject.spatial], np.uint8)
     region[tuple(slice(n // 3, n // 2) for n in region.shape)] = 1
