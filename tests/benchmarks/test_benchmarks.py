@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``benchmarks/gpu.py`` as a module; networks are cached in a folder of the test's own."""
+    """``benchmarks/gpu.py`` as a module, its sections importable; networks are cached in a folder of the test's own."""
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
@@ -167,10 +168,15 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def contender(gpu: ModuleType, name: str, call: Any) -> Any:
+def part(name: str) -> ModuleType:
+    """A module of the GPU's sections, the one that ``gpu.py`` imported."""
+    return importlib.import_module(f"gpu_sections.{name}")
+
+
+def contender(name: str, call: Any) -> Any:
     import torch
 
-    return gpu.Contender(name, call, lambda: torch.zeros(1, 2, 1, 1), "fp32")
+    return part("timing").Contender(name, call, lambda: torch.zeros(1, 2, 1, 1), "fp32")
 
 
 def test_slower_takes_longer_and_a_failure_is_only_its_own(gpu: ModuleType) -> None:
@@ -182,11 +188,11 @@ def test_slower_takes_longer_and_a_failure_is_only_its_own(gpu: ModuleType) -> N
             raise RuntimeError("out of memory")
 
     contenders = [
-        contender(gpu, "slow", lambda: time.sleep(0.004)),
-        contender(gpu, "late", late),
-        contender(gpu, "quick", lambda: time.sleep(0.001)),
+        contender("slow", lambda: time.sleep(0.004)),
+        contender("late", late),
+        contender("quick", lambda: time.sleep(0.001)),
     ]
-    times, failed = gpu.interleave(contenders, "cpu", rounds=3, seconds=10, sample_s=0.002)
+    times, failed = part("timing").interleave(contenders, "cpu", rounds=3, seconds=10, sample_s=0.002)
     assert failed == {"late": "RuntimeError: out of memory"}
     assert set(times) == {"slow", "quick"}
     assert [len(t) for t in times.values()] == [3, 3]
@@ -208,11 +214,12 @@ def test_a_table_outlives_the_first_contender(gpu: ModuleType, tmp_path: Path, f
                 raise torch.OutOfMemoryError("CUDA out of memory")
             last.append(torch.eye(2)[None, :, None])
 
-        return gpu.Contender(name, call, lambda: last[0], "fp32")
+        return part("timing").Contender(name, call, lambda: last[0], "fp32")
 
-    section = gpu.Section("nuclei", True, tmp_path, time.time() + 60)
+    section = part("section").Section("nuclei", True, tmp_path, time.time() + 60)
     contenders = [made(name) for name in ("eager FP32", "other", "third")]
-    gpu.report_contenders(section, "nuclei", gpu.network("nuclei", True), 64, 1, contenders, 5.0)
+    net = part("pixels").network("nuclei", True)
+    part("engines").report_contenders(section, "nuclei", net, 64, 1, contenders, 5.0)
     rows = section.figures.get("rows", [])
     assert [row["name"] for row in rows] == [c.name for c in contenders if c.name not in failing]
     assert all((row["held_against"], row["label_agreement"]) == ("other", 1.0) for row in rows)
@@ -299,19 +306,22 @@ def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     """A mask of another image, or of one shifted by a pixel, is seen."""
     import numpy as np
 
-    net = gpu.network("nuclei", True)
-    pixels = gpu.drawn(320)
-    numbers = gpu.numbers_of(net, pixels)
+    pixels_of, changed_labels = part("pixels"), part("predict").changed_labels
+    net = pixels_of.network("nuclei", True)
+    pixels = pixels_of.drawn(320)
+    numbers = pixels_of.numbers_of(net, pixels)
     module = net.module()
+    import torch
+
     from unet_rt.images.normalize import normalised
 
-    with gpu.torch.inference_mode():
-        whole = module(gpu.torch.from_numpy(normalised(pixels[None], numbers)[None]))[0].argmax(0)
-    mask = whole.to(gpu.torch.uint8).numpy()
-    changed, compared = gpu.changed_labels(net, pixels, numbers, mask, "cpu")
+    with torch.inference_mode():
+        whole = module(torch.from_numpy(normalised(pixels[None], numbers)[None]))[0].argmax(0)
+    mask = whole.to(torch.uint8).numpy()
+    changed, compared = changed_labels(net, pixels, numbers, mask, "cpu")
     assert compared > 10_000
     assert changed <= 1e-5
-    shifted, _ = gpu.changed_labels(net, pixels, numbers, np.roll(mask, 1, axis=0), "cpu")
+    shifted, _ = changed_labels(net, pixels, numbers, np.roll(mask, 1, axis=0), "cpu")
     assert shifted > 1e-3
 
 

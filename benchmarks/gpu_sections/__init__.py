@@ -1,0 +1,1 @@
+"""What ``gpu.py`` measures, a module per subject; that script runs each section in a process of its own."""
