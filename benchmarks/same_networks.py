@@ -1,4 +1,4 @@
-"""The networks that same_results.py records: shipped ones, drawn ones and others' files, with images like those they know."""
+"""The networks that same_results.py records: shipped ones, drawn ones and files of others, with images for each."""
 
 from __future__ import annotations
 
