@@ -312,9 +312,10 @@ def reading_cases(
 
 def tables(subject: Subject, image: Any, out: Path, argv: list[str]) -> Any:
     """Objects in tables, by the command line, which alone offers them."""
-    from unet_rt import cli
-
-    main = cli.main if callable(cli.main) else cli.main.main
+    try:
+        from unet_rt.cli.main import main
+    except ImportError:  # a version whose command line is one file
+        from unet_rt.cli import main
     engine = next(out.parent.parent.glob(f"{out.parent.name}.urt"))
     np.save(out.parent / "objects.npy", image)
     words = [str(out.parent / word) if Path(word).suffix in (".csv", ".json") else word for word in argv]

@@ -92,8 +92,8 @@ def test_the_end_to_end_script_runs(gpu: ModuleType, tmp_path: Path, monkeypatch
     assert stages == {"read", "gather", "infer", "stitch", "write"}
     tables = load("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "MONAI in nnU-Net's setting" in tables.predict_nuclei()
-    assert "pipeline.svg" in tables.pipeline()
+    assert "MONAI in nnU-Net's setting" in tables.BLOCKS["predict-nuclei"]()
+    assert "pipeline.svg" in tables.BLOCKS["pipeline"]()
 
 
 def test_figures_agree_where_their_ranges_meet(gpu: ModuleType, tmp_path: Path) -> None:
@@ -266,8 +266,8 @@ def test_a_dry_run_measures_everything(gpu: ModuleType, tmp_path: Path, monkeypa
     out.write_text(json.dumps(document), encoding="utf-8")
     for name in ("gpu-machine", "gpu-paper", "gpu-nuclei", "gpu-kernels", "gpu-predict"):
         assert re.search(r"\d", tables.BLOCKS[name]())
-    assert tables.gpu_paper().count("unet-rt onnxruntime fp32") == 1
-    assert len(tables.gpu_predict().splitlines()) == 2 + 2 * 2 * 2  # two networks, two sizes, two ways
+    assert tables.BLOCKS["gpu-paper"]().count("unet-rt onnxruntime fp32") == 1
+    assert len(tables.BLOCKS["gpu-predict"]().splitlines()) == 2 + 2 * 2 * 2  # two networks, two sizes, two ways
 
 
 def test_rows_of_parity_and_of_passes_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
