@@ -17,12 +17,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import render  # noqa: E402
 from figures import SOURCES, contenders, gpu_sections  # noqa: E402
 from front import front  # noqa: E402
-from plots import bars, lines, spans  # noqa: E402
+from plots import bars, spans  # noqa: E402
+
+from unet_rt.outputs.charts import Axes, Sheet, lines  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -70,18 +72,18 @@ def plots() -> dict[Path, str]:
     """Pictures by their paths: of every record that is there."""
     records = render.Records(RESULTS)
     drawers = (engine_plot, slices_plot, sparse_plot, pipeline_plot, scaling_plots, gpu_plots)
-    return {RESULTS / f"{name}.svg": text for drawer in drawers for name, text in drawer(records).items()}
+    return {RESULTS / f"{name}.svg": sheet.svg() for drawer in drawers for name, sheet in drawer(records).items()}
 
 
-def engine_plot(records: render.Records) -> dict[str, str]:
+def engine_plot(records: render.Records) -> dict[str, Sheet]:
     data = records("engine-paper")
     title = f"The paper's U-Net, one tile of {data['tile']} px, {data['threads']} threads: ms, less is better"
     rows = [(r["name"], r["median_ms"], r["low_ms"], r["high_ms"]) for r in data["rows"] if r.get("batch", 1) == 1]
     return {"engine-paper": bars(title, rows, "ms")}
 
 
-def slices_plot(records: render.Records) -> dict[str, str]:
-    found = dict[str, str]()
+def slices_plot(records: render.Records) -> dict[str, Sheet]:
+    found = dict[str, Sheet]()
     for rows in (data["rows"] for data in records.some("membranes-slices")):
         title = f"IoU on three slices of ISBI 2012 that were not trained on, {rows[0]['steps']} steps"
         series = {
@@ -91,21 +93,21 @@ def slices_plot(records: render.Records) -> dict[str, str]:
             for what, key in (("cells", "IoU"), ("membranes", "membrane IoU"))
             for way in (True, False)
         }
-        found["membranes-slices"] = lines(title, "training slices", series, zero=False)
+        found["membranes-slices"] = lines(Axes(title, "training slices"), series)
     return found
 
 
-def sparse_plot(records: render.Records) -> dict[str, str]:
-    found = dict[str, str]()
+def sparse_plot(records: render.Records) -> dict[str, Sheet]:
+    found = dict[str, Sheet]()
     for data in records.some("large-sparse"):
         title = f"Resident memory, {data['size']:,} x {data['size']:,} px, MB"
         points = [(t, m) for t, m in data["resident_mb"]][:: max(1, len(data["resident_mb"]) // 12)]
-        found["large-sparse"] = lines(title, "s", {"MB": points})
+        found["large-sparse"] = lines(Axes(title, "s", zero=True), {"MB": points})
     return found
 
 
-def pipeline_plot(records: render.Records) -> dict[str, str]:
-    found = dict[str, str]()
+def pipeline_plot(records: render.Records) -> dict[str, Sheet]:
+    found = dict[str, Sheet]()
     for data in records.some("predict-nuclei"):
         if "spans" in data:
             title = f"{data['size']} x {data['size']} px, {data['spans']['name']}: busy stages"
@@ -149,9 +151,9 @@ SCALING = {  # title, abscissa, (name, rows, x, y) of each line
 }
 
 
-def scaling_plots(records: render.Records) -> dict[str, str]:
+def scaling_plots(records: render.Records) -> dict[str, Sheet]:
     """How cost grows with each of what it hangs on."""
-    found = dict[str, str]()
+    found = dict[str, Sheet]()
     for data in records.some("scaling"):
         sides = [row | {"beyond_engine_mb": max(row["beyond_engine_bytes"] / 1e6, 1)} for row in data["sides"]]
         for name, (title, label, drawn) in SCALING.items():
@@ -159,12 +161,14 @@ def scaling_plots(records: render.Records) -> dict[str, str]:
                 said: [(row[x], row[y]) for row in (data | {"sides": sides})[rows] if row[y]]
                 for said, rows, x, y in drawn
             }
-            found[f"scaling-{name}"] = lines(render.fill(title, data), label, series, log=name in ("side", "memory"))
+            log = name in ("side", "memory")
+            axes = Axes(render.fill(title, data), label, log_x=log, log_y=log, zero=not log)
+            found[f"scaling-{name}"] = lines(axes, series)
     return found
 
 
-def gpu_plots(records: render.Records) -> dict[str, str]:
-    found = dict[str, str]()
+def gpu_plots(records: render.Records) -> dict[str, Sheet]:
+    found = dict[str, Sheet]()
     for _ in records.some("gpu"):
         sections = gpu_sections(records)
         for batch in (1, 16):

@@ -150,9 +150,8 @@ def test_the_kernels_need_no_more_instructions_than_recorded(gpu: ModuleType, mo
 
 
 def test_spans_overlap_in_the_picture(gpu: ModuleType) -> None:
-    drawn = load("plots").spans(
-        "run", [("read", 5.0, 5.5), ("infer", 5.5, 7.0), ("read", 5.5, 6.0), ("write", 7.0, 7.1)]
-    )
+    recorded = [("read", 5.0, 5.5), ("infer", 5.5, 7.0), ("read", 5.5, 6.0), ("write", 7.0, 7.1)]
+    drawn = load("plots").spans("run", recorded).svg()
     assert "read 48%" in drawn
     assert "infer 71%" in drawn
     assert drawn.count('fill="#0072b2"') == 2

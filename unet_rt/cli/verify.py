@@ -125,13 +125,13 @@ def _bench(args: argparse.Namespace) -> int:
     clear()
     print(bench_text(report), file=_out(args))
     if args.plot:
-        from ..outputs.charts import scatter
+        from ..outputs.charts import Axes, scatter
 
         points = [
             (r.name, r.mpx_per_s, 100 * (1 - r.relative_error if r.label_agreement is None else r.label_agreement))
             for r in report.rows
         ]
-        scatter("agreement with FP32 in %", "Mpx/s", points, Path(args.plot))
+        scatter(Axes("agreement with FP32 in %", "Mpx/s"), points).save(Path(args.plot))
     if args.json:  # last: where the picture cannot be written, stdout holds the error alone
         print_json(report.to_json())
     return 0

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..outputs.charts import Panel, chart
+from ..outputs.charts import Axes, beside, lines
 from .trainer import Progress
 
 
 def training_curves(history: Sequence[Progress], path: Path) -> None:
     """Loss and validation IoU against the step, the best one marked; a PNG."""
     best = max(history, key=lambda p: p.iou)
-    panels = [
-        Panel(
-            "training loss (weighted cross entropy)", "step", {"loss": [(p.step, p.loss) for p in history]}, None, True
-        ),
-        Panel(
-            "validation IoU",
-            "step",
-            {"IoU": [(p.step, p.iou) for p in history]},
-            {f"best {best.iou:.4f}": (best.step, best.iou)},
-        ),
-    ]
-    chart(panels, path)
+    loss = lines(
+        Axes("training loss (weighted cross entropy)", "step", log_y=True),
+        {"loss": [(p.step, p.loss) for p in history]},
+    )
+    iou = lines(
+        Axes("validation IoU", "step"),
+        {"IoU": [(p.step, p.iou) for p in history]},
+        {f"best {best.iou:.4f}": (best.step, best.iou)},
+    )
+    beside([loss, iou]).save(path)
