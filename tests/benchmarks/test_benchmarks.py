@@ -120,6 +120,19 @@ def test_figures_agree_where_their_ranges_meet(gpu: ModuleType, tmp_path: Path) 
         record.main([str(first), str(tmp_path)])
 
 
+def test_a_field_that_differs_is_named(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = load("same_results").compare
+    before, same, after = (tmp_path / f"{name}.json" for name in ("before", "same", "after"))
+    before.write_text(json.dumps({"net": {"predict": ["a", "b"], "spec": {}}}))
+    same.write_text(json.dumps({"net": {"spec": {}, "predict": ["a", "b"]}}))
+    after.write_text(json.dumps({"net": {"predict": ["a", "c"]}}))
+    assert compare(before, same) == 0
+    assert compare(before, after) == 1
+    said = capsys.readouterr().out
+    assert "net / predict[1]: b -> c" in said
+    assert "net / spec: {} -> absent" in said
+
+
 def test_a_record_names_no_folder_of_this_machine(gpu: ModuleType, tmp_path: Path) -> None:
     model, near = tmp_path / "net.onnx", tmp_path / "a.pt"
     words = [str(tmp_path / "bench_x.py"), "--model", str(model), "--checkpoint", f"fcn={near}", "b=runs/b.pt"]
