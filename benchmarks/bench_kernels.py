@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests" / "helpers")]
 
 import record  # noqa: E402
 import reference  # noqa: E402
 
 from unet_rt.kernels import calls as kernels  # noqa: E402
-from unet_rt.kernels import native
+from unet_rt.kernels import native  # noqa: E402
 
 Case = tuple[str, int, Callable[[], Any], Callable[[], Any]]  # name, bytes touched, kernel, twin
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests" / "helpers")]
 
 import record  # noqa: E402
 from device_kernels import DeviceKernels, WatchedMemory, device_kernels  # noqa: E402
