@@ -31,7 +31,7 @@ import unet_rt as urt
 from unet_rt import backends
 from unet_rt.baseline.model import baseline_engine, open_model
 from unet_rt.baseline.results import raw_result
-from unet_rt.baseline.samples import draw
+from unet_rt.baseline.samples import ReadOptions, draw
 from unet_rt.baseline.tiles import judged_tile, whole_grid
 from unet_rt.building.calibration import Calibration
 from unet_rt.building.report import BuildReport
@@ -200,7 +200,7 @@ def judged(subject: Subject, model: Any, engine: Engine, count: int) -> parity.V
     spec = engine.spec
     samples = draw(
         list(subject.others), spec.contract, spatial=spec.spatial, network_channels=spec.channels,
-        channels=subject.channels,
+        read=ReadOptions(channels=subject.channels),
         count=count,
     )  # fmt: skip
     images = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unet_rt.baseline.samples import draw
+from unet_rt.baseline.samples import ReadOptions, draw
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
@@ -18,13 +18,20 @@ def test_empty_planes_of_a_stack_are_left_out():
     empty = np.zeros_like(pictures[0])
     stack = np.stack([empty, *pictures, empty])
     notes: list[str] = []
-    drawn = draw([stack], CONTRACT, spatial=2, network_channels=1, axes="ZYX", note=notes.append)
+    drawn = draw([stack], CONTRACT, spatial=2, network_channels=1, read=ReadOptions(axes="ZYX"), note=notes.append)
     assert [sample.plane for sample in drawn] == [1, 2, 3]
     (note,) = notes
     assert note.startswith("2 of 5 sample windows left out")
     assert "every pixel is 0" in note
     with pytest.raises(ImageError, match="every pixel is 0"):
-        draw([np.stack([empty] * 3)], CONTRACT, spatial=2, network_channels=1, axes="ZYX", note=notes.append)
+        draw(
+            [np.stack([empty] * 3)],
+            CONTRACT,
+            spatial=2,
+            network_channels=1,
+            read=ReadOptions(axes="ZYX"),
+            note=notes.append,
+        )
 
 
 def test_images_that_are_not_drawn_from_are_said():

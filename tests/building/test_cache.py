@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import unet_rt as urt
 from unet_rt.baseline.model import open_model
 from unet_rt.baseline.samples import Sample, draw
 from unet_rt.building import cache
-from unet_rt.building.cache import EngineCache, asked_first, asked_of, copy_folder, differs, key_of
+from unet_rt.building.cache import EngineCache, cache_key, copy_folder, digest_inputs, digest_request, list_differences
+from unet_rt.building.job import BuildOptions
 from unet_rt.cli.demo import shipped_model
 from unet_rt.cli.main import main
 from unet_rt.cli.main import main as cli
@@ -39,6 +40,12 @@ OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "tile"
 @pytest.fixture(scope="module")
 def images(sample_images: list[NDArray[np.uint16]]) -> list[NDArray[np.uint16]]:
     return [np.ascontiguousarray(image[:120, :120]) for image in sample_images]
+
+
+def request(device: str = "cpu", **changed: Any) -> dict[str, str]:
+    """The digests of a build with these options."""
+    options = BuildOptions(urt.Budget(), "auto", "auto", None, "auto", None, "gaussian", 1, True, 10.0)
+    return digest_request(replace(options, **changed), ["onnxruntime"], device)
 
 
 def nothing_is_built(patch: pytest.MonkeyPatch) -> None:
@@ -84,25 +91,24 @@ def test_what_was_built_is_not_built_again(
 
 def test_every_part_of_the_key(tmp_path: Path, images: list[NDArray[np.uint16]], monkeypatch: Any) -> None:
     """Code, versions, processor and device; weights in a file beside the graph; pixels and their normalisation."""
-    options = {"budget": {}, "tile": None}
-    first = asked_first(options, "cpu")
-    assert asked_first(dict(reversed(options.items())), "cpu") == first
-    assert asked_first({**options, "tile": (64, 64)}, "cpu")["options"] != first["options"]
-    assert asked_first(options, "cuda:0")["machine"] != first["machine"]
+    first = request()
+    assert request() == first
+    assert request(tile=(64, 64))["options"] != first["options"]
+    assert request(device="cuda:0")["machine"] != first["machine"]
     with monkeypatch.context() as patch:
         patch.setattr(machine, "cpu_features", lambda: frozenset({"avx2"}))
-        assert asked_first(options, "cpu")["machine"] != first["machine"]
+        assert request()["machine"] != first["machine"]
     with monkeypatch.context() as patch:
         patch.setattr(machine, "package_version", lambda name: "1.0")
-        assert asked_first(options, "cpu")["machine"] != first["machine"]
+        assert request()["machine"] != first["machine"]
     real = machine.package_version
     for name in (name for names in machine.DISTRIBUTIONS.values() for name in names):  # each library is in the key
         with monkeypatch.context() as patch:
             patch.setattr(machine, "package_version", lambda asked, name=name: "0" if asked == name else real(asked))
-            assert asked_first(options, "cpu")["machine"] != first["machine"], name
+            assert request()["machine"] != first["machine"], name
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_code", lambda: "a pass was changed")
-        assert asked_first(options, "cpu")["code"] != first["code"]
+        patch.setattr(cache, "_digest_code", lambda: "a pass was changed")
+        assert request()["code"] != first["code"]
 
     proto = onnx.load(shipped_model())
     onnx.save_model(
@@ -112,7 +118,7 @@ def test_every_part_of_the_key(tmp_path: Path, images: list[NDArray[np.uint16]],
     def opened(work: str) -> dict[str, str]:
         (tmp_path / work).mkdir()
         model = open_model(tmp_path / "beside.onnx", tmp_path / work)
-        return asked_of(model.given, model.contract, [])
+        return digest_inputs(model.given, model.contract, [])
 
     before = opened("1")
     assert opened("2") == before
@@ -123,14 +129,14 @@ def test_every_part_of_the_key(tmp_path: Path, images: list[NDArray[np.uint16]],
 
     contract = Contract(normalization=Normalization("zscore"))
     windows = draw(images, contract, spatial=2, network_channels=1)
-    asked = asked_of(shipped_model(), contract, windows)
-    assert asked_of(shipped_model(), contract, windows) == asked
+    asked = digest_inputs(shipped_model(), contract, windows)
+    assert digest_inputs(shipped_model(), contract, windows) == asked
     moved = [_shifted(windows[0]), *windows[1:]]
-    assert asked_of(shipped_model(), contract, moved)["samples"] != asked["samples"]
-    assert asked_of(shipped_model(), contract, windows[1:])["samples"] != asked["samples"]
-    assert asked_of(shipped_model(), contract, windows[::-1])["samples"] != asked["samples"]
-    assert asked_of(shipped_model(), Contract(), windows)["contract"] != asked["contract"]
-    assert len({key_of({**asked, **first, "code": str(k)}) for k in range(3)}) == 3
+    assert digest_inputs(shipped_model(), contract, moved)["samples"] != asked["samples"]
+    assert digest_inputs(shipped_model(), contract, windows[1:])["samples"] != asked["samples"]
+    assert digest_inputs(shipped_model(), contract, windows[::-1])["samples"] != asked["samples"]
+    assert digest_inputs(shipped_model(), Contract(), windows)["contract"] != asked["contract"]
+    assert len({cache_key({**asked, **first, "code": str(k)}) for k in range(3)}) == 3
 
 
 def _shifted(sample: Sample) -> Sample:
@@ -169,7 +175,7 @@ def test_a_cache_of_engines(
     urt.build(shipped_model(), samples=images, out=tmp_path / "e.urt", cache=kept, **OPTIONS).close()
     read_folder(place)
     asked = read_folder(place).spec.options["asked"]
-    assert not differs(read_folder(tmp_path / "e.urt"), asked)
+    assert not list_differences(read_folder(tmp_path / "e.urt"), asked)
     found = EngineCache(kept).get(asked)
     assert found is not None
     assert EngineCache(kept).get({**asked, "samples": "0"}) is None
@@ -196,7 +202,7 @@ def test_the_cache_cannot_fail_a_build(
         with monkeypatch.context() as patch:
             patch.setattr(EngineCache, "get", lambda self, asked: found)
             said = []
-            assert not BUILD._reused(tmp_path / "b.urt", None, kept, asked, overwrite=False, say=said.append)
+            assert not BUILD._reuse(BUILD.Target(tmp_path / "b.urt", False, kept, said.append), None, asked)
         assert not (tmp_path / "b.urt").exists()
         assert "not taken from the cache" in said[0]
         assert str(graph) in said[0]
@@ -230,17 +236,16 @@ def test_another_process_may_put_the_same_engine_first(
 
 def test_every_argument_of_build_is_in_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A new argument decides about engines until it is listed here as one that does not."""
-    seen: dict[str, Any] = {}
+    seen: list[BuildOptions] = []
 
-    def first(options: dict[str, Any], device: str) -> dict[str, str]:
-        seen.update(options)
+    def first(options: BuildOptions, backends: Any, device: str) -> dict[str, str]:
+        seen.append(options)
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(BUILD, "asked_first", first)
+    monkeypatch.setattr(BUILD, "digest_request", first)
     with pytest.raises(RuntimeError, match="far enough"):
         urt.build(shipped_model(), out=tmp_path / "a.urt", device="cpu", backend="onnxruntime")
-    named = {"backends": "backend", "exam": "keep_exam", "minutes": "search_minutes"}
-    recorded = {named.get(name, name) for name in seen}
+    recorded = {option.name for option in fields(seen[0])}
     by_content = {"model", "contract", "samples", "axes", "channels"}  # hashed as what they are, or select
     machine_side = {"device"}
     elsewhere = {"out", "overwrite", "cache", "say", "report"}  # say where and how, not what
@@ -249,12 +254,12 @@ def test_every_argument_of_build_is_in_the_key(monkeypatch: pytest.MonkeyPatch, 
 
 def test_options_of_numpy_are_those_of_python(tmp_path: Path) -> None:
     """A tile out of an array is a tile; what is no option is refused instead of hashed by its address."""
-    plain = asked_first({"tile": (64, 64), "minutes": 2.0, "exam": True}, "cpu")
+    plain = request(tile=(64, 64), search_minutes=2.0, keep_exam=True)
     tile = np.array([64, 64])
-    assert asked_first({"tile": tile, "minutes": np.float64(2), "exam": np.bool_(True)}, "cpu") == plain
-    assert asked_first({"tile": tuple(tile), "minutes": np.float32(2), "exam": True}, "cpu") == plain
+    assert request(tile=tile, search_minutes=np.float64(2), keep_exam=np.bool_(True)) == plain
+    assert request(tile=tuple(tile), search_minutes=np.float32(2), keep_exam=True) == plain
     with pytest.raises(TypeError):
-        asked_first({"tile": object()}, "cpu")
+        request(tile=object())
 
 
 # --- processes ----------------------------------------------------------------------------------------------------------

@@ -14,33 +14,34 @@ from hypothesis import strategies as st
 onnx = pytest.importorskip("onnx")
 
 from unet_rt.baseline.samples import (
+    ReadOptions,
     Sample,
-    constant_reason,  # noqa: E402
-    draw,  # noqa: E402
+    constant_reason,
+    draw,
 )
 from unet_rt.building.activations import (
     BINS,
     Distribution,
-    overflowing,
+    find_overflows,
+    list_tensors,
     probe,
-    tensors,  # noqa: E402
 )
 from unet_rt.building.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
 from unet_rt.cli.demo import shipped_model  # noqa: E402
 from unet_rt.contract.contract import (
     Contract,
-    Normalization,  # noqa: E402
+    Normalization,
 )
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.errors import (
     EngineError,
-    ImageError,  # noqa: E402
+    ImageError,
 )
 from unet_rt.graph.passes import qdq  # noqa: E402
 from unet_rt.graph.passes.qdq import Range
 from unet_rt.images.normalize import (
     Affine,
-    normalised,  # noqa: E402
+    normalised,
 )
 
 pytestmark = pytest.mark.onnxruntime
@@ -87,7 +88,7 @@ def test_tensors_are_those_of_the_graph(prepared: Any) -> None:
     """The same numbers as running the graph and looking at its output; the input is a tensor, too."""
     x = pixels(64)
     output = prepared.graph.output[0].name
-    assert output in tensors(prepared)
+    assert output in list_tensors(prepared)
     found = probe(prepared, ["input", output], [[x]], threads=1)
     import onnxruntime
 
@@ -100,13 +101,13 @@ def test_tensors_are_those_of_the_graph(prepared: Any) -> None:
 
 def test_islands_for_half_precision(prepared: Any) -> None:
     """A tensor too large for FP16 makes islands of those that write and read it, and of nobody else."""
-    names = tensors(prepared)
+    names = list_tensors(prepared)
     x = pixels(64)
     found = probe(prepared, names, [[x]], threads=1)
-    assert overflowing(prepared, found) == frozenset()
+    assert find_overflows(prepared, found) == frozenset()
     victim = prepared.graph.node[4].output[0]
     found[victim].high = 7e4
-    islands = overflowing(prepared, found)
+    islands = find_overflows(prepared, found)
     assert islands == {n.name for n in prepared.graph.node if victim in n.input or victim in n.output}
     assert 2 <= len(islands) <= 3
 
@@ -227,7 +228,7 @@ def test_copies_of_a_window_do_not_calibrate_and_judge() -> None:
 def test_ranges_of_the_input_are_those_of_each_channel() -> None:
     contract = Contract(normalization=Normalization("fixed", mean=(10.0, 0.0), std=(-2.0, 1.0), clip=(5.0, 100.0)))
     pixels = np.stack([np.linspace(0, 50, 10_000), np.linspace(7, 200, 10_000)]).reshape(2, 100, 100)
-    (window,) = draw([pixels.astype(np.float32)], contract, spatial=2, network_channels=2, axes="CYX")
+    (window,) = draw([pixels.astype(np.float32)], contract, spatial=2, network_channels=2, read=ReadOptions(axes="CYX"))
     np.testing.assert_allclose(input_ranges(window), [[-20, 2.5], [7, 100]])
 
 

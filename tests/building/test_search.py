@@ -22,32 +22,32 @@ from unet_rt.building import search as build_int8
 from unet_rt.building import tiling as build_judge
 from unet_rt.building import tiling as build_tiling
 from unet_rt.building.activations import (
-    overflowing,
+    find_overflows,
+    list_tensors,
     probe,
-    tensors,  # noqa: E402
 )
 from unet_rt.building.calibration import Calibration  # noqa: E402
 from unet_rt.building.choice import (
     _wider,
-    closest,  # noqa: E402
+    pick_closest,
 )
 from unet_rt.building.int8 import return_layers  # noqa: E402
 from unet_rt.building.job import (
     Deadline,
-    Remarks,  # noqa: E402
+    Remarks,
 )
 from unet_rt.building.measure import Judge  # noqa: E402
 from unet_rt.building.quantiser import LayerCost, Mixture, Quantiser, change_near_decision, form_of
 from unet_rt.building.report import (
     BuildReport,
-    Candidate,  # noqa: E402
+    Candidate,
 )
 from unet_rt.building.search import _best_method, _rank, _shortest, plain_and_ends, put_back
 from unet_rt.cli.demo import shipped_model  # noqa: E402
 from unet_rt.cli.texts import build_text  # noqa: E402
 from unet_rt.contract.contract import (
     Contract,
-    Head,  # noqa: E402
+    Head,
 )
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.engine import parity  # noqa: E402
@@ -403,8 +403,8 @@ def test_one_wide_channel(tmp_path: Path) -> None:
     """FP16 would overflow, plain INT8 loses all other channels: both are seen. The mixture passes."""
     model = widened(tmp_path / "wide.onnx")
     prepared = qdq.prepare(onnx.load(model))
-    found = probe(prepared, tensors(prepared), [[pixels()]], threads=1)
-    islands = overflowing(prepared, found)
+    found = probe(prepared, list_tensors(prepared), [[pixels()]], threads=1)
+    islands = find_overflows(prepared, found)
     assert "/down.2/down.2.3/Conv" in islands
     assert len(islands) <= 6, "and nothing else"
     wanted = run(prepared)
@@ -627,9 +627,9 @@ def test_of_mixtures_as_fast_as_the_fastest_the_closest_is_taken() -> None:
         Candidate("openvino", "int8", (8, 8), kept_mpx_per_s=speed, verdict=verdict, variant=str(k))
         for k, (speed, verdict) in enumerate(zip((1.0, 0.98, 0.6), verdicts, strict=True))
     ]
-    assert closest(rows, rows[0], urt.Budget()) is rows[1]
+    assert pick_closest(rows, rows[0], urt.Budget()) is rows[1]
     floats = [replace(row, precision="fp32") for row in rows]
-    assert closest(floats, floats[0], urt.Budget()) is floats[0]
+    assert pick_closest(floats, floats[0], urt.Budget()) is floats[0]
 
 
 def test_a_layer_cost_is_json() -> None:

@@ -22,14 +22,13 @@ from PIL import Image
 import unet_rt as urt
 from unet_rt.baseline.results import raw_result
 from unet_rt.baseline.samples import draw
-from unet_rt.building import measure as bench
 from unet_rt.building import measure as build_timing
 from unet_rt.cli.demo import shipped_model
 from unet_rt.cli.main import main
 from unet_rt.cli.texts import bench_text
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine.engine import Engine
-from unet_rt.judging.bench import BenchReport, bench_model
+from unet_rt.judging.bench import BenchReport, bench
 from unet_rt.judging.contenders import tiles_by_hand
 from unet_rt.kernels.device import Device
 from unet_rt.system import timing as system_timing
@@ -80,7 +79,7 @@ def test_on_a_device_a_batch_has_the_size_that_the_graph_takes(
     with urt.load(engine_folder) as cpu:
         gpu = on_device(cpu, batch=fixed)
         session: Any = gpu._session
-        with closing(bench.DeviceRun(gpu, np.zeros((2, 1, 64, 64), np.float32))) as run:
+        with closing(build_timing.DeviceRun(gpu, np.zeros((2, 1, 64, 64), np.float32))) as run:
             run()
         assert set(session.runs) == {((size, 1, 64, 64),)}
         assert session.stream.device.held == 0
@@ -136,7 +135,7 @@ def test_tiles_by_hand_are_the_pipeline_s(engine_folder: Path, sample_images: li
 @pytest.fixture(scope="module")
 def report(engine_folder: Path, sample_images: list[Array]) -> BenchReport:
     names = ("onnxruntime", "openvino") if importlib.util.find_spec("openvino") else ("onnxruntime",)
-    return bench_model(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=2, seconds=1)
+    return bench(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=2, seconds=1)
 
 
 def test_an_engine_beside_the_libraries(report: BenchReport) -> None:
@@ -168,7 +167,7 @@ def test_one_document_whatever_becomes_of_the_picture(
     """A contender whose values are not finite has no place in the picture; a folder stands where the other should be."""
     broken = replace(report.rows[0], label_agreement=None, relative_error=float("inf"))
     found = replace(report, rows=(broken, *report.rows[1:]))
-    monkeypatch.setattr("unet_rt.judging.bench.bench_model", lambda *_, **__: found)
+    monkeypatch.setattr("unet_rt.judging.bench.bench", lambda *_, **__: found)
     assert main(["bench", "model.urt", "--plot", str(tmp_path / "plot.png"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == len(found.rows)
     with Image.open(tmp_path / "plot.png") as picture:
@@ -183,7 +182,7 @@ def test_one_document_whatever_becomes_of_the_picture(
 def test_monai_leaves_seams(engine_folder: Path, sample_images: list[Array]) -> None:
     pytest.importorskip("monai")
     names = ("onnxruntime", "monai", "monai-gaussian")
-    found = bench_model(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=1, seconds=1)
+    found = bench(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=1, seconds=1)
     seams = {row.name: row.seam for row in found.rows}
     constant, gaussian = (
         seams[f"MONAI sliding window ({mode}), ONNX Runtime FP32"] for mode in ("constant", "gaussian")
@@ -202,7 +201,7 @@ def test_without_torch_the_rest_is_measured(
         return None if name in ("torch", "monai", "openvino") else find(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    found = bench_model(engine_folder, image=sample_images[1], runs=1, seconds=1)
+    found = bench(engine_folder, image=sample_images[1], runs=1, seconds=1)
     assert {row.name for row in found.rows} == {"unet-rt onnxruntime fp32", "ONNX Runtime FP32, bare"}
     assert "pip install torch" in found.skipped["eager"]
     assert "pip install monai" in found.skipped["monai"]
@@ -298,7 +297,7 @@ def test_an_engine_whose_task_was_left_open(tmp_path: Path, sample_images: list[
     urt.build(
         tmp_path / "one.onnx", contract=contract, out=tmp_path / "one.urt", backend="onnxruntime", tile=(128, 128)
     ).close()
-    found = bench_model(
+    found = bench(
         tmp_path / "one.urt",
         image=sample_images[0][:160, :160],
         baselines=["onnxruntime"],

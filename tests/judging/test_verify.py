@@ -30,7 +30,7 @@ from unet_rt.engine.budget import Budget
 from unet_rt.engine.engine import Engine
 from unet_rt.engine.folder import read_folder
 from unet_rt.engine.write import write_folder
-from unet_rt.judging.truth import _truth
+from unet_rt.judging.truth import compare_to_labels
 from unet_rt.judging.verify import verify
 from unet_rt.outputs import pictures
 from unet_rt.testing import assert_parity
@@ -309,12 +309,12 @@ def test_labels_of_other_classes_are_refused(tmp_path):
     labels.mkdir()
     classes = logits.argmax(axis=0).astype(np.uint8)
     tifffile.imwrite(labels / "a.tif", classes)
-    assert _truth(sample, labels, logits, logits, contract, Budget()).engine_dice == 1
+    assert compare_to_labels(sample, labels, logits, logits, contract, Budget()).engine_dice == 1
     tifffile.imwrite(labels / "a.tif", np.array([0, 127, 255], np.uint8)[classes])
     with pytest.raises(
         urt.ImageError, match="the label holds 127, 255, and the classes are 0 to 2; give labels of class"
     ):
-        _truth(sample, labels, logits, logits, contract, Budget())
+        compare_to_labels(sample, labels, logits, logits, contract, Budget())
 
 
 @pytest.mark.parametrize("damaged", [{}, {"budget": {"labels_of": 1}}, {"budget": 3}])

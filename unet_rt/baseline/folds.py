@@ -25,9 +25,9 @@ from ..errors import ContractError, GraphError
 from ..graph.file import LARGEST
 from ..graph.passes.outputs import keep_outputs
 from ..tiling.grid import square_tile
-from .model import Model, baseline_engine, check_fp32, folder, open_model
+from .model import Model, baseline_engine, check_fp32, make_folder, open_model
 from .results import tile_of
-from .samples import synthetic
+from .samples import draw_generated
 from .tiles import untiled_spec
 
 MEMBERS_KEY = "ensemble.members"  # metadata: JSON list of name and SHA-256 of every member
@@ -42,7 +42,7 @@ def merge(members: Sequence[Model], path: Path) -> None:
     or a sigmoid (binary, multi-label) before they are averaged, so the merged graph returns probabilities.
 
     Args:
-        members: Two or more, as :func:`unet_rt.model.open_model` opens them.
+        members: Two or more, as :func:`unet_rt.baseline.model.open_model` opens them.
         path: The file to write.
 
     Raises:
@@ -51,7 +51,7 @@ def merge(members: Sequence[Model], path: Path) -> None:
     """
     for member in members:
         check_fp32(member.graph, member.given.name)
-    contracts = [_resolved(member) for member in members]
+    contracts = [_settle_contract(member) for member in members]
     for member, contract in zip(members[1:], contracts[1:], strict=True):
         _check_contract(members[0], contracts[0], member, contract)
         _check_graph(members[0], member)
@@ -68,7 +68,7 @@ def merge(members: Sequence[Model], path: Path) -> None:
             "one ONNX file holds; build fewer of them as one engine"
         )
     contract = contracts[0]
-    merged = _merged(members, protos, contract)
+    merged = _join(members, protos, contract)
     values = contract.task == "regression"
     declared = replace(contract, output_is="values" if values else "probabilities")
     digests = [{"name": member.given.name, "sha256": sha256(member.given)} for member in members]
@@ -76,7 +76,7 @@ def merge(members: Sequence[Model], path: Path) -> None:
     onnx.save_model(merged, str(path))
 
 
-def _resolved(member: Model) -> Contract:
+def _settle_contract(member: Model) -> Contract:
     """The first output's contract with task and values decided; where it leaves them open, by a drawn image."""
     report = member.report
     contract = first_contract(member.contract, [output.name for output in report.outputs])
@@ -84,7 +84,7 @@ def _resolved(member: Model) -> Contract:
     if contract.task is None or contract.output_is is None:
         spec = untiled_spec(member)
         tile = square_tile(spec.sizes, spec.outputs, LOOK_PX)
-        drawn = synthetic(contract, member.channels, member.spatial, count=1)[0]
+        drawn = draw_generated(contract, member.channels, member.spatial, count=1)[0]
         engine = baseline_engine(member, spec)
         try:
             sample = engine.run(tile_of(drawn, spec, tile, 0))[0]
@@ -147,7 +147,7 @@ def _opsets(proto: onnx.ModelProto) -> dict[str, int]:
     return {o.domain: o.version for o in inlined.opset_import if o.domain in used}
 
 
-def _merged(members: Sequence[Model], protos: Sequence[onnx.ModelProto], contract: Contract) -> onnx.ModelProto:
+def _join(members: Sequence[Model], protos: Sequence[onnx.ModelProto], contract: Contract) -> onnx.ModelProto:
     inputs = _inputs(members)
     first = members[0].report
     nodes, initializers, sparse, value_info, results = [], [], [], [], []
@@ -250,7 +250,7 @@ def open_models(
         return open_model(paths[0], work, options=options, contract=contract)
 
     members = [
-        open_model(path, folder(work / f"member{k}"), options=options, contract=contract)
+        open_model(path, make_folder(work / f"member{k}"), options=options, contract=contract)
         for k, path in enumerate(paths)
     ]
     merged = work / "ensemble.onnx"

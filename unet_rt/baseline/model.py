@@ -10,7 +10,7 @@ from ..contract.contract import Contract
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec, InputSpec
 from ..errors import ContractError, GraphError
-from .runner import baseline_name, runner
+from .runner import baseline_name, baseline_runner
 
 if TYPE_CHECKING:
     import onnx
@@ -100,50 +100,41 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     Raises:
         GraphError, ContractError: see their messages.
     """
-    import onnx
-
     from ..contract import json as contract_io
     from ..contract.bioimageio import contract_from_rdf
     from ..contract.metadata import contract_from_metadata
     from ..graph import file as onnx_file
-    from ..graph.free import free_spatial
-    from ..graph.passes.outputs import keep_outputs
-    from ..graph.report import check_images, inspect
 
-    given = Path(path)
-    declared = Contract()
+    given, declared = Path(path), Contract()
     if given.suffix.lower() in (".yaml", ".yml", ".zip") or given.is_dir():
         declared, given = contract_from_rdf(
-            given, folder(work / "package"), normalization=options.normalization if options else None
+            given, make_folder(work / "package"), normalization=options.normalization if options else None
         )
     proto = onnx_file.load_model(given)
     if _keeps_weights_beside(proto):
-        size = onnx_file.stored_bytes(proto)
-        if size > onnx_file.LARGEST:
-            raise GraphError(
-                f"{given} has {size:,} bytes of graph and weights, and an engine keeps them in one file, which holds "
-                f"{onnx_file.LARGEST:,}; it can be inspected but not built: take a smaller network"
-            )
-        try:
-            onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise GraphError(
-                f"the weights of {given} cannot be read: {error}; keep the .data file beside the .onnx it belongs to"
-            ) from error
-        # An engine folder holds one file per graph, which must be whole without its neighbours.
-        given = folder(work / "given") / given.name
-        onnx.save_model(proto, str(given))
+        given = _take_weights_in(proto, given, work)
     declared = declared.over(contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
     if contract is not None:
         declared = contract_io.contract_from_file(contract).over(declared)
     if options is not None:
         declared = options.over(declared)
+    return _free_sizes(proto, given, work, declared)
+
+
+def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contract) -> Model:
+    """The model with the outputs that can be predicted, and sizes free where that is provably the same network."""
+    import onnx
+
+    from ..graph.free import free_spatial
+    from ..graph.passes.outputs import keep_outputs
+    from ..graph.report import check_images, inspect
+
     as_given = inspect(proto)
     check_images(as_given)
     left_out = _left_out(as_given)
     if left_out:
         keep_outputs(proto, {output.name for output in as_given.outputs} - set(left_out))
-    freed_proto, fixed = free_spatial(proto, runner())
+    freed_proto, fixed = free_spatial(proto, baseline_runner())
     graph = work / "graph.onnx"
     onnx.save_model(freed_proto, str(graph))
     report = _of_its_size(inspect(graph), fixed)
@@ -153,8 +144,35 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         for axis, was, now in zip(before.axes, before.shape, after.shape, strict=True)
         if was is not None and now is None
     )
-    declared = replace(declared, axes=report.inputs[0].axes, border=declared.border or "mirror")
-    return Model(given, graph, report, declared, freed, fixed, tuple(left_out.values()))
+    contract = replace(contract, axes=report.inputs[0].axes, border=contract.border or "mirror")
+    return Model(given, graph, report, contract, freed, fixed, tuple(left_out.values()))
+
+
+def _take_weights_in(proto: onnx.ModelProto, given: Path, work: Path) -> Path:
+    """A copy of the file with the weights that lay beside it: an engine folder's graph is whole without neighbours.
+
+    Raises:
+        GraphError: They are too large for one file, or cannot be read.
+    """
+    import onnx
+
+    from ..graph import file as onnx_file
+
+    size = onnx_file.stored_bytes(proto)
+    if size > onnx_file.LARGEST:
+        raise GraphError(
+            f"{given} has {size:,} bytes of graph and weights, and an engine keeps them in one file, which holds "
+            f"{onnx_file.LARGEST:,}; it can be inspected but not built: take a smaller network"
+        )
+    try:
+        onnx.external_data_helper.load_external_data_for_model(proto, str(given.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise GraphError(
+            f"the weights of {given} cannot be read: {error}; keep the .data file beside the .onnx it belongs to"
+        ) from error
+    whole = make_folder(work / "given") / given.name
+    onnx.save_model(proto, str(whole))
+    return whole
 
 
 def _of_its_size(report: GraphReport, fixed: tuple[str, ...]) -> GraphReport:
@@ -187,7 +205,8 @@ def _left_out(report: GraphReport) -> dict[str, str]:
     }
 
 
-def folder(path: Path) -> Path:
+def make_folder(path: Path) -> Path:
+    """The folder, made where it is not there yet."""
     path.mkdir(exist_ok=True)
     return path
 

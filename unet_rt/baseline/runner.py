@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from ..errors import BackendError
 
-BASELINES = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
+FP32_BACKENDS = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
 
 
-def runner() -> Any:
+def baseline_runner() -> Any:
     """A function (model, inputs) -> outputs that runs a graph once with the first baseline that is installed."""
     import tempfile
 
@@ -38,10 +38,14 @@ def runner() -> Any:
 
 
 def baseline_name() -> str:
-    """The backend that computes FP32 baselines here."""
+    """The name of the backend that computes FP32 baselines on this machine.
+
+    Raises:
+        BackendError: None is installed.
+    """
     from .. import backends
 
-    for name in BASELINES:
+    for name in FP32_BACKENDS:
         if backends.get(name).missing() is None:
             return name
     raise BackendError(backends.advice())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of one plane of an image.
+    """A window of one plane of a user's image, with the normalisation of the image it was taken from.
 
     Attributes:
         name: Image, plane and window, for messages.
@@ -86,24 +86,35 @@ def sample_images(samples: Any) -> list[Any]:
     return list(samples)
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user says of how images are to be read.
+
+    Attributes:
+        axes: Of the images, where files do not say.
+        channels: In the network's order: numbers, names, or ``luma``.
+    """
+
+    axes: str | None = None
+    channels: Sequence[int] | str | None = None
+
+
 def draw(
     images: Sequence[Any],
     contract: Contract,
     *,
     spatial: int,
     network_channels: int,
-    axes: str | None = None,
-    channels: Sequence[int] | str | None = None,
+    read: ReadOptions = ReadOptions(),
     count: int = 20,
     max_px: int = 1024 * 1024,
-    check: bool = True,
     note: Callable[[str], None] | None = None,
 ) -> list[Sample]:
     """Draws at most ``count`` windows of at most ``max_px`` pixels, spread over images and their planes.
 
     Of a larger image, the window with the highest variance among up to 25 is taken: foreground, not only background.
-    Windows that prove nothing (constant or noise: the empty planes of a stack) are left out when ``check`` is set, and
-    ``note`` receives a sentence about them.
+    Windows that prove nothing (constant or noise: the empty planes of a stack) are left out, and ``note`` receives a
+    sentence about them.
 
     Raises:
         ImageError: No image, none that proves anything, or NaN among the pixels.
@@ -112,44 +123,22 @@ def draw(
 
     if not images:
         raise ImageError("no sample images; pass files or a folder with --samples")
-    chosen = [
-        images[round(k * (len(images) - 1) / max(1, min(count, len(images)) - 1))]
-        for k in range(min(count, len(images)))
-    ]
-    samples, empty = [], list[str]()
+    last = min(count, len(images)) - 1
+    chosen = [images[round(k * (len(images) - 1) / max(1, last))] for k in range(last + 1)]
+    samples, empty = list[Sample](), list[str]()
     for position, image in enumerate(chosen):
         with open_image(
-            image, contract, axes=axes, channels=channels, spatial=spatial, network_channels=network_channels
+            image, contract, axes=read.axes, channels=read.channels, spatial=spatial, network_channels=network_channels
         ) as source:
             share = count // len(chosen) + (position < count % len(chosen))
-            planes = sorted({round(p) for p in np.linspace(0, source.planes - 1, max(1, min(share, source.planes)))})
-            normalization = contract.normalization
-            numbers = None if normalization is None else affine(normalization, source)
-            for plane in planes:
-                start, stop = _window(source, plane, max_px)
-                pixels = np.array(source.read(plane, start, stop))
-                name = source.name + (f" plane {plane}" if source.planes > 1 else "")
-                if stop != tuple(source.shape) or any(start):
-                    name += " [" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
-                reason = constant_reason(pixels) if check else None
+            for sample in _windows_of(source, contract, share, max_px):
+                reason = constant_reason(sample.pixels)
                 if reason is not None:
-                    empty.append(f"{name} proves nothing about a trained network: {reason}")
+                    empty.append(f"{sample.name} proves nothing about a trained network: {reason}")
                     continue
-                if not np.isfinite(pixels).all():
-                    raise ImageError(f"{name} holds NaN or infinite pixels; replace them first")
-                samples.append(
-                    Sample(
-                        name,
-                        source.path,
-                        pixels,
-                        numbers.plane(plane) if numbers is not None else unscaled(source.channels),
-                        start,
-                        plane,
-                        tuple(source.shape),
-                        source.reading,
-                        hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
-                    )
-                )
+                if not np.isfinite(sample.pixels).all():
+                    raise ImageError(f"{sample.name} holds NaN or infinite pixels; replace them first")
+                samples.append(sample)
     if not samples:
         raise ImageError(f"{empty[0]}; pass images like those the network will see")
     if len(chosen) < len(images) and note is not None:
@@ -162,12 +151,36 @@ def draw(
     return samples
 
 
+def _windows_of(source: Source, contract: Contract, count: int, max_px: int) -> Iterator[Sample]:
+    """A window of each of up to ``count`` planes of an image (one where ``count`` is 0), spread over the stack."""
+    planes = sorted({round(p) for p in np.linspace(0, source.planes - 1, max(1, min(count, source.planes)))})
+    normalization = contract.normalization
+    numbers = None if normalization is None else affine(normalization, source)
+    for plane in planes:
+        start, stop = _choose_window(source, plane, max_px)
+        pixels = np.array(source.read(plane, start, stop))
+        name = source.name + (f" plane {plane}" if source.planes > 1 else "")
+        if stop != tuple(source.shape) or any(start):
+            name += " [" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
+        yield Sample(
+            name,
+            source.path,
+            pixels,
+            numbers.plane(plane) if numbers is not None else unscaled(source.channels),
+            start,
+            plane,
+            tuple(source.shape),
+            source.reading,
+            hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
+        )
+
+
 def unscaled(channels: int) -> Affine:
     """Pixels as they are."""
     return Affine(np.zeros(channels, np.float32), np.ones(channels, np.float32), None)
 
 
-def _window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _choose_window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if prod(source.shape) <= max_px:
         return (0,) * len(source.shape), tuple(source.shape)
     side = round(max_px ** (1 / len(source.shape)))
@@ -187,7 +200,7 @@ def _window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, ...], t
     return start, tuple(a + s for a, s in zip(start, size, strict=True))
 
 
-def synthetic(contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512) -> list[Sample]:
+def draw_generated(contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512) -> list[Sample]:
     """Generated microscopy for builds without samples: enough to compare backends in FP32, no proof of anything else."""
     from ..drawing.microscopy import microscopy
 

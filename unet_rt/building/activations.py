@@ -134,17 +134,17 @@ HALF_LARGEST = 65504.0
 HALF_MARGIN = 2.0  # images may be brighter than samples
 
 
-def overflowing(model: onnx.ModelProto, found: dict[str, Distribution]) -> frozenset[str]:
-    """Nodes that read or write a tensor too large for FP16, or close to it: islands for :func:`unet_rt.graph.passes.half.half`."""
-    return islands(model, {name for name, d in found.items() if not d.finite or too_large(d.low, d.high)})
+def find_overflows(model: onnx.ModelProto, found: dict[str, Distribution]) -> frozenset[str]:
+    """Nodes that read or write a tensor too large for FP16, or close to it: islands for ``passes.half``."""
+    return find_islands(model, {name for name, d in found.items() if not d.finite or exceeds_half(d.low, d.high)})
 
 
-def too_large(low: float, high: float) -> bool:
+def exceeds_half(low: float, high: float) -> bool:
     """Whether values of a range leave FP16's, or come close to it."""
     return max(abs(low), abs(high)) > HALF_LARGEST / HALF_MARGIN
 
 
-def islands(model: onnx.ModelProto, large: Collection[str]) -> frozenset[str]:
+def find_islands(model: onnx.ModelProto, large: Collection[str]) -> frozenset[str]:
     """Nodes that read or write one of these tensors, themselves or through INT8; and what makes floats of INT8 for them.
 
     (A convolution between DequantizeLinear and QuantizeLinear runs in INT8 only if nothing casts in between.)
@@ -163,7 +163,7 @@ def islands(model: onnx.ModelProto, large: Collection[str]) -> frozenset[str]:
     return frozenset(map(node_name, (*chosen, *before)))
 
 
-def tensors(model: onnx.ModelProto) -> list[str]:
+def list_tensors(model: onnx.ModelProto) -> list[str]:
     """Names of all floating-point tensors that nodes write, and of the graph's inputs."""
     import onnx
 

@@ -2,16 +2,15 @@
 
 The steps, in their order, each in a module that takes what the steps before it returned::
 
-    build_samples.py     windows of the samples; some are set aside to calibrate INT8 on
-    build_task.py        what the outputs mean; what the network makes of the first sample
-    build_tiling.py      tile, halo or overlap; the baseline's results (build_baseline.py)
-    build_candidates.py  every backend in every precision: made (build_engines.py, build_int8.py), timed
-                         (build_timing.py), judged (build_judge.py)
-    build_choice.py      the fastest inside the budget, and its tile
-    build_record.py      spec, record of parity, exam: what goes into the folder
+    samples.py     windows of the samples; some are set aside to calibrate INT8 on; what the outputs mean, and what the
+                   network makes of the first window
+    tiling.py      tile, halo or overlap; the baseline's results
+    candidates.py  every backend in every precision: made (engines.py, int8.py), timed and judged (measure.py)
+    choice.py      the fastest inside the budget, and its tile
+    record.py      spec, record of parity, exam: what goes into the folder
 
-``build_job.py`` holds what all of them are given, ``build_report.py`` what the caller gets. This module decides about
-engines that exist already, in the folder or in a cache, and calls the steps where there is none.
+``job.py`` holds what all of them are given, ``report.py`` what the caller gets. This module decides about engines that
+exist already, in the folder or in a cache (``cache.py``), and calls the steps where there is none.
 """
 
 from __future__ import annotations
@@ -20,40 +19,57 @@ import logging
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from .. import backends
 from ..baseline.folds import open_models
 from ..baseline.model import Model, baseline_engine, check_fp32
+from ..baseline.samples import ReadOptions
 from ..baseline.tiles import untiled_spec
 from ..contract.contract import Contract
 from ..engine.budget import Budget
 from ..engine.engine import Engine
-from ..engine.folder import EngineFolder, read_folder
+from ..engine.folder import EngineFolder, FileKind, read_folder
 from ..engine.load import load
-from ..engine.spec import Precision
+from ..engine.spec import EngineSpec, Precision
 from ..engine.write import check_target, write_folder
 from ..errors import BackendError, ContractError, EngineError, OutputError
-from ..system import limits
 from ..tiling.stitch import Blend
-from .cache import Asked, EngineCache, asked_first, asked_of, copy_folder, differs
+from .cache import Digests, EngineCache, copy_folder, digest_inputs, digest_request, list_differences
 from .candidates import try_candidates
 from .choice import choose
 from .engines import Engines
-from .job import Deadline, Job, Remarks, Say, parity_seconds
+from .job import BuildJob, BuildOptions, Deadline, Remarks, Say, Scope, parity_seconds
 from .measure import Judge
 from .record import Outcome, engine_files, final_spec, report_of
 from .report import BuildReport
-from .samples import describe_first, read_samples, resolve_task, set_aside
+from .samples import Samples, describe_first, read_samples, set_aside, settle_contract
 from .tiling import choose_tiling
 
 log = logging.getLogger("unet_rt")
 
 SEARCH_MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an engine goes, and where the same one may be already.
+
+    Attributes:
+        folder: The engine folder.
+        overwrite: Whether an engine there is replaced, whatever it was built from.
+        cache: Engines that are kept; None: nowhere.
+        say: Receives what was found.
+    """
+
+    folder: Path
+    overwrite: bool
+    cache: EngineCache | None
+    say: Say
 
 
 def build(
@@ -103,7 +119,7 @@ def build(
         axes, channels: How samples are to be read.
         keep_exam: Whether a few tiles travel with the engine.
         overwrite: Replace an existing engine, whatever it was built from.
-        cache: Folder that keeps engines by everything that decided them (see :mod:`unet_rt.cache`).
+        cache: Folder that keeps engines by everything that decided them (see :mod:`unet_rt.building.cache`).
         search_minutes: Time for the search; what there is no time for is said in the report. At least one verdict per
             candidate is reached in any case.
         say: Receives progress in sentences.
@@ -120,82 +136,80 @@ def build(
     paths = [Path(model)] if isinstance(model, str | Path) else [Path(one) for one in model]
     if not paths:
         raise ContractError("no model is given; pass an ONNX file, or several of them")
-    path = paths[0] if len(paths) == 1 else Path("ensemble.onnx")
-    folder = Path(out) if out is not None else Path(path.name).with_suffix(".urt")
-    where, names = _backends(backend, device)
-    precisions = _precisions(precision, where)
-    budget = budget or Budget()
-    asked = asked_first(
-        {
-            "budget": vars(budget),
-            "backends": names,
-            "precision": precision,
-            "tile": tile,
-            "halo": halo,
-            "overlap": overlap,
-            "blend": blend,
-            "threads": threads or limits.threads(),
-            "exam": keep_exam,
-            "minutes": search_minutes,
-        },
-        where,
+    name = paths[0].name if len(paths) == 1 else "ensemble.onnx"
+    folder = Path(out) if out is not None else Path(name).with_suffix(".urt")
+    target = Target(folder, overwrite, EngineCache(cache) if cache is not None else None, say)
+    scope = _choose_scope(backend, device, precision)
+    options = BuildOptions(
+        budget or Budget(), backend, precision, tile, halo, overlap, blend, threads, keep_exam, search_minutes
     )
-    same = None if overwrite else _same_engine(folder, asked)
-    if same is None:
-        check_target(folder, overwrite=overwrite)
-    with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as temporary, ExitStack() as engines_to_close:
-        work = Path(temporary)
-        options = contract if isinstance(contract, Contract) else None
-        file = Path(contract) if isinstance(contract, str | Path) else None
-        opened = open_models(paths, work, options=options, contract=file)
-        check_fp32(opened.graph, path.name)
-        if samples is None and "fp32" not in precisions:
-            what = "to calibrate and to prove parity on" if "int8" in precisions else "to prove parity on"
-            raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")
-        if samples is None:
-            precisions = ("fp32",)
+    digests = digest_request(options, scope.backends, scope.device)
+    same = _find_same(target, digests)
+    with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as work, ExitStack() as resources:
+        opened = _open(paths, Path(work), contract)
+        check_fp32(opened.graph, name)
+        scope = _limit_to_samples(scope, samples, precision)
         remarks = Remarks(say, notes=_notes_on(opened))
-        spec = replace(untiled_spec(opened), device=where)
-        baseline = engines_to_close.enter_context(baseline_engine(opened, spec, threads=threads))
-        opened, drawn = read_samples(opened, samples, axes, channels, remarks)
-        asked = {**asked, **asked_of(opened.given, opened.contract, drawn.judging)}
-        kept = EngineCache(cache) if cache is not None else None
-        if _reused(folder, same, kept, asked, overwrite=overwrite, say=say):
+        spec = replace(untiled_spec(opened), device=scope.device)
+        baseline = resources.enter_context(baseline_engine(opened, spec, threads=threads))
+        opened, drawn = read_samples(opened, samples, ReadOptions(axes, channels), remarks)
+        digests = {**digests, **digest_inputs(opened.given, opened.contract, drawn.judging)}
+        if _reuse(target, same, digests):
             return load(folder, threads=threads or None)
 
-        drawn, precisions = set_aside(drawn, names, precisions, where, remarks, explicit=precision != "auto")
-        seconds = parity_seconds(deadline, names, precisions)
-        job = Job(opened, baseline, work, budget, threads, deadline, seconds, remarks)
-        reached = {"samples": deadline.spent}
-        spec = replace(spec, contract=resolve_task(job, spec, drawn))
-        baseline.spec = replace(baseline.spec, contract=spec.contract)
-        tiling = choose_tiling(job, spec, drawn, tile=tile, halo=halo, overlap=overlap, blend=blend)
-        reached["tiling"] = deadline.spent
-        sample, raw = tiling.results.samples[0], tiling.results.values[0][0]
-        first = describe_first(sample, raw, tiling.spec.contract_of(0), remarks)
-        engines = engines_to_close.enter_context(closing(Engines(job, tiling, drawn.kind)))
-        judge = Judge(job, tiling, drawn.calibrating)
-        explicit = backend != "auto" or precision != "auto"
-        measured = try_candidates(job, tiling, drawn.calibrating, engines, judge, names, precisions, explicit=explicit)
-        reached["candidates"] = deadline.spent
-        choice = choose(job, tiling, measured, engines, judge, fixed_tile=tile is not None)
-        reached["choice"] = deadline.spent
-        outcome = Outcome(job, drawn, first, tiling, measured, choice, judge, engines)
-        spec = final_spec(outcome, asked)
-        files = engine_files(outcome, spec, keep_exam=keep_exam)
-        engines_to_close.close()
-        try:
-            write_folder(folder, spec, files, overwrite=overwrite)
-        except OutputError:
-            if overwrite or not _holds(folder, asked):
-                raise
-            say(f"{folder} was built by another process meanwhile")  # from the same: either engine is what was asked
+        drawn, scope = set_aside(drawn, scope, remarks, explicit=precision != "auto")
+        seconds = parity_seconds(deadline, scope)
+        job = BuildJob(opened, baseline, Path(work), options, scope, deadline, seconds, remarks)
+        outcome = _search(job, spec, drawn, resources)
+        spec = final_spec(outcome, digests)
+        files = engine_files(outcome, spec)
+        resources.close()
+        if not _write(target, spec, files, digests):
             return load(folder, threads=threads or None)
-        _keep(kept, folder, asked, say)
+        _keep(target, digests)
     if report is not None:
         advice = _advice(paths, folder) if drawn.kind == "synthetic" else ""
-        report(report_of(outcome, folder, spec, advice, reached))
+        report(report_of(outcome, folder, spec, advice))
     return load(folder, threads=threads or None)
+
+
+def _search(job: BuildJob, spec: EngineSpec, samples: Samples, resources: ExitStack) -> Outcome:
+    """The steps from the task to the engine that was chosen; ``resources`` close the engines that are open then."""
+    reached = {"samples": job.deadline.spent}
+    spec = replace(spec, contract=settle_contract(job, spec, samples))
+    tiling = choose_tiling(job.decide(spec), spec, samples)
+    job = job.decide(tiling.spec)
+    reached["tiling"] = job.deadline.spent
+    sample, raw = tiling.results.samples[0], tiling.results.values[0][0]
+    first = describe_first(sample, raw, tiling.spec.contract_of(0), job.remarks)
+    engines = resources.enter_context(closing(Engines(job, tiling, samples.kind)))
+    judge = Judge(job, tiling, samples.calibrating)
+    trials = try_candidates(job, tiling, samples.calibrating, engines, judge)
+    reached["candidates"] = job.deadline.spent
+    winner = choose(job, tiling, trials, engines, judge)
+    reached["choice"] = job.deadline.spent
+    return Outcome(job, samples, first, tiling, trials, winner, judge, engines, reached)
+
+
+def _open(paths: Sequence[Path], work: Path, contract: Contract | str | Path | None) -> Model:
+    """The model of one file or of several, under the contract that was passed."""
+    if isinstance(contract, str | Path):
+        return open_models(paths, work, contract=Path(contract))
+    return open_models(paths, work, options=contract)
+
+
+def _limit_to_samples(scope: Scope, samples: Any, precision: str) -> Scope:
+    """What can be tried with these samples: without any, FP32 alone.
+
+    Raises:
+        ContractError: There are none, and another precision was asked for.
+    """
+    if samples is not None:
+        return scope
+    if "fp32" not in scope.precisions:
+        what = "to calibrate and to prove parity on" if "int8" in scope.precisions else "to prove parity on"
+        raise ContractError(f"precision {precision} needs samples {what}; pass --samples IMAGES")
+    return replace(scope, precisions=("fp32",))
 
 
 def _notes_on(model: Model) -> list[str]:
@@ -220,71 +234,96 @@ def _timed(say: Say, deadline: Deadline) -> Say:
     return lambda text: say(f"{deadline.spent:.0f} of {deadline.seconds:.0f} s: {text}")
 
 
-def _same_engine(folder: Path, asked: Asked) -> EngineFolder | None:
-    """The engine in ``folder`` that may be what was asked, as far as that is known yet.
+# --- the engine that is there already -------------------------------------------------------------------------------
+
+
+def _find_same(target: Target, digests: Digests) -> EngineFolder | None:
+    """The engine in the folder that may be what was asked, as far as that is known yet; None where it is to be built.
 
     Raises:
-        OutputError: It is another one.
+        OutputError: There is another one, or something else.
     """
-    try:
-        found = read_folder(folder)
-    except EngineError:
-        return None
-    other = differs(found, asked)
+    if not target.overwrite:
+        try:
+            found = read_folder(target.folder)
+        except EngineError:
+            pass
+        else:
+            _refuse_another(target, found, digests)
+            return found
+    check_target(target.folder, overwrite=target.overwrite)
+    return None
+
+
+def _refuse_another(target: Target, found: EngineFolder, digests: Digests) -> None:
+    """Raises OutputError where the engine in the folder was built from something else."""
+    other = list_differences(found, digests)
     if other:
-        raise OutputError(_another(folder, other))
-    return found
+        raise OutputError(
+            f"{target.folder} exists, and was built from another {', '.join(other)}; pass --overwrite to replace it, or "
+            "choose another --out"
+        )
 
 
-def _holds(folder: Path, asked: Asked) -> bool:
-    """Whether a folder holds the engine that was asked for."""
-    try:
-        return not differs(read_folder(folder), asked)
-    except EngineError:
-        return False
-
-
-def _another(folder: Path, other: Sequence[str]) -> str:
-    return (
-        f"{folder} exists, and was built from another {', '.join(other)}; pass --overwrite to replace it, or choose "
-        "another --out"
-    )
-
-
-def _reused(
-    folder: Path, same: EngineFolder | None, kept: EngineCache | None, asked: Asked, *, overwrite: bool, say: Say
-) -> bool:
-    """Whether ``folder`` holds what was asked: since an earlier build, or from the cache."""
+def _reuse(target: Target, same: EngineFolder | None, digests: Digests) -> bool:
+    """Whether the folder holds what was asked: since an earlier build, or from the cache."""
     if same is not None:
-        other = differs(same, asked)
-        if other:
-            raise OutputError(_another(folder, other))
-        say(f"{folder} is up to date")
-        _keep(kept, folder, asked, say)
+        _refuse_another(target, same, digests)
+        target.say(f"{target.folder} is up to date")
+        _keep(target, digests)
         return True
-    found = None if kept is None else kept.get(asked)
+    found = None if target.cache is None else target.cache.get(digests)
     if found is None:
         return False
     try:
-        copy_folder(found, folder, overwrite=overwrite)
+        copy_folder(found, target.folder, overwrite=target.overwrite)
     except (EngineError, OutputError) as error:
-        say(f"not taken from the cache: {error}")
+        target.say(f"not taken from the cache: {error}")
         return False
-    say(f"{folder} comes from the cache")
+    target.say(f"{target.folder} comes from the cache")
     return True
 
 
-def _keep(kept: EngineCache | None, folder: Path, asked: Asked, say: Say) -> None:
+def _write(target: Target, spec: EngineSpec, files: Mapping[FileKind, Path], digests: Digests) -> bool:
+    """Writes the folder; False where another process wrote the same engine meanwhile: either is what was asked."""
+    try:
+        write_folder(target.folder, spec, files, overwrite=target.overwrite)
+    except OutputError:
+        if target.overwrite or not _holds_same(target, digests):
+            raise
+        target.say(f"{target.folder} was built by another process meanwhile")
+        return False
+    return True
+
+
+def _holds_same(target: Target, digests: Digests) -> bool:
+    """Whether the folder holds the engine that was asked for."""
+    try:
+        return not list_differences(read_folder(target.folder), digests)
+    except EngineError:
+        return False
+
+
+def _keep(target: Target, digests: Digests) -> None:
     """Puts a finished engine into the cache; what stands in the way of that does not take the engine back."""
-    if kept is None:
+    if target.cache is None:
         return
     try:
-        kept.put(read_folder(folder), asked)
+        target.cache.put(read_folder(target.folder), digests)
     except (EngineError, OutputError, OSError) as error:
-        say(f"not kept in the cache: {error}")
+        target.say(f"not kept in the cache: {error}")
 
 
-def _backends(backend: str, device: str) -> tuple[str, list[str]]:
+# --- what is tried --------------------------------------------------------------------------------------------------
+
+
+def _choose_scope(backend: str, device: str, precision: str) -> Scope:
+    """The device, the backends to try on it and the precisions, as far as options and this machine decide."""
+    where, names = _choose_backends(backend, device)
+    return Scope(where, tuple(names), _choose_precisions(precision, where))
+
+
+def _choose_backends(backend: str, device: str) -> tuple[str, list[str]]:
     """The device, and the backends to try on it."""
     where = backends.device(device)
     if backend == "auto":
@@ -298,7 +337,8 @@ def _backends(backend: str, device: str) -> tuple[str, list[str]]:
     return where, [backend]
 
 
-def _precisions(precision: str, device: str) -> tuple[Precision, ...]:
+def _choose_precisions(precision: str, device: str) -> tuple[Precision, ...]:
+    """The precision that was asked for, or those that are tried on a device."""
     if precision == "auto":
         return ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "fp16")
     for known in get_args(Precision):

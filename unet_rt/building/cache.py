@@ -24,30 +24,38 @@ import numpy as np
 from ..engine.folder import EngineFolder, check_folder, read_folder, sha256
 from ..engine.write import place_folder
 from ..errors import EngineError, OutputError
-from ..system import facts
+from ..system import facts, limits
 
 if TYPE_CHECKING:
     from ..baseline.samples import Sample
     from ..contract.contract import Contract
+    from .job import BuildOptions
 
 
 log = logging.getLogger("unet_rt")
-Asked = Mapping[str, str]  # what decides, by hash
+Digests = Mapping[str, str]  # of what decides about an engine, by part
 
 _DESCRIBED = ("cpu", "features", "gpus", "versions")  # of a machine; memory and kernel versions decide nothing
 
 
-def asked_first(options: Mapping[str, Any], device: str) -> dict[str, str]:
-    """What is known before a model or an image is opened: code, machine and options."""
+def digest_request(options: BuildOptions, backends: Sequence[str], device: str) -> dict[str, str]:
+    """The digests that are known before a model or an image is opened: of code, machine and options.
+
+    Args:
+        options: Of the build.
+        backends: What is tried of them here, which is what ``auto`` comes to.
+        device: Where it is tried.
+    """
+    decisive = {**asdict(options), "backend": list(backends), "threads": options.threads or limits.threads()}
     described = facts.describe()
     here = {name: described[name] for name in _DESCRIBED} | {"device": device}
     if device != "cpu":
         here["driver"] = facts.cuda().identity
-    return {"code": _code(), "machine": _hash(here), "options": _hash(options)}
+    return {"code": _digest_code(), "machine": _hash(here), "options": _hash(decisive)}
 
 
-def asked_of(model: Path, contract: Contract, samples: Sequence[Sample]) -> dict[str, str]:
-    """What a model (whole, weights inside), its contract and the windows drawn from the samples add."""
+def digest_inputs(model: Path, contract: Contract, samples: Sequence[Sample]) -> dict[str, str]:
+    """The digests of a model (whole, weights inside), its contract and the windows drawn from the samples."""
     windows = [
         {
             "name": s.name,
@@ -65,17 +73,17 @@ def asked_of(model: Path, contract: Contract, samples: Sequence[Sample]) -> dict
     return {"model": sha256(model), "contract": _hash(asdict(contract)), "samples": _hash(windows)}
 
 
-def key_of(asked: Asked) -> str:
-    """One name for all that was asked."""
-    return _hash(dict(asked))
+def cache_key(digests: Digests) -> str:
+    """One name for everything that decides about an engine."""
+    return _hash(dict(digests))
 
 
-def differs(folder: EngineFolder, asked: Asked) -> list[str]:
-    """Which parts of what was asked are not those that an engine was built from; all, where it does not say."""
+def list_differences(folder: EngineFolder, digests: Digests) -> list[str]:
+    """Which parts of what decides are not those that an engine was built from; all, where it does not say."""
     recorded = folder.spec.options.get("asked")
     if not isinstance(recorded, Mapping):
-        return sorted(asked)
-    return sorted(part for part, digest in asked.items() if recorded.get(part) != digest)
+        return sorted(digests)
+    return sorted(part for part, digest in digests.items() if recorded.get(part) != digest)
 
 
 class EngineCache:
@@ -84,9 +92,9 @@ class EngineCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def get(self, asked: Asked) -> EngineFolder | None:
-        """The engine that was asked for; None where there is none that is whole and says the same of itself."""
-        place = self._place(asked)
+    def get(self, digests: Digests) -> EngineFolder | None:
+        """The engine that these decide about; None where there is none that is whole and says the same of itself."""
+        place = self._place(digests)
         try:
             if not place.exists():
                 return None
@@ -94,26 +102,26 @@ class EngineCache:
         except (EngineError, OSError) as error:
             log.warning("the cached engine is of no use: %s", error)
             return None
-        return None if differs(found, asked) else found
+        return None if list_differences(found, digests) else found
 
-    def put(self, engine: EngineFolder, asked: Asked) -> None:
+    def put(self, engine: EngineFolder, digests: Digests) -> None:
         """Keeps an engine; one of the same key stays, if it is whole, also one that another process puts there meanwhile.
 
         Raises:
             OutputError: The folder cannot be written.
             EngineError: The engine is not, or no longer, what its spec says.
         """
-        place = self._place(asked)
-        if self.get(asked) is not None:
+        place = self._place(digests)
+        if self.get(digests) is not None:
             return
         try:
             copy_folder(engine, place, overwrite=place.exists())  # what is there and is not whole is replaced
         except OutputError:
-            if self.get(asked) is None:
+            if self.get(digests) is None:
                 raise
 
-    def _place(self, asked: Asked) -> Path:
-        return self.folder / f"{key_of(asked)[:32]}.urt"
+    def _place(self, digests: Digests) -> Path:
+        return self.folder / f"{cache_key(digests)[:32]}.urt"
 
 
 def copy_folder(engine: EngineFolder, folder: Path, *, overwrite: bool = False) -> EngineFolder:
@@ -139,10 +147,10 @@ def copy_folder(engine: EngineFolder, folder: Path, *, overwrite: bool = False) 
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_without_numpy).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _without_numpy(value: Any) -> Any:
     """Numbers of NumPy as those of Python, which is what they mean as an option."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
@@ -150,9 +158,9 @@ def _plain(value: Any) -> Any:
 
 
 @cache
-def _code() -> str:
+def _digest_code() -> str:
     """Hash of this package's files: a pass that was changed is another pass, whoever forgot to give it a number."""
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.suffix in (".py", ".so", ".pyd", ".ptx") and path.is_file():

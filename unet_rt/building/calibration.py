@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 
 Array = npt.NDArray[Any]
-Method = Literal["minmax", "percentile", "tight", "entropy", "mse"]
-METHODS: tuple[Method, ...] = ("minmax", "percentile", "tight", "mse", "entropy")
+RangeMethod = Literal["minmax", "percentile", "tight", "entropy", "mse"]
+METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "tight", "mse", "entropy")
 
 CUT_OFF = {"percentile": 1e-4, "tight": 3e-4}  # share on either side
 CLIPS = np.concatenate([[1.0], 2.0 ** -np.arange(0.25, 5.01, 0.25)])  # of the larger side, tried by mse and entropy
@@ -127,7 +127,7 @@ def calibrate(
     return Calibration(ranges, means, {name: d.positions for name, d in found.items()}, (), len(kept))
 
 
-def range_of(found: Distribution, method: Method) -> Range:
+def range_of(found: Distribution, method: RangeMethod) -> Range:
     """The range by one method, never wider than what was seen and always with zero inside."""
     low, high = min(found.low, 0.0), max(found.high, 0.0)
     if low == high or method == "minmax":
@@ -213,7 +213,7 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
         calibrating, judging, note = split(list(different.values()), smallest_px=smallest_px)
         return calibrating, judging, f"{note}; {copies} of the samples are copies of others, and left out"
     if len(samples) >= CALIBRATION_SHARE:
-        order = sorted(range(1, len(samples)), key=lambda k: -reach(samples[k]))
+        order = sorted(range(1, len(samples)), key=lambda k: -farthest_value(samples[k]))
         chosen = order[::CALIBRATION_SHARE]
         calibrating = [samples[k] for k in chosen]
         judging = [s for k, s in enumerate(samples) if k not in chosen]
@@ -264,7 +264,7 @@ def input_ranges(sample: Sample) -> Array:
     return found
 
 
-def reach(sample: Sample) -> float:
+def farthest_value(sample: Sample) -> float:
     """How far from zero the values of a window go as the network gets them."""
     return float(np.abs(input_ranges(sample)).max())
 

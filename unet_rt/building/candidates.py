@@ -10,20 +10,19 @@ from ..baseline.results import tile_of
 from ..baseline.samples import Sample
 from ..engine.engine import Engine
 from ..engine.parity import Verdict
-from ..engine.spec import Precision
 from ..errors import BackendError, GraphError, ImageError, TileError, size_text
 from .engines import Engines, batches_to_try
-from .int8 import calibrated, check_int8, int8_mixtures, maker, return_layers
-from .job import Job
+from .int8 import calibrate_model, check_int8, int8_maker, make_mixtures, return_layers
+from .job import BuildJob
 from .measure import Judge, interleaved_times, quick_seconds, with_timing
 from .quantiser import Mixture, Quantiser
-from .report import Candidate, Key
+from .report import Candidate, CandidateKey
 from .tiling import Tiling
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was tried.
+class Trials:
+    """What was tried, and how it did.
 
     Attributes:
         candidates: The table: those that could not be built first, each of the others once per batch size.
@@ -33,92 +32,109 @@ class Measured:
     """
 
     candidates: tuple[Candidate, ...]
-    engines: Mapping[Key, Engine]
+    engines: Mapping[CandidateKey, Engine]
     kept: Mapping[Engine, frozenset[str]]
     quantiser: Quantiser | None
 
 
+@dataclass(frozen=True)
+class _Built:
+    """The engines of every backend and precision that could be built, and what says why others could not.
+
+    Attributes:
+        floats: Of the precisions above INT8.
+        mixtures: Of INT8, per backend; plain first.
+        failed: Those that could not be built.
+        quantiser: What made the mixtures; None where INT8 was not tried.
+    """
+
+    floats: Mapping[CandidateKey, Engine]
+    mixtures: Mapping[str, Sequence[Mixture]]
+    failed: tuple[Candidate, ...]
+    quantiser: Quantiser | None
+
+
 def try_candidates(
-    job: Job,
-    tiling: Tiling,
-    calibrating: Sequence[Sample],
-    engines: Engines,
-    judge: Judge,
-    names: Sequence[str],
-    precisions: Sequence[Precision],
-    *,
-    explicit: bool,
-) -> Measured:
-    """Builds, times and judges the backends ``names`` in every precision, at the tile of ``tiling``.
+    job: BuildJob, tiling: Tiling, calibrating: Sequence[Sample], engines: Engines, judge: Judge
+) -> Trials:
+    """Builds, times and judges every backend in every precision of the job, at the tile of ``tiling``.
 
     Raises:
-        BackendError, GraphError, TileError: None could be built, or none run; the one that was asked for (``explicit``)
-            could not.
+        BackendError, GraphError, TileError: None could be built, or none run; the one that was asked for by name could
+            not.
         ImageError: The one that was asked for is INT8, and there is nothing to calibrate it on.
     """
-    tile, batches = tiling.spec.tile, batches_to_try(job.model, tiling.spec)
-    floats, found, failed = dict[Key, Engine](), dict[str, list[Mixture]](), list[Candidate]()
-    quantiser: Quantiser | None = None
-    for precision in precisions:
-        for name in names:
-            job.remarks.say(f"building {name} {precision}")
-            try:
-                if precision == "int8":
-                    check_int8(name, tiling.spec.device)
-                    quantiser = quantiser or calibrated(job, tiling, calibrating)
-                    make = maker(job, engines, quantiser, tile, batches, name)
-                    found[name] = int8_mixtures(job, quantiser, make, engines.drop, judge.verdict)
-                else:
-                    floats[name, precision, ""] = engines.make(name, precision, tile, batches)
-            except (BackendError, GraphError, TileError, ImageError) as error:  # the last: nothing to calibrate on
-                alone = set(precisions) == {precision}
-                if alone and (isinstance(error, ImageError) or (explicit and len(names) == 1)):
-                    raise
-                failed.append(Candidate(name, precision, tile, note=str(error)))
-    built, kept, verdicts = dict(floats), dict[Engine, frozenset[str]](), dict[Key, Verdict]()
+    built = _build_all(job, tiling, calibrating, engines, judge)
+    quantiser, verdicts = built.quantiser, dict[CandidateKey, Verdict]()
+    mixtures = {name: list(found) for name, found in built.mixtures.items()}
     if quantiser is not None:
+        tile, batches = tiling.spec.tile, batches_to_try(job.model, tiling.spec)
         returned, verdicts = return_layers(
             job,
             quantiser,
-            found,
-            floats,
-            make=partial(maker, job, engines, quantiser, tile, batches),
+            mixtures,
+            built.floats,
+            make=partial(int8_maker, job, engines, quantiser, tile, batches),
             drop=engines.drop,
             judge=judge.verdict,
             seconds=lambda engine: quick_seconds(engine, tile, tiling.results.samples[0], job.threads),
         )
         for name, mixture in returned.items():
-            found[name].append(mixture)
-    for name, mixtures in found.items():
-        for mixture in mixtures:
-            key: Key = (name, "int8", mixture.label)
-            built[key], kept[mixture.engine], verdicts[key] = mixture.engine, mixture.keep, mixture.verdict
-    if not built:
-        raise BackendError("no candidate could be built: " + "; ".join(c.note for c in failed))
-    candidates = [*failed, *_measure(job, tiling, judge, built, verdicts, batches)]
+            mixtures[name].append(mixture)
+    found, kept = dict(built.floats), dict[Engine, frozenset[str]]()
+    for name, mixture in ((name, mixture) for name, some in mixtures.items() for mixture in some):
+        key: CandidateKey = (name, "int8", mixture.label)
+        found[key], kept[mixture.engine], verdicts[key] = mixture.engine, mixture.keep, mixture.verdict
+    if not found:
+        raise BackendError("no candidate could be built: " + "; ".join(c.note for c in built.failed))
+    candidates = (*built.failed, *_measure_all(job, tiling, judge, found, verdicts))
     if all(c.verdict is None for c in candidates):
         raise BackendError("no candidate could be run: " + "; ".join(c.note for c in candidates))
-    return Measured(tuple(candidates), built, kept, quantiser)
+    return Trials(candidates, found, kept, quantiser)
 
 
-def _measure(
-    job: Job,
+def _build_all(job: BuildJob, tiling: Tiling, calibrating: Sequence[Sample], engines: Engines, judge: Judge) -> _Built:
+    """Every backend in every precision, as far as it can be built; INT8 as plain and as with its ends in FP32."""
+    tile, batches, scope = tiling.spec.tile, batches_to_try(job.model, tiling.spec), job.scope
+    floats, mixtures, failed = dict[CandidateKey, Engine](), dict[str, list[Mixture]](), list[Candidate]()
+    quantiser: Quantiser | None = None
+    for precision in scope.precisions:
+        for name in scope.backends:
+            job.remarks.say(f"building {name} {precision}")
+            try:
+                if precision == "int8":
+                    check_int8(name, scope.device)
+                    quantiser = quantiser or calibrate_model(job, tiling, calibrating)
+                    make = int8_maker(job, engines, quantiser, tile, batches, name)
+                    mixtures[name] = make_mixtures(job, quantiser, make, engines.drop, judge.verdict)
+                else:
+                    floats[name, precision, ""] = engines.make(name, precision, tile, batches)
+            except (BackendError, GraphError, TileError, ImageError) as error:  # the last: nothing to calibrate on
+                alone = set(scope.precisions) == {precision}
+                if alone and (isinstance(error, ImageError) or (job.options.explicit and len(scope.backends) == 1)):
+                    raise
+                failed.append(Candidate(name, precision, tile, note=str(error)))
+    return _Built(floats, mixtures, tuple(failed), quantiser)
+
+
+def _measure_all(
+    job: BuildJob,
     tiling: Tiling,
     judge: Judge,
-    engines: Mapping[Key, Engine],
-    known: Mapping[Key, Verdict],
-    batches: Sequence[int],
+    engines: Mapping[CandidateKey, Engine],
+    known: Mapping[CandidateKey, Verdict],
 ) -> list[Candidate]:
     """Speed and verdict of every engine, as candidates; one that cannot be run is a candidate with a note.
 
     ``known`` are verdicts that the search needed already.
     """
     sample, tile, say = tiling.results.samples[0], tiling.spec.tile, job.remarks.say
+    batches = batches_to_try(job.model, tiling.spec)
     x = tile_of(sample, tiling.spec, tile, job.threads)
     say(f"measuring {len(engines)} candidates at tile {size_text(tile)}")
     runs = [(key, batch) for key in engines for batch in batches]
     times = interleaved_times([(engines[key], tile, n) for key, n in runs], sample, job.threads)
-    timings, verdicts = dict(zip(runs, times, strict=True)), dict[Key, Verdict]()
+    timings, verdicts = dict(zip(runs, times, strict=True)), dict[CandidateKey, Verdict]()
     for key, engine in engines.items():
         ran = [n for n in batches if not isinstance(timings[key, n], BackendError)]
         if not ran:

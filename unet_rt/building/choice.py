@@ -19,9 +19,9 @@ from ..errors import BackendError, GraphError, ParityError, TileError, size_text
 from ..prediction.predict import MEMORY_SHARE
 from ..system import limits
 from ..tiling.axis import smaller_tile
-from .candidates import Measured
+from .candidates import Trials
 from .engines import Engines, fits
-from .job import TILES_END, Job
+from .job import TILES_END, BuildJob
 from .measure import Judge, interleaved_times, with_timing
 from .report import Candidate
 from .tiling import Tiling, tried_tiles
@@ -33,8 +33,8 @@ AS_FAST = 0.95  # of the fastest speed: about the spread of measurements
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What becomes the engine.
+class Winner:
+    """The candidate that becomes the engine, and the tile at which it does.
 
     Attributes:
         candidates: The table, with the tiles that were tried.
@@ -58,26 +58,26 @@ class Choice:
         return self.candidates.index(self.best)
 
 
-def choose(job: Job, tiling: Tiling, measured: Measured, engines: Engines, judge: Judge, *, fixed_tile: bool) -> Choice:
+def choose(job: BuildJob, tiling: Tiling, trials: Trials, engines: Engines, judge: Judge) -> Winner:
     """The fastest candidate inside the budget; where the tile is not fixed and does not change the answer, at its best.
 
     Raises:
         ParityError: No candidate is inside the budget.
     """
     remarks = job.remarks
-    accepted = [c for c in measured.candidates if c.verdict is not None and c.verdict.accepted]
+    accepted = [c for c in trials.candidates if c.verdict is not None and c.verdict.accepted]
     if not accepted:
-        raise _none_inside(job, tiling, measured.candidates)
-    best = closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0), job.budget)
-    engine = measured.engines[best.key]
+        raise _refuse_all(job, tiling, trials.candidates)
+    best = pick_closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0), job.budget)
+    engine = trials.engines[best.key]
     px = best.batch * prod(best.tile)
     bytes_per_px = max((best.peak_mb or 0.0) * 1e6, job.model.report.activation_bytes(best.tile, best.batch)) / px
-    choice = Choice(measured.candidates, best, engine, measured.kept.get(engine), bytes_per_px)
-    if not fixed_tile and tiling.spec.runs_whole:
-        choice = _choose_tile(job, tiling, choice, engines, judge)
-    if choice.engine.spec.batches and tiling.spec.overlap is None:
-        choice = _with_smaller_tile(job, tiling, choice, engines, judge)
-    best = choice.best
+    winner = Winner(trials.candidates, best, engine, trials.kept.get(engine), bytes_per_px)
+    if job.options.tile is None and tiling.spec.runs_whole:
+        winner = _choose_tile(job, tiling, winner, engines, judge)
+    if winner.engine.spec.batches and tiling.spec.overlap is None:
+        winner = _add_smaller_tile(job, tiling, winner, engines, judge)
+    best = winner.best
     among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
     if all(c.precision != "fp32" for c in accepted):
         among += " (none of them FP32)"
@@ -91,10 +91,10 @@ def choose(job: Job, tiling: Tiling, measured: Measured, engines: Engines, judge
             f"the search kept to {job.deadline.seconds / 60:g} minutes, and left out: {'; '.join(remarks.left_out)}; "
             "--search-minutes allows more"
         )
-    return choice
+    return winner
 
 
-def closest(accepted: Sequence[Candidate], fastest: Candidate, budget: Budget) -> Candidate:
+def pick_closest(accepted: Sequence[Candidate], fastest: Candidate, budget: Budget) -> Candidate:
     """Of INT8 mixtures that are as fast as the fastest, the one that changes least."""
     alike = [
         c
@@ -104,22 +104,22 @@ def closest(accepted: Sequence[Candidate], fastest: Candidate, budget: Budget) -
     ]
     if fastest.precision != "int8" or len(alike) < 2:
         return fastest
-    return min(alike, key=lambda c: _used(c, budget))
+    return min(alike, key=lambda c: _budget_share(c, budget))
 
 
-def _used(candidate: Candidate, budget: Budget) -> float:
+def _budget_share(candidate: Candidate, budget: Budget) -> float:
     """The share of its budget that a candidate uses, on the output that uses most."""
     if candidate.verdict is None:
         return float("inf")
     return max(parity_module.used(candidate.verdict, budget.of(candidate.precision)).values())
 
 
-def _none_inside(job: Job, tiling: Tiling, candidates: Sequence[Candidate]) -> ParityError:
+def _refuse_all(job: BuildJob, tiling: Tiling, candidates: Sequence[Candidate]) -> ParityError:
     """What no candidate inside the budget is answered with: by how much the closest misses it, and the ways out."""
     tried = [c for c in candidates if c.verdict is not None]
     reasons = "; ".join(f"{c.title}: {c.verdict.reasons[0]}" for c in tried if c.verdict)
-    nearest = min(tried, key=lambda c: _used(c, job.budget))
-    wider = _wider(nearest.verdict, job.budget.of(nearest.precision)) if nearest.verdict else ""
+    nearest = min(tried, key=lambda c: _budget_share(c, job.budget))
+    wider = _widen(nearest.verdict, job.budget.of(nearest.precision)) if nearest.verdict else ""
     ways = [f"allow more with --budget {wider}"] if wider else []
     ways += ["use --halo exact"] if tiling.spec.halo_limit is not None else []
     ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
@@ -130,7 +130,7 @@ def _none_inside(job: Job, tiling: Tiling, candidates: Sequence[Candidate]) -> P
     return ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways)}{doubts}")
 
 
-def _wider(verdict: Verdict, budget: Budget) -> str:
+def _widen(verdict: Verdict, budget: Budget) -> str:
     """The bounds that a verdict misses, as wide as it needs them, in the words of --budget; "" where there are none."""
     parts = list[str]()
     if verdict.label_change is not None and verdict.label_change > budget.labels:
@@ -145,7 +145,7 @@ def _wider(verdict: Verdict, budget: Budget) -> str:
 # --- the tile -------------------------------------------------------------------------------------------------------
 
 
-def _choose_tile(job: Job, tiling: Tiling, first: Choice, engines: Engines, judge: Judge) -> Choice:
+def _choose_tile(job: BuildJob, tiling: Tiling, first: Winner, engines: Engines, judge: Judge) -> Winner:
     """The tile that keeps most per second, among that of the comparison and larger ones of as many pixels per run.
 
     Times of all of them are from the same run, so that they are compared on equal terms.
@@ -198,11 +198,11 @@ def _choose_tile(job: Job, tiling: Tiling, first: Choice, engines: Engines, judg
 
 
 def _seconds_of(candidate: Candidate, tile: Sequence[int]) -> float:
-    """What a run of one tile is expected to take, by the one that was measured."""
+    """What a run of one tile is expected to take, by the one that was trials."""
     return (candidate.latency_ms or 0.0) / 1e3 / prod(candidate.tile) / candidate.batch * prod(tile)
 
 
-def _larger_tiles(job: Job, tiling: Tiling, first: Choice) -> list[tuple[int, ...]]:
+def _larger_tiles(job: BuildJob, tiling: Tiling, first: Winner) -> list[tuple[int, ...]]:
     """Tiles above the one that candidates were compared at, as far as time and memory allow to try them.
 
     Where the halo takes half of a tile, a larger one is worth more than all else that was searched for: those that keep a
@@ -236,22 +236,22 @@ def _larger_tiles(job: Job, tiling: Tiling, first: Choice) -> list[tuple[int, ..
     return tiles
 
 
-def _with_smaller_tile(job: Job, tiling: Tiling, choice: Choice, engines: Engines, judge: Judge) -> Choice:
-    """The choice with a plan for a smaller tile as well, for memory that does not hold the chosen one.
+def _add_smaller_tile(job: BuildJob, tiling: Tiling, winner: Winner, engines: Engines, judge: Judge) -> Winner:
+    """The winner with a plan for a smaller tile as well, for memory that does not hold the chosen one.
 
     It is another plan, so that both tiles are held to the budget as one was, and it is timed again. Where it cannot be
     had, the plan for one tile stays.
     """
-    best, spec, remarks = choice.best, choice.engine.spec, job.remarks
+    best, spec, remarks = winner.best, winner.engine.spec, job.remarks
     if spec.halo != "exact":
         remarks.notes.append("the plan takes one tile: as the halo is not exact, another would change the result")
-        return choice
+        return winner
     smaller = smaller_tile(best.tile, tiling.spec.sizes, tiling.spec.used_outputs())
     if smaller is None:
         remarks.notes.append(f"the plan takes no smaller tile than {size_text(best.tile)} px: the halo leaves none")
-        return choice
+        return winner
     remarks.say(f"building {best.title} for tiles of {size_text(smaller)} px as well")
-    graph = engines.files[choice.engine].graph if best.precision == "int8" else None  # calibrated once
+    graph = engines.files[winner.engine].graph if best.precision == "int8" else None  # calibrated once
     sample, verdicts = tiling.results.samples[0], list[Verdict]()
     try:
         engine = engines.make(best.backend, best.precision, best.tile, spec.batches, graph, smaller)
@@ -265,7 +265,7 @@ def _with_smaller_tile(job: Job, tiling: Tiling, choice: Choice, engines: Engine
             raise timing
     except (BackendError, GraphError, TileError) as error:
         remarks.notes.append(f"the plan takes no smaller tile: {size_text(smaller)} px was tried and left: {error}")
-        return choice
+        return winner
     again = with_timing(best, best.tile, timing, verdicts[0], tiling.spec)
     if (again.kept_mpx_per_s or 0.0) < AS_FAST * (best.kept_mpx_per_s or 0.0):
         remarks.notes.append(
@@ -273,6 +273,6 @@ def _with_smaller_tile(job: Job, tiling: Tiling, choice: Choice, engines: Engine
             f"{best.latency_ms:.3g} ms"
         )
     remarks.notes.append(f"tiles of {size_text(smaller)} px are in the plan, too, for memory that is short")
-    choice.engine.close()
-    candidates = tuple(again if c is best else c for c in choice.candidates)
-    return replace(choice, candidates=candidates, best=again, engine=engine, smaller=verdicts[1])
+    winner.engine.close()
+    candidates = tuple(again if c is best else c for c in winner.candidates)
+    return replace(winner, candidates=candidates, best=again, engine=engine, smaller=verdicts[1])

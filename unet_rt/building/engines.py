@@ -16,8 +16,8 @@ from ..errors import size_text
 from ..graph.passes.half import half
 from ..system import facts
 from ..tiling.grid import square_tile
-from .activations import overflowing, probe, tensors
-from .job import Job
+from .activations import find_overflows, list_tensors, probe
+from .job import BuildJob
 from .report import Kind
 from .tiling import Tiling
 
@@ -40,7 +40,7 @@ class Engines:
         files: Of every engine that was made and not dropped.
     """
 
-    def __init__(self, job: Job, tiling: Tiling, kind: Kind):
+    def __init__(self, job: BuildJob, tiling: Tiling, kind: Kind):
         self.files: dict[Engine, EngineFiles] = {}
         self._job, self._tiling, self._kind = job, tiling, kind
         self._count = 0  # of engines whose graph was made by a pass
@@ -119,7 +119,7 @@ class Engines:
         tiles = (
             job.baseline.graph_inputs(tile_of(s, spec, tile, job.threads)) for s in self._tiling.results.samples[:4]
         )
-        islands = overflowing(proto, probe(proto, tensors(proto), tiles, threads=job.threads))
+        islands = find_overflows(proto, probe(proto, list_tensors(proto), tiles, threads=job.threads))
         if not islands:
             return None
         path = job.work / "half-with-islands.onnx"

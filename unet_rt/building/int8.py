@@ -16,11 +16,11 @@ from ..engine.engine import Engine
 from ..engine.parity import Verdict
 from ..errors import BackendError, GraphError
 from ..graph.passes.qdq import FORMS
-from .calibration import Method, draw_tiles
+from .calibration import RangeMethod, draw_tiles
 from .engines import Engines, calibration_tile
-from .job import INT8_ENDS, PUT_BACK_ENDS, Job
+from .job import INT8_ENDS, PUT_BACK_ENDS, BuildJob
 from .quantiser import Mixture, Quantiser
-from .report import Key
+from .report import CandidateKey
 from .search import Drop, Make, VerdictOf, plain_and_ends, put_back
 from .tiling import Tiling
 
@@ -33,7 +33,7 @@ def check_int8(name: str, device: str) -> None:
         raise BackendError(f"{name} has no int8 on {device} here")
 
 
-def calibrated(job: Job, tiling: Tiling, windows: Sequence[Sample]) -> Quantiser:
+def calibrate_model(job: BuildJob, tiling: Tiling, windows: Sequence[Sample]) -> Quantiser:
     """The model, calibrated on tiles of the windows that were set aside.
 
     Raises:
@@ -55,12 +55,12 @@ def calibrated(job: Job, tiling: Tiling, windows: Sequence[Sample]) -> Quantiser
     return quantiser
 
 
-def maker(
-    job: Job, engines: Engines, quantiser: Quantiser, tile: tuple[int, ...], batches: Sequence[int], name: str
+def int8_maker(
+    job: BuildJob, engines: Engines, quantiser: Quantiser, tile: tuple[int, ...], batches: Sequence[int], name: str
 ) -> Make:
     """What builds and loads INT8 engines of one backend for a search."""
 
-    def make(keep: frozenset[str], method: Method) -> Engine:
+    def make(keep: frozenset[str], method: RangeMethod) -> Engine:
         source = job.work / "quantised.onnx"
         quantiser.write(source, name, keep, method)
         return engines.make(name, "int8", tile, batches, source=source)
@@ -68,22 +68,22 @@ def maker(
     return make
 
 
-def int8_mixtures(job: Job, quantiser: Quantiser, make: Make, drop: Drop, judge: VerdictOf) -> list[Mixture]:
+def make_mixtures(job: BuildJob, quantiser: Quantiser, make: Make, drop: Drop, judge: VerdictOf) -> list[Mixture]:
     """INT8 for one backend: plain first, then with its ends in FP32 where that helps."""
     return plain_and_ends(quantiser, make, drop, judge, job.deadline, INT8_ENDS)
 
 
 def return_layers(
-    job: Job,
+    job: BuildJob,
     quantiser: Quantiser,
     found: Mapping[str, Sequence[Mixture]],
-    others: Mapping[Key, Engine],
+    others: Mapping[CandidateKey, Engine],
     *,
     make: Callable[[str], Make],
     drop: Drop,
     judge: VerdictOf,
     seconds: Callable[[Engine], float],
-) -> tuple[dict[str, Mixture], dict[Key, Verdict]]:
+) -> tuple[dict[str, Mixture], dict[CandidateKey, Verdict]]:
     """Layers returned to FP32 where a backend's INT8 misses the budget, and would be the fastest inside it.
 
     Whether BF16 and FP16 are inside is found out here; FP32 is taken to be.
@@ -91,7 +91,7 @@ def return_layers(
     Args:
         job: The build.
         quantiser: The model.
-        found: Per backend what :func:`int8_mixtures` made.
+        found: Per backend what :func:`make_mixtures` made.
         others: The engines of other precisions.
         make: Of a backend, what builds its INT8 engines.
         drop: Closes an engine that is of no more use, and removes its files.
@@ -101,7 +101,7 @@ def return_layers(
     Returns:
         A mixture inside the budget per backend that was brought there; verdicts on ``others`` that were needed for it.
     """
-    returned, verdicts, notes = dict[str, Mixture](), dict[Key, Verdict](), job.remarks.notes
+    returned, verdicts, notes = dict[str, Mixture](), dict[CandidateKey, Verdict](), job.remarks.notes
     waiting = [name for name, mixtures in found.items() if not any(m.verdict.accepted for m in mixtures)]
     if not waiting:
         return returned, verdicts

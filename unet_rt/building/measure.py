@@ -23,9 +23,9 @@ from ..errors import BackendError
 from ..system import facts
 from ..system import timing as timing_module
 from ..tiling.grid import tile_grid
-from .job import Job
-from .report import Candidate, Key
-from .tiling import Results, Tiling, calibrating_results
+from .job import BuildJob
+from .report import Candidate, CandidateKey
+from .tiling import BaselineResults, Tiling, calibrating_results
 
 
 def interleaved_times(
@@ -161,9 +161,9 @@ class Judge:
         rows: Of every candidate, agreement of one tile per batch size and output.
     """
 
-    def __init__(self, job: Job, tiling: Tiling, calibrating: Sequence[Sample]):
+    def __init__(self, job: BuildJob, tiling: Tiling, calibrating: Sequence[Sample]):
         self.batches = {1}
-        self.rows: dict[Key, tuple[BatchParity, ...]] = {}
+        self.rows: dict[CandidateKey, tuple[BatchParity, ...]] = {}
         self._job, self._tiling, self._calibrating = job, tiling, calibrating
         self._wanted_tile: list[Array] = []  # the baseline's outputs on the tile that rows are about
         self._grown: dict[tuple[str, tuple[int, ...]], list[Array]] = {}  # its results by window and canvas
@@ -189,7 +189,7 @@ class Judge:
         return verdict if precision == "int8" and more.accepted else more
 
     def same_rows(
-        self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int], key: Key | None = None
+        self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int], key: CandidateKey | None = None
     ) -> Verdict:
         """The verdict, with a reason more where identical tiles of one batch, or one alone, give different answers.
 
@@ -224,11 +224,11 @@ class Judge:
         return replace(verdict, accepted=verdict.accepted and not reasons, reasons=(*verdict.reasons, *reasons))
 
     @cached_property
-    def _calibrated(self) -> Results:
+    def _calibrated(self) -> BaselineResults:
         return calibrating_results(self._job, self._tiling.spec, self._calibrating)
 
     def _compared(
-        self, engine: Engine, wanted: Results, tile: tuple[int, ...] | None, remark: str = ""
+        self, engine: Engine, wanted: BaselineResults, tile: tuple[int, ...] | None, remark: str = ""
     ) -> list[ImageParity]:
         """Agreement with the baseline on every window, in tiles that give it seams."""
         images: list[ImageParity] = []

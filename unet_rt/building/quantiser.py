@@ -18,8 +18,8 @@ from ..graph.passes import qdq
 from ..graph.passes.half import half
 from ..system import facts
 from ..tiling.decision import decide
-from .activations import islands, too_large
-from .calibration import METHODS, Method, calibrate
+from .activations import exceeds_half, find_islands
+from .calibration import METHODS, RangeMethod, calibrate
 from .job import Say
 
 if TYPE_CHECKING:
@@ -106,28 +106,28 @@ class Quantiser:
         self.calibration = replace(found, windows=windows)
         self.compared = tiles[:COMPARED_TILES]
         self.wanted = [self._outputs(baseline, x) for x in self.compared]
-        self.method: Method | None = None
+        self.method: RangeMethod | None = None
         self.ranking: list[LayerCost] = []
         self.left_out: list[str] = []  # what there was no time for, in sentences
         self.refused: list[str] = []  # mixtures that a backend could not be built with, in sentences
 
     def write(
-        self, path: Path, backend: str, keep: frozenset[str] = frozenset(), method: Method | None = None
+        self, path: Path, backend: str, keep: frozenset[str] = frozenset(), method: RangeMethod | None = None
     ) -> qdq.Quantised:
         """Writes the quantised graph in the form of a backend."""
         import onnx
 
         ranges = self.calibration.ranges[method or self.method or METHODS[0]]
-        made = qdq.quantise(self.prepared, ranges, form_of(backend), keep=keep, means=self.calibration.means)
+        quantised = qdq.quantise(self.prepared, ranges, form_of(backend), keep=keep, means=self.calibration.means)
         if backend == "tensorrt":  # what is not INT8 there is FP16, and FP32 where that would overflow
-            half(made.model, islands=islands(made.model, self._too_large()))
-        onnx.save_model(made.model, str(path))
-        return made
+            half(quantised.model, islands=find_islands(quantised.model, self._too_large()))
+        onnx.save_model(quantised.model, str(path))
+        return quantised
 
     def _too_large(self) -> set[str]:
         """Tensors that would overflow in FP16, those that layers write in front of their activation among them."""
         seen = self.calibration.ranges["minmax"]
-        large = {name for name, found in seen.items() if too_large(found.low, found.high)}
+        large = {name for name, found in seen.items() if exceeds_half(found.low, found.high)}
         nodes = {node.name: node for node in self.prepared.graph.node}
         behind = qdq.results(self.prepared)
         return large | {nodes[name].output[0] for name in self.layers if behind[name] in large}

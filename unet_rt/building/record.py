@@ -22,11 +22,11 @@ from ..engine.spec import EngineSpec
 from ..errors import ParityError
 from ..system import facts, json
 from ..tiling.grid import square_tile
-from .cache import Asked
-from .candidates import Measured
-from .choice import Choice
+from .cache import Digests
+from .candidates import Trials
+from .choice import Winner
 from .engines import Engines
-from .job import Job
+from .job import BuildJob
 from .measure import Judge
 from .quantiser import LayerCost, Quantiser
 from .report import BuildReport
@@ -39,16 +39,29 @@ EXAM_TILES = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the steps before the folder came to, the engines still open; ``first`` describes the first sample."""
+    """What the steps before the folder came to, the engines still open.
 
-    job: Job
+    Attributes:
+        job: What was built.
+        samples: The windows it was measured on.
+        first: What the first window looks like to the network, and what it makes of it.
+        tiling: How images are tiled.
+        trials: What was tried.
+        winner: What becomes the engine.
+        judge: What judged it.
+        engines: All that are open.
+        reached: Seconds from the beginning to the end of each step.
+    """
+
+    job: BuildJob
     samples: Samples
-    first: dict[str, Any]
+    first: Mapping[str, Any]
     tiling: Tiling
-    measured: Measured
-    choice: Choice
+    trials: Trials
+    winner: Winner
     judge: Judge
     engines: Engines
+    reached: Mapping[str, float]
 
     @property
     def windows(self) -> tuple[Sample, ...]:
@@ -58,25 +71,25 @@ class Outcome:
     @property
     def int8(self) -> tuple[Quantiser, frozenset[str]] | None:
         """What made the engine that was chosen and its layers in FP32, where it is an INT8 one."""
-        quantiser, kept = self.measured.quantiser, self.choice.kept
+        quantiser, kept = self.trials.quantiser, self.winner.kept
         return None if quantiser is None or kept is None else (quantiser, kept)
 
 
-def final_spec(outcome: Outcome, asked: Asked) -> EngineSpec:
-    """The spec of the engine that was chosen, with everything that decided it; ``asked`` as in :mod:`unet_rt.cache`."""
-    choice, samples = outcome.choice, outcome.samples
+def final_spec(outcome: Outcome, digests: Digests) -> EngineSpec:
+    """The spec of the engine that was chosen, with the digests of everything that decided it."""
+    winner, samples = outcome.winner, outcome.samples
     return replace(
-        choice.engine.spec,
-        tile=choice.best.tile,
-        run_batch=choice.best.batch,
-        bytes_per_px=choice.bytes_per_px,
+        winner.engine.spec,
+        tile=winner.best.tile,
+        run_batch=winner.best.batch,
+        bytes_per_px=winner.bytes_per_px,
         made_on=facts.describe(),
         options={
             "threads": outcome.job.threads,
             "sample_sha256": [s.sha256 for s in outcome.windows],
             "kind": samples.kind,
             "input_range": samples.input_range,
-            "asked": dict(asked),
+            "asked": dict(digests),
             **_int8_options(outcome),
         },
     )
@@ -98,18 +111,18 @@ def _int8_options(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def engine_files(outcome: Outcome, spec: EngineSpec, *, keep_exam: bool) -> dict[FileKind, Path]:
-    """The files of the engine folder, by kind, for the ``spec`` that :func:`final_spec` made."""
-    job, made = outcome.job, outcome.engines.files[outcome.choice.engine]
-    record = json.record_json(_record(outcome, spec, made.graph))
-    files: dict[FileKind, Path] = {"model": job.model.given, "graph": made.graph, "parity": job.work / "parity.json"}
+def engine_files(outcome: Outcome, spec: EngineSpec) -> dict[FileKind, Path]:
+    """The files of the engine folder, by kind, for the ``spec`` that :func:`final_spec` built."""
+    job, built = outcome.job, outcome.engines.files[outcome.winner.engine]
+    record = json.record_json(_record(outcome, spec, built.graph))
+    files: dict[FileKind, Path] = {"model": job.model.given, "graph": built.graph, "parity": job.work / "parity.json"}
     files["parity"].write_text(record, encoding="utf-8")
-    if made.plan is not None:
-        files["engine"] = made.plan
+    if built.plan is not None:
+        files["engine"] = built.plan
     if outcome.int8 is not None:
         files["calibration"] = job.work / "calibration.json"
         files["calibration"].write_text(outcome.int8[0].calibration.dumps(), encoding="utf-8")
-    if keep_exam and (arrays := exam_tiles(job, spec, outcome.choice.engine, outcome.windows)):
+    if job.options.keep_exam and (arrays := exam_tiles(job, spec, outcome.winner.engine, outcome.windows)):
         files["exam"] = job.work / "exam.npz"
         np.savez_compressed(files["exam"], **arrays)  # type: ignore[arg-type]
     return files
@@ -117,8 +130,8 @@ def engine_files(outcome: Outcome, spec: EngineSpec, *, keep_exam: bool) -> dict
 
 def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
     """The record of parity that travels with the engine."""
-    job, tiling, choice = outcome.job, outcome.tiling, outcome.choice
-    verdict = choice.best.verdict
+    job, tiling, winner = outcome.job, outcome.tiling, outcome.winner
+    verdict = winner.best.verdict
     if verdict is None:
         raise ParityError("the chosen candidate was not judged")
     return {
@@ -132,7 +145,7 @@ def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
             "precision": "fp32",
             "whole": tiling.spec.runs_whole,  # an engine with a plan has fixed sizes, its baseline has not
         },
-        "fingerprint": exam.fingerprint(choice.best.backend, choice.engine.session_version, spec.device),
+        "fingerprint": exam.fingerprint(winner.best.backend, winner.engine.session_version, spec.device),
         "machine": facts.describe(),
         "batch": sorted(outcome.judge.batches),
         "rows": [
@@ -149,46 +162,44 @@ def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
         "images": [{"name": s.name, "sha256": s.sha256, "shape": list(s.pixels.shape)} for s in outcome.windows],
         "verdict": verdict.to_json(),
         "smaller_tile": None
-        if choice.smaller is None
-        else {"tile": list(spec.tiles[1]), "verdict": choice.smaller.to_json()},
+        if winner.smaller is None
+        else {"tile": list(spec.tiles[1]), "verdict": winner.smaller.to_json()},
         "calibrated_on": [{"name": s.name, "sha256": s.sha256} for s in outcome.samples.calibrating],
         "seams": {str(k): v for k, v in tiling.seams.items()},
-        "candidates": [c.to_json() for c in choice.candidates],
+        "candidates": [c.to_json() for c in winner.candidates],
         "layers": [layer.to_json() for layer in _layer_costs(outcome)],
     }
 
 
-def report_of(
-    outcome: Outcome, folder: Path, spec: EngineSpec, advice: str, reached: Mapping[str, float]
-) -> BuildReport:
+def report_of(outcome: Outcome, folder: Path, spec: EngineSpec, advice: str) -> BuildReport:
     """What the caller of build is told."""
-    tiling, choice, remarks = outcome.tiling, outcome.choice, outcome.job.remarks
+    tiling, winner, remarks = outcome.tiling, outcome.winner, outcome.job.remarks
     return BuildReport(
         folder,
         spec,
-        choice.candidates,
-        choice.chosen,
+        winner.candidates,
+        winner.chosen,
         outcome.samples.kind,
         len(outcome.windows),
-        outcome.first,
-        tiling.seams,
+        dict(outcome.first),
+        dict(tiling.seams),
         tiling.mismatch,
         tuple(remarks.notes),
         tuple(remarks.warnings),
         advice,
         _layer_costs(outcome),
-        dict(reached),
+        dict(outcome.reached),
     )
 
 
 def _layer_costs(outcome: Outcome) -> tuple[LayerCost, ...]:
     """What was ranked, once for all backends; marked is what the chosen engine keeps in FP32, if it is an INT8 one."""
-    ranking = outcome.measured.quantiser.ranking if outcome.measured.quantiser is not None else []
-    kept = outcome.choice.kept or frozenset()
+    ranking = outcome.trials.quantiser.ranking if outcome.trials.quantiser is not None else []
+    kept = outcome.winner.kept or frozenset()
     return tuple(replace(layer, kept=layer.name in kept) for layer in ranking)
 
 
-def exam_tiles(job: Job, spec: EngineSpec, engine: Engine, windows: Sequence[Sample]) -> dict[str, Array]:
+def exam_tiles(job: BuildJob, spec: EngineSpec, engine: Engine, windows: Sequence[Sample]) -> dict[str, Array]:
     """A few tiles as the network gets them and the baseline's outputs, float32; {} where the engine passes none.
 
     A tile is a smaller part of an image than those that were judged, and may hold more of what changes. One on which

@@ -10,7 +10,7 @@ from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec, Precision
 from .quantiser import LayerCost
 
-Key = tuple[str, Precision, str]  # of a candidate: backend, precision, variant
+CandidateKey = tuple[str, Precision, str]  # of a candidate: backend, precision, variant
 Kind = Literal["samples", "synthetic"]  # of windows: the user's, or generated ones, which prove FP32 only
 
 
@@ -34,7 +34,7 @@ class Candidate:
     variant: str = ""
 
     @property
-    def key(self) -> Key:
+    def key(self) -> CandidateKey:
         return self.backend, self.precision, self.variant
 
     @property

@@ -1,8 +1,7 @@
-"""Build, step 1: windows of the samples are drawn, and some are set aside to calibrate INT8 on."""
+"""Build, steps 1 and 2: windows of the samples, some set aside to calibrate INT8 on; what the outputs mean on them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,17 +11,20 @@ import numpy.typing as npt
 from .. import backends
 from ..baseline.model import Model
 from ..baseline.results import tile_of
-from ..baseline.samples import Sample, draw, sample_images, synthetic
+from ..baseline.samples import ReadOptions, Sample, draw, draw_generated, sample_images
 from ..contract.contract import Contract
 from ..engine import parity as parity_module
-from ..engine.spec import EngineSpec, Precision
+from ..engine.spec import EngineSpec
 from ..errors import ImageError
 from ..graph.passes.qdq import FORMS
 from ..images.normalize import normalised
 from ..tiling.grid import square_tile
 from .calibration import input_ranges, split
-from .job import Job, Remarks
+from .job import BuildJob, Remarks, Scope
 from .report import Kind
+
+Array = npt.NDArray[Any]
+LEAST_OF_RANGE = 0.02  # of the declared grey levels that samples should cover: 0 to 1 is not 0 to 255
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,7 @@ class Samples:
     input_range: list[list[float]] | None = None
 
 
-def read_samples(
-    model: Model, samples: Any, axes: str | None, channels: Sequence[int] | None, remarks: Remarks
-) -> tuple[Model, Samples]:
+def read_samples(model: Model, samples: Any, read: ReadOptions, remarks: Remarks) -> tuple[Model, Samples]:
     """Windows of the user's images, or generated ones where there are none; and the model, its normalisation settled.
 
     Raises:
@@ -54,18 +54,17 @@ def read_samples(
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
     if samples is None:
-        return model, Samples("synthetic", tuple(synthetic(model.contract, model.channels, model.spatial)))
+        return model, Samples("synthetic", tuple(draw_generated(model.contract, model.channels, model.spatial)))
     images = sample_images(samples)
     if model.contract.normalization is None:
-        model = _without_normalization(model, images[0], axes, channels)
+        model = _declare_no_normalization(model, images[0], read)
         remarks.notes.append("no normalisation is declared and the samples are floating point: used as they are")
     windows = draw(
         images,
         model.contract,
         spatial=model.spatial,
         network_channels=model.channels,
-        axes=axes,
-        channels=channels,
+        read=read,
         note=remarks.notes.append,
     )
     lows, highs = zip(*((float(s.pixels.min()), float(s.pixels.max())) for s in windows), strict=True)
@@ -77,7 +76,7 @@ def read_samples(
     return model, Samples("samples", tuple(windows), (), (min(lows), max(highs)), input_range)
 
 
-def _without_normalization(model: Model, image: Any, axes: str | None, channels: Sequence[int] | None) -> Model:
+def _declare_no_normalization(model: Model, image: Any, read: ReadOptions) -> Model:
     """The model for pixels as they are, which only floating point ones can be taken for."""
     from ..contract.contract import Normalization
     from ..images.normalize import missing_normalization
@@ -86,8 +85,8 @@ def _without_normalization(model: Model, image: Any, axes: str | None, channels:
     with open_image(
         image,
         model.contract,
-        axes=axes,
-        channels=channels,
+        axes=read.axes,
+        channels=read.channels,
         spatial=model.spatial,
         network_channels=model.channels,
     ) as source:
@@ -96,23 +95,15 @@ def _without_normalization(model: Model, image: Any, axes: str | None, channels:
     return replace(model, contract=replace(model.contract, normalization=Normalization("none")))
 
 
-def set_aside(
-    samples: Samples,
-    names: Sequence[str],
-    precisions: Sequence[Precision],
-    device: str,
-    remarks: Remarks,
-    *,
-    explicit: bool,
-) -> tuple[Samples, tuple[Precision, ...]]:
-    """Windows set aside to calibrate INT8 on, if it is to be tried; and the precisions that can be.
+def set_aside(samples: Samples, scope: Scope, remarks: Remarks, *, explicit: bool) -> tuple[Samples, Scope]:
+    """Windows set aside to calibrate INT8 on, if it is to be tried; and what can be tried with them.
 
     Raises:
         ImageError: The samples are too small to be cut in two, and the precision was asked for (``explicit``).
     """
-    usable = any("int8" in backends.get(name).precisions(device) and name in FORMS for name in names)
-    without = tuple(p for p in precisions if p != "int8")
-    if "int8" not in precisions or (not usable and not explicit):
+    usable = any("int8" in backends.get(name).precisions(scope.device) and name in FORMS for name in scope.backends)
+    without = replace(scope, precisions=tuple(p for p in scope.precisions if p != "int8"))
+    if "int8" not in scope.precisions or (not usable and not explicit):
         return samples, without
     try:
         calibrating, judging, note = split(samples.judging)
@@ -122,14 +113,10 @@ def set_aside(
         remarks.notes.append(f"INT8 was not tried: {error}")
         return samples, without
     remarks.notes.append(note)
-    return replace(samples, judging=tuple(judging), calibrating=tuple(calibrating)), tuple(precisions)
+    return replace(samples, judging=tuple(judging), calibrating=tuple(calibrating)), scope
 
 
-Array = npt.NDArray[Any]
-LEAST_OF_RANGE = 0.02  # of the declared grey levels that samples should cover: 0 to 1 is not 0 to 255
-
-
-def resolve_task(job: Job, spec: EngineSpec, samples: Samples) -> Contract:
+def settle_contract(job: BuildJob, spec: EngineSpec, samples: Samples) -> Contract:
     """The contract, complete: the task of every output by its last operator and by its values on a few samples.
 
     Raises:

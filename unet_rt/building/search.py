@@ -28,7 +28,7 @@ import numpy as np
 
 from ..engine.engine import Engine
 from ..errors import BackendError, ContractError, GraphError
-from .calibration import METHODS, Method
+from .calibration import METHODS, RangeMethod
 from .job import Deadline, Say
 from .quantiser import LayerCost, Mixture, Quantiser
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 WORTH = 0.02  # a layer whose return to FP32 takes away less of the change than this is not put back
 
 
-Make = Callable[[frozenset[str], Method], Engine]
+Make = Callable[[frozenset[str], RangeMethod], Engine]
 Drop = Callable[[Engine], None]
 VerdictOf = Callable[[Engine], "Verdict"]
 
@@ -75,14 +75,14 @@ def plain_and_ends(
         if deadline.left(until) < each:
             quantiser.left_out.append(f"the {label} layer in FP32 was not tried")
             continue
-        engine = _made(quantiser, make, keep, method)
+        engine = _make(quantiser, make, keep, method)
         if engine is None:
             continue
         change = quantiser.change(engine)
         if change >= lowest * (1 - WORTH):
             drop(engine)
             continue
-        mixture = _judged(quantiser, f"{' and '.join([*words, label])} layer in FP32", keep, engine, drop, judge)
+        mixture = _judge(quantiser, f"{' and '.join([*words, label])} layer in FP32", keep, engine, drop, judge)
         if mixture is not None:
             words.append(label)
             found.append(mixture)
@@ -118,8 +118,8 @@ def put_back(
     every = [*useful, *(layer.name for layer in ranking if layer.name not in useful)]
 
     def attempt(keep: frozenset[str]) -> Mixture | None:
-        engine = _made(quantiser, make, keep, method)
-        return None if engine is None else _judged(quantiser, _label(keep), keep, engine, drop, judge)
+        engine = _make(quantiser, make, keep, method)
+        return None if engine is None else _judge(quantiser, _describe_kept(keep), keep, engine, drop, judge)
 
     mixture, complete = _shortest(every, found[-1].keep, attempt, drop, say, end)
     if not complete:
@@ -131,13 +131,13 @@ def put_back(
     return mixture
 
 
-def _best_method(quantiser: Quantiser, make: Make, drop: Drop, deadline: Deadline, until: float) -> Method:
+def _best_method(quantiser: Quantiser, make: Make, drop: Drop, deadline: Deadline, until: float) -> RangeMethod:
     """The ranges with which plain INT8 changes least near the decision, on the worst tile.
 
     On all tiles together ranges that cut a bright image off look best: it has few of the samples near the decision. Of
     several outputs the one decides on which a method does worst, compared with the best that any does there.
     """
-    errors: dict[Method, list[float]] = {}
+    errors: dict[RangeMethod, list[float]] = {}
     each = 0.0
     for k, method in enumerate(METHODS):
         if k and deadline.left(until) < each:
@@ -150,7 +150,7 @@ def _best_method(quantiser: Quantiser, make: Make, drop: Drop, deadline: Deadlin
         each = max(each, time.monotonic() - begun)
     least = [min(column) for column in zip(*errors.values(), strict=True)]
 
-    def behind(method: Method) -> float:
+    def behind(method: RangeMethod) -> float:
         pairs = zip(errors[method], least, strict=True)
         return max(1.0 if error == low else error / low if low else float("inf") for error, low in pairs)
 
@@ -160,19 +160,19 @@ def _best_method(quantiser: Quantiser, make: Make, drop: Drop, deadline: Deadlin
     return best
 
 
-def _made(quantiser: Quantiser, make: Make, keep: frozenset[str], method: Method) -> Engine | None:
+def _make(quantiser: Quantiser, make: Make, keep: frozenset[str], method: RangeMethod) -> Engine | None:
     """An engine with these layers in FP32; None where nothing is left in INT8, or the backend cannot be built with it."""
     try:
         return make(keep, method)
     except GraphError:
         return None
     except BackendError as error:  # one mixture less; what is refused for good was refused as plain INT8
-        text = f"INT8 with {_label(keep)} is left out: {error}"
+        text = f"INT8 with {_describe_kept(keep)} is left out: {error}"
         quantiser.refused += [text] if text not in quantiser.refused else []
         return None
 
 
-def _label(keep: frozenset[str]) -> str:
+def _describe_kept(keep: frozenset[str]) -> str:
     return f"{len(keep)} layer{'s' * (len(keep) != 1)} in FP32"
 
 
@@ -180,7 +180,7 @@ def _mixture(label: str, keep: frozenset[str], engine: Engine, judge: VerdictOf)
     return Mixture(label, keep, engine, judge(engine))
 
 
-def _judged(
+def _judge(
     quantiser: Quantiser, label: str, keep: frozenset[str], engine: Engine, drop: Drop, judge: VerdictOf
 ) -> Mixture | None:
     """A mixture beside plain INT8; None, and one mixture less, where the backend cannot run it."""
@@ -193,14 +193,14 @@ def _judged(
 
 
 def _rank(
-    quantiser: Quantiser, make: Make, drop: Drop, method: Method, found: Sequence[Mixture], until: float
+    quantiser: Quantiser, make: Make, drop: Drop, method: RangeMethod, found: Sequence[Mixture], until: float
 ) -> list[LayerCost]:
     """Layers by what their return to FP32 wins per cost: the ends as ``found`` has them, the others on top of these."""
     costs, start = quantiser.costs(), found[-1].keep
     changes = [quantiser.change(mixture.engine) for mixture in found]
     plain, lowest = changes[0], changes[-1]
     ranked = [
-        LayerCost(name, _won(changes[k], changes[k + 1], plain), costs[name], True)
+        LayerCost(name, _share_won(changes[k], changes[k + 1], plain), costs[name], True)
         for k, (before, after) in enumerate(pairwise(found))
         for name in sorted(after.keep - before.keep)
     ]
@@ -213,19 +213,19 @@ def _rank(
         if begun + each > until:
             quantiser.left_out.append(f"{len(todo) - k} of {len(todo)} layers were not tried in FP32")
             break
-        engine = _made(quantiser, make, start | {name}, method)
+        engine = _make(quantiser, make, start | {name}, method)
         if engine is None:
             continue
         change = quantiser.change(engine)
         drop(engine)
         each = max(each, time.monotonic() - begun)
         quantiser.say(f"layer {k + 1}/{len(todo)} in FP32: change near the decision {plain:.3g} -> {change:.3g}")
-        rest.append(LayerCost(name, _won(lowest, change, plain), costs[name], False))
+        rest.append(LayerCost(name, _share_won(lowest, change, plain), costs[name], False))
     rest.sort(key=lambda layer: -max(layer.won, 0.0) / (layer.cost + 0.01))
     return ranked + rest
 
 
-def _won(before: float, after: float, plain: float) -> float:
+def _share_won(before: float, after: float, plain: float) -> float:
     """Share of plain INT8's change that goes from ``before`` to ``after``.
 
     All of it where plain INT8 is not even finite, and a finite one is reached; none where it changes nothing.
@@ -254,7 +254,7 @@ def _shortest(
     while step <= len(names):  # doubling first: the shortest is most often short, and long ones are slow
         if time.monotonic() + each > until:
             return None, False
-        mixture, each = _attempt(start | frozenset(names[:step]), attempt, say, each)
+        mixture, each = _try(start | frozenset(names[:step]), attempt, say, each)
         if mixture is not None and mixture.verdict.accepted:
             best, high = mixture, step - 1
             break
@@ -268,7 +268,7 @@ def _shortest(
         if time.monotonic() + each > until:
             return best, False
         middle = (low + high) // 2
-        mixture, each = _attempt(start | frozenset(names[:middle]), attempt, say, each)
+        mixture, each = _try(start | frozenset(names[:middle]), attempt, say, each)
         if mixture is not None and mixture.verdict.accepted:
             drop(best.engine)
             best, high = mixture, middle - 1
@@ -279,7 +279,7 @@ def _shortest(
     return best, True
 
 
-def _attempt(
+def _try(
     keep: frozenset[str], attempt: Callable[[frozenset[str]], Mixture | None], say: Say, slowest: float
 ) -> tuple[Mixture | None, float]:
     """A mixture, None where there cannot be one; with it the seconds of the slowest attempt so far."""
@@ -290,5 +290,7 @@ def _attempt(
     verdict = mixture.verdict
     what = [] if verdict.label_change is None else [f"{verdict.label_change:.3%} of labels"]
     what += [] if verdict.error is None else [f"{verdict.error:.1e} of the range"]
-    say(f"{_label(keep)}: {' and '.join(what)} change, {'inside' if verdict.accepted else 'outside'} the budget")
+    say(
+        f"{_describe_kept(keep)}: {' and '.join(what)} change, {'inside' if verdict.accepted else 'outside'} the budget"
+    )
     return mixture, max(slowest, time.monotonic() - begun)

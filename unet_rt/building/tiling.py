@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,15 +17,30 @@ from ..engine.parity import ImageParity
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, ImageError, TileError, size_text
 from ..tiling.grid import TileGrid, square_tile, tile_grid
-from ..tiling.stitch import Blend
-from .calibration import reach
-from .job import Job
+from .calibration import farthest_value
+from .job import BuildJob
 from .samples import Samples
 
 PROBE_PX = 512 * 512  # tile area at which backends and precisions are compared
 TILE_AREAS = (512**2, 1024**2, 1536**2, 2048**2)  # tile areas tried with the winner
 EXACT_COST = 1.5  # computed over kept pixels up to which the exact halo is the default
 HALO_STEP = 8  # samples: halos are measured in steps of it
+FEWEST_WINDOWS = 3  # that the baseline runs on, whatever the time
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class BaselineResults:
+    """What the baseline says of windows: what every engine is compared with on them.
+
+    Attributes:
+        samples: The windows that there was time for; the first is always among them.
+        values: Of each window, every output (K, *spatial), float32.
+    """
+
+    samples: tuple[Sample, ...]
+    values: tuple[list[Array], ...]
 
 
 @dataclass(frozen=True)
@@ -40,8 +55,8 @@ class Tiling:
     """
 
     spec: EngineSpec
-    results: Results
-    seams: dict[int, float] = field(default_factory=dict)
+    results: BaselineResults
+    seams: Mapping[int, float] = field(default_factory=dict)
     mismatch: ImageParity | None = None
 
 
@@ -50,26 +65,19 @@ class _Halo:
     """A spec whose halo is decided; what was measured on the way, if anything was."""
 
     spec: EngineSpec
-    results: Results | None = None
-    seams: dict[int, float] = field(default_factory=dict)
+    results: BaselineResults | None = None
+    seams: Mapping[int, float] = field(default_factory=dict)
 
 
-def choose_tiling(
-    job: Job,
-    spec: EngineSpec,
-    samples: Samples,
-    *,
-    tile: Sequence[int] | None,
-    halo: str | int,
-    overlap: Sequence[int] | None,
-    blend: Blend,
-) -> Tiling:
+def choose_tiling(job: BuildJob, spec: EngineSpec, samples: Samples) -> Tiling:
     """Tile and halo of a network that can be tiled exactly, tile and overlap of one that cannot.
 
     Raises:
         TileError: An option that is for the other kind of network, or that the graph does not accept.
         ContractError, ImageError: The halo is to be measured, and there is nothing to measure it on.
     """
+    options = job.options
+    tile, halo, overlap, blend = options.tile, options.halo, options.overlap, options.blend
     if job.model.exact:
         if overlap is not None:
             raise TileError("--overlap is for networks that cannot be tiled exactly; this one needs none")
@@ -86,9 +94,9 @@ def choose_tiling(
             f"blended ({blend}) with overlap {size_text(chosen.spec.overlap or ())} px"
         )
     spec = chosen.spec
-    job.baseline.spec = replace(spec, backend=job.baseline.spec.backend, device="cpu")  # it is tiled as engines are
+    job = job.decide(spec)
     results = chosen.results or judging_results(job, spec, samples)
-    return Tiling(spec, results, chosen.seams, _whole_mismatch(job, spec, results))
+    return Tiling(spec, results, chosen.seams, _compare_to_whole(job, spec, results))
 
 
 def tried_tiles(spec: EngineSpec) -> list[tuple[int, ...]]:
@@ -101,7 +109,7 @@ def _check_tile(spec: EngineSpec, tile: Sequence[int]) -> None:
     tile_grid(tile, tile, spec.sizes, spec.outputs)  # raises for sizes that the graph does not accept
 
 
-def _whole_mismatch(job: Job, spec: EngineSpec, results: Results) -> ImageParity | None:
+def _compare_to_whole(job: BuildJob, spec: EngineSpec, results: BaselineResults) -> ImageParity | None:
     """What tiling changes on the first sample, of a network that cannot be tiled exactly and runs on whole images.
 
     Of several outputs that are judged, the one that uses most of its budget.
@@ -116,17 +124,64 @@ def _whole_mismatch(job: Job, spec: EngineSpec, results: Results) -> ImageParity
     return max((one for one in found if one.judged), key=lambda one: parity_module.share(one, budget))
 
 
+# --- the baseline's results ------------------------------------------------------------------------------------------
+
+
+def judging_results(job: BuildJob, spec: EngineSpec, samples: Samples) -> BaselineResults:
+    """The baseline on the windows that parity is judged on."""
+    windows = _farthest_first(samples.judging)
+    least = FEWEST_WINDOWS if samples.kind == "samples" else 1
+    values = list[list[Array]]()
+    for k, (done, spent) in enumerate(_run_baseline(job, spec, windows), start=1):
+        values.append(done)
+        job.remarks.say(f"baseline {k}/{len(windows)}: {windows[k - 1].name}")
+        if k >= least and spent * (k + 1) / k > job.parity_seconds and k < len(windows):
+            job.remarks.left_out.append(f"parity is judged on {k} of {len(windows)} sample windows")
+            break
+    return BaselineResults(windows[: len(values)], tuple(values))
+
+
+def calibrating_results(job: BuildJob, spec: EngineSpec, windows: Sequence[Sample]) -> BaselineResults:
+    """The baseline on the windows that calibrated: they prove nothing for INT8, and may disprove it."""
+    values = list[list[Array]]()
+    for k, (done, spent) in enumerate(_run_baseline(job, spec, windows), start=1):
+        values.append(done)
+        if spent > job.parity_seconds / 4 and k < len(windows):
+            job.remarks.left_out.append(f"{len(windows) - k} windows that calibrated were not judged as well")
+            break
+    return BaselineResults(tuple(windows[: len(values)]), tuple(values))
+
+
+def _run_baseline(job: BuildJob, spec: EngineSpec, windows: Sequence[Sample]) -> Iterator[tuple[list[Array], float]]:
+    """The baseline's results of one window after the other, and the seconds that it has run so far.
+
+    Whole where there is a whole-image result, in the engine's tiles otherwise.
+    """
+    spent = 0.0
+    for sample in windows:
+        begun = time.perf_counter()
+        grid = whole_grid(spec, sample.shape) if spec.runs_whole else spec.grid(sample.shape, spec.tile)
+        values = raw_results(job.baseline, sample, grid, job.threads)
+        spent += time.perf_counter() - begun
+        yield values, spent
+
+
+def _farthest_first(windows: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The first window, which reports are about, then those whose values go farthest: where time is short, they judge."""
+    return (*windows[:1], *sorted(windows[1:], key=lambda sample: -farthest_value(sample)))
+
+
 # --- the halo -------------------------------------------------------------------------------------------------------
 
 
-def _choose_halo(job: Job, spec: EngineSpec, samples: Samples, halo: str | int, *, fixed_tile: bool) -> _Halo:
+def _choose_halo(job: BuildJob, spec: EngineSpec, samples: Samples, halo: str | int, *, fixed_tile: bool) -> _Halo:
     """The halo that was asked for; a tile of ``spec`` that keeps nothing beside it is replaced, unless it was, too."""
     if isinstance(halo, int) or halo.isdigit():
-        chosen = _given_halo(job, spec, samples, int(halo))
+        chosen = _take_halo(job, spec, samples, int(halo))
     elif halo == "measured":
-        chosen = _measured_halo(job, spec, samples)
+        chosen = _measure_halo(job, spec, samples)
     elif halo in ("auto", "exact"):
-        chosen = _exact_halo(job, spec, samples, forced=halo == "exact", fixed_tile=fixed_tile)
+        chosen = _prefer_exact_halo(job, spec, samples, forced=halo == "exact", fixed_tile=fixed_tile)
     else:
         raise TileError(f"--halo {halo!r} is not exact, measured or a number of samples")
     spec = chosen.spec
@@ -141,7 +196,7 @@ def _choose_halo(job: Job, spec: EngineSpec, samples: Samples, halo: str | int, 
     return replace(chosen, spec=replace(spec, tile=tile))
 
 
-def _given_halo(job: Job, spec: EngineSpec, samples: Samples, limit: int) -> _Halo:
+def _take_halo(job: BuildJob, spec: EngineSpec, samples: Samples, limit: int) -> _Halo:
     """A halo of so many samples; what its seams change is said, where samples show it."""
     exact = largest_halo(spec)
     if limit < 0:
@@ -153,14 +208,14 @@ def _given_halo(job: Job, spec: EngineSpec, samples: Samples, limit: int) -> _Ha
         chosen = _Halo(limited)
         if samples.kind == "samples" and spec.free_size and _seams_can_be_seen(spec, samples.judging, limit):
             results = judging_results(job, spec, samples)
-            error = _seam(job, spec, results, limit)
+            error = _measure_seam(job, spec, results, limit)
             note += f"; {_seam_text(spec, error)}"
             chosen = _Halo(limited, results, {limit: error})
     job.remarks.notes.append(note)
     return chosen
 
 
-def _exact_halo(job: Job, spec: EngineSpec, samples: Samples, *, forced: bool, fixed_tile: bool) -> _Halo:
+def _prefer_exact_halo(job: BuildJob, spec: EngineSpec, samples: Samples, *, forced: bool, fixed_tile: bool) -> _Halo:
     """The exact halo where it is ``forced`` or cheap, or nothing can be measured; else a measured one."""
     exact = largest_halo(spec)
     largest = spec.tile if fixed_tile or not spec.free_size else tried_tiles(spec)[-1]
@@ -178,10 +233,10 @@ def _exact_halo(job: Job, spec: EngineSpec, samples: Samples, *, forced: bool, f
     job.remarks.notes.append(
         f"the exact halo ({exact} samples) costs {cost} at tiles of {size_text(largest)} px, so it was measured"
     )
-    return _measured_halo(job, spec, samples)
+    return _measure_halo(job, spec, samples)
 
 
-def _measured_halo(job: Job, spec: EngineSpec, samples: Samples) -> _Halo:
+def _measure_halo(job: BuildJob, spec: EngineSpec, samples: Samples) -> _Halo:
     """The smallest halo, in steps of 8 samples, whose seams change no more labels than the seam budget allows."""
     if samples.kind == "synthetic":
         raise ContractError("--halo measured needs images to measure on; pass --samples IMAGES")
@@ -198,7 +253,7 @@ def _measured_halo(job: Job, spec: EngineSpec, samples: Samples) -> _Halo:
     while low < high:
         middle = (low + high) // 2
         limit = middle * HALO_STEP
-        seams[limit] = _seam(job, spec, results, limit)
+        seams[limit] = _measure_seam(job, spec, results, limit)
         if seams[limit] <= budget:
             high = middle
         else:
@@ -241,7 +296,7 @@ def _seams_can_be_seen(spec: EngineSpec, windows: Iterable[Sample], limit: int =
     return any(grid.count > 1 for sample in windows for grid in _seam_grids(spec, sample, limit))
 
 
-def _seam(job: Job, spec: EngineSpec, results: Results, limit: int) -> float:
+def _measure_seam(job: BuildJob, spec: EngineSpec, results: BaselineResults, limit: int) -> float:
     """What the seams of a halo of ``limit`` samples change on the worst sample."""
     error = 0.0
     for sample, whole in zip(results.samples, results.values, strict=True):
@@ -255,60 +310,3 @@ def _seam(job: Job, spec: EngineSpec, results: Results, limit: int) -> float:
 def _seam_text(spec: EngineSpec, error: float) -> str:
     what = "the output by {:.2e} of its range" if not spec.contract.has_labels else "{:.2e} of labels"
     return f"seams change {what.format(error)} on the worst sample"
-
-
-Array = npt.NDArray[Any]
-
-FEWEST_WINDOWS = 3
-
-
-@dataclass(frozen=True)
-class Results:
-    """The baseline's results.
-
-    Attributes:
-        samples: The windows that there was time for; the first is always among them.
-        values: Of each window, every output (K, *spatial), float32.
-    """
-
-    samples: tuple[Sample, ...]
-    values: tuple[list[Array], ...]
-
-
-def judging_results(job: Job, spec: EngineSpec, samples: Samples) -> Results:
-    """The baseline on the windows that parity is judged on."""
-    windows, values, spent = _farthest_first(samples.judging), list[list[Array]](), 0.0
-    least = FEWEST_WINDOWS if samples.kind == "samples" else 1
-    for k, sample in enumerate(windows, start=1):
-        begun = time.perf_counter()
-        values.append(_values(job, spec, sample))
-        spent += time.perf_counter() - begun
-        job.remarks.say(f"baseline {k}/{len(windows)}: {sample.name}")
-        if k >= least and spent * (k + 1) / k > job.parity_seconds and k < len(windows):
-            job.remarks.left_out.append(f"parity is judged on {k} of {len(windows)} sample windows")
-            break
-    return Results(windows[: len(values)], tuple(values))
-
-
-def calibrating_results(job: Job, spec: EngineSpec, windows: Sequence[Sample]) -> Results:
-    """The baseline on the windows that calibrated: they prove nothing for INT8, and may disprove it."""
-    values, spent = list[list[Array]](), 0.0
-    for k, sample in enumerate(windows, start=1):
-        begun = time.perf_counter()
-        values.append(_values(job, spec, sample))
-        spent += time.perf_counter() - begun
-        if spent > job.parity_seconds / 4 and k < len(windows):
-            job.remarks.left_out.append(f"{len(windows) - k} windows that calibrated were not judged as well")
-            break
-    return Results(tuple(windows[: len(values)]), tuple(values))
-
-
-def _farthest_first(windows: Sequence[Sample]) -> tuple[Sample, ...]:
-    """The first window, which reports are about, then those whose values go farthest: where time is short, they judge."""
-    return (*windows[:1], *sorted(windows[1:], key=lambda sample: -reach(sample)))
-
-
-def _values(job: Job, spec: EngineSpec, sample: Sample) -> list[Array]:
-    """Whole where there is a whole-image result, in the engine's tiles otherwise."""
-    grid = whole_grid(spec, sample.shape) if spec.runs_whole else spec.grid(sample.shape, spec.tile)
-    return raw_results(job.baseline, sample, grid, job.threads)

@@ -11,37 +11,49 @@ tiling alone changes: each contender in tiles against itself untiled.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..baseline.model import baseline_engine, open_model
 from ..baseline.results import raw_result, tile_of
-from ..baseline.samples import Sample, draw, sample_images, synthetic
+from ..baseline.samples import ReadOptions, Sample, draw, draw_generated, sample_images
 from ..baseline.tiles import seam_tile, whole_grid
+from ..building.job import Say
 from ..contract.contract import Contract
 from ..engine import parity as parity_module
 from ..engine.engine import Engine
 from ..engine.folder import read_folder
 from ..engine.load import load
+from ..engine.parity import ImageParity
 from ..engine.spec import EngineSpec
 from ..errors import BackendError, ContractError, ImageError
 from ..prediction.predict import normalization_of, plan
 from ..system import facts, limits, timing
 from ..tiling.grid import TileGrid, square_tile, tile_grid
-from .contenders import BASELINES, Array, Contender, Say, _engines, baseline_contenders, engine_contender, missing
+from .contenders import (
+    BASELINES,
+    Contender,
+    EngineOptions,
+    baseline_contenders,
+    build_engines,
+    engine_contender,
+    why_missing,
+)
 
-PROBE_PX = 512 * 512  # tile area where the user names none
+UNNAMED_TILE_PX = 512 * 512  # tile area where the user names none
 TIMED_PX = 2048 * 2048  # pixels of the window that is timed
 JUDGED_PX = 1024 * 1024  # pixels of the window that labels are compared on
+DRAWN = "no image is given: drawn microscopy, on which labels prove nothing about this network; pass --image"
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One contender.
+    """What ``bench`` measured of one contender.
 
     Attributes:
         name: Library and precision; "unet-rt ..." for engines.
@@ -69,7 +81,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What ``bench`` measured.
+    """What ``bench`` measured of an engine, or of a model's engines, beside the libraries used directly.
 
     Attributes:
         model: The engine folder or ONNX file.
@@ -99,7 +111,7 @@ class BenchReport:
         return {**asdict(self), "machine": facts.describe()}
 
 
-def bench_model(
+def bench(
     model: str | Path,
     *,
     image: Any = None,
@@ -136,155 +148,189 @@ def bench_model(
         ContractError: Options that do not belong to an engine, or a contract that is not complete.
         EngineError, GraphError, ImageError, TileError: see their messages.
     """
-    say = say or (lambda _: None)
-    wanted = BASELINES if baselines is None else tuple(baselines)
-    skipped: dict[str, str] = {}
-    for name in wanted:
-        reason = missing(name, module)
-        if reason is not None and baselines is not None:
-            raise BackendError(f"baseline {name}: {reason}")
-        if reason is not None:
-            skipped[name] = reason
-    path = Path(model)
-    with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unet-rt-bench-")))
-        notes: list[str] = []
+    say, read = say or (lambda _: None), ReadOptions(axes, channels)
+    wanted, skipped = _choose_baselines(baselines, module)
+    path, notes = Path(model), list[str]()
+    with ExitStack() as resources:
+        work = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="unet-rt-bench-")))
         if (path / "spec.json").exists() or (not path.exists() and path.suffix == ".urt"):
             if samples is not None or contract not in (None, Contract()):
                 raise ContractError(
                     f"{path} is an engine, which has its contract and is built already; samples, normalisation and task "
                     "are for ONNX files"
                 )
-            engine = stack.enter_context(load(path, threads=threads or None))
+            engine = load(path, threads=threads or None)
             engines = {f"unet-rt {engine.spec.backend} {engine.spec.precision}": engine}
+            resources.enter_context(engine)
             opened = open_model(read_folder(path).file("model"), work, options=engine.spec.contract)
         else:
             opened = open_model(path, work, options=contract)
             if tile is None and opened.exact:
-                tile = square_tile(opened.report.sizes, opened.report.outputs, PROBE_PX)
-            engines = _engines(path, samples, contract, tile, axes, channels, threads, work, skipped, say)
+                tile = square_tile(opened.report.sizes, opened.report.outputs, UNNAMED_TILE_PX)
+            engines, unbuilt = build_engines(path, EngineOptions(samples, contract, read, tile, threads), work, say)
+            skipped |= unbuilt
             for engine in engines.values():
-                stack.callback(engine.close)
+                resources.enter_context(engine)
             if samples is None:
                 notes.append("engines in FP32 alone: lower precisions are built from images, --samples IMAGES")
         spec = next(iter(engines.values())).spec
-        windows = [_window(spec, image, axes, channels, most, notes) for most in (TIMED_PX, JUDGED_PX)]
+        timed, judged = (_choose_window(spec, image, read, most) for most in (TIMED_PX, JUDGED_PX))
+        if image is None:
+            notes.append(DRAWN)
         names = [name for name in wanted if name not in skipped]
         if spec.device != "cpu" and names:
             notes.append("baselines run on the CPU")
-        contenders = [engine_contender(name, engine, threads) for name, engine in engines.items()]
-        reference = stack.enter_context(baseline_engine(opened, spec, threads=threads))
-        contenders += baseline_contenders(names, opened, spec, module, threads, skipped, stack)
-        with windows[0].source(spec.contract) as source:
+        contenders = [engine_contender(title, engine, threads) for title, engine in engines.items()]
+        reference = resources.enter_context(baseline_engine(opened, spec, threads=threads))
+        others, unfit = baseline_contenders(names, opened, spec, module, threads, resources)
+        with timed.source(spec.contract) as source:
             grid = plan(spec, source, tile=tile)
-        return _measured(str(model), contenders, reference, windows, grid, runs, seconds, threads, skipped, notes, say)
+        course = _Course(timed, judged, grid, runs, seconds, threads, say)
+        report = _measure(str(model), [*contenders, *others], reference, course)
+        return replace(report, skipped=skipped | unfit, notes=(*notes, *report.notes))
 
 
-def _window(spec: EngineSpec, image: Any, axes: str | None, channels: Any, most_px: int, notes: list[str]) -> Sample:
-    """The window of an image that is measured on."""
+@dataclass(frozen=True)
+class _Course:
+    """What every contender is given, and how often.
+
+    Attributes:
+        timed: The window that is timed.
+        judged: The window that labels are compared on.
+        grid: Tiles of the timed window.
+        runs: Rounds counted.
+        seconds: For each of the two interleaved runs.
+        threads: Of everybody; 0: by affinity and quota.
+        say: Receives progress in sentences.
+    """
+
+    timed: Sample
+    judged: Sample
+    grid: TileGrid
+    runs: int
+    seconds: float
+    threads: int
+    say: Say
+
+
+def _choose_baselines(baselines: Sequence[str] | None, module: Any) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The baselines that were named, or all; and of those that cannot be run, why.
+
+    Raises:
+        BackendError: One was named that is unknown or missing.
+    """
+    wanted = BASELINES if baselines is None else tuple(baselines)
+    skipped = dict[str, str]()
+    for name in wanted:
+        reason = why_missing(name, module)
+        if reason is not None and baselines is not None:
+            raise BackendError(f"baseline {name}: {reason}")
+        if reason is not None:
+            skipped[name] = reason
+    return wanted, skipped
+
+
+def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int) -> Sample:
+    """The window of an image that is measured on; of a drawn one where there is none."""
     from ..images.open import open_image
 
     if image is None:
-        note = "no image is given: drawn microscopy, on which labels prove nothing about this network; pass --image"
-        if note not in notes:
-            notes.append(note)
         side = round(most_px ** (1 / spec.spatial))
-        return synthetic(spec.contract, spec.channels, spec.spatial, count=1, side=side)[0]
+        return draw_generated(spec.contract, spec.channels, spec.spatial, count=1, side=side)[0]
     images = sample_images(image)
     if len(images) > 1:
         raise ImageError(f"{len(images)} images are given, and one is measured on; choose one")
     with open_image(
-        images[0], spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels
+        images[0],
+        spec.contract,
+        axes=read.axes,
+        channels=read.channels,
+        spatial=spec.spatial,
+        network_channels=spec.channels,
     ) as source:
         normalization_of(spec, source, None)
-    return draw(
+    (window,) = draw(
         images,
         spec.contract,
         spatial=spec.spatial,
         network_channels=spec.channels,
-        axes=axes,
-        channels=channels,
+        read=read,
         count=1,
         max_px=most_px,
-    )[0]
+    )
+    return window
 
 
-def _measured(
-    model: str,
-    contenders: Sequence[Contender],
-    reference: Engine,
-    windows: Sequence[Sample],
-    grid: TileGrid,
-    runs: int,
-    seconds: float,
-    threads: int,
-    skipped: dict[str, str],
-    notes: list[str],
-    say: Say,
-) -> BenchReport:
-    timed, judged = windows
-    spec = reference.spec
-    x = tile_of(timed, spec, grid.tile, threads)
+def _measure(model: str, contenders: Sequence[Contender], reference: Engine, course: _Course) -> BenchReport:
+    """Memory, times and agreement of every contender."""
+    timed, grid, say = course.timed, course.grid, course.say
     grids = [_grid_of(c.spec, timed, grid) for c in contenders]
-    peaks = []
+    peaks = list[int]()
     for contender, own in zip(contenders, grids, strict=True):  # first of all: later runs find memory allocated
         say(f"memory of {contender.name}")
         with timing.MemoryWatch() as watch:
             contender.labels(timed, own)
         peaks.append(watch.grown)
     say(f"timing a tile of {len(contenders)} contenders")
-    per_tile = timing.interleave([_call(c.run, x) for c in contenders], runs=runs, seconds=seconds)
+    x = tile_of(timed, reference.spec, grid.tile, course.threads)
+    per_tile = timing.interleave([partial(c.run, x) for c in contenders], runs=course.runs, seconds=course.seconds)
     say(f"timing {timed.name}")
-    calls = [_call(c.labels, timed, own) for c, own in zip(contenders, grids, strict=True)]
-    per_window = timing.interleave(calls, runs=runs, seconds=seconds, warm_up=0)
-    small = tile_grid(
-        judged.shape, seam_tile(spec, judged.shape), spec.sizes, spec.used_outputs(), overlap=spec.overlap
-    )
-    untiled = whole_grid(spec, judged.shape) if spec.runs_whole else small
-    wanted = raw_result(reference, judged, untiled, threads)
-    if not spec.runs_whole:
-        notes.append("FP32 runs the same tiles: this network or graph has no whole-image result")
+    calls = [partial(c.labels, timed, own) for c, own in zip(contenders, grids, strict=True)]
+    per_window = timing.interleave(calls, runs=course.runs, seconds=course.seconds, warm_up=0)
+    agreements = _compare_labels(contenders, reference, course)
     first = next((k for k, c in enumerate(contenders) if not c.is_engine), 0)
-    rows = []
-    for contender, tile, window, peak in zip(contenders, per_tile, per_window, peaks, strict=True):
-        say(f"labels of {contender.name}")
-        got = contender.tiled(judged, _grid_of(contender.spec, judged, small))
-        found = parity_module.compare(wanted, got, spec.contract, judged.name)
-        seam = None
-        if spec.runs_whole:
-            alone = parity_module.compare(contender.tiled(judged, untiled), got, spec.contract, judged.name)
-            seam = alone.changed
-        rows.append(
-            BenchRow(
-                contender.name,
-                contender.is_engine,
-                tile,
-                replace(window, peak_bytes=peak),
-                prod(timed.shape) / 1e6 / window.median_s,
-                None if found.label_change is None else 1 - found.label_change,
-                found.relative,
-                seam,
-                timing.ratio(per_window[first], window),
-            )
+    rows = [
+        BenchRow(
+            contender.name,
+            contender.is_engine,
+            tile,
+            replace(window, peak_bytes=peak),
+            prod(timed.shape) / 1e6 / window.median_s,
+            None if found.label_change is None else 1 - found.label_change,
+            found.relative,
+            seam,
+            timing.ratio(per_window[first], window),
         )
+        for contender, tile, window, peak, (found, seam) in zip(
+            contenders, per_tile, per_window, peaks, agreements, strict=True
+        )
+    ]
+    no_whole = "FP32 runs the same tiles: this network or graph has no whole-image result"
     return BenchReport(
         model,
         timed.name,
         timed.shape,
         grid.tile,
         grid.count,
-        threads or limits.threads(),
+        course.threads or limits.threads(),
         contenders[first].name,
         tuple(sorted(rows, key=lambda row: row.mpx_per_s)),
-        skipped,
-        tuple(notes),
+        {},
+        () if reference.spec.runs_whole else (no_whole,),
     )
+
+
+def _compare_labels(
+    contenders: Sequence[Contender], reference: Engine, course: _Course
+) -> list[tuple[ImageParity, float | None]]:
+    """Of every contender agreement with FP32 on the judged window, and what tiling alone changes, where that is known."""
+    judged, spec = course.judged, reference.spec
+    small = tile_grid(
+        judged.shape, seam_tile(spec, judged.shape), spec.sizes, spec.used_outputs(), overlap=spec.overlap
+    )
+    untiled = whole_grid(spec, judged.shape) if spec.runs_whole else small
+    wanted = raw_result(reference, judged, untiled, course.threads)
+    agreements = list[tuple[ImageParity, float | None]]()
+    for contender in contenders:
+        course.say(f"labels of {contender.name}")
+        got = contender.tiled(judged, _grid_of(contender.spec, judged, small))
+        found, seam = parity_module.compare(wanted, got, spec.contract, judged.name), None
+        if spec.runs_whole:
+            seam = parity_module.compare(contender.tiled(judged, untiled), got, spec.contract, judged.name).changed
+        agreements.append((found, seam))
+    return agreements
 
 
 def _grid_of(spec: EngineSpec, sample: Sample, grid: TileGrid) -> TileGrid:
     """The tiles of an engine with the halo that is its own."""
     return tile_grid(sample.shape, grid.tile, spec.sizes, spec.used_outputs(), overlap=spec.overlap)
-
-
-def _call(function: Callable[..., Array], *arguments: Any) -> Callable[[], object]:
-    return lambda: function(*arguments)

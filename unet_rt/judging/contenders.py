@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy.typing as npt
 from .. import backends
 from ..baseline.model import Model
 from ..baseline.results import raw_result
-from ..baseline.samples import Sample
+from ..baseline.samples import ReadOptions, Sample
+from ..building.job import Say
 from ..contract.contract import Contract
 from ..engine import parity as parity_module
 from ..engine.engine import Engine
@@ -28,8 +30,6 @@ from ..tiling.grid import TileGrid
 from ..tiling.stitch import blend_weight
 
 Array = npt.NDArray[Any]
-Say = Callable[[str], None]
-
 
 LIBRARIES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "eager": "eager PyTorch"}
 MONAI = {"monai": "constant", "monai-gaussian": "gaussian"}  # name -> MONAI's mode
@@ -39,7 +39,10 @@ BASELINES = (*LIBRARIES, *MONAI)
 
 @dataclass(frozen=True)
 class Contender:
-    """``run``: (1, C, *tile) -> (1, K, *tile_out); ``tiled``: network's own values (K, *spatial) of a window in tiles."""
+    """One that is measured: an engine, or a library used directly.
+
+    ``run``: (1, C, *tile) -> (1, K, *tile_out); ``tiled``: network's own values (K, *spatial) of a window in tiles.
+    """
 
     name: str
     spec: EngineSpec
@@ -49,7 +52,7 @@ class Contender:
     is_engine: bool = False
 
 
-def missing(name: str, module: Any) -> str | None:
+def why_missing(name: str, module: Any) -> str | None:
     """Why a baseline cannot be run, None if it can.
 
     Raises:
@@ -67,59 +70,67 @@ def missing(name: str, module: Any) -> str | None:
     return reason
 
 
-def _engines(
-    path: Path,
-    samples: Any,
-    contract: Contract | None,
-    tile: Sequence[int] | None,
-    axes: str | None,
-    channels: Sequence[int] | None,
-    threads: int,
-    work: Path,
-    skipped: dict[str, str],
-    say: Say,
-) -> dict[str, Engine]:
-    """One engine per backend and precision of an ONNX file, by name.
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines of an ONNX file are built to be measured.
+
+    Attributes:
+        samples: Images to build lower precisions from; None: FP32 alone.
+        contract: The input contract, as far as the model does not declare it.
+        read: How images are to be read.
+        tile: In pixels per axis; None: chosen by build.
+        threads: Of backend and kernels; 0: by affinity and quota.
+    """
+
+    samples: Any
+    contract: Contract | None
+    read: ReadOptions
+    tile: Sequence[int] | None
+    threads: int
+
+
+def build_engines(path: Path, options: EngineOptions, work: Path, say: Say) -> tuple[dict[str, Engine], dict[str, str]]:
+    """One engine per backend and precision of an ONNX file, by title; and of those that there are none of, why.
 
     Raises:
         The error of the first, where none could be built.
     """
     from ..building.build import build
 
-    engines: dict[str, Engine] = {}
+    engines, skipped = dict[str, Engine](), dict[str, str]()
     failed: list[BackendError | ParityError] = []
-    precisions = ("fp32", "bf16", "int8") if samples is not None else ("fp32",)
-    for name in backends.require("cpu"):
-        for precision in precisions:
-            title = f"unet-rt {name} {precision}"
-            say(f"building {title}")
-            if precision not in backends.get(name).precisions("cpu"):
-                skipped[title] = f"{name} has no {precision} on this CPU"
-                continue
-            try:
-                engines[title] = build(
-                    path,
-                    samples=samples,
-                    out=work / f"{name}-{precision}.urt",
-                    contract=contract,
-                    backend=name,
-                    device="cpu",
-                    precision=precision,
-                    tile=tile,
-                    threads=threads,
-                    axes=axes,
-                    channels=channels,
-                    say=say,
-                )
-            except (BackendError, ParityError) as error:
-                skipped[title] = str(error)
-                failed.append(error.with_traceback(None))  # whose frames would keep all that the build held
+    precisions = ("fp32", "bf16", "int8") if options.samples is not None else ("fp32",)
+    for name, precision in product(backends.require("cpu"), precisions):
+        title = f"unet-rt {name} {precision}"
+        say(f"building {title}")
+        if precision not in backends.get(name).precisions("cpu"):
+            skipped[title] = f"{name} has no {precision} on this CPU"
+            continue
+        try:
+            engines[title] = build(
+                path,
+                samples=options.samples,
+                out=work / f"{name}-{precision}.urt",
+                contract=options.contract,
+                backend=name,
+                device="cpu",
+                precision=precision,
+                tile=options.tile,
+                threads=options.threads,
+                axes=options.read.axes,
+                channels=options.read.channels,
+                say=say,
+            )
+        except (BackendError, ParityError) as error:
+            skipped[title] = str(error)
+            failed.append(error.with_traceback(None))  # whose frames would keep all that the build held
     if not engines:
         raise failed[0]
-    return engines
+    return engines, skipped
 
 
 def engine_contender(name: str, engine: Engine, threads: int) -> Contender:
+    """An engine as what is measured, run as ``predict`` runs it."""
     contract = engine.spec.contract
     # where the task was left open, the values are all there is
     decision = decide(contract, engine.spec.outputs[0].channels, None if contract.has_labels else "raw")
@@ -144,15 +155,18 @@ def engine_contender(name: str, engine: Engine, threads: int) -> Contender:
 
 
 def baseline_contenders(
-    names: Sequence[str],
-    model: Model,
-    spec: EngineSpec,
-    module: Any,
-    threads: int,
-    skipped: dict[str, str],
-    stack: ExitStack,
-) -> list[Contender]:
-    """Eager PyTorch first, where it is: its speed is 1."""
+    names: Sequence[str], model: Model, spec: EngineSpec, module: Any, threads: int, resources: ExitStack
+) -> tuple[list[Contender], dict[str, str]]:
+    """The libraries used directly, eager PyTorch first, where it is: its speed is 1; and why others are not run.
+
+    Args:
+        names: Out of :data:`BASELINES`.
+        model: The graph that they run.
+        spec: Of an engine of it: its contract, halo and overlap.
+        module: The network for eager PyTorch; None: none.
+        threads: Of everybody.
+        resources: Closes what is opened.
+    """
     from ..backends import eager, openvino
     from ..backends.onnxruntime import cpu as onnxruntime
     from ..backends.session import Called, SessionBase
@@ -164,15 +178,14 @@ def baseline_contenders(
         else:
             bare = onnxruntime.bare if name == "onnxruntime" else openvino.bare
             session = Called(bare(model.graph, threads), LIBRARIES[name], threads)
-        engine = Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session)
-        stack.callback(engine.close)
-        return engine
+        return resources.enter_context(Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session))
 
     libraries = [name for name in LIBRARIES if name in names]
     libraries.sort(key=lambda name: name != "eager")
-    found = [
+    contenders = [
         _by_hand(LIBRARIES[name] + (" FP32" if name == "eager" else " FP32, bare"), engine(name)) for name in libraries
     ]
+    skipped = dict[str, str]()
     for name in (n for n in MONAI if n in names):
         if any(f.scale != 1 or any(f.shrink) for f in spec.outputs[0].field):
             skipped[name] = "the output is not of the input's size, and MONAI's sliding window would resample it"
@@ -181,8 +194,8 @@ def baseline_contenders(
         else:
             over = libraries[0]
             title = f"MONAI sliding window ({MONAI[name]}), {LIBRARIES[over]} FP32"
-            found.append(_monai(title, MONAI[name], engine(over), module if over == "eager" else None))
-    return found
+            contenders.append(_monai(title, MONAI[name], engine(over), module if over == "eager" else None))
+    return contenders, skipped
 
 
 def _by_hand(name: str, engine: Engine, tiled: Callable[[Sample, TileGrid], Array] | None = None) -> Contender:

@@ -40,8 +40,21 @@ class Truth:
     head: str = ""
 
 
-def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, contract: Contract, budget: Budget) -> Truth:
-    """Agreement of one image with its labels."""
+def compare_to_labels(
+    sample: Sample, labels: Any, wanted: Array, got: Array, contract: Contract, budget: Budget
+) -> Truth:
+    """Agreement of one window with its labels, for engine and baseline.
+
+    Args:
+        sample: The window.
+        labels: Files, folders or paths; the one of the image's name is taken.
+        wanted, got: The baseline's and the engine's values (K, *spatial) of the output that the labels belong to.
+        contract: Of that output.
+        budget: Says from which size on a class counts.
+
+    Raises:
+        ImageError: The output has no labels, or those that were given do not fit the window.
+    """
     if not contract.has_labels:
         what = "is a regression" if contract.task == "regression" else "has no task"
         raise ImageError(
@@ -80,20 +93,20 @@ def _truth(sample: Sample, labels: Any, wanted: Array, got: Array, contract: Con
         scores.append(one)
         if np.count_nonzero(reference) >= budget.class_px:
             drops.append((max(one[2] - one[0], one[3] - one[1]), f"{sample.name}, class {name}"))
-    return _truth_of(scores, *max(drops))
+    return _average_scores(scores, *max(drops))
 
 
-def _truth_of(scores: Sequence[Sequence[float]], drop: float, image: str, head: str = "") -> Truth:
+def _average_scores(scores: Sequence[Sequence[float]], drop: float, image: str, head: str = "") -> Truth:
     """Means of rows of (Dice, IoU of the engine, Dice, IoU of the baseline)."""
     means = [float(np.mean(column)) for column in zip(*scores, strict=True)]
     return Truth(means[0], means[1], means[2], means[3], drop, image, head)
 
 
-def mean(truths: Sequence[Truth], head: str) -> Truth:
-    """Of several images: means, and the largest drop."""
+def average_truths(truths: Sequence[Truth], head: str) -> Truth:
+    """Agreement over several images: means, and the largest drop."""
     worst = max(truths, key=lambda t: t.drop)
     scores = [(t.engine_dice, t.engine_iou, t.baseline_dice, t.baseline_iou) for t in truths]
-    return _truth_of(scores, worst.drop, worst.image, head)
+    return _average_scores(scores, worst.drop, worst.image, head)
 
 
 def _iou(a: Array, b: Array) -> float:

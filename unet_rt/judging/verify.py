@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,27 @@ import numpy as np
 
 from ..baseline.model import Model, baseline_engine, open_model
 from ..baseline.results import raw_results
-from ..baseline.samples import Sample, draw, sample_images
+from ..baseline.samples import ReadOptions, Sample, draw, sample_images
 from ..baseline.tiles import judged_tile, whole_grid
+from ..building.job import Say
 from ..contract.contract import Contract
 from ..engine import exam
 from ..engine import parity as parity_module
 from ..engine.budget import Budget
 from ..engine.engine import Engine
+from ..engine.folder import EngineFolder
 from ..engine.load import load
 from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, EngineError, GraphError, ImageError, OutputError
 from ..images.normalize import normalised
 from ..outputs import pictures
-from .truth import Array, Truth, _truth, mean
+from .truth import Array, Truth, average_truths, compare_to_labels
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What ``verify`` measured.
+    """What ``verify`` measured of an engine: whether it is inside its budget, and by which numbers.
 
     Attributes:
         engine: The folder.
@@ -89,9 +92,9 @@ def verify(
     picture: str | Path | None = None,
     picture_always: bool = True,
     threads: int = 0,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
 ) -> VerifyReport:
-    """Holds an engine against its FP32 graph.
+    """Holds an engine against its FP32 graph, on images or on its own exam, and returns what was measured.
 
     Args:
         engine: Engine folder.
@@ -118,138 +121,175 @@ def verify(
         folder = loaded.folder
         if folder is None:
             raise EngineError(f"{engine} is not a folder")
-        allowed = budget or exam.recorded_budget(folder)
-        allowed = allowed.of(loaded.spec.precision)
+        allowed = (budget or exam.recorded_budget(folder)).of(loaded.spec.precision)
         chosen = loaded.spec.head(head)
         if head is not None and labels is None:
             raise ContractError("head says which output labels belong to, and there are none; pass --labels as well")
         if images is None:
             if labels is not None:
                 raise ImageError("labels without images; pass --images as well")
-            tiles = folder.exam()
-            if tiles is None:
-                raise EngineError(f"{folder.path} carries no exam; pass images with --images")
-            return VerifyReport(folder.path, "exam", _judged(exam.sit(loaded, tiles), allowed), allowed)
-        with tempfile.TemporaryDirectory(prefix="unet-rt-verify-") as work:
+            return _verify_exam(loaded, folder, allowed)
+        with tempfile.TemporaryDirectory(prefix="unet-rt-verify-") as work, ExitStack() as resources:
             source = Path(baseline) if baseline is not None else folder.file("model")
             model = open_model(source, Path(work), options=loaded.spec.contract)
             _check_baseline(model, loaded.spec, source)
-            reference = baseline_engine(model, loaded.spec, threads=threads)
-            try:
-                files, notes = sample_images(images), list[str]()
-                samples = draw(
-                    files,
-                    loaded.spec.contract,
-                    spatial=loaded.spec.spatial,
-                    network_channels=loaded.spec.channels,
-                    axes=axes,
-                    channels=channels,
-                    count=count,
-                    note=notes.append,
-                )
-                report = _verify_images(
-                    loaded,
-                    reference,
-                    model,
-                    samples,
-                    labels,
-                    chosen,
-                    allowed,
-                    tile,
-                    Path(picture) if picture else None,
-                    picture_always,
-                    threads,
-                    say,
-                )
-                return replace(report, notes=(*report.notes, *notes))
-            finally:
-                reference.close()
+            reference = resources.enter_context(baseline_engine(model, loaded.spec, threads=threads))
+            notes = list[str]()
+            samples = draw(
+                sample_images(images),
+                loaded.spec.contract,
+                spatial=loaded.spec.spatial,
+                network_channels=loaded.spec.channels,
+                read=ReadOptions(axes, channels),
+                count=count,
+                note=notes.append,
+            )
+            pair = _Pair(loaded, reference, model, chosen, allowed, tile, threads)
+            target = _Picture(Path(picture) if picture else None, picture_always)
+            report = _verify_images(pair, samples, labels, target, say)
+            return replace(report, notes=(*report.notes, *notes))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An engine and its FP32 graph, and by which rules they are compared.
+
+    Attributes:
+        engine: What is verified.
+        reference: Its FP32 graph, opened.
+        model: What the graph says of itself.
+        head: Index of the output that labels belong to.
+        budget: What is allowed.
+        tile: Of the engine; None: smaller than the window.
+        threads: Of backend and kernels.
+    """
+
+    engine: Engine
+    reference: Engine
+    model: Model
+    head: int
+    budget: Budget
+    tile: Sequence[int] | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Where the window that differs most is drawn, if anywhere, and whether also where the engine is inside its budget."""
+
+    path: Path | None
+    always: bool
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One window: the baseline's and the engine's values of every output, and how far they agree.
+
+    Attributes:
+        sample: The window.
+        wanted, got: Of every output (K, *spatial), float32.
+        images: Agreement of every output.
+        seams: The engine in tiles against itself untiled; empty where there is no whole-image result.
+        growth: The baseline on the image itself against that on its canvas; empty where it does not apply.
+    """
+
+    sample: Sample
+    wanted: list[Array]
+    got: list[Array]
+    images: list[ImageParity]
+    seams: list[ImageParity]
+    growth: list[ImageParity]
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """One output of one window, and the share of its budget that it uses."""
+
+    used: float
+    sample: Sample
+    wanted: Array
+    got: Array
+    contract: Contract
 
 
 def _check_baseline(model: Model, spec: EngineSpec, path: Path) -> None:
     """GraphError where a baseline takes or returns other channels than the engine."""
     theirs, ours = [[o.channels for o in outputs] for outputs in (model.report.outputs, spec.outputs)]
     if (theirs, model.channels, model.spatial) != (ours, spec.channels, spec.spatial):
+        there, here = (" and ".join(map(str, counts)) for counts in (theirs, ours))
         raise GraphError(
-            f"{path}: a network of {model.spatial} spatial axes from {model.channels} to {_and(theirs)} channel(s), the "
-            f"engine one of {spec.spatial} from {spec.channels} to {_and(ours)}; compare with a graph of the same network"
+            f"{path}: a network of {model.spatial} spatial axes from {model.channels} to {there} channel(s), the engine one "
+            f"of {spec.spatial} from {spec.channels} to {here}; compare with a graph of the same network"
         )
 
 
-def _and(counts: Sequence[int]) -> str:
-    return " and ".join(map(str, counts))
+def _verify_exam(engine: Engine, folder: EngineFolder, budget: Budget) -> VerifyReport:
+    """What the tiles that travel with the engine say."""
+    tiles = folder.exam()
+    if tiles is None:
+        raise EngineError(f"{folder.path} carries no exam; pass images with --images")
+    verdict = parity_module.judge(exam.sit(engine, tiles).images, budget)
+    return VerifyReport(folder.path, "exam", verdict, budget)
 
 
-def _judged(verdict: Verdict, budget: Budget) -> Verdict:
-    return parity_module.judge(verdict.images, budget)
-
-
-def _verify_images(
-    engine: Engine,
-    reference: Engine,
-    model: Model,
-    samples: Sequence[Sample],
-    labels: Any,
-    head: int,
-    budget: Budget,
-    tile: Sequence[int] | None,
-    picture: Path | None,
-    picture_always: bool,
-    threads: int,
-    say: Callable[[str], None],
-) -> VerifyReport:
-    spec = engine.spec
-    whole_possible = spec.runs_whole
+def _verify_images(pair: _Pair, samples: Sequence[Sample], labels: Any, picture: _Picture, say: Say) -> VerifyReport:
+    """What windows of the user's images say."""
+    spec, budget = pair.engine.spec, pair.budget
     found, seams, growth = list[ImageParity](), list[ImageParity](), list[ImageParity]()
-    truths = []
-    worst: tuple[float, Sample, Array, Array, Contract] | None = None
+    truths, worst = list[Truth](), None
     for k, sample in enumerate(samples):
         say(f"{k + 1}/{len(samples)}: {sample.name}")
-        small = spec.grid(sample.shape, tile or judged_tile(spec, sample.shape))
-        grid = whole_grid(spec, sample.shape) if whole_possible else small
-        wanted = raw_results(reference, sample, grid, threads)
-        got = raw_results(engine, sample, small, threads)
-        here = parity_module.compare_outputs(wanted, got, spec, sample.name)
-        found += here
-        if whole_possible:
-            untiled = raw_results(engine, sample, grid, threads)
-            seams += parity_module.compare_outputs(untiled, got, spec, sample.name)
-            growth += _grown(reference, model, sample, wanted)
-        for output, one in enumerate(here):
-            used = parity_module.share(one, budget)
-            if one.judged and (worst is None or used > worst[0]):
-                worst = (used, sample, wanted[output], got[output], spec.contract_of(output))
+        here = _compare(pair, sample)
+        found, seams, growth = found + here.images, seams + here.seams, growth + here.growth
+        worst = _choose_worse(pair, worst, here)
         if labels is not None:
-            truths.append(_truth(sample, labels, wanted[head], got[head], spec.contract_of(head), budget))
-    drawn, truth = None, None
-    verdict = parity_module.judge(found, budget)
+            contract = spec.contract_of(pair.head)
+            truths.append(
+                compare_to_labels(sample, labels, here.wanted[pair.head], here.got[pair.head], contract, budget)
+            )
+    truth, verdict = None, parity_module.judge(found, budget)
     if truths:
-        truth = mean(truths, spec.outputs[head].name if len(spec.outputs) > 1 else "")
+        truth = average_truths(truths, spec.outputs[pair.head].name if len(spec.outputs) > 1 else "")
         if truth.drop > budget.truth:
             reason = f"{truth.image}: {truth.drop:.4f} below FP32 against the labels, budget {budget.truth:g}"
             verdict = replace(verdict, accepted=False, reasons=(*verdict.reasons, reason))
-    if verdict.accepted and not picture_always:
-        picture = None
-    if picture is not None and worst is not None and worst[0] > 0 and spec.spatial == 2:
-        try:
-            drawn = _draw_worst(*worst[1:], picture)
-        except OutputError:
-            if picture_always:
-                raise
-            say(f"{picture} cannot be written here; the verdict stands without it")
+    no_whole = "the baseline runs the same tiles: this network or graph has no whole-image result"
     return VerifyReport(
-        engine.folder.path if engine.folder else Path(),
+        pair.engine.folder.path if pair.engine.folder else Path(),
         "images",
         verdict,
         budget,
         _largest(seams, budget),
         _largest(growth, budget),
         truth,
-        drawn,
-        ()
-        if whole_possible
-        else ("the baseline runs the same tiles: this network or graph has no whole-image result",),
+        _draw_picture(picture, worst, spec, verdict, say),
+        () if spec.runs_whole else (no_whole,),
     )
+
+
+def _compare(pair: _Pair, sample: Sample) -> _Comparison:
+    """The engine in tiles against its FP32 graph on the whole of one window, where that has a result."""
+    spec, threads = pair.engine.spec, pair.threads
+    small = spec.grid(sample.shape, pair.tile or judged_tile(spec, sample.shape))
+    grid = whole_grid(spec, sample.shape) if spec.runs_whole else small
+    wanted = raw_results(pair.reference, sample, grid, threads)
+    got = raw_results(pair.engine, sample, small, threads)
+    images = parity_module.compare_outputs(wanted, got, spec, sample.name)
+    if not spec.runs_whole:
+        return _Comparison(sample, wanted, got, images, [], [])
+    untiled = raw_results(pair.engine, sample, grid, threads)
+    seams = parity_module.compare_outputs(untiled, got, spec, sample.name)
+    return _Comparison(sample, wanted, got, images, seams, _compare_growth(pair, sample, wanted))
+
+
+def _choose_worse(pair: _Pair, worst: _Difference | None, window: _Comparison) -> _Difference | None:
+    """The judged output that uses most of its budget: that of the windows so far, or one of this."""
+    for k, image in enumerate(window.images):
+        used = parity_module.share(image, pair.budget)
+        if image.judged and (worst is None or used > worst.used):
+            contract = pair.engine.spec.contract_of(k)
+            worst = _Difference(used, window.sample, window.wanted[k], window.got[k], contract)
+    return worst
 
 
 def _largest(images: Sequence[ImageParity], budget: Budget) -> ImageParity | None:
@@ -257,20 +297,20 @@ def _largest(images: Sequence[ImageParity], budget: Budget) -> ImageParity | Non
     return max(images, key=lambda i: (parity_module.share(i, budget), i.max_abs), default=None)
 
 
-def _grown(reference: Engine, model: Model, sample: Sample, wanted: Sequence[Array]) -> list[ImageParity]:
+def _compare_growth(pair: _Pair, sample: Sample, wanted: Sequence[Array]) -> list[ImageParity]:
     """The network on the image itself against the one on its canvas, ``wanted``: every judged output.
 
     Empty where the network does not run at the image's size, or that is the canvas.
     """
-    spec = reference.spec
+    spec = pair.reference.spec
     shrinks = all(any(sum(f.shrink) for f in output.field) for output in spec.outputs)
     if shrinks or spec.canvas_shape(sample.shape) == sample.shape:
         return []
     try:
-        model.report.activation_bytes(sample.shape)
+        pair.model.report.activation_bytes(sample.shape)
     except GraphError:
         return []  # the graph does not run at this size: there is nothing to compare
-    bare = reference.run(normalised(sample.pixels, sample.numbers)[None])
+    bare = pair.reference.run(normalised(sample.pixels, sample.numbers)[None])
     return [
         parity_module.compare_output(bare[k][0], wanted[k], spec, k, sample.name)
         for k in parity_module.judged_outputs(spec)
@@ -278,7 +318,25 @@ def _grown(reference: Engine, model: Model, sample: Sample, wanted: Sequence[Arr
     ]
 
 
-def _draw_worst(sample: Sample, wanted: Array, got: Array, contract: Contract, path: Path) -> Path:
+def _draw_picture(
+    picture: _Picture, worst: _Difference | None, spec: EngineSpec, verdict: Verdict, say: Say
+) -> Path | None:
+    """The path of a picture of the window that differs most; None where none is wanted, or nothing can be shown."""
+    wanted = picture.path is not None and (picture.always or not verdict.accepted)
+    if picture.path is None or not wanted or worst is None or worst.used <= 0 or spec.spatial != 2:
+        return None
+    try:
+        return _draw_difference(worst, picture.path)
+    except OutputError:
+        if picture.always:
+            raise
+        say(f"{picture.path} cannot be written here; the verdict stands without it")
+        return None
+
+
+def _draw_difference(worst: _Difference, path: Path) -> Path:
+    """Draws image, both masks and their difference around the place where they differ most."""
+    sample, wanted, got, contract = worst.sample, worst.wanted, worst.got, worst.contract
     if not contract.has_labels:
         error = np.abs(got[0] - wanted[0])
         a = b = np.zeros(error.shape, np.uint8)
