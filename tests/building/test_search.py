@@ -28,7 +28,7 @@ from unet_rt.building.activations import (
 )
 from unet_rt.building.calibration import Calibration  # noqa: E402
 from unet_rt.building.choice import (
-    _wider,
+    _widen,
     pick_closest,
 )
 from unet_rt.building.int8 import return_layers  # noqa: E402
@@ -616,7 +616,7 @@ def test_windows_that_calibrated_judge_the_other_precisions(monkeypatch: pytest.
     found = verdict("int8", 4e-3, 6e-3)
     assert (found.accepted, found.label_change) == (False, 6e-3)
     assert found.reasons[0].startswith("calibrating (it calibrated): 0.600% of labels change")
-    assert _wider(found, urt.Budget().of("int8")) == "label_change=6.3e-03"
+    assert _widen(found, urt.Budget().of("int8")) == "label_change=6.3e-03"
 
 
 def test_of_mixtures_as_fast_as_the_fastest_the_closest_is_taken() -> None:

@@ -92,11 +92,11 @@ class ReadOptions:
 
     Attributes:
         axes: Of the images, where files do not say.
-        channels: In the network's order: numbers, names, or ``luma``.
+        channels: Those of the image, in the network's order.
     """
 
     axes: str | None = None
-    channels: Sequence[int] | str | None = None
+    channels: Sequence[int] | None = None
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""The verbs inspect and build."""
+"""The verb build."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import _contract, _shape, budget, channels, contract_options, overwrite_option, threads_option, verb
-from .printing import _out, clear, print_json, say
+from .options import (
+    add_contract,
+    add_overwrite,
+    add_threads,
+    add_verb,
+    parse_size,
+    read_budget,
+    read_channels,
+    read_contract,
+)
+from .printing import clear_line, print_json, say, text_stream
 
 if TYPE_CHECKING:
     from ..building.report import BuildReport
 
 
-def add_inspect(verbs: Any) -> None:
-    p = verb(verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs", "MODEL.onnx ")
-    p.add_argument("model", metavar="MODEL.onnx", help="ONNX file")
-
-
 def add_build(verbs: Any) -> None:
-    p = verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ... ")
+    p = add_verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ... ")
     p.add_argument(
         "model",
         metavar="MODEL.onnx",
@@ -36,7 +40,7 @@ def add_build(verbs: Any) -> None:
     p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino or tensorrt")
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
-    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels, or auto")
+    p.add_argument("--tile", type=parse_size, metavar="HxW", help="tile size in pixels, or auto")
     p.add_argument(
         "--halo",
         default="auto",
@@ -44,7 +48,7 @@ def add_build(verbs: Any) -> None:
         help="samples discarded at inner tile edges (default: exact, unless that costs too much)",
     )
     p.add_argument(
-        "--overlap", type=_shape, metavar="HxW", help="overlap of blended tiles, for networks that are not exact"
+        "--overlap", type=parse_size, metavar="HxW", help="overlap of blended tiles, for networks that are not exact"
     )
     p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
     p.add_argument(
@@ -55,7 +59,7 @@ def add_build(verbs: Any) -> None:
         help="label_change=1e-3 (INT8: 5e-3) dice=0.99 error=1e-2 seam=1e-5",
     )
     p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
-    overwrite_option(p)
+    add_overwrite(p)
     p.add_argument(
         "--cache",
         metavar="DIR",
@@ -63,24 +67,8 @@ def add_build(verbs: Any) -> None:
         help="keep engines here by all that decided them (default: $UNET_RT_CACHE, else nowhere)",
     )
     p.add_argument("--search-minutes", type=float, metavar="N", help="time for the search (default: 10)")
-    threads_option(p)
-    contract_options(p)
-
-
-# --- verbs ----------------------------------------------------------------------------------------------------------
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from ..graph.report import check_images, inspect
-    from .texts import inspect_text
-
-    report = inspect(args.model)
-    check_images(report)
-    if args.json:
-        print_json(report.to_json())
-    else:
-        print(inspect_text(report))
-    return 0
+    add_threads(p)
+    add_contract(p)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -92,8 +80,8 @@ def _build(args: argparse.Namespace) -> int:
         args.model,
         samples=args.samples,
         out=args.out,
-        budget=budget(args),
-        contract=_contract(args),
+        budget=read_budget(args),
+        contract=read_contract(args),
         backend=args.backend,
         device=args.device,
         precision=args.precision,
@@ -103,7 +91,7 @@ def _build(args: argparse.Namespace) -> int:
         blend=args.blend,
         threads=args.threads,
         axes=args.axes,
-        channels=channels(args),
+        channels=read_channels(args),
         keep_exam=not args.no_exam,
         overwrite=args.overwrite,
         cache=args.cache,
@@ -112,7 +100,7 @@ def _build(args: argparse.Namespace) -> int:
         report=reports.append,
     )
     engine.close()
-    clear()
+    clear_line()
     if not reports:
         folder = "" if engine.folder is None else str(engine.folder.path)
         if args.json:
@@ -120,14 +108,14 @@ def _build(args: argparse.Namespace) -> int:
         print(
             f"{folder}: up to date ({engine.spec.backend} {engine.spec.precision}); the same model, samples and options "
             "built it on this machine",
-            file=_out(args),
+            file=text_stream(args),
         )
         return 0
     done = reports[0]
     if done.advice:
         argv = args.argv if done.spec.contract.task else [*args.argv, "--task", "YOUR_TASK"]
         done = replace(done, advice=_with_samples(argv, done.folder))
-    print(build_text(done), file=_out(args))
+    print(build_text(done), file=text_stream(args))
     for warning in done.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
     if args.json:

@@ -1,16 +1,28 @@
-"""What unet-rt finds on this machine: backends, devices, CPU, native modules, and what stands in the way."""
+"""The verb doctor: backends, devices, CPU, native modules on this machine, and what stands in the way."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from typing import Any
 
-from .. import backends
 from .._version import __version__
 from ..errors import UnetRtError
-from ..system import facts
+from .options import add_verb
+from .printing import print_json
 
-_ALL = (*backends.names(), "eager")
+
+def add_doctor(verbs: Any) -> None:
+    add_verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    report = collect()
+    if args.json:
+        print_json(report)
+    else:
+        print(format(report))
+    return 0
 
 
 def collect() -> dict[str, Any]:
@@ -21,10 +33,13 @@ def collect() -> dict[str, Any]:
     ``native`` (modules and why absent), ``versions`` (installed packages), ``conflicts`` (sentences), ``advice`` (what
     to do next, or None).
     """
+    from .. import backends
+    from ..system import facts
+
     record = facts.describe()
     cuda = facts.cuda()
     devices = ["cpu", *(f"cuda:{index}" for index in range(len(cuda.devices)))]
-    found = {name: _backend(name, devices) for name in _ALL}
+    found = {name: _backend(name, devices) for name in (*backends.names(), "eager")}
     usable = [name for name in backends.names() if found[name]["missing"]["cpu"] is None]
     return {
         "unet_rt": __version__,
@@ -70,6 +85,9 @@ def _unusable(index: int) -> str | None:
 
 
 def _backend(name: str, devices: list[str]) -> dict[str, Any]:
+    from .. import backends
+    from ..system import facts
+
     backend = backends.get(name)
     versions = (facts.package_version(package) for package in facts.DISTRIBUTIONS[name])
     missing: dict[str, str | None] = {}

@@ -1,4 +1,4 @@
-"""The command line. The only module that prints; every verb is one function that calls the library.
+"""The command line. The only package that prints; every verb is one file, whose functions call the library.
 
 Exit codes: 0 good, 1 the answer is no (parity failed, budget missed), 2 wrong use, 130 interrupted, 143 terminated.
 With ``--json``, stdout holds one JSON document whatever happens: the result, or ``{"error": {"type", "message"}}``.
@@ -20,13 +20,18 @@ from typing import NoReturn
 
 from .._version import __version__
 from ..errors import ParityError, UnetRtError
-from .archive import add_pack, add_unpack
-from .build import add_build, add_inspect
-from .machine import add_demo, add_doctor
+from .bench import add_bench
+from .build import add_build
+from .demo import add_demo
+from .doctor import add_doctor
+from .export import add_export
+from .inspect import add_inspect
+from .pack import add_pack
 from .predict import add_predict
-from .printing import clear, print_json
-from .train import add_export, add_train
-from .verify import add_bench, add_verify
+from .printing import clear_line, print_json
+from .train import add_train
+from .unpack import add_unpack
+from .verify import add_verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
     except _UsageError as error:
-        return _failed(argparse.Namespace(json="--json" in argv), error, 2)
+        return _fail(argparse.Namespace(json="--json" in argv), error, 2)
     if args.verb is None:
         parser.print_help(sys.stderr)
         return 2
@@ -51,19 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
             return code
     except ParityError as error:
-        return _failed(args, error, 1)
+        return _fail(args, error, 1)
     except UnetRtError as error:
-        return _failed(args, error, 2)
+        return _fail(args, error, 2)
     except (KeyboardInterrupt, _Terminated) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 143
-        return _failed(args, error, code, "interrupted; " if code == 130 else "terminated; ")
+        return _fail(args, error, code, "interrupted; " if code == 130 else "terminated; ")
     except BrokenPipeError:
         _drop_stdout()  # whoever read it has gone, which is no news to them
         return 141
     except (MemoryError, OSError) as error:
-        return _failed(args, error, 2)
+        return _fail(args, error, 2)
     except Exception as error:  # a defect of ours: say so in one line, and how to see more
-        return _failed(args, error, 2, "internal error, please report it with the output of --debug: ")
+        return _fail(args, error, 2, "internal error, please report it with the output of --debug: ")
 
 
 def _drop_stdout() -> None:
@@ -98,11 +103,11 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _failed(args: argparse.Namespace, error: BaseException, code: int, prefix: str = "") -> int:
+def _fail(args: argparse.Namespace, error: BaseException, code: int, prefix: str = "") -> int:
     """Says what went wrong: one line on stderr, with --json a document on stdout as well."""
     if getattr(args, "debug", False):
         traceback.print_exception(error)
-    clear()
+    clear_line()
     kind, text = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         text = f"out of memory ({text}); use a smaller --tile or --batch"

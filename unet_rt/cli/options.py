@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ContractError
+from ..errors import BackendError, ContractError
 
 if TYPE_CHECKING:
     from ..contract.contract import Contract
     from ..engine.budget import Budget
+    from ..models.state import Opened
 
 
-def verb(
+def add_verb(
     verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str, subject: str = ""
 ) -> argparse.ArgumentParser:
+    """The parser of one verb, with the options that all of them have; ``run`` returns the exit code."""
     # What a verb works on comes first: options that take several values would swallow it.
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=text, description=text, usage=f"unet-rt {name} {subject}[options]".rstrip()
@@ -28,29 +30,34 @@ def verb(
     return parser
 
 
-def threads_option(p: argparse.ArgumentParser) -> None:
+def add_threads(p: argparse.ArgumentParser) -> None:
+    """The option of how many threads may run."""
     p.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
 
 
-def overwrite_option(p: argparse.ArgumentParser) -> None:
+def add_overwrite(p: argparse.ArgumentParser) -> None:
+    """The option that lets a verb replace what is there."""
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def reading_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_reading(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options of how images are read; the group, for a verb that has more of them."""
     group = p.add_argument_group("how images are read")
     group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
     group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
     return group
 
 
-def scope_option(group: argparse._ArgumentGroup) -> None:
+def add_scope(group: argparse._ArgumentGroup) -> None:
+    """The option of what a normalisation's statistics are taken over."""
     group.add_argument(
         "--normalize-scope", choices=("image", "channel", "slice"), help="what statistics are taken over"
     )
 
 
-def contract_options(p: argparse.ArgumentParser) -> None:
-    reading_options(p)
+def add_contract(p: argparse.ArgumentParser) -> None:
+    """The options of the input contract, and of how images are read."""
+    add_reading(p)
     group = p.add_argument_group(
         "the input contract (options win over --contract, which wins over the model's metadata)"
     )
@@ -60,7 +67,7 @@ def contract_options(p: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="none | scale=255 | dtype | minmax | percentile=1,99.8 | zscore | imagenet | mean=..;std=..;scale=..;clip=..",
     )
-    scope_option(group)
+    add_scope(group)
     group.add_argument(
         "--task",
         choices=("auto", "binary", "multiclass", "multilabel", "regression"),
@@ -75,10 +82,13 @@ def contract_options(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--classes", metavar="NAME,..", help="names of the classes, in order")
     group.add_argument("--border", choices=("mirror", "edge", "constant"), help="how images go on beyond their edges")
-    group.add_argument("--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of training, in micrometres")
+    group.add_argument(
+        "--pixel-size", type=parse_lengths, default=(), metavar="UM[,UM]", help="of training, in micrometres"
+    )
 
 
-def _shape(text: str) -> tuple[int, ...] | None:
+def parse_size(text: str) -> tuple[int, ...] | None:
+    """Pixels per axis, of 512x512; None for auto."""
     if text == "auto":
         return None
     try:
@@ -90,26 +100,30 @@ def _shape(text: str) -> tuple[int, ...] | None:
     return shape
 
 
-def side(text: str) -> int:
+def parse_side(text: str) -> int:
+    """Pixels of the side of a square, of a number from 64 to 20000."""
     if not text.isdecimal() or not 64 <= int(text) <= 20000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels from 64 to 20000")
     return int(text)
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
+    """A number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers, of 0,255."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0,255") from None
 
 
-def _lengths(text: str) -> tuple[float, ...]:
+def parse_lengths(text: str) -> tuple[float, ...]:
+    """Micrometres along the image's axes, of 0.5,0.5."""
     try:
         lengths = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -119,7 +133,8 @@ def _lengths(text: str) -> tuple[float, ...]:
     return lengths
 
 
-def memory(text: str) -> int:
+def parse_memory(text: str) -> int:
+    """Bytes, of 4GB or 800MB."""
     number = text.upper().removesuffix("B").rstrip("KMGT")
     unit = text.upper().removesuffix("B")[len(number) :]
     try:
@@ -131,14 +146,16 @@ def memory(text: str) -> int:
     return size
 
 
-def shard(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
+    """Number of a shard and how many there are, of 0/8."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shard such as 0/8 (the first of eight) to 7/8")
     return int(index), int(count)
 
 
-def channels(args: argparse.Namespace) -> Any:
+def read_channels(args: argparse.Namespace) -> Any:
+    """The channels that --channels names; None where it is not passed."""
     if args.channels is None:
         return None
     from ..images.axes import parse_channels
@@ -146,7 +163,8 @@ def channels(args: argparse.Namespace) -> Any:
     return parse_channels(args.channels)
 
 
-def _contract(args: argparse.Namespace) -> Contract:
+def read_contract(args: argparse.Namespace) -> Contract:
+    """The contract of a verb's options, over that of --contract."""
     from ..contract.contract import Contract, Normalization
     from ..contract.words import parse_normalization
 
@@ -178,7 +196,8 @@ def _contract(args: argparse.Namespace) -> Contract:
     return found
 
 
-def budget(args: argparse.Namespace) -> Budget | None:
+def read_budget(args: argparse.Namespace) -> Budget | None:
+    """The budget of --budget KEY=VALUE; None where it is not passed."""
     from ..engine.budget import Budget
 
     if not args.budget:
@@ -194,3 +213,27 @@ def budget(args: argparse.Namespace) -> Budget | None:
     if set(values) - known:
         raise ContractError(f"--budget knows {', '.join(sorted(known))}, not {', '.join(sorted(set(values) - known))}")
     return Budget(**values)
+
+
+def open_checkpoint(args: argparse.Namespace) -> Opened:
+    """The module of --checkpoint, as --architecture, --module and --arguments say."""
+    import json
+
+    require_torch("runs the module", "torch")
+    from ..models.source import open_module
+
+    try:
+        arguments = json.loads(args.arguments) if args.arguments else None
+    except json.JSONDecodeError as error:
+        raise ContractError(
+            f"--arguments {args.arguments!r} is not JSON ({error}); use e.g. '{{\"classes\": 3}}'"
+        ) from error
+    return open_module(Path(args.checkpoint), architecture=args.architecture, factory=args.module, arguments=arguments)
+
+
+def require_torch(what: str, extra: str) -> None:
+    """Raises BackendError where torch is missing, which does ``what`` and comes with the extra of that name."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise BackendError(f"torch is missing, which {what}; pip install 'unet-rt[{extra}]'")

@@ -6,31 +6,34 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError, ImageError, OutputError
 from .options import (
-    _lengths,
-    _shape,
-    channels,
-    memory,
-    numbers,
-    overwrite_option,
-    reading_options,
-    shard,
-    threads_option,
-    verb,
+    add_overwrite,
+    add_reading,
+    add_threads,
+    add_verb,
+    parse_lengths,
+    parse_memory,
+    parse_numbers,
+    parse_shard,
+    parse_size,
+    read_channels,
 )
-from .printing import Bar, _out, print_json
+from .printing import Bar, print_json, text_stream
 
 if TYPE_CHECKING:
+    from ..contract.contract import Normalization
+    from ..engine.engine import Engine
     from ..prediction.report import RunReport
     from ..prediction.request import Tables
 
 
 def add_predict(verbs: Any) -> None:
-    p = verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
+    p = add_verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="files, Zarr folders, URLs, folders of images")
     p.add_argument(
@@ -49,43 +52,64 @@ def add_predict(verbs: Any) -> None:
     )
     p.add_argument(
         "--mask-values",
-        type=numbers,
+        type=parse_numbers,
         default=(),
         metavar="0,255",
         help="value of every label in a mask, default 0,1,..",
     )
     p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
-    p.add_argument("--tile", type=_shape, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
+    p.add_argument("--tile", type=parse_size, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
-    threads_option(p)
+    add_threads(p)
     p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
-    overwrite_option(p)
+    add_overwrite(p)
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
-    reading_options(p).add_argument(
+    add_reading(p).add_argument(
         "--level",
         metavar="N|UMum",
         help="of pyramids (Zarr, TIFF, slides): number or pixel size, e.g. 0.5um; default: the finest, 0; with --resample: "
         "the coarsest that is fine enough",
     )
+    _add_extent(p)
+    _add_large(p)
+    _add_objects(p)
+
+
+def _add_extent(p: argparse.ArgumentParser) -> None:
+    """Where in images, at which pixel size and how often the network is run."""
     group = p.add_argument_group("where and how often")
     group.add_argument("--mask", metavar="IMAGE", help="predict only where this image of the same size is not 0")
     group.add_argument(
         "--tta", choices=("none", "flip", "d4"), default="none", help="mean over flips: 4 or 8 times the work"
     )
     group.add_argument(
-        "--pixel-size", type=_lengths, default=(), metavar="UM[,UM]", help="of the images, in micrometres (of level 0)"
+        "--pixel-size",
+        type=parse_lengths,
+        default=(),
+        metavar="UM[,UM]",
+        help="of the images, in micrometres (of level 0)",
     )
     group.add_argument(
         "--resample", action="store_true", help="bring images to the pixel size of training, results back"
     )
+
+
+def _add_large(p: argparse.ArgumentParser) -> None:
+    """How large images are computed."""
     group = p.add_argument_group("large images: a killed run goes on with the same command")
     group.add_argument(
-        "--memory", type=memory, metavar="4GB", help="bound on resident memory; default: half of the free"
+        "--memory", type=parse_memory, metavar="4GB", help="bound on resident memory; default: half of the free"
     )
-    group.add_argument("--shard", type=shard, metavar="I/N", help="every N-th block only; the last shard writes --out")
+    group.add_argument(
+        "--shard", type=parse_shard, metavar="I/N", help="every N-th block only; the last shard writes --out"
+    )
     group.add_argument("--scheduler", metavar="local:N|tcp://..", help="have Dask workers compute the blocks")
     group.add_argument("--restart", action="store_true", help="throw away what an interrupted run has left")
+
+
+def _add_objects(p: argparse.ArgumentParser) -> None:
+    """What is wanted of objects."""
     group = p.add_argument_group("objects (--output instances)")
     group.add_argument("--min-size", type=int, default=1, metavar="N", help="leave out objects of fewer pixels")
     group.add_argument("--objects", metavar="CSV", help="table of all objects")
@@ -93,25 +117,25 @@ def add_predict(verbs: Any) -> None:
     group.add_argument("--geojson", metavar="JSON", help="outlines as polygons, for slide viewers")
 
 
+@dataclass(frozen=True)
+class _Item:
+    """One image, and where its outputs go."""
+
+    image: Path | str
+    target: Path
+    overlay: Path | None
+
+
 def _predict(args: argparse.Namespace) -> int:
     from ..contract.words import parse_normalization
     from ..engine.load import load
     from ..images.open import list_images
-    from ..prediction.predict import predict
-    from ..prediction.stage import stage_folder
     from .texts import run_text
 
-    images = list_images(args.images)
-    targets = _targets(args, images)
-    overlays = [_overlay_name(target) if args.overlay else None for target in targets]
-    if not args.overwrite:
-        for target, picture in zip(targets, overlays, strict=True):
-            if picture is not None and picture.exists() and not stage_folder(target).exists():
-                raise OutputError(f"{picture} exists; pass --overwrite to replace it, or choose another --out")
-    reports: list[RunReport] = []
+    items = _list_items(args, list_images(args.images))
     results: list[dict[str, Any]] = []
     normalization = parse_normalization(args.normalize, None) if args.normalize else None
-    tables = _tables(args, len(images))
+    tables, bad = _tables(args, len(items)), 0
     device = None if args.device == "auto" else args.device
     with (
         ExitStack() as folders,
@@ -121,57 +145,90 @@ def _predict(args: argparse.Namespace) -> int:
     ):
         if args.accept_unverified:
             print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
-        folders.enter_context(_folder_of(args, targets))
-        for image, target, overlay in zip(images, targets, overlays, strict=True):
+        folders.enter_context(_folder_of(args, [item.target for item in items]))
+        for item in items:
             try:
-                predict(
-                    engine,
-                    image,
-                    out=target,
-                    output=args.output,
-                    head=args.head,
-                    axes=args.axes,
-                    channels=channels(args),
-                    level=args.level,
-                    tile=args.tile,
-                    batch=args.batch,
-                    threads=args.threads,
-                    mask_values=args.mask_values,
-                    normalization=normalization,
-                    overlay=overlay,
-                    overwrite=args.overwrite,
-                    progress=Bar(Path(image).name),
-                    report=reports.append,
-                    pixel_size_um=args.pixel_size,
-                    resample=args.resample,
-                    tta=args.tta,
-                    region=args.mask,
-                    memory_bytes=args.memory,
-                    shard=args.shard,
-                    scheduler=args.scheduler,
-                    restart=args.restart,
-                    tables=tables,
-                )
+                done = _predict_item(args, engine, item, normalization, tables)
             except (ImageError, ContractError) as error:
-                if len(images) == 1:
+                if len(items) == 1:
                     raise
                 # One bad image of many costs nobody the others.
-                print(f"error: {image}: {error}", file=sys.stderr)
-                results.append({"image": str(image), "error": str(error)})
+                print(f"error: {item.image}: {error}", file=sys.stderr)
+                results.append({"image": str(item.image), "error": str(error)})
+                bad += 1
                 continue
-            done = reports[-1]
-            if overlay is not None and overlay.exists():  # the last shard draws it
-                done.notes.append(f"overlay: {overlay}")
-            if target.suffix.lower() == ".png" and done.class_share and not args.mask_values:
-                done.notes.append("the mask holds labels 0, 1, .., which viewers show as black; see --mask-values")
-            results.append({**done.to_json(), "out": str(target)})
-            print(run_text(done, target if target.exists() else None), file=_out(args))
+            results.append({**done.to_json(), "out": str(item.target)})
+            print(run_text(done, item.target if item.target.exists() else None), file=text_stream(args))
     if args.json:
         print_json(results)
-    bad = len(images) - len(reports)
     if bad:
-        print(f"{bad} of {len(images)} images were not predicted", file=sys.stderr)
+        print(f"{bad} of {len(items)} images were not predicted", file=sys.stderr)
     return 2 if bad else 0
+
+
+def _predict_item(
+    args: argparse.Namespace,
+    engine: Engine,
+    item: _Item,
+    normalization: Normalization | None,
+    tables: Tables | None,
+) -> RunReport:
+    """Predicts one image as the options say, and returns what was done, with what is worth a note."""
+    from ..prediction.predict import predict
+
+    reports: list[RunReport] = []
+    predict(
+        engine,
+        item.image,
+        out=item.target,
+        output=args.output,
+        head=args.head,
+        axes=args.axes,
+        channels=read_channels(args),
+        level=args.level,
+        tile=args.tile,
+        batch=args.batch,
+        threads=args.threads,
+        mask_values=args.mask_values,
+        normalization=normalization,
+        overlay=item.overlay,
+        overwrite=args.overwrite,
+        progress=Bar(Path(item.image).name),
+        report=reports.append,
+        pixel_size_um=args.pixel_size,
+        resample=args.resample,
+        tta=args.tta,
+        region=args.mask,
+        memory_bytes=args.memory,
+        shard=args.shard,
+        scheduler=args.scheduler,
+        restart=args.restart,
+        tables=tables,
+    )
+    done = reports[0]
+    if item.overlay is not None and item.overlay.exists():  # the last shard draws it
+        done.notes.append(f"overlay: {item.overlay}")
+    if item.target.suffix.lower() == ".png" and done.class_share and not args.mask_values:
+        done.notes.append("the mask holds labels 0, 1, .., which viewers show as black; see --mask-values")
+    return done
+
+
+def _list_items(args: argparse.Namespace, images: Sequence[Path | str]) -> list[_Item]:
+    """The images, each with its outputs.
+
+    Raises:
+        OutputError: One exists, and is not to be replaced.
+    """
+    from ..prediction.stage import stage_folder
+
+    items = [
+        _Item(image, target, _overlay_name(target) if args.overlay else None)
+        for image, target in zip(images, _targets(args, images), strict=True)
+    ]
+    for item in items if not args.overwrite else []:
+        if item.overlay is not None and item.overlay.exists() and not stage_folder(item.target).exists():
+            raise OutputError(f"{item.overlay} exists; pass --overwrite to replace it, or choose another --out")
+    return items
 
 
 def _tables(args: argparse.Namespace, images: int) -> Tables | None:

@@ -7,13 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-Progress = Callable[[int, int], None]
 
-
-# --- printing -------------------------------------------------------------------------------------------------------
-
-
-def _out(args: argparse.Namespace) -> Any:
+def text_stream(args: argparse.Namespace) -> Any:
+    """Where a verb prints for people: stderr where --json has stdout to itself."""
     return sys.stderr if args.json else sys.stdout
 
 
@@ -24,7 +20,8 @@ def say(args: argparse.Namespace) -> Callable[[str], None]:
     return lambda text: print(f"\r\033[K  {text[:110]}", end="", file=sys.stderr, flush=True)
 
 
-def clear() -> None:
+def clear_line() -> None:
+    """Removes the line of progress from a terminal."""
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -75,6 +72,7 @@ class TrainingBar:
 
 
 def print_json(document: Any) -> None:
+    """Prints the one JSON document of a verb."""
     from ..system.json import record_json
 
     print(record_json(document), end="", flush=True)
