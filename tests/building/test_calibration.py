@@ -13,33 +13,33 @@ from hypothesis import strategies as st
 
 onnx = pytest.importorskip("onnx")
 
-from unet_rt.baseline.samples import (
+from unet_rt.baseline.samples import (  # noqa: E402
     ReadOptions,
     Sample,
     constant_reason,
     draw,
 )
-from unet_rt.building.activations import (
+from unet_rt.building.activations import (  # noqa: E402
     BINS,
     Distribution,
     find_overflows,
     list_tensors,
     probe,
 )
-from unet_rt.building.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
+from unet_rt.building.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts  # noqa: E402
 from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.contract.contract import (
+from unet_rt.contract.contract import (  # noqa: E402
     Contract,
     Normalization,
 )
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.errors import (
+from unet_rt.errors import (  # noqa: E402
     EngineError,
     ImageError,
 )
 from unet_rt.graph.passes import qdq  # noqa: E402
-from unet_rt.graph.passes.qdq import Range
-from unet_rt.images.normalize import (
+from unet_rt.graph.passes.qdq import Range  # noqa: E402
+from unet_rt.images.normalize import (  # noqa: E402
     Affine,
     normalised,
 )

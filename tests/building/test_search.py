@@ -17,35 +17,33 @@ onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt.building import engines as build_engines
-from unet_rt.building import search as build_int8
-from unet_rt.building import tiling as build_judge
-from unet_rt.building import tiling as build_tiling
-from unet_rt.building.activations import (
+from unet_rt.building import engines as build_engines  # noqa: E402
+from unet_rt.building import tiling as build_tiling  # noqa: E402
+from unet_rt.building.activations import (  # noqa: E402
     find_overflows,
     list_tensors,
     probe,
 )
 from unet_rt.building.calibration import Calibration  # noqa: E402
-from unet_rt.building.choice import (
+from unet_rt.building.choice import (  # noqa: E402
     _widen,
     pick_closest,
 )
 from unet_rt.building.int8 import return_layers  # noqa: E402
-from unet_rt.building.job import (
+from unet_rt.building.job import (  # noqa: E402
     Deadline,
     Remarks,
 )
 from unet_rt.building.measure import Judge  # noqa: E402
-from unet_rt.building.quantiser import LayerCost, Mixture, Quantiser, change_near_decision, form_of
-from unet_rt.building.report import (
+from unet_rt.building.quantiser import LayerCost, Mixture, Quantiser, change_near_decision, form_of  # noqa: E402
+from unet_rt.building.report import (  # noqa: E402
     BuildReport,
     Candidate,
 )
-from unet_rt.building.search import _best_method, _rank, _shortest, plain_and_ends, put_back
+from unet_rt.building.search import _best_method, _rank, _shortest, plain_and_ends, put_back  # noqa: E402
 from unet_rt.cli.demo import shipped_model  # noqa: E402
 from unet_rt.cli.texts import build_text  # noqa: E402
-from unet_rt.contract.contract import (
+from unet_rt.contract.contract import (  # noqa: E402
     Contract,
     Head,
 )
@@ -134,7 +132,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
-        monkeypatch.setattr("unet_rt.building.search.time", SimpleNamespace(monotonic=lambda: self.now))
+        for module in ("job", "search"):
+            monkeypatch.setattr(f"unet_rt.building.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 @pytest.mark.parametrize("seconds", [0, 5, 39, 41, 55, 60, 1000])
@@ -561,7 +560,7 @@ def test_a_mixture_that_a_backend_refuses_costs_no_other_candidate(monkeypatch: 
     def refuse(*_: Any) -> None:
         raise urt.BackendError("ONNX Runtime runs 3 of 4 layers in INT8")
 
-    monkeypatch.setattr(build_int8, "put_back", refuse)
+    monkeypatch.setattr("unet_rt.building.int8.put_back", refuse)
     seconds: dict[Any, float] = {"fp32": 2.0, "int8": 1.0}
     remarks = Remarks(lambda _: None)
     job: Any = SimpleNamespace(deadline=None, remarks=remarks)
@@ -598,7 +597,7 @@ def test_windows_that_calibrated_judge_the_other_precisions(monkeypatch: pytest.
         return [parity.ImageParity(f"{wanted}{remark}", 100, change, {}, {}, 0.0, 0.0, 0.0)]
 
     monkeypatch.setattr(Judge, "_compared", compared)
-    monkeypatch.setattr(build_judge, "calibrating_results", lambda job, spec, windows: "calibrating")
+    monkeypatch.setattr("unet_rt.building.measure.calibrating_results", lambda job, spec, windows: "calibrating")
     job: Any = SimpleNamespace(budget=urt.Budget())
     tiling: Any = SimpleNamespace(results="judging", spec=None)
 

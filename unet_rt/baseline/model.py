@@ -49,21 +49,30 @@ class Model:
 
     @property
     def exact(self) -> bool:
+        """Whether tiles of the network equal the whole image."""
         return all(o.exact for o in self.report.outputs)
 
     @property
     def reasons(self) -> tuple[str, ...]:
+        """Why they do not, of all outputs."""
         return tuple(dict.fromkeys(reason for o in self.report.outputs for reason in o.reasons))
 
     @property
     def spatial(self) -> int:
+        """Spatial axes: 2 for images, 3 for volumes."""
         return len(self.report.sizes)
 
     @property
     def channels(self) -> int:
+        """Channels of all inputs together."""
         return sum(i.channels for i in self.input_specs())
 
     def input_specs(self) -> tuple[InputSpec, ...]:
+        """The inputs as a spec holds them.
+
+        Raises:
+            ContractError: One leaves its number of channels open.
+        """
         specs = []
         for i in self.report.inputs:
             channels = i.shape[i.axes.index("C")] if "C" in i.axes else 1

@@ -52,10 +52,12 @@ class Sample:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Pixels per spatial axis."""
         return tuple(self.pixels.shape[1:])
 
     @property
     def affines(self) -> OnePlane:
+        """The normalisation as predictions take it."""
         return OnePlane(self.numbers)
 
     def source(self, contract: Contract) -> Source:

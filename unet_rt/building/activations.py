@@ -117,6 +117,7 @@ class Probe:
         return found | {name: places[name] for name in self._given}
 
     def close(self) -> None:
+        """Gives back what the session holds."""
         self._session.close()
 
     def __enter__(self) -> Probe:

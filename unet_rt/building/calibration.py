@@ -62,6 +62,7 @@ class Calibration:
     tiles: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """The calibration as JSON values."""
         tensors = {
             name: {method: [ranges[name].low, ranges[name].high] for method, ranges in self.ranges.items()}
             for name in next(iter(self.ranges.values()))
@@ -95,6 +96,7 @@ class Calibration:
             raise EngineError(f"the calibration is damaged ({error}); build the engine again with --samples") from error
 
     def dumps(self) -> str:
+        """The calibration as the text of a JSON file."""
         return json.dumps(self.to_json()) + "\n"
 
 

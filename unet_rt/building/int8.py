@@ -42,17 +42,15 @@ def calibrate_model(job: BuildJob, tiling: Tiling, windows: Sequence[Sample]) ->
     """
     side = calibration_tile(tiling.spec)
     count = int(np.clip(CALIBRATION_FLOP / (job.model.report.flops_per_pixel * prod(side) + 1), 6, 48))
-    quantiser = Quantiser(
+    return Quantiser(
         job.model.graph,
         job.baseline,
         draw_tiles(windows, tiling.spec, side, count, job.threads),
         budget=job.budget,
         windows=tuple((s.name, s.sha256) for s in windows),
         threads=job.threads,
-        say=job.remarks.say,
+        remarks=job.remarks,
     )
-    quantiser.left_out, quantiser.refused = job.remarks.left_out, job.remarks.notes
-    return quantiser
 
 
 def int8_maker(

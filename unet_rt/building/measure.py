@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -29,7 +29,13 @@ from .tiling import BaselineResults, Tiling, calibrating_results
 
 
 def interleaved_times(
-    batches: Sequence[tuple[Engine, tuple[int, ...], int]], sample: Sample, threads: int, **options: Any
+    batches: Sequence[tuple[Engine, tuple[int, ...], int]],
+    sample: Sample,
+    threads: int,
+    *,
+    runs: int = 5,
+    seconds: float = 30.0,
+    warm_up: int = 1,
 ) -> list[timing_module.Timing | BackendError]:
     """Interleaved times of (engine, tile, batch); for one that cannot be run, what its backend says.
 
@@ -37,16 +43,18 @@ def interleaved_times(
         batches: What is run.
         sample: Where tiles are taken from.
         threads: Of the kernel that takes them.
-        options: Of :func:`bench.interleave`.
+        runs, seconds, warm_up: As for :func:`unet_rt.system.timing.interleave`.
     """
     with ExitStack() as stack:
-        contenders = list[_Run]()
+        contenders = list[_TimedBatch]()
         for engine, tile, batch in batches:
             x = np.repeat(tile_of(sample, engine.spec, tile, threads), batch, axis=0)
-            contenders.append(stack.enter_context(closing(_Run(engine, x))))
+            contenders.append(stack.enter_context(closing(_TimedBatch(engine, x))))
+        interleave = partial(timing_module.interleave, contenders, runs=runs, seconds=seconds, warm_up=warm_up)
         if all(engine.device_session is not None for engine, _, _ in batches):
-            options["rest_s"] = 0.0  # nothing spins on the host, and a GPU that rests lowers its clocks
-        timings = timing_module.interleave(contenders, **options)
+            timings = interleave(rest_s=0.0)  # nothing spins on the host, and a GPU that rests lowers its clocks
+        else:
+            timings = interleave()
         return [run.error or run.of(timing) for run, timing in zip(contenders, timings, strict=True)]
 
 
@@ -71,7 +79,7 @@ def with_timing(
     )
 
 
-class _Run:
+class _TimedBatch:
     """One batch of an engine to be timed; once it has failed it keeps the error and does nothing more."""
 
     def __init__(self, engine: Engine, x: Array):

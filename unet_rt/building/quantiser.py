@@ -20,7 +20,7 @@ from ..system import facts
 from ..tiling.decision import decide
 from .activations import exceeds_half, find_islands
 from .calibration import METHODS, RangeMethod, calibrate
-from .job import Say
+from .job import Remarks
 
 if TYPE_CHECKING:
     from ..contract.contract import Contract
@@ -56,6 +56,7 @@ class LayerCost:
     kept: bool
 
     def to_json(self) -> dict[str, Any]:
+        """The cost as JSON values."""
         return asdict(self)
 
 
@@ -88,11 +89,11 @@ class Quantiser:
         budget: Budget,
         windows: tuple[tuple[str, str], ...] = (),
         threads: int = 0,
-        say: Say,
+        remarks: Remarks,
     ):
         import onnx
 
-        self.baseline, self.threads, self.say = baseline, threads, say
+        self.baseline, self.threads, self.say = baseline, threads, remarks.say
         self.budget = budget.of("int8")
         self.judged = parity_module.judged_outputs(baseline.spec)
         self.weights = [1.0] * len(self.judged)
@@ -100,7 +101,7 @@ class Quantiser:
         self.layers = qdq.layers(self.prepared)
         if not self.layers:
             raise GraphError("the graph has no convolution with stored weights, so there is nothing for INT8")
-        say(f"calibrating on {len(tiles)} tiles of {size_text(tiles[0].shape[2:])} px")
+        self.say(f"calibrating on {len(tiles)} tiles of {size_text(tiles[0].shape[2:])} px")
         inputs = [baseline.graph_inputs(x) for x in tiles]
         found = calibrate(self.prepared, qdq.probed(self.prepared), inputs, threads=threads)
         self.calibration = replace(found, windows=windows)
@@ -108,8 +109,8 @@ class Quantiser:
         self.wanted = [self._outputs(baseline, x) for x in self.compared]
         self.method: RangeMethod | None = None
         self.ranking: list[LayerCost] = []
-        self.left_out: list[str] = []  # what there was no time for, in sentences
-        self.refused: list[str] = []  # mixtures that a backend could not be built with, in sentences
+        self.left_out = remarks.left_out  # what there was no time for, in sentences
+        self.refused = remarks.notes  # mixtures that a backend could not be built with, in sentences
 
     def write(
         self, path: Path, backend: str, keep: frozenset[str] = frozenset(), method: RangeMethod | None = None

@@ -35,6 +35,7 @@ class Candidate:
 
     @property
     def key(self) -> CandidateKey:
+        """What tells it from other candidates at the same tile and batch."""
         return self.backend, self.precision, self.variant
 
     @property
@@ -44,13 +45,14 @@ class Candidate:
         return f"{self.backend} {self.precision}{variant}"
 
     def to_json(self) -> dict[str, Any]:
+        """The candidate as JSON values."""
         data = {key: value for key, value in vars(self).items() if key != "verdict"}
         return {**data, "tile": list(self.tile), "verdict": None if self.verdict is None else self.verdict.to_json()}
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What build did and why.
+    """What ``build`` measured, what it chose and why.
 
     Attributes:
         folder: The engine folder.
@@ -85,6 +87,7 @@ class BuildReport:
     reached: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
         return {
             "folder": str(self.folder),
             "spec": self.spec.to_json(),

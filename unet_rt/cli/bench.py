@@ -21,6 +21,7 @@ from .printing import clear_line, print_json, say, text_stream
 
 
 def add_bench(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(
         verbs, "bench", _bench, "time a network's engines beside the libraries used directly", "ENGINE|MODEL.onnx "
     )

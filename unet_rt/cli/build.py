@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def add_build(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "build", _build, "measure candidates, prove parity, write an engine folder", "MODEL.onnx ... ")
     p.add_argument(
         "model",

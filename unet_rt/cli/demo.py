@@ -28,6 +28,7 @@ ENGINE = "nuclei.urt"
 
 
 def add_demo(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "demo", _run, "build, predict and verify the network that ships with unet-rt on a drawn image")
     p.add_argument("--out", metavar="DIR", default="demo-output", help="folder for the results (default: demo-output)")
     p.add_argument("--size", type=parse_side, default=4096, metavar="PX", help="side of the image")

@@ -13,6 +13,7 @@ from .printing import print_json
 
 
 def add_doctor(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     add_verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
 
 

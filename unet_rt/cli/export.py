@@ -20,6 +20,7 @@ from .printing import print_json, text_stream
 
 
 def add_export(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "export", _export, "write a trained network as ONNX, checked", "CHECKPOINT --out MODEL.onnx ")
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="from unet-rt train; a state dict; nnU-Net's .../fold_0")
     p.add_argument("--out", metavar="MODEL.onnx", required=True, help="the ONNX file")

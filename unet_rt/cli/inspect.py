@@ -10,6 +10,7 @@ from .printing import print_json
 
 
 def add_inspect(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(
         verbs, "inspect", _inspect, "what a graph needs: stride, halo, exactness and what it costs", "MODEL.onnx "
     )

@@ -11,6 +11,7 @@ from .printing import print_json, text_stream
 
 
 def add_pack(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "pack", _pack, "make an engine folder one archive, the same bytes every time", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--out", metavar="FILE", help="the archive (default: ENGINE.tar)")

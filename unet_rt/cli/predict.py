@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 def add_predict(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "predict", _predict, "predict images of any size", "ENGINE IMAGE|FOLDER ... --out PATH ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="files, Zarr folders, URLs, folders of images")

@@ -67,6 +67,7 @@ class TrainingBar:
         self._bar.update(min(share, 1.0) - self._bar.n)
 
     def close(self) -> None:
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
 

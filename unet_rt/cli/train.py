@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_train(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "train", _train, "train a network on a folder of images and masks", "DATA --out MODEL.pt ")
     p.add_argument("data", metavar="DATA", help="folder of images and masks, e.g. images/a.png and masks/a.png")
     p.add_argument("--out", metavar="MODEL.pt", required=True, help="the checkpoint; curves are drawn beside it")

@@ -10,6 +10,7 @@ from .printing import print_json, text_stream
 
 
 def add_unpack(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "unpack", _unpack, "make an archive an engine folder again", "ARCHIVE ")
     p.add_argument("archive", metavar="ARCHIVE", help="from unet-rt pack")
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: ARCHIVE without .tar)")

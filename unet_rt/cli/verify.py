@@ -11,6 +11,7 @@ from .printing import clear_line, print_json, say, text_stream
 
 
 def add_verify(verbs: Any) -> None:
+    """The verb and its options, for the parser of the command line."""
     p = add_verb(verbs, "verify", _verify, "hold an engine against its own FP32 graph", "ENGINE ")
     p.add_argument("engine", metavar="ENGINE", help="engine folder, from unet-rt build")
     p.add_argument("--images", metavar="PATH", nargs="+", help="images to compare on (default: the engine's exam)")

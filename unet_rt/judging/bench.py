@@ -108,6 +108,7 @@ class BenchReport:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The report as JSON values, with the machine it was measured on."""
         return {**asdict(self), "machine": facts.describe()}
 
 

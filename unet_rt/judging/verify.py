@@ -60,9 +60,11 @@ class VerifyReport:
 
     @property
     def accepted(self) -> bool:
+        """Whether the engine is inside its budget."""
         return self.verdict.accepted
 
     def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
         return {
             "engine": str(self.engine),
             "kind": self.kind,
