@@ -32,7 +32,7 @@ from PIL import Image
 
 from unet_rt.baseline.model import baseline_engine, open_model
 from unet_rt.baseline.results import raw_result
-from unet_rt.baseline.samples import Sample, draw
+from unet_rt.baseline.samples import SampleWindow, draw
 from unet_rt.baseline.tiles import untiled_spec, whole_grid
 from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
@@ -115,7 +115,7 @@ def pairs(data: Path | None, only: list[str] | None, limit: int, side: int) -> I
 
 
 def ways(
-    spec: EngineSpec, sample: Sample, trained: tuple[int, ...], limit: int
+    spec: EngineSpec, sample: SampleWindow, trained: tuple[int, ...], limit: int
 ) -> dict[str, tuple[EngineSpec, TileGrid]]:
     """The tiles of every way for one image, with the spec that they belong to."""
     half = tuple(t // 2 for t in trained)
@@ -132,18 +132,18 @@ def ways(
     }
 
 
-def seamed(spec: EngineSpec, sample: Sample) -> tuple[int, ...]:
+def seamed(spec: EngineSpec, sample: SampleWindow) -> tuple[int, ...]:
     """A tile of about a quarter of the image."""
     return square_tile(spec.sizes, spec.used_outputs(), max(sample.shape[0] * sample.shape[1] // 4, 1))
 
 
-def result(engine: Engine, spec: EngineSpec, sample: Sample, grid: TileGrid) -> np.ndarray:
+def result(engine: Engine, spec: EngineSpec, sample: SampleWindow, grid: TileGrid) -> np.ndarray:
     engine.spec = spec
     found: np.ndarray = parity.labels(raw_result(engine, sample, grid), spec.contract)[0] > 0
     return found
 
 
-def measured_halo(engine: Engine, spec: EngineSpec, samples: list[Sample], wholes: list[np.ndarray]) -> int:
+def measured_halo(engine: Engine, spec: EngineSpec, samples: list[SampleWindow], wholes: list[np.ndarray]) -> int:
     """The smallest halo, in steps of 8, whose seams change at most ``SEAM`` of the labels on the worst image."""
     exact = max(max(f.halo) for o in spec.outputs for f in o.field)
     low, high = 0, -(-exact // 8)
@@ -159,7 +159,7 @@ def measured_halo(engine: Engine, spec: EngineSpec, samples: list[Sample], whole
 
 
 def measured(
-    engine: Engine, spec: EngineSpec, samples: list[Sample], truths: list[np.ndarray], trained: tuple[int, ...]
+    engine: Engine, spec: EngineSpec, samples: list[SampleWindow], truths: list[np.ndarray], trained: tuple[int, ...]
 ) -> tuple[list[dict[str, Any]], int]:
     wholes = [result(engine, spec, sample, whole_grid(spec, sample.shape)) for sample in samples]
     limit = measured_halo(engine, spec, samples[:8], wholes[:8])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         UnetRtError,
     )
     from .graph.report import inspect
-    from .judging.bench import bench_model as bench
+    from .judging.bench import bench
     from .judging.verify import VerifyReport, verify
     from .outputs.objects import label_mask
     from .prediction.predict import predict

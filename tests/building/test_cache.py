@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import unet_rt as urt
 from unet_rt.baseline.model import open_model
-from unet_rt.baseline.samples import Sample, draw
+from unet_rt.baseline.samples import SampleWindow, draw
 from unet_rt.building import cache
 from unet_rt.building.cache import EngineCache, cache_key, copy_folder, digest_inputs, digest_request, list_differences
 from unet_rt.building.job import BuildOptions
@@ -139,7 +139,7 @@ def test_every_part_of_the_key(tmp_path: Path, images: list[NDArray[np.uint16]],
     assert len({cache_key({**asked, **first, "code": str(k)}) for k in range(3)}) == 3
 
 
-def _shifted(sample: Sample) -> Sample:
+def _shifted(sample: SampleWindow) -> SampleWindow:
     """The same pixels of an image of other statistics."""
     return replace(sample, numbers=replace(sample.numbers, offset=sample.numbers.offset + 1))
 

@@ -15,7 +15,7 @@ onnx = pytest.importorskip("onnx")
 
 from unet_rt.baseline.samples import (  # noqa: E402
     ReadOptions,
-    Sample,
+    SampleWindow,
     constant_reason,
     draw,
 )
@@ -174,9 +174,9 @@ def test_tiles_that_prove_nothing(prepared: Any, tile: np.ndarray[Any, Any], tex
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def sample(name: str, array: np.ndarray[Any, Any], start: tuple[int, ...] = (0, 0)) -> Sample:
+def sample(name: str, array: np.ndarray[Any, Any], start: tuple[int, ...] = (0, 0)) -> SampleWindow:
     unit = Affine(np.zeros(1, np.float32), np.ones(1, np.float32), None)
-    return Sample(name, None, array, unit, start, 0, array.shape[1:], name, name)
+    return SampleWindow(name, None, array, unit, start, 0, array.shape[1:], name, name)
 
 
 @given(count=st.integers(1, 9), sides=st.tuples(st.integers(150, 400), st.integers(150, 400)))

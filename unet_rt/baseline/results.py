@@ -16,13 +16,13 @@ from ..prediction.host import run
 from ..prediction.work import Work
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
-from .samples import Sample
+from .samples import SampleWindow
 
 Array = npt.NDArray[Any]
 
 
 def tile_of(
-    sample: Sample, spec: EngineSpec, tile: Sequence[int], threads: int, start: Sequence[int] | None = None
+    sample: SampleWindow, spec: EngineSpec, tile: Sequence[int], threads: int, start: Sequence[int] | None = None
 ) -> Array:
     """(1, C, *tile): the sample as the network gets it, continued by the border rule where it is smaller.
 
@@ -44,7 +44,7 @@ def tile_of(
     return out
 
 
-def raw_results(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0) -> list[Array]:
+def raw_results(engine: Engine, sample: SampleWindow, grid: TileGrid, threads: int = 0) -> list[Array]:
     """:func:`raw_result` of every output, by the way that predictions go: one output after the other."""
     if len(engine.spec.outputs) > 1 and engine.device_session is None:
         engine = _Remembered(engine)
@@ -65,7 +65,7 @@ class _Remembered(EngineView):
         return self._results[key]
 
 
-def raw_result(engine: Engine, sample: Sample, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
+def raw_result(engine: Engine, sample: SampleWindow, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
     """The network's own values (K, *spatial), float32, of a sample."""
     channels = engine.spec.outputs[output].channels
     result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)

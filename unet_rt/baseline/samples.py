@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleWindow:
     """A window of one plane of a user's image, with the normalisation of the image it was taken from.
 
     Attributes:
@@ -111,7 +111,7 @@ def draw(
     count: int = 20,
     max_px: int = 1024 * 1024,
     note: Callable[[str], None] | None = None,
-) -> list[Sample]:
+) -> list[SampleWindow]:
     """Draws at most ``count`` windows of at most ``max_px`` pixels, spread over images and their planes.
 
     Of a larger image, the window with the highest variance among up to 25 is taken: foreground, not only background.
@@ -127,7 +127,7 @@ def draw(
         raise ImageError("no sample images; pass files or a folder with --samples")
     last = min(count, len(images)) - 1
     chosen = [images[round(k * (len(images) - 1) / max(1, last))] for k in range(last + 1)]
-    samples, empty = list[Sample](), list[str]()
+    samples, empty = list[SampleWindow](), list[str]()
     for position, image in enumerate(chosen):
         with open_image(
             image, contract, axes=read.axes, channels=read.channels, spatial=spatial, network_channels=network_channels
@@ -153,7 +153,7 @@ def draw(
     return samples
 
 
-def _windows_of(source: Source, contract: Contract, count: int, max_px: int) -> Iterator[Sample]:
+def _windows_of(source: Source, contract: Contract, count: int, max_px: int) -> Iterator[SampleWindow]:
     """A window of each of up to ``count`` planes of an image (one where ``count`` is 0), spread over the stack."""
     planes = sorted({round(p) for p in np.linspace(0, source.planes - 1, max(1, min(count, source.planes)))})
     normalization = contract.normalization
@@ -164,7 +164,7 @@ def _windows_of(source: Source, contract: Contract, count: int, max_px: int) -> 
         name = source.name + (f" plane {plane}" if source.planes > 1 else "")
         if stop != tuple(source.shape) or any(start):
             name += " [" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
-        yield Sample(
+        yield SampleWindow(
             name,
             source.path,
             pixels,
@@ -202,7 +202,9 @@ def _choose_window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, 
     return start, tuple(a + s for a, s in zip(start, size, strict=True))
 
 
-def draw_generated(contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512) -> list[Sample]:
+def draw_generated(
+    contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512
+) -> list[SampleWindow]:
     """Generated microscopy for builds without samples: enough to compare backends in FP32, no proof of anything else."""
     from ..drawing.microscopy import microscopy
 
@@ -228,7 +230,7 @@ def draw_generated(contract: Contract, channels: int, spatial: int, count: int =
                 numbers = affine(contract.normalization, source).plane(0)
         name = f"synthetic {seed}"
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-        samples.append(Sample(name, None, pixels, numbers, (0,) * spatial, 0, pixels.shape[1:], name, digest))
+        samples.append(SampleWindow(name, None, pixels, numbers, (0,) * spatial, 0, pixels.shape[1:], name, digest))
     return samples
 
 

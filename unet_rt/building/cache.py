@@ -27,7 +27,7 @@ from ..errors import EngineError, OutputError
 from ..system import facts, limits
 
 if TYPE_CHECKING:
-    from ..baseline.samples import Sample
+    from ..baseline.samples import SampleWindow
     from ..contract.contract import Contract
     from .job import BuildOptions
 
@@ -54,7 +54,7 @@ def digest_request(options: BuildOptions, backends: Sequence[str], device: str) 
     return {"code": _digest_code(), "machine": _hash(here), "options": _hash(decisive)}
 
 
-def digest_inputs(model: Path, contract: Contract, samples: Sequence[Sample]) -> dict[str, str]:
+def digest_inputs(model: Path, contract: Contract, samples: Sequence[SampleWindow]) -> dict[str, str]:
     """The digests of a model (whole, weights inside), its contract and the windows drawn from the samples."""
     windows = [
         {

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..baseline.results import tile_of
-from ..baseline.samples import Sample, constant_reason
+from ..baseline.samples import SampleWindow, constant_reason
 from ..errors import EngineError, ImageError, size_text
 from ..graph.passes.qdq import Range
 from .activations import Distribution, probe
@@ -194,7 +194,9 @@ def _divergence(found: Distribution, option: Range) -> float:
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
-def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) -> tuple[list[Sample], list[Sample], str]:
+def split(
+    samples: Sequence[SampleWindow], *, smallest_px: int = SMALLEST_BLOCK_PX
+) -> tuple[list[SampleWindow], list[SampleWindow], str]:
     """(windows to calibrate on, windows to judge on, a sentence about it); no pixel is in both.
 
     Copies of a window count once: an image that is there twice would calibrate and judge.
@@ -207,7 +209,7 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
     Raises:
         ImageError: A window is too small to be cut in two, or empty wherever it is cut.
     """
-    different = dict[str, Sample]()
+    different = dict[str, SampleWindow]()
     for sample in samples:
         different.setdefault(sample.sha256, sample)
     copies = len(samples) - len(different)
@@ -228,7 +230,7 @@ def split(samples: Sequence[Sample], *, smallest_px: int = SMALLEST_BLOCK_PX) ->
     return calibrating, judging, f"{count} cut: one third calibrates, two thirds judge; three or more images prove more"
 
 
-def _cut(sample: Sample, smallest_px: int) -> tuple[Sample, Sample]:
+def _cut(sample: SampleWindow, smallest_px: int) -> tuple[SampleWindow, SampleWindow]:
     """A third of a window and the rest of it, neither of them constant or noise."""
     reason = ""
     for axis in sorted(range(len(sample.shape)), key=lambda k: -sample.shape[k]):
@@ -254,7 +256,7 @@ def _cut(sample: Sample, smallest_px: int) -> tuple[Sample, Sample]:
     )
 
 
-def input_ranges(sample: Sample) -> Array:
+def input_ranges(sample: SampleWindow) -> Array:
     """(C, 2) float64: lowest and highest value of each channel of a window as the network gets it, normalised."""
     axes = tuple(range(1, sample.pixels.ndim))
     numbers, ends = sample.numbers, list[Array]()
@@ -266,12 +268,12 @@ def input_ranges(sample: Sample) -> Array:
     return found
 
 
-def farthest_value(sample: Sample) -> float:
+def farthest_value(sample: SampleWindow) -> float:
     """How far from zero the values of a window go as the network gets them."""
     return float(np.abs(input_ranges(sample)).max())
 
 
-def _block(sample: Sample, axis: int, start: int, stop: int) -> Sample:
+def _block(sample: SampleWindow, axis: int, start: int, stop: int) -> SampleWindow:
     import hashlib
 
     pixels = np.ascontiguousarray(np.take(sample.pixels, np.arange(start, stop), axis=axis + 1))
@@ -285,7 +287,7 @@ def _block(sample: Sample, axis: int, start: int, stop: int) -> Sample:
     )
 
 
-def tile_starts(sample: Sample, tile: Sequence[int], count: int) -> list[tuple[int, ...]]:
+def tile_starts(sample: SampleWindow, tile: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """Origins of up to ``count`` tiles of a window that differ in brightness and structure.
 
     Of a grid of places the brightest, the darkest and the most varied come first: the range of values, foreground and
@@ -314,7 +316,7 @@ def tile_starts(sample: Sample, tile: Sequence[int], count: int) -> list[tuple[i
 
 
 def draw_tiles(
-    samples: Sequence[Sample], spec: EngineSpec, tile: Sequence[int], count: int, threads: int
+    samples: Sequence[SampleWindow], spec: EngineSpec, tile: Sequence[int], count: int, threads: int
 ) -> list[Array]:
     """Up to ``count`` tiles (1, C, *tile), normalised, dealt evenly to the windows; the first of every window first."""
     share = -(-count // len(samples))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ..baseline.results import tile_of
-from ..baseline.samples import Sample
+from ..baseline.samples import SampleWindow
 from ..engine.engine import Engine
 from ..engine.parity import Verdict
 from ..errors import BackendError, GraphError, ImageError, TileError, size_text
@@ -55,7 +55,7 @@ class _Built:
 
 
 def try_candidates(
-    job: BuildJob, tiling: Tiling, calibrating: Sequence[Sample], engines: Engines, judge: Judge
+    job: BuildJob, tiling: Tiling, calibrating: Sequence[SampleWindow], engines: Engines, judge: Judge
 ) -> Trials:
     """Builds, times and judges every backend in every precision of the job, at the tile of ``tiling``.
 
@@ -93,7 +93,9 @@ def try_candidates(
     return Trials(candidates, found, kept, quantiser)
 
 
-def _build_all(job: BuildJob, tiling: Tiling, calibrating: Sequence[Sample], engines: Engines, judge: Judge) -> _Built:
+def _build_all(
+    job: BuildJob, tiling: Tiling, calibrating: Sequence[SampleWindow], engines: Engines, judge: Judge
+) -> _Built:
     """Every backend in every precision, as far as it can be built; INT8 as plain and as with its ends in FP32."""
     tile, batches, scope = tiling.spec.tile, batches_to_try(job.model, tiling.spec), job.scope
     floats, mixtures, failed = dict[CandidateKey, Engine](), dict[str, list[Mixture]](), list[Candidate]()

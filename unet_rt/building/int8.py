@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from .. import backends
-from ..baseline.samples import Sample
+from ..baseline.samples import SampleWindow
 from ..engine.engine import Engine
 from ..engine.parity import Verdict
 from ..errors import BackendError, GraphError
@@ -33,7 +33,7 @@ def check_int8(name: str, device: str) -> None:
         raise BackendError(f"{name} has no int8 on {device} here")
 
 
-def calibrate_model(job: BuildJob, tiling: Tiling, windows: Sequence[Sample]) -> Quantiser:
+def calibrate_model(job: BuildJob, tiling: Tiling, windows: Sequence[SampleWindow]) -> Quantiser:
     """The model, calibrated on tiles of the windows that were set aside.
 
     Raises:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..baseline.results import raw_results, tile_of
-from ..baseline.samples import Sample
+from ..baseline.samples import SampleWindow
 from ..baseline.tiles import judged_tile, kept_share
 from ..engine import parity as parity_module
 from ..engine.engine import Engine
@@ -30,7 +30,7 @@ from .tiling import BaselineResults, Tiling, calibrating_results
 
 def interleaved_times(
     batches: Sequence[tuple[Engine, tuple[int, ...], int]],
-    sample: Sample,
+    sample: SampleWindow,
     threads: int,
     *,
     runs: int = 5,
@@ -58,7 +58,7 @@ def interleaved_times(
         return [run.error or run.of(timing) for run, timing in zip(contenders, timings, strict=True)]
 
 
-def quick_seconds(engine: Engine, tile: tuple[int, ...], sample: Sample, threads: int) -> float:
+def quick_seconds(engine: Engine, tile: tuple[int, ...], sample: SampleWindow, threads: int) -> float:
     """Of one run, roughly: what is worth searching on with; candidates are compared by :func:`interleaved_times`."""
     (timing,) = interleaved_times([(engine, tile, 1)], sample, threads, runs=2, seconds=5.0)
     return float("inf") if isinstance(timing, BackendError) else timing.low_s
@@ -169,7 +169,7 @@ class Judge:
         rows: Of every candidate, agreement of one tile per batch size and output.
     """
 
-    def __init__(self, job: BuildJob, tiling: Tiling, calibrating: Sequence[Sample]):
+    def __init__(self, job: BuildJob, tiling: Tiling, calibrating: Sequence[SampleWindow]):
         self.batches = {1}
         self.rows: dict[CandidateKey, tuple[BatchParity, ...]] = {}
         self._job, self._tiling, self._calibrating = job, tiling, calibrating
@@ -247,7 +247,7 @@ class Judge:
             images += parity_module.compare_outputs(same, got, self._tiling.spec, f"{sample.name}{remark}")
         return images
 
-    def _on_canvas_of(self, engine: Engine, sample: Sample, whole: list[Array]) -> list[Array]:
+    def _on_canvas_of(self, engine: Engine, sample: SampleWindow, whole: list[Array]) -> list[Array]:
         """The baseline's results on the canvas of the engine's: ``whole``, but for windows smaller than a plan's tile.
 
         Their canvas is grown to the tile, so that the network sees other pixels behind the window's ends.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..baseline.results import tile_of
 from ..baseline.runner import baseline_name
-from ..baseline.samples import Sample
+from ..baseline.samples import SampleWindow
 from ..engine import exam
 from ..engine import parity as parity_module
 from ..engine.engine import Engine
@@ -64,7 +64,7 @@ class Outcome:
     reached: Mapping[str, float]
 
     @property
-    def windows(self) -> tuple[Sample, ...]:
+    def windows(self) -> tuple[SampleWindow, ...]:
         """The windows that parity was judged on."""
         return self.tiling.results.samples
 
@@ -199,7 +199,7 @@ def _layer_costs(outcome: Outcome) -> tuple[LayerCost, ...]:
     return tuple(replace(layer, kept=layer.name in kept) for layer in ranking)
 
 
-def exam_tiles(job: BuildJob, spec: EngineSpec, engine: Engine, windows: Sequence[Sample]) -> dict[str, Array]:
+def exam_tiles(job: BuildJob, spec: EngineSpec, engine: Engine, windows: Sequence[SampleWindow]) -> dict[str, Array]:
     """A few tiles as the network gets them and the baseline's outputs, float32; {} where the engine passes none.
 
     A tile is a smaller part of an image than those that were judged, and may hold more of what changes. One on which

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .. import backends
 from ..baseline.model import Model
 from ..baseline.results import tile_of
-from ..baseline.samples import ReadOptions, Sample, draw, draw_generated, sample_images
+from ..baseline.samples import ReadOptions, SampleWindow, draw, draw_generated, sample_images
 from ..contract.contract import Contract
 from ..engine import parity as parity_module
 from ..engine.spec import EngineSpec
@@ -40,8 +40,8 @@ class Samples:
     """
 
     kind: Kind
-    judging: tuple[Sample, ...]
-    calibrating: tuple[Sample, ...] = ()
+    judging: tuple[SampleWindow, ...]
+    calibrating: tuple[SampleWindow, ...] = ()
     value_range: tuple[float, float] | None = None
     input_range: list[list[float]] | None = None
 
@@ -163,7 +163,7 @@ def _compare_ranges(declared: tuple[float, float], seen: tuple[float, float], re
         )
 
 
-def describe_first(sample: Sample, raw: Array, contract: Contract, remarks: Remarks) -> dict[str, Any]:
+def describe_first(sample: SampleWindow, raw: Array, contract: Contract, remarks: Remarks) -> dict[str, Any]:
     """What the first sample looks like to the network, and what it makes of it: all of the sample.
 
     Args:

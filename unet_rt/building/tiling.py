@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ..baseline.results import raw_results
-from ..baseline.samples import Sample
+from ..baseline.samples import SampleWindow
 from ..baseline.tiles import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
 from ..engine import parity as parity_module
 from ..engine.parity import ImageParity
@@ -39,7 +39,7 @@ class BaselineResults:
         values: Of each window, every output (K, *spatial), float32.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleWindow, ...]
     values: tuple[list[Array], ...]
 
 
@@ -141,7 +141,7 @@ def judging_results(job: BuildJob, spec: EngineSpec, samples: Samples) -> Baseli
     return BaselineResults(windows[: len(values)], tuple(values))
 
 
-def calibrating_results(job: BuildJob, spec: EngineSpec, windows: Sequence[Sample]) -> BaselineResults:
+def calibrating_results(job: BuildJob, spec: EngineSpec, windows: Sequence[SampleWindow]) -> BaselineResults:
     """The baseline on the windows that calibrated: they prove nothing for INT8, and may disprove it."""
     values = list[list[Array]]()
     for k, (done, spent) in enumerate(_run_baseline(job, spec, windows), start=1):
@@ -152,7 +152,9 @@ def calibrating_results(job: BuildJob, spec: EngineSpec, windows: Sequence[Sampl
     return BaselineResults(tuple(windows[: len(values)]), tuple(values))
 
 
-def _run_baseline(job: BuildJob, spec: EngineSpec, windows: Sequence[Sample]) -> Iterator[tuple[list[Array], float]]:
+def _run_baseline(
+    job: BuildJob, spec: EngineSpec, windows: Sequence[SampleWindow]
+) -> Iterator[tuple[list[Array], float]]:
     """The baseline's results of one window after the other, and the seconds that it has run so far.
 
     Whole where there is a whole-image result, in the engine's tiles otherwise.
@@ -166,7 +168,7 @@ def _run_baseline(job: BuildJob, spec: EngineSpec, windows: Sequence[Sample]) ->
         yield values, spent
 
 
-def _farthest_first(windows: Sequence[Sample]) -> tuple[Sample, ...]:
+def _farthest_first(windows: Sequence[SampleWindow]) -> tuple[SampleWindow, ...]:
     """The first window, which reports are about, then those whose values go farthest: where time is short, they judge."""
     return (*windows[:1], *sorted(windows[1:], key=lambda sample: -farthest_value(sample)))
 
@@ -275,7 +277,7 @@ def _measure_halo(job: BuildJob, spec: EngineSpec, samples: Samples) -> _Halo:
     return _Halo(replace(spec, halo="measured", halo_limit=limit), results, seams)
 
 
-def _seam_grids(spec: EngineSpec, sample: Sample, limit: int) -> list[TileGrid]:
+def _seam_grids(spec: EngineSpec, sample: SampleWindow, limit: int) -> list[TileGrid]:
     """Up to three arrangements of tiles small enough for a sample to have seams, where the halo allows it.
 
     More than one, because what a seam changes depends on where it runs: objects may lie beside all seams of one.
@@ -291,7 +293,7 @@ def _seam_grids(spec: EngineSpec, sample: Sample, limit: int) -> list[TileGrid]:
     return [tile_grid(sample.shape, tile, spec.sizes, outputs) for tile in sorted(tiles)]
 
 
-def _seams_can_be_seen(spec: EngineSpec, windows: Iterable[Sample], limit: int = HALO_STEP) -> bool:
+def _seams_can_be_seen(spec: EngineSpec, windows: Iterable[SampleWindow], limit: int = HALO_STEP) -> bool:
     """Whether tiles with a halo of ``limit`` samples cut at least one window: what no seam shows is not measured."""
     return any(grid.count > 1 for sample in windows for grid in _seam_grids(spec, sample, limit))
 

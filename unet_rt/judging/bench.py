@@ -21,7 +21,7 @@ from typing import Any
 
 from ..baseline.model import baseline_engine, open_model
 from ..baseline.results import raw_result, tile_of
-from ..baseline.samples import ReadOptions, Sample, draw, draw_generated, sample_images
+from ..baseline.samples import ReadOptions, SampleWindow, draw, draw_generated, sample_images
 from ..baseline.tiles import seam_tile, whole_grid
 from ..building.job import Say
 from ..contract.contract import Contract
@@ -205,8 +205,8 @@ class _Course:
         say: Receives progress in sentences.
     """
 
-    timed: Sample
-    judged: Sample
+    timed: SampleWindow
+    judged: SampleWindow
     grid: TileGrid
     runs: int
     seconds: float
@@ -231,7 +231,7 @@ def _choose_baselines(baselines: Sequence[str] | None, module: Any) -> tuple[tup
     return wanted, skipped
 
 
-def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int) -> Sample:
+def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int) -> SampleWindow:
     """The window of an image that is measured on; of a drawn one where there is none."""
     from ..images.open import open_image
 
@@ -332,6 +332,6 @@ def _compare_labels(
     return agreements
 
 
-def _grid_of(spec: EngineSpec, sample: Sample, grid: TileGrid) -> TileGrid:
+def _grid_of(spec: EngineSpec, sample: SampleWindow, grid: TileGrid) -> TileGrid:
     """The tiles of an engine with the halo that is its own."""
     return tile_grid(sample.shape, grid.tile, spec.sizes, spec.used_outputs(), overlap=spec.overlap)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .. import backends
 from ..baseline.model import Model
 from ..baseline.results import raw_result
-from ..baseline.samples import ReadOptions, Sample
+from ..baseline.samples import ReadOptions, SampleWindow
 from ..building.job import Say
 from ..contract.contract import Contract
 from ..engine import parity as parity_module
@@ -47,8 +47,8 @@ class Contender:
     name: str
     spec: EngineSpec
     run: Callable[[Array], Array]
-    labels: Callable[[Sample, TileGrid], Array]
-    tiled: Callable[[Sample, TileGrid], Array]
+    labels: Callable[[SampleWindow, TileGrid], Array]
+    tiled: Callable[[SampleWindow, TileGrid], Array]
     is_engine: bool = False
 
 
@@ -135,7 +135,7 @@ def engine_contender(name: str, engine: Engine, threads: int) -> Contender:
     # where the task was left open, the values are all there is
     decision = decide(contract, engine.spec.outputs[0].channels, None if contract.has_labels else "raw")
 
-    def labels(sample: Sample, grid: TileGrid) -> Array:
+    def labels(sample: SampleWindow, grid: TileGrid) -> Array:
         lead = (decision.channels,) if decision.channels else ()
         result = np.empty((*lead, *grid.out_shape(0)), decision.dtype)
 
@@ -148,7 +148,7 @@ def engine_contender(name: str, engine: Engine, threads: int) -> Contender:
             run(engine, source, [Work(0, grid)], decision, keep, sample.affines, batch=batch, threads=threads)
         return result
 
-    def tiled(sample: Sample, grid: TileGrid) -> Array:
+    def tiled(sample: SampleWindow, grid: TileGrid) -> Array:
         return raw_result(engine, sample, grid, threads)
 
     return Contender(name, engine.spec, lambda x: engine.run(x)[0], labels, tiled, is_engine=True)
@@ -198,18 +198,18 @@ def baseline_contenders(
     return contenders, skipped
 
 
-def _by_hand(name: str, engine: Engine, tiled: Callable[[Sample, TileGrid], Array] | None = None) -> Contender:
+def _by_hand(name: str, engine: Engine, tiled: Callable[[SampleWindow, TileGrid], Array] | None = None) -> Contender:
     contract = engine.spec.contract
     values = tiled or (lambda sample, grid: tiles_by_hand(engine, sample, grid))
 
-    def labels(sample: Sample, grid: TileGrid) -> Array:
+    def labels(sample: SampleWindow, grid: TileGrid) -> Array:
         raw = values(sample, grid)
         return parity_module.labels(raw, contract) if contract.has_labels else raw
 
     return Contender(name, engine.spec, lambda x: engine.run(x)[0], labels, values)
 
 
-def tiles_by_hand(engine: Engine, sample: Sample, grid: TileGrid) -> Array:
+def tiles_by_hand(engine: Engine, sample: SampleWindow, grid: TileGrid) -> Array:
     """What a script does with a library: pad, normalise, run one tile after the other, put the results together.
 
     Returns:
@@ -245,7 +245,7 @@ def _monai(name: str, mode: str, engine: Engine, module: Any) -> Contender:
 
     predictor = module if module is not None else (lambda x: engine.run(x)[0])
 
-    def tiled(sample: Sample, grid: TileGrid) -> Array:
+    def tiled(sample: SampleWindow, grid: TileGrid) -> Array:
         if grid.count == 1:
             return tiles_by_hand(engine, sample, grid)  # untiled: nothing of MONAI is in it
         x = normalised(sample.pixels, sample.numbers)[None]

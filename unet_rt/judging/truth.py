@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..baseline.samples import Sample, sample_images
+from ..baseline.samples import SampleWindow, sample_images
 from ..contract.contract import Contract
 from ..engine import parity as parity_module
 from ..engine.budget import Budget
@@ -41,7 +41,7 @@ class Truth:
 
 
 def compare_to_labels(
-    sample: Sample, labels: Any, wanted: Array, got: Array, contract: Contract, budget: Budget
+    sample: SampleWindow, labels: Any, wanted: Array, got: Array, contract: Contract, budget: Budget
 ) -> Truth:
     """Agreement of one window with its labels, for engine and baseline.
 
@@ -114,7 +114,7 @@ def _iou(a: Array, b: Array) -> float:
     return 1.0 if union == 0 else int(np.count_nonzero(a & b)) / union
 
 
-def _label_of(sample: Sample, labels: Any, channels: int) -> Array:
+def _label_of(sample: SampleWindow, labels: Any, channels: int) -> Array:
     """(channels, *spatial): the label of the image that a sample comes from, whole."""
     from ..images.open import open_image
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..baseline.model import Model, baseline_engine, open_model
 from ..baseline.results import raw_results
-from ..baseline.samples import ReadOptions, Sample, draw, sample_images
+from ..baseline.samples import ReadOptions, SampleWindow, draw, sample_images
 from ..baseline.tiles import judged_tile, whole_grid
 from ..building.job import Say
 from ..contract.contract import Contract
@@ -195,7 +195,7 @@ class _Comparison:
         growth: The baseline on the image itself against that on its canvas; empty where it does not apply.
     """
 
-    sample: Sample
+    sample: SampleWindow
     wanted: list[Array]
     got: list[Array]
     images: list[ImageParity]
@@ -208,7 +208,7 @@ class _Difference:
     """One output of one window, and the share of its budget that it uses."""
 
     used: float
-    sample: Sample
+    sample: SampleWindow
     wanted: Array
     got: Array
     contract: Contract
@@ -234,7 +234,9 @@ def _verify_exam(engine: Engine, folder: EngineFolder, budget: Budget) -> Verify
     return VerifyReport(folder.path, "exam", verdict, budget)
 
 
-def _verify_images(pair: _Pair, samples: Sequence[Sample], labels: Any, picture: _Picture, say: Say) -> VerifyReport:
+def _verify_images(
+    pair: _Pair, samples: Sequence[SampleWindow], labels: Any, picture: _Picture, say: Say
+) -> VerifyReport:
     """What windows of the user's images say."""
     spec, budget = pair.engine.spec, pair.budget
     found, seams, growth = list[ImageParity](), list[ImageParity](), list[ImageParity]()
@@ -269,7 +271,7 @@ def _verify_images(pair: _Pair, samples: Sequence[Sample], labels: Any, picture:
     )
 
 
-def _compare(pair: _Pair, sample: Sample) -> _Comparison:
+def _compare(pair: _Pair, sample: SampleWindow) -> _Comparison:
     """The engine in tiles against its FP32 graph on the whole of one window, where that has a result."""
     spec, threads = pair.engine.spec, pair.threads
     small = spec.grid(sample.shape, pair.tile or judged_tile(spec, sample.shape))
@@ -299,7 +301,7 @@ def _largest(images: Sequence[ImageParity], budget: Budget) -> ImageParity | Non
     return max(images, key=lambda i: (parity_module.share(i, budget), i.max_abs), default=None)
 
 
-def _compare_growth(pair: _Pair, sample: Sample, wanted: Sequence[Array]) -> list[ImageParity]:
+def _compare_growth(pair: _Pair, sample: SampleWindow, wanted: Sequence[Array]) -> list[ImageParity]:
     """The network on the image itself against the one on its canvas, ``wanted``: every judged output.
 
     Empty where the network does not run at the image's size, or that is the canvas.
