@@ -266,32 +266,31 @@ def test_options_of_numpy_are_those_of_python(tmp_path: Path) -> None:
 
 # A build in a process of its own, which may stop at a place and say so.
 PROCESS = """
-import importlib, json, os, sys, time
+import json, os, sys, time
 from pathlib import Path
 import numpy as np
 import unet_rt as urt
-from unet_rt import engine
-from unet_rt.cli.demo import shipped_model
+from unet_rt.building import candidates
+from unet_rt.engine import write
 where, options, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
-build_candidates = importlib.import_module("unet_rt.build_candidates")
 
 def stop(*args, **kwargs):
     (folder / "stopped").touch()
     time.sleep(600)
 
 if where == "measuring":
-    build_candidates.interleaved_times = stop
+    candidates.interleaved_times = stop
 elif where == "writing":
-    engine.os.fsync = stop  # every file is there, none is in place
+    os.fsync = stop  # every file is there, none is in place
 elif where == "placing":
-    real = engine._only_writer
+    real = write._only_writer
     def placing(parent):
         if any(parent.glob(".*.part/spec.json")):
             stop()
         return real(parent)
-    engine._only_writer = placing
+    write._only_writer = placing
 images = [np.load(path) for path in sorted(folder.glob("image-*.npy"))]
-urt.build(shipped_model(), samples=images, **options).close()
+urt.build(urt.shipped_model(), samples=images, **options).close()
 """
 
 

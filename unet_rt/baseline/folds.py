@@ -148,7 +148,7 @@ def _opsets(proto: onnx.ModelProto) -> dict[str, int]:
 
 
 def _join(members: Sequence[Model], protos: Sequence[onnx.ModelProto], contract: Contract) -> onnx.ModelProto:
-    inputs = _inputs(members)
+    inputs = _merge_inputs(members)
     first = members[0].report
     nodes, initializers, sparse, value_info, results = [], [], [], [], []
     for k, (member, proto) in enumerate(zip(members, protos, strict=True)):
@@ -177,7 +177,7 @@ def _join(members: Sequence[Model], protos: Sequence[onnx.ModelProto], contract:
         nodes,
         "ensemble",
         inputs,
-        [_output(output, protos)],
+        [_merge_output(output, protos)],
         initializer=initializers,
         value_info=value_info,
         sparse_initializer=sparse,
@@ -201,7 +201,7 @@ def _as_probabilities(prefix: str, name: str, contract: Contract, axes: str, ops
     return [helper.make_node("Softmax", [name], [result], result, axis=axes.index("C"))]
 
 
-def _inputs(members: Sequence[Model]) -> list[onnx.ValueInfoProto]:
+def _merge_inputs(members: Sequence[Model]) -> list[onnx.ValueInfoProto]:
     """The inputs of all: of one size where any member has one size only."""
     found = []
     for k, shared in enumerate(members[0].report.inputs):
@@ -222,7 +222,7 @@ def _inputs(members: Sequence[Model]) -> list[onnx.ValueInfoProto]:
     return found
 
 
-def _output(name: str, protos: Sequence[onnx.ModelProto]) -> onnx.ValueInfoProto:
+def _merge_output(name: str, protos: Sequence[onnx.ModelProto]) -> onnx.ValueInfoProto:
     shapes = [[d.dim_value or None for d in p.graph.output[0].type.tensor_type.shape.dim] for p in protos]
     shape = [dims[0] if len(set(dims)) == 1 else None for dims in zip(*shapes, strict=True)]
     known = [f"{name}_{k}" if n is None else n for k, n in enumerate(shape)]

@@ -45,7 +45,7 @@ from .choice import choose
 from .engines import Engines
 from .job import BuildJob, BuildOptions, Deadline, Remarks, Say, Scope, parity_seconds
 from .measure import Judge
-from .record import Outcome, engine_files, final_spec, report_of
+from .record import Outcome, finish_spec, make_report, write_files
 from .report import BuildReport
 from .samples import Samples, describe_first, read_samples, set_aside, settle_contract
 from .tiling import choose_tiling
@@ -132,7 +132,7 @@ def build(
     deadline = Deadline(time.monotonic(), 60 * search_minutes)
     if not 0 < search_minutes < float("inf"):
         raise ContractError(f"search_minutes={search_minutes} is not a time; pass minutes above 0")
-    say = _timed(say or log.info, deadline)
+    say = _add_time(say or log.info, deadline)
     paths = [Path(model)] if isinstance(model, str | Path) else [Path(one) for one in model]
     if not paths:
         raise ContractError("no model is given; pass an ONNX file, or several of them")
@@ -161,15 +161,15 @@ def build(
         seconds = parity_seconds(deadline, scope)
         job = BuildJob(opened, baseline, Path(work), options, scope, deadline, seconds, remarks)
         outcome = _search(job, spec, drawn, resources)
-        spec = final_spec(outcome, digests)
-        files = engine_files(outcome, spec)
+        spec = finish_spec(outcome, digests)
+        files = write_files(outcome, spec)
         resources.close()
         if not _write(target, spec, files, digests):
             return load(folder, threads=threads or None)
         _keep(target, digests)
     if report is not None:
         advice = _advice(paths, folder) if drawn.kind == "synthetic" else ""
-        report(report_of(outcome, folder, spec, advice))
+        report(make_report(outcome, folder, spec, advice))
     return load(folder, threads=threads or None)
 
 
@@ -229,7 +229,7 @@ def _advice(paths: Sequence[Path], folder: Path) -> str:
     return shlex.join(command)
 
 
-def _timed(say: Say, deadline: Deadline) -> Say:
+def _add_time(say: Say, deadline: Deadline) -> Say:
     """Progress beside the time that it took and may take."""
     return lambda text: say(f"{deadline.spent:.0f} of {deadline.seconds:.0f} s: {text}")
 

@@ -14,7 +14,7 @@ from ..errors import BackendError, GraphError, ImageError, TileError, size_text
 from .engines import Engines, batches_to_try
 from .int8 import calibrate_model, check_int8, int8_maker, make_mixtures, return_layers
 from .job import BuildJob
-from .measure import Judge, interleaved_times, quick_seconds, with_timing
+from .measure import Judge, add_timing, estimate_seconds, interleaved_times
 from .quantiser import Mixture, Quantiser
 from .report import Candidate, CandidateKey
 from .tiling import Tiling
@@ -77,7 +77,7 @@ def try_candidates(
             make=partial(int8_maker, job, engines, quantiser, tile, batches),
             drop=engines.drop,
             judge=judge.verdict,
-            seconds=lambda engine: quick_seconds(engine, tile, tiling.results.samples[0], job.threads),
+            seconds=lambda engine: estimate_seconds(engine, tile, tiling.results.samples[0], job.threads),
         )
         for name, mixture in returned.items():
             mixtures[name].append(mixture)
@@ -153,5 +153,5 @@ def _measure_all(
         if isinstance(timing, BackendError):
             candidates.append(replace(candidate, note=str(timing)))
         else:
-            candidates.append(with_timing(candidate, tile, timing, verdicts[key], tiling.spec))
+            candidates.append(add_timing(candidate, tile, timing, verdicts[key], tiling.spec))
     return candidates

@@ -22,7 +22,7 @@ from ..tiling.axis import smaller_tile
 from .candidates import Trials
 from .engines import Engines, fits
 from .job import TILES_END, BuildJob
-from .measure import Judge, interleaved_times, with_timing
+from .measure import Judge, add_timing, interleaved_times
 from .report import Candidate
 from .tiling import Tiling, tried_tiles
 
@@ -172,7 +172,7 @@ def _choose_tile(job: BuildJob, tiling: Tiling, first: Winner, engines: Engines,
     timings = interleaved_times(runs, sample, job.threads, runs=1 if slow else 3, warm_up=0 if slow else 1)
     again = best
     if not isinstance(timings[0], BackendError):  # its memory is allocated by now
-        again = replace(with_timing(best, best.tile, timings[0], best.verdict, tiling.spec), peak_mb=best.peak_mb)
+        again = replace(add_timing(best, best.tile, timings[0], best.verdict, tiling.spec), peak_mb=best.peak_mb)
     candidates = [again if c is best else c for c in first.candidates]
     tried, bytes_per_px = [(again, engine)], first.bytes_per_px
     for (other, larger, batch), timing in zip(runs[1:], timings[1:], strict=True):
@@ -186,7 +186,7 @@ def _choose_tile(job: BuildJob, tiling: Tiling, first: Winner, engines: Engines,
         except BackendError as error:
             notes.append(f"tile {size_text(larger)} px was tried and left: {error}")
             continue
-        tried.append((with_timing(replace(best, batch=batch), larger, timing, verdict, tiling.spec), other))
+        tried.append((add_timing(replace(best, batch=batch), larger, timing, verdict, tiling.spec), other))
         candidates.append(tried[-1][0])
         bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger) / batch)
     tried = [(c, e) for c, e in tried if c.verdict is not None and c.verdict.accepted]
@@ -266,7 +266,7 @@ def _add_smaller_tile(job: BuildJob, tiling: Tiling, winner: Winner, engines: En
     except (BackendError, GraphError, TileError) as error:
         remarks.notes.append(f"the plan takes no smaller tile: {size_text(smaller)} px was tried and left: {error}")
         return winner
-    again = with_timing(best, best.tile, timing, verdicts[0], tiling.spec)
+    again = add_timing(best, best.tile, timing, verdicts[0], tiling.spec)
     if (again.kept_mpx_per_s or 0.0) < AS_FAST * (best.kept_mpx_per_s or 0.0):
         remarks.notes.append(
             f"with {size_text(smaller)} px in its plan, too, a run takes {again.latency_ms:.3g} ms instead of "

@@ -58,13 +58,13 @@ def interleaved_times(
         return [run.error or run.of(timing) for run, timing in zip(contenders, timings, strict=True)]
 
 
-def quick_seconds(engine: Engine, tile: tuple[int, ...], sample: SampleWindow, threads: int) -> float:
+def estimate_seconds(engine: Engine, tile: tuple[int, ...], sample: SampleWindow, threads: int) -> float:
     """Of one run, roughly: what is worth searching on with; candidates are compared by :func:`interleaved_times`."""
     (timing,) = interleaved_times([(engine, tile, 1)], sample, threads, runs=2, seconds=5.0)
     return float("inf") if isinstance(timing, BackendError) else timing.low_s
 
 
-def with_timing(
+def add_timing(
     candidate: Candidate, tile: tuple[int, ...], timing: timing_module.Timing, verdict: Verdict | None, spec: EngineSpec
 ) -> Candidate:
     """The candidate with its numbers at a tile; what of the tile is kept follows from the halo or overlap of ``spec``."""

@@ -75,7 +75,7 @@ class Outcome:
         return None if quantiser is None or kept is None else (quantiser, kept)
 
 
-def final_spec(outcome: Outcome, digests: Digests) -> EngineSpec:
+def finish_spec(outcome: Outcome, digests: Digests) -> EngineSpec:
     """The spec of the engine that was chosen, with the digests of everything that decided it."""
     winner, samples = outcome.winner, outcome.samples
     return replace(
@@ -111,10 +111,10 @@ def _int8_options(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def engine_files(outcome: Outcome, spec: EngineSpec) -> dict[FileKind, Path]:
-    """The files of the engine folder, by kind, for the ``spec`` that :func:`final_spec` built."""
+def write_files(outcome: Outcome, spec: EngineSpec) -> dict[FileKind, Path]:
+    """The files of the engine folder, by kind, for the ``spec`` that :func:`finish_spec` built."""
     job, built = outcome.job, outcome.engines.files[outcome.winner.engine]
-    record = json.record_json(_record(outcome, spec, built.graph))
+    record = json.record_json(_describe_parity(outcome, spec, built.graph))
     files: dict[FileKind, Path] = {"model": job.model.given, "graph": built.graph, "parity": job.work / "parity.json"}
     files["parity"].write_text(record, encoding="utf-8")
     if built.plan is not None:
@@ -128,7 +128,7 @@ def engine_files(outcome: Outcome, spec: EngineSpec) -> dict[FileKind, Path]:
     return files
 
 
-def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
+def _describe_parity(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
     """The record of parity that travels with the engine."""
     job, tiling, winner = outcome.job, outcome.tiling, outcome.winner
     verdict = winner.best.verdict
@@ -171,7 +171,7 @@ def _record(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[str, Any]:
     }
 
 
-def report_of(outcome: Outcome, folder: Path, spec: EngineSpec, advice: str) -> BuildReport:
+def make_report(outcome: Outcome, folder: Path, spec: EngineSpec, advice: str) -> BuildReport:
     """What the caller of build is told."""
     tiling, winner, remarks = outcome.tiling, outcome.winner, outcome.job.remarks
     return BuildReport(

@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 OUTSIDE_TOLD = 1e-3  # share of pixels outside the range seen at build from which on the result is worth a look
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join(
         "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-def _count(n: int, thing: str) -> str:
+def _count_text(n: int, thing: str) -> str:
     return f"{n:,} {thing}" + ("" if n == 1 else "s")
 
 
-def _size(n: int) -> str:
+def _size_text(n: int) -> str:
     return f"{n / 1e6:,.0f} MB" if n < 1e10 else f"{n / 1e9:,.0f} GB"
 
 
-def _flop(n: float) -> str:
+def _flop_text(n: float) -> str:
     return f"{n / 1e6:.3g} MFLOP" if n >= 1e6 else f"{n / 1e3:.3g} kFLOP" if n >= 1e3 else f"{n:.0f} FLOP"
 
 
@@ -48,7 +48,9 @@ def inspect_text(report: GraphReport) -> str:
     for i in report.inputs:
         size = ", ".join(f"{a}={'any' if n is None else n}" for a, n in zip(i.axes, i.shape, strict=True))
         lines.append(f"input   {i.name}: {i.axes} ({size}) {i.dtype}")
-    lines.append(f"        {_count(report.parameters, 'parameter')}, {_flop(report.flops_per_pixel)} per output pixel")
+    lines.append(
+        f"        {_count_text(report.parameters, 'parameter')}, {_flop_text(report.flops_per_pixel)} per output pixel"
+    )
     letters = [a for a in report.inputs[0].axes if a not in "NC"]
     for letter, s in zip(letters, report.sizes, strict=True):
         if s.fixed is not None:
@@ -65,13 +67,13 @@ def inspect_text(report: GraphReport) -> str:
     lines += [f"        stays fixed: {why}" for why in report.reasons_fixed]
     images = report.images
     for o, final in zip(report.outputs, report.final_ops, strict=True):
-        lines.append(f"output  {o.name}: {o.axes}, {_count(o.channels, 'channel')}, last operator {final}")
+        lines.append(f"output  {o.name}: {o.axes}, {_count_text(o.channels, 'channel')}, last operator {final}")
         rows: list[tuple[str, ...]] = [("axis", "stride", "reach", "halo", "shrink", "scale")]
         for letter, f in zip((a for a in o.axes if a not in "NC"), o.field, strict=False):  # none where unknown
             pairs = (f"{b}+{a}" for b, a in (f.reach, f.halo, f.shrink))
             rows.append((letter, str(f.stride), *pairs, str(f.scale)))
         if o.field:
-            lines.append(_table(rows))
+            lines.append(_align(rows))
         if o not in images:
             lines.append("  no image: left out by build")
         else:
@@ -90,11 +92,11 @@ def inspect_text(report: GraphReport) -> str:
         ratio, tile = entry["ratio"], entry["tile"]
         memory = ""
         if tile is not None:
-            memory = f"{_size(report.activation_bytes([tile] * len(report.sizes)))} of activations"
+            memory = f"{_size_text(report.activation_bytes([tile] * len(report.sizes)))} of activations"
         size = size_text([tile if tile is not None else wanted] * len(report.sizes)) + " px"
         kept = "keeps nothing" if ratio is None else f"{ratio:.2f}"
         costs.append((size, kept, memory) if exact else (size, memory))
-    lines.append(_table(costs))
+    lines.append(_align(costs))
     return "\n".join(lines)
 
 
@@ -106,10 +108,10 @@ def _layer_table(layers: Sequence[LayerCost]) -> list[str]:
     rows += [("->" if x.kept else "", x.name, f"{x.won:.1%}", f"{x.cost:.1%}") for x in shown]
     lines = [
         "  layers by what they take away of INT8's change near the decision, and their share of the work",
-        _table(rows),
+        _align(rows),
     ]
     if len(shown) < len(layers):
-        lines.append(f"  ... and {_count(len(layers) - len(shown), 'layer')} that win less for their work")
+        lines.append(f"  ... and {_count_text(len(layers) - len(shown), 'layer')} that win less for their work")
     return [*lines, ""]
 
 
@@ -127,7 +129,7 @@ def _candidate_table(report: BuildReport) -> list[str]:
         if c.latency_ms is None:
             untried.append(f"  not tried: {c.backend} {c.precision}: {c.note}")
             continue
-        change = "-" if v is None else _changes(v)
+        change = "-" if v is None else _change_text(v)
         dice = "-" if v is None or v.dice is None else f"{v.dice:.4f}"
         note = "" if v is None or v.accepted else "outside the budget: " + v.reasons[0]
         note = "; ".join(part for part in (c.variant, note) if part)
@@ -145,7 +147,7 @@ def _candidate_table(report: BuildReport) -> list[str]:
                 note,
             )
         )
-    return [_table(rows), *untried, ""]
+    return [_align(rows), *untried, ""]
 
 
 def build_text(report: BuildReport) -> str:
@@ -153,19 +155,19 @@ def build_text(report: BuildReport) -> str:
     spec = report.spec
     contract = spec.contract
     normalization = contract.normalization.method if contract.normalization else "not declared"
-    lines = [f"input   {contract.axes}, {_count(spec.channels, 'channel')}, normalisation {normalization}"]
+    lines = [f"input   {contract.axes}, {_count_text(spec.channels, 'channel')}, normalisation {normalization}"]
     for k, o in enumerate(spec.outputs):
         said = spec.contract_of(k)
         classes = f", classes {', '.join(said.classes)}" if said.classes else ""
         name = f"{o.name}: " if len(spec.outputs) > 1 else ""
         reading = f"{said.task or 'task left open'}, {said.output_is or 'values'}{classes}"
-        lines.append(f"output  {name}{_count(o.channels, 'channel')}: {reading}")
+        lines.append(f"output  {name}{_count_text(o.channels, 'channel')}: {reading}")
     first = report.first
     low, high = first["input_range"]
     text = f"first   {first['name']}: input {low:.3g} to {high:.3g}, "
     text += f"mean {first['input_mean']:.3g}, deviation {first['input_std']:.3g}"
     if "class_share" in first:
-        text += "; " + ", ".join(f"{_label(name)} {share:.1%}" for name, share in first["class_share"].items())
+        text += "; " + ", ".join(f"{_class_text(name)} {share:.1%}" for name, share in first["class_share"].items())
     if "output_range" in first:
         text += "; output {:.3g} to {:.3g}".format(*first["output_range"])
     lines += [text, f"        {first['reading']}", ""]
@@ -184,7 +186,7 @@ def build_text(report: BuildReport) -> str:
             f"  tiles against the whole image: {changed}{_of_output(m)} differ on {m.name} (reported, not judged)"
         )
     on = (
-        _count(report.samples, "sample window")
+        _count_text(report.samples, "sample window")
         if report.kind == "samples"
         else "synthetic tiles (a proof for fp32 only)"
     )
@@ -194,13 +196,13 @@ def build_text(report: BuildReport) -> str:
     return "\n".join(lines)
 
 
-def _changes(verdict: Verdict) -> str:
+def _change_text(verdict: Verdict) -> str:
     """The worst image's changed labels and largest error, whichever there are."""
     parts = [] if verdict.label_change is None else [f"{verdict.label_change:.4%}"]
     return ", ".join(parts if verdict.error is None else [*parts, f"{verdict.error:.1e}"])
 
 
-def _label(name: str) -> str:
+def _class_text(name: str) -> str:
     """A class's name; one that has only a number is told apart from the figures around it."""
     return f"class {name}" if name.isdecimal() else name
 
@@ -209,7 +211,7 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
     """What one prediction did."""
     halo = "blended" if report.halo is None else "halo " + "x".join(str(max(h)) for h in report.halo)
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items())
-    tiles = f"{_count(report.tiles, 'tile')} of {size_text(report.tile)} px, {halo}"
+    tiles = f"{_count_text(report.tiles, 'tile')} of {size_text(report.tile)} px, {halo}"
     where = f"  {report.backend} {report.precision} on {report.device}; {tiles}"
     lines = [
         report.reading,
@@ -218,7 +220,7 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
         f"  seconds busy: {stages}; peak memory {report.peak_rss_bytes / 1e6:.0f} MB",
     ]
     if report.class_share:
-        lines.append("  " + ", ".join(f"{_label(name)} {share:.2%}" for name, share in report.class_share.items()))
+        lines.append("  " + ", ".join(f"{_class_text(name)} {share:.2%}" for name, share in report.class_share.items()))
     if report.outside_range:
         advice = ": look whether the result is right" if report.outside_range >= OUTSIDE_TOLD else ""
         lines.append(f"  {report.outside_range:.3%} of pixels, normalised, lie outside the range seen at build{advice}")
@@ -232,7 +234,7 @@ def verify_text(report: VerifyReport) -> str:
     """What verify measured."""
     v = report.verdict
     heads = len({image.head for image in v.images})
-    on = "its exam" if report.kind == "exam" else _count(len(v.images) // max(1, heads), "window")
+    on = "its exam" if report.kind == "exam" else _count_text(len(v.images) // max(1, heads), "window")
     lines = [f"{report.engine} on {on}: {'inside' if report.accepted else 'OUTSIDE'} the budget"]
     if v.label_change is not None:
         dice = (
@@ -290,8 +292,8 @@ def bench_text(report: BenchReport) -> str:
         rows.append(
             (
                 r.name,
-                _spread(r.tile, 1e3),
-                _spread(r.window, 1),
+                _spread_text(r.tile, 1e3),
+                _spread_text(r.window, 1),
                 f"{r.mpx_per_s:.3g}",
                 f"{r.window.peak_bytes / 1e6:.0f}",
                 f"{r.relative_error:.1e}" if r.label_agreement is None else f"{r.label_agreement:.4%}",
@@ -299,15 +301,15 @@ def bench_text(report: BenchReport) -> str:
                 f"{r.speed.median:.2f} ({r.speed.low:.2f} to {r.speed.high:.2f})",
             )
         )
-    tiles = f"{_count(report.tiles, 'tile')} of {size_text(report.tile)} px"
+    tiles = f"{_count_text(report.tiles, 'tile')} of {size_text(report.tile)} px"
     lines = [
-        f"{report.model} on {report.image}: {size_text(report.shape)} px, {tiles}, {_count(report.threads, 'thread')}",
-        _table(rows),
+        f"{report.model} on {report.image}: {size_text(report.shape)} px, {tiles}, {_count_text(report.threads, 'thread')}",
+        _align(rows),
         f"  medians (fastest to slowest) of interleaved runs; speed: {report.baseline} = 1, with its 95 % interval",
     ]
     lines += [f"  not run: {name}: {why}" for name, why in report.skipped.items()]
     return "\n".join([*lines, *(f"  {note}" for note in report.notes)])
 
 
-def _spread(timing: Timing, unit: float) -> str:
+def _spread_text(timing: Timing, unit: float) -> str:
     return f"{timing.median_s * unit:.3g} ({timing.low_s * unit:.3g} to {timing.high_s * unit:.3g})"

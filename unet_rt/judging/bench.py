@@ -48,7 +48,7 @@ from .contenders import (
 UNNAMED_TILE_PX = 512 * 512  # tile area where the user names none
 TIMED_PX = 2048 * 2048  # pixels of the window that is timed
 JUDGED_PX = 1024 * 1024  # pixels of the window that labels are compared on
-DRAWN = "no image is given: drawn microscopy, on which labels prove nothing about this network; pass --image"
+NO_IMAGE = "no image is given: drawn microscopy, on which labels prove nothing about this network; pass --image"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def bench(
         spec = next(iter(engines.values())).spec
         timed, judged = (_choose_window(spec, image, read, most) for most in (TIMED_PX, JUDGED_PX))
         if image is None:
-            notes.append(DRAWN)
+            notes.append(NO_IMAGE)
         names = [name for name in wanted if name not in skipped]
         if spec.device != "cpu" and names:
             notes.append("baselines run on the CPU")
