@@ -26,8 +26,7 @@ from unet_rt.building import cache
 from unet_rt.building.cache import EngineCache, cache_key, copy_folder, digest_inputs, digest_request, list_differences
 from unet_rt.building.job import BuildOptions
 from unet_rt.cli.demo import shipped_model
-from unet_rt.cli.main import main
-from unet_rt.cli.main import main as cli
+from unet_rt.cli.main import main, make_parser
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine.folder import read_folder
 from unet_rt.system import facts as machine
@@ -163,7 +162,7 @@ def test_a_cache_of_engines(
     command = ["build", str(shipped_model()), "--samples", str(tmp_path / "0.npy"), "--json"]
     command += ["--backend", "onnxruntime", "--precision", "fp32", "--tile", "64x64", "--halo", "8", "--threads", "1"]
     monkeypatch.setenv("UNET_RT_CACHE", "")
-    assert cli._parser().parse_args(command).cache is None, "nowhere, not the current folder"
+    assert make_parser().parse_args(command).cache is None, "nowhere, not the current folder"
     monkeypatch.setenv("UNET_RT_CACHE", str(kept))
     assert main([*command, "--out", str(tmp_path / "c.urt")]) == 0
     assert "up_to_date" not in json.loads(capsys.readouterr().out)

@@ -26,7 +26,7 @@ from PIL import Image
 import unet_rt as urt
 from unet_rt.building import job as build_job
 from unet_rt.cli.demo import shipped_model
-from unet_rt.cli.main import _parser, main
+from unet_rt.cli.main import main, make_parser
 from unet_rt.cli.printing import Bar
 from unet_rt.outputs.pictures import COLOURS
 
@@ -86,7 +86,7 @@ def environment() -> dict[str, str]:
 
 
 def test_help_explains_every_verb_and_option(cli: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]) -> None:
-    (verbs,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (verbs,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     known = {"bench", "inspect", "build", "predict", "verify", "pack", "unpack", "doctor", "demo", "train", "export"}
     assert set(verbs.choices) == known
     for name, parser in verbs.choices.items():
@@ -184,7 +184,7 @@ def test_build_without_samples_ends_with_the_command_that_proves_more(
     assert "synthetic" in out
     last = out.splitlines()[-1]
     argv = shlex.split(last[last.index("unet-rt build") :])[1:]
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     assert (args.backend, args.tile, args.border, args.overwrite) == ("onnxruntime", (320, 320), "edge", True)
     assert (args.model, args.samples, args.out) == ([str(shipped_model())], ["YOUR_IMAGES"], "nuclei.urt")
     assert json.loads(Path("nuclei.urt/spec.json").read_text())["contract"]["border"] == "edge"

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # file names of any script, on terminals of one
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    parser = _parser()
+    parser = make_parser()
     try:
         args = parser.parse_args(argv)
     except _UsageError as error:
@@ -139,7 +139,8 @@ class _Parser(argparse.ArgumentParser):
         raise _UsageError(f"{message}; {usage}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line, every verb and option in it."""
     parser = _Parser(
         prog="unet-rt",
         description="Run trained U-Nets on images of any size, exactly.",
