@@ -18,33 +18,33 @@ import onnx  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
 import unet_rt as urt  # noqa: E402
-from unet_rt.baseline import folds as ensemble
-from unet_rt.baseline.folds import (
-    merge,  # noqa: E402
-    open_models,  # noqa: E402
+from unet_rt.baseline import folds as ensemble  # noqa: E402
+from unet_rt.baseline.folds import (  # noqa: E402
+    merge,
+    open_models,
 )
-from unet_rt.baseline.model import Model, open_model
+from unet_rt.baseline.model import Model, open_model  # noqa: E402
 from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.cli.main import main
-from unet_rt.contract.contract import (
+from unet_rt.cli.main import main  # noqa: E402
+from unet_rt.contract.contract import (  # noqa: E402
     Contract,
     Head,
-    Normalization,  # noqa: E402
+    Normalization,
 )
-from unet_rt.contract.metadata import (
+from unet_rt.contract.metadata import (  # noqa: E402
     contract_from_metadata,
-    contract_to_metadata,  # noqa: E402
+    contract_to_metadata,
 )
 from unet_rt.drawing.microscopy import microscopy  # noqa: E402
 from unet_rt.engine.folder import sha256  # noqa: E402
-from unet_rt.errors import (
+from unet_rt.errors import (  # noqa: E402
     ContractError,
-    GraphError,  # noqa: E402
+    GraphError,
 )
 from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.graph.report import inspect  # noqa: E402
 from unet_rt.models.stored import unet_from_onnx  # noqa: E402
-from unet_rt.models.unet import UNet, UNetSpec
+from unet_rt.models.unet import UNet, UNetSpec  # noqa: E402
 from unet_rt.training.export import export  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]

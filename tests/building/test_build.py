@@ -894,7 +894,7 @@ def test_an_engine_is_not_overwritten(network, textures, tmp_path, monkeypatch):
     built(network(), tmp_path / "x.urt", **options)[1].close()
     before = {p.name for p in (tmp_path / "x.urt").iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(MODULE, "open_models", lambda *a, **k: pytest.fail("work was done before the refusal"))
+        patch.setattr("unet_rt.baseline.folds.open_models", lambda *a, **k: pytest.fail("work was done early"))
         with pytest.raises(urt.OutputError, match="--overwrite"):
             built(network(), tmp_path / "x.urt", **options | {"tile": (80, 80)})
     assert {p.name for p in (tmp_path / "x.urt").iterdir()} == before

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import backends
-from ..baseline.folds import open_models
 from ..baseline.model import Model, baseline_engine, check_fp32
 from ..baseline.samples import ReadOptions
 from ..baseline.tiles import untiled_spec
@@ -193,6 +192,8 @@ def _search(job: BuildJob, spec: EngineSpec, samples: Samples, resources: ExitSt
 
 def _open(paths: Sequence[Path], work: Path, contract: Contract | str | Path | None) -> Model:
     """The model of one file or of several, under the contract that was passed."""
+    from ..baseline.folds import open_models
+
     if isinstance(contract, str | Path):
         return open_models(paths, work, contract=Path(contract))
     return open_models(paths, work, options=contract)
