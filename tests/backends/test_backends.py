@@ -696,7 +696,7 @@ def test_devices_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.onnxruntime
 @pytest.mark.usefixtures("gpu")
 def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
-    onnxruntime = onnxruntime_library._import()
+    onnxruntime = onnxruntime_library.import_library()
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     reason = onnxruntime_library.missing("cuda:0")
@@ -708,8 +708,8 @@ def test_a_cpu_wheel_on_a_gpu_machine_is_said() -> None:
 
 @pytest.mark.onnxruntime
 def test_a_provider_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unet_rt.backends.onnxruntime.cpu._provider", lambda: ("AzureExecutionProvider", {}))
-    onnxruntime = onnxruntime_library._import()
+    monkeypatch.setattr("unet_rt.backends.onnxruntime.cpu.cpu_provider", lambda: ("AzureExecutionProvider", {}))
+    onnxruntime = onnxruntime_library.import_library()
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda path, options, providers: real(path, options, ["CPUExecutionProvider"])

@@ -16,8 +16,8 @@ import pytest
 import unet_rt as urt
 from unet_rt import backends
 from unet_rt.engine.engine import Engine
-from unet_rt.engine.folder import SCHEMA, _key, read_folder, sha256
-from unet_rt.engine.spec import EngineSpec, InputSpec
+from unet_rt.engine.folder import SCHEMA, read_folder, sha256, spec_key
+from unet_rt.engine.spec import InputSpec, read_spec
 from unet_rt.engine.write import write_folder
 from unet_rt.system import facts as machine
 
@@ -33,7 +33,7 @@ def edit(folder: Path, change) -> None:
     path = folder / "spec.json"
     document = json.loads(path.read_text())
     change(document)
-    path.write_text(json.dumps({**document, "key": _key(document)}))
+    path.write_text(json.dumps({**document, "key": spec_key(document)}))
 
 
 def rewrite(folder: Path, kind: str, change) -> None:
@@ -48,7 +48,7 @@ def rewrite(folder: Path, kind: str, change) -> None:
 
 def test_spec_survives_the_folder(engine_folder):
     opened = read_folder(engine_folder)
-    again = EngineSpec.from_json(json.loads(json.dumps(opened.spec.to_json())))
+    again = read_spec(json.loads(json.dumps(opened.spec.to_json())), where="spec.json", way_out="build it again")
     assert again == opened.spec
     assert opened.spec.outputs[0].exact
     assert opened.spec.contract.classes == ("background", "nucleus")

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from unet_rt.errors import GraphError
 from unet_rt.graph.report import GraphReport, inspect
 from unet_rt.graph.sizes import kept_step
-from unet_rt.tiling.field import AxisField, OutputField
+from unet_rt.system.json import from_json
+from unet_rt.tiling.field import AxisField, FieldRecord, OutputField
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -603,7 +604,9 @@ def test_json_has_the_documented_keys() -> None:
     output = data["outputs"][0]
     assert output["halo"] == {"before": [22, 22], "after": [22, 22]}
     assert output["scale"] == ["1/1", "1/1"]
-    assert OutputField.from_json(output) == one(report)
+    assert from_json(FieldRecord, output, where="report", error=GraphError, way_out="inspect again").output == one(
+        report
+    )
     assert list(data["cost"]) == ["512", "1024", "2048", "4096"]
 
 

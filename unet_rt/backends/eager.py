@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import BackendError, size_text
 from ..system import facts
-from .session import Array, SessionBase
+from .session import Array, BackendSettings, SessionBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +73,7 @@ def load(
     device: str = "cpu",
     threads: int = 0,
     blob: Path | None = None,
+    settings: BackendSettings | None = None,
 ) -> EagerSession:
     """Session of a module in evaluation mode.
 

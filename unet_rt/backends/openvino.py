@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import BackendError, size_text
 from ..graph.precision import copy_graph, precision_of
 from ..system import facts
-from .session import Array, Port, SessionBase, arrays_for, thread_count
+from .session import Array, BackendSettings, Port, SessionBase, arrays_for, thread_count
 
 # Hint that is asked for -> runtime precision that layers report.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -166,6 +166,7 @@ def load(
     device: str = "cpu",
     threads: int = 0,
     blob: Path | None = None,
+    settings: BackendSettings | None = None,
     cache: Path | None = None,
 ) -> OpenVinoSession:
     """Session of a graph that ``build`` wrote. Shapes are compiled when they are first run.
@@ -176,6 +177,7 @@ def load(
         device: ``"cpu"``.
         threads: Threads to compute with; 0: as many as affinity and quota allow.
         blob: None: nothing is compiled ahead of time.
+        settings: None: it has none.
         cache: Folder where OpenVINO may keep compiled shapes for the next process; nothing is written if None.
     """
     _require(precision, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
+BackendSettings = Mapping[str, Any]  # a record in the words of the backend that wrote it
 
 
 class Session(Protocol):
@@ -112,7 +113,7 @@ class Backend(Protocol):
         blob: Path | None = None,
         tiles: Sequence[Sequence[int]] = (),
         batches: Sequence[int] = (),
-    ) -> None:
+    ) -> BackendSettings | None:
         """Write ``graph``, the form this backend runs, from the FP32 ONNX file ``model``.
 
         Args:
@@ -124,12 +125,25 @@ class Backend(Protocol):
             tiles: Spatial sizes that will be run, largest first. A plan takes these alone; a backend without plans
                 measures its settings on the first, if at all.
             batches: Batch sizes that will be run, likewise.
+
+        Returns:
+            What was measured for ``graph`` here and :meth:`load` is to be given, as JSON has it; None: nothing.
         """
 
     def load(
-        self, graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, blob: Path | None = None
+        self,
+        graph: Path,
+        *,
+        precision: str,
+        device: str = "cpu",
+        threads: int = 0,
+        blob: Path | None = None,
+        settings: BackendSettings | None = None,
     ) -> Session:
-        """Session of what ``build`` wrote, a :class:`DeviceSession` on a GPU; 0 threads: by affinity and quota."""
+        """Session of what ``build`` wrote, with the settings that it returned; a :class:`DeviceSession` on a GPU.
+
+        0 threads: by affinity and quota.
+        """
 
     def stale(self, blob: Path, device: str = "cpu") -> str | None:
         """Why a plan is of no use on this machine, None if it is. Only backends that write plans have it."""

@@ -77,7 +77,7 @@ class Engines:
         tiles = (tile,) if smaller is None else (tile, smaller)
         stem += "" if smaller is None else f"-{size_text(smaller)}"
         graph, blob = job.work / f"{stem}.onnx", job.work / f"{stem}.bin"
-        backend.build(
+        settings = backend.build(
             source or job.model.graph,
             graph,
             precision=precision,
@@ -87,8 +87,10 @@ class Engines:
             batches=batches,
         )
         plan = blob if blob.exists() else None
-        session = backend.load(graph, precision=precision, device=spec.device, threads=job.threads, blob=plan)
-        spec = replace(spec, backend=name, precision=precision, tile=tile)
+        session = backend.load(
+            graph, precision=precision, device=spec.device, threads=job.threads, blob=plan, settings=settings
+        )
+        spec = replace(spec, backend=name, precision=precision, tile=tile, settings=settings)
         if plan is not None:
             sizes = tuple(replace(s, fixed=t) for s, t in zip(spec.sizes, tile, strict=True))
             spec = replace(spec, sizes=sizes, batches=tuple(batches), tiles=tiles)

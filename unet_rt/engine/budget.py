@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..errors import ContractError
+from ..system.json import Record
 
 LABEL_CHANGE = 1e-3  # share of labels that may change by default
 LABEL_CHANGE_INT8 = 5e-3
@@ -19,7 +20,7 @@ _EXAMPLES = {
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Record):
     """What the user allows an engine to differ from its FP32 baseline, judged on the worst image.
 
     Attributes:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..errors import EngineError, ParityError, size_text
 from ..system import facts
 from ..system.durable import Disk
-from ..system.json import record_json
+from ..system.json import from_json, record_json
 from .budget import Budget
 from .parity import ImageParity, Verdict, compare_outputs, judge
 
@@ -52,8 +52,8 @@ def check_record(folder: EngineFolder) -> None:
         raise EngineError(f"{folder.path} carries no record of parity; {way_out}")
     try:
         graph, accepted, kind = record["graph_sha256"], record["verdict"]["accepted"], record["kind"]
-        budget, verdict = Budget(**record["budget"]).of(folder.spec.precision), record["verdict"]
-        missed = _missed(verdict, budget)
+        budget = recorded_budget(folder).of(folder.spec.precision)
+        missed = _missed(record["verdict"], budget)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{folder.path}: the record of parity is damaged ({error}); {way_out}") from error
     if graph != folder.files["graph"]["sha256"]:
@@ -110,13 +110,13 @@ def recorded_budget(folder: EngineFolder) -> Budget:
     """
     if folder.parity is None:
         return Budget()
-    try:
-        return Budget(**folder.parity["budget"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(
-            f"{folder.path}: the record of parity names no budget that can be read ({error}); build the engine again, or "
-            "name one with --budget"
-        ) from error
+    return from_json(
+        Budget,
+        folder.parity.get("budget"),
+        where=f"{folder.path}: the record of parity names no budget that can be read by this version",
+        error=EngineError,
+        way_out="build the engine again, or name one with --budget",
+    )
 
 
 def _row(folder: EngineFolder, here: Mapping[str, Any]) -> Path:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ContractError, EngineError
+from ..errors import EngineError
 from ..system.durable import PART
-from .spec import EngineSpec
+from .spec import EngineSpec, read_spec
 
 SCHEMA = (1, 0)  # (major, minor): a reader accepts its own major and any minor
+_OF_THE_FOLDER = ("schema", "files", "key")  # what spec.json says beside the spec
 FileKind = Literal["model", "graph", "parity", "exam", "engine", "calibration"]
 SUFFIX = {
     "model": ".onnx",
@@ -98,6 +99,30 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
     """
     called = called or folder
     path = called / "spec.json"
+    document, files, newer = _parse(text, called)
+    for entry in files.values():
+        _check_file(folder, called, entry)
+    damaged = f"{path} is damaged, or was written by another version of unet-rt"
+    spec = read_spec(_spec_fields(document, newer=newer), where=damaged, way_out=anew(called))
+    try:
+        parity = (
+            json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
+        )
+        if not isinstance(parity, dict | None):
+            raise ValueError(f"it holds a {type(parity).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{called / files['parity']['name']} is damaged ({error}); {anew(called)}") from error
+    if document.get("key") != spec_key(document):
+        raise EngineError(
+            f"{path} was changed after it was written (its key differs), and parity was proven for what it said; "
+            "copy it again, or build again"
+        )
+    return EngineFolder(folder, spec, files, parity)
+
+
+def _parse(text: str, called: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], bool]:
+    """(everything, files by kind, whether a later minor version wrote it) of a ``spec.json``."""
+    path = called / "spec.json"
     try:
         document = json.loads(text)
         major, minor = (int(v) for v in document["schema"])
@@ -112,43 +137,36 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
     for kind in ("model", "graph"):
         if kind not in files:
             raise EngineError(f"{path} names no {kind}; build the engine again")
-    for entry in files.values():
-        name = str(entry.get("name", ""))
-        if name != Path(name).name:  # nothing outside the folder is ever an engine's
-            raise EngineError(f"{path} names the file {name!r}, outside its folder; build the engine again")
-        file = folder / name
-        if not file.is_file():
-            raise EngineError(f"{called / name} is missing from the engine; copy the folder whole, or build again")
-        try:
-            digest = sha256(file)
-        except PermissionError as error:
-            raise EngineError(
-                f"{called / name} cannot be read ({error.strerror}); give yourself the right to, or copy the engine"
-            ) from error
-        if digest != entry.get("sha256"):
-            raise EngineError(
-                f"{called / name} is not the file that was built (its SHA-256 differs); copy it again, or build again"
-            )
+    return document, files, minor > SCHEMA[1]
+
+
+def _spec_fields(document: Mapping[str, Any], *, newer: bool) -> dict[str, Any]:
+    """The part of a ``spec.json`` that is the spec; without what a newer minor version may have added."""
+    known = {f.name for f in fields(EngineSpec)}
+    return {key: value for key, value in document.items() if key not in _OF_THE_FOLDER and (key in known or not newer)}
+
+
+def _check_file(folder: Path, called: Path, entry: Mapping[str, Any]) -> None:
+    """Raises EngineError where a file of an engine is not in ``folder``, or not the one that was written."""
+    name = str(entry.get("name", ""))
+    if name != Path(name).name:  # nothing outside the folder is ever an engine's
+        raise EngineError(f"{called / 'spec.json'} names the file {name!r}, outside its folder; build the engine again")
+    file = folder / name
+    if not file.is_file():
+        raise EngineError(f"{called / name} is missing from the engine; copy the folder whole, or build again")
     try:
-        spec = EngineSpec.from_json(document)
-        parity = (
-            json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
-        )
-        key = _key(document)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, ContractError) as error:
+        digest = sha256(file)
+    except PermissionError as error:
         raise EngineError(
-            f"{path} is damaged, or was written by another version of unet-rt ({type(error).__name__}: {error}); "
-            f"{anew(called)}"
+            f"{called / name} cannot be read ({error.strerror}); give yourself the right to, or copy the engine"
         ) from error
-    if document.get("key") != key:
+    if digest != entry.get("sha256"):
         raise EngineError(
-            f"{path} was changed after it was written (its key differs), and parity was proven for what it said; "
-            "copy it again, or build again"
+            f"{called / name} is not the file that was built (its SHA-256 differs); copy it again, or build again"
         )
-    return EngineFolder(folder, spec, files, parity)
 
 
-def _key(document: Mapping[str, Any]) -> str:
+def spec_key(document: Mapping[str, Any]) -> str:
     """What ``key`` must be: a hash of everything else that the spec says, hashes of the other files included."""
     rest = {name: value for name, value in document.items() if name != "key"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

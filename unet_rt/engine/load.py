@@ -80,11 +80,19 @@ def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> tuple[Sess
     blob = opened.file("engine") if "engine" in opened.files else None
     stale = None if blob is None else backend.stale(blob, spec.device)
     if stale is None:
-        return backend.load(graph, precision=spec.precision, device=spec.device, threads=threads, blob=blob), False
+        session = backend.load(
+            graph,
+            precision=spec.precision,
+            device=spec.device,
+            threads=threads,
+            blob=blob,
+            settings=spec.settings,
+        )
+        return session, False
     log.warning("%s: its plan is of no use here (%s); it is made again from its graph", opened.path, stale)
     with tempfile.TemporaryDirectory(prefix="unet-rt-rebuild-") as work:
         anew = Path(work) / "engine.bin"
-        backend.build(
+        settings = backend.build(
             graph,  # which holds the precision, quantised ranges and FP32 islands included; the model does not
             Path(work) / "built.onnx",
             precision=spec.precision,
@@ -94,6 +102,11 @@ def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> tuple[Sess
             batches=spec.batches or (spec.run_batch,),
         )
         session = backend.load(
-            Path(work) / "built.onnx", precision=spec.precision, device=spec.device, threads=threads, blob=anew
+            Path(work) / "built.onnx",
+            precision=spec.precision,
+            device=spec.device,
+            threads=threads,
+            blob=anew,
+            settings=settings,
         )
         return session, True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract
 from ..errors import ContractError
+from ..system.json import Record
 from ..tiling.decision import decide
 from .budget import Budget
 
@@ -23,7 +24,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class ImageParity:
+class ImageParity(Record):
     """Agreement on one image.
 
     Attributes:
@@ -63,9 +64,6 @@ class ImageParity:
     def title(self) -> str:
         """Image and output, for messages."""
         return f"{self.name}, output {self.head}" if self.head else self.name
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def largest_px(self, name: str) -> int:
         """Pixels of a class in whichever mask it has more of."""
@@ -175,7 +173,7 @@ def saturated(raw: Array, contract: Contract) -> float:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Record):
     """Whether all images are inside the budget, and what is outside.
 
     Attributes:
@@ -196,13 +194,9 @@ class Verdict:
     error: float | None = None
     images: tuple[ImageParity, ...] = field(default=(), repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        data = {key: value for key, value in asdict(self).items() if key != "images"}
-        return {**data, "reasons": list(self.reasons), "images": [image.to_json() for image in self.images]}
-
 
 @dataclass(frozen=True)
-class BatchParity:
+class BatchParity(Record):
     """Agreement of one tile with the baseline when ``batch`` copies of it are run at once.
 
     Attributes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ..contract.contract import Contract
 from ..contract.json import contract_from_json
-from ..errors import ContractError, TileError, size_text
+from ..errors import ContractError, EngineError, TileError, size_text
+from ..system.json import OPTIONAL, AtLeast, Count, Reader, Record, Size, from_json
 from ..tiling.axis import canvas
-from ..tiling.field import OutputField, TileSizes
+from ..tiling.field import FieldRecord, OutputField, TileSizes
 from ..tiling.grid import TileGrid, choose_tile, tile_grid, with_halo
 from ..tiling.stitch import Blend
 
@@ -19,17 +20,17 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
-class InputSpec:
+class InputSpec(Record):
     """One graph input: its name, axes (``"NCYX"``), number of channels and dtype (a NumPy name)."""
 
     name: str
     axes: str
-    channels: int
+    channels: Count
     dtype: str = "float32"
 
 
 @dataclass(frozen=True)
-class EngineSpec:
+class EngineSpec(Record):
     """What travels with an engine.
 
     Attributes:
@@ -52,27 +53,29 @@ class EngineSpec:
             for an engine on a GPU.
         made_on: Machine and library versions at build.
         options: Everything else that decided the result.
+        settings: Those that the backend measured when it built the graph, in its own words; None: it has none.
     """
 
     contract: Contract
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputField, ...]
     sizes: tuple[TileSizes, ...]
-    batch: int | None
+    batch: Count | None
     halo: Literal["exact", "measured", "given"]
-    halo_limit: int | None
-    tile: tuple[int, ...]
-    overlap: tuple[int, ...] | None
+    halo_limit: Size | None
+    tile: tuple[Count, ...]
+    overlap: tuple[Size, ...] | None
     blend: Blend
     precision: Precision
     backend: str
     device: str
-    run_batch: int = 1
-    batches: tuple[int, ...] = ()
-    tiles: tuple[tuple[int, ...], ...] = ()
-    bytes_per_px: float = 0.0
+    run_batch: Count = 1
+    batches: tuple[Count, ...] = ()
+    tiles: tuple[tuple[Count, ...], ...] = ()
+    bytes_per_px: Annotated[float, AtLeast(0)] = 0.0
     made_on: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def exact(self) -> bool:
@@ -204,70 +207,57 @@ class EngineSpec:
         axes = enumerate(zip(image, self.sizes, strict=True))
         return tuple(canvas(n, s, [o.field[k] for o in self.outputs]).size for k, (n, s) in axes)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "contract": self.contract.to_json(),
-            "inputs": [vars(i) for i in self.inputs],
-            "outputs": [o.to_json() for o in self.outputs],
-            "sizes": [vars(s) for s in self.sizes],
-            "batch": self.batch,
-            "halo": self.halo,
-            "halo_limit": self.halo_limit,
-            "tile": list(self.tile),
-            "overlap": None if self.overlap is None else list(self.overlap),
-            "blend": self.blend,
-            "precision": self.precision,
-            "backend": self.backend,
-            "device": self.device,
-            "run_batch": self.run_batch,
-            "batches": list(self.batches),
-            "tiles": [list(tile) for tile in self.tiles],
-            "bytes_per_px": self.bytes_per_px,
-            "made_on": dict(self.made_on),
-            "options": dict(self.options),
-        }
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EngineSpec:
-        inputs = tuple(InputSpec(**i) for i in data["inputs"])
-        seen = _ranges(data["options"].get("input_range"))
-        if seen is not None and len(seen) not in (1, sum(i.channels for i in inputs)):
-            raise ValueError(f"input_range {seen!r}")
-        return cls(
-            contract=contract_from_json(data["contract"]),
-            inputs=inputs,
-            outputs=tuple(OutputField.from_json(o) for o in data["outputs"]),
-            sizes=tuple(TileSizes(**s) for s in data["sizes"]),
-            batch=data["batch"],
-            halo=data["halo"],
-            halo_limit=data["halo_limit"],
-            tile=_pixels(data, "tile", data["tile"], 1),
-            overlap=None if data["overlap"] is None else _pixels(data, "overlap", data["overlap"], 0),
-            blend=data["blend"],
-            precision=data["precision"],
-            backend=data["backend"],
-            device=data["device"],
-            run_batch=_count(data["run_batch"]),
-            batches=tuple(_count(n) for n in data["batches"]),
-            tiles=tuple(_pixels(data, "tiles", tile, 1) for tile in data["tiles"]),
-            bytes_per_px=data["bytes_per_px"],
-            made_on=data["made_on"],
-            options=data["options"],
-        )
+def read_spec(data: Mapping[str, Any], *, where: str, way_out: str) -> EngineSpec:
+    """Inverse of ``EngineSpec.to_json``.
+
+    Args:
+        data: The spec as ``json.loads`` returned it, nothing but its fields.
+        where: What errors begin with, e.g. the file.
+        way_out: What to do about it.
+
+    Raises:
+        EngineError: Values of another type, out of range, or that do not go together; fields that are missing or unknown.
+    """
+
+    def contract(value: Any, where: str) -> Contract:
+        if not isinstance(value, dict):
+            raise EngineError(f"{where} is {value!r}, not an object; {way_out}")
+        try:
+            return contract_from_json(value)
+        except ContractError as error:
+            raise EngineError(f"{where}: {error}; {way_out}") from error
+
+    def output(value: Any, where: str) -> OutputField:
+        return from_json(FieldRecord, value, where=where, error=EngineError, way_out=way_out).output
+
+    readers: dict[type, Reader] = {Contract: contract, OutputField: output}
+    spec = from_json(EngineSpec, data, where=where, error=EngineError, way_out=way_out, readers=readers)
+    fault = _fault(spec)
+    if fault is not None:
+        raise EngineError(f"{where}: {fault}; {way_out}")
+    return spec
 
 
-def _pixels(data: Mapping[str, Any], key: str, value: Any, least: int) -> tuple[int, ...]:
-    """``value``, of ``key``: one whole number per spatial axis."""
-    if len(value) != len(data["sizes"]) or any(not isinstance(n, int) or n < least for n in value):
-        raise ValueError(f"{key} {value!r}")
-    return tuple(value)
+def _fault(spec: EngineSpec) -> str | None:
+    """Which values of a spec do not go together; None if all do."""
+    for name in ("inputs", "outputs", "sizes"):
+        if not getattr(spec, name):
+            return f"{name} is empty"
+    axes = [("tile", len(spec.tile)), *(("tiles", len(tile)) for tile in spec.tiles)]
+    axes += [] if spec.overlap is None else [("overlap", len(spec.overlap))]
+    axes += [(f"output {output.name}", len(output.field)) for output in spec.outputs]
+    for name, count in axes:
+        if count != spec.spatial:
+            return f"{name} has {count} spatial axes, sizes {spec.spatial}"
+    try:
+        seen = spec.input_range
+    except (TypeError, ValueError):
+        return f"options.input_range is {spec.options['input_range']!r}, not pairs of numbers"
+    if seen is not None and len(seen) not in (1, spec.channels):
+        return f"options.input_range has {len(seen)} pairs for {spec.channels} channels"
+    return None
 
 
 def _ranges(value: Any) -> tuple[tuple[float, float], ...] | None:
     return None if value is None else tuple((float(low), float(high)) for low, high in value)
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"batch {value!r}")
-    return value

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import OutputError
 from ..system.durable import Disk, locked, part_path, parts_of
-from .folder import SCHEMA, SUFFIX, EngineFolder, FileKind, _key, read_folder, sha256
+from .folder import SCHEMA, SUFFIX, EngineFolder, FileKind, read_folder, sha256, spec_key
 from .spec import EngineSpec
 
 
@@ -42,7 +42,7 @@ def write_folder(
             entries[kind] = {"name": name, "sha256": digest, "bytes": path.stat().st_size}
             shutil.copyfile(path, staging / name)
         document = {"schema": list(SCHEMA), "files": entries, **spec.to_json()}
-        document["key"] = _key(document)
+        document["key"] = spec_key(document)
         (staging / "spec.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     return place_folder(folder, fill, overwrite=overwrite)

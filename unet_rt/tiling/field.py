@@ -5,12 +5,21 @@ Frozen values only; no pixels, no ONNX. ``graph.py`` computes them, ``tiles.py``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ..system.json import Count, Record, Size
+
 Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Samples before and after, per spatial axis."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,10 @@ class TileSizes:
     ``fixed`` is the only size where the graph's own size could not be made free.
     """
 
-    stride: int
-    remainder: int
-    minimum: int
-    fixed: int | None = None
+    stride: Count
+    remainder: Size
+    minimum: Size
+    fixed: Count | None = None
 
     def accepts(self, size: int) -> bool:
         if self.fixed is not None:
@@ -97,37 +106,53 @@ class OutputField:
 
     def to_json(self) -> dict[str, Any]:
         f = self.field
-        pairs = {
-            key: {"before": [getattr(a, key)[0] for a in f], "after": [getattr(a, key)[1] for a in f]}
-            for key in ("reach", "halo", "shrink")
-        }
-        return {
-            "name": self.name,
-            "axes": self.axes,
-            "channels": self.channels,
-            "stride": [a.stride for a in f],
-            **pairs,
-            "scale": [f"{a.scale.numerator}/{a.scale.denominator}" for a in f],
-            "exact": self.exact,
-            "reasons": list(self.reasons),
-            "note": self.note,
-        }
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> OutputField:
-        def pair(key: str, k: int) -> Pair:
-            return data[key]["before"][k], data[key]["after"][k]
+        def sides(key: str) -> Sides:
+            return Sides(tuple(getattr(a, key)[0] for a in f), tuple(getattr(a, key)[1] for a in f))
 
-        field = tuple(
-            AxisField(stride, pair("reach", k), pair("halo", k), pair("shrink", k), Fraction(data["scale"][k]))
-            for k, stride in enumerate(data["stride"])
-        )
-        return cls(
-            data["name"],
-            data["axes"],
-            data["channels"],
-            field,
-            data["exact"],
-            tuple(data["reasons"]),
-            data["note"],
-        )
+        return FieldRecord(
+            self.name,
+            self.axes,
+            self.channels,
+            tuple(a.stride for a in f),
+            sides("reach"),
+            sides("halo"),
+            sides("shrink"),
+            tuple(a.scale for a in f),
+            self.exact,
+            self.reasons,
+            self.note,
+        ).to_json()
+
+
+@dataclass(frozen=True)
+class FieldRecord(Record):
+    """An :class:`OutputField` as it is written: axis by axis in every entry."""
+
+    name: str
+    axes: str
+    channels: Count
+    stride: tuple[Count, ...]
+    reach: Sides
+    halo: Sides
+    shrink: Sides
+    scale: tuple[Fraction, ...]
+    exact: bool
+    reasons: tuple[str, ...]
+    note: str
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.stride), len(self.scale)}
+        lengths |= {len(side) for sides in (self.reach, self.halo, self.shrink) for side in (sides.before, sides.after)}
+        if len(lengths) > 1:
+            raise ValueError("stride, reach, halo, shrink and scale differ in their number of axes")
+        if any(scale <= 0 for scale in self.scale):
+            raise ValueError(f"scale {', '.join(map(str, self.scale))} must be above 0")
+
+    @property
+    def output(self) -> OutputField:
+        """The value that was written."""
+        sides = [zip(s.before, s.after, strict=True) for s in (self.reach, self.halo, self.shrink)]
+        axes = zip(self.stride, *sides, self.scale, strict=True)
+        field = tuple(AxisField(*axis) for axis in axes)
+        return OutputField(self.name, self.axes, self.channels, field, self.exact, self.reasons, self.note)

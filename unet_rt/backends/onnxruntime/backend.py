@@ -1,4 +1,4 @@
-"""ONNX Runtime: the baseline everywhere, and an engine on CPUs and NVIDIA GPUs (those in :mod:`.onnxruntime_cuda`).
+"""ONNX Runtime: the baseline everywhere, and an engine on CPUs and NVIDIA GPUs (those in :mod:`.cuda`).
 
 When a position's result does not depend on the tile (seen with 1.32 on x86-64): the blocked 2-D convolutions
 (ungrouped, input channels a multiple of 4) and whatever sums at most 128 products per output give the same bits at any
@@ -11,15 +11,18 @@ none of this.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import BackendError
 from ...graph.passes.up_conv import up_conv
 from ...graph.precision import copy_graph, precision_of
-from ..session import Session
+from ..session import BackendSettings, Session
 from .cpu import OnnxRuntimeSession
 from .library import missing
+
+log = logging.getLogger("unet_rt")
 
 
 def precisions(device: str = "cpu") -> tuple[str, ...]:
@@ -38,8 +41,8 @@ def build(
     blob: Path | None = None,
     tiles: Sequence[Sequence[int]] = (),
     batches: Sequence[int] = (),
-) -> None:
-    """Writes ``graph``: FP32 or INT8 for the CPU, ``precision`` and measured settings for a GPU.
+) -> BackendSettings | None:
+    """Writes ``graph``: FP32 or INT8 for the CPU, ``precision`` for a GPU, for which settings are measured and returned.
 
     For INT8 ``model`` is quantised already, in the form of :mod:`unet_rt.graph.passes.qdq` for this backend.
 
@@ -62,21 +65,21 @@ def build(
                 "quantise it first (unet-rt build with --samples does)"
             )
         copy_graph(model, graph)
-        return
+        return None
     if found != "fp32" and (found != precision or halved(onnx.load(str(model), load_external_data=False)) != precision):
         raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
     if device != "cpu":
         reason = missing(device)
         if reason is not None:
             raise BackendError(reason)
-        from . import trial as onnxruntime_cuda
+        from . import trial
 
-        onnxruntime_cuda.build(model, graph, precision=precision, device=device, tiles=tiles, batches=batches)
-        return
+        return trial.build(model, graph, precision=precision, device=device, tiles=tiles, batches=batches).to_json()
     copy_graph(model, graph)
     proto = onnx.load(str(graph))
     if up_conv(proto):
         onnx.save(proto, str(graph))
+    return None
 
 
 def _require_precision(precision: str, device: str) -> None:
@@ -86,14 +89,29 @@ def _require_precision(precision: str, device: str) -> None:
         raise BackendError(f"ONNX Runtime has no {precision} on {device}; use {has}, or {others}")
 
 
-def load(graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, blob: Path | None = None) -> Session:
+def load(
+    graph: Path,
+    *,
+    precision: str,
+    device: str = "cpu",
+    threads: int = 0,
+    blob: Path | None = None,
+    settings: BackendSettings | None = None,
+) -> Session:
     """Session on ``device`` with ``threads`` threads; 0: as many as affinity and quota allow.
 
-    On a GPU it is a :class:`~unet_rt.backends.session.DeviceSession` with the settings recorded in the graph.
+    On a GPU it is a :class:`~unet_rt.backends.session.DeviceSession` with the ``settings`` that build measured.
     """
     _require_precision(precision, device)
     if device == "cpu":
         return OnnxRuntimeSession(Path(graph), precision, threads)
     from .cuda import CudaSession
+    from .settings import Settings, read_settings
 
-    return CudaSession(Path(graph), precision, device, threads)
+    if settings is None:
+        log.warning(
+            "%s comes without settings measured for a GPU, and runs with the provider's own; build the engine again",
+            graph,
+        )
+        return CudaSession(Path(graph), precision, device, threads, Settings())
+    return CudaSession(Path(graph), precision, device, threads, read_settings(settings, Path(graph)))

@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import BackendError, size_text
 from ...graph.passes.qdq import QUANTISED_KEY
 from ..session import Array, SessionBase, arrays_for, thread_count
-from .library import _import, _port, _provider, errors, missing, session_options
+from .library import cpu_provider, errors, import_library, missing, port_of, session_options
 
 
 def bare(graph: Path, threads: int) -> Callable[[Sequence[Array]], list[Array]]:
@@ -20,10 +20,10 @@ def bare(graph: Path, threads: int) -> Callable[[Sequence[Array]], list[Array]]:
 
     Its defaults, but for the threads. Returns a function of the graph's inputs, in graph order.
     """
-    library = _import()
+    library = import_library()
     options = library.SessionOptions()
     options.intra_op_num_threads = thread_count(threads)
-    session = library.InferenceSession(str(graph), options, providers=[_provider()])
+    session = library.InferenceSession(str(graph), options, providers=[cpu_provider()])
     names = [value.name for value in session.get_inputs()]
     return lambda inputs: list(session.run(None, dict(zip(names, inputs, strict=True))))
 
@@ -38,18 +38,18 @@ class OnnxRuntimeSession(SessionBase):
         reason = missing()
         if reason is not None:
             raise BackendError(reason)
-        self._library = _import()
+        self._library = import_library()
         self._errors = errors(self._library)
         self._output_shapes: dict[tuple[tuple[int, ...], ...], list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         self._last: tuple[tuple[int, ...], ...] | None = None
         self._session: Any = None
         try:
             session = self._open(graph)
-            self._ports = tuple(_port(value) for value in session.get_inputs())
+            self._ports = tuple(port_of(value) for value in session.get_inputs())
         except self._errors as error:
             raise BackendError(f"ONNX Runtime refuses {graph}: {error}") from error
         self._output_names = [value.name for value in session.get_outputs()]
-        active, wanted = session.get_providers(), _provider()[0]
+        active, wanted = session.get_providers(), cpu_provider()[0]
         if not active or active[0] != wanted:
             raise BackendError(
                 f"{wanted} was asked for {graph.name}, ONNX Runtime took {', '.join(active) or 'nothing'}; "
@@ -60,10 +60,10 @@ class OnnxRuntimeSession(SessionBase):
     def _open(self, graph: Path) -> Any:
         options = session_options(self._library, self.threads)
         if self._precision != "int8":
-            return self._library.InferenceSession(str(graph), options, providers=[_provider()])
+            return self._library.InferenceSession(str(graph), options, providers=[cpu_provider()])
         with tempfile.TemporaryDirectory(prefix="unet-rt-") as folder:
             options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-            session = self._library.InferenceSession(str(graph), options, providers=[_provider()])
+            session = self._library.InferenceSession(str(graph), options, providers=[cpu_provider()])
             compiled = Path(options.optimized_model_filepath).read_bytes()
         asked = int(session.get_modelmeta().custom_metadata_map.get(QUANTISED_KEY, "1"))
         got = _count(compiled, "QLinearConv")

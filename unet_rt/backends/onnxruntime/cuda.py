@@ -25,10 +25,6 @@ What decides (read in the sources and the binary of 1.31; speeds are measured by
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import io
-import logging
-import sys
 import threading
 import traceback
 from collections import OrderedDict
@@ -44,24 +40,17 @@ from ...kernels.device import DeviceMemoryError
 from ...system import facts
 from ..session import Array, Port, SessionBase, arrays_for, check_shapes
 from . import library
-from .settings import Named, Options, read_record
+from .provider import Provider, graph_port, preload, sizes_by_name
+from .settings import Options, Settings
 
 if TYPE_CHECKING:
     from ...kernels.device import DeviceArray, Stream
 
 
-log = logging.getLogger("unet_rt")
-
 _SHAPES = 4  # provider sessions that are kept, one per shape, each with its weights, arena and plans
 _BINDINGS = 64  # sets of addresses whose bindings are kept
 _GRAPHS = 16  # sets of addresses whose launches are recorded; a recording goes with its provider session, not before
 RUNS_BEFORE_GRAPH = 2  # runs of a set of addresses before it is taken for one that stays
-
-# Operators that may run on the CPU: the arithmetic of sizes. Anything else there is a network that left the GPU.
-_ARITHMETIC = frozenset(
-    "Shape Size Gather Concat Unsqueeze Squeeze Cast Slice Mul Add Sub Div Floor Ceil Min Max Constant ConstantOfShape "
-    "Range Reshape Identity Equal Where Expand Not Mod Round Sqrt ReduceProd Neg".split()
-)
 
 # The text is all there is: no status code of ONNX Runtime means short memory, and so no exception of its Python module
 # does. What the arena and the CUDA calls report arrives as Fail, RuntimeException or EPFail, like any other failure of a
@@ -71,24 +60,6 @@ _SHORT_OF_MEMORY = (
     "CUDA failure 2:",  # cudaErrorMemoryAllocation
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-
-
-def preload(library: Any) -> None:
-    """Loads CUDA and cuDNN from NVIDIA's wheels, where they are installed, and refuses machines without cuDNN."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it prints what it cannot find
-        if hasattr(library, "preload_dlls"):
-            library.preload_dlls()
-    if sys.platform != "linux":
-        return
-    try:
-        ctypes.CDLL("libcudnn.so.9")
-    except OSError as error:
-        first = said.getvalue().strip().partition("\n")[0]
-        raise BackendError(
-            f"ONNX Runtime would convolve on the GPU without cuDNN, slowly: {error}{'; ' + first if first else ''}; "
-            "pip install nvidia-cudnn-cu13, or put the folder of libcudnn.so.9 on LD_LIBRARY_PATH"
-        ) from error
 
 
 @dataclass
@@ -109,13 +80,13 @@ class CudaSession(SessionBase):
         precision: ``"fp32"`` or ``"fp16"``: what the graph computes in.
         device: ``"cuda:N"``.
         threads: Of the host, for what little it computes.
-        options: Settings; None: those recorded in the graph.
+        settings: What it is run with; the provider's defaults where nothing was tried.
     """
 
     title = "ONNX Runtime"
 
     def __init__(
-        self, graph: Path, precision: str, device: str, threads: int = 0, options: Options | None = None
+        self, graph: Path, precision: str, device: str, threads: int = 0, settings: Settings = Settings()
     ) -> None:
         super().__init__(precision, device, threads)
         reason = library.missing(device)
@@ -123,27 +94,27 @@ class CudaSession(SessionBase):
             raise BackendError(reason)
         from ...kernels.device import Device
 
-        self._library = library._import()
+        self._library = library.import_library()
         self._errors = library.errors(self._library)
-        self._graph = graph
-        record = read_record(graph)
-        self._options = record.options if options is None else options
+        self._options = settings.options
         preload(self._library)
-        self._device_handle: Device = Device.open(facts.cuda_index(device))
-        self._stream: Stream = self._device_handle.stream()
+        self.gpu: Device = Device.open(facts.cuda_index(device))
+        self._stream: Stream = self.gpu.stream()
+        options = settings.options.provider(self.gpu.index, precision, self._stream.handle)
+        self._provider = Provider(self._library, graph, options, self.gpu, device, self.threads)
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
         self._bindings: OrderedDict[Any, _Binding] = OrderedDict()
         self._staging: OrderedDict[Any, tuple[Array, DeviceArray]] = OrderedDict()
-        self._inputs = record.inputs
-        with self._device_handle.activate():
+        self._inputs = settings.inputs
+        with self.gpu.activate():
             # What can be refused is refused now. The shape of the trial is most likely the one that will run.
-            first = self._create(record.input_shapes)
-        if not record.inputs:
-            self._inputs = tuple(_named(value) for value in first.get_inputs())
-        outputs = record.outputs or tuple(_named(value) for value in first.get_outputs())
+            first = self._create(settings.input_shapes)
+        if not settings.inputs:
+            self._inputs = tuple(graph_port(value) for value in first.get_inputs())
+        outputs = settings.outputs or tuple(graph_port(value) for value in first.get_outputs())
         self._ports = tuple(value.port for value in self._inputs)
         self._out_ports = tuple(value.port for value in outputs)
-        known = record.input_shapes or tuple(tuple(n or 0 for n in port.shape) for port in self._ports)
+        known = settings.input_shapes or tuple(tuple(n or 0 for n in port.shape) for port in self._ports)
         if all(size for shape in known for size in shape):
             self._compiled[known] = _Compiled(first)
         self._run_options = self._no_wait()
@@ -176,13 +147,13 @@ class CudaSession(SessionBase):
 
     def output_shapes(self, input_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """Shapes of the outputs; runs the graph once on zeros where the shapes are new, and waits for it."""
-        with self._lock, self._device_handle.activate():
+        with self._lock, self.gpu.activate():
             self._require_open()
             return list(self._shapes(self._key(input_shapes)))
 
     def run_device(self, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]) -> None:
         """Enqueues one run on :attr:`stream`: C-contiguous arrays of the graph's dtypes, in graph order."""
-        with self._lock, self._device_handle.activate():
+        with self._lock, self.gpu.activate():
             self._require_open()
             self._enqueue(inputs, outputs)
 
@@ -194,66 +165,14 @@ class CudaSession(SessionBase):
 
     def give_back(self) -> None:
         """Frees :attr:`held_bytes`, with the provider sessions; shapes that are run again get new ones."""
-        with self._lock, self._device_handle.activate():
+        with self._lock, self.gpu.activate():
             self._drop_all()
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _create(self, key: tuple[tuple[int, ...], ...]) -> Any:
-        """A provider session for these input shapes; nothing but the arithmetic of sizes may run on the CPU.
-
-        Sizes that have no names of their own stay free.
-        """
-        refused: Exception | None = None
-        for strict in (True, False):
-            try:
-                session = self._library.InferenceSession(
-                    str(self._graph),
-                    self._session_options(strict, key),
-                    providers=[
-                        (
-                            "CUDAExecutionProvider",
-                            self._options.provider(self._device_handle.index, self.precision, self._stream.handle),
-                        )
-                    ],
-                    disabled_optimizers={"ConvActivationFusion", "ConvAddActivationFusion"},
-                    enable_fallback=0,
-                )
-                break
-            except self._errors as error:
-                refused = refused or error
-        else:
-            # Its errors have no kind of their own for short memory. The weights alone take as much as the file.
-            weights, free = self._graph.stat().st_size, self._device_handle.memory()[0]
-            if weights > free:
-                raise DeviceMemoryError(
-                    f"{self._graph.name} takes {weights / 1e6:.0f} MB of device memory, {free / 1e6:.0f} MB are free on "
-                    f"{self.device}; free what others hold, or use --device cpu"
-                ) from refused
-            raise BackendError(f"ONNX Runtime refuses {self._graph} on {self.device}: {refused}") from refused
-        active = session.get_providers()
-        if not active or active[0] != "CUDAExecutionProvider":
-            raise BackendError(
-                f"CUDAExecutionProvider was asked for {self._graph.name}, ONNX Runtime took "
-                f"{', '.join(active) or 'nothing'}; CUDA or cuDNN libraries are missing (see unet-rt doctor), "
-                "or use --device cpu"
-            )
-        strays = library.strays(session, "CUDAExecutionProvider", _ARITHMETIC)
-        if strays:
-            raise BackendError(
-                f"{len(strays)} layer(s) of {self._graph.name} would run on the CPU, {self.device} was asked "
-                f"(first: {strays[0]}); use --device cpu"
-            )
-        return session
-
-    def _session_options(self, strict: bool, key: tuple[tuple[int, ...], ...]) -> Any:
-        options = library.session_options(self._library, self.threads)
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        # Strictly, the arithmetic of sizes is refused, too, which is none of the GPU's business.
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
-        for name, size in sizes_by_name(self._inputs, key).items():
-            options.add_free_dimension_override_by_name(name, size)
-        return options
+        """A provider session for these input shapes. Sizes that have no names of their own stay free."""
+        return self._provider.session(sizes_by_name(self._inputs, key))
 
     def _no_wait(self, graph_id: int = -1) -> Any:
         options = self._library.RunOptions()
@@ -292,7 +211,7 @@ class CudaSession(SessionBase):
 
     def _first_run(self, key: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         """Runs on zeros, which says what the outputs are."""
-        compiled, device = self._for_shapes(key), self._device_handle
+        compiled, device = self._for_shapes(key), self.gpu
         inputs = [device.empty(shape, port.dtype) for shape, port in zip(key, self._ports, strict=True)]
         for array in inputs:
             device.zero(array, self._stream)
@@ -349,7 +268,7 @@ class CudaSession(SessionBase):
     def _bind(
         self, key: tuple[tuple[int, ...], ...], inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
     ) -> _Binding:
-        compiled, index = self._for_shapes(key), self._device_handle.index
+        compiled, index = self._for_shapes(key), self.gpu.index
         binding = compiled.session.io_binding()
         for port, array in zip(self._ports, inputs, strict=True):
             binding.bind_input(port.name, "cuda", index, port.dtype.type, tuple(array.shape), int(array.pointer))
@@ -399,7 +318,7 @@ class CudaSession(SessionBase):
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
         arrays = arrays_for(self._ports, inputs)
         key = tuple(array.shape for array in arrays)
-        device, stream = self._device_handle, self._stream
+        device, stream = self.gpu, self._stream
         with device.activate():
             shapes = self._shapes(key)
             given = [self._staged(("in", k), a.shape, a.dtype) for k, a in enumerate(arrays)]
@@ -428,14 +347,14 @@ class CudaSession(SessionBase):
                     del self._bindings[bound]
                 old.free()
             found = self._staging[key] = (
-                self._device_handle.pinned(tuple(shape), dtype),
-                self._device_handle.empty(tuple(shape), dtype),
+                self.gpu.pinned(tuple(shape), dtype),
+                self.gpu.empty(tuple(shape), dtype),
             )
         self._staging.move_to_end(key)
         return found
 
     def _release(self) -> None:
-        with self._device_handle.activate():
+        with self.gpu.activate():
             self._drop_all()
 
     def _drop_all(self) -> None:
@@ -445,22 +364,6 @@ class CudaSession(SessionBase):
         for _, array in self._staging.values():
             array.free()
         self._staging.clear()
-
-
-def sizes_by_name(inputs: Sequence[Named], key: Sequence[Sequence[int]]) -> dict[str, int]:
-    """Free sizes of the inputs at shapes ``key``; none at all where one name would mean two sizes."""
-    found: dict[str, int] = {}
-    for value, shape in zip(inputs, key, strict=False):
-        for name, size in zip(value.shape, shape, strict=True):
-            if isinstance(name, str) and found.setdefault(name, size) != size:
-                return {}
-    return found
-
-
-def _named(value: Any) -> Named:
-    """An input or output as a provider session describes it."""
-    port = library._port(value)
-    return Named(port.name, tuple(n if isinstance(n, int | str) else None for n in value.shape), port.dtype.name)
 
 
 @dataclass

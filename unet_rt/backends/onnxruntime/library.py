@@ -58,12 +58,12 @@ def missing(device: str = "cpu") -> str | None:
     if importlib.util.find_spec("onnxruntime") is None:
         return f"ONNX Runtime is not installed; pip install {wheel}"
     if device == "cpu":
-        _import()
+        import_library()
         return None
     reason = facts.cuda().missing
     if reason is not None:
         return f"ONNX Runtime cannot use {device}: {reason}; use --device cpu"
-    if "CUDAExecutionProvider" not in _import().get_available_providers():
+    if "CUDAExecutionProvider" not in import_library().get_available_providers():
         return (
             f"ONNX Runtime cannot use {device}: this is the CPU wheel; "
             "pip uninstall -y onnxruntime, then pip install onnxruntime-gpu"
@@ -81,7 +81,7 @@ def missing(device: str = "cpu") -> str | None:
 _NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 
 
-def _import() -> Any:
+def import_library() -> Any:
     for variable in _NO_TELEMETRY:
         os.environ.setdefault(variable, "1")
     try:
@@ -111,7 +111,7 @@ def errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
     )
 
 
-def _provider() -> tuple[str, dict[str, str]]:
+def cpu_provider() -> tuple[str, dict[str, str]]:
     return "CPUExecutionProvider", {}
 
 
@@ -150,7 +150,7 @@ def strays(session: Any, provider: str, allowed: frozenset[str] = frozenset()) -
     ]
 
 
-def _port(value: Any) -> Port:
+def port_of(value: Any) -> Port:
     dtype = _DTYPES.get(value.type)
     if dtype is None:
         raise ValueError(f"input {value.name} is {value.type}, which NumPy cannot hold")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,8 +14,10 @@ import numpy as np
 from ...errors import BackendError
 from ...system import timing as timing_module
 from ..session import Array, arrays_for
-from .cuda import RUNS_BEFORE_GRAPH, CudaSession, log
-from .settings import RECORD, Named, Options, Record, Trial
+from .cuda import RUNS_BEFORE_GRAPH, CudaSession
+from .settings import GraphPort, Options, Settings, Trial
+
+log = logging.getLogger("unet_rt")
 
 # A variant is kept only if it is faster than what is in hand by more than this: less is noise.
 _GAIN = 0.02
@@ -34,8 +36,8 @@ def build(
     tiles: Sequence[Sequence[int]] = (),
     batches: Sequence[int] = (),
     islands: Sequence[str] = (),
-) -> Record:
-    """Writes ``graph`` in ``precision``, with the settings that the trial found fastest on ``device``.
+) -> Settings:
+    """Writes ``graph`` in ``precision``, and returns the settings that the trial found fastest for it on ``device``.
 
     Args:
         model: The FP32 graph.
@@ -55,31 +57,23 @@ def build(
     proto = onnx.load(str(model))
     if precision == "fp16":
         half(proto, islands=islands)
-    inputs, outputs = _name_sizes(proto)
-    _record(proto, Record(input_shapes=shapes, inputs=inputs, outputs=outputs))
+    inputs, outputs = name_sizes(proto)
+    untried = Settings(input_shapes=shapes, inputs=inputs, outputs=outputs)
     variants = {False: graph.with_name(f"{graph.name}.plain")}
     try:
         onnx.save_model(proto, str(variants[False]))
         if up_conv(proto):
             variants[True] = graph.with_name(f"{graph.name}.rewritten")
             onnx.save_model(proto, str(variants[True]))
-        record = replace(_search(variants, precision, device, shapes), inputs=inputs, outputs=outputs)
-        if not record.options.up_conv:
-            proto = onnx.load(str(variants[False]))
+        settings = _search(variants, precision, device, untried)
+        variants[settings.options.up_conv].replace(graph)
     finally:
         for path in variants.values():
             path.unlink(missing_ok=True)
-    _record(proto, record)
-    onnx.save_model(proto, str(graph))
-    return record
+    return settings
 
 
-def _record(proto: Any, record: Record) -> None:
-    entry = next((p for p in proto.metadata_props if p.key == RECORD), None) or proto.metadata_props.add(key=RECORD)
-    entry.value = json.dumps(record.to_json(), sort_keys=True)
-
-
-def _name_sizes(proto: Any) -> tuple[tuple[Named, ...], tuple[Named, ...]]:
+def name_sizes(proto: Any) -> tuple[tuple[GraphPort, ...], tuple[GraphPort, ...]]:
     """Gives every free size of an input a name of its own; returns inputs and outputs.
 
     Exporters call two sizes alike, or none. The names elsewhere go: ONNX Runtime infers them again.
@@ -99,10 +93,10 @@ def _name_sizes(proto: Any) -> tuple[tuple[Named, ...], tuple[Named, ...]]:
                 dim.Clear()
     del proto.graph.value_info[:]
 
-    def named(value: Any) -> Named:
+    def named(value: Any) -> GraphPort:
         kind = value.type.tensor_type
         shape = (n.dim_value if n.dim_value > 0 else n.dim_param or None for n in kind.shape.dim)
-        return Named(value.name, tuple(shape), onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
+        return GraphPort(value.name, tuple(shape), onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
 
     return tuple(named(value) for value in inputs), tuple(named(value) for value in proto.graph.output)
 
@@ -130,7 +124,7 @@ def trial_shapes(model: Path, tiles: Sequence[Sequence[int]], batches: Sequence[
     return tuple(shapes)
 
 
-def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: tuple[tuple[int, ...], ...]) -> Record:
+def _search(variants: Mapping[bool, Path], precision: str, device: str, untried: Settings) -> Settings:
     """Greedy: layout, bias and the form of up-convolutions first, then cuDNN's heuristics, then recording.
 
     Every stage times the best so far and its changes in turn, on the same input; a change whose result is not that of
@@ -138,7 +132,7 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: 
     """
     begun = time.perf_counter()
     rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in untried.input_shapes]
     fused = [{"prefer_nhwc": True, "fuse_conv_bias": True, "up_conv": True in variants}] if precision == "fp16" else []
     stages: list[list[dict[str, Any]]] = [
         [{}, {"prefer_nhwc": True}, *fused],
@@ -158,7 +152,8 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: 
                 if options in running:
                     continue
                 try:
-                    contender = _Contender(variants[options.up_conv], precision, device, options, inputs)
+                    settings = replace(untried, options=options)
+                    contender = _Contender(variants[options.up_conv], precision, device, settings, inputs)
                 except BackendError as error:
                     trials.append(Trial(options, note=str(error)))
                     continue
@@ -188,7 +183,7 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, shapes: 
     best[1].close()
     for trial in trials:
         log.info("onnxruntime %s %s: %s", device, trial.options.text, trial.note or f"{trial.ms:.3f} ms")
-    return Record(best[0], shapes, tuple(trials))
+    return replace(untried, options=best[0], trials=tuple(trials))
 
 
 def _judge(contender: _Contender, expected: list[Array] | None, precision: str) -> tuple[str, list[Array] | None]:
@@ -217,11 +212,11 @@ def _apart(expected: Array, found: Array) -> float:
 class _Contender:
     """A session with fixed arrays on the device: what is timed is the run alone."""
 
-    def __init__(self, graph: Path, precision: str, device: str, options: Options, inputs: Sequence[Array]) -> None:
-        self.session = CudaSession(graph, precision, device, options=options)
+    def __init__(self, graph: Path, precision: str, device: str, settings: Settings, inputs: Sequence[Array]) -> None:
+        self.session = CudaSession(graph, precision, device, settings=settings)
         try:
             arrays = arrays_for(self.session.ports, inputs)
-            handle, stream = self.session._device_handle, self.session.stream
+            handle, stream = self.session.gpu, self.session.stream
             with handle.activate():
                 self.inputs = [handle.empty(a.shape, a.dtype) for a in arrays]
                 for array, target in zip(arrays, self.inputs, strict=True):
@@ -239,11 +234,11 @@ class _Contender:
 
     def run(self) -> None:
         self.session.run_device(self.inputs, self.targets)
-        with self.session._device_handle.activate():
+        with self.session.gpu.activate():
             self.session.stream.synchronize()
 
     def outputs(self) -> list[Array]:
-        handle, stream = self.session._device_handle, self.session.stream
+        handle, stream = self.session.gpu, self.session.stream
         found = []
         with handle.activate():
             for target in self.targets:
@@ -255,6 +250,6 @@ class _Contender:
 
     def close(self) -> None:
         self.session.close()
-        with self.session._device_handle.activate():
+        with self.session.gpu.activate():
             for array in (*self.inputs, *self.targets):
                 array.free()

@@ -24,6 +24,7 @@ import numpy as np
 from ...errors import BackendError, EngineError
 from ...graph.precision import copy_graph, precision_of
 from ...system import facts
+from ..session import BackendSettings
 from . import plugin
 from .build import compile_plan, profiles_for, title
 from .inspect import check_engine, check_network, engine_convolutions
@@ -351,7 +352,13 @@ def _measured_ms(session: TensorRtSession) -> float:
 
 
 def load(
-    graph: Path, *, precision: str, device: str = "cpu", threads: int = 0, blob: Path | None = None
+    graph: Path,
+    *,
+    precision: str,
+    device: str = "cpu",
+    threads: int = 0,
+    blob: Path | None = None,
+    settings: BackendSettings | None = None,
 ) -> TensorRtSession:
     """Session of a plan that ``build`` wrote.
 
