@@ -208,7 +208,8 @@ def host_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
 
     monkeypatch.setattr(HostSession, "made", [])
     monkeypatch.setattr(HostSession, "library", library)
-    monkeypatch.setattr(onnxruntime, "missing", lambda device="cpu": None)
+    for module in (onnxruntime, onnxruntime_library):
+        monkeypatch.setattr(module, "missing", lambda device="cpu": None)
     monkeypatch.setattr(onnxruntime_library, "import_library", lambda: Mask())
     monkeypatch.setattr(onnxruntime_cuda, "preload", lambda library: None)
     monkeypatch.setattr(gpu.Device, "open", classmethod(lambda cls, index=0: device))
@@ -406,7 +407,7 @@ def test_a_session_that_finds_no_memory_for_its_weights_says_so(
     def refused(*_: Any) -> None:
         raise RuntimeError("some error")
 
-    monkeypatch.setattr(CudaSession, "_session_options", refused)
+    monkeypatch.setattr(onnxruntime_provider.Provider, "_session_options", refused)
     with pytest.raises(BackendError, match="ONNX Runtime refuses") as raised:
         CudaSession(shipped_model(), "fp32", "cuda:0", 1)
     assert not isinstance(raised.value, gpu.DeviceMemoryError)

@@ -22,7 +22,8 @@ from fake_tensorrt import FakeDevice, FakeTensorRt
 
 import unet_rt
 from unet_rt.backends.tensorrt import backend as tensorrt
-from unet_rt.backends.tensorrt import session as tensorrt_session
+from unet_rt.backends.tensorrt import recording
+from unet_rt.backends.tensorrt import runtime as tensorrt_runtime
 from unet_rt.backends.tensorrt.build import advice, failure, logger, profiles_for, refusal
 from unet_rt.backends.tensorrt.inspect import check_engine, check_network, engine_convolutions
 from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
@@ -301,7 +302,7 @@ def test_short_memory_is_an_error_of_its_own(fake: FakeTensorRt, monkeypatch: py
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: messages.errors.append(text))
     monkeypatch.setattr(fake, "Runtime", lambda sink: runtime)
     with pytest.raises(DeviceMemoryError, match=r"cannot load the plan: .* use a smaller --tile or --batch"):
-        tensorrt_session.deserialize(fake, b"plan")
+        tensorrt_runtime.deserialize(fake, b"plan")
 
 
 @pytest.mark.parametrize(
@@ -333,9 +334,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
     for name in ("graph_begin", "graph_end", "graph_launch", "graph_destroy"):
         monkeypatch.setattr(kernels, name, getattr(library.graphs, name))
     # No run of a session is a part of someone else's recording, but its own.
-    monkeypatch.setattr(
-        tensorrt_session, "_capturing", lambda stream: library.fails and library.graphs.recording is not None
-    )
+    monkeypatch.setattr(recording, "capturing", lambda stream: library.fails and library.graphs.recording is not None)
     return library
 
 
@@ -390,7 +389,7 @@ def test_runs_are_recorded_per_arrays_and_nothing_is_allocated(fake: FakeTensorR
 
 
 def test_no_more_than_some_recordings_are_kept(fake: FakeTensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_session, "_MOST_GRAPHS", 3)
+    monkeypatch.setattr(recording, "_MOST_GRAPHS", 3)
     device = FakeDevice()
     with session_of(fake, device) as session:
         y = device.empty((1, 1, 8, 8), "f4")
@@ -403,7 +402,7 @@ def test_no_more_than_some_recordings_are_kept(fake: FakeTensorRt, monkeypatch: 
 
 
 def test_a_run_inside_another_recording_is_a_part_of_it(fake: FakeTensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_session, "_capturing", lambda stream: fake.graphs.recording is not None)
+    monkeypatch.setattr(recording, "capturing", lambda stream: fake.graphs.recording is not None)
     device = FakeDevice()
     with session_of(fake, device) as session:
         x, y = device.empty((1, 1, 8, 8), "f4"), device.empty((1, 1, 8, 8), "f4")
@@ -489,10 +488,10 @@ def test_a_gpu_that_is_too_small_is_told_from_a_plan_that_does_not_run(fake: Fak
         EngineValidity=SimpleNamespace(INVALID="invalid"), EngineInvalidityDiagnostics=diagnostics,
     )  # fmt: skip
     with pytest.raises(DeviceMemoryError, match="the GPU's memory is too small; free what others hold"):
-        tensorrt_session.deserialize(rtx, b"plan")
+        tensorrt_runtime.deserialize(rtx, b"plan")
     found.diagnostics = 1
     with pytest.raises(EngineError, match="the plan is damaged; use --backend onnxruntime"):
-        tensorrt_session.deserialize(rtx, b"plan")
+        tensorrt_runtime.deserialize(rtx, b"plan")
 
 
 def test_shapes_outside_the_plan_name_the_rebuild(fake: FakeTensorRt) -> None:
@@ -523,7 +522,7 @@ def test_a_failing_run_is_an_error_and_the_next_may_succeed(fake: FakeTensorRt) 
             session.run([tiles(1)])
         assert fake.graphs.recording is None
     with pytest.raises(EngineError, match="refuses the plan: it gives no reason; build the engine again"):
-        tensorrt_session.deserialize(fake, b"other")
+        tensorrt_runtime.deserialize(fake, b"other")
 
 
 def test_identical_rows_must_agree(fake: FakeTensorRt) -> None:

@@ -131,7 +131,7 @@ def assert_precision(counts: Counter[str], precision: str) -> None:
 def built(trt: Any, model: Path, folder: Path, precision: str, tiles: Any, batches: Any) -> dict[str, Counter[str]]:
     """Convolutions per precision for every form of the graph; raises what ``build`` would."""
     found = {}
-    for name, file in tensorrt.graph_forms(model, folder / "graph.onnx", precision, plugins=False):
+    for name, file in tensorrt.graph_forms(model, folder / "graph.onnx", precision, plugins=False).items():
         proto = onnx.load(str(file))
         compiled = compile_plan(trt, file, profiles_for(proto, tiles, batches))
         assert len(compiled.plan) > 10_000
@@ -417,7 +417,7 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
     assert seen == {"g.onnx": 0, "g.up_conv.onnx": 0, "g.crop_concat.onnx": 4}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.onnx", "p"]
     forms = tensorrt.graph_forms(tmp_path / "g.onnx", tmp_path / "again.onnx", "fp16", plugins=False)
-    for _, file in forms:
+    for file in forms.values():
         assert {node.domain for node in onnx.load(str(file)).graph.node} <= {"", "ai.onnx"}
 
 

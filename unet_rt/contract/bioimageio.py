@@ -1,13 +1,6 @@
 """bioimage.io packages: the resource description (``rdf.yaml``, format versions 0.4 and 0.5) as an input contract.
 
 A package is a folder, a zip, or the ``rdf.yaml`` itself. The weights are those of the entry ``onnx``.
-
-Steps of the preprocessing are composed into one normalisation ``(clip(x) - offset) / divisor``: ``scale_linear``,
-``zero_mean_unit_variance`` (fixed or per sample), ``fixed_zero_mean_unit_variance``, ``scale_range``, ``clip`` before
-and after them, ``ensure_dtype`` to a float. A step that this form cannot hold is an error that names it; none is skipped.
-
-Statistics "per sample" are taken per plane (scope ``slice``): for a 2-D network each picture of a stack is a sample.
-Where the step takes the channels of several together, they are taken over the whole image (scope ``image``).
 """
 
 from __future__ import annotations
@@ -18,22 +11,22 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ContractError
-from .contract import Contract, Normalization, OutputIs, Scope, Task
-from .words import check_normalization
+from .contract import Contract, Normalization, OutputIs, Task
+from .rdf_axes import Axis, axes_of
+from .rdf_steps import compose, numbers_of
 
 NAMES = ("rdf.yaml", "bioimageio.yaml", "model.yaml", "rdf.yml")
-_LETTERS = {"batch": "N", "channel": "C", "b": "N", "c": "C", "z": "Z", "y": "Y", "x": "X", "t": "T", "time": "T"}
-_UM = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "angstrom": 1e-4,
-       "picometer": 1e-6, "inch": 25400.0}  # fmt: skip
 
 
-def read_package(path: Path, work: Path | None, normalization: Normalization | None) -> tuple[Contract, Path]:
-    """(contract, path of the ONNX weights).
+def contract_from_rdf(
+    path: str | Path, work: Path | None = None, *, normalization: Normalization | None = None
+) -> tuple[Contract, Path]:
+    """(contract, path of the ONNX weights) of a bioimage.io package.
 
     Args:
         path: Folder, zip or ``rdf.yaml``.
@@ -43,6 +36,7 @@ def read_package(path: Path, work: Path | None, normalization: Normalization | N
     Raises:
         ContractError: No package, no ONNX weights, another version, or a step that is not supported.
     """
+    path = Path(path)
     if not path.exists():
         raise ContractError(f"{path}: no such file or folder; check the path")
     if path.is_file() and zipfile.is_zipfile(path):
@@ -152,7 +146,7 @@ def describe(description: Mapping[str, Any], name: str, normalization: Normaliza
             "the bioimage.io tools"
         )
     image = _first(description, "inputs", name)
-    axes = _axes(image, name)
+    axes = axes_of(image, name)
     contract = Contract(axes="".join(a.letter for a in axes))
     channel = next((a for a in axes if a.letter == "C"), None)
     space = [a for a in axes if a.letter in "ZYX"]
@@ -164,7 +158,7 @@ def describe(description: Mapping[str, Any], name: str, normalization: Normaliza
         contract = replace(contract, pixel_size_um=tuple(a.um for a in space if a.um is not None))
     if normalization is None:
         count = channel.count if channel is not None else 1
-        normalization = _compose(image.get("preprocessing") or [], axes, count, name)
+        normalization = compose(image.get("preprocessing") or [], axes, count, name)
     contract = replace(contract, normalization=normalization)
     return _with_output(contract, _first(description, "outputs", name), name)
 
@@ -174,210 +168,6 @@ def _first(description: Mapping[str, Any], key: str, name: str) -> Mapping[str, 
     if not isinstance(tensors, Sequence) or not tensors or not isinstance(tensors[0], Mapping):
         raise ContractError(f"{name}: {key} is not a list of tensors; it is not the description of a bioimage.io model")
     return tensors[0]
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """One axis of a described tensor. ``key`` is how steps refer to it."""
-
-    key: str
-    letter: str
-    size: int | None = None
-    names: tuple[str, ...] = ()
-    count: int | None = None
-    um: float | None = None
-
-
-def _axes(tensor: Mapping[str, Any], name: str) -> list[_Axis]:
-    described = tensor.get("axes")
-    if isinstance(described, str):  # 0.4: "bcyx", with the sizes in "shape"
-        shape = tensor.get("shape")
-        sizes: list[Any] = [None] * len(described)
-        if isinstance(shape, Sequence) and len(shape) == len(described):
-            sizes = list(shape)
-        elif isinstance(shape, Mapping) and "min" in shape and len(shape["min"]) == len(described):
-            sizes = [low if step == 0 else None for low, step in zip(shape["min"], shape["step"], strict=True)]
-        axes = []
-        for letter, size in zip(described, sizes, strict=True):
-            known = _letter(letter, name)
-            fixed = int(size) if isinstance(size, (int, float)) and size else None
-            axes.append(_Axis(letter, known, fixed, count=fixed if known == "C" else None))
-        return axes
-    if not isinstance(described, Sequence):
-        raise ContractError(f"{name}: axes {described!r} are not readable; download the package again")
-    return [_axis(axis, name) for axis in described]
-
-
-def _axis(axis: Any, name: str) -> _Axis:
-    if not isinstance(axis, Mapping):
-        raise ContractError(f"{name}: axis {axis!r} is not readable; download the package again")
-    kind = str(axis.get("type"))
-    key = str(axis.get("id", {"space": "x", "batch": "batch"}.get(kind, kind)))
-    if kind == "channel":
-        names = tuple(str(n) for n in axis.get("channel_names") or ())
-        return _Axis(key, "C", names=names, count=len(names) or None)
-    letter = "N" if kind == "batch" else _letter(key, name)
-    size = axis.get("size")
-    um = None
-    if letter in "ZYX" and axis.get("unit") in _UM:
-        um = float(axis.get("scale", 1.0)) * _UM[str(axis["unit"])]
-    return _Axis(key, letter, size if isinstance(size, int) else None, um=um)
-
-
-def _letter(key: str, name: str) -> str:
-    if key not in _LETTERS:
-        raise ContractError(f"{name}: axis {key!r} is not supported; batch, channel, z, y and x are")
-    return _LETTERS[key]
-
-
-# Preprocessing -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Chain:
-    """Steps so far: ``y = (x - offset) / divisor`` per channel, or a statistic of that, after ``clip``."""
-
-    offset: tuple[float, ...] = (0.0,)
-    divisor: tuple[float, ...] = (1.0,)
-    clip: tuple[float, float] | None = None
-    clip_after: tuple[float, float] | None = None
-    measured: Normalization | None = None
-    plain: bool = True  # nothing but clips so far
-
-
-def _compose(steps: Sequence[Any], axes: Sequence[_Axis], channels: int | None, name: str) -> Normalization:
-    chain = _Chain()
-    for step in steps:
-        if not isinstance(step, Mapping):
-            raise ContractError(f"{name}: preprocessing step {step!r} is not readable; download the package again")
-        _add(chain, step, axes, channels, name)
-    if chain.measured is not None:
-        found = chain.measured
-    elif chain.plain:
-        found = Normalization("none")
-    elif chain.offset == (0.0,) and len(chain.divisor) == 1 and chain.divisor[0] > 0:
-        found = Normalization("scale", scale=chain.divisor[0])
-    else:
-        found = Normalization("fixed", mean=chain.offset, std=chain.divisor)
-    return check_normalization(replace(found, clip=chain.clip, clip_after=chain.clip_after))
-
-
-def _add(chain: _Chain, step: Mapping[str, Any], axes: Sequence[_Axis], channels: int | None, name: str) -> None:
-    what = str(step.get("id") or step.get("name"))
-    kwargs = dict(step.get("kwargs") or {})
-    if what == "ensure_dtype":
-        if not str(kwargs.get("dtype")).startswith("float"):
-            raise _unsupported(name, what, f"dtype {kwargs.get('dtype')}: rounding to integers")
-        return
-    if chain.clip_after is not None:
-        raise _unsupported(name, what, "after a clip of scaled values")
-    if what == "clip":
-        first = chain.plain and chain.measured is None
-        if (first and chain.clip is not None) or None in (kwargs.get("min"), kwargs.get("max")):
-            raise _unsupported(name, what, "unless it comes once before and once after the others, with min and max")
-        ends = (float(kwargs["min"]), float(kwargs["max"]))
-        if first:
-            chain.clip = ends
-        else:
-            chain.clip_after = ends
-    elif chain.measured is not None:
-        raise _unsupported(name, what, f"after {chain.measured.method} statistics")
-    elif what == "scale_linear":
-        _per_channel_only(kwargs, axes, name, what)
-        gain, offset = _tuple(kwargs.get("gain", 1.0)), _tuple(kwargs.get("offset", 0.0))
-        if 0 in gain:
-            raise _unsupported(name, what, "with gain 0")
-        # gain * y + offset = (y - (-offset / gain)) / (1 / gain)
-        _then(chain, [-o / g for g, o in _pairs(gain, offset)], [1 / g for g, _ in _pairs(gain, offset)])
-    elif what == "fixed_zero_mean_unit_variance" or (
-        what == "zero_mean_unit_variance"
-        and kwargs.get("mode", "fixed" if "mean" in kwargs else "per_sample") == "fixed"
-    ):
-        _per_channel_only(kwargs, axes, name, what)
-        mean, std = _tuple(kwargs.get("mean", 0.0)), _tuple(kwargs.get("std", 1.0))
-        _then(chain, [m for m, _ in _pairs(mean, std)], [s for _, s in _pairs(mean, std)])
-    elif what in ("zero_mean_unit_variance", "scale_range"):
-        _measure(chain, what, kwargs, axes, channels, name)
-    else:
-        raise _unsupported(name, what, "")
-
-
-def _measure(
-    chain: _Chain, what: str, kwargs: Mapping[str, Any], axes: Sequence[_Axis], channels: int | None, name: str
-) -> None:
-    if kwargs.get("mode") == "per_dataset":
-        raise _unsupported(name, what, "with mode per_dataset: statistics of a data set that is not here")
-    if kwargs.get("reference_tensor") is not None:
-        raise _unsupported(name, what, f"with reference_tensor {kwargs['reference_tensor']}")
-    if len(chain.divisor) != 1 or chain.divisor[0] <= 0:
-        raise _unsupported(name, what, "after a scaling per channel")
-    scope = _scope(kwargs.get("axes"), axes, channels, name, what)
-    # Statistics undo a linear step before them; only eps, in grey levels, feels its scale.
-    eps = float(kwargs.get("eps", 1e-6)) * chain.divisor[0]
-    if what == "zero_mean_unit_variance":
-        chain.measured = Normalization("zscore", scope=scope, eps=eps)
-        return
-    low, high = float(kwargs.get("min_percentile", 0.0)), float(kwargs.get("max_percentile", 100.0))
-    if (low, high) == (0.0, 100.0):
-        chain.measured = Normalization("minmax", scope=scope, eps=eps)
-    else:
-        chain.measured = Normalization("percentile", scope=scope, percentiles=(low, high), eps=eps)
-
-
-def _scope(kept: Any, axes: Sequence[_Axis], channels: int | None, name: str, what: str) -> Scope:
-    """What statistics over the listed axes are in the words of the contract."""
-    if kept is None:
-        keys = {a.key for a in axes}
-    else:
-        keys = set(kept)  # a string of letters in 0.4, a list of names in 0.5
-    known = {a.key: a.letter for a in axes}
-    strange = keys - set(known)
-    if strange:
-        raise _unsupported(name, what, f"over axes {sorted(strange)}, which the tensor does not have")
-    letters = {known[key] for key in keys}
-    missing = [a.letter for a in axes if a.letter in "ZYX" and a.letter not in letters]
-    if missing:
-        raise _unsupported(name, what, f"over axes without {', '.join(missing)}")
-    together = "C" in letters and channels != 1
-    if together:
-        return "image"
-    return "channel" if "N" in letters else "slice"
-
-
-def _per_channel_only(kwargs: Mapping[str, Any], axes: Sequence[_Axis], name: str, what: str) -> None:
-    axis = kwargs.get("axis")
-    if axis is not None and {a.key: a.letter for a in axes}.get(str(axis)) != "C":
-        raise _unsupported(name, what, f"along axis {axis}")
-
-
-def _then(chain: _Chain, offset: Sequence[float], divisor: Sequence[float]) -> None:
-    """Adds ``(y - offset) / divisor`` to ``y = (x - o) / d``: ``(x - (o + d * offset)) / (d * divisor)``."""
-    pairs = _pairs(_pairs(chain.offset, chain.divisor), _pairs(tuple(offset), tuple(divisor)))
-    chain.offset = tuple(o + d * m for (o, d), (m, _) in pairs)
-    chain.divisor = tuple(d * s for (_, d), (_, s) in pairs)
-    chain.plain = False
-
-
-def _tuple(value: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in value) if isinstance(value, (list, tuple)) else (float(value),)
-
-
-def _pairs(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Both by channel, one number standing for all."""
-    count = max(len(a), len(b))
-    if len(a) not in (1, count) or len(b) not in (1, count):
-        raise ContractError(f"steps for {len(a)} and {len(b)} channels follow each other; download the package again")
-    return [(a[i if len(a) > 1 else 0], b[i if len(b) > 1 else 0]) for i in range(count)]
-
-
-def _unsupported(name: str, what: str, how: str) -> ContractError:
-    return ContractError(
-        f"{name}: preprocessing {what}{' ' + how if how else ''} is not supported; declare what the network gets with "
-        "--normalize"
-    )
-
-
-# Postprocessing ----------------------------------------------------------------------------------------------------
 
 
 def _with_output(contract: Contract, tensor: Mapping[str, Any], name: str) -> Contract:
@@ -394,7 +184,7 @@ def _with_output(contract: Contract, tensor: Mapping[str, Any], name: str) -> Co
         elif what == "softmax" and output_is is None:
             task, output_is = "multiclass", "logits"
         elif what == "binarize" and not threshold:
-            threshold = _tuple(kwargs.get("threshold", 0.5))
+            threshold = numbers_of(kwargs.get("threshold", 0.5))
             output_is = output_is or "probabilities"
             task = task or (None if count is None else "binary" if count == 1 else "multilabel")
         elif what != "ensure_dtype":
@@ -410,20 +200,9 @@ def _with_output(contract: Contract, tensor: Mapping[str, Any], name: str) -> Co
     return replace(contract, task=task, output_is=output_is, threshold=threshold, classes=classes)
 
 
-def _axes_or_none(tensor: Mapping[str, Any]) -> list[_Axis]:
+def _axes_or_none(tensor: Mapping[str, Any]) -> list[Axis]:
     """Axes of an output; one that cannot be read says nothing about the task."""
     try:
-        return _axes(tensor, "output")
+        return axes_of(tensor, "output")
     except ContractError:
         return []
-
-
-# bioimage.io -------------------------------------------------------------------------------------------------------
-
-
-def contract_from_rdf(
-    path: str | Path, work: Path | None = None, *, normalization: Normalization | None = None
-) -> tuple[Contract, Path]:
-    """(contract, path of the ONNX weights) of a bioimage.io package: see :mod:`unet_rt.bioimageio`."""
-
-    return read_package(Path(path), work, normalization)

@@ -1,18 +1,4 @@
-"""Reading the input contract: options, JSON files, ONNX metadata, bioimage.io packages; and settling what is left open.
-
-Keys of the ONNX ``metadata_props`` that are read (first match wins):
-
-=============================  =====================================================================================
-``unet_rt.contract``           the whole contract as JSON, as ``unet-rt export`` writes it
-``unet_rt.<field>``            one field in the words of the command line: ``normalize``, ``normalize_scope``, ``axes``,
-                               ``channels``, ``task``, ``output_is``, ``classes``, ``threshold``, ``pixel_size_um``,
-                               ``trained_tile``, ``value_range``, ``border`` (lists by comma)
-``Image.NominalPixelRange``    ONNX's own: ``NominalRange_0_255``, ``Normalized_0_1``, ``Normalized_1_1``
-``Image.BitmapPixelFormat``    ONNX's own: ``Gray8``, ``Rgb8``, ``Bgr8`` give the channels and their order
-=============================  =====================================================================================
-
-A single ``unet_rt.`` key wins over the same field of ``unet_rt.contract``.
-"""
+"""Contracts from JSON: what people write in a file, and what an export or an engine carries."""
 
 from __future__ import annotations
 
@@ -23,16 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy.typing as npt
-
 from ..errors import ContractError
 from .contract import Border, Contract, Head, Method, Normalization, OutputIs, Task
-from .words import _method, _scope, _text, check_normalization, close, parse_normalization
-
-Array = npt.NDArray[Any]
-
-
-# JSON --------------------------------------------------------------------------------------------------------------
+from .words import check_normalization, close, method_of, numbers_text, parse_normalization, scope_of
 
 
 def contract_from_file(path: str | Path) -> Contract:
@@ -84,9 +63,11 @@ def contract_from_json(data: Mapping[str, Any]) -> Contract:
     contract = Contract(**values)
     for threshold in (contract.threshold, *(head.threshold for head in contract.heads)):
         if any(not 0 <= t <= 1 for t in threshold):
-            raise ContractError(f"threshold {_text(threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
+            raise ContractError(
+                f"threshold {numbers_text(threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5"
+            )
     if any(s <= 0 for s in contract.pixel_size_um):
-        raise ContractError(f"pixel_size_um {_text(contract.pixel_size_um)} must be above 0")
+        raise ContractError(f"pixel_size_um {numbers_text(contract.pixel_size_um)} must be above 0")
     return contract
 
 
@@ -154,10 +135,10 @@ def _normalization_from_json(value: Any) -> Normalization:
     check_keys(value, [f.name for f in fields(Normalization)], "normalization")
     if "method" not in value:
         raise ContractError("normalization has no method; choose " + ", ".join(get_args(Method)))
-    values: dict[str, Any] = {"method": _method(str(value["method"]))}
+    values: dict[str, Any] = {"method": method_of(str(value["method"]))}
     for key, item in value.items():
         if key == "scope":
-            values[key] = _scope(item)
+            values[key] = scope_of(item)
         elif key in ("scale", "eps"):
             values[key] = _floats(key, item, 1)[0]
         elif key in ("percentiles", "clip", "clip_after"):

@@ -1,4 +1,18 @@
-"""Contracts in the metadata of ONNX files."""
+"""Contracts in the metadata of ONNX files.
+
+Keys of the ONNX ``metadata_props`` that are read (first match wins):
+
+=============================  =====================================================================================
+``unet_rt.contract``           the whole contract as JSON, as ``unet-rt export`` writes it
+``unet_rt.<field>``            one field in the words of the command line: ``normalize``, ``normalize_scope``, ``axes``,
+                               ``channels``, ``task``, ``output_is``, ``classes``, ``threshold``, ``pixel_size_um``,
+                               ``trained_tile``, ``value_range``, ``border`` (lists by comma)
+``Image.NominalPixelRange``    ONNX's own: ``NominalRange_0_255``, ``Normalized_0_1``, ``Normalized_1_1``
+``Image.BitmapPixelFormat``    ONNX's own: ``Gray8``, ``Rgb8``, ``Bgr8`` give the channels and their order
+=============================  =====================================================================================
+
+A single ``unet_rt.`` key wins over the same field of ``unet_rt.contract``.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +24,11 @@ from typing import Any
 from ..errors import ContractError
 from .contract import Contract, Normalization
 from .json import check_keys, contract_from_json
-from .words import CHOICES, _numbers, format_normalization, parse_normalization
+from .words import CHOICES, format_normalization, parse_normalization, parse_numbers
 
 METADATA_KEY = "unet_rt.contract"
 _RECORDS = (METADATA_KEY, "unet_rt.half")  # what passes and backends say of a graph: no fields
 
-
-# ONNX metadata -----------------------------------------------------------------------------------------------------
 
 _SINGLE = (
     "normalize", "normalize_scope", "axes", "channels", "task", "output_is", "classes", "threshold", "pixel_size_um",
@@ -44,7 +56,7 @@ def contract_from_metadata(metadata: Mapping[str, str]) -> Contract:
         if key in ("channels", "classes"):
             values[key] = [part.strip() for part in text.split(",")]
         elif key in ("threshold", "pixel_size_um", "trained_tile", "value_range"):
-            values[key] = list(_numbers(text, key, f"unet_rt.{key}"))
+            values[key] = list(parse_numbers(text, key, f"unet_rt.{key}"))
         elif key == "normalize":
             values["normalization"] = parse_normalization(text, own.get("normalize_scope"))
         elif key != "normalize_scope":

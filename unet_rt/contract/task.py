@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ContractError
 from .contract import Contract, Head, OutputIs, Task
-from .json import Array
-from .words import _text
+from .words import numbers_text
+
+Array = npt.NDArray[Any]
 
 # Last operators that settle the reading of an output.
 _SIGMOID = ("Sigmoid", "HardSigmoid")
@@ -71,31 +74,38 @@ def resolve_task(
     task = contract.task or _task(contract, channels, final_op, sample)
     output_is = contract.output_is or _output_is(task, final_op, sample)
     _check_task(task, output_is, channels, final_op)
-    threshold = contract.threshold
-    if task in ("binary", "multilabel"):
-        threshold = threshold or (0.5,)
-        if len(threshold) not in (1, channels):
-            many = "one threshold" if channels == 1 else f"one threshold, or {channels}"
-            raise ContractError(f"{len(threshold)} thresholds for {channels} output channel(s); give {many}")
-        if any(not 0 <= t <= 1 for t in threshold):
-            raise ContractError(f"threshold {_text(threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
-    elif threshold:
-        raise ContractError(
-            f"a threshold is declared ({_text(threshold)}), and a {task} output has none; leave it out, or declare "
-            "--task binary or multilabel"
-        )
+    _check_classes(contract.classes, task, channels)
+    return replace(contract, task=task, output_is=output_is, threshold=_threshold(contract.threshold, task, channels))
+
+
+def _threshold(declared: tuple[float, ...], task: Task, channels: int) -> tuple[float, ...]:
+    """The threshold of a task, by default one half; () where it has none."""
+    if task not in ("binary", "multilabel"):
+        if declared:
+            raise ContractError(
+                f"a threshold is declared ({numbers_text(declared)}), and a {task} output has none; leave it out, or "
+                "declare --task binary or multilabel"
+            )
+        return ()
+    threshold = declared or (0.5,)
+    if len(threshold) not in (1, channels):
+        many = "one threshold" if channels == 1 else f"one threshold, or {channels}"
+        raise ContractError(f"{len(threshold)} thresholds for {channels} output channel(s); give {many}")
+    if any(not 0 <= t <= 1 for t in threshold):
+        raise ContractError(f"threshold {numbers_text(threshold)} must lie in 0 to 1; it is a probability, e.g. 0.5")
+    return threshold
+
+
+def _check_classes(names: tuple[str, ...], task: Task, channels: int) -> None:
     allowed = (1, 2) if task == "binary" else (channels,)
-    if contract.classes and len(contract.classes) not in allowed:
+    if names and len(names) not in allowed:
         raise ContractError(
-            f"{len(contract.classes)} classes are named ({', '.join(contract.classes)}) for {channels} output "
+            f"{len(names)} classes are named ({', '.join(names)}) for {channels} output "
             f"channels; name {' or '.join(map(str, allowed))}"
         )
-    twice = next((name for k, name in enumerate(contract.classes) if name in contract.classes[:k]), None)
+    twice = next((name for k, name in enumerate(names) if name in names[:k]), None)
     if twice is not None:  # figures are kept by name
-        raise ContractError(
-            f"two classes are named {twice!r} ({', '.join(contract.classes)}); give each a name of its own"
-        )
-    return replace(contract, task=task, output_is=output_is, threshold=threshold)
+        raise ContractError(f"two classes are named {twice!r} ({', '.join(names)}); give each a name of its own")
 
 
 def first_contract(contract: Contract, names: Sequence[str]) -> Contract:

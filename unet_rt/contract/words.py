@@ -50,7 +50,7 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
         head, value = heads[0], words[heads[0]]
         if value and head != "percentile":
             raise ContractError(f"--normalize {text!r}: {head} takes no number; write {head} alone")
-        result = IMAGENET if head == "imagenet" else Normalization(_method(head))
+        result = IMAGENET if head == "imagenet" else Normalization(method_of(head))
         if head == "percentile" and value:
             result = replace(result, percentiles=_pair(value, "percentile", text))
     elif fixed == ["scale"]:
@@ -59,15 +59,15 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
         result = Normalization(
             "fixed",
             scale=_number(words["scale"], "scale", text) if "scale" in words else 1.0,
-            mean=_numbers(words["mean"], "mean", text) if "mean" in words else (0.0,),
-            std=_numbers(words["std"], "std", text) if "std" in words else (1.0,),
+            mean=parse_numbers(words["mean"], "mean", text) if "mean" in words else (0.0,),
+            std=parse_numbers(words["std"], "std", text) if "std" in words else (1.0,),
         )
     after = _pair(words["clip_after"], "clip_after", text) if "clip_after" in words else None
     result = replace(result, clip=clip, clip_after=after)
     if "eps" in words:
         result = replace(result, eps=_number(words["eps"], "eps", text))
     if scope is not None:
-        result = replace(result, scope=_scope(scope))
+        result = replace(result, scope=scope_of(scope))
     return check_normalization(result)
 
 
@@ -75,19 +75,19 @@ def format_normalization(normalization: Normalization) -> str:
     """The words of the command line for a normalisation (its scope apart)."""
     n = normalization
     if n.method == "percentile":
-        parts = [f"percentile={_text(n.percentiles)}"]
+        parts = [f"percentile={numbers_text(n.percentiles)}"]
     elif n.method == "scale":
-        parts = [f"scale={_text((n.scale,))}"]
+        parts = [f"scale={numbers_text((n.scale,))}"]
     elif n.method == "fixed":
-        parts = [f"mean={_text(n.mean)}", f"std={_text(n.std)}", f"scale={_text((n.scale,))}"]
+        parts = [f"mean={numbers_text(n.mean)}", f"std={numbers_text(n.std)}", f"scale={numbers_text((n.scale,))}"]
     else:
         parts = [n.method]
     if n.clip is not None:
-        parts.append(f"clip={_text(n.clip)}")
+        parts.append(f"clip={numbers_text(n.clip)}")
     if n.clip_after is not None:
-        parts.append(f"clip_after={_text(n.clip_after)}")
+        parts.append(f"clip_after={numbers_text(n.clip_after)}")
     if n.eps != Normalization("none").eps:
-        parts.append(f"eps={_text((n.eps,))}")
+        parts.append(f"eps={numbers_text((n.eps,))}")
     return ";".join(parts)
 
 
@@ -105,54 +105,54 @@ def check_normalization(n: Normalization) -> Normalization:
         raise ContractError(f"scale {n.scale:g} must be above 0; use the largest grey level, e.g. scale=255")
     if 0 in n.std or not n.mean or not n.std:
         raise ContractError(
-            f"std {_text(n.std)} must not be 0 and mean {_text(n.mean)} not empty; one number per channel"
+            f"std {numbers_text(n.std)} must not be 0 and mean {numbers_text(n.mean)} not empty; one number per channel"
         )
     if len(n.mean) != len(n.std) and 1 not in (len(n.mean), len(n.std)):
         raise ContractError(
             f"mean has {len(n.mean)} numbers and std {len(n.std)}; give one per channel, or one for all"
         )
     if n.clip is not None and not n.clip[0] < n.clip[1]:
-        raise ContractError(f"clip {_text(n.clip)} must rise; use e.g. clip=0,4095")
+        raise ContractError(f"clip {numbers_text(n.clip)} must rise; use e.g. clip=0,4095")
     if n.clip_after is not None and not n.clip_after[0] < n.clip_after[1]:
-        raise ContractError(f"clip_after {_text(n.clip_after)} must rise; use e.g. clip_after=0,1")
+        raise ContractError(f"clip_after {numbers_text(n.clip_after)} must rise; use e.g. clip_after=0,1")
     if n.eps < 0:
         raise ContractError(f"eps {n.eps:g} must not be negative; leave it out")
     return n
 
 
-def _method(word: str) -> Method:
+def method_of(word: str) -> Method:
     for method in get_args(Method):
         if word == method:
             return method  # type: ignore[no-any-return]
     raise ContractError(f"normalisation method {word!r} is unknown{close(word, get_args(Method))}; choose {CHOICES}")
 
 
-def _scope(word: Any) -> Scope:
+def scope_of(word: Any) -> Scope:
     for scope in get_args(Scope):
         if word == scope:
             return scope  # type: ignore[no-any-return]
     raise ContractError(f"normalisation scope {word!r} is unknown; choose {', '.join(get_args(Scope))}")
 
 
-def _text(values: Iterable[float]) -> str:
+def numbers_text(values: Iterable[float]) -> str:
     return ",".join(repr(int(v)) if float(v).is_integer() and abs(v) < 1e15 else repr(float(v)) for v in values)
 
 
 def _number(text: str, word: str, whole: str) -> float:
-    values = _numbers(text, word, whole)
+    values = parse_numbers(text, word, whole)
     if len(values) != 1:
         raise ContractError(f"{whole!r}: {word} is one number, not {len(values)}")
     return values[0]
 
 
 def _pair(text: str, word: str, whole: str) -> tuple[float, float]:
-    values = _numbers(text, word, whole)
+    values = parse_numbers(text, word, whole)
     if len(values) != 2:
         raise ContractError(f"{whole!r}: {word} is two numbers, low,high, not {len(values)}")
     return values[0], values[1]
 
 
-def _numbers(text: str, word: str, whole: str) -> tuple[float, ...]:
+def parse_numbers(text: str, word: str, whole: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:

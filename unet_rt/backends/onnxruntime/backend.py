@@ -106,12 +106,12 @@ def load(
     if device == "cpu":
         return OnnxRuntimeSession(Path(graph), precision, threads)
     from .cuda import CudaSession
-    from .settings import Settings, read_settings
+    from .settings import read_settings
 
     if settings is None:
         log.warning(
             "%s comes without settings measured for a GPU, and runs with the provider's own; build the engine again",
             graph,
         )
-        return CudaSession(Path(graph), precision, device, threads, Settings())
+        return CudaSession(Path(graph), precision, device, threads)
     return CudaSession(Path(graph), precision, device, threads, read_settings(settings, Path(graph)))

@@ -41,7 +41,7 @@ from ...system import facts
 from ..session import Array, Port, SessionBase, arrays_for, check_shapes
 from . import library
 from .provider import Provider, graph_port, preload, sizes_by_name
-from .settings import Options, Settings
+from .settings import PROVIDERS_OWN, Options, Settings
 
 if TYPE_CHECKING:
     from ...kernels.device import DeviceArray, Stream
@@ -86,7 +86,7 @@ class CudaSession(SessionBase):
     title = "ONNX Runtime"
 
     def __init__(
-        self, graph: Path, precision: str, device: str, threads: int = 0, settings: Settings = Settings()
+        self, graph: Path, precision: str, device: str, threads: int = 0, settings: Settings = PROVIDERS_OWN
     ) -> None:
         super().__init__(precision, device, threads)
         reason = library.missing(device)

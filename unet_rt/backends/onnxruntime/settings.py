@@ -87,6 +87,9 @@ class Settings(Record):
     outputs: tuple[GraphPort, ...] = ()
 
 
+PROVIDERS_OWN = Settings()  # nothing was tried
+
+
 def read_settings(data: Mapping[str, Any], graph: Path) -> Settings:
     """Inverse of ``Settings.to_json``; ``graph`` is what errors name.
 

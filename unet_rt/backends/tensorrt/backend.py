@@ -14,8 +14,8 @@ import importlib
 import importlib.util
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,44 +156,49 @@ def build(
     trt, opened = _open(device)
     if blob is None:
         raise BackendError("TensorRT writes a plan beside the graph, and no place for it was given; pass blob")
-    origin = _origin(trt, opened)
+    maker = _Maker(trt, opened, _origin(trt, opened), precision, device)
     # Its kernel copies FP32 and FP16: INT8 tensors would have to be dequantised for it.
     forms = graph_forms(model, graph, precision, plugins=precision != "int8" and plugin.register(trt))
-    first = forms[0][1]
     import onnx
 
+    first = next(iter(forms.values()))
     profiles = profiles_for(onnx.load(str(first), load_external_data=False), tiles, batches)
     with opened.activate():
-        made: dict[str, _Made] = {}
-        refused: BackendError | EngineError | None = None
-        for name, file in forms:
-            try:
-                few = profiles[:1] if len(forms) > 1 else profiles
-                made[name] = _make(trt, opened, file, few, origin, precision, device, name, measure=len(forms) > 1)
-            except (BackendError, EngineError) as error:
-                refused = refused or error
-                log.info("%s: the form %s is left out: %s", graph.name, name, error)
-        if refused is not None and not made:
-            raise refused if isinstance(refused, BackendError) else BackendError(str(refused)) from refused
-        chosen = min(made, key=lambda name: made[name].milliseconds)
-        times = {name: round(m.milliseconds, 4) for name, m in made.items()} if len(forms) > 1 else {}
-        if len(made) > 1:
+        plans = _plans(maker, forms, profiles)
+        chosen = min(plans, key=lambda name: plans[name].milliseconds)
+        times = {name: round(plan.milliseconds, 4) for name, plan in plans.items()} if len(forms) > 1 else {}
+        if len(plans) > 1:
             log.info("%s: %s", graph.name, ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items()))
-        file = dict(forms)[chosen]
-        best = made[chosen]
+        best = plans[chosen]
         if len(best.header.profiles) < len(profiles):
-            best = _make(trt, opened, file, profiles, origin, precision, device, chosen, measure=False)
+            best = maker.make(forms[chosen], profiles, chosen, measure=False)
     # Of a plan with the kernel of ours the graph is stored in standard operators, from which any library makes it again.
-    if file != graph and chosen != "crop_concat":
-        copy_graph(file, graph)
-    for _, other in forms:
-        if other != graph:
-            other.unlink(missing_ok=True)
+    if forms[chosen] != graph and chosen != "crop_concat":
+        copy_graph(forms[chosen], graph)
+    for file in forms.values():
+        if file != graph:
+            file.unlink(missing_ok=True)
     write_plan(Path(blob), replace(best.header, measured_ms=times), best.plan, best.kernels)
 
 
-def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> list[tuple[str, Path]]:
-    """The graph in ``precision``, in the forms that are worth measuring, each in a file beside ``graph``.
+def _plans(maker: _Maker, forms: Mapping[str, Path], profiles: Sequence[Profile]) -> dict[str, _Plan]:
+    """A plan of every form that can be built; of several the first profile alone, which they are measured at."""
+    plans: dict[str, _Plan] = {}
+    refused: BackendError | EngineError | None = None
+    several = len(forms) > 1
+    for name, file in forms.items():
+        try:
+            plans[name] = maker.make(file, profiles[:1] if several else profiles, name, measure=several)
+        except (BackendError, EngineError) as error:
+            refused = refused or error
+            log.info("%s: the form %s is left out: %s", file.name, name, error)
+    if refused is not None and not plans:
+        raise refused if isinstance(refused, BackendError) else BackendError(str(refused)) from refused
+    return plans
+
+
+def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> dict[str, Path]:
+    """The graph in ``precision``, in the forms that are worth measuring, by name, each in a file beside ``graph``.
 
     ``native`` is the first: the graph as it came. ``up_conv`` has up-convolutions as 1 x 1 convolutions, ``crop_concat``
     has centre crops and concatenations as one node of ours (only where there are plugins).
@@ -228,11 +233,11 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> l
         merged.CopyFrom(forms[0][1])
         if crop_concat(merged):
             forms.append(("crop_concat", merged))
-    files = []
+    files = {}
     for name, proto in forms:
         file = graph if name == "native" else graph.with_name(f"{graph.stem}.{name}{graph.suffix}")
         onnx.save(proto, str(file))
-        files.append((name, file))
+        files[name] = file
     return files
 
 
@@ -246,42 +251,46 @@ def islands(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset() if record is None else frozenset(json.loads(record).get("islands", ()))
 
 
-class _Made:
+@dataclass(frozen=True)
+class _Plan:
     """One form of the graph, built and looked at."""
 
-    def __init__(self, header: PlanHeader, plan: bytes, kernels: bytes, milliseconds: float) -> None:
-        self.header, self.plan, self.kernels, self.milliseconds = header, plan, kernels, milliseconds
+    header: PlanHeader
+    plan: bytes
+    kernels: bytes
+    milliseconds: float
 
 
-def _make(
-    trt: Any,
-    device: Device,
-    graph: Path,
-    profiles: Sequence[Profile],
-    origin: Origin,
-    precision: str,
-    name: str,
-    variant: str,
-    *,
-    measure: bool,
-) -> _Made:
-    """Builds a plan, reads its precision back, runs every profile, and holds rows and batch sizes against each other."""
-    import onnx
+@dataclass(frozen=True)
+class _Maker:
+    """Makes plans with one library on one GPU, in one precision; ``name`` is the device's."""
 
-    major, minor = device.compute_capability
-    compiled = compile_plan(trt, graph, profiles, gpu=origin.gpu, compute_capability=(int(major), int(minor)))
-    proto = onnx.load(str(graph), load_external_data=False)
-    check_network(compiled.convolutions, precision, islands(proto))
-    header = PlanHeader(origin, precision, tuple(profiles), compiled.inputs, compiled.outputs, variant)
-    with TensorRtSession(trt, header, compiled.plan, b"", device, name, 0) as session:
-        told = engine_convolutions(session.inspect(), compiled.convolutions)
-        layers = check_engine(told, compiled.convolutions, precision)
-        if layers.get("unread"):
-            log.info("%s: the engine tells no types of %d convolution(s)", graph.name, layers["unread"])
-        check_rows(session, _ROW_TOLERANCE[precision])
-        milliseconds = _measured_ms(session) if measure else 0.0
-        kernels = session.kernels()
-    return _Made(replace(header, layers=layers), compiled.plan, kernels, milliseconds)
+    trt: Any
+    device: Device
+    origin: Origin
+    precision: str
+    name: str
+
+    def make(self, graph: Path, profiles: Sequence[Profile], variant: str, *, measure: bool) -> _Plan:
+        """Builds a plan, reads its precision back, runs every profile, and compares rows and batch sizes."""
+        import onnx
+
+        major, minor = self.device.compute_capability
+        compiled = compile_plan(
+            self.trt, graph, profiles, gpu=self.origin.gpu, compute_capability=(int(major), int(minor))
+        )
+        proto = onnx.load(str(graph), load_external_data=False)
+        check_network(compiled.convolutions, self.precision, islands(proto))
+        header = PlanHeader(self.origin, self.precision, tuple(profiles), compiled.inputs, compiled.outputs, variant)
+        with TensorRtSession(self.trt, header, compiled.plan, b"", self.device, self.name, 0) as session:
+            told = engine_convolutions(session.inspect(), compiled.convolutions)
+            layers = check_engine(told, compiled.convolutions, self.precision)
+            if layers.get("unread"):
+                log.info("%s: the engine tells no types of %d convolution(s)", graph.name, layers["unread"])
+            check_rows(session, _ROW_TOLERANCE[self.precision])
+            milliseconds = _measured_ms(session) if measure else 0.0
+            kernels = session.kernels()
+        return _Plan(replace(header, layers=layers), compiled.plan, kernels, milliseconds)
 
 
 def check_rows(session: TensorRtSession, tolerance: float) -> None:

@@ -9,32 +9,25 @@ What is enqueued often is recorded: the second run on the same arrays is capture
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
-import logging
-import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import BackendError, EngineError, TileError, size_text
-from ...kernels import native
-from ...kernels import native as native_module
 from ...kernels.device import DeviceMemoryError
 from ..session import Array, Port, SessionBase, arrays_for
 from .build import advice, failure, logger, title
 from .plan import PlanHeader
+from .recording import Recordings
+from .runtime import deserialize, runtime_config
 
 if TYPE_CHECKING:
     from ...kernels.device import Device, DeviceArray, Stream
 
 
-log = logging.getLogger("unet_rt")
-
-_MOST_GRAPHS = 32  # rings of two or three buffers, two tiles, a few batch sizes
 _DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32", "INT64": "int64",
     "BOOL": "bool"
@@ -67,8 +60,6 @@ class TensorRtSession(SessionBase):
         self.header = header
         self._trt, self._device_ = trt, device
         self._contexts: dict[int, _Context] = {}
-        self._graphs: OrderedDict[tuple[int, ...], int] = OrderedDict()  # 0: seen once, not yet recorded
-        self._recording = True
         self._staged: tuple[int, _Staging] | None = None
         with device.activate():
             self._engine, self._runtime = deserialize(trt, plan)
@@ -80,8 +71,9 @@ class TensorRtSession(SessionBase):
                 )
             self._input_dtypes = tuple(self._dtype(n) for n in self._inputs)
             self._output_dtypes = tuple(self._dtype(n) for n in self._outputs)
-            self._config, self._cache = _runtime_config(trt, self._engine, kernels)
+            self._config, self._cache = runtime_config(trt, self._engine, kernels)
             self._stream = device.stream()
+        self._recordings = Recordings(self._stream, self.version)
         self._scratch: DeviceArray | None = None
         _OPEN.add(self)
         _close_at_exit()
@@ -110,9 +102,7 @@ class TensorRtSession(SessionBase):
     def _drop_scratch(self) -> None:
         """Frees the scratch memory, with the contexts and recordings that use it."""
         self._stream.synchronize()
-        for handle in self._graphs.values():
-            self._destroy(handle)
-        self._graphs.clear()
+        self._recordings.clear()
         self._contexts.clear()
         if self._scratch is not None:
             self._scratch.free()
@@ -168,8 +158,7 @@ class TensorRtSession(SessionBase):
         with self._lock, self._device_.activate():
             gone = {int(array.pointer) for array in arrays}
             self._stream.synchronize()
-            for key in [key for key in self._graphs if gone.intersection(key[1:])]:
-                self._destroy(self._graphs.pop(key))
+            self._recordings.forget(gone)
             for context in self._contexts.values():
                 context.addresses = ()
 
@@ -256,42 +245,9 @@ class TensorRtSession(SessionBase):
         return _Context(index, native, shapes)
 
     def _enqueue(self, context: _Context, key: tuple[int, ...], addresses: Sequence[int]) -> None:
-        stream = self._stream.handle
-        if not self._recording or _capturing(stream):
-            self._execute(context, addresses)  # where someone else records, this is a part of it
-            return
-        handle = self._graphs.get(key)
-        if handle:
-            self._graphs.move_to_end(key)
-            native_module.graph_launch(handle, stream)
-            return
-        if handle is None:  # the first run loads kernels, and compiles them in TensorRT-RTX
-            self._execute(context, addresses)
-            self._remember(key, 0)
-            return
-        handle = self._record(context, addresses)
-        if handle:
-            self._remember(key, handle)
-            native_module.graph_launch(handle, stream)
-        else:
-            self._execute(context, addresses)
-
-    def _record(self, context: _Context, addresses: Sequence[int]) -> int:
-        """A CUDA graph of one run; 0 where the library cannot be recorded, after which it is not tried again."""
-        stream = self._stream.handle
-        possible = getattr(context.native, "is_stream_capturable", None)  # TensorRT-RTX tells
-        reason: object = "it says so"
-        if possible is None or possible(stream):
-            native_module.graph_begin(stream)
-            try:
-                self._execute(context, addresses)
-                return native_module.graph_end(stream)
-            except BackendError as error:
-                _discard(stream)
-                reason = error
-        self._recording = False
-        log.info("%s: runs cannot be recorded as a CUDA graph (%s); they are launched one by one", self.version, reason)
-        return 0
+        # TensorRT-RTX tells whether it can be recorded.
+        possible = getattr(context.native, "is_stream_capturable", lambda stream: True)
+        self._recordings.run(key, lambda: self._execute(context, addresses), possible)
 
     def _execute(self, context: _Context, addresses: Sequence[int]) -> None:
         native = context.native
@@ -307,18 +263,6 @@ class TensorRtSession(SessionBase):
                 f"{text or 'no reason given'}; {advice(text)}",
                 text,
             )
-
-    def _remember(self, key: tuple[int, ...], handle: int) -> None:
-        self._graphs[key] = handle
-        self._graphs.move_to_end(key)
-        while len(self._graphs) > _MOST_GRAPHS:
-            _, old = self._graphs.popitem(last=False)
-            self._destroy(old)
-
-    def _destroy(self, handle: int) -> None:
-        if handle:
-            self._stream.synchronize()  # it may still run
-            native_module.graph_destroy(handle)
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
         """Runs arrays of the host; a batch that the plan does not take is padded with its last tile, or cut."""
@@ -423,93 +367,6 @@ class _Staging:
         host_outputs: list[Array],
     ) -> None:
         self.inputs, self.outputs, self.host_inputs, self.host_outputs = inputs, outputs, host_inputs, host_outputs
-
-
-def deserialize(trt: Any, plan: bytes) -> tuple[Any, Any]:
-    """(engine, runtime) of a serialised plan. Only where the driver has confirmed a device: some versions crash else.
-
-    Raises:
-        EngineError: The library refuses the plan on this machine.
-        DeviceMemoryError: The GPU has no room for its weights.
-    """
-    sink, messages = logger(trt)
-    messages.take()
-    runtime = trt.Runtime(sink)
-    if hasattr(runtime, "get_engine_validity"):
-        validity, diagnostics = runtime.get_engine_validity(plan)
-        if validity == trt.EngineValidity.INVALID:
-            reasons = invalidity(trt, int(diagnostics)) or messages.take() or "it gives no reason"
-            if int(diagnostics) & int(trt.EngineInvalidityDiagnostics.INSUFFICIENT_GPU_MEMORY):
-                raise DeviceMemoryError(
-                    f"{title(trt)} {trt.__version__} does not run this plan here: {reasons}; free what others hold, or "
-                    "use another GPU"
-                )
-            raise EngineError(
-                f"{title(trt)} {trt.__version__} does not run this plan here: {reasons}; "
-                "use --backend onnxruntime, or build the engine again"
-            )
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        text = messages.take()
-        found = failure(f"{title(trt)} cannot load the plan: {text}; {advice(text)}", text)
-        if isinstance(found, DeviceMemoryError):
-            raise found
-        raise EngineError(
-            f"{title(trt)} {trt.__version__} refuses the plan: {text or 'it gives no reason'}; build the engine again"
-        )
-    return engine, runtime
-
-
-def invalidity(trt: Any, diagnostics: int) -> str:
-    """The bits of TensorRT-RTX's diagnostics in words; ``""`` for none."""
-    words = {
-        "VERSION_MISMATCH": "it was built by another version",
-        "UNSUPPORTED_CC": "it does not support this GPU's compute capability",
-        "OLD_CUDA_DRIVER": "the driver is too old",
-        "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
-        "INSUFFICIENT_GPU_MEMORY": "the GPU's memory is too small",
-        "MALFORMED_ENGINE": "the plan is damaged",
-        "CUDA_ERROR": "the driver or the CUDA runtime is not installed correctly",
-    }
-    members = trt.EngineInvalidityDiagnostics.__members__
-    return ", ".join(words.get(name, name) for name, value in members.items() if diagnostics & int(value))
-
-
-def _runtime_config(trt: Any, engine: Any, kernels: bytes) -> tuple[Any, Any]:
-    """TensorRT-RTX's settings, and its cache of compiled kernels; None for TensorRT."""
-    if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-        return None, None
-    config = engine.create_runtime_config()
-    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    # A kernel that is exchanged for a better one some runs later would change a tile's bits in the middle of an image.
-    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # recorded here, by the addresses in use
-    cache = config.create_runtime_cache()
-    if kernels and not cache.deserialize(kernels):
-        log.info("the kernels stored with the plan do not fit this machine; they are compiled again")
-    config.set_runtime_cache(cache)
-    return config, cache
-
-
-@functools.cache
-def _driver() -> Any:
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-
-
-def _capturing(stream: int) -> bool:
-    """Whether a stream is being captured at the moment; asked of the driver, which loaded before anything here."""
-    status = ctypes.c_int(0)
-    code = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
-    return code != 0 or status.value != 0
-
-
-def _discard(stream: int) -> None:
-    """Ends a capture that failed, if it has not ended itself; what it holds is nothing."""
-    if _capturing(stream):
-        try:
-            native.graph_destroy(native.graph_end(stream))
-        except BackendError:
-            return  # a capture that was invalidated ends with an error
 
 
 def _listed(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
