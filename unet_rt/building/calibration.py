@@ -25,6 +25,7 @@ from ..baseline.results import tile_of
 from ..baseline.samples import SampleWindow, constant_reason
 from ..errors import EngineError, ImageError, size_text
 from ..graph.passes.qdq import Range
+from ..system.json import Record, Size, from_json
 from .activations import Distribution, probe
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ SMALLEST_BLOCK_PX = 48  # a window is not cut into blocks narrower than this
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Record):
     """What was seen on the calibration tiles.
 
     Attributes:
@@ -64,40 +65,58 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """The calibration as JSON values."""
         tensors = {
-            name: {method: [ranges[name].low, ranges[name].high] for method, ranges in self.ranges.items()}
+            name: {method: (ranges[name].low, ranges[name].high) for method, ranges in self.ranges.items()}
             for name in next(iter(self.ranges.values()))
         }
-        return {
-            "schema": 1,
-            "tiles": self.tiles,
-            "windows": [{"name": name, "sha256": digest} for name, digest in self.windows],
-            "tensors": tensors,
-            "means": {name: list(values) for name, values in self.means.items()},
-            "positions": dict(self.positions),
-        }
+        windows = tuple(_Window(name, digest) for name, digest in self.windows)
+        return _CalibrationRecord(1, self.tiles, windows, tensors, self.means, self.positions).to_json()
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Calibration:
+    def from_json(cls, data: Any) -> Calibration:
         """Reads what :meth:`to_json` wrote.
 
         Raises:
             EngineError: It is damaged.
         """
-        try:
-            methods = list(next(iter(data["tensors"].values())))
-            ranges = {
-                method: {name: Range(*entry[method]) for name, entry in data["tensors"].items()} for method in methods
-            }
-            means = {name: tuple(values) for name, values in data["means"].items()}
-            windows = tuple((str(w["name"]), str(w["sha256"])) for w in data["windows"])
-            positions = {name: int(count) for name, count in data["positions"].items()}
-            return cls(ranges, means, positions, windows, int(data["tiles"]))
-        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            raise EngineError(f"the calibration is damaged ({error}); build the engine again with --samples") from error
+        record = from_json(
+            _CalibrationRecord,
+            data,
+            where="the calibration is damaged",
+            error=EngineError,
+            way_out="build the engine again with --samples",
+        )
+        methods = next(iter(record.tensors.values()))
+        ranges = {method: {name: Range(*entry[method]) for name, entry in record.tensors.items()} for method in methods}
+        windows = tuple((window.name, window.sha256) for window in record.windows)
+        return cls(ranges, record.means, record.positions, windows, record.tiles)
 
     def dumps(self) -> str:
         """The calibration as the text of a JSON file."""
         return json.dumps(self.to_json()) + "\n"
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window that tiles were taken from."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _CalibrationRecord(Record):
+    """A :class:`Calibration` as it is written: its ranges by tensor, then by method."""
+
+    schema: Literal[1]
+    tiles: Size
+    windows: tuple[_Window, ...]
+    tensors: Mapping[str, Mapping[str, tuple[float, float]]]
+    means: Mapping[str, tuple[float, ...]]
+    positions: Mapping[str, Size]
+
+    def __post_init__(self) -> None:
+        if len({frozenset(methods) for methods in self.tensors.values()}) != 1:
+            raise ValueError("its tensors have none, or not the same, methods")
 
 
 def calibrate(

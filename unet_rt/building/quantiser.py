@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ..errors import GraphError, size_text
 from ..graph.passes import qdq
 from ..graph.passes.half import half
 from ..system import facts
+from ..system.json import Record
 from ..tiling.decision import decide
 from .activations import exceeds_half, find_islands
 from .calibration import METHODS, RangeMethod, calibrate
@@ -40,7 +41,7 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 @dataclass(frozen=True)
-class LayerCost:
+class LayerCost(Record):
     """What returning one layer to FP32 won and cost.
 
     Attributes:
@@ -54,10 +55,6 @@ class LayerCost:
     won: float
     cost: float
     kept: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """The cost as JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

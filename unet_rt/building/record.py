@@ -137,7 +137,7 @@ def _describe_parity(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[st
     return {
         "schema": 1,
         "kind": outcome.samples.kind,
-        "budget": vars(job.budget.of(spec.precision)),
+        "budget": job.budget.of(spec.precision).to_json(),
         "graph_sha256": sha256(graph),
         "model_sha256": sha256(job.model.given),
         "baseline": {

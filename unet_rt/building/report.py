@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec, Precision
+from ..system.json import Record
 from .quantiser import LayerCost
 
 CandidateKey = tuple[str, Precision, str]  # of a candidate: backend, precision, variant
@@ -15,7 +16,7 @@ Kind = Literal["samples", "synthetic"]  # of windows: the user's, or generated o
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Record):
     """One measured way to run the model; ``verdict`` is None and ``note`` says why where it could not be tried.
 
     ``latency_ms`` is that of a run of ``batch`` tiles; ``variant`` says what is not INT8 in an INT8 graph.
@@ -44,14 +45,9 @@ class Candidate:
         variant = f" ({self.variant})" if self.variant else ""
         return f"{self.backend} {self.precision}{variant}"
 
-    def to_json(self) -> dict[str, Any]:
-        """The candidate as JSON values."""
-        data = {key: value for key, value in vars(self).items() if key != "verdict"}
-        return {**data, "tile": list(self.tile), "verdict": None if self.verdict is None else self.verdict.to_json()}
-
 
 @dataclass(frozen=True)
-class BuildReport:
+class BuildReport(Record):
     """What ``build`` measured, what it chose and why.
 
     Attributes:
@@ -85,22 +81,3 @@ class BuildReport:
     advice: str = ""
     layers: tuple[LayerCost, ...] = ()
     reached: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return {
-            "folder": str(self.folder),
-            "spec": self.spec.to_json(),
-            "candidates": [c.to_json() for c in self.candidates],
-            "chosen": self.chosen,
-            "kind": self.kind,
-            "samples": self.samples,
-            "first": self.first,
-            "seams": {str(k): v for k, v in self.seams.items()},
-            "whole_mismatch": None if self.whole_mismatch is None else self.whole_mismatch.to_json(),
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-            "advice": self.advice,
-            "layers": [layer.to_json() for layer in self.layers],
-            "reached": self.reached,
-        }

@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 
 from ..errors import GraphError
+from ..system.json import Record
 from ..tiling.field import OutputField, TileSizes
 from .analysis import Analysis, analyse, analyse_model
 from .constants import ELEMENT_BYTES
@@ -32,7 +33,7 @@ _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int
 
 
 @dataclass(frozen=True)
-class GraphInput:
+class GraphInput(Record):
     """One input as declared. ``axes`` is e.g. ``"NCYX"``; ``shape`` holds None where a dimension is free."""
 
     name: str
@@ -40,12 +41,9 @@ class GraphInput:
     shape: tuple[int | None, ...]
     dtype: str
 
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "axes": self.axes, "shape": list(self.shape), "dtype": self.dtype}
-
 
 @dataclass(frozen=True)
-class GraphReport:
+class GraphReport(Record):
     """What a graph says about itself.
 
     Attributes:
@@ -109,23 +107,7 @@ class GraphReport:
             else dict(entry)
             for tile, entry in self.cost.items()
         }
-        return {
-            "inputs": [i.to_json() for i in self.inputs],
-            "parameters": self.parameters,
-            "flops_per_pixel": self.flops_per_pixel,
-            "cost": cost,
-            "outputs": [o.to_json() for o in self.outputs],
-            "exact": self.exact,
-            "sizes": [
-                {"stride": s.stride, "remainder": s.remainder, "minimum": s.minimum, "fixed": s.fixed}
-                for s in self.sizes
-            ],
-            "batch": self.batch,
-            "final_ops": list(self.final_ops),
-            "metadata": dict(self.metadata),
-            "freed": list(self.freed),
-            "reasons_fixed": list(self.reasons_fixed),
-        }
+        return {**super().to_json(), "cost": cost, "exact": self.exact}
 
     def _squares(self, tile: int | None) -> bool:
         return tile is not None and len(self.sizes) < 3

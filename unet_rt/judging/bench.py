@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -34,6 +34,7 @@ from ..engine.spec import EngineSpec
 from ..errors import BackendError, ContractError, ImageError
 from ..prediction.predict import normalization_of, plan
 from ..system import facts, limits, timing
+from ..system.json import Record
 from ..tiling.grid import TileGrid, square_tile, tile_grid
 from .contenders import (
     BASELINES,
@@ -80,7 +81,7 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class BenchReport(Record):
     """What ``bench`` measured of an engine, or of a model's engines, beside the libraries used directly.
 
     Attributes:
@@ -109,7 +110,7 @@ class BenchReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values, with the machine it was measured on."""
-        return {**asdict(self), "machine": facts.describe()}
+        return {**super().to_json(), "machine": facts.describe()}
 
 
 def bench(

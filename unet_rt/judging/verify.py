@@ -28,11 +28,12 @@ from ..engine.spec import EngineSpec
 from ..errors import ContractError, EngineError, GraphError, ImageError, OutputError
 from ..images.normalize import normalised
 from ..outputs import pictures
+from ..system.json import Record
 from .truth import Array, Truth, average_truths, compare_to_labels
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Record):
     """What ``verify`` measured of an engine: whether it is inside its budget, and by which numbers.
 
     Attributes:
@@ -65,18 +66,7 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
-        return {
-            "engine": str(self.engine),
-            "kind": self.kind,
-            "accepted": self.accepted,
-            "verdict": self.verdict.to_json(),
-            "budget": vars(self.budget),
-            "seams": None if self.seams is None else self.seams.to_json(),
-            "growth": None if self.growth is None else self.growth.to_json(),
-            "truth": None if self.truth is None else vars(self.truth),
-            "picture": None if self.picture is None else str(self.picture),
-            "notes": list(self.notes),
-        }
+        return {**super().to_json(), "accepted": self.accepted}
 
 
 def verify(

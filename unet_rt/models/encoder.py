@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
+from ..system.json import Record
 from .unet import UNetSpec, conv_block
 
 
 @dataclass(frozen=True)
-class EncoderSpec:
+class EncoderSpec(Record):
     """The architecture in values.
 
     Attributes:
@@ -65,6 +65,3 @@ class EncoderSpec:
 
     def size_at_least(self, size: int) -> int:
         return self.path().size_at_least(size)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..system.json import Record
 from .skip import crop_concat
 
 Padding = Literal["valid", "same"]
@@ -21,7 +22,7 @@ Up = Literal["transposed", "bilinear", "nearest"]
 
 
 @dataclass(frozen=True)
-class UNetSpec:
+class UNetSpec(Record):
     """The architecture in values: what a checkpoint needs to rebuild its network.
 
     Attributes:
@@ -118,9 +119,6 @@ class UNetSpec:
         for _ in range(self.depth - 1 - level):
             below = 2 * below + 8
         return below
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class UNet(nn.Module):

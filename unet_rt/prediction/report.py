@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..engine.parity import class_name
 from ..system import limits
+from ..system.json import Record
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
 from .work import StageClock, Tally, Work
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class RunReport:
+class RunReport(Record):
     """What one prediction did.
 
     Attributes:
@@ -62,7 +63,7 @@ class RunReport:
         return self.mpx / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "mpx_per_s": self.mpx_per_s}
+        return {**super().to_json(), "mpx_per_s": self.mpx_per_s}
 
 
 def together(reports: Sequence[RunReport]) -> RunReport:

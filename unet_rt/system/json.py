@@ -164,7 +164,7 @@ class _Reading:
         if kind in (Union, types.UnionType):
             return self.union(args, data, name)
         if kind is Literal:
-            if not isinstance(data, str) or data not in args:
+            if not any(type(data) is type(arg) and data == arg for arg in args):
                 raise self.wrong(name, data, f"one of {', '.join(map(str, args))}")
             return data
         if kind is tuple:

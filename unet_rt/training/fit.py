@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from ..contract.contract import Contract, Normalization
 from ..errors import BackendError, ContractError, OutputError
 from ..models.architecture import Network, network_of
 from ..models.checkpoint import TrainingError, save_checkpoint
+from ..system.json import Record
 from .augment import Augmentation
 from .curves import training_curves
 from .folder import DataSet, read_folder
@@ -70,7 +71,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Record):
     """What came of a training.
 
     Attributes:
@@ -88,13 +89,8 @@ class Fit:
     record: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "out": str(self.path),
-            "curves": str(self.curves),
-            "best": asdict(self.best),
-            "history": [asdict(p) for p in self.history],
-            "record": self.record,
-        }
+        record = super().to_json()
+        return {"out": record.pop("path"), **record}
 
 
 def device_of(name: str) -> torch.device:

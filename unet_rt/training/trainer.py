@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 from ..models.architecture import Network, architecture_of
 from ..models.checkpoint import TrainingError, read_torch, write_torch
 from ..models.segnet import SegNet
+from ..system.json import Record, to_json
 from .augment import Augmentation, Tiles
 from .metrics import iou
 from .samples import Sample, padded
@@ -33,7 +34,7 @@ MARGIN_PX = 128  # of those windows
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Record):
     """How to train; with a seed, all that the result depends on beside data and machine.
 
     Attributes:
@@ -82,9 +83,6 @@ class Recipe:
                 raise ValueError(f"recipe {name} is {getattr(self, name)}; use {least} or more")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning rate is {self.learning_rate}; use more than 0, e.g. 1e-3")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -276,7 +274,7 @@ class _Run:
             "best": self.best,
             "numbers": [self.step, self.seconds, self.best_iou],
             "losses": self.losses,
-            "history": json.dumps([asdict(p) for p in self.history]),
+            "history": json.dumps(to_json(self.history)),
         }
         write_torch(path, content)
 

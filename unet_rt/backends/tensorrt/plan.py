@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...errors import BackendError, EngineError, size_text
+from ...system.json import Count, Record, Size, from_json
 
 _MAGIC = b"unet-rt plan 1\n"
 _LONGEST_HEADER = 1 << 20
@@ -28,9 +28,9 @@ class Profile:
         inputs: Shape of every input, in graph order.
     """
 
-    tile: tuple[int, ...]
-    batch: int
-    inputs: tuple[tuple[int, ...], ...]
+    tile: tuple[Count, ...]
+    batch: Count
+    inputs: tuple[tuple[Size, ...], ...]
 
     def __str__(self) -> str:
         return f"{size_text(self.tile)} px at batch {self.batch}"
@@ -62,7 +62,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class PlanHeader:
+class PlanHeader(Record):
     """What is known of a plan without running it.
 
     Attributes:
@@ -94,16 +94,6 @@ class PlanHeader:
         """The shapes that the plan takes, for messages."""
         return ", ".join(map(str, self.profiles))
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PlanHeader:
-        profiles = tuple(
-            Profile(tuple(p["tile"]), int(p["batch"]), tuple(tuple(shape) for shape in p["inputs"]))
-            for p in data["profiles"]
-        )
-        origin = Origin(**data["origin"])
-        names = tuple(data["inputs"]), tuple(data["outputs"])
-        return cls(origin, data["precision"], profiles, *names, data["variant"], data["layers"], data["measured_ms"])
-
 
 def write_plan(path: Path, header: PlanHeader, plan: bytes, kernels: bytes = b"") -> None:
     """Writes a plan with its header.
@@ -111,7 +101,7 @@ def write_plan(path: Path, header: PlanHeader, plan: bytes, kernels: bytes = b""
     Raises:
         BackendError: The file cannot be written.
     """
-    document = {**asdict(header), "plan_bytes": len(plan), "kernel_bytes": len(kernels)}
+    document = {**header.to_json(), "plan_bytes": len(plan), "kernel_bytes": len(kernels)}
     try:
         with path.open("wb") as stream:
             stream.write(_MAGIC)
@@ -147,12 +137,18 @@ def _read(path: Path, *, whole: bool) -> tuple[PlanHeader, bytes, bytes]:
             if stream.readline(len(_MAGIC)) != _MAGIC:
                 raise EngineError(f"{path} is not a plan of this version of unet-rt; {way_out}")
             document = json.loads(stream.readline(_LONGEST_HEADER))
-            header = PlanHeader.from_json(document)
-            sizes = int(document["plan_bytes"]), int(document["kernel_bytes"])
+            sizes = int(document.pop("plan_bytes")), int(document.pop("kernel_bytes"))
+            header = from_json(
+                PlanHeader,
+                document,
+                where=f"{path}: the header of the plan is damaged",
+                error=EngineError,
+                way_out=way_out,
+            )
             plan, kernels = (stream.read(n) for n in sizes) if whole else (b"", b"")
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror}); {way_out}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: the header of the plan is damaged ({error}); {way_out}") from error
     if whole and (len(plan), len(kernels)) != sizes:
         raise EngineError(f"{path} ends after {len(plan) + len(kernels)} of {sum(sizes)} bytes; {way_out}")
