@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..system.durable import Disk, locked, part_path, parts_of
+from ..system.durable import Disk, only_writer, staging_folder
 from .folder import SCHEMA, SUFFIX, EngineFolder, FileKind, read_folder, sha256, spec_key
 from .spec import EngineSpec
 
@@ -66,89 +62,29 @@ def place_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool 
     check_target(folder, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(folder) as staging:
+        with staging_folder(folder) as staging:
             fill(staging)
-            for path in staging.iterdir():
-                Disk().sync_file(path)
-            with _only_writer(folder.parent):
+            disk = Disk()
+            disk.sync_tree(staging.iterdir(), staging)
+            with only_writer(folder.parent):
                 check_target(folder, overwrite=overwrite)  # again: another build may have ended meanwhile
                 if folder.exists() and any(folder.iterdir()):
                     replaced, names = _file_names(folder), _file_names(staging)
                     for name in names:
-                        os.replace(staging / name, folder / name)
-                    os.replace(staging / "spec.json", folder / "spec.json")
+                        disk.replace(staging / name, folder / name)
+                    disk.sync_folder(folder)
+                    disk.replace(staging / "spec.json", folder / "spec.json")
+                    disk.sync_folder(folder)
                     for name in replaced - names:
                         (folder / name).unlink(missing_ok=True)
                     for row in folder.glob("row-*.json"):  # exams of the graph that was replaced
                         row.unlink(missing_ok=True)
                 else:
-                    os.replace(staging, folder)
+                    disk.replace(staging, folder)
+                    disk.sync_folder(folder.parent)
     except OSError as error:
         raise OutputError(f"{folder}: the engine cannot be written ({error.strerror}); choose another --out") from error
     return read_folder(folder)
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder``, gone afterwards; those that killed processes have left are removed first."""
-    import shutil
-
-    with _only_writer(folder.parent), ExitStack() as held:
-        for left in parts_of(folder):
-            with _held(left) as alone:
-                if alone:
-                    shutil.rmtree(left, ignore_errors=True)
-        staging = part_path(folder)
-        staging.mkdir()  # with the mode that the umask gives to folders: it becomes the engine's
-        held.enter_context(_held(staging))
-        ours = held.pop_all()
-    with ours:
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Holds a folder for as long as this process lives; whether nobody else does. On Windows nobody can tell."""
-    if sys.platform == "win32":
-        yield False
-        return
-    import fcntl
-
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # it was put into place at this moment, or belongs to another user
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            alone = False
-        yield alone
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _only_writer(parent: Path) -> Iterator[None]:
-    """While this process moves an engine into ``parent``, others of this machine wait: each deletes what it replaced."""
-    if sys.platform == "win32":
-        name = hashlib.sha256(str(parent.resolve()).encode()).hexdigest()[:16]
-        with locked(Path(tempfile.gettempdir()) / f"unet-rt-{name}.lock"):
-            yield
-    else:
-        import fcntl
-
-        handle = os.open(parent, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # closing gives it back, and so does the end of the process
-            yield
-        finally:
-            os.close(handle)
 
 
 def _file_names(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -90,6 +90,72 @@ class Disk:
             folders.update(parent for parent in file.parents if parent.is_relative_to(root))
         for folder in sorted(folders, key=lambda p: -len(p.parts)):
             self.sync_folder(folder)
+
+
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder``, gone afterwards; those that killed processes have left are removed first."""
+    import shutil
+
+    with only_writer(folder.parent), ExitStack() as held:
+        for left in parts_of(folder):
+            with _held(left) as alone:
+                if alone:
+                    shutil.rmtree(left, ignore_errors=True)
+        staging = part_path(folder)
+        staging.mkdir()  # with the mode that the umask gives to folders: it becomes the folder's
+        held.enter_context(_held(staging))
+        ours = held.pop_all()
+    with ours:
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Holds a folder for as long as this process lives; whether nobody else does. On Windows nobody can tell."""
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # it was put into place at this moment, or belongs to another user
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def only_writer(parent: Path) -> Iterator[None]:
+    """While this process moves something into ``parent``, others of this machine wait: each deletes what it replaced."""
+    if sys.platform == "win32":
+        import hashlib
+        import tempfile
+
+        name = hashlib.sha256(str(parent.resolve()).encode()).hexdigest()[:16]
+        with locked(Path(tempfile.gettempdir()) / f"unet-rt-{name}.lock"):
+            yield
+    else:
+        import fcntl
+
+        handle = os.open(parent, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # closing gives it back, and so does the end of the process
+            yield
+        finally:
+            os.close(handle)
 
 
 @contextmanager
