@@ -142,7 +142,7 @@ def _normalization_from_json(value: Any) -> Normalization:
         elif key in ("scale", "eps"):
             values[key] = _floats(key, item, 1)[0]
         elif key in ("percentiles", "clip", "clip_after"):
-            values[key] = None if item is None else _floats(key, item, 2)
+            values[key] = None if item is None and key != "percentiles" else _floats(key, item, 2)
         elif key in ("mean", "std"):
             values[key] = _floats(key, item)
     return check_normalization(Normalization(**values))

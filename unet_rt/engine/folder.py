@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..errors import EngineError
 from ..system.durable import PART
+from ..system.json import Record, Size, from_json
 from .spec import EngineSpec, read_spec
 
 SCHEMA = (1, 0)  # (major, minor): a reader accepts its own major and any minor
@@ -30,6 +31,15 @@ SUFFIX = {
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileEntry(Record):
+    """A file of an engine, as its spec lists it."""
+
+    name: str
+    sha256: str
+    bytes: Size
 
 
 @dataclass(frozen=True)
@@ -123,20 +133,29 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
 def _parse(text: str, called: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], bool]:
     """(everything, files by kind, whether a later minor version wrote it) of a ``spec.json``."""
     path = called / "spec.json"
+    way_out = "build the engine again"
     try:
         document = json.loads(text)
-        major, minor = (int(v) for v in document["schema"])
-        files = {str(kind): dict(entry) for kind, entry in document["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
+        major, minor = schema = document["schema"]
+        entries = dict(document["files"].items())
+        if not all(type(v) is int and v >= 0 for v in schema):
+            raise ValueError(f"schema is {schema!r}, not two whole numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(f"{path} is damaged ({error}); {way_out}") from error
     if major != SCHEMA[0]:
         raise EngineError(
             f"{called} has schema {major}.{minor}, and this version reads {SCHEMA[0]}.x; "
             + ("upgrade unet-rt" if major > SCHEMA[0] else anew(called))
         )
+    files = {
+        kind: from_json(
+            FileEntry, entry, where=f"{path} is damaged: files.{kind}", error=EngineError, way_out=way_out
+        ).to_json()
+        for kind, entry in entries.items()
+    }
     for kind in ("model", "graph"):
         if kind not in files:
-            raise EngineError(f"{path} names no {kind}; build the engine again")
+            raise EngineError(f"{path} names no {kind}; {way_out}")
     return document, files, minor > SCHEMA[1]
 
 
@@ -148,7 +167,7 @@ def _spec_fields(document: Mapping[str, Any], *, newer: bool) -> dict[str, Any]:
 
 def _check_file(folder: Path, called: Path, entry: Mapping[str, Any]) -> None:
     """Raises EngineError where a file of an engine is not in ``folder``, or not the one that was written."""
-    name = str(entry.get("name", ""))
+    name = str(entry["name"])
     if name != Path(name).name:  # nothing outside the folder is ever an engine's
         raise EngineError(f"{called / 'spec.json'} names the file {name!r}, outside its folder; build the engine again")
     file = folder / name
@@ -160,7 +179,7 @@ def _check_file(folder: Path, called: Path, entry: Mapping[str, Any]) -> None:
         raise EngineError(
             f"{called / name} cannot be read ({error.strerror}); give yourself the right to, or copy the engine"
         ) from error
-    if digest != entry.get("sha256"):
+    if digest != entry["sha256"]:
         raise EngineError(
             f"{called / name} is not the file that was built (its SHA-256 differs); copy it again, or build again"
         )

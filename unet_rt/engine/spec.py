@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from ..contract.contract import Contract
 from ..contract.json import contract_from_json
 from ..errors import ContractError, EngineError, TileError, size_text
@@ -247,9 +249,17 @@ def _fault(spec: EngineSpec) -> str | None:
     axes = [("tile", len(spec.tile)), *(("tiles", len(tile)) for tile in spec.tiles)]
     axes += [] if spec.overlap is None else [("overlap", len(spec.overlap))]
     axes += [(f"output {output.name}", len(output.field)) for output in spec.outputs]
-    for name, count in axes:
+    named = [(f"input {one.name}", one.axes) for one in spec.inputs]
+    named += [(f"output {one.name}", one.axes) for one in spec.outputs]
+    for name, count in [*axes, *((name, len(set(letters) - set("NC"))) for name, letters in named)]:
         if count != spec.spatial:
             return f"{name} has {count} spatial axes, sizes {spec.spatial}"
+    for name, letters in named:
+        if len(set(letters)) != len(letters) or not letters.isalpha():
+            return f"{name} has axes {letters!r}, not different letters"
+    strange = next((one for one in spec.inputs if not _is_dtype(one.dtype)), None)
+    if strange is not None:
+        return f"input {strange.name} has dtype {strange.dtype!r}, which NumPy does not know"
     try:
         seen = spec.input_range
     except (TypeError, ValueError):
@@ -257,6 +267,14 @@ def _fault(spec: EngineSpec) -> str | None:
     if seen is not None and len(seen) not in (1, spec.channels):
         return f"options.input_range has {len(seen)} pairs for {spec.channels} channels"
     return None
+
+
+def _is_dtype(name: str) -> bool:
+    try:
+        np.dtype(name)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _ranges(value: Any) -> tuple[tuple[float, float], ...] | None:

@@ -146,6 +146,8 @@ class FieldRecord(Record):
         lengths |= {len(side) for sides in (self.reach, self.halo, self.shrink) for side in (sides.before, sides.after)}
         if len(lengths) > 1:
             raise ValueError("stride, reach, halo, shrink and scale differ in their number of axes")
+        if any(n < 0 for n in (*self.halo.before, *self.halo.after)):
+            raise ValueError(f"halo {self.halo.before}, {self.halo.after} must not be negative")
         if any(scale <= 0 for scale in self.scale):
             raise ValueError(f"scale {', '.join(map(str, self.scale))} must be above 0")
 
