@@ -43,6 +43,7 @@ class Made:
     path: str
     seconds: float
     note: str = ""
+    settings: dict[str, Any] | None = None  # of a direct one, as its backend measured them
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ def build_one(section: Section, net_name: str, backend: str, precision: str) -> 
     else:
         return
     (section.work / f"made-{net_name}-{backend}-{precision}.json").write_text(json.dumps(vars(entry)))
-    section.add("built", **{k: v for k, v in vars(entry).items() if k != "path"})
+    section.add("built", **{k: v for k, v in vars(entry).items() if k not in ("path", "settings")})
 
 
 def build_direct(
@@ -138,8 +139,9 @@ def build_direct(
     graph = section.work / f"{net_name}-{backend}-{precision}.onnx"
     options = accepted(module.build, blob=graph.with_suffix(".engine"), **fixed)
     begun = time.perf_counter()
-    module.build(net.onnx, graph, precision=precision, device=section.device, **options)
-    return Made(net_name, backend, precision, "direct", str(graph), time.perf_counter() - begun, "without its proof")
+    settings = module.build(net.onnx, graph, precision=precision, device=section.device, **options)
+    seconds, note = time.perf_counter() - begun, "without its proof"
+    return Made(net_name, backend, precision, "direct", str(graph), seconds, note, settings)
 
 
 class HostSession:
@@ -167,7 +169,7 @@ def open_made(section: Section, entry: Made) -> tuple[Any, Any]:
         return engine, session
     module = backends.get(entry.backend)
     blob = Path(entry.path).with_suffix(".engine")
-    options = accepted(module.load, blob=blob if blob.exists() else None)
+    options = accepted(module.load, blob=blob if blob.exists() else None, settings=entry.settings)
     session = module.load(Path(entry.path), precision=entry.precision, device=section.device, **options)
     return None, HostSession(session) if section.dry else session
 

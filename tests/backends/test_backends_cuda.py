@@ -27,7 +27,7 @@ from unet_rt.backends.onnxruntime import library as onnxruntime_library
 from unet_rt.backends.onnxruntime import provider as onnxruntime_provider
 from unet_rt.backends.onnxruntime import trial
 from unet_rt.backends.onnxruntime.cuda import CudaSession
-from unet_rt.backends.onnxruntime.settings import GraphPort, Options, Settings, read_settings
+from unet_rt.backends.onnxruntime.settings import CudaOptions, GraphPort, Settings, read_settings
 from unet_rt.backends.session import on_device
 from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
@@ -417,7 +417,7 @@ def test_a_session_that_finds_no_memory_for_its_weights_says_so(
 
 
 def test_launches_are_recorded_for_addresses_that_stay(host_gpu: HostDevice) -> None:
-    with CudaSession(shipped_model(), "fp32", "cuda:0", 1, Settings(Options(cuda_graph=True))) as session:
+    with CudaSession(shipped_model(), "fp32", "cuda:0", 1, Settings(CudaOptions(cuda_graph=True))) as session:
         stay = host_gpu.empty((1, 1, 32, 32), np.float32), host_gpu.empty((1, 2, 32, 32), np.float32)
         for _ in range(4):
             session.run_device([stay[0]], [stay[1]])
@@ -432,7 +432,7 @@ def test_recordings_make_room_when_their_session_goes(host_gpu: HostDevice, monk
     """They are held by provider sessions: bindings that go free none, sessions that go free theirs."""
     monkeypatch.setattr(onnxruntime_cuda, "_GRAPHS", 1)
     monkeypatch.setattr(onnxruntime_cuda, "_BINDINGS", 1)
-    with CudaSession(shipped_model(), "fp32", "cuda:0", 1, Settings(Options(cuda_graph=True))) as session:
+    with CudaSession(shipped_model(), "fp32", "cuda:0", 1, Settings(CudaOptions(cuda_graph=True))) as session:
 
         def ran(side: int) -> list[str | None]:
             x, y = host_gpu.empty((1, 1, side, side), np.float32), host_gpu.empty((1, 2, side, side), np.float32)
@@ -510,7 +510,7 @@ def test_a_setting_that_computes_something_else_is_left_out(
 ) -> None:
     monkeypatch.setattr(HostSession, "error", 50.0)
     graph = tmp_path / "graph.onnx"
-    record = trial.build(shipped_model(), graph, precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(1,))
+    record = trial.tune(shipped_model(), graph, precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(1,))
     fused = [t for t in record.trials if t.options.fuse_conv_bias]
     assert [t.ms for t in fused] == [None]
     assert "its result differs by" in fused[0].note
@@ -532,7 +532,7 @@ def test_what_must_not_happen_in_silence(host_gpu: HostDevice, monkeypatch: pyte
     monkeypatch.setattr(HostSession, "strict_fails", True)  # the arithmetic of sizes may stay on the CPU
     load().close()
     with pytest.raises(BackendError, match="fuse_conv_bias without prefer_nhwc"):
-        Options(fuse_conv_bias=True)
+        CudaOptions(fuse_conv_bias=True)
 
 
 def test_settings_of_another_version_are_refused() -> None:
@@ -560,7 +560,7 @@ def test_without_settings_the_defaults_of_the_provider_are_used(
     caplog.clear()
     with onnxruntime.load(graph, precision="fp16", device="cuda:0", threads=1) as session:
         assert session.run([pixels(1, 64)])[0].shape == (1, 2, 64, 64)
-    assert HostSession.made[0].options == Options().provider(0, "fp16", HostStream.handle)
+    assert HostSession.made[0].options == CudaOptions().provider(0, "fp16", HostStream.handle)
     (line,) = caplog.messages
     assert "build the engine again" in line
 
@@ -574,7 +574,7 @@ def test_precisions_and_graphs_that_build_takes(
     with pytest.raises(BackendError, match="computes in fp16, fp32 was asked; give the FP32 graph"):
         onnxruntime.build(halved, tmp_path / "g.onnx", precision="fp32", device="cuda:0")
     seen = {}
-    monkeypatch.setattr(trial, "build", lambda model, graph, **how: seen.update(how) or Settings())
+    monkeypatch.setattr(trial, "tune", lambda model, graph, **how: seen.update(how) or Settings())
     onnxruntime.build(halved, tmp_path / "g.onnx", precision="fp16", device="cuda:0", tiles=[(64, 64)], batches=(4,))
     assert seen == {"precision": "fp16", "device": "cuda:0", "tiles": [(64, 64)], "batches": (4,)}
 
@@ -622,14 +622,14 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 # FP32 with channels last may be TF32, without a word: left to the trial, which finds out.
 SETTINGS = [
-    ("fp32", Options()),
-    ("fp32", Options(search="EXHAUSTIVE")),
-    ("fp32", Options(cuda_graph=True)),
-    ("fp16", Options()),
-    ("fp16", Options(prefer_nhwc=True)),
-    ("fp16", Options(prefer_nhwc=True, fuse_conv_bias=True)),
-    ("fp16", Options(prefer_nhwc=True, fuse_conv_bias=True, search="EXHAUSTIVE")),
-    ("fp16", Options(prefer_nhwc=True, cuda_graph=True)),
+    ("fp32", CudaOptions()),
+    ("fp32", CudaOptions(search="EXHAUSTIVE")),
+    ("fp32", CudaOptions(cuda_graph=True)),
+    ("fp16", CudaOptions()),
+    ("fp16", CudaOptions(prefer_nhwc=True)),
+    ("fp16", CudaOptions(prefer_nhwc=True, fuse_conv_bias=True)),
+    ("fp16", CudaOptions(prefer_nhwc=True, fuse_conv_bias=True, search="EXHAUSTIVE")),
+    ("fp16", CudaOptions(prefer_nhwc=True, cuda_graph=True)),
 ]
 
 
@@ -649,7 +649,7 @@ def test_the_gpu_computes_what_the_baseline_does(built: Built, batch: int, basel
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "options"), SETTINGS, ids=lambda v: v if isinstance(v, str) else v.text)
-def test_every_setting_computes_the_same(options: Options, precision: str, halved: Path, baseline: Any) -> None:
+def test_every_setting_computes_the_same(options: CudaOptions, precision: str, halved: Path, baseline: Any) -> None:
     x = pixels(2, 192)
     wanted = baseline.run([x])[0]
     graph = halved if precision == "fp16" else shipped_model()

@@ -24,7 +24,7 @@ import unet_rt
 from unet_rt.backends.tensorrt import backend as tensorrt
 from unet_rt.backends.tensorrt import recording
 from unet_rt.backends.tensorrt import runtime as tensorrt_runtime
-from unet_rt.backends.tensorrt.build import advice, failure, logger, profiles_for, refusal
+from unet_rt.backends.tensorrt.build import failure, logger, profiles_for, refusal, remedy
 from unet_rt.backends.tensorrt.inspect import check_engine, check_network, engine_convolutions
 from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
 from unet_rt.backends.tensorrt.session import TensorRtSession
@@ -319,7 +319,7 @@ def test_short_memory_is_an_error_of_its_own(fake: FakeTensorRt, monkeypatch: py
     ],
 )
 def test_every_refusal_has_a_way_out(text: str, said: str) -> None:
-    assert said in advice(text)
+    assert said in remedy(text)
     message = refusal(FakeTensorRt(), "graph.onnx", profile(4), text)
     assert message.startswith("TensorRT cannot build graph.onnx for 8x8 px at batch 4")
     assert ("at node /up/Conv.../head" in message) == ("node" in text)

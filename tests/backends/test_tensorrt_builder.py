@@ -29,7 +29,7 @@ import unet_rt
 from unet_rt.backends.tensorrt import backend as tensorrt
 from unet_rt.backends.tensorrt import build as tensorrt_build
 from unet_rt.backends.tensorrt import plugin as crop_concat_plugin
-from unet_rt.backends.tensorrt.build import Compiled, compile_plan, profiles_for
+from unet_rt.backends.tensorrt.build import CompiledPlan, compile_plan, profiles_for
 from unet_rt.backends.tensorrt.inspect import check_network
 from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, read_plan, write_plan
 from unet_rt.cli.demo import SHIPPED, shipped_model
@@ -402,7 +402,7 @@ def test_the_graph_of_a_plan_with_our_kernel_is_stored_without_it(
         kinds = Counter(node.op_type for node in onnx.load(str(file)).graph.node)
         seen[file.name] = kinds[OPERATOR]
         if kinds[OPERATOR]:  # TensorRT-RTX ends the process where it meets a plugin's node
-            return Compiled(b"plan with our kernel", {"/conv": "fp16"}, ("x",), ("y",))
+            return CompiledPlan(b"plan with our kernel", {"/conv": "fp16"}, ("x",), ("y",))
         return real(trt, file, *rest, **more)
 
     opened["crop_concat"] = 0.1
@@ -488,7 +488,7 @@ def test_another_precision_than_the_one_asked_is_no_engine(
     opened: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, engine: str, said: str
 ) -> None:
     """Read from the parsed network, and from what the built engine tells of itself."""
-    compiled = Compiled(b"plan", {"/conv": network}, ("x",), ("y",))
+    compiled = CompiledPlan(b"plan", {"/conv": network}, ("x",), ("y",))
     tensor = {"Name": "t", "Format/Datatype": engine}
     told = {"Layers": [{"Name": "/conv", "Inputs": [tensor], "Outputs": [tensor]}]}
     monkeypatch.setattr(tensorrt, "compile_plan", lambda *given, **more: compiled)
@@ -748,7 +748,12 @@ def definitions(tree: ast.AST) -> set[str]:
 
 def test_whatever_the_source_asks_of_the_library_is_in_the_tables() -> None:
     """And so is looked up in the real libraries below: what nobody else's objects have is the library's."""
-    ours = [*SOURCES, *(PACKAGE / "kernels").glob("*.py"), *(PACKAGE / "system").glob("*.py"), PACKAGE / "backends" / "session.py"]
+    ours = [
+        *SOURCES,
+        *(PACKAGE / "kernels").glob("*.py"),
+        *(PACKAGE / "system").glob("*.py"),
+        PACKAGE / "backends" / "session.py",
+    ]
     known = {name for source in ours for name in definitions(ast.parse(source.read_text()))}
     plain = (str, bytes, list, dict, set, Counter, OrderedDict, deque, Path, OSError, io.BufferedRandom, logging.Logger)
     arrays = (np, np.ndarray, np.dtype, re.Pattern, re.Match, ModuleType, type)

@@ -9,7 +9,7 @@ from unet_rt.baseline.samples import constant_reason
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.budget import Budget
-from unet_rt.engine.parity import ImageParity, compare, dice, judge, labels, saturated, used
+from unet_rt.engine.parity import ImageParity, budget_shares, compare, dice, judge, labels, saturated_share
 from unet_rt.errors import ContractError
 
 MULTI = Contract(task="multiclass", output_is="logits", classes=("background", "cell", "debris"))
@@ -149,9 +149,11 @@ def test_how_much_of_the_budget_is_used():
         ImageParity("a", 100, None, {}, {}, 9.0, 9.0, 9.0, "unknown", judged=False),
     ]
     verdict = judge(images, Budget())
-    assert used(verdict, Budget()) == pytest.approx({"mask": 2.0, "distance": 2.0})
-    assert used(verdict, Budget(dice=0.9)) == pytest.approx({"mask": 0.5, "distance": 2.0})
-    assert all(1 < share < float("inf") for share in used(verdict, Budget(label_change=0, dice=1, error=0)).values())
+    assert budget_shares(verdict, Budget()) == pytest.approx({"mask": 2.0, "distance": 2.0})
+    assert budget_shares(verdict, Budget(dice=0.9)) == pytest.approx({"mask": 0.5, "distance": 2.0})
+    assert all(
+        1 < share < float("inf") for share in budget_shares(verdict, Budget(label_change=0, dice=1, error=0)).values()
+    )
 
 
 def test_dice_of_empty_masks_is_one():
@@ -255,6 +257,6 @@ def test_saturated_outputs_are_told(task, output_is, sure, unsure):
     raw = np.zeros((2 if task in ("multiclass", "multilabel") else 1, 10, 10), np.float32)
     raw[0] = sure
     raw[-1] = sure if task != "multiclass" else 0.0
-    assert saturated(raw, contract) == 1.0
+    assert saturated_share(raw, contract) == 1.0
     raw[0, :5] = unsure
-    assert saturated(raw, contract) == pytest.approx(0.5)
+    assert saturated_share(raw, contract) == pytest.approx(0.5)

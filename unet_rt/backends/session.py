@@ -223,7 +223,7 @@ class SessionBase(ABC):
         self.close()
 
 
-class Called(SessionBase):
+class FunctionSession(SessionBase):
     """A library used directly, in the form of a session: a function of the graph's inputs, in graph order."""
 
     def __init__(self, run: Callable[[Sequence[Array]], list[Array]], title: str, threads: int) -> None:

@@ -111,7 +111,7 @@ def _budget_share(candidate: Candidate, budget: Budget) -> float:
     """The share of its budget that a candidate uses, on the output that uses most."""
     if candidate.verdict is None:
         return float("inf")
-    return max(parity_module.used(candidate.verdict, budget.of(candidate.precision)).values())
+    return max(parity_module.budget_shares(candidate.verdict, budget.of(candidate.precision)).values())
 
 
 def _refuse_all(job: BuildJob, tiling: Tiling, candidates: Sequence[Candidate]) -> ParityError:

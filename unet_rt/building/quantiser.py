@@ -162,7 +162,7 @@ class Quantiser:
         uses of the output's budget."""
         if len(self.judged) == 1:
             return
-        shares = parity_module.used(plain.verdict, self.budget).values()
+        shares = parity_module.budget_shares(plain.verdict, self.budget).values()
         self.weights = [
             max(share, LEAST_SAY) / (change if 0 < change < float("inf") else 1.0)
             for share, change in zip(shares, self.changes(plain.engine), strict=True)

@@ -215,7 +215,7 @@ def exam_tiles(job: BuildJob, spec: EngineSpec, engine: Engine, windows: Sequenc
     for sample in picked:
         x = tile_of(sample, spec, tile, job.threads)
         wanted = job.baseline.run(x)
-        found = exam.compared(engine, spec, x[0], [y[0] for y in wanted], sample.name)
+        found = exam.compare_tile(engine, spec, x[0], [y[0] for y in wanted], sample.name)
         if parity_module.judge([*images, *found], budget).accepted:
             images += found
             kept.append((x, wanted))

@@ -194,7 +194,7 @@ def describe_first(sample: SampleWindow, raw: Array, contract: Contract, remarks
             f"the mask of {sample.name} is constant ({int(masks.max())} everywhere): most often the "
             "normalisation is not the one of the training; check --normalize first, then --channels, --task, --output-is"
         )
-    elif parity_module.saturated(raw, contract) > 0.999:
+    elif parity_module.saturated_share(raw, contract) > 0.999:
         remarks.warnings.append(
             f"the output of {sample.name} is saturated (nearly every probability is 0 or 1 to six digits): "
             "check --normalize first, then --output-is"

@@ -121,7 +121,7 @@ def _compare_to_whole(job: BuildJob, spec: EngineSpec, results: BaselineResults)
     untiled = raw_results(job.baseline, sample, grid, job.threads)
     found = parity_module.compare_outputs(untiled, results.values[0], spec, sample.name)
     budget = job.budget.of("fp32")
-    return max((one for one in found if one.judged), key=lambda one: parity_module.share(one, budget))
+    return max((one for one in found if one.judged), key=lambda one: parity_module.budget_share(one, budget))
 
 
 # --- the baseline's results ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ..errors import ContractError
 from .contract import Border, Contract, Head, Method, Normalization, OutputIs, Task
-from .words import check_normalization, close, method_of, numbers_text, parse_normalization, scope_of
+from .words import check_normalization, method_of, numbers_text, parse_normalization, scope_of, suggestion
 
 
 def contract_from_file(path: str | Path) -> Contract:
@@ -88,7 +88,7 @@ def _heads_from_json(value: Any) -> tuple[Head, ...]:
 def check_keys(data: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     for key in data:
         if key not in known:
-            near = close(str(key), known)
+            near = suggestion(str(key), known)
             raise ContractError(f"{what}: unknown key {key!r}{near}; known are {', '.join(known)}")
 
 
@@ -108,7 +108,9 @@ def _word(key: str, value: Any) -> str:
             raise ContractError(f"axes {value!r} must be different letters with Y and X, e.g. NCYX")
         return axes
     if value not in _WORDS[key]:
-        raise ContractError(f"{key} {value!r} is unknown{close(value, _WORDS[key])}; choose {', '.join(_WORDS[key])}")
+        raise ContractError(
+            f"{key} {value!r} is unknown{suggestion(value, _WORDS[key])}; choose {', '.join(_WORDS[key])}"
+        )
     return value
 
 

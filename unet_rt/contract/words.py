@@ -40,7 +40,9 @@ def parse_normalization(text: str, scope: str | None = None) -> Normalization:
     for word in words:
         if word not in known:
             choices = ["none", "dtype", "minmax", "percentile", "zscore", "imagenet", "scale", "mean", "std", "clip"]
-            raise ContractError(f"--normalize {text!r}: {word!r} is unknown{close(word, choices)}; choose {CHOICES}")
+            raise ContractError(
+                f"--normalize {text!r}: {word!r} is unknown{suggestion(word, choices)}; choose {CHOICES}"
+            )
     fixed: list[str] = [w for w in ("mean", "std", "scale") if w in words]
     if len(heads) + bool(fixed) != 1:
         said = " and ".join(heads + fixed) or "no method"
@@ -124,7 +126,9 @@ def method_of(word: str) -> Method:
     for method in get_args(Method):
         if word == method:
             return method  # type: ignore[no-any-return]
-    raise ContractError(f"normalisation method {word!r} is unknown{close(word, get_args(Method))}; choose {CHOICES}")
+    raise ContractError(
+        f"normalisation method {word!r} is unknown{suggestion(word, get_args(Method))}; choose {CHOICES}"
+    )
 
 
 def scope_of(word: Any) -> Scope:
@@ -159,6 +163,6 @@ def parse_numbers(text: str, word: str, whole: str) -> tuple[float, ...]:
         raise ContractError(f"{whole!r}: {word}={text} is not a number (or numbers by comma)") from None
 
 
-def close(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, list(known), n=1)
     return f" (meant {matches[0]!r}?)" if matches else ""

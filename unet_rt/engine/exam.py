@@ -177,11 +177,13 @@ def sit(engine: Engine, exam: Mapping[str, Array]) -> Verdict:
     results: list[ImageParity] = []
     for k, tile in enumerate(exam["input"]):
         wanted = [exam[f"output_{n}"][k] for n in range(len(engine.spec.outputs))]
-        results += compared(engine, engine.spec, tile, wanted, f"exam tile {k}")
+        results += compare_tile(engine, engine.spec, tile, wanted, f"exam tile {k}")
     return judge(results, budget.of(engine.spec.precision))
 
 
-def compared(engine: Engine, spec: EngineSpec, tile: Array, wanted: Sequence[Array], name: str) -> list[ImageParity]:
+def compare_tile(
+    engine: Engine, spec: EngineSpec, tile: Array, wanted: Sequence[Array], name: str
+) -> list[ImageParity]:
     """Agreement of an engine with the baseline's outputs ``wanted`` (K, *spatial) for a tile (C, *spatial).
 
     The smaller tile of a plan is run on the tile's first corner: there it sees the same edges, and but for its halo at

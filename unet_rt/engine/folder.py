@@ -113,7 +113,7 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
     for entry in files.values():
         _check_file(folder, called, entry)
     damaged = f"{path} is damaged, or was written by another version of unet-rt"
-    spec = read_spec(_spec_fields(document, newer=newer), where=damaged, way_out=anew(called))
+    spec = read_spec(_spec_fields(document, newer=newer), where=damaged, way_out=rebuild_line(called))
     try:
         parity = (
             json.loads((folder / files["parity"]["name"]).read_text(encoding="utf-8")) if "parity" in files else None
@@ -121,7 +121,7 @@ def check_folder(folder: Path, text: str, *, called: Path | None = None) -> Engi
         if not isinstance(parity, dict | None):
             raise ValueError(f"it holds a {type(parity).__name__}")
     except (ValueError, RecursionError) as error:
-        raise EngineError(f"{called / files['parity']['name']} is damaged ({error}); {anew(called)}") from error
+        raise EngineError(f"{called / files['parity']['name']} is damaged ({error}); {rebuild_line(called)}") from error
     if document.get("key") != spec_key(document):
         raise EngineError(
             f"{path} was changed after it was written (its key differs), and parity was proven for what it said; "
@@ -145,7 +145,7 @@ def _parse(text: str, called: Path) -> tuple[dict[str, Any], dict[str, dict[str,
     if major != SCHEMA[0]:
         raise EngineError(
             f"{called} has schema {major}.{minor}, and this version reads {SCHEMA[0]}.x; "
-            + ("upgrade unet-rt" if major > SCHEMA[0] else anew(called))
+            + ("upgrade unet-rt" if major > SCHEMA[0] else rebuild_line(called))
         )
     files = {
         kind: from_json(
@@ -196,6 +196,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def anew(folder: Path) -> str:
+def rebuild_line(folder: Path) -> str:
     """How an engine of another form is replaced: nothing but the folder's name is known of how it was built."""
     return f"build it again: unet-rt build model.onnx --out {folder} --overwrite"

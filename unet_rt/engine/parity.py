@@ -162,7 +162,7 @@ def class_name(contract: Contract, k: int) -> str:
     return contract.classes[k] if k < len(contract.classes) else str(k)
 
 
-def saturated(raw: Array, contract: Contract) -> float:
+def saturated_share(raw: Array, contract: Contract) -> float:
     """Share of samples whose probabilities are 0 or 1 to six digits: next to none away from edges is sure that way."""
     if contract.output_is == "probabilities":
         return float(((raw < 1e-6) | (raw > 1 - 1e-6)).all(axis=0).mean())
@@ -306,18 +306,18 @@ def _on_a_range(images: Sequence[ImageParity]) -> list[ImageParity]:
     return [judged(image) for image in images]
 
 
-def used(verdict: Verdict, budget: Budget) -> dict[str, float]:
+def budget_shares(verdict: Verdict, budget: Budget) -> dict[str, float]:
     """Share of the budget that each judged output uses, by name: of labels, Dice and values the most; above 1: missed."""
     found: dict[str, float] = {}
     for head in dict.fromkeys(i.head for i in verdict.images if i.judged):
         images = [i for i in verdict.images if i.judged and i.head == head]
-        shares = [share(i, budget) for i in images]
+        shares = [budget_share(i, budget) for i in images]
         shares += [_share(1 - score, 1 - budget.dice) for score, _ in _scores(images, budget)]
         found[head] = max(shares)
     return found
 
 
-def share(image: ImageParity, budget: Budget) -> float:
+def budget_share(image: ImageParity, budget: Budget) -> float:
     """Of the budget that an image uses by its labels, by its values where it has none: what unlike outputs compare by."""
     return _share(image.changed, budget.error if image.label_change is None else budget.labels)
 

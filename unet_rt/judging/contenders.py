@@ -169,7 +169,7 @@ def baseline_contenders(
     """
     from ..backends import eager, openvino
     from ..backends.onnxruntime import cpu as onnxruntime
-    from ..backends.session import Called, SessionBase
+    from ..backends.session import FunctionSession, SessionBase
 
     def engine(name: str) -> Engine:
         """With a session of its own, so that the memory it takes is its contender's."""

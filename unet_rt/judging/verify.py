@@ -288,7 +288,7 @@ def _choose_worse(pair: _Pair, worst: _Difference | None, window: _Comparison) -
 
 def _largest(images: Sequence[ImageParity], budget: Budget) -> ImageParity | None:
     """The largest difference: outputs of labels and of values by their budgets, below that by the values."""
-    return max(images, key=lambda i: (parity_module.share(i, budget), i.max_abs), default=None)
+    return max(images, key=lambda i: (parity_module.budget_share(i, budget), i.max_abs), default=None)
 
 
 def _compare_growth(pair: _Pair, sample: SampleWindow, wanted: Sequence[Array]) -> list[ImageParity]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .limits import _text, command, memory_bytes, physical_bytes, threads
+from .limits import command, memory_bytes, physical_bytes, read_text, threads
 
 # Features that decide which convolution kernels the backends use, by the names of /proc/cpuinfo on x86-64.
 _X86_FEATURES = frozenset(
@@ -54,7 +54,7 @@ _PACKAGES = ("numpy", "onnx", *(name for names in DISTRIBUTIONS.values() for nam
 def _cpuinfo(root: Path) -> dict[str, str]:
     """Fields of the first CPU in /proc/cpuinfo, lower-case names; empty elsewhere than on Linux."""
     found: dict[str, str] = {}
-    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
         name, separator, value = line.partition(":")
         if separator:
             found.setdefault(name.strip().lower(), value.strip())

@@ -11,7 +11,7 @@ from pathlib import Path
 # ------------------------------------------------------------------------------------------------------ control groups
 
 
-def _text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
     """Content of a small file, None if it does not exist or may not be read."""
     try:
         return path.read_text()
@@ -31,12 +31,12 @@ def _cgroups(controller: str, root: Path) -> list[tuple[int, Path]]:
     mount shows a part of the tree; mountinfo's root field says which.
     """
     memberships: dict[str, str] = {}  # controller ("" for version 2) -> path in the hierarchy
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         for name in controllers.split(","):
             memberships[name] = path
     folders: list[tuple[int, Path]] = []
-    for line in (_text(root / "proc/self/mountinfo") or "").splitlines():
+    for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
         before, separator, after = line.partition(" - ")
         if not separator:
             continue
@@ -70,9 +70,9 @@ def _quota(root: Path) -> float | None:
     quotas: list[float] = []
     for version, folder in _cgroups("cpu", root):
         if version == 2:
-            fields = (_text(folder / "cpu.max") or "").split()
+            fields = (read_text(folder / "cpu.max") or "").split()
         else:
-            fields = [_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+            fields = [read_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
         if len(fields) != 2:
             continue
         try:
@@ -118,13 +118,13 @@ def _cgroup_memory(root: Path) -> int | None:
         if version == 1:
             limits = ("memory.limit_in_bytes",)
             usage, cache = "memory.usage_in_bytes", "total_inactive_file"
-        used = _text(folder / usage)
+        used = read_text(folder / usage)
         if used is None or not used.strip().isdigit():
             continue
         # The kernel gives the page cache of files back before it kills anybody.
-        reclaimable = _keys(_text(folder / "memory.stat")).get(cache, 0)
+        reclaimable = _keys(read_text(folder / "memory.stat")).get(cache, 0)
         for name in limits:
-            limit = (_text(folder / name) or "").strip()
+            limit = (read_text(folder / name) or "").strip()
             if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes "no limit" as about 2^63
                 left.append(max(int(limit) - max(int(used) - reclaimable, 0), 0))
     return min(left, default=None)
@@ -132,7 +132,7 @@ def _cgroup_memory(root: Path) -> int | None:
 
 def memory_bytes(*, root: Path = Path("/")) -> int:
     """Bytes that this process may still allocate: memory available, at most what the control groups leave."""
-    meminfo = _keys(_text(root / "proc/meminfo"), unit=1024)
+    meminfo = _keys(read_text(root / "proc/meminfo"), unit=1024)
     available = meminfo.get("MemAvailable", meminfo.get("MemFree"))
     if available is None:
         available = _windows_memory() if sys.platform == "win32" else physical_bytes()
@@ -167,7 +167,7 @@ def _windows_memory(*, total: bool = False) -> int:
 
 def rss_bytes() -> int:
     """Resident memory of this process now."""
-    statm = _text(Path("/proc/self/statm"))
+    statm = read_text(Path("/proc/self/statm"))
     if statm is not None:
         return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if sys.platform == "win32":
@@ -180,7 +180,7 @@ def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
     # Not getrusage where this exists: Linux carries ru_maxrss through execve, so a small child of a big parent
     # reports its parent's peak.
-    peak = _keys(_text(Path("/proc/self/status")), unit=1024).get("VmHWM")
+    peak = _keys(read_text(Path("/proc/self/status")), unit=1024).get("VmHWM")
     if peak is not None:
         return peak
     if sys.platform == "win32":

@@ -74,7 +74,7 @@ def build(
             raise BackendError(reason)
         from . import trial
 
-        return trial.build(model, graph, precision=precision, device=device, tiles=tiles, batches=batches).to_json()
+        return trial.tune(model, graph, precision=precision, device=device, tiles=tiles, batches=batches).to_json()
     copy_graph(model, graph)
     proto = onnx.load(str(graph))
     if up_conv(proto):

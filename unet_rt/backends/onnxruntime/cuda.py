@@ -41,7 +41,7 @@ from ...system import facts
 from ..session import Array, Port, SessionBase, arrays_for, check_shapes
 from . import library
 from .provider import Provider, graph_port, preload, sizes_by_name
-from .settings import PROVIDERS_OWN, Options, Settings
+from .settings import PROVIDERS_OWN, CudaOptions, Settings
 
 if TYPE_CHECKING:
     from ...kernels.device import DeviceArray, Stream
@@ -63,7 +63,7 @@ _SHORT_OF_MEMORY = (
 
 
 @dataclass
-class _Compiled:
+class _ShapeSession:
     """A provider session for one set of input shapes."""
 
     session: Any
@@ -102,7 +102,7 @@ class CudaSession(SessionBase):
         self._stream: Stream = self.gpu.stream()
         options = settings.options.provider(self.gpu.index, precision, self._stream.handle)
         self._provider = Provider(self._library, graph, options, self.gpu, device, self.threads)
-        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
+        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _ShapeSession] = OrderedDict()
         self._bindings: OrderedDict[Any, _Binding] = OrderedDict()
         self._staging: OrderedDict[Any, tuple[Array, DeviceArray]] = OrderedDict()
         self._inputs = settings.inputs
@@ -116,7 +116,7 @@ class CudaSession(SessionBase):
         self._out_ports = tuple(value.port for value in outputs)
         known = settings.input_shapes or tuple(tuple(n or 0 for n in port.shape) for port in self._ports)
         if all(size for shape in known for size in shape):
-            self._compiled[known] = _Compiled(first)
+            self._compiled[known] = _ShapeSession(first)
         self._run_options = self._no_wait()
 
     @property
@@ -124,7 +124,7 @@ class CudaSession(SessionBase):
         return f"onnxruntime {self._library.__version__}"
 
     @property
-    def options(self) -> Options:
+    def options(self) -> CudaOptions:
         """The settings in use."""
         return self._options
 
@@ -186,12 +186,12 @@ class CudaSession(SessionBase):
         check_shapes(self._ports, key)
         return key
 
-    def _for_shapes(self, key: tuple[tuple[int, ...], ...]) -> _Compiled:
+    def _for_shapes(self, key: tuple[tuple[int, ...], ...]) -> _ShapeSession:
         found = self._compiled.get(key)
         if found is None:
             while len(self._compiled) >= _SHAPES:
                 self._forget(next(iter(self._compiled)))
-            found = self._compiled[key] = _Compiled(self._create(key))
+            found = self._compiled[key] = _ShapeSession(self._create(key))
         self._compiled.move_to_end(key)
         return found
 
@@ -370,7 +370,7 @@ class CudaSession(SessionBase):
 class _Binding:
     """Addresses bound to a provider session; ``graph`` are the run options of their recording."""
 
-    compiled: _Compiled
+    compiled: _ShapeSession
     binding: Any
     runs: int = 0
     graph: Any = None

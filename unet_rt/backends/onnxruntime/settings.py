@@ -17,7 +17,7 @@ Search = Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"]
 
 
 @dataclass(frozen=True)
-class Options(Record):
+class CudaOptions(Record):
     """Settings of a session that the trial chooses among."""
 
     prefer_nhwc: bool = False
@@ -58,7 +58,7 @@ class Options(Record):
 class Trial(Record):
     """What one setting did: milliseconds of a run, or why it could not be had."""
 
-    options: Options
+    options: CudaOptions
     ms: float | None = None
     note: str = ""
 
@@ -80,7 +80,7 @@ class GraphPort(Record):
 class Settings(Record):
     """What a graph is to be run with, and what that was chosen from; by default the provider's own, nothing tried."""
 
-    options: Options = field(default_factory=Options)
+    options: CudaOptions = field(default_factory=CudaOptions)
     input_shapes: tuple[tuple[Size, ...], ...] = ()
     trials: tuple[Trial, ...] = ()
     inputs: tuple[GraphPort, ...] = ()

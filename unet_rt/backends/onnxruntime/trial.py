@@ -15,7 +15,7 @@ from ...errors import BackendError
 from ...system import timing as timing_module
 from ..session import Array, arrays_for
 from .cuda import RUNS_BEFORE_GRAPH, CudaSession
-from .settings import GraphPort, Options, Settings, Trial
+from .settings import CudaOptions, GraphPort, Settings, Trial
 
 log = logging.getLogger("unet_rt")
 
@@ -27,7 +27,7 @@ _TRIAL_S = 90.0  # after this no further stage of the trial begins: a stage comp
 # Building -------------------------------------------------------------------------------------------------------------
 
 
-def build(
+def tune(
     model: Path,
     graph: Path,
     *,
@@ -140,7 +140,7 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, untried:
         [{"cuda_graph": True}],
     ]
     trials: list[Trial] = []
-    best: tuple[Options, _Contender] | None = None
+    best: tuple[CudaOptions, _Contender] | None = None
     expected: list[Array] | None = None
     for stage in stages:
         if not stage or (best is None and trials) or time.perf_counter() - begun > _TRIAL_S:
@@ -148,7 +148,7 @@ def _search(variants: Mapping[bool, Path], precision: str, device: str, untried:
         running = {} if best is None else {best[0]: best[1]}
         try:
             for changes in stage:
-                options = replace(Options() if best is None else best[0], **changes)
+                options = replace(CudaOptions() if best is None else best[0], **changes)
                 if options in running:
                     continue
                 try:

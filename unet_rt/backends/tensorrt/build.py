@@ -89,7 +89,7 @@ def failure(message: str, text: str) -> BackendError:
     return BackendError(message)
 
 
-def advice(text: str) -> str:
+def remedy(text: str) -> str:
     """What to do about a message of the library."""
     found = (way_out for pattern, way_out in _ADVICE if pattern.search(text))
     return next(found, "build with --backend onnxruntime, or --precision fp32")
@@ -144,7 +144,7 @@ def _fits(dims: Sequence[int | None], wanted: Sequence[int | None]) -> bool:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledPlan:
     """A serialised plan, the precision the network asks for per convolution (by ONNX node), inputs and outputs in order."""
 
     plan: bytes
@@ -165,7 +165,7 @@ def compile_plan(
     *,
     gpu: str = "",
     compute_capability: tuple[int, int] | None = None,
-) -> Compiled:
+) -> CompiledPlan:
     """Parses ``graph`` and builds a plan that takes the shapes of ``profiles`` and no others.
 
     Args:
@@ -183,7 +183,7 @@ def compile_plan(
     builder = trt.Builder(sink)
     if not builder:
         text = messages.take()
-        raise BackendError(f"{title(trt)} does not start: {text or 'no reason given'}; {advice(text)}")
+        raise BackendError(f"{title(trt)} does not start: {text or 'no reason given'}; {remedy(text)}")
     builder.max_threads = limits.threads()
     network = builder.create_network(_network_flags(trt))
     _parse(trt, network, graph)
@@ -211,7 +211,7 @@ def compile_plan(
         _TIMINGS[key] = bytes(timings.serialize())
     inputs = tuple(network.get_input(k).name for k in range(network.num_inputs))
     outputs = tuple(network.get_output(k).name for k in range(network.num_outputs))
-    return Compiled(bytes(plan), convolutions, inputs, outputs)
+    return CompiledPlan(bytes(plan), convolutions, inputs, outputs)
 
 
 def refusal(trt: Any, name: str, profile: Profile, text: str, nodes: Collection[str] = ()) -> str:
@@ -223,7 +223,7 @@ def refusal(trt: Any, name: str, profile: Profile, text: str, nodes: Collection[
     )
     node = next(named, None)
     where = f" at node {node.rstrip('.,;:')}" if node else ""
-    return f"{title(trt)} cannot build {name} for {profile}{where}: {text or 'it gives no reason'}; {advice(text)}"
+    return f"{title(trt)} cannot build {name} for {profile}{where}: {text or 'it gives no reason'}; {remedy(text)}"
 
 
 def _network_flags(trt: Any) -> int:
@@ -242,7 +242,7 @@ def _parse(trt: Any, network: Any, graph: Path) -> None:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     text = logger(trt)[1].take()
     if not errors:
-        raise BackendError(f"{title(trt)} cannot parse {graph.name}: {text or 'it gives no reason'}; {advice(text)}")
+        raise BackendError(f"{title(trt)} cannot parse {graph.name}: {text or 'it gives no reason'}; {remedy(text)}")
     error = errors[0]
     kind, operator = error.code().name, error.node_operator()  # UNSUPPORTED_NODE, INVALID_GRAPH, ...
     where = f" at node {error.node_name() or f'number {error.node()}'} ({operator})" if operator else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import EngineError
 from ...kernels.device import DeviceMemoryError
-from .build import advice, failure, logger, title
+from .build import failure, logger, remedy, title
 
 log = logging.getLogger("unet_rt")
 
@@ -38,7 +38,7 @@ def deserialize(trt: Any, plan: bytes) -> tuple[Any, Any]:
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         text = messages.take()
-        found = failure(f"{title(trt)} cannot load the plan: {text}; {advice(text)}", text)
+        found = failure(f"{title(trt)} cannot load the plan: {text}; {remedy(text)}", text)
         if isinstance(found, DeviceMemoryError):
             raise found
         raise EngineError(

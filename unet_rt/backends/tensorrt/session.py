@@ -19,7 +19,7 @@ import numpy as np
 from ...errors import BackendError, EngineError, TileError, size_text
 from ...kernels.device import DeviceMemoryError
 from ..session import Array, Port, SessionBase, arrays_for
-from .build import advice, failure, logger, title
+from .build import failure, logger, remedy, title
 from .plan import PlanHeader
 from .recording import Recordings
 from .runtime import deserialize, runtime_config
@@ -229,7 +229,7 @@ class TensorRtSession(SessionBase):
             native = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if native is None:
             text = messages.take()
-            raise failure(f"{title(trt)} makes no execution context: {text or 'no reason given'}; {advice(text)}", text)
+            raise failure(f"{title(trt)} makes no execution context: {text or 'no reason given'}; {remedy(text)}", text)
         if index and not native.set_optimization_profile_async(index, self._stream.handle):
             raise BackendError(f"profile {self.header.profiles[index]} cannot be set: {messages.take()}; build again")
         for name, shape in zip(self._inputs, self.header.profiles[index].inputs, strict=True):
@@ -260,7 +260,7 @@ class TensorRtSession(SessionBase):
             text = logger(self._trt)[1].take()
             raise failure(
                 f"{title(self._trt)} fails to run {self.header.profiles[context.profile]}: "
-                f"{text or 'no reason given'}; {advice(text)}",
+                f"{text or 'no reason given'}; {remedy(text)}",
                 text,
             )
 
