@@ -1,6 +1,6 @@
 """The input contract: what an ONNX file does not say about the pixels it wants and the numbers it returns.
 
-Frozen values and their JSON; reading them from options, metadata and files is ``contract_io``'s work.
+Frozen values and their JSON; other modules of this package read them from options, metadata and files.
 Needs neither torch nor onnx.
 """
 
