@@ -282,12 +282,12 @@ if where == "measuring":
 elif where == "writing":
     os.fsync = stop  # every file is there, none is in place
 elif where == "placing":
-    real = write._only_writer
+    real = write.only_writer
     def placing(parent):
         if any(parent.glob(".*.part/spec.json")):
             stop()
         return real(parent)
-    write._only_writer = placing
+    write.only_writer = placing
 images = [np.load(path) for path in sorted(folder.glob("image-*.npy"))]
 urt.build(urt.shipped_model(), samples=images, **options).close()
 """

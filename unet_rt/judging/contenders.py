@@ -177,7 +177,7 @@ def baseline_contenders(
             session: SessionBase = eager.load(module, threads=threads)
         else:
             bare = onnxruntime.bare if name == "onnxruntime" else openvino.bare
-            session = Called(bare(model.graph, threads), LIBRARIES[name], threads)
+            session = FunctionSession(bare(model.graph, threads), LIBRARIES[name], threads)
         return resources.enter_context(Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session))
 
     libraries = [name for name in LIBRARIES if name in names]

@@ -279,7 +279,7 @@ def _compare(pair: _Pair, sample: SampleWindow) -> _Comparison:
 def _choose_worse(pair: _Pair, worst: _Difference | None, window: _Comparison) -> _Difference | None:
     """The judged output that uses most of its budget: that of the windows so far, or one of this."""
     for k, image in enumerate(window.images):
-        used = parity_module.share(image, pair.budget)
+        used = parity_module.budget_share(image, pair.budget)
         if image.judged and (worst is None or used > worst.used):
             contract = pair.engine.spec.contract_of(k)
             worst = _Difference(used, window.sample, window.wanted[k], window.got[k], contract)
