@@ -7,7 +7,6 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -136,6 +135,8 @@ class _Reading:
         prefix, known, hints = f"{name}." if name else "", {f.name: f for f in fields(cls) if f.init}, _hints(cls)
         for key in data:
             if key not in known:
+                from difflib import get_close_matches  # for errors only, and slow to import
+
                 near = get_close_matches(str(key), known, n=1)
                 meant = f" (meant {near[0]!r}?)" if near else ""
                 raise self.refusal(f"unknown field {prefix}{key}{meant}; known are {', '.join(known)}")
