@@ -113,11 +113,13 @@ def from_json(
     Raises:
         UnetRtError: ``error``, where a field is missing or unknown, or its value is of another type or out of range.
     """
-    return _Reading(where, error, way_out, readers).record(cls, data, "")  # type: ignore[no-any-return]
+    return _Decoder(where, error, way_out, readers).read_record(cls, data, "")  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _Decoder:
+    """Reads by type hints; ``name`` is where a value lies in the whole, e.g. ``outputs[0].stride``."""
+
     where: str
     error: type[UnetRtError]
     way_out: str
@@ -129,7 +131,7 @@ class _Reading:
     def wrong(self, name: str, data: Any, wanted: str) -> UnetRtError:
         return self.refusal(f"{name or 'the record'} is {_short(data)}, not {wanted}")
 
-    def record(self, cls: type, data: Any, name: str) -> Any:
+    def read_record(self, cls: type, data: Any, name: str) -> Any:
         if not isinstance(data, dict):
             raise self.wrong(name, data, "an object")
         prefix, known, hints = f"{name}." if name else "", {f.name: f for f in fields(cls) if f.init}, _hints(cls)
@@ -143,7 +145,7 @@ class _Reading:
         values = {}
         for key, f in known.items():
             if key in data:
-                values[key] = self.value(hints[key], data[key], prefix + key)
+                values[key] = self.read_value(hints[key], data[key], prefix + key)
             elif f.metadata != OPTIONAL:
                 raise self.refusal(f"{prefix}{key} is missing")
         try:
@@ -151,43 +153,43 @@ class _Reading:
         except (ValueError, UnetRtError) as error:  # fields that do not go together
             raise self.refusal(f"{name or 'the record'}: {error}") from error
 
-    def value(self, hint: Any, data: Any, name: str) -> Any:
+    def read_value(self, hint: Any, data: Any, name: str) -> Any:
         kind, args = get_origin(hint), get_args(hint)
         if hint is Any:
             return data
         if hint in self.readers:
             return self.readers[hint](data, f"{self.where}: {name}")
         if kind is Annotated:
-            value = self.value(args[0], data, name)
+            value = self.read_value(args[0], data, name)
             if value < args[1].least:
                 raise self.wrong(name, data, f"a number of at least {args[1].least:g}")
             return value
         if kind in (Union, types.UnionType):
-            return self.union(args, data, name)
+            return self.read_union(args, data, name)
         if kind is Literal:
             if not any(type(data) is type(arg) and data == arg for arg in args):
                 raise self.wrong(name, data, f"one of {', '.join(map(str, args))}")
             return data
         if kind is tuple:
-            return self.tuple(args, data, name)
+            return self.read_tuple(args, data, name)
         if isinstance(kind, type) and issubclass(kind, Mapping):
             if not isinstance(data, dict):
                 raise self.wrong(name, data, "an object")
-            return {key: self.value(args[1], item, f"{name}.{key}") for key, item in data.items()}
+            return {key: self.read_value(args[1], item, f"{name}.{key}") for key, item in data.items()}
         return (
-            self.record(hint, data, name)
+            self.read_record(hint, data, name)
             if isinstance(hint, type) and is_dataclass(hint)
-            else self.scalar(hint, data, name)
+            else self.read_scalar(hint, data, name)
         )
 
-    def union(self, kinds: tuple[Any, ...], data: Any, name: str) -> Any:
+    def read_union(self, kinds: tuple[Any, ...], data: Any, name: str) -> Any:
         if data is None and type(None) in kinds:
             return None
         kinds = tuple(kind for kind in kinds if kind is not type(None))
         fitting = [kind for kind in kinds if isinstance(kind, type) and type(data) is kind]
-        return self.value(fitting[0] if fitting else kinds[0], data, name)
+        return self.read_value(fitting[0] if fitting else kinds[0], data, name)
 
-    def tuple(self, kinds: tuple[Any, ...], data: Any, name: str) -> tuple[Any, ...]:
+    def read_tuple(self, kinds: tuple[Any, ...], data: Any, name: str) -> tuple[Any, ...]:
         if not isinstance(data, list):
             raise self.wrong(name, data, "a list")
         if kinds[-1] is ...:
@@ -195,10 +197,10 @@ class _Reading:
         if len(data) != len(kinds):
             raise self.wrong(name, data, f"a list of {len(kinds)}")
         return tuple(
-            self.value(kind, item, f"{name}[{k}]") for k, (kind, item) in enumerate(zip(kinds, data, strict=True))
+            self.read_value(kind, item, f"{name}[{k}]") for k, (kind, item) in enumerate(zip(kinds, data, strict=True))
         )
 
-    def scalar(self, kind: type, data: Any, name: str) -> Any:
+    def read_scalar(self, kind: type, data: Any, name: str) -> Any:
         try:
             if kind is float and type(data) in (int, float) and math.isfinite(data):
                 return float(data)
