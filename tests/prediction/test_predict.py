@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,9 +28,9 @@ from unet_rt.engine.engine import Engine
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
 from unet_rt.outputs.pictures import COLOURS
-from unet_rt.prediction.host import run
 from unet_rt.prediction.report import RunReport
-from unet_rt.prediction.work import Work
+from unet_rt.prediction.run import run
+from unet_rt.prediction.work import Computation, Work
 from unet_rt.tiling.decision import Decision
 from unet_rt.tiling.grid import square_tile
 
@@ -194,7 +193,7 @@ def test_two_inputs_three_scales(engine_for, tmp_path):
 
         decision = Decision("copy", expected.shape[1], np.dtype(np.float32))
         with open_image(image, engine.spec.contract, axes="CYX", spatial=2, network_channels=3) as source:
-            run(engine, source, [Work(0, grid)], decision, keep, affine(NONE, source), output=k)
+            run(Computation(engine, source, decision, affine(NONE, source), output=k), [Work(0, grid)], keep)
         np.testing.assert_array_equal(result, expected[0][:, : shape[0], : shape[1]])
 
 
@@ -618,7 +617,7 @@ def test_a_failure_in_another_stage_reaches_the_caller(nuclei, image, tmp_path, 
             monkeypatch.setattr(Source, "read", read)
             return numbers
 
-        monkeypatch.setattr(sys.modules["unet_rt.prediction.predict"], "affine", affine_then_fail)
+        monkeypatch.setattr("unet_rt.prediction.plan.affine", affine_then_fail)
     elif where == "writing":
         monkeypatch.setattr(output.PackedTiffWriter, "write", fail)
     else:

@@ -124,8 +124,8 @@ def _state(stage: Stage, plan: Plan, asked: Request, out: Path) -> _State:
 def _compute_missing(state: _State, compute: Compute | None, observer: Observer) -> RunReport:
     plan, store, missing = state.plan, state.store, state.missing
     done = sum(map(plan.blocks.tiles, state.mine)) - sum(map(plan.blocks.tiles, missing))
-    if store is None:
-        report = run_blocks(plan, (), None, done_tiles=done, observer=observer)
+    if store is None:  # hence nothing is missing
+        report = run_blocks(plan, (), lambda *_: None, done_tiles=done, observer=observer)
     elif compute is None or not missing:
         report = run_blocks(plan, missing, partial(state.stage.put, store), done_tiles=done, observer=observer)
     else:
