@@ -96,6 +96,7 @@ class _Pipeline:
         self.clock = StageClock(observer.trace)
         self.seen = Seen(self.made)
         self._repeats = Repeats()
+        self._counts = observer.counts
         self._progress, self._finished, self._total = observer.progress, 0, total
 
     def tell(self, tiles: int) -> None:
@@ -117,7 +118,8 @@ class _Pipeline:
                 start, stop = work.grid.window(index, made.border)
                 with self.clock("read"):
                     window = filled(*made.source.read_valid(work.plane, start, stop), numbers)
-                    tally.watch(unseen(window, start, work.grid, looked), levels)
+                    if self._counts:
+                        tally.watch(unseen(window, start, work.grid, looked), levels)
                     looked = max(looked, stop[0])
                 for first in range(0, len(index), made.batch):
                     part = slice(first, min(first + made.batch, len(index)))
@@ -169,7 +171,7 @@ class _Pipeline:
                 way.stitcher.add(outputs, item.index)
                 if item.last:
                     bands.append((way, *way.stitcher.finish()))
-                    if way is self.ways[0]:
+                    if way is self.ways[0] and self._counts:
                         item.tally.count(bands[0][2], self.made.decision)
         if not item.last:
             return

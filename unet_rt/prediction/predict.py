@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,13 @@ def predict(
         tta=tta,
         head=head,
     )
-    form, observer = engine_form(engine, asked), Observer(progress, trace)
+    form, observer = engine_form(engine, asked), Observer(progress, trace, counts=report is not None)
     with _opened(image, form.spec, asked) as source:
         asked = settle(asked, form, source)
         if asked.staged:
             done, result = _in_stage(form, image, source, asked, observer)
         else:
-            done, result = _at_once(form, image, source, asked, observer, counted=report is not None)
+            done, result = _at_once(form, image, source, asked, observer)
         done.notes[:0] = notes_of(asked, form, source)
     if report is not None:
         report(done)
@@ -155,12 +156,13 @@ def _opened(image: Any, spec: EngineSpec, asked: Request) -> Source:
     )  # fmt: skip
 
 
-def _at_once(
-    engine: Engine, image: Any, source: Source, asked: Request, observer: Observer, *, counted: bool
-) -> tuple[RunReport, Any]:
+def _at_once(engine: Engine, image: Any, source: Source, asked: Request, observer: Observer) -> tuple[RunReport, Any]:
     """A result that is made by this call or not at all: its report, and the path written or the array."""
     check_targets(asked)
-    with closing(make_plan(engine, source, asked)) as plan, _open_store(plan, asked, image, counted=counted) as store:
+    with (
+        closing(make_plan(engine, source, asked)) as plan,
+        _open_store(plan, asked, image, counted=observer.counts) as store,
+    ):
         every = range(len(plan.blocks))
         if plan.plain or not isinstance(store, ArrayStore):
             target = store.target if isinstance(store, DeviceStore) else None
@@ -204,4 +206,5 @@ def _in_stage(engine: Engine, image: Any, source: Source, asked: Request, observ
         from .cluster import delegate
 
         asked, compute = delegate(engine, image, asked, out)
+    observer = replace(observer, counts=True)  # for whoever goes on, and reads the report
     return predict_staged(engine, source, asked, out, compute=compute, observer=observer), out

@@ -42,10 +42,12 @@ class Observer:
     Attributes:
         progress: Called from the caller's thread with (tiles done, tiles in all).
         trace: Receives (stage, start, stop) of everything that is timed.
+        counts: Whether anybody reads what the report counts: labels, pixels outside the range that build saw.
     """
 
     progress: Progress | None = None
     trace: Spans | None = None
+    counts: bool = True
 
 
 UNSEEN = Observer()
