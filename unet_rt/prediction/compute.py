@@ -80,7 +80,9 @@ def run_blocks(
     kept = _Kept(Tally(plan.decision.channels))
 
     def attempt(grid: TileGrid, batch: int) -> RunReport:
-        now = replace(plan, blocks=replace(plan.blocks, grid=grid), batch=batch)
+        now = plan
+        if grid is not plan.blocks.grid or batch != plan.batch:
+            now = replace(plan, blocks=replace(plan.blocks, grid=grid), batch=batch)
         left = [number for number in numbers if number not in kept.numbers]
         before = done_tiles + sum(now.blocks.tiles(number) for number in kept.numbers)
         tried = _Attempt(now, left, kept, before, observer)
@@ -156,11 +158,11 @@ class _Attempt:
 
     def _run(self, write: Write | None, done: Done, settle: Put, target: DeviceArray | None = None) -> RunReport:
         return run(
-            replace(self._plan.computation, target=target),
+            self._plan.computation(target),
             self._works(settle),
             write,
             done=done,
-            observer=replace(self._observer, progress=self._tell),
+            observer=Observer(self._tell, self._observer.trace, self._observer.counts),
             total=self._total,
             stop=self._stop,
         )

@@ -112,7 +112,8 @@ class _Pipeline:
             check_image(work, made.source)
             tally, looked = self.seen.begin(work), 0
             numbers = made.affines.plane(work.plane)
-            levels = None if made.spec.input_range is None else grey_levels(made.spec.input_range, numbers)
+            wanted = made.spec.input_range if self._counts else None
+            levels = None if wanted is None else grey_levels(wanted, numbers)
             for row in range(work.grid.shape[0]):
                 index = work.grid.row(row)
                 start, stop = work.grid.window(index, made.border)

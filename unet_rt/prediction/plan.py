@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil, prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..errors import ContractError, size_text
 from ..images.normalize import Affine, Affines, OnePlane, affine
 from ..images.open import open_image
 from ..images.source import Source
+from ..kernels.device import DeviceArray
 from ..outputs.shape import nodata_value
 from ..system import limits
 from ..tiling.decision import Decision, decide
@@ -73,13 +75,12 @@ class Plan:
         """Whether the bands of a block are its result as they are: nothing is to be left out, or brought back."""
         return self.region is None and not self.image.gaps and self.seen is self.image
 
-    @property
-    def computation(self) -> Computation:
-        return Computation(
-            self.engine, self.seen, self.first, self.affines, self.output, batch=self.batch, threads=self.threads
-        )
+    def computation(self, target: DeviceArray | None = None) -> Computation:
+        """What all tiles have in common; ``target``: where results go that stay on a GPU."""
+        first, output, batch = self.first, self.output, self.batch
+        return Computation(self.engine, self.seen, first, self.affines, output, batch, self.threads, target)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Spatial shape of the result."""
         return self.samples(self.blocks.image)
@@ -182,7 +183,7 @@ def image_grid(
     """The tiles for an image, no larger than the memory that is free allows (``free_bytes``; None: the host's)."""
     max_px = prod(spec.tile)
     if spec.bytes_per_px and spec.exact:
-        free = limits.memory_bytes() if free_bytes is None else free_bytes
+        free = limits.recent_memory_bytes() if free_bytes is None else free_bytes
         max_px = min(max_px, int(MEMORY_SHARE * free / (spec.bytes_per_px * batch)))
     return spec.grid(source.shape, tile, max_px)
 

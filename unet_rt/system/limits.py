@@ -7,9 +7,11 @@ import math
 import os
 import re
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
+RECENT_S = 1.0  # the files that say what memory is left take half as long as a small picture
 _ROOT = Path("/")
 
 # ------------------------------------------------------------------------------------------------------ control groups
@@ -156,6 +158,18 @@ def memory_bytes(*, root: Path = _ROOT) -> int:
         available = _windows_memory() if sys.platform == "win32" else physical_bytes()
     limit = _cgroup_memory(root)
     return available if limit is None else min(available, limit)
+
+
+_read: tuple[float, int] = (-math.inf, 0)  # when memory was looked at for recent_memory_bytes, and what was left
+
+
+def recent_memory_bytes() -> int:
+    """What :func:`memory_bytes` gave within the last second: for callers that ask for every small picture."""
+    global _read
+    now = time.monotonic()
+    if now - _read[0] > RECENT_S:
+        _read = (now, memory_bytes())
+    return _read[1]
 
 
 def physical_bytes() -> int:
