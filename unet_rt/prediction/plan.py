@@ -15,7 +15,6 @@ from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, size_text
 from ..images.normalize import Affine, Affines, OnePlane, affine
-from ..images.open import open_image
 from ..images.source import Source
 from ..kernels.device import DeviceArray
 from ..outputs.shape import nodata_value
@@ -229,6 +228,8 @@ def _resampled_shape(spec: EngineSpec, output: int, source: Source, asked: Reque
 
 
 def _region(path: str, source: Source) -> Source:
+    from ..images.open import open_image
+
     region = open_image(path, Contract(), spatial=len(source.shape))
     if region.shape != source.shape or region.planes not in (1, source.planes):
         shape = size_text(region.shape)

@@ -14,11 +14,11 @@ from ..contract.contract import Normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..engine.tta import Tta
-from ..images.open import open_image, where_of
 from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
 from .compute import run_blocks
-from .finish import check_targets, clear, finish, open_file
+from .files import clear, open_file
+from .finish import check_targets, finish
 from .plan import Plan, make_plan
 from .report import RunReport
 from .request import Kind, Reading, Request, Tables, engine_form, notes_of, settle
@@ -111,6 +111,8 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
+    from ..images.open import where_of
+
     asked = Request(
         reading=Reading(
             axes, channels if isinstance(channels, str | None) else tuple(channels), level, tuple(pixel_size_um)
@@ -148,6 +150,8 @@ def predict(
 
 
 def _opened(image: Any, spec: EngineSpec, asked: Request) -> Source:
+    from ..images.open import open_image
+
     reading = asked.reading
     return open_image(
         image, spec.contract, axes=reading.axes, channels=reading.channels, spatial=spec.spatial,

@@ -15,7 +15,6 @@ from ..errors import ContractError, ImageError, OutputError
 from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
 from ..images.source import Source
 from ..kernels.device import Device
-from ..outputs import objects as objects_module
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
@@ -223,7 +222,9 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
         raise ContractError(
             "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.objects)"
         )
-    objects_module.morphology()
+    from ..outputs import objects
+
+    objects.morphology()
     tables = asked.tables
     if tables is not None and tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")

@@ -27,7 +27,8 @@ from ..outputs.shape import size_of
 from ..outputs.zarr import NO_DATA, ZarrOutput
 from ..system.durable import locked
 from .compute import run_blocks
-from .finish import check_targets, clear, finish, is_zarr, shape_of
+from .files import clear, is_zarr, shape_of
+from .finish import check_targets, finish
 from .plan import Plan, Record, make_plan, numbers_json
 from .report import RunReport, class_share, label_names
 from .request import Request, decision_of

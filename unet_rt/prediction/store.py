@@ -10,18 +10,20 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..errors import OutputError
 from ..kernels.device import DeviceArray
-from ..outputs.output import Output
 from ..outputs.pictures import OverlayCollector
-from ..outputs.zarr import ZarrOutput
 from ..system.durable import part_path
 from .blocks import Block
 from .work import Array, Tally
+
+if TYPE_CHECKING:  # which take their time
+    from ..outputs.output import Output
+    from ..outputs.zarr import ZarrOutput
 
 Rows = Callable[[Block, int, Array], None]  # (block, first row in it, band: ([K,] rows, ...))
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # [start, stop) in samples of the result
