@@ -482,6 +482,19 @@ def test_progress_and_report(nuclei, stack):
     assert report.to_json()["mpx_per_s"] == report.mpx_per_s
 
 
+def test_a_single_tile_is_predicted_in_the_caller_s_thread(nuclei, image, monkeypatch, tmp_path):
+    """What it is worth to a program that predicts one small picture after the other; a block of one tile is no other."""
+    cut, steps, found = image[:96, :80], list[tuple[int, int]](), list[RunReport]()
+    expected, shares = urt.predict(nuclei, cut, report=found.append), found[0].class_share
+    np.save(tmp_path / "region.npy", np.ones(cut.shape, np.uint8))
+    monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread is started"))
+    for options in ({}, {"out": tmp_path / "mask.npy"}, {"region": tmp_path / "region.npy"}):
+        given = urt.predict(nuclei, cut, progress=lambda *s: steps.append(s), report=found.append, **options)
+        np.testing.assert_array_equal(given if "out" not in options else np.load(given), expected)
+        assert (found[-1].tiles, found[-1].class_share) == (1, shares)
+    assert steps == [(0, 1), (1, 1)] * 3
+
+
 @pytest.mark.parametrize("tile", [(160, 136), (208, 176)])
 def test_pixels_outside_the_range_are_counted_once(nuclei, image, tile):
     """As the network gets them: a camera of twice the gain changes grey levels, and nothing that the network sees."""
