@@ -70,8 +70,8 @@ docs: site  ## the manual, and every code block of README.md and docs/ run
 	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal tests/docs/test_docs.py $(ARGS)
 
 # Half an hour on two cores. On demand besides: bench_precision, membranes (training), gpu.py; ARGS=--quick tries all.
-BENCHES := bench_startup bench_kernels bench_roofline bench_overhead bench_engine bench_predict bench_scaling bench_memory \
-	bench_build bench_quality bench_train
+BENCHES := bench_startup bench_kernels bench_roofline bench_overhead bench_latency bench_engine bench_predict bench_scaling \
+	bench_memory bench_build bench_quality bench_train
 # The directory of a script is on sys.path here: the benchmarks import each other, and no unet_rt lies beside them.
 bench guard: export PYTHONSAFEPATH :=
 

@@ -307,8 +307,8 @@ def since_begun(spans: Spans) -> Spans:
 def engine_labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> Labels:
     """Labels of a crop, with the whole image's statistics, in tiles of at most 768 px."""
     from unet_rt.images.normalize import OnePlane
-    from unet_rt.prediction.host import run
-    from unet_rt.prediction.work import Work
+    from unet_rt.prediction.run import run
+    from unet_rt.prediction.work import Computation, Work
     from unet_rt.tiling.decision import decide
 
     spec = engine.spec
@@ -320,7 +320,7 @@ def engine_labels(engine: urt.Engine, pixels: np.ndarray, numbers: Any) -> Label
     with open_image(pixels, spec.contract, spatial=2) as source:
         grid = spec.grid(source.shape, max_px=768 * 768)
         decision = decide(spec.contract, spec.outputs[0].channels, "mask")
-        run(engine, source, [Work(0, grid)], decision, keep, OnePlane(numbers))
+        run(Computation(engine, source, decision, OnePlane(numbers)), [Work(0, grid)], keep)
     return result
 
 

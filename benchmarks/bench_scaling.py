@@ -38,9 +38,9 @@ import unet_rt as urt
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
-from unet_rt.prediction.host import run
 from unet_rt.prediction.report import RunReport
-from unet_rt.prediction.work import Work
+from unet_rt.prediction.run import run
+from unet_rt.prediction.work import Computation, Work
 from unet_rt.system import limits as machine
 from unet_rt.system import timing as bench
 from unet_rt.tiling.decision import decide
@@ -164,7 +164,8 @@ def halo(engine: urt.Engine, tile: int, side: int) -> dict[str, Any]:
                 grid = spec.grid(source.shape, (tile, tile))
                 decision = decide(spec.contract, spec.outputs[0].channels, "mask")
                 numbers = affine(spec.contract.normalization, source)
-                report = run(engine, source, [Work(0, grid)], decision, lambda work, start, band: None, numbers)
+                computation = Computation(engine, source, decision, numbers)
+                report = run(computation, [Work(0, grid)], lambda work, start, band: None)
             spent[name].append(report.stages["infer"])
             counts[name] = grid.computed_px
     engine.spec = exact

@@ -89,7 +89,7 @@ def child(options: dict[str, Any]) -> None:
     """Predicts; prints a line ``ready`` when the engine has run once, and at the end the report with memory over time."""
     import threading
 
-    from unet_rt.prediction import plan as blocks
+    from unet_rt.prediction import blocks
 
     blocks.TILES = options.pop("tiles_per_block", blocks.TILES)
     with urt.load(options.pop("engine")) as loaded:
@@ -145,11 +145,12 @@ def sparse(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with urt.load(engine(folder, divisor=16)) as loaded:
         planning = time.perf_counter()
         from unet_rt.images.open import open_image
-        from unet_rt.prediction.plan import prepare
-        from unet_rt.prediction.request import Request
+        from unet_rt.prediction.plan import make_plan
+        from unet_rt.prediction.request import Request, settle
 
         with open_image(folder / "image.zarr", loaded.spec.contract, network_channels=1) as source:
-            plan = prepare(loaded, source, Request("mask", loaded.spec.contract.normalization)).plan
+            asked = settle(Request(out=folder / "mask.zarr"), loaded, source)
+            plan = make_plan(loaded, source, asked).blocks
             planned = time.perf_counter() - planning
     done = run(
         engine=str(folder / "nuclei.urt"), image=str(folder / "image.zarr"), out=str(folder / "mask.zarr"),

@@ -38,6 +38,7 @@ QUICK = {
     "bench_kernels": ("kernels", ("kernels",)),
     "bench_roofline": ("roofline", ("roofline",)),
     "bench_overhead": ("overhead-nuclei", ("overhead",)),
+    "bench_latency": ("latency", ()),
     "bench_engine": ("engine-paper", ("engine-paper",)),
     "bench_scaling": ("scaling", ("scaling",)),
     "bench_memory": ("memory", ("memory",)),

@@ -189,7 +189,7 @@ def raw(array: DeviceArray) -> Array:
 
 
 def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> None:
-    """Lets ``predict_device`` enqueue kernels that run on the host: the CUDA kernels' bodies where the test module that
+    """Lets the pipeline on a GPU enqueue kernels that run on the host: the CUDA kernels' bodies where the test module that
     runs them was built, else the CPU's.
     """
     try:
@@ -221,7 +221,8 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
 
     counters = {"tile_gather": "non_finite", "tile_stitch": "", "tile_blend": "", "blend_finish": "uncovered"}
     enqueuing = SimpleNamespace(**{name: enqueued(name, counter) for name, counter in counters.items()})
-    monkeypatch.setattr("unet_rt.prediction.device.calls", enqueuing)
+    for module in ("device", "totals"):
+        monkeypatch.setattr(f"unet_rt.prediction.{module}.calls", enqueuing)
 
 
 class HostSession:

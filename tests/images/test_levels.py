@@ -19,7 +19,7 @@ from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images.levels import FINE_ENOUGH, fine_enough, level_of_size, level_sizes, parse_level
 from unet_rt.images.open import open_image
 from unet_rt.prediction import cluster
-from unet_rt.prediction import request as predict_large
+from unet_rt.prediction.request import Reading, Tables
 from unet_rt.tiling.resample import resample
 
 FACTORS = (1, 2, 4, 8)
@@ -247,7 +247,7 @@ def test_the_user_s_pixel_size_goes_on_to_outputs_and_tables(engine: urt.Engine,
     out = urt.predict(engine, path, out=tmp_path / "mask.ome.tif", **options)
     with open_image(out, Contract()) as again:
         assert again.pixel_size_um == pytest.approx((0.5, 0.5), rel=1e-3)
-    tables = predict_large.Tables(objects=tmp_path / "objects.csv")
+    tables = Tables(objects=tmp_path / "objects.csv")
     urt.predict(engine, path, output="instances", tables=tables, **options)
     assert "area_um2" in (tmp_path / "objects.csv").read_text().splitlines()[0]
 
@@ -269,4 +269,4 @@ def test_workers_read_the_level_that_was_chosen(
         urt.predict(
             engine, path, out=tmp_path / "mask.tif", level="0.5um", pixel_size_um=(0.25, 0.25), scheduler="local:1"
         )
-    assert jobs[0].reading == cluster.Reading(None, None, 1, (0.25, 0.25))
+    assert jobs[0].asked.reading == Reading(None, None, 1, (0.25, 0.25))

@@ -24,7 +24,7 @@ from unet_rt.images.open import open_image
 from unet_rt.images.pixels import Origin
 from unet_rt.outputs.shape import Shape
 from unet_rt.outputs.zarr import NO_DATA, ZarrOutput
-from unet_rt.prediction.finish import check_target
+from unet_rt.prediction.files import check_target
 
 Array = npt.NDArray[Any]
 ARRAY = Origin("array")

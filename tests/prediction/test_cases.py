@@ -1,7 +1,7 @@
 """What any tiler should meet: the behavioural cases that other tilers' suites hold, in our own words, named by their ids.
 
 The network is a function of the tile (x + 1, 2x, the tile's own number, ...) behind a real ``Engine``; pixels go through
-``unet_rt.predict`` or ``pipeline.run``, so that windows, gathering, stitching and blending are those of every prediction.
+``unet_rt.predict`` or ``prediction.run``, so that windows, gathering, stitching and blending are those of every prediction.
 
 Fractions of overlap are written as whole pixels (``overlap`` is the pixels that neighbours share); "-1 = the whole axis"
 is a tile as long as the axis. What does not apply:
@@ -35,8 +35,8 @@ from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
 from unet_rt.kernels import calls as kernels
 from unet_rt.outputs.output import open_output
-from unet_rt.prediction.host import run
-from unet_rt.prediction.work import Work
+from unet_rt.prediction.run import run
+from unet_rt.prediction.work import Computation, Work
 from unet_rt.tiling.decision import Decision, decide
 from unet_rt.tiling.field import AxisField, OutputField, TileSizes
 from unet_rt.tiling.grid import TileGrid, tile_grid
@@ -604,7 +604,7 @@ def test_b13_outputs_of_several_scales(overlap):
 
         with open_image(image, made.spec.contract, axes="CYX", spatial=2, network_channels=6) as source:
             numbers = affine(made.spec.contract.normalization, source)
-            run(made, source, [Work(0, grid)], raw(wanted.shape[0]), keep, numbers, output=k, batch=2)
+            run(Computation(made, source, raw(wanted.shape[0]), numbers, output=k, batch=2), [Work(0, grid)], keep)
         np.testing.assert_array_equal(result, wanted)
 
 
@@ -706,7 +706,7 @@ def test_c_a_grid_of_another_image():
     with open_image(sample(), made.spec.contract, axes="CYX", spatial=2) as source:
         numbers = affine(made.spec.contract.normalization, source)
         with pytest.raises(urt.TileError, match="20x24"):
-            run(made, source, [Work(0, grid)], raw(), lambda *_: None, numbers)
+            run(Computation(made, source, raw(), numbers), [Work(0, grid)], lambda *_: None)
 
 
 def test_c_unknown_blend():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,9 +28,9 @@ from unet_rt.engine.engine import Engine
 from unet_rt.images.normalize import affine, normalised
 from unet_rt.images.open import open_image
 from unet_rt.outputs.pictures import COLOURS
-from unet_rt.prediction.host import run
 from unet_rt.prediction.report import RunReport
-from unet_rt.prediction.work import Work
+from unet_rt.prediction.run import run
+from unet_rt.prediction.work import Computation, Work
 from unet_rt.tiling.decision import Decision
 from unet_rt.tiling.grid import square_tile
 
@@ -194,7 +193,7 @@ def test_two_inputs_three_scales(engine_for, tmp_path):
 
         decision = Decision("copy", expected.shape[1], np.dtype(np.float32))
         with open_image(image, engine.spec.contract, axes="CYX", spatial=2, network_channels=3) as source:
-            run(engine, source, [Work(0, grid)], decision, keep, affine(NONE, source), output=k)
+            run(Computation(engine, source, decision, affine(NONE, source), output=k), [Work(0, grid)], keep)
         np.testing.assert_array_equal(result, expected[0][:, : shape[0], : shape[1]])
 
 
@@ -483,6 +482,19 @@ def test_progress_and_report(nuclei, stack):
     assert report.to_json()["mpx_per_s"] == report.mpx_per_s
 
 
+def test_a_single_tile_is_predicted_in_the_caller_s_thread(nuclei, image, monkeypatch, tmp_path):
+    """What it is worth to a program that predicts one small picture after the other; a block of one tile is no other."""
+    cut, steps, found = image[:96, :80], list[tuple[int, int]](), list[RunReport]()
+    expected, shares = urt.predict(nuclei, cut, report=found.append), found[0].class_share
+    np.save(tmp_path / "region.npy", np.ones(cut.shape, np.uint8))
+    monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread is started"))
+    for options in ({}, {"out": tmp_path / "mask.npy"}, {"region": tmp_path / "region.npy"}):
+        given = urt.predict(nuclei, cut, progress=lambda *s: steps.append(s), report=found.append, **options)
+        np.testing.assert_array_equal(given if "out" not in options else np.load(given), expected)
+        assert (found[-1].tiles, found[-1].class_share) == (1, shares)
+    assert steps == [(0, 1), (1, 1)] * 3
+
+
 @pytest.mark.parametrize("tile", [(160, 136), (208, 176)])
 def test_pixels_outside_the_range_are_counted_once(nuclei, image, tile):
     """As the network gets them: a camera of twice the gain changes grey levels, and nothing that the network sees."""
@@ -618,7 +630,7 @@ def test_a_failure_in_another_stage_reaches_the_caller(nuclei, image, tmp_path, 
             monkeypatch.setattr(Source, "read", read)
             return numbers
 
-        monkeypatch.setattr(sys.modules["unet_rt.prediction.predict"], "affine", affine_then_fail)
+        monkeypatch.setattr("unet_rt.prediction.plan.affine", affine_then_fail)
     elif where == "writing":
         monkeypatch.setattr(output.PackedTiffWriter, "write", fail)
     else:

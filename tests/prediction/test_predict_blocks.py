@@ -27,10 +27,10 @@ from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images import normalize
 from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
-from unet_rt.prediction import plan as predict_blocks
 from unet_rt.prediction import request, stage
 from unet_rt.prediction import stage as prediction_stage
-from unet_rt.prediction.plan import plan_blocks
+from unet_rt.prediction.blocks import Picture, plan_blocks
+from unet_rt.prediction.resampled import Resampled
 from unet_rt.system.durable import Disk
 from unet_rt.tiling.decision import decide
 from unet_rt.tiling.resample import needed, resample, resampled_shape
@@ -93,7 +93,7 @@ def test_zarr_output_is_the_whole_result(engine, stored, whole, small_blocks, tm
 def test_blocks_lie_on_chunks_and_share_no_tile(engine, image, small_blocks):
     spec = engine.spec
     decision = decide(spec.contract, 2, "mask")
-    plan = plan_blocks(spec, (5000, 7000), 3, decision, pixel_bytes=2, memory_bytes=2**30, tile=TILE)
+    plan = plan_blocks(spec, Picture((5000, 7000), 3, 2), decision, memory_bytes=2**30, tile=TILE)
     assert len(plan) == 3 * np.prod(plan.shape)
     written = np.zeros((3, 5000, 7000), np.uint8)
     for number in range(len(plan)):
@@ -112,7 +112,7 @@ def test_less_memory_means_smaller_tiles_and_then_an_error(engine):
     decision = decide(spec.contract, 2, "mask")
 
     def tile_px(memory: int) -> int:
-        plan = plan_blocks(spec, (60_000, 50_000), 1, decision, pixel_bytes=2, memory_bytes=memory)
+        plan = plan_blocks(spec, Picture((60_000, 50_000), 1, 2), decision, memory_bytes=memory)
         return int(np.prod(plan.grid.tile))
 
     sizes = [tile_px(m * 10**6) for m in (8, 60, 4000)]
@@ -129,7 +129,7 @@ def test_less_memory_means_a_plan_s_smaller_tile(engine):
     decision = decide(spec.contract, 2, "mask")
 
     def chosen(memory: int, tile: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        plan = plan_blocks(spec, (6000, 5000), 1, decision, pixel_bytes=2, memory_bytes=memory, tile=tile)
+        plan = plan_blocks(spec, Picture((6000, 5000), 1, 2), decision, memory_bytes=memory, tile=tile)
         return plan.grid.tile
 
     assert (chosen(2**32), chosen(2**32, small)) == (large, small)
@@ -323,8 +323,9 @@ def test_two_processes_are_not_at_one_output(engine, stored, small_blocks, tmp_p
 
 
 KILLED = """
-import dataclasses, sys, unet_rt as urt, unet_rt.blocks
-unet_rt.blocks.TILES, unet_rt.blocks.LARGE_PX = 1, 1
+import dataclasses, sys, unet_rt as urt
+from unet_rt.prediction import blocks
+blocks.TILES, blocks.LARGE_PX = 1, 1
 with urt.load(sys.argv[1]) as engine:
     engine.spec = dataclasses.replace(engine.spec, halo="exact", halo_limit=None)
     print("ready", flush=True)
@@ -496,7 +497,7 @@ def test_windows_are_resampled_as_the_whole(n, m):
 def test_a_window_of_nothing_is_resampled_to_nothing():
     """Tiles beyond the image need no pixel of it where the border is constant."""
     with open_image(np.ones((30, 40), np.uint8), Contract()) as source:
-        seen = predict_blocks.Resampled(source, (60, 50), affine(Normalization("none"), source))
+        seen = Resampled(source, (60, 50), affine(Normalization("none"), source))
         assert seen.read(0, (0, 0), (0, 50)).shape == (1, 0, 50)
         assert seen.read_valid(0, (7, 3), (7, 3))[0].shape == (1, 0, 0)
         assert seen.read(0, (0, 0), (60, 50)).mean() == 1

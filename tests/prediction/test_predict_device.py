@@ -30,11 +30,14 @@ from unet_rt.cli.demo import shipped_model
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
-from unet_rt.kernels.device import DeviceMemoryError
-from unet_rt.prediction import compute as predict_blocks
+from unet_rt.images.open import open_image
+from unet_rt.kernels.device import DeviceArray, DeviceMemoryError
+from unet_rt.prediction import bands, compute, rows
 from unet_rt.prediction import device as predict_device
 from unet_rt.prediction.report import RunReport
-from unet_rt.prediction.store import MemoryStore
+from unet_rt.prediction.store import ArrayStore
+from unet_rt.prediction.work import Computation
+from unet_rt.prediction.workspace import WORKSPACES
 from unet_rt.tiling.grid import square_tile
 
 pytestmark = pytest.mark.onnxruntime
@@ -162,7 +165,7 @@ def test_whatever_order_the_streams_work_in(small, texture, on_device, eager, ba
     """Streams: 0 computes, 1 copies in, 2 copies out. More rows of tiles than slots, so that all slots are reused."""
     gpu = on_device(small, eager=eager)
     expected, found = both(small, gpu, texture, tile=(40, 48), batch=batch)
-    assert small.spec.grid(texture.shape, (40, 48)).shape[0] > 2 * predict_device.WINDOWS
+    assert small.spec.grid(texture.shape, (40, 48)).shape[0] > 2 * rows.WINDOWS
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) == 3
 
@@ -228,7 +231,7 @@ def test_blended(engine_for, network, on_device, eager):
     gpu = on_device(cpu, eager=eager)
     for output in ("raw", "mask"):
         expected, found = both(cpu, gpu, np.stack([pixels, pixels[::-1]]), axes="TYX", output=output, batch=4)
-        assert cpu.spec.grid(pixels.shape).shape[0] > 2 * predict_device.BANDS
+        assert cpu.spec.grid(pixels.shape).shape[0] > 2 * bands.BANDS
         np.testing.assert_array_equal(found, expected)
 
 
@@ -288,7 +291,7 @@ def test_an_image_on_the_device_stays_there(nuclei, image, on_device, shared_wit
     shared_with(device)
     for options in ({}, {"output": "raw"}, {"mask_values": (0, 255)}):
         found = urt.predict(gpu, OnDevice(device, image), batch=3, tile=(192, 160), **options)
-        assert isinstance(found, urt.device.DeviceArray)
+        assert isinstance(found, DeviceArray)
         expected = urt.predict(nuclei, image, **options)
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         np.testing.assert_array_equal(host(found), expected)
@@ -375,7 +378,7 @@ def test_a_failure_anywhere_reaches_the_caller(small, texture, on_device, tmp_pa
 
     options: dict[str, Any] = {}
     if where == "reading":
-        monkeypatch.setattr("unet_rt.prediction.device._packed", fail)
+        monkeypatch.setattr("unet_rt.prediction.rows.pack", fail)
     elif where == "inferring":
         session_of(gpu).fail_at = len(session_of(gpu).runs) + 5
     elif where == "writing":
@@ -610,7 +613,7 @@ def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypat
         gpu, wide, memory_bytes=2**40, report=reports.append, progress=lambda *n: told.append(n), **options
     )
     if "out" in options:
-        found = urt.image.open_image(found, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
+        found = open_image(found, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
     np.testing.assert_array_equal(found, expected)
     large, report = reports
     assert (report.notes[0], large.notes) == (NOTE, [])
@@ -627,9 +630,9 @@ def test_no_block_is_kept_twice(small, texture, on_device, monkeypatch, tmp_path
     wanted = np.zeros(texture.shape, np.uint8)
     wanted[200:] = 1
     np.save(tmp_path / "region.npy", wanted)
-    kept, write = list[int](), MemoryStore.write
+    kept, keep = list[int](), ArrayStore.keep
     monkeypatch.setattr(
-        MemoryStore, "write", lambda store, block, _: kept.append(block.number) or write(store, block, _)
+        ArrayStore, "keep", lambda store, block, *rest: kept.append(block.number) or keep(store, block, *rest)
     )
     plan = planned(small, LARGE, SMALL)
     gpu = on_device(plan, bytes_per_px=1000)
@@ -648,7 +651,7 @@ def test_tiles_do_not_change_once_some_were_run(small, texture, on_device, monke
 
     def run(*arguments: Any, **options: Any) -> RunReport:
         report = real(*arguments, **options)
-        predict_device._WORKSPACES[session_of(gpu)].free()
+        WORKSPACES[session_of(gpu)].free()
         session_of(gpu).give_back()
         short_of_memory(gpu, 2000)
         return report
@@ -674,16 +677,22 @@ def test_an_interrupted_run_goes_on_with_smaller_tiles(small, texture, on_device
     short_of_memory(gpu, 2000)
     session_of(gpu).fail_at = -1
     urt.predict(gpu, tmp_path / "image.npy", out=out, report=reports.append)
-    found = urt.image.open_image(out, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
+    found = open_image(out, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
     np.testing.assert_array_equal(found, urt.predict(plan, wide))
     assert any("were there from an earlier run" in note for note in reports[0].notes)
     assert NOTE in reports[0].notes
 
 
-@pytest.mark.parametrize("options", [{"tta": "flip"}, {"head": "y0"}], ids=str)
-def test_views_fall_to_smaller_tiles_as_well(small, texture, on_device, options):
-    if "head" in options:
-        options = {"head": small.spec.outputs[0].name}
+def test_a_head_is_predicted_where_the_engine_runs(small, texture, on_device):
+    """It is another number of an output, and no other engine: tiles do not go by the host."""
+    gpu, head = on_device(small), small.spec.outputs[0].name
+    found = urt.predict(gpu, texture, tile=(40, 48), batch=3, head=head)
+    np.testing.assert_array_equal(found, urt.predict(small, texture, tile=(40, 48)))
+    assert {shape for (shape,) in session_of(gpu).runs} == {(3, 1, 40, 48)}
+
+
+def test_views_fall_to_smaller_tiles_as_well(small, texture, on_device):
+    options: dict[str, Any] = {"tta": "flip"}
     plan, wide = planned(small, LARGE, SMALL), np.concatenate([texture[:100]] * 3, axis=1)
     gpu, reports = on_device(plan, bytes_per_px=1000), list[RunReport]()
     short_of_memory(gpu, 2000)
@@ -766,19 +775,19 @@ def test_blocks_are_taken_some_at_a_time(small, texture, on_device, monkeypatch,
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_WORKS", 64 if masked else 2)
     monkeypatch.setattr("unet_rt.prediction.run.DEVICE_HELD_BYTES", 1)
     groups, earlier, held = list[list[int]](), list[Any](), list[int]()
-    real, make = predict_device.run, predict_blocks._work
+    real, make = predict_device.run, compute._work
 
     def made(*arguments: Any) -> Any:
         held.append(sum(work() is not None for work in earlier))
         return make(*arguments)
 
-    def run(engine: Engine, source: Any, works: Any, *arguments: Any, **options: Any) -> RunReport:
+    def run(computation: Computation, works: Any, *arguments: Any, **options: Any) -> RunReport:
         earlier.extend(map(weakref.ref, works))
         groups.append([work.held_bytes for work in works])
-        return real(engine, source, works, *arguments, **options)
+        return real(computation, works, *arguments, **options)
 
     monkeypatch.setattr(predict_device, "run", run)
-    monkeypatch.setattr(predict_blocks, "_work", made)
+    monkeypatch.setattr(compute, "_work", made)
     wanted = np.zeros(texture.shape, np.uint8)
     wanted[5:190, :60] = 1
     np.save(tmp_path / "region.npy", wanted)

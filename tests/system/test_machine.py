@@ -223,6 +223,18 @@ def test_memory_of_this_machine() -> None:
     assert record["memory_bytes"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def test_memory_is_looked_at_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, left = [1000.0], [5]
+    monkeypatch.setattr(limits, "_read", (-math.inf, 0))
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(limits, "memory_bytes", lambda: left[0])
+    assert limits.recent_memory_bytes() == 5
+    left[0], now[0] = 7, now[0] + 0.5
+    assert limits.recent_memory_bytes() == 5
+    now[0] += 1
+    assert limits.recent_memory_bytes() == 7
+
+
 def test_resident_memory_follows_allocations() -> None:
     size = 96 << 20
     before, peak_before = limits.rss_bytes(), limits.peak_rss_bytes()

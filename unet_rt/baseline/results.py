@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.engine import Engine, EngineView
+from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..kernels import calls
-from ..prediction.host import run
-from ..prediction.work import Work
+from ..prediction.run import run
+from ..prediction.work import Computation, Work, Write
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
 from .samples import SampleWindow
@@ -45,35 +44,27 @@ def tile_of(
 
 
 def raw_results(engine: Engine, sample: SampleWindow, grid: TileGrid, threads: int = 0) -> list[Array]:
-    """:func:`raw_result` of every output, by the way that predictions go: one output after the other."""
-    if len(engine.spec.outputs) > 1 and engine.device_session is None:
-        engine = _Remembered(engine)
-    return [raw_result(engine, sample, grid, threads, output) for output in range(len(engine.spec.outputs))]
-
-
-class _Remembered(EngineView):
-    """An engine that is given the same tiles once per output, and runs them the first time."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, engine.spec)
-        self._results: dict[bytes, list[npt.NDArray[np.float32]]] = {}
-
-    def run(self, batch: Array) -> list[npt.NDArray[np.float32]]:
-        key = hashlib.sha256(batch.tobytes()).digest()
-        if key not in self._results:
-            self._results[key] = self._engine.run(batch)
-        return self._results[key]
+    """:func:`raw_result` of every output, by the way that predictions go; on the host tiles are run once for all."""
+    return _run(engine, sample, grid, threads, range(len(engine.spec.outputs)))
 
 
 def raw_result(engine: Engine, sample: SampleWindow, grid: TileGrid, threads: int = 0, output: int = 0) -> Array:
     """The network's own values (K, *spatial), float32, of a sample."""
-    channels = engine.spec.outputs[output].channels
-    result = np.empty((channels, *grid.out_shape(output)), dtype=np.float32)
+    return _run(engine, sample, grid, threads, [output])[0]
 
-    def keep(work: Work, start: int, band: Array) -> None:
-        result[:, start : start + band.shape[1]] = band
 
-    decision = Decision("copy", channels, np.dtype(np.float32))
+def _run(engine: Engine, sample: SampleWindow, grid: TileGrid, threads: int, outputs: Sequence[int]) -> list[Array]:
+    results, ways = list[Array](), list[tuple[Computation, Write]]()
     with sample.source(engine.spec.contract) as source:
-        run(engine, source, [Work(0, grid)], decision, keep, sample.affines, output=output, threads=threads)
-    return result
+        for output in outputs:
+            channels = engine.spec.outputs[output].channels
+            results.append(np.empty((channels, *grid.out_shape(output)), dtype=np.float32))
+
+            def keep(work: Work, start: int, band: Array, result: Array = results[-1]) -> None:
+                result[:, start : start + band.shape[1]] = band
+
+            decision = Decision("copy", channels, np.dtype(np.float32))
+            ways.append((Computation(engine, source, decision, sample.affines, output, threads=threads), keep))
+        first, *others = ways
+        run(first[0], [Work(0, grid)], first[1], beside=others)
+    return results

@@ -16,7 +16,7 @@ from ..engine.budget import Budget
 from ..engine.engine import Engine
 from ..engine.parity import Verdict
 from ..errors import BackendError, GraphError, ParityError, TileError, size_text
-from ..prediction.predict import MEMORY_SHARE
+from ..prediction.plan import MEMORY_SHARE
 from ..system import limits
 from ..tiling.axis import smaller_tile
 from .candidates import Trials

@@ -27,11 +27,12 @@ class Augmented(EngineView):
     ``spec`` says that outputs are probabilities, and has halos that serve every position.
     """
 
-    def __init__(self, engine: Engine, how: Tta, *, raw: bool = False) -> None:
+    def __init__(self, engine: Engine, how: Tta, *, raw: bool = False, output: int = 0) -> None:
         """
         Args:
             engine: The engine.
             raw: Average the network's own values instead.
+            output: The one that is predicted: its contract says what values mean.
             how: ``flip`` (2 positions per axis: 4 in 2-D, 8 in 3-D) or ``d4`` (2-D: flips and quarter turns, 8).
 
         Raises:
@@ -56,7 +57,7 @@ class Augmented(EngineView):
             if not spec.exact and spec.tile[0] != spec.tile[1]:
                 raise ContractError("--tta d4 needs square tiles where tiles are blended; use --tta flip")
             outputs = tuple(_both_axes(o) for o in outputs)
-        contract = spec.contract
+        contract = spec.contract_of(output)
         self._activation = (
             None
             if raw or contract.output_is != "logits" or contract.task in (None, "regression")

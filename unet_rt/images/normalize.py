@@ -314,8 +314,9 @@ def _order_statistics(
             for p, histogram in counts.items():
                 inside = low if digit == 0 else low[(keys >> keys.dtype.type(shift + width)) == p]
                 calls.histogram(inside if digits == 1 else inside.astype(np.uint16), histogram)
+        sums = {p: np.cumsum(histogram) for p, histogram in counts.items()}
         for rank in ranks:
-            upto = np.cumsum(counts[prefix[rank]])
+            upto = sums[prefix[rank]]
             value = int(np.searchsorted(upto, left[rank], side="right"))
             left[rank] -= int(upto[value - 1]) if value else 0
             prefix[rank] = (prefix[rank] << width) | value

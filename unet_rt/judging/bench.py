@@ -32,7 +32,8 @@ from ..engine.load import load
 from ..engine.parity import ImageParity
 from ..engine.spec import EngineSpec
 from ..errors import BackendError, ContractError, ImageError
-from ..prediction.predict import normalization_of, plan
+from ..prediction.plan import image_grid
+from ..prediction.request import normalization_of
 from ..system import facts, limits, timing
 from ..system.json import Record
 from ..tiling.grid import TileGrid, square_tile, tile_grid
@@ -186,7 +187,7 @@ def bench(
         reference = resources.enter_context(baseline_engine(opened, spec, threads=threads))
         others, unfit = baseline_contenders(names, opened, spec, module, threads, resources)
         with timed.source(spec.contract) as source:
-            grid = plan(spec, source, tile=tile)
+            grid = image_grid(spec, source, tile=tile)
         course = _Course(timed, judged, grid, runs, seconds, threads, say)
         report = _measure(str(model), [*contenders, *others], reference, course)
         return replace(report, skipped=skipped | unfit, notes=(*notes, *report.notes))

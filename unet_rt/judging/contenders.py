@@ -23,8 +23,8 @@ from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..errors import BackendError, ParityError
 from ..images.normalize import normalised
-from ..prediction.host import run
-from ..prediction.work import Work
+from ..prediction.run import run
+from ..prediction.work import Computation, Work
 from ..tiling.decision import decide
 from ..tiling.grid import TileGrid
 from ..tiling.stitch import blend_weight
@@ -145,7 +145,8 @@ def engine_contender(name: str, engine: Engine, threads: int) -> Contender:
 
         batch = engine.spec.run_batch
         with sample.source(engine.spec.contract) as source:
-            run(engine, source, [Work(0, grid)], decision, keep, sample.affines, batch=batch, threads=threads)
+            made = Computation(engine, source, decision, sample.affines, batch=batch, threads=threads)
+            run(made, [Work(0, grid)], keep)
         return result
 
     def tiled(sample: SampleWindow, grid: TileGrid) -> Array:

@@ -1,4 +1,12 @@
-"""How a large result is cut into blocks that tiles fill."""
+"""How a result is cut into blocks that tiles fill. Integers only, never pixels.
+
+A block is a rectangle of the image: the unit of work, of what is written at once, and of what an interrupted run keeps.
+Blocks are disjoint, end where what a tile owns ends (of an aligned grid, so that no tile is run for two of them), and hold
+whole chunks of the stored result, so that no two writers share one. A plane that is computed in one go is one block.
+
+Worked example (one axis): image 100,000 px, tile 2048, halo 94, stride 16. A tile owns 2048 - 96 - 94 px, rounded down to
+1856. Chunks of 928 px (half of it, at most 1024), blocks of several tiles, say 8: block k is [14848 k, 14848 (k + 1)).
+"""
 
 from __future__ import annotations
 
@@ -47,6 +55,7 @@ class BlockPlan:
         planes: Planes of the image.
         cuts: Per axis: image pixels where blocks begin, ascending, and the image's end.
         chunk: Per axis: samples of a stored chunk.
+        whole: Every plane is one block, in one go: its tiles are those of the grid, which need not be aligned.
     """
 
     image: tuple[int, ...]
@@ -54,6 +63,7 @@ class BlockPlan:
     planes: int
     cuts: tuple[tuple[int, ...], ...]
     chunk: tuple[int, ...]
+    whole: bool = False
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +99,8 @@ class BlockPlan:
 
     def tiles(self, number: int) -> int:
         """Tiles that a block takes."""
+        if self.whole:
+            return self.grid.count
         index = np.unravel_index(number % prod(self.shape), self.shape)
         return prod(counts[int(k)] for counts, k in zip(self._counts, index, strict=True))
 
@@ -105,44 +117,59 @@ def plan_of(
     return BlockPlan(tuple(image), grid, planes, tuple(tuple(cuts) for cuts in data["cuts"]), tuple(data["chunk"]))
 
 
+def whole_planes(image: Sequence[int], planes: int, grid: TileGrid) -> BlockPlan:
+    """The plan of an image that is computed plane by plane, each in one go."""
+    return BlockPlan(tuple(image), grid, planes, tuple((0, n) for n in image), tuple(image), whole=True)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image in numbers.
+
+    Attributes:
+        shape: Spatial shape in pixels.
+        planes: Planes of the image.
+        pixel_bytes: Of one pixel, all of the network's channels.
+        seen: Spatial shape that the network sees, where the image is resampled.
+    """
+
+    shape: tuple[int, ...]
+    planes: int
+    pixel_bytes: int
+    seen: tuple[int, ...] | None = None
+
+
 def plan_blocks(
     spec: EngineSpec,
-    image: Sequence[int],
-    planes: int,
+    picture: Picture,
     decision: Decision,
     *,
-    pixel_bytes: int,
     memory_bytes: int,
     tile: Sequence[int] | None = None,
     batch: int = 1,
     output: int = 0,
-    seen: Sequence[int] | None = None,
 ) -> BlockPlan:
     """Plans the blocks of an image.
 
     Args:
         spec: Of the engine.
-        image: Spatial shape in pixels.
-        planes: Planes of the image.
+        picture: The image.
         decision: What is stored of output ``output``.
-        pixel_bytes: Of one pixel of the image, all of the network's channels.
         memory_bytes: What all of it may take beside the loaded engine.
         tile: Tile size; None: the rectangle that computes least for this image in that memory.
         batch: Tiles per run.
         output: Which output of the graph.
-        seen: Spatial shape that the network sees, where the image is resampled.
 
     Raises:
         TileError: The tile does not serve.
         ContractError: The memory does not suffice for the smallest tile.
     """
-    fields = spec.used_outputs()[output]
+    image, fields = picture.shape, spec.used_outputs()[output]
     scale = float(prod(f.scale for f in fields.field))
     floats = 4 * (spec.channels + fields.channels * scale)  # bytes per tile pixel of inputs and outputs
     per_px = batch * (max(spec.bytes_per_px, floats) + 6 * floats)  # while it runs, and for tiles that wait
     bound = int(RUNNING_SHARE * memory_bytes / per_px)
-    given = image if seen is None else seen
-    grid = spec.grid(given, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
+    grid = spec.grid(picture.seen or image, tile, min(bound, prod(spec.tile)) if spec.exact else None, aligned=True)
     if prod(grid.tile) > bound and tile is None:
         grid = spec.smaller_grid(grid, aligned=True) or grid  # a plan's, which is of no size between
     if prod(grid.tile) > bound:
@@ -151,28 +178,39 @@ def plan_blocks(
             f"{ceil(prod(grid.tile) * per_px / RUNNING_SHARE / 1e6)} MB, and {max(0, memory_bytes) // 10**6} MB are there; "
             "use more --memory, a smaller --batch or a smaller --tile"
         )
-    if seen is not None:
-        return _resampled_plan(image, grid, planes, floats, BLOCK_SHARE * memory_bytes)
+    if picture.seen is not None:
+        return _resampled_plan(image, grid, picture.planes, floats, BLOCK_SHARE * memory_bytes)
     stored = decision.dtype.itemsize * max(1, decision.channels) * scale
     shares = [_share(spec, k, axis) for k, axis in enumerate(grid.axes)]
-    counts = [1] * len(shares)  # tiles along each axis of a block: long rows, which files like
+    counts = _tiles_of_block(picture, grid, shares, stored, BLOCK_SHARE * memory_bytes)
+    sides = [share * count for share, count in zip(shares, counts, strict=True)]
+    cuts = tuple(_cuts(axis, side) for axis, side in zip(grid.axes, sides, strict=True))
+    samples = zip(shares, fields.field, grid.out_shape(output), strict=True)
+    return BlockPlan(image, grid, picture.planes, cuts, tuple(_chunk(share * f.scale, n) for share, f, n in samples))
+
+
+def _tiles_of_block(
+    picture: Picture, grid: TileGrid, shares: Sequence[int], stored: float, memory_bytes: float
+) -> list[int]:
+    """Tiles along each axis of a block: long rows, which files like.
+
+    ``shares``: pixels that a tile adds along each axis; ``stored``: bytes of the result per pixel.
+    """
+    image, counts = picture.shape, [1] * len(shares)
     for k in reversed(range(len(shares))):
         whole = -(-image[k] // shares[k])
 
         def fits(count: int, k: int = k) -> bool:
             tiles = [*counts[:k], count, *counts[k + 1 :]]
             sides = [min(n, c * s) for n, c, s in zip(image, tiles, shares, strict=True)]
-            window = prod(side + t for side, t in zip(sides, grid.tile, strict=True)) * pixel_bytes
-            return 2 * window + 4 * prod(sides) * stored <= BLOCK_SHARE * memory_bytes
+            window = prod(side + t for side, t in zip(sides, grid.tile, strict=True)) * picture.pixel_bytes
+            return 2 * window + 4 * prod(sides) * stored <= memory_bytes
 
         most = max(1, min(whole, TILES // prod(counts)))
         counts[k] = next((count for count in range(most, 1, -1) if fits(count)), 1)
         if counts[k] < whole:
             break
-    blocks = [share * count for share, count in zip(shares, counts, strict=True)]
-    cuts = tuple(_cuts(axis, block) for axis, block in zip(grid.axes, blocks, strict=True))
-    samples = zip(shares, fields.field, grid.out_shape(output), strict=True)
-    return BlockPlan(tuple(image), grid, planes, cuts, tuple(_chunk(share * f.scale, n) for share, f, n in samples))
+    return counts
 
 
 def _resampled_plan(image: Sequence[int], grid: TileGrid, planes: int, floats: float, memory_bytes: float) -> BlockPlan:

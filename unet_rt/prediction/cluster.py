@@ -18,33 +18,21 @@ from uuid import uuid4
 
 from ..engine.engine import Engine, LoadOptions
 from ..engine.folder import read_folder
-from ..engine.heads import Headed
 from ..engine.load import load
-from ..engine.tta import Augmented
 from ..errors import BackendError, ContractError
 from ..images.open import open_image, where_of
 from ..images.source import Source
 from ..system import facts, limits
 from .compute import run_blocks
-from .plan import Prepared
-from .report import RunReport, together
-from .request import Request
+from .plan import Plan
+from .report import RunReport, merge_reports
+from .request import Request, engine_form
 from .stage import Stage
-from .staged import Compute, begun, open_store
-from .store import Store
+from .staged import Compute, begin, open_store
+from .store import BlockStore
 from .work import Progress
 
 PER_WORKER = 8  # shares of the blocks per worker: the last ones to finish wait for at most an eighth of their work
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How the image is read, as for :func:`unet_rt.image.open_image`; ``level`` is the number of the level that is."""
-
-    axes: str | None = None
-    channels: str | tuple[int, ...] | None = None
-    level: int = 0
-    pixel_size_um: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,8 +41,8 @@ class Job:
 
     Attributes:
         engine, options: The engine folder, and how it was loaded here.
-        image, reading: Path or URL of the image, and how it is read.
-        asked: What is asked for; threads are those of one worker.
+        image: Path or URL of the image.
+        asked: What is asked for, settled; threads are those of one worker.
         out: The output, beside which the stage lies.
         token: Another one for every run: what a worker holds open is of one run.
     """
@@ -62,7 +50,6 @@ class Job:
     engine: str
     options: LoadOptions
     image: str
-    reading: Reading
     asked: Request
     out: str
     token: str
@@ -72,32 +59,33 @@ def missing() -> BackendError:
     return BackendError("dask.distributed is missing, which --scheduler needs; pip install 'unet-rt[dask]'")
 
 
-def computing(
-    scheduler: str, engine: Engine, image: Any, reading: Reading, asked: Request, out: str
-) -> tuple[Request, Compute]:
+def delegate(engine: Engine, image: Any, asked: Request, out: Path) -> tuple[Request, Compute]:
     """What a scheduler's workers are asked for, and the function that has them compute it.
 
     Raises:
-        ContractError: ``scheduler`` is none, or engine and image are not on disk, where workers could open them.
+        ContractError: ``asked.scheduler`` is none, or engine and image are not on disk, where workers could open them.
     """
+    scheduler = asked.scheduler or ""
     count = processes(scheduler)
     if engine.folder is None or not isinstance(image, (str, Path)):
         raise ContractError("a scheduler's workers open engine and image by their paths; give both as paths")
     asked = replace(
-        asked, processes=count, threads=asked.threads or (max(1, limits.threads() // count) if count > 1 else 0)
+        asked,
+        processes=count,
+        threads=asked.threads or (max(1, limits.threads() // count) if count > 1 else 0),
     )
     folder = str(engine.folder.path.resolve())
-    job = Job(folder, engine.options, where_of(image), reading, asked, str(Path(out).resolve()), uuid4().hex)
-    return asked, partial(compute, scheduler, job)
+    job = Job(folder, engine.options, where_of(image), replace(asked, restart=False), str(out.resolve()), uuid4().hex)
+    return asked, lambda plan, numbers, progress: compute(scheduler, job, plan, numbers, progress)
 
 
-def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], progress: Progress | None) -> RunReport:
+def compute(scheduler: str, job: Job, plan: Plan, numbers: Sequence[int], progress: Progress | None) -> RunReport:
     """Has workers compute blocks; returns when all of them have their marks.
 
     Args:
         scheduler: ``local:N`` starts N processes here, which share the threads; ``tcp://host:port`` names a scheduler.
         job: What workers need to know.
-        made: The result, for its plan.
+        plan: The result.
         numbers: Of the blocks that are missing.
         progress: Called with (tiles done, tiles in all) of these blocks.
 
@@ -108,7 +96,7 @@ def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], pr
         from distributed import Client, KilledWorker, as_completed
     except ImportError as error:
         raise missing() from error
-    tiles = {n: made.plan.tiles(n) for n in numbers}
+    tiles = {n: plan.blocks.tiles(n) for n in numbers}
     done, total = 0, sum(tiles.values())
     reports: list[RunReport] = []
     with contextlib.ExitStack() as exits:
@@ -135,7 +123,7 @@ def compute(scheduler: str, job: Job, made: Prepared, numbers: Sequence[int], pr
             raise BackendError(
                 f"the same blocks ended several workers ({error}); look at their logs, most often memory: use less --memory"
             ) from error
-    return together(reports)
+    return merge_reports(reports)
 
 
 def _client(scheduler: str, exits: contextlib.ExitStack, client: Any) -> tuple[Any, int]:
@@ -168,12 +156,12 @@ def _client(scheduler: str, exits: contextlib.ExitStack, client: Any) -> tuple[A
 def work(job: Job, numbers: Sequence[int]) -> tuple[list[int], RunReport]:
     """Computes blocks on a worker, those that have no mark yet; returns all of them."""
     with _ONE:  # an engine and an image serve one thread at a time
-        stage, store, made = _opened(job)
+        stage, store, plan = _opened(job)
         try:
             there = stage.finished()
         except FileNotFoundError:
             _no_stage(job.out)
-        report = run_blocks(made, [n for n in numbers if n not in there], partial(stage.put, store))
+        report = run_blocks(plan, [n for n in numbers if n not in there], partial(stage.put, store))
         return list(numbers), report
 
 
@@ -181,24 +169,21 @@ _ONE = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _opened(job: Job) -> tuple[Stage, Store, Prepared]:
+def _opened(job: Job) -> tuple[Stage, BlockStore, Plan]:
     """Engine, image and stage, opened once per process and run; they live until the next run."""
     asked = job.asked
     engine: Engine = load(
         job.engine, device=_device(job), threads=asked.threads or None, accept_unverified=job.options.accept_unverified
     )
-    if asked.head is not None:
-        engine = Headed(engine, asked.head)
-    if asked.tta != "none":
-        engine = Augmented(engine, asked.tta, raw=asked.output == "raw")
+    engine = engine_form(engine, asked)
     spec = engine.spec
-    reading = job.reading
+    reading = asked.reading
     source: Source = open_image(
         job.image, spec.contract, axes=reading.axes, channels=reading.channels, spatial=spec.spatial,
         network_channels=spec.channels, level=reading.level, pixel_size_um=reading.pixel_size_um,
     )  # fmt: skip
-    stage, made = begun(engine, source, asked, Path(job.out), create=partial(_no_stage, job.out))
-    return stage, open_store(stage, made, Path(job.out), marks=False), made
+    stage, plan = begin(engine, source, asked, Path(job.out), create=partial(_no_stage, job.out))
+    return stage, open_store(stage, plan, Path(job.out), marks=False), plan
 
 
 def _no_stage(out: str) -> NoReturn:

@@ -1,77 +1,46 @@
-"""Which blocks a large result is computed in. Integers only, never pixels.
-
-A block is a rectangle of the image: the unit of work, of what is written at once, and of what an interrupted run keeps.
-Blocks are disjoint, end where what a tile owns ends (of an aligned grid, so that no tile is run for two of them), and hold
-whole chunks of the stored result, so that no two writers share one.
-
-Worked example (one axis): image 100,000 px, tile 2048, halo 94, stride 16. A tile owns 2048 - 96 - 94 px, rounded down to
-1856. Chunks of 928 px (half of it, at most 1024), blocks of several tiles, say 8: block k is [14848 k, 14848 (k + 1)).
-"""
+"""What a result is computed from and in: blocks, tiles, the decision, the numbers of the normalisation; made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from math import ceil
+from functools import cached_property
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..contract.contract import Contract
 from ..engine.engine import Engine
+from ..engine.spec import EngineSpec
 from ..errors import ContractError, size_text
 from ..images.normalize import Affine, Affines, OnePlane, affine
-from ..images.open import open_image
 from ..images.source import Source
+from ..kernels.device import DeviceArray
 from ..outputs.shape import nodata_value
 from ..system import limits
 from ..tiling.decision import Decision, decide
-from ..tiling.resample import needed, resample, resampled_shape
-from .blocks import Block, BlockPlan, plan_blocks, plan_of
-from .request import Request
-from .stage import Stage
-from .work import filled
+from ..tiling.grid import TileGrid
+from ..tiling.resample import resampled_shape
+from .blocks import Block, BlockPlan, Picture, plan_blocks, plan_of, whole_planes
+from .request import Request, decision_of, in_blocks
+from .resampled import Resampled
+from .work import Computation
 
-Array = npt.NDArray[Any]
-
-
-class Resampled(Source):
-    """An image brought to another number of pixels while it is read; its pixels are float32."""
-
-    def __init__(self, source: Source, shape: tuple[int, ...], affines: Affines | OnePlane) -> None:
-        self.__dict__.update(vars(source))
-        self._inner, self._affines = source, affines
-        self.shape = shape
-        self.dtype = np.dtype(np.float32)
-
-    def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
-        if any(a == b for a, b in zip(start, stop, strict=True)):  # of tiles that lie outside, with a constant border
-            return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
-        shapes = self._inner.shape, self.shape
-        ends = [needed(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
-        first = tuple(a for a, _ in ends)
-        last = tuple(b for _, b in ends)
-        window = filled(*self._inner.read_valid(plane, first, last), self._affines.plane(plane))
-        return resample(window, first, start, stop, *shapes)
-
-    def valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
-        """Not asked of resampled pixels: those without data are filled before."""
-
-    def read_valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> tuple[Array, None]:
-        return self.read(plane, start, stop), None
+FREE_SHARE = 0.5  # of the memory that is free, where no bound is given
+MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles of a result made in one go
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Plan:
     """A result that can be computed, block by block, in this process.
 
     Attributes:
         engine: Runs tiles.
         image: The image as it is stored.
         seen: The image as the network sees it: the same, or ``Resampled``.
-        plan: The blocks.
+        blocks: The blocks, and the tiles that fill them.
+        output: Which output of the graph.
         decision: What is stored.
         first: What the pipeline decides where the image is resampled: probabilities or values; else ``decision``.
         affines: The image's normalisation in numbers.
@@ -84,7 +53,8 @@ class Prepared:
     engine: Engine
     image: Source
     seen: Source
-    plan: BlockPlan
+    blocks: BlockPlan
+    output: int
     decision: Decision
     first: Decision
     affines: Affines | OnePlane
@@ -95,15 +65,36 @@ class Prepared:
     fixed_tile: bool = False
 
     @property
+    def contract(self) -> Contract:
+        """That of the output."""
+        return self.engine.spec.contract_of(self.output)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the bands of a block are its result as they are: nothing is to be left out, or brought back."""
+        return self.region is None and not self.image.gaps and self.seen is self.image
+
+    def computation(self, target: DeviceArray | None = None) -> Computation:
+        """What all tiles have in common; ``target``: where results go that stay on a GPU."""
+        first, output, batch = self.first, self.output, self.batch
+        return Computation(self.engine, self.seen, first, self.affines, output, batch, self.threads, target)
+
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Spatial shape of the result."""
-        return self.samples(self.plan.image)
+        return self.samples(self.blocks.image)
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """Of the result: (planes, [K,] *spatial)."""
+        lead = (self.decision.channels,) if self.decision.channels else ()
+        return (self.image.planes, *lead, *self.shape)
 
     @property
     def cuts(self) -> list[list[int]]:
         """Per axis: samples of the result where blocks begin, and its end."""
-        axes = len(self.plan.cuts)
-        return [[self.samples([cut] * axes)[k] for cut in cuts] for k, cuts in enumerate(self.plan.cuts)]
+        axes = len(self.blocks.cuts)
+        return [[self.samples([cut] * axes)[k] for cut in cuts] for k, cuts in enumerate(self.blocks.cuts)]
 
     def place(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[start, stop) of a block in samples of the result."""
@@ -113,82 +104,132 @@ class Prepared:
         """The first samples at these pixels (or ends of them)."""
         if self.seen is not self.image:
             return tuple(pixels)
-        return tuple(ceil(n * f.scale) for n, f in zip(pixels, self.plan.grid.outputs[0].field, strict=True))
+        fields = self.blocks.grid.outputs[self.output].field
+        return tuple(ceil(n * f.scale) for n, f in zip(pixels, fields, strict=True))
+
+    def close(self) -> None:
+        if self.region is not None:
+            self.region.close()
 
 
-FREE_SHARE = 0.5  # of the memory that is free, where no bound is given
+@dataclass(frozen=True)
+class Record:
+    """What an earlier run has settled of a result, so that all who work on it agree.
+
+    Attributes:
+        blocks: What :meth:`BlockPlan.to_json` gave.
+        numbers: What :func:`numbers_json` gave.
+        plane: Gives the numbers (JSON) of one plane, where each has its own: those that are kept under this name, else
+            what is measured now.
+    """
+
+    blocks: Mapping[str, Any]
+    numbers: Mapping[str, Any] | None
+    plane: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
-def prepare(engine: Engine, source: Source, asked: Request, stage: Stage | None = None) -> Prepared:
+def make_plan(engine: Engine, source: Source, asked: Request, record: Record | None = None) -> Plan:
     """The result that is asked for, ready to be computed.
 
     Args:
-        engine: The engine.
+        engine: The engine, in the form that runs tiles.
         source: The image, open as long as the result is worked on.
-        asked: What is asked for.
-        stage: Of a run that was begun: its plan and numbers are taken; None: they are made.
+        asked: What is asked for, settled.
+        record: What an earlier run has settled; None: all is settled now.
     """
+    spec = engine.spec
+    output, decision = spec.head(asked.head), decision_of(asked, spec)
+    first, shape = decision, None
+    if asked.resample:
+        shape = _resampled_shape(spec, output, source, asked)
+        if decision.values:
+            contract, channels = spec.contract_of(output), spec.outputs[output].channels
+            first = decide(contract, channels, "probability")
+            decision = decide(replace(contract, output_is="probabilities"), channels, "mask", asked.mask_values)
+    if record is not None:
+        blocks = plan_of(spec, source.shape, source.planes, record.blocks, seen=shape)
+    elif asked.staged or in_blocks(asked, source):
+        blocks = _blocks(engine, source, asked, decision, shape)
+    else:
+        grid = image_grid(spec, source, tile=asked.tile, batch=asked.batch or 1, free_bytes=_device_bytes(engine))
+        blocks = whole_planes(source.shape, source.planes, grid)
+    affines = _affines(asked, source, record)
+    return Plan(
+        engine,
+        source,
+        source if shape is None else Resampled(source, shape, affines),
+        blocks,
+        output,
+        decision,
+        first,
+        affines,
+        region=None if asked.region is None else _region(asked.region, source),
+        nodata=nodata_value(decision.dtype, decision.values),
+        batch=asked.batch or 1,
+        threads=asked.threads,
+        fixed_tile=asked.tile is not None,
+    )
+
+
+def image_grid(
+    spec: EngineSpec,
+    source: Source,
+    *,
+    tile: Sequence[int] | None = None,
+    batch: int = 1,
+    free_bytes: int | None = None,
+) -> TileGrid:
+    """The tiles for an image, no larger than the memory that is free allows (``free_bytes``; None: the host's)."""
+    max_px = prod(spec.tile)
+    if spec.bytes_per_px and spec.exact:
+        free = limits.recent_memory_bytes() if free_bytes is None else free_bytes
+        max_px = min(max_px, int(MEMORY_SHARE * free / (spec.bytes_per_px * batch)))
+    return spec.grid(source.shape, tile, max_px)
+
+
+def _blocks(
+    engine: Engine, source: Source, asked: Request, decision: Decision, shape: tuple[int, ...] | None
+) -> BlockPlan:
+    """Blocks within the memory that is asked for, or free."""
+    free, bound = limits.memory_bytes(), asked.memory_bytes
+    on_device = _device_bytes(engine)
+    if on_device is not None and not engine.spec.tiles:  # a plan's tiles are not sized, but tried
+        free = min(free, on_device)
+    return plan_blocks(
+        engine.spec,
+        Picture(tuple(source.shape), source.planes, source.channels * source.dtype.itemsize, shape),
+        decision,
+        memory_bytes=(int(FREE_SHARE * free) if bound is None else bound - limits.rss_bytes()) // asked.processes,
+        tile=asked.tile,
+        batch=asked.batch or 1,
+        output=engine.spec.head(asked.head),
+    )
+
+
+def _device_bytes(engine: Engine) -> int | None:
+    if engine.gpu_session is None:
+        return None
     from .device import free_bytes
 
-    spec = engine.spec
-    channels = spec.outputs[0].channels
-    kind: Any = "mask" if asked.output == "instances" else asked.output
-    decision = first = decide(spec.contract, channels, kind, asked.mask_values)
-    shape = None
-    if asked.resample:
-        shape = _resampled(engine, source, asked)
-        if kind == "mask":
-            first = decide(spec.contract, channels, "probability")
-            settled = replace(spec.contract, output_is="probabilities")
-            decision = decide(settled, channels, "mask", asked.mask_values)
-    affines: Affines | OnePlane
-    if stage is None:
-        affines = affine(asked.normalization, source)
-    elif stage.run["numbers"] is not None:
-        affines = OnePlane(_affine(stage.run["numbers"]))
-    else:
-        affines = affine(asked.normalization, source, partial(_kept, stage))
-    seen = source if shape is None else Resampled(source, shape, affines)
-    if stage is not None:
-        plan = plan_of(spec, source.shape, source.planes, stage.run["plan"], seen=shape)
-    else:
-        free, given = limits.memory_bytes(), asked.memory_bytes
-        on_device = free_bytes(engine)
-        if on_device is not None and not spec.tiles:  # a plan's tiles are not sized, but tried
-            free = min(free, on_device)
-        plan = plan_blocks(
-            spec,
-            source.shape,
-            source.planes,
-            decision,
-            pixel_bytes=source.channels * source.dtype.itemsize,
-            memory_bytes=(int(FREE_SHARE * free) if given is None else given - limits.rss_bytes()) // asked.processes,
-            tile=asked.tile,
-            batch=asked.batch,
-            seen=shape,
-        )
-    region = None if asked.region is None else _region(asked.region, source)
-    nodata = nodata_value(decision.dtype, decision.values)
-    return Prepared(
-        engine, source, seen, plan, decision, first, affines, region, nodata, asked.batch, asked.threads,
-        fixed_tile=asked.tile is not None,
-    )  # fmt: skip
+    return free_bytes(engine)
 
 
-def _resampled(engine: Engine, source: Source, asked: Request) -> tuple[int, ...]:
-    wanted = engine.spec.contract.pixel_size_um
+def _resampled_shape(spec: EngineSpec, output: int, source: Source, asked: Request) -> tuple[int, ...]:
+    wanted = spec.contract.pixel_size_um
     if not wanted:
         raise ContractError("--resample needs the pixel size of training; build the engine with --pixel-size")
-    if not asked.pixel_size_um:
+    if not asked.size_um:
         raise ContractError(f"{source.name} does not say its pixel size; give it with --pixel-size, in micrometres")
-    if any(f.scale != 1 for f in engine.spec.outputs[0].field):
+    if any(f.scale != 1 for f in spec.outputs[output].field):
         raise ContractError(
             "--resample needs a network whose output has as many samples as its input; resample yourself"
         )
-    return resampled_shape(source.shape, asked.pixel_size_um, wanted)
+    return resampled_shape(source.shape, asked.size_um, wanted)
 
 
 def _region(path: str, source: Source) -> Source:
+    from ..images.open import open_image
+
     region = open_image(path, Contract(), spatial=len(source.shape))
     if region.shape != source.shape or region.planes not in (1, source.planes):
         shape = size_text(region.shape)
@@ -200,28 +241,34 @@ def _region(path: str, source: Source) -> Source:
     return region
 
 
-def numbers(affines: Affines | OnePlane) -> dict[str, Any] | None:
+# --- numbers of the normalisation -----------------------------------------------------------------------------------
+
+
+def _affines(asked: Request, source: Source, record: Record | None) -> Affines | OnePlane:
+    assert asked.normalization is not None  # noqa: S101 - the request is settled
+    if record is None:
+        return affine(asked.normalization, source)
+    if record.numbers is not None:
+        return OnePlane(_from_json(record.numbers))
+
+    def keep(plane: int, measure: Callable[[], Affine]) -> Affine:
+        return _from_json(record.plane(f"{plane:08d}", lambda: _to_json(measure())))
+
+    return affine(asked.normalization, source, keep)
+
+
+def numbers_json(affines: Affines | OnePlane) -> dict[str, Any] | None:
     """One plane's numbers where they are those of all planes."""
     if isinstance(affines, Affines) and not affines.same:
         return None
-    return _json(affines.plane(0))
+    return _to_json(affines.plane(0))
 
 
-def _kept(stage: Stage, plane: int, measure: Callable[[], Affine]) -> Affine:
-    """A plane's numbers from the stage, measured where nobody has done so yet."""
-    return _affine(stage.kept(f"{plane:08d}", lambda: _json(measure())))
-
-
-def _json(one: Affine) -> dict[str, Any]:
+def _to_json(one: Affine) -> dict[str, Any]:
     """Float32 numbers as JSON has them: they come back the same bits."""
     return {"offset": one.offset.tolist(), "divisor": one.divisor.tolist(), "clip": one.clip}
 
 
-def _affine(data: dict[str, Any]) -> Affine:
+def _from_json(data: Mapping[str, Any]) -> Affine:
     clip = None if data["clip"] is None else (float(data["clip"][0]), float(data["clip"][1]))
     return Affine(np.array(data["offset"], np.float32), np.array(data["divisor"], np.float32), clip)
-
-
-def close(made: Prepared) -> None:
-    if made.region is not None:
-        made.region.close()

@@ -1,43 +1,29 @@
-"""The image line in one function: an image, its tiles, the pipeline that runs them, an output."""
+"""The image line in one function: open, request, plan, compute, store, finish."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import ceil, prod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..contract.contract import Contract, Normalization
+from ..contract.contract import Normalization
 from ..engine.engine import Engine
-from ..engine.heads import Headed
 from ..engine.spec import EngineSpec
-from ..engine.tta import Augmented, Tta
-from ..errors import ContractError, ImageError, OutputError
-from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
-from ..images.normalize import affine
+from ..engine.tta import Tta
+from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
-from ..system import limits
-from ..tiling.decision import Decision, OutputKind, decide, default_output
-from ..tiling.grid import TileGrid
-from . import blocks
-from .host import run
+from .compute import run_blocks
+from .files import clear, open_file
+from .finish import check_targets, finish
+from .plan import Plan, make_plan
 from .report import RunReport
-from .run import with_smaller_tiles
-from .stage import stage_folder
-from .work import Progress, Spans, Work
-
-if TYPE_CHECKING:
-    from ..images.source import Source
-    from ..kernels.device import Device, DeviceArray
-    from .request import Tables
-
-
-Array = npt.NDArray[Any]
-
-MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles
+from .request import Kind, Reading, Request, Tables, engine_form, notes_of, settle
+from .store import ArrayStore, DeviceStore, RowStore
+from .work import Observer, Progress, Spans
 
 
 def predict(
@@ -45,7 +31,7 @@ def predict(
     image: Any,
     *,
     out: str | Path | None = None,
-    output: OutputKind | Literal["instances"] | None = None,
+    output: Kind | None = None,
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
     tile: Sequence[int] | None = None,
@@ -125,273 +111,104 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from ..images.open import open_image, where_of
+    from ..images.open import where_of
 
-    if shard is not None and not 0 <= shard[0] < shard[1]:
-        raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
-    if (shard is not None or scheduler is not None) and out is None:
-        raise ContractError("shards and schedulers share a file or folder; give --out")
-    several = "" if len(engine.spec.outputs) == 1 else ", ".join(o.name for o in engine.spec.outputs)
-    if head is not None:
-        engine = Headed(engine, head)
-    if tta != "none":
-        engine = Augmented(engine, tta, raw=output == "raw")
-    spec = engine.spec
-    batch = spec.run_batch if batch is None else batch
-    with open_image(
-        image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels,
-        level=level, pixel_size_um=pixel_size_um, wanted_um=spec.contract.pixel_size_um if resample else (),
-    ) as source:  # fmt: skip
-        place = None if out is None else Path(out)
-        if place is not None and source.path is not None and _holds(place, source.path):
-            raise OutputError(f"{out} is the image itself, or holds it; choose another output")
-        kind: Any = "mask" if output == "instances" else output
-        decision = decide(spec.contract, spec.outputs[0].channels, kind, tuple(mask_values))
-        if overlay is not None and decision.dtype != np.uint8:
-            raise ContractError("an overlay shows a mask; leave --overlay away, or use --output mask")
-        if source.device is not None:
-            _check_device(engine, source, source.device)
-        normalization = normalization_of(spec, source, normalization)
-        size = source.pixel_size_um or ()
-        notes = _pixel_size_notes(spec.contract, source, resample=resample)
-        notes += _batch_notes(engine, batch)
-        notes += [f"output {spec.outputs[0].name} of {several}"] if several else []
-        staged = place is not None and (
-            place.suffix.lower() == ".zarr"
-            or shard is not None
-            or scheduler is not None
-            or (source.device is None and source.planes * prod(source.shape) >= blocks.LARGE_PX)
-            or stage_folder(place).exists()
-        )
-        if staged or resample or region is not None or source.gaps or output == "instances" or memory_bytes is not None:
-            from . import blockwise as predict_large
-            from .request import Request
-
-            if source.device is not None:
-                raise ImageError(
-                    f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
-                )
-            asked = Request(
-                output=output or default_output(spec.contract),
-                normalization=normalization,
-                mask_values=tuple(mask_values),
-                tile=None if tile is None else tuple(tile),
-                batch=batch,
-                threads=threads,
-                pixel_size_um=size,
-                resample=resample,
-                region=None if region is None else where_of(region),
-                memory_bytes=memory_bytes,
-                shard=shard or (0, 1),
-                tta=tta,
-                head=head,
-            )
-            compute = None
-            if scheduler is not None:
-                from . import cluster
-
-                names = channels if isinstance(channels, str | None) else tuple(channels)
-                reading = cluster.Reading(axes, names, source.level, tuple(pixel_size_um))
-                asked, compute = cluster.computing(scheduler, engine, image, reading, asked, str(out))
-            finished, result = predict_large.predict(
-                engine, source, asked, place, staged=staged, overwrite=overwrite, restart=restart, compute=compute,
-                overlay=None if overlay is None else Path(overlay), tables=tables, progress=progress, trace=trace,
-            )  # fmt: skip
+    asked = Request(
+        reading=Reading(
+            axes, channels if isinstance(channels, str | None) else tuple(channels), level, tuple(pixel_size_um)
+        ),
+        out=None if out is None else Path(out),
+        output=output,
+        mask_values=tuple(mask_values),
+        tile=None if tile is None else tuple(tile),
+        batch=batch,
+        threads=threads,
+        normalization=normalization,
+        overlay=None if overlay is None else Path(overlay),
+        overwrite=overwrite,
+        resample=resample,
+        region=None if region is None else where_of(region),
+        memory_bytes=memory_bytes,
+        shard=shard,
+        scheduler=scheduler,
+        restart=restart,
+        tables=tables,
+        tta=tta,
+        head=head,
+    )
+    form, observer = engine_form(engine, asked), Observer(progress, trace, counts=report is not None)
+    with _opened(image, form.spec, asked) as source:
+        asked = settle(asked, form, source)
+        if asked.staged:
+            done, result = _in_stage(form, image, source, asked, observer)
         else:
-            collector = None
-            if overlay is not None:
-                collector = OverlayCollector(_result_shape(spec, source), decision.values)
-            finished, result = _at_once(
-                engine, image, source, decision, normalization, place, tile=tile, batch=batch, threads=threads,
-                collector=collector, overwrite=overwrite, counted=report is not None, progress=progress, trace=trace,
-            )  # fmt: skip
-            if collector is not None and overlay is not None:
-                collector.draw(source, Path(overlay))
-        finished.notes[:0] = notes
-        if report is not None:
-            report(finished)
-        return result
+            done, result = _at_once(form, image, source, asked, observer)
+        done.notes[:0] = notes_of(asked, form, source)
+    if report is not None:
+        report(done)
+    return result
 
 
-def _holds(out: Path, image: Path) -> bool:
-    """Whether an output would replace the image: it is the same file, or a folder around it."""
-    return image.resolve().is_relative_to(out.resolve()) or (out.exists() and out.samefile(image))
+def _opened(image: Any, spec: EngineSpec, asked: Request) -> Source:
+    from ..images.open import open_image
+
+    reading = asked.reading
+    return open_image(
+        image, spec.contract, axes=reading.axes, channels=reading.channels, spatial=spec.spatial,
+        network_channels=spec.channels, level=reading.level, pixel_size_um=reading.pixel_size_um,
+        wanted_um=spec.contract.pixel_size_um if asked.resample else (),
+    )  # fmt: skip
 
 
-def _result_shape(spec: EngineSpec, source: Source) -> tuple[int, ...]:
-    """Spatial shape of a whole plane's result."""
-    return tuple(ceil(n * f.scale) for n, f in zip(source.shape, spec.outputs[0].field, strict=True))
+def _at_once(engine: Engine, image: Any, source: Source, asked: Request, observer: Observer) -> tuple[RunReport, Any]:
+    """A result that is made by this call or not at all: its report, and the path written or the array."""
+    check_targets(asked)
+    with (
+        closing(make_plan(engine, source, asked)) as plan,
+        _open_store(plan, asked, image, counted=observer.counts) as store,
+    ):
+        every = range(len(plan.blocks))
+        if plan.plain or not isinstance(store, ArrayStore):
+            target = store.target if isinstance(store, DeviceStore) else None
+            done = run_blocks(plan, every, None, rows=store.write_rows, target=target, observer=observer)
+        else:
+            done = run_blocks(plan, every, store.keep, observer=observer)
+        result = finish(plan, store, asked)
+    if asked.out is not None:
+        clear(asked.out)
+    return done, result
 
 
-def _at_once(
-    engine: Engine,
-    image: Any,
-    source: Source,
-    decision: Decision,
-    normalization: Normalization,
-    out: Path | None,
-    *,
-    tile: Sequence[int] | None,
-    batch: int,
-    threads: int,
-    collector: OverlayCollector | None,
-    overwrite: bool,
-    counted: bool,
-    progress: Progress | None,
-    trace: Spans | None,
-) -> tuple[RunReport, Any]:
-    """All planes from top to bottom, in one go: the report, and the path written or the array."""
-    from ..outputs.output import open_output
-    from .device import free_bytes
-
-    grid = plan(engine.spec, source, tile=tile, batch=batch, free_bytes=free_bytes(engine))
-    affines = affine(normalization, source)
-    shape = grid.out_shape(0)
-    lead = (decision.channels,) if decision.channels else ()
-    whole = (source.planes, *lead, *shape)
-
-    def finish(write: Callable[[int, int, Array], None] | None, target: DeviceArray | None = None) -> RunReport:
-        def both(work: Work, start: int, band: Array) -> None:
-            if write is not None:
-                write(work.plane, start, band)
-            if collector is not None:
-                collector(work.plane, start, band)
-
-        def attempt(grid: TileGrid, batch: int) -> RunReport:
-            works = [Work(plane, grid) for plane in range(source.planes)]
-            if target is None:
-                return run(
-                    engine, source, works, decision, both, affines,
-                    batch=batch, threads=threads, progress=progress, trace=trace,
-                )  # fmt: skip
-            from . import device as predict_device
-
-            host = both if collector is not None or counted else None
-            return predict_device.run(
-                engine, source, works, decision, host, affines, batch=batch, progress=progress, target=target
-            )
-
-        return with_smaller_tiles(engine, grid, batch, attempt, asked=tile is not None)
-
-    if out is not None:
-        with open_output(
-            out,
-            shape=shape,
-            planes=source.planes,
-            plane_shape=source.plane_shape,
-            plane_axes=source.plane_axes,
-            channels=decision.channels,
-            dtype=decision.dtype,
-            source=source,
-            overwrite=overwrite,
-        ) as sink:
-
-            def write(plane: int, start: int, band: Array) -> None:
-                sink.write(plane, (start,) + (0,) * (len(shape) - 1), band)
-
-            finished = finish(write)
-            sink.commit()
-        return finished, out
-    result: Any
-    if source.device is not None:
+@contextmanager
+def _open_store(
+    plan: Plan, asked: Request, image: Any, *, counted: bool
+) -> Iterator[ArrayStore | RowStore | DeviceStore]:
+    """Where a result goes: rows of a file as they come where they are its rows as they are, else an array."""
+    decision, collector = plan.decision, None
+    if asked.overlay is not None:
+        collector = OverlayCollector(plan.shape, decision.values)
+    if asked.out is not None and plan.plain and plan.blocks.whole and asked.output != "instances":
+        with open_file(plan, asked.out, decision.channels, decision.dtype, overwrite=asked.overwrite) as sink:
+            yield RowStore(sink, collector)
+    elif plan.image.device is not None:
         from ..kernels.device import empty_like
 
-        result, target = empty_like(image, whole, decision.dtype, source.device)
-        finished = finish(None, target)
+        array, target = empty_like(image, plan.array_shape, decision.dtype, plan.image.device)
+        yield DeviceStore(array, target, collector, counted=counted)
     else:
-        result = np.empty(whole, dtype=decision.dtype)
-
-        def keep(plane: int, start: int, band: Array) -> None:
-            rows = slice(start, start + band.shape[len(lead)])
-            (result[plane, :, rows] if lead else result[plane, rows])[...] = band
-
-        finished = finish(keep)
-    return finished, result.reshape(*source.plane_shape, *lead, *shape)
+        yield ArrayStore(np.empty(plan.array_shape, decision.dtype), plan.place)
 
 
-def _check_device(engine: Engine, source: Source, device: Device) -> None:
-    """ImageError unless the engine can take an image from the device where it lies."""
-    from . import device as predict_device
+def _in_stage(engine: Engine, image: Any, source: Source, asked: Request, observer: Observer) -> tuple[RunReport, Path]:
+    """A result that is kept block by block beside its output, so that the same call goes on: its report, and the path."""
+    from .staged import Compute, predict_staged
 
-    session = engine.device_session
-    if session is None and isinstance(engine, Augmented | Headed):
-        raise ImageError(
-            f"{source.name} lies on a GPU, and --tta and --head take tiles from the host; pass image.cpu()"
-        )
-    if session is None or session.stream.device.index != device.index:
-        raise ImageError(
-            f"{source.name} lies on cuda:{device.index} and the engine runs on {engine.spec.device}; copy the image to "
-            "the host (image.cpu()), or load an engine built for its device"
-        )
-    if not predict_device.serves(engine):
-        raise ImageError(
-            f"{source.name} lies on a GPU, and the engine takes {session.input_dtypes[0]} tiles, which are not filled "
-            "there; copy the image to the host (image.cpu())"
-        )
+    out = asked.out
+    assert out is not None  # noqa: S101 - a stage lies beside an output
+    compute: Compute | None = None
+    if asked.scheduler is not None:
+        from .cluster import delegate
 
-
-def _batch_notes(engine: Engine, batch: int) -> list[str]:
-    """What is to be said where more tiles are run at once than parity was judged with."""
-    record = None if engine.folder is None else engine.folder.parity
-    judged = [] if record is None else record.get("batch", [])
-    if not judged or batch <= max(judged):
-        return []
-    return [
-        f"{batch} tiles per run, and parity was judged with up to {max(judged)}; leave --batch away to stay with those"
-    ]
-
-
-def _pixel_size_notes(contract: Contract, source: Source, *, resample: bool) -> list[str]:
-    """What resampling does, or what is to be said where image and training differ in pixel size by more than a tenth."""
-    wanted, size = contract.pixel_size_um, source.pixel_size_um
-    if not wanted or size is None or len(wanted) != len(size):
-        return []
-    here, there = um_text(size), um_text(wanted)
-    if resample:
-        level = f" of level {source.level}" if source.levels else ""
-        return [f"the pixels{level}, {here} um, were brought to {there} um, and results back"]
-    if all(abs(a / b - 1) <= PIXEL_SIZE_TOLERANCE for a, b in zip(size, wanted, strict=True)):
-        return []
-    text = f"WARNING: the image has pixels of {here} um, the network was trained on {there} um; --resample adapts the image"
-    return [text]
-
-
-def normalization_of(spec: EngineSpec, source: Source, given: Normalization | None) -> Normalization:
-    """The contract's normalisation; ``given`` where it declares none; none at all for floating-point pixels.
-
-    Raises:
-        ContractError: Two declarations, or integer pixels and none.
-    """
-    declared = spec.contract.normalization
-    if declared is not None:
-        if given is not None and given != declared:
-            raise ContractError(
-                f"the engine was built and proven with normalisation {declared.method}; build it again to change that"
-            )
-        return declared
-    if given is not None:
-        return given
-    if source.dtype.kind in "iu":
-        from ..images.normalize import missing_normalization
-
-        raise missing_normalization(source)
-    return Normalization("none")
-
-
-def plan(
-    spec: EngineSpec,
-    source: Source,
-    *,
-    tile: Sequence[int] | None = None,
-    batch: int = 1,
-    free_bytes: int | None = None,
-) -> TileGrid:
-    """The tiles for an image, no larger than the memory that is free allows (``free_bytes``; None: the host's)."""
-    if batch < 1:
-        raise ContractError(f"a batch of {batch} tiles cannot be run; use 1 or more")
-    max_px = prod(spec.tile)
-    if spec.bytes_per_px and spec.exact:
-        free = limits.memory_bytes() if free_bytes is None else free_bytes
-        fits = int(MEMORY_SHARE * free / (spec.bytes_per_px * batch))
-        max_px = min(max_px, fits)
-    return spec.grid(source.shape, tile, max_px)
+        asked, compute = delegate(engine, image, asked, out)
+    observer = replace(observer, counts=True)  # for whoever goes on, and reads the report
+    return predict_staged(engine, source, asked, out, compute=compute, observer=observer), out

@@ -13,12 +13,11 @@ from ..system import limits
 from ..system.json import Record
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
-from .work import StageClock, Tally, Work
+from .work import Computation, StageClock, Tally, Work
 
 if TYPE_CHECKING:
     from ..contract.contract import Contract
     from ..engine.spec import EngineSpec
-    from ..images.source import Source
 
 
 @dataclass
@@ -66,7 +65,7 @@ class RunReport(Record):
         return {**super().to_json(), "mpx_per_s": self.mpx_per_s}
 
 
-def together(reports: Sequence[RunReport]) -> RunReport:
+def merge_reports(reports: Sequence[RunReport]) -> RunReport:
     """One report of several runs on one image: sums of their work and stages; the first one's everything else."""
     first = reports[0]
     return replace(
@@ -84,9 +83,10 @@ def together(reports: Sequence[RunReport]) -> RunReport:
 class Seen:
     """What a run has done so far, for its report."""
 
-    def __init__(self, decision: Decision) -> None:
-        self._decision = decision
-        self.tally = Tally(decision.channels)
+    def __init__(self, computation: Computation) -> None:
+        self._computation = computation
+        self.begun = time.perf_counter()
+        self.tally = Tally(computation.decision.channels)
         self.tiles = self.px = 0
         self.grid: TileGrid | None = None
 
@@ -95,38 +95,36 @@ class Seen:
         self.grid = self.grid or work.grid
         self.tiles += work.grid.count
         self.px += prod(stop - start for start, stop in (axis.wanted for axis in work.grid.axes))
-        return Tally(self._decision.channels)
+        return Tally(self._computation.decision.channels)
 
     def end(self, tally: Tally) -> None:
         self.tally.add(tally)
 
-    def report(
-        self, spec: EngineSpec, source: Source, output: int, batch: int, begun: float, clock: StageClock
-    ) -> RunReport:
-        """The report of a run that began at ``begun`` (``time.perf_counter``) and is over."""
-        grid = self.grid
+    def report(self, clock: StageClock, batch: int) -> RunReport:
+        """The report of the run, which is over."""
+        made, grid, spec = self._computation, self.grid, self._computation.spec
         exact = grid is not None and not grid.blended
         return RunReport(
-            image=source.name,
-            reading=source.reading,
+            image=made.source.name,
+            reading=made.source.reading,
             backend=spec.backend,
             precision=spec.precision,
             device=spec.device,
             tile=() if grid is None else grid.tile,
-            halo=tuple(f.halo for f in grid.outputs[output].field) if grid is not None and exact else None,
+            halo=tuple(f.halo for f in grid.outputs[made.output].field) if grid is not None and exact else None,
             tiles=self.tiles,
             batch=batch,
             mpx=self.px / 1e6,
-            seconds=time.perf_counter() - begun,
+            seconds=time.perf_counter() - self.begun,
             stages={name: round(s, 4) for name, s in clock.seconds.items()},
             peak_rss_bytes=limits.peak_rss_bytes(),
-            class_share=class_share(self.tally, self._decision, spec),
+            class_share=class_share(self.tally, made.decision, spec.contract_of(made.output)),
             outside_range=self.tally.outside_share(),
             notes=[] if grid is None else _seam_notes(spec, grid),
         )
 
 
-def class_share(tally: Tally, decision: Decision, spec: EngineSpec) -> dict[str, float]:
+def class_share(tally: Tally, decision: Decision, contract: Contract) -> dict[str, float]:
     """Share of the counted pixels per class name; of a multi-label mask per class, which may overlap."""
     shares = tally.labels
     total = int(shares[0].sum())
@@ -134,8 +132,8 @@ def class_share(tally: Tally, decision: Decision, spec: EngineSpec) -> dict[str,
         return {}
     values = decision.values
     if decision.channels:  # multi-label: a mask per class
-        return {class_name(spec.contract, k): float(counts[values[1]] / total) for k, counts in enumerate(shares)}
-    return {name: float(shares[0, value] / total) for value, name in label_names(decision, spec.contract).items()}
+        return {class_name(contract, k): float(counts[values[1]] / total) for k, counts in enumerate(shares)}
+    return {name: float(shares[0, value] / total) for value, name in label_names(decision, contract).items()}
 
 
 def label_names(decision: Decision, contract: Contract) -> dict[int, str]:

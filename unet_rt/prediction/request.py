@@ -1,21 +1,25 @@
-"""What is asked for beyond an engine and an image, checked once."""
+"""What is asked for beyond an engine and an image: one frozen value, checked once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy.typing as npt
-
-from ..contract.contract import Normalization
+from ..contract.contract import Contract, Normalization
 from ..engine.engine import Engine
-from ..engine.tta import Tta
-from ..errors import ContractError, OutputError
+from ..engine.spec import EngineSpec
+from ..engine.tta import Augmented, Tta
+from ..errors import ContractError, ImageError, OutputError
+from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
 from ..images.source import Source
-from ..outputs import objects as objects_module
+from ..kernels.device import Device
+from ..tiling.decision import Decision, OutputKind, decide, default_output
+from . import blocks
+from .stage import stage_folder
 
-Array = npt.NDArray[Any]
+Kind = OutputKind | Literal["instances"]
 
 
 @dataclass(frozen=True)
@@ -36,58 +40,227 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the image is read, as for :func:`unet_rt.images.open.open_image`; of a settled request the level is a number."""
+
+    axes: str | None = None
+    channels: str | tuple[int, ...] | None = None
+    level: int | str | None = None
+    pixel_size_um: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Request:
-    """What is asked for beyond an engine and an image, in types that JSON and other processes know.
+    """What is asked for beyond an engine and an image, in types that other processes know.
+
+    Everything but the last three is an option of :func:`unet_rt.prediction.predict.predict`; :func:`settle` puts what is
+    in use in the place of what was left open.
 
     Attributes:
-        output: ``mask``, ``probability``, ``raw`` or ``instances``.
-        mask_values, tile, batch, threads: As for :func:`unet_rt.prediction.predict.predict`.
-        normalization: In use: the contract's or the user's.
-        pixel_size_um: Of the image; empty where not known.
-        resample: Bring the image to the pixel size of the contract.
-        region: Path of an image: predictions are wanted where it is not 0.
-        memory_bytes: Bound on the resident memory; None: a share of what is free. The plan of a run that was begun stays.
-        tta, head: As for :func:`unet_rt.prediction.predict.predict`; the engine is the view that they make.
-        shard: (index, count): this process computes every count-th block.
+        region: Path or URL of an image: predictions are wanted where it is not 0.
         processes: How many share this machine's memory and threads.
+        size_um: Pixel size of the image that is read; empty where not known.
+        staged: The result is made block by block in a stage beside the output.
     """
 
-    output: str
-    normalization: Normalization
+    reading: Reading = Reading()
+    out: Path | None = None
+    output: Kind | None = None
     mask_values: tuple[int, ...] = ()
     tile: tuple[int, ...] | None = None
-    batch: int = 1
+    batch: int | None = None
     threads: int = 0
-    pixel_size_um: tuple[float, ...] = ()
+    normalization: Normalization | None = None
+    overlay: Path | None = None
+    overwrite: bool = False
     resample: bool = False
     region: str | None = None
     memory_bytes: int | None = None
-    shard: tuple[int, int] = (0, 1)
+    shard: tuple[int, int] | None = None
+    scheduler: str | None = None
+    restart: bool = False
+    tables: Tables | None = None
     tta: Tta = "none"
     head: str | None = None
     processes: int = 1
+    size_um: tuple[float, ...] = ()
+    staged: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks what no image has to be opened for."""
+        shard = self.shard
+        if shard is not None and not 0 <= shard[0] < shard[1]:
+            raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
+        if (shard is not None or self.scheduler is not None) and self.out is None:
+            raise ContractError("shards and schedulers share a file or folder; give --out")
+        if self.batch is not None and self.batch < 1:
+            raise ContractError(f"a batch of {self.batch} tiles cannot be run; use 1 or more")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(index, count): this process computes every count-th block."""
+        return self.shard or (0, 1)
 
 
-def checked(engine: Engine, source: Source, asked: Request, tables: Tables | None) -> Tables:
-    """What is wanted of objects; raises now what would otherwise be said after all the work."""
+def engine_form(engine: Engine, asked: Request) -> Engine:
+    """The engine in the form that runs tiles: itself, or over several positions of each."""
+    output = engine.spec.head(asked.head)
+    return engine if asked.tta == "none" else Augmented(engine, asked.tta, raw=asked.output == "raw", output=output)
+
+
+def decision_of(asked: Request, spec: EngineSpec) -> Decision:
+    """What becomes of the network's numbers; ``instances`` are made of a mask."""
+    output = spec.head(asked.head)
+    kind: OutputKind | None = "mask" if asked.output == "instances" else asked.output
+    return decide(spec.contract_of(output), spec.outputs[output].channels, kind, asked.mask_values)
+
+
+def settle(asked: Request, engine: Engine, source: Source) -> Request:
+    """The request with what is in use for this engine and image in the place of what was left open.
+
+    Args:
+        asked: What is asked for.
+        engine: In the form that runs tiles.
+        source: The image, opened.
+
+    Raises:
+        ContractError, ImageError, OutputError: An option does not fit engine, image or another option.
+    """
+    spec, out = engine.spec, asked.out
+    if out is not None and source.path is not None and _holds(out, source.path):
+        raise OutputError(f"{out} is the image itself, or holds it; choose another output")
+    decision = decision_of(asked, spec)
+    if asked.overlay is not None and decision.values == ():
+        raise ContractError("an overlay shows a mask; leave --overlay away, or use --output mask")
+    if source.device is not None:
+        _check_device(engine, spec.head(asked.head), source, source.device)
+    settled = replace(
+        asked,
+        output=asked.output or default_output(spec.contract_of(spec.head(asked.head))),
+        normalization=normalization_of(spec, source, asked.normalization),
+        batch=spec.run_batch if asked.batch is None else asked.batch,
+        reading=replace(asked.reading, level=source.level),
+        size_um=source.pixel_size_um or (),
+        staged=_staged(asked, source),
+    )
+    if source.device is not None and (settled.staged or settled.output == "instances" or in_blocks(settled, source)):
+        raise ImageError(
+            f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
+        )
+    _check_objects(settled, spec, source)
+    return settled
+
+
+def _staged(asked: Request, source: Source) -> bool:
+    if asked.out is None:
+        return False
+    large = source.device is None and source.planes * prod(source.shape) >= blocks.LARGE_PX
+    shared = asked.shard is not None or asked.scheduler is not None
+    return asked.out.suffix.lower() == ".zarr" or shared or large or stage_folder(asked.out).exists()
+
+
+def in_blocks(asked: Request, source: Source) -> bool:
+    """Whether a result is computed in blocks, even in memory: they are bounded, and those that nobody wants are not run."""
+    return bool(asked.resample or asked.region is not None or source.gaps or asked.memory_bytes is not None)
+
+
+def _holds(out: Path, image: Path) -> bool:
+    """Whether an output would replace the image: it is the same file, or a folder around it."""
+    return image.resolve().is_relative_to(out.resolve()) or (out.exists() and out.samefile(image))
+
+
+def _check_device(engine: Engine, output: int, source: Source, device: Device) -> None:
+    """ImageError unless the engine can take an image from the device where it lies."""
+    from .device import serves
+
+    session = engine.device_session
+    if session is None and isinstance(engine, Augmented):
+        raise ImageError(f"{source.name} lies on a GPU, and --tta takes tiles from the host; pass image.cpu()")
+    if session is None or session.stream.device.index != device.index:
+        raise ImageError(
+            f"{source.name} lies on cuda:{device.index} and the engine runs on {engine.spec.device}; copy the image to "
+            "the host (image.cpu()), or load an engine built for its device"
+        )
+    if not serves(engine, output):
+        raise ImageError(
+            f"{source.name} lies on a GPU, and the engine takes {session.input_dtypes[0]} tiles, which are not filled "
+            "there; copy the image to the host (image.cpu())"
+        )
+
+
+def normalization_of(spec: EngineSpec, source: Source, given: Normalization | None) -> Normalization:
+    """The contract's normalisation; ``given`` where it declares none; none at all for floating-point pixels.
+
+    Raises:
+        ContractError: Two declarations, or integer pixels and none.
+    """
+    declared = spec.contract.normalization
+    if declared is not None:
+        if given is not None and given != declared:
+            raise ContractError(
+                f"the engine was built and proven with normalisation {declared.method}; build it again to change that"
+            )
+        return declared
+    if given is not None:
+        return given
+    if source.dtype.kind in "iu":
+        from ..images.normalize import missing_normalization
+
+        raise missing_normalization(source)
+    return Normalization("none")
+
+
+def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
+    """Raises now what would otherwise be said of objects after all the work."""
     if asked.output != "instances":
-        if tables is not None:
+        if asked.tables is not None:
             raise ContractError("tables list objects; use --output instances")
-        return Tables()
+        return
     if asked.mask_values:
         raise ContractError("--output instances numbers objects from 1 on; leave --mask-values away")
-    if engine.spec.contract.task == "multilabel":
+    if spec.contract_of(spec.head(asked.head)).task == "multilabel":
         raise ContractError(
             "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.objects)"
         )
-    objects_module.morphology()
-    tables = tables or Tables()
-    if tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
+    from ..outputs import objects
+
+    objects.morphology()
+    tables = asked.tables
+    if tables is not None and tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
-    return tables
 
 
-def check_tables(tables: Tables, *, overwrite: bool) -> None:
-    for path in (tables.objects, tables.areas, tables.geojson):
-        if path is not None and path.exists() and not overwrite:
-            raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
+def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
+    """What is to be said of a settled request in the report."""
+    spec = engine.spec
+    notes = _pixel_size_notes(spec.contract, source, resample=asked.resample) + _batch_notes(engine, asked.batch or 1)
+    if len(spec.outputs) > 1:
+        names = [output.name for output in spec.outputs]
+        notes.append(f"output {names[spec.head(asked.head)]} of {', '.join(names)}")
+    return notes
+
+
+def _batch_notes(engine: Engine, batch: int) -> list[str]:
+    """What is to be said where more tiles are run at once than parity was judged with."""
+    record = None if engine.folder is None else engine.folder.parity
+    judged: list[Any] = [] if record is None else record.get("batch", [])
+    if not judged or batch <= max(judged):
+        return []
+    return [
+        f"{batch} tiles per run, and parity was judged with up to {max(judged)}; leave --batch away to stay with those"
+    ]
+
+
+def _pixel_size_notes(contract: Contract, source: Source, *, resample: bool) -> list[str]:
+    """What resampling does, or what is to be said where image and training differ in pixel size by more than a tenth."""
+    wanted, size = contract.pixel_size_um, source.pixel_size_um
+    if not wanted or size is None or len(wanted) != len(size):
+        return []
+    here, there = um_text(size), um_text(wanted)
+    if resample:
+        level = f" of level {source.level}" if source.levels else ""
+        return [f"the pixels{level}, {here} um, were brought to {there} um, and results back"]
+    if all(abs(a / b - 1) <= PIXEL_SIZE_TOLERANCE for a, b in zip(size, wanted, strict=True)):
+        return []
+    text = f"WARNING: the image has pixels of {here} um, the network was trained on {there} um; --resample adapts the image"
+    return [text]

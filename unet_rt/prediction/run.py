@@ -1,23 +1,19 @@
-"""Runs tiles on the host or on the engine's device; smaller tiles where memory is short."""
+"""Runs tiles on the host or on the engine's device, whichever serves; smaller tiles where a GPU's memory is short."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
+from ..engine.engine import Engine
 from ..errors import size_text
-from ..images.normalize import Affines, OnePlane
 from ..kernels.device import DeviceMemoryError, TileMemoryError
-from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
-from .report import RunReport, Seen, class_share, together
-from .work import Done, Progress, StageClock, Tally, Work, Write
-
-if TYPE_CHECKING:
-    from ..engine.engine import Engine
-    from ..images.source import Source
-
+from . import host
+from .report import RunReport, Seen, class_share, merge_reports
+from .work import UNSEEN, Computation, Done, Observer, Progress, StageClock, Tally, Work, Write
 
 DEVICE_WORKS = 64  # that a GPU's pipeline is given at once,
 DEVICE_HELD_BYTES = 2**25  # and what they may hold together: little beside what a process with a GPU takes anyway
@@ -74,46 +70,80 @@ def with_smaller_tiles(
             return report
 
 
-def on_device(
-    engine: Engine, source: Source, works: Iterable[Work], decision: Decision, write: Write, affines: Affines | OnePlane,
-    *, output: int, batch: int, total: int, progress: Progress | None, done: Done | None,
-) -> RunReport:  # fmt: skip
-    """Runs works on the engine's device, some at a time: they are taken as they are needed."""
-    from . import device as predict_device
+def run(
+    computation: Computation,
+    works: Iterable[Work],
+    write: Write | None,
+    *,
+    done: Done | None = None,
+    observer: Observer = UNSEEN,
+    total: int | None = None,
+    stop: threading.Event | None = None,
+    beside: Sequence[tuple[Computation, Write]] = (),
+) -> RunReport:
+    """Runs works on the engine's GPU from end to end where its kernels can fill its tiles, else with tiles from the host.
 
-    begun, reports = time.perf_counter(), list[RunReport]()
-    seen = Seen(decision)
+    Args:
+        computation, works, done, observer, total, stop, beside: As for :func:`unet_rt.prediction.host.run`; on a GPU
+            nothing is traced.
+        write: As there. None: nothing is copied to the host, and labels are not counted (``computation.target``).
+    """
+    if computation.engine.device_session is not None:
+        from . import device
+
+        if device.serves(computation.engine, computation.output):
+            works = list(works) if beside or total is None else works
+            total = sum(work.grid.count for work in works) if isinstance(works, list) else total or 0
+            report = _on_device(computation, works, write, done=done, progress=observer.progress, total=total)
+            for other, receive in beside:
+                _on_device(other, works, receive, done=None, progress=None, total=total)
+            return report
+    assert write is not None  # noqa: S101 - results that stay on a device are made there
+    return host.run(
+        computation, works, write, done=done, observer=observer, total=total, stop=stop, beside=beside,
+    )  # fmt: skip
+
+
+def _on_device(
+    computation: Computation,
+    works: Iterable[Work],
+    write: Write | None,
+    *,
+    done: Done | None,
+    progress: Progress | None,
+    total: int,
+) -> RunReport:
+    """Runs works on the engine's device, some at a time: they are taken as they are needed."""
+    from . import device
+
+    seen, reports = Seen(computation), list[RunReport]()
     for group in _groups(works):
         before = sum(report.tiles for report in reports)
 
-        def told(now: int, _: int, before: int = before) -> None:
+        def tell(now: int, _: int, before: int = before) -> None:
             if progress is not None:
                 progress(before + now, total)
 
-        def ended(work: Work, tally: Tally) -> None:
+        def end(work: Work, tally: Tally) -> None:
             seen.end(tally)
             if done is not None:
                 done(work, tally)
 
         try:
-            report = predict_device.run(
-                engine, source, group, decision, write, affines,
-                output=output, batch=batch, total=total, progress=told, done=ended,
-            )  # fmt: skip
+            report = device.run(computation, group, write, done=end, progress=tell, total=total)
         except TileMemoryError as error:
             if not reports:
                 raise
             raise DeviceMemoryError(str(error)) from error  # others took memory meanwhile, and tiles were run
         reports.append(report)
-        batch = report.batch  # what memory did not hold is not tried again
+        computation = replace(computation, batch=report.batch)  # what memory did not hold is not tried again
     if not reports:
-        return seen.report(engine.spec, source, output, batch, begun, StageClock())
-    merged = together(reports)
-    merged.seconds = time.perf_counter() - begun
-    merged.class_share, merged.outside_range = (
-        class_share(seen.tally, decision, engine.spec),
-        seen.tally.outside_share(),
-    )
+        return seen.report(StageClock(), computation.batch)
+    merged = merge_reports(reports)
+    merged.seconds = time.perf_counter() - seen.begun
+    contract = computation.spec.contract_of(computation.output)
+    merged.class_share = class_share(seen.tally, computation.decision, contract)
+    merged.outside_range = seen.tally.outside_share()
     return merged
 
 

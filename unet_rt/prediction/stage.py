@@ -26,8 +26,8 @@ import numpy as np
 from ..errors import OutputError
 from ..system.durable import Disk, locked
 from .blocks import Block
-from .store import Array, Store
-from .work import Tally
+from .store import BlockStore
+from .work import Array, Tally
 
 FORMAT = 2
 
@@ -59,7 +59,7 @@ class Stage:
         """Numbers of the blocks that have their mark."""
         return {int(path.name) for path in self._marks.iterdir() if path.name.isdecimal()}
 
-    def put(self, store: Store, block: Block, values: Array, tally: Tally) -> None:
+    def put(self, store: BlockStore, block: Block, values: Array, tally: Tally) -> None:
         """Keeps a finished block: its data, then its mark."""
         self._check_there()
         try:

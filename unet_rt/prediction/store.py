@@ -1,4 +1,4 @@
-"""Where blocks of a result are kept until it is whole."""
+"""Where a result goes while it is computed: an array, rows of a file, packed blocks, chunks of an OME-Zarr."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import OutputError
-from ..outputs.zarr import ZarrOutput
+from ..kernels.device import DeviceArray
+from ..outputs.pictures import OverlayCollector
 from ..system.durable import part_path
 from .blocks import Block
+from .work import Array, Tally
 
-Array = npt.NDArray[Any]
+if TYPE_CHECKING:  # which take their time
+    from ..outputs.output import Output
+    from ..outputs.zarr import ZarrOutput
+
+Rows = Callable[[Block, int, Array], None]  # (block, first row in it, band: ([K,] rows, ...))
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # [start, stop) in samples of the result
 
 
@@ -28,15 +33,19 @@ HELD_BYTES = 2**28  # of unpacked blocks, while an output is made of them
 _LEVEL = 1  # of zlib: packed blocks live for the time of the run
 
 
-class Store(Protocol):
-    """Where the data of blocks are kept until all are there."""
-
-    def write(self, block: Block, values: Array) -> list[Path]:
-        """Writes (K, *spatial) or (*spatial,); returns the files that hold it, yet to be synced."""
-        ...
+class Readable(Protocol):
+    """Where a result can be read back."""
 
     def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
         """Samples [start, stop) of finished blocks: (K, *spatial) or (*spatial,)."""
+        ...
+
+
+class BlockStore(Readable, Protocol):
+    """Where a stage keeps the data of blocks until all are there."""
+
+    def write(self, block: Block, values: Array) -> list[Path]:
+        """Writes (K, *spatial) or (*spatial,); returns the files that hold it, yet to be synced."""
         ...
 
 
@@ -117,17 +126,54 @@ class ZarrStore:
         return self.output.read(plane, start, stop)
 
 
-class MemoryStore:
+class ArrayStore:
     """An array (planes, [K,] *spatial) in memory."""
 
     def __init__(self, array: Array, place: Callable[[Block], Place]) -> None:
         self.array, self._place = array, place
 
-    def write(self, block: Block, values: Array) -> list[Path]:
+    def keep(self, block: Block, values: Array, tally: Tally) -> None:
+        """A whole block; what was counted of it is counted elsewhere."""
         start, stop = self._place(block)
         self.array[block.plane][(..., *map(slice, start, stop))] = values
-        return []
+
+    def write_rows(self, block: Block, start: int, band: Array) -> None:
+        """Rows of a block, from its row ``start`` on."""
+        (top, *first), (_, *last) = self._place(block)
+        rows = slice(top + start, top + start + band.shape[band.ndim - 1 - len(first)])
+        self.array[block.plane][(..., rows, *map(slice, first, last))] = band
 
     def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
         view: Array = self.array[plane][(..., *map(slice, start, stop))]
         return view
+
+
+class RowStore:
+    """A file that is written row by row, plane by plane, as they are finished; an overlay is collected on the way."""
+
+    def __init__(self, sink: Output, collector: OverlayCollector | None) -> None:
+        self.sink, self.collector = sink, collector
+
+    def write_rows(self, block: Block, start: int, band: Array) -> None:
+        """Rows of a whole plane."""
+        self.sink.write(block.plane, (start,) + (0,) * (len(block.start) - 1), band)
+        if self.collector is not None:
+            self.collector(block.plane, start, band)
+
+
+class DeviceStore:
+    """An array on a GPU, filled there; bands are copied to the host for an overlay or to be counted.
+
+    Attributes:
+        array: The caller's, in their library's type, (planes, [K,] *spatial).
+        target: The same.
+        write_rows: What takes the bands on the host; None: nothing needs them there.
+    """
+
+    def __init__(self, array: Any, target: DeviceArray, collector: OverlayCollector | None, *, counted: bool) -> None:
+        self.array, self.target, self.collector = array, target, collector
+        self.write_rows: Rows | None = self._collect if counted or collector is not None else None
+
+    def _collect(self, block: Block, start: int, band: Array) -> None:
+        if self.collector is not None:
+            self.collector(block.plane, start, band)

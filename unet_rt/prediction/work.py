@@ -1,4 +1,4 @@
-"""What the pipeline works on: tiles of one plane, their tally, queues that can be stopped."""
+"""What the pipelines work on and share: works, their tally, checks of tiles, queues that can be stopped."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import TileError, size_text
-from ..images.normalize import Affine
+from ..errors import BackendError, ImageError, TileError, size_text
+from ..images.normalize import Affine, Affines, OnePlane
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
 
 if TYPE_CHECKING:
+    from ..contract.contract import Border
+    from ..engine.engine import Engine
+    from ..engine.spec import EngineSpec
     from ..images.source import Source
+    from ..kernels.device import DeviceArray
 
 
 Array = npt.NDArray[Any]
@@ -29,6 +33,58 @@ Spans = list[tuple[str, float, float]]  # (stage, start, stop) in seconds of tim
 
 
 _COUNTED = 2**18  # pixels counted at a time: they stay in the second-level cache
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Who is told how a run goes on.
+
+    Attributes:
+        progress: Called from the caller's thread with (tiles done, tiles in all).
+        trace: Receives (stage, start, stop) of everything that is timed.
+        counts: Whether anybody reads what the report counts: labels, pixels outside the range that build saw.
+    """
+
+    progress: Progress | None = None
+    trace: Spans | None = None
+    counts: bool = True
+
+
+UNSEEN = Observer()
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What all tiles of a run have in common.
+
+    Attributes:
+        engine: Runs tiles (N, C, *tile).
+        source: The image, as the network sees it; on the host or on the engine's device.
+        decision: What becomes of output ``output``.
+        affines: The image's normalisation in numbers.
+        output: Which output of the graph.
+        batch: Tiles per run.
+        threads: Of the kernels.
+        target: (planes, [K,] *spatial) on the engine's device, filled there by works that are whole planes; it may have
+            no other user until the run is over. None: results go to the host.
+    """
+
+    engine: Engine
+    source: Source
+    decision: Decision
+    affines: Affines | OnePlane
+    output: int = 0
+    batch: int = 1
+    threads: int = 0
+    target: DeviceArray | None = None
+
+    @property
+    def spec(self) -> EngineSpec:
+        return self.engine.spec
+
+    @property
+    def border(self) -> Border:
+        return self.spec.contract.border or "mirror"
 
 
 @dataclass(frozen=True)
@@ -145,6 +201,25 @@ def check_image(work: Work, source: Source) -> None:
         )
 
 
+def check_samples(found: Sequence[int], work: Work, output: int) -> None:
+    """BackendError where a tile's output (N, K, *samples) is not what the graph says."""
+    expected = work.grid.tile_out_shape(output)
+    if tuple(found[2:]) != expected:
+        raise BackendError(
+            f"the engine returned {tuple(found[2:])} samples for a tile of {work.grid.tile}, and the graph says "
+            f"{expected}; the engine does not belong to its spec: build it again"
+        )
+
+
+def check_finite(bad: int, source: Source, plane: int, rows: tuple[int, int]) -> None:
+    """ImageError where ``bad`` pixels of some rows, as tiles read them, are not finite."""
+    if bad:
+        raise ImageError(
+            f"{source.name}: NaN or infinite pixels in plane {plane}, rows {rows[0]} to {rows[1]} ({bad} read); a network "
+            "spreads them over its whole reach: replace them first"
+        )
+
+
 def count_labels(counts: npt.NDArray[np.int64], labels: Array, values: Sequence[int]) -> None:
     """Adds the pixels per value to ``counts`` (256,). ``labels`` hold no other values."""
     distinct = sorted(set(values))
@@ -179,7 +254,7 @@ def _outside(pixels: Array, low: float, high: float) -> int:
     return found
 
 
-def fresh(pixels: Array, start: Sequence[int], grid: TileGrid, seen: int) -> Array:
+def unseen(pixels: Array, start: Sequence[int], grid: TileGrid, seen: int) -> Array:
     """Pixels of a window (C, *spatial) at ``start`` that a grid's results are wanted for, from image row ``seen`` on."""
     window: list[slice] = [slice(None)]
     for k, (axis, first, n) in enumerate(zip(grid.axes, start, pixels.shape[1:], strict=True)):

@@ -5,8 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import sys
+import time
+from functools import cache
 from pathlib import Path
+
+RECENT_S = 1.0  # the files that say what memory is left take half as long as a small picture
+_ROOT = Path("/")
 
 # ------------------------------------------------------------------------------------------------------ control groups
 
@@ -24,8 +30,21 @@ def _unescape(field: str) -> str:
     return field.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
 
 
-def _cgroups(controller: str, root: Path) -> list[tuple[int, Path]]:
+def _cgroups(controller: str, root: Path) -> tuple[tuple[int, Path], ...]:
     """(version, folder) of every control group that bounds this process, from its own up to the top that is visible.
+
+    A process stays in its group: its folders are looked for once.
+    """
+    return _own_cgroups(controller) if root == _ROOT else _find_cgroups(controller, root)
+
+
+@cache
+def _own_cgroups(controller: str) -> tuple[tuple[int, Path], ...]:
+    return _find_cgroups(controller, _ROOT)
+
+
+def _find_cgroups(controller: str, root: Path) -> tuple[tuple[int, Path], ...]:
+    """As :func:`_cgroups`, from the files below ``root``.
 
     A quota of any ancestor holds too. Inside a container the path in /proc/self/cgroup may be the host's while the
     mount shows a part of the tree; mountinfo's root field says which.
@@ -62,7 +81,7 @@ def _cgroups(controller: str, root: Path) -> list[tuple[int, Path]]:
             if folder == top:
                 break
             folder = folder.parent
-    return folders
+    return tuple(folders)
 
 
 def _quota(root: Path) -> float | None:
@@ -84,7 +103,7 @@ def _quota(root: Path) -> float | None:
     return min(quotas, default=None)
 
 
-def threads(*, root: Path = Path("/")) -> int:
+def threads(*, root: Path = _ROOT) -> int:
     """Threads that can run at the same time: CPUs of the affinity mask, at most the quota rounded up, at least 1."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
@@ -99,45 +118,58 @@ def threads(*, root: Path = Path("/")) -> int:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def _keys(text: str | None, *, unit: int = 1) -> dict[str, int]:
-    """``name value`` or ``name: value kB`` lines as numbers."""
-    found = {}
-    for line in (text or "").splitlines():
-        fields = line.replace(":", " ").split()
-        if len(fields) >= 2 and fields[1].isdigit():
-            found[fields[0]] = int(fields[1]) * unit
-    return found
+def _value(text: str | None, name: str) -> int | None:
+    """The number in the line ``name value`` or ``name: value kB``; None where there is none."""
+    found = re.search(rf"^{name}:?\s+(\d+)", text or "", re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _cgroup_memory(root: Path) -> int | None:
     """Bytes left below the tightest memory limit of the control groups, None without a limit."""
     left: list[int] = []
     for version, folder in _cgroups("memory", root):
-        limits: tuple[str, ...] = ("memory.max", "memory.high")
-        usage, cache = "memory.current", "inactive_file"
+        names: tuple[str, ...] = ("memory.max", "memory.high")
+        usage, files = "memory.current", "inactive_file"
         if version == 1:
-            limits = ("memory.limit_in_bytes",)
-            usage, cache = "memory.usage_in_bytes", "total_inactive_file"
-        used = read_text(folder / usage)
+            names = ("memory.limit_in_bytes",)
+            usage, files = "memory.usage_in_bytes", "total_inactive_file"
+        texts = [(read_text(folder / name) or "").strip() for name in names]
+        bounds = [
+            int(text) for text in texts if text.isdigit() and int(text) < 1 << 60
+        ]  # version 1: none is about 2^63
+        used = read_text(folder / usage) if bounds else None
         if used is None or not used.strip().isdigit():
             continue
         # The kernel gives the page cache of files back before it kills anybody.
-        reclaimable = _keys(read_text(folder / "memory.stat")).get(cache, 0)
-        for name in limits:
-            limit = (read_text(folder / name) or "").strip()
-            if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes "no limit" as about 2^63
-                left.append(max(int(limit) - max(int(used) - reclaimable, 0), 0))
+        reclaimable = _value(read_text(folder / "memory.stat"), files) or 0
+        left += [max(bound - max(int(used) - reclaimable, 0), 0) for bound in bounds]
     return min(left, default=None)
 
 
-def memory_bytes(*, root: Path = Path("/")) -> int:
+def memory_bytes(*, root: Path = _ROOT) -> int:
     """Bytes that this process may still allocate: memory available, at most what the control groups leave."""
-    meminfo = _keys(read_text(root / "proc/meminfo"), unit=1024)
-    available = meminfo.get("MemAvailable", meminfo.get("MemFree"))
-    if available is None:
+    meminfo = read_text(root / "proc/meminfo")
+    kilobytes = _value(meminfo, "MemAvailable")
+    if kilobytes is None:
+        kilobytes = _value(meminfo, "MemFree")
+    if kilobytes is not None:
+        available = kilobytes * 1024
+    else:
         available = _windows_memory() if sys.platform == "win32" else physical_bytes()
     limit = _cgroup_memory(root)
     return available if limit is None else min(available, limit)
+
+
+_read: tuple[float, int] = (-math.inf, 0)  # when memory was looked at for recent_memory_bytes, and what was left
+
+
+def recent_memory_bytes() -> int:
+    """What :func:`memory_bytes` gave within the last second: for callers that ask for every small picture."""
+    global _read
+    now = time.monotonic()
+    if now - _read[0] > RECENT_S:
+        _read = (now, memory_bytes())
+    return _read[1]
 
 
 def physical_bytes() -> int:
@@ -180,9 +212,9 @@ def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
     # Not getrusage where this exists: Linux carries ru_maxrss through execve, so a small child of a big parent
     # reports its parent's peak.
-    peak = _keys(read_text(Path("/proc/self/status")), unit=1024).get("VmHWM")
+    peak = _value(read_text(Path("/proc/self/status")), "VmHWM")
     if peak is not None:
-        return peak
+        return peak * 1024
     if sys.platform == "win32":
         return _windows_rss()[1]
     import resource

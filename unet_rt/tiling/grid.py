@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import numpy as np
@@ -44,6 +44,8 @@ from .axis import (
 from .field import AxisField, OutputField, TileSizes
 
 Ints = npt.NDArray[np.int64]
+
+REMEMBERED = 64  # images' sizes, for callers that predict one picture after the other: choosing takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def tile_grid(
     aligned: bool = False,
     least: Sequence[int] | None = None,
 ) -> TileGrid:
-    """The tiles of an image.
+    """The tiles of an image; those of a size seen shortly before are remembered.
 
     Args:
         image: Spatial shape in pixels.
@@ -203,6 +205,20 @@ def tile_grid(
     Raises:
         TileError: A tile that the graph does not accept or that keeps nothing; an overlap outside [0, tile).
     """
+    pixels = (tuple(image), tuple(tile), None if overlap is None else tuple(overlap))
+    return _tile_grid(*pixels, tuple(sizes), tuple(outputs), aligned, None if least is None else tuple(least))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _tile_grid(
+    image: tuple[int, ...],
+    tile: tuple[int, ...],
+    overlap: tuple[int, ...] | None,
+    sizes: tuple[TileSizes, ...],
+    outputs: tuple[OutputField, ...],
+    aligned: bool,
+    least: tuple[int, ...] | None,
+) -> TileGrid:
     if not len(image) == len(tile) == len(sizes):
         raise TileError(
             f"image {size_text(image)} and tile {size_text(tile)} do not both have the network's {len(sizes)} spatial axes"
@@ -283,8 +299,19 @@ def choose_tile(
     """The tile of at most ``max_px`` pixels that computes the fewest pixels for this image; rectangles are welcome.
 
     A tile as wide as the canvas has no halo at its sides. Ties go to the longer last axis (contiguous rows). Where no
-    tile that keeps anything fits into ``max_px``, the smallest that does is returned.
+    tile that keeps anything fits into ``max_px``, the smallest that does is returned. Choices are remembered.
     """
+    return _choose_tile(tuple(image), tuple(sizes), tuple(outputs), max_px, aligned)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _choose_tile(
+    image: tuple[int, ...],
+    sizes: tuple[TileSizes, ...],
+    outputs: tuple[OutputField, ...],
+    max_px: int,
+    aligned: bool,
+) -> tuple[int, ...]:
     kept = aligned_step if aligned else exact_step
     options = []  # per axis: (tile, tiles along the axis)
     for k, (n, s) in enumerate(zip(image, sizes, strict=True)):

@@ -1,0 +1,92 @@
+"""The files and folders of a result: checked, opened, given their name when they are whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import OutputError
+from ..images.zarr import import_zarr
+from ..outputs.shape import Shape
+from ..system.durable import Disk
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from ..outputs.output import Output
+
+BAND_BYTES = 2**26  # of a result at a time, where an output is made from blocks
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """OutputError for what can be known of an output before any work."""
+    if not is_zarr(out):
+        from ..outputs.output import check_output
+
+        check_output(out, overwrite=overwrite)
+        return
+    import_zarr(OutputError, out)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: the folder {out.parent} does not exist; create it, or choose another with --out")
+
+
+def is_zarr(out: Path) -> bool:
+    return out.suffix.lower() == ".zarr"
+
+
+def shape_of(plan: Plan) -> Shape:
+    """What is written of a result."""
+    image = plan.image
+    return Shape(plan.shape, image.plane_shape, image.plane_axes, plan.decision.channels, plan.decision.dtype)
+
+
+def open_file(
+    plan: Plan, out: Path, channels: int, dtype: np.dtype[Any], nodata: float | None = None, *, overwrite: bool
+) -> Output:
+    """The file of a result, or of what is made of it."""
+    from ..outputs.output import open_output
+
+    return open_output(
+        out,
+        shape=plan.shape,
+        planes=plan.image.planes,
+        plane_shape=plan.image.plane_shape,
+        plane_axes=plan.image.plane_axes,
+        channels=channels,
+        dtype=dtype,
+        source=plan.image,
+        overwrite=overwrite,
+        nodata=nodata,
+    )
+
+
+def move_folder(folder: Path, out: Path, *, overwrite: bool) -> None:
+    """Gives a finished folder its name; what had the name before goes aside, until :func:`clear`."""
+    if out.exists():
+        if not overwrite:
+            raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
+        shutil.rmtree(_aside(out), ignore_errors=True)
+        out.rename(_aside(out))
+    disk, before = Disk(), folder.parent
+    disk.replace(folder, out)
+    disk.sync_folder(out.parent)
+    disk.sync_folder(before)
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.before")
+
+
+def numbered_folder(out: Path) -> Path:
+    """Where an OME-Zarr of ids is written until it is whole."""
+    return out.with_name(f".{out.name}.instances")
+
+
+def clear(out: Path) -> None:
+    """Deletes what went aside, now or before a kill."""
+    for folder in (_aside(out), numbered_folder(out)):
+        shutil.rmtree(folder, ignore_errors=True)
