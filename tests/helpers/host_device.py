@@ -20,15 +20,16 @@ import numpy as np
 import pytest
 
 from unet_rt.engine.engine import Engine
+from unet_rt.errors import DeviceMemoryError
 from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
-from unet_rt.kernels.device import DeviceArray, DeviceMemoryError, _Memory
+from unet_rt.kernels.memory import DeviceArray, DeviceMemory
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LOCK = threading.RLock()
 
 
-class HostMemory(_Memory):
+class HostMemory(DeviceMemory):
     """Host memory that poses as the device's; filled with 0xA5, so that nothing relies on zeros."""
 
     def __init__(self, device: HostDevice, size: int) -> None:
@@ -48,7 +49,7 @@ class HostMemory(_Memory):
 
 
 class HostDevice:
-    """As :class:`unet_rt.device.Device`. ``eager``: which of its streams, by ordinal, work at once."""
+    """As :class:`unet_rt.kernels.device.Device`. ``eager``: which of its streams, by ordinal, work at once."""
 
     def __init__(self, index: int = 0, eager: Sequence[int] = ()) -> None:
         self.index, self.name, self.closed = index, "host", False

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, basic_indices
 
 from unet_rt.cli import doctor
-from unet_rt.errors import BackendError
+from unet_rt.errors import BackendError, DeviceMemoryError
 from unet_rt.kernels import device as gpu
 from unet_rt.kernels import native
-from unet_rt.kernels.device import Device, DeviceArray, DeviceMemoryError
+from unet_rt.kernels.device import Device
+from unet_rt.kernels.memory import DeviceArray
 from unet_rt.system import facts as machine
 
 Array = np.ndarray[Any, np.dtype[Any]]

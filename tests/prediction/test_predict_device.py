@@ -30,7 +30,8 @@ from unet_rt.cli.demo import shipped_model
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
-from unet_rt.kernels.device import DeviceMemoryError
+from unet_rt.errors import DeviceMemoryError
+from unet_rt.kernels.memory import DeviceArray
 from unet_rt.prediction import compute as predict_blocks
 from unet_rt.prediction import device as predict_device
 from unet_rt.prediction.report import RunReport
@@ -288,7 +289,7 @@ def test_an_image_on_the_device_stays_there(nuclei, image, on_device, shared_wit
     shared_with(device)
     for options in ({}, {"output": "raw"}, {"mask_values": (0, 255)}):
         found = urt.predict(gpu, OnDevice(device, image), batch=3, tile=(192, 160), **options)
-        assert isinstance(found, urt.device.DeviceArray)
+        assert isinstance(found, DeviceArray)
         expected = urt.predict(nuclei, image, **options)
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         np.testing.assert_array_equal(host(found), expected)

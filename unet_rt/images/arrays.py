@@ -10,7 +10,8 @@ from ..errors import BackendError, ImageError
 from .pixels import Array, ArrayPixels, LazyPixels, Pixels, check_pixels
 
 if TYPE_CHECKING:
-    from ..kernels.device import DeviceArray, Stream
+    from ..kernels.memory import DeviceArray
+    from ..kernels.stream import Stream
 
 
 class DevicePixels:

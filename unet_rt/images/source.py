@@ -19,7 +19,7 @@ from .axes import Choice, Layout
 from .pixels import Array, Stored
 
 if TYPE_CHECKING:
-    from ..kernels.device import Device, DeviceArray
+    from ..kernels.memory import DeviceArray, MemoryContext
 
 
 BAND_SAMPLES = 2**22  # samples read at a time where a whole image is gone through: 8 MiB of uint16
@@ -74,7 +74,9 @@ class Source:
         self._choice = choice
         on_gpu = isinstance(stored.pixels, DevicePixels)
         self.on_device = on_gpu and not choice.luma and _step(choice.channels) is not None
-        self.device: Device | None = stored.pixels.array.device if isinstance(stored.pixels, DevicePixels) else None
+        self.device: MemoryContext | None = (
+            stored.pixels.array.device if isinstance(stored.pixels, DevicePixels) else None
+        )
         self.stream = stored.pixels.stream if isinstance(stored.pixels, DevicePixels) else 0
         notes = "; ".join((*layout.notes, *stored.notes))
         self.reading = (

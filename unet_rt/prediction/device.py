@@ -21,10 +21,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, ImageError
+from ..errors import BackendError, DeviceMemoryError, ImageError, TileMemoryError
 from ..images.normalize import grey_levels
 from ..kernels import calls
-from ..kernels.device import DeviceArray, DeviceMemoryError, TileMemoryError
+from ..kernels.memory import DeviceArray, MemoryContext, memory_behind
 from ..tiling.decision import Decision, decision_arguments
 from ..tiling.grid import Ints
 from ..tiling.stitch import blend_weight, uncovered_error
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..engine.spec import EngineSpec
     from ..images.normalize import Affine, Affines, OnePlane
     from ..images.source import Source
-    from ..kernels.device import Device, Event
+    from ..kernels.stream import Event
     from .report import RunReport
     from .work import Done, Progress, Tally, Write
 
@@ -152,7 +152,7 @@ def free_bytes(engine: Engine) -> int | None:
 class _Workspace:
     """Streams and buffers of one session. Buffers are found by name and replaced when they are too small."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: MemoryContext) -> None:
         self.device = device
         self.lock = threading.Lock()  # one prediction at a time
         self.copy_in = device.stream()
@@ -216,7 +216,7 @@ def _workspace(session: DeviceSession) -> _Workspace:
     with _MAKING:
         found = _WORKSPACES.get(session)
         if found is None:
-            found = _WORKSPACES[session] = _Workspace(session.stream.device)
+            found = _WORKSPACES[session] = _Workspace(memory_behind(session.stream))
             session.at_close(found.free)
         return found
 

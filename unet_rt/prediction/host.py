@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, ImageError
+from ..errors import BackendError, DeviceMemoryError, ImageError, TileMemoryError
 from ..images.normalize import Affine, Affines, OnePlane, grey_levels
 from ..kernels import calls
-from ..kernels.device import DeviceMemoryError, TileMemoryError
 from ..tiling.decision import Decision
 from ..tiling.grid import Ints
 from ..tiling.stitch import BandStitcher

@@ -31,7 +31,7 @@ from .work import Progress, Spans, Work
 
 if TYPE_CHECKING:
     from ..images.source import Source
-    from ..kernels.device import Device, DeviceArray
+    from ..kernels.memory import DeviceArray, MemoryContext
     from .request import Tables
 
 
@@ -120,7 +120,7 @@ def predict(
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
         ``(Y, X)`` for the mask of a 2-D image, ``(K, Y, X)`` for its probabilities. A NumPy array; for an image on the
-        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.kernels.device.DeviceArray`.
+        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.kernels.memory.DeviceArray`.
 
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
@@ -309,7 +309,7 @@ def _at_once(
     return finished, result.reshape(*source.plane_shape, *lead, *shape)
 
 
-def _check_device(engine: Engine, source: Source, device: Device) -> None:
+def _check_device(engine: Engine, source: Source, device: MemoryContext) -> None:
     """ImageError unless the engine can take an image from the device where it lies."""
     from . import device as predict_device
 

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import size_text
+from ..errors import DeviceMemoryError, TileMemoryError, size_text
 from ..images.normalize import Affines, OnePlane
-from ..kernels.device import DeviceMemoryError, TileMemoryError
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
 from .report import RunReport, Seen, class_share, together

@@ -39,15 +39,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BackendError, size_text
-from ...kernels.device import DeviceMemoryError
+from ...errors import BackendError, DeviceMemoryError, size_text
 from ...system import facts
 from ..session import Array, Port, SessionBase, arrays_for, check_shapes
 from . import library
 from .settings import Named, Options, read_record
 
 if TYPE_CHECKING:
-    from ...kernels.device import DeviceArray, Stream
+    from ...kernels.memory import DeviceArray
+    from ...kernels.stream import Stream
 
 
 log = logging.getLogger("unet_rt")

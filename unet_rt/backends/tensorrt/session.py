@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BackendError, EngineError, TileError, size_text
+from ...errors import BackendError, DeviceMemoryError, EngineError, TileError, size_text
 from ...kernels import native
 from ...kernels import native as native_module
-from ...kernels.device import DeviceMemoryError
 from ..session import Array, Port, SessionBase, arrays_for
 from .build import advice, failure, logger, title
 from .plan import PlanHeader
 
 if TYPE_CHECKING:
-    from ...kernels.device import Device, DeviceArray, Stream
+    from ...kernels.device import Device
+    from ...kernels.memory import DeviceArray
+    from ...kernels.stream import Stream
 
 
 log = logging.getLogger("unet_rt")
