@@ -43,6 +43,7 @@ from unet_rt.images.normalize import (  # noqa: E402
     Affine,
     normalised,
 )
+from unet_rt.kernels.request import Affine
 
 pytestmark = pytest.mark.onnxruntime
 

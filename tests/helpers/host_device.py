@@ -24,6 +24,7 @@ from unet_rt.errors import DeviceMemoryError
 from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
 from unet_rt.kernels.memory import DeviceArray, DeviceMemory
+from unet_rt.kernels.request import Operation, Placement
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LOCK = threading.RLock()
@@ -189,6 +190,13 @@ def raw(array: DeviceArray) -> Array:
     return host(array.reshape(array.size)).view(np.uint8)
 
 
+def by_value(argument: Any) -> Any:
+    """An argument of a kernel as it is when the kernel is enqueued: tables travel by value."""
+    if isinstance(argument, Placement):
+        return Placement(argument.source.copy(), argument.target.copy(), argument.size.copy())
+    return argument if isinstance(argument, (DeviceArray, Operation)) else np.array(argument)
+
+
 def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> None:
     """Lets ``predict_device`` enqueue kernels that run on the host: the CUDA kernels' bodies where the test module that
     runs them was built, else the CPU's.
@@ -204,7 +212,7 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
         function = getattr(kernels, name)
 
         def call(*arrays: Any, stream: int, **options: Any) -> int:
-            arrays = tuple(a if isinstance(a, DeviceArray) else np.array(a) for a in arrays)  # tables travel by value
+            arrays = tuple(by_value(a) for a in arrays)
 
             def cuda() -> None:
                 assert function(*arrays, stream=stream, **options) == 0 or name in ("tile_stitch", "tile_blend")

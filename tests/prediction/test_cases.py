@@ -22,6 +22,7 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
+import flat_kernels as kernels
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,6 @@ from unet_rt.engine.engine import Engine
 from unet_rt.engine.spec import EngineSpec, InputSpec
 from unet_rt.images.normalize import affine
 from unet_rt.images.open import open_image
-from unet_rt.kernels import calls as kernels
 from unet_rt.outputs.output import open_output
 from unet_rt.prediction.host import run
 from unet_rt.prediction.work import Work

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract
 from ..errors import ImageError
-from ..images.normalize import Affine, OnePlane, affine
+from ..images.normalize import OnePlane, affine
+from ..kernels.request import Affine
 
 if TYPE_CHECKING:
     from ..images.source import Source

@@ -20,24 +20,11 @@ from ..contract.contract import Normalization
 from ..contract.words import CHOICES
 from ..errors import ContractError, ImageError
 from ..kernels import calls
+from ..kernels.request import Affine
 from .pixels import Array
 from .source import Source
 
 Float32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Affine:
-    """The numbers for one plane: ``(min(max(x, clip[0]), clip[1]) - offset[c]) / divisor[c]``.
-
-    Attributes:
-        offset, divisor: (C,) float32, in grey levels.
-        clip: (low, high) in grey levels, None for no clipping.
-    """
-
-    offset: Float32
-    divisor: Float32
-    clip: tuple[float, float] | None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -25,8 +25,8 @@ from ..errors import BackendError, DeviceMemoryError, ImageError, TileMemoryErro
 from ..images.normalize import grey_levels
 from ..kernels import calls
 from ..kernels.memory import DeviceArray, MemoryContext, memory_behind
-from ..tiling.decision import Decision, decision_arguments
-from ..tiling.grid import Ints
+from ..kernels.request import Frame, Ints, Placement
+from ..tiling.decision import Decision, decision_operation
 from ..tiling.stitch import blend_weight, uncovered_error
 from .report import Seen
 from .work import StageClock, Stop, StoppableQueue, Work, check_image, filled, fresh
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from ..backends.session import DeviceSession
     from ..engine.engine import Engine
     from ..engine.spec import EngineSpec
-    from ..images.normalize import Affine, Affines, OnePlane
+    from ..images.normalize import Affines, OnePlane
     from ..images.source import Source
+    from ..kernels.request import Affine
     from ..kernels.stream import Event
     from .report import RunReport
     from .work import Done, Progress, Tally, Write
@@ -313,6 +314,7 @@ class _Job:
         self.grid = works[0].grid  # all have its tiles and outputs
         self.spec: EngineSpec = engine.spec
         self.decision, self.write, self.affines, self.output, self.target = decision, write, affines, output, target
+        self.operation = decision_operation(decision)
         self.device, self.compute = workspace.device, session.stream
         self.total, self.done = total, done
         self.batch = batch
@@ -576,12 +578,8 @@ class _Job:
                 row.pixels[channels],
                 row.origins[part],
                 tiles[piece.at : piece.at + piece.count],
-                image_shape=self.source.shape,
-                window_start=row.start,
-                border=self.border,
-                offset=numbers.offset[channels],
-                divisor=numbers.divisor[channels],
-                clip=numbers.clip,
+                frame=Frame(self.source.shape, row.start, self.border),
+                affine=replace(numbers, offset=numbers.offset[channels], divisor=numbers.divisor[channels]),
                 stream=self.compute.handle,
                 non_finite=self._counter(0, row.counter) if self.real else None,
             )
@@ -601,24 +599,14 @@ class _Job:
         tiles = self.tiles_out[piece.at : piece.at + piece.count]
         place = row.work.grid.placement(row.index[piece.first : piece.first + piece.count], self.output)
         start, stop = row.work.grid.band(row.row, self.output)
-        goal = place.target.copy()
         if self.blend is not None:
             if row.row == 0 and piece.begins:
                 self.blend.begin(row.work)
-            self.blend.add(tiles, place.source, goal, place.size)
+            self.blend.add(tiles, place)
         else:
             if piece.begins:
                 self._open_band(row, start, stop)
-            goal[:, 0] -= start
-            calls.tile_stitch(
-                tiles,
-                place.source,
-                goal,
-                place.size,
-                self._view,
-                stream=self.compute.handle,
-                **decision_arguments(self.decision),
-            )
+            calls.tile_stitch(tiles, place.from_row(start), self._view, self.operation, stream=self.compute.handle)
         if piece.ends:
             if self.blend is not None:
                 self._open_band(row, start, stop)
@@ -747,10 +735,10 @@ class _Blend:
         self._top = 0  # row of the result that the totals' first row stands for
         self._job.device.zero(self._sums[0], self._job.compute)
 
-    def add(self, tiles: DeviceArray, source: Ints, goal: Ints, size: Ints) -> None:
-        goal[:, 0] -= self._top
+    def add(self, tiles: DeviceArray, place: Placement) -> None:
+        place = place.from_row(self._top)
         sums = self._sums[0]
-        calls.tile_blend(tiles, source, goal, size, self._weight, sums[:-1], sums[-1], stream=self._job.compute.handle)
+        calls.tile_blend(tiles, place, self._weight, sums[:-1], sums[-1], stream=self._job.compute.handle)
 
     def finish(self, band: DeviceArray, start: int, stop: int, uncovered: DeviceArray) -> None:
         """Divides the rows that are final, and moves the others to the front."""
@@ -761,9 +749,9 @@ class _Blend:
                 done[:-1, :rows],
                 done[-1, :rows],
                 band,
+                job.operation,
                 stream=job.compute.handle,
                 uncovered=uncovered,
-                **decision_arguments(job.decision),
             )
             left = self._rows - rows
             job.device.zero(rest, job.compute)

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BackendError, DeviceMemoryError, ImageError, TileMemoryError
-from ..images.normalize import Affine, Affines, OnePlane, grey_levels
+from ..images.normalize import Affines, OnePlane, grey_levels
 from ..kernels import calls
+from ..kernels.request import Affine, Frame, Ints
 from ..tiling.decision import Decision
-from ..tiling.grid import Ints
 from ..tiling.stitch import BandStitcher
 from .repeats import Repeats, Results
 from .report import RunReport, Seen
@@ -254,12 +254,8 @@ def _gather(
                     window,
                     origins[part],
                     tiles,
-                    image_shape=source.shape,
-                    window_start=start,
-                    border=border,
-                    offset=numbers.offset,
-                    divisor=numbers.divisor,
-                    clip=numbers.clip,
+                    frame=Frame(source.shape, start, border),
+                    affine=numbers,
                     threads=threads,
                 )
                 if bad:

@@ -22,9 +22,10 @@ import numpy.typing as npt
 from ..contract.contract import Contract
 from ..engine.engine import Engine
 from ..errors import ContractError, size_text
-from ..images.normalize import Affine, Affines, OnePlane, affine
+from ..images.normalize import Affines, OnePlane, affine
 from ..images.open import open_image
 from ..images.source import Source
+from ..kernels.request import Affine
 from ..outputs.shape import nodata_value
 from ..system import limits
 from ..tiling.decision import Decision, decide

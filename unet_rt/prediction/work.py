@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import TileError, size_text
-from ..images.normalize import Affine
+from ..kernels.request import Affine
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
 
