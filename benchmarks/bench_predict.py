@@ -48,7 +48,7 @@ from unet_rt.images.open import open_image
 from unet_rt.prediction.report import RunReport
 from unet_rt.prediction.work import Spans
 from unet_rt.system import limits as machine
-from unet_rt.training.trainer import predict_whole
+from unet_rt.training.evaluate import predict_whole
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]

@@ -17,7 +17,8 @@ import numpy as np
 import record
 import torch
 
-from unet_rt.drawing.microscopy import Scene, microscopy
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.models.unet import UNet
 from unet_rt.training.augment import Augmentation, Tiles
 from unet_rt.training.fit import NORMALIZATION

@@ -161,7 +161,7 @@ def train_one(args: argparse.Namespace) -> None:
 
 def _probability(network: Any, image: Any) -> Any:
     """Of being inside a cell: mean over the eight flips and turns of the slice, as the paper's test averaged seven."""
-    from unet_rt.training.trainer import predict_whole
+    from unet_rt.training.evaluate import predict_whole
 
     total = np.zeros(image.shape[1:], np.float64)
     for quarter in range(4):

@@ -23,14 +23,16 @@ from PIL import Image
 from ship_record import record_of, write_onnx, write_record
 
 from unet_rt.contract.contract import Contract
-from unet_rt.drawing.membranes import membranes, random_tissue
+from unet_rt.drawing.membranes import membranes
+from unet_rt.drawing.tissue import random_tissue
 from unet_rt.errors import ImageError
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation
+from unet_rt.training.evaluate import predict_whole
 from unet_rt.training.fit import NORMALIZATION
 from unet_rt.training.metrics import iou, pixel_error, rand_error
 from unet_rt.training.samples import Sample, prepare
-from unet_rt.training.trainer import Progress, Recipe, predict_whole, train
+from unet_rt.training.trainer import Progress, Recipe, train
 from unet_rt.training.weights import F32
 
 DRAWN_PX = 512

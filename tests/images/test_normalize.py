@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract, Normalization, Scope
 from unet_rt.errors import ContractError, ImageError
-from unet_rt.images.normalize import affine, grey_levels, measure, normalised, percentiles
+from unet_rt.images.normalize import affine, grey_levels, normalised
 from unet_rt.images.open import open_image
 from unet_rt.images.source import Source
+from unet_rt.images.statistics import measure, percentiles
 from unet_rt.kernels.request import Affine
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]

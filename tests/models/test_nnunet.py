@@ -18,10 +18,8 @@ import unet_rt as urt  # noqa: E402
 from unet_rt.cli.main import main  # noqa: E402
 from unet_rt.contract.contract import Normalization  # noqa: E402
 from unet_rt.contract.json import contract_from_json  # noqa: E402
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.errors import GraphError  # noqa: E402
 from unet_rt.models.nnunet import open_nnunet  # noqa: E402
 from unet_rt.training.augment import Augmentation, Tiles

@@ -23,7 +23,8 @@ from unet_rt.errors import OutputError
 from unet_rt.images.open import open_image
 from unet_rt.images.pixels import Origin
 from unet_rt.outputs.shape import Shape
-from unet_rt.outputs.zarr import NO_DATA, ZarrOutput
+from unet_rt.outputs.zarr import ZarrOutput
+from unet_rt.outputs.zarr_metadata import NO_DATA
 from unet_rt.prediction.finish import check_target
 
 Array = npt.NDArray[Any]

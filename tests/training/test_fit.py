@@ -21,10 +21,8 @@ torch = pytest.importorskip("torch", reason="training needs torch; pip install u
 
 import unet_rt  # noqa: E402
 from unet_rt.cli.main import main  # noqa: E402
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.errors import (
     BackendError,
     ContractError,
@@ -42,10 +40,8 @@ from unet_rt.training.fit import (
     split,
     watched,  # noqa: E402
 )
-from unet_rt.training.folder import (
-    find_pairs,
-    read_folder,  # noqa: E402
-)
+from unet_rt.training.folder import read_folder
+from unet_rt.training.pairs import find_pairs
 from unet_rt.training.samples import Sample
 from unet_rt.training.trainer import (
     Recipe,

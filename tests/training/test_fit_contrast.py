@@ -14,11 +14,10 @@ pytest.importorskip("skimage", reason="thresholds to compare with; pip install u
 
 from scipy.ndimage import distance_transform_edt, gaussian_filter  # noqa: E402
 
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.models.checkpoint import load_checkpoint
+from unet_rt.training.evaluate import evaluate
 from unet_rt.training.fit import (
     NORMALIZATION,
     Options,
@@ -26,7 +25,6 @@ from unet_rt.training.fit import (
 )
 from unet_rt.training.metrics import iou
 from unet_rt.training.samples import prepare
-from unet_rt.training.trainer import evaluate
 from unet_rt.training.weights import separate  # noqa: E402
 
 pytestmark = pytest.mark.torch

@@ -19,18 +19,17 @@ from unet_rt.contract.contract import (
     Contract,
     Normalization,  # noqa: E402
 )
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.errors import ImageError  # noqa: E402
 from unet_rt.models.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from unet_rt.models.stored import load_half  # noqa: E402
 from unet_rt.models.unet import UNet
 from unet_rt.training.augment import Augmentation, Tiles
+from unet_rt.training.evaluate import evaluate, predict_whole
 from unet_rt.training.metrics import iou
 from unet_rt.training.samples import Sample, normalized, prepare, split_by_blocks
-from unet_rt.training.trainer import Recipe, evaluate, predict_whole, train, weighted_cross_entropy
+from unet_rt.training.trainer import Recipe, train, weighted_cross_entropy
 from unet_rt.training.weights import border_weights, class_weights, separate
 
 pytestmark = pytest.mark.torch

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ContractError, ImageError
-from .objects import Array, Ints, Objects, Read, read_window, window_for
+from .objects import Objects, Read, read_window, window_for
+from .pieces import Array, Ints
 from .tables import written_whole
 
 Edges = npt.NDArray[np.int32]

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..errors import OutputError
 from ..system.durable import Disk
-from .objects import Array, Objects
+from .objects import Objects
+from .pieces import Array
 
 # Files --------------------------------------------------------------------------------------------------------------
 

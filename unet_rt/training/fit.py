@@ -20,9 +20,10 @@ from ..models.architecture import Network, network_of
 from ..models.checkpoint import TrainingError, save_checkpoint
 from .augment import Augmentation
 from .curves import training_curves
+from .evaluate import evaluate, foreground_is_common
 from .folder import DataSet, read_folder
 from .samples import MaskKind, Sample, split_by_blocks
-from .trainer import Progress, Recipe, evaluate, foreground_is_common, train
+from .trainer import Progress, Recipe, train
 
 NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
 VALIDATION_SHARE = 0.2
