@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from flat_image import open_image
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ from unet_rt.contract.task import resolve_task
 from unet_rt.contract.words import format_normalization, parse_normalization
 from unet_rt.errors import ContractError
 from unet_rt.images.normalize import affine, missing_normalization, normalised
-from unet_rt.images.open import open_image
 
 IMAGENET = Normalization("fixed", scale=255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

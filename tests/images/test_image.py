@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL import Image
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.images import tiff as image_tiff
-from unet_rt.images.open import list_images, open_image
+from unet_rt.images.open import list_images
 from unet_rt.images.source import Source
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -188,7 +189,7 @@ def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 MEMORY = """
 import resource, sys
 from unet_rt.contract.contract import Contract
-from unet_rt.images.open import open_image
+from flat_image import open_image
 import tifffile
 # ru_maxrss of a fork starts at its parent's; the current size is what this process itself adds to.
 def resident():

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
-from unet_rt.images.open import open_image
 from unet_rt.images.source import Source
 from unet_rt.outputs import output, tiff
 from unet_rt.outputs import shape as outputs_shape

@@ -25,6 +25,7 @@ from typing import Any
 import flat_kernels as kernels
 import numpy as np
 import pytest
+from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +34,6 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine.engine import Engine
 from unet_rt.engine.spec import EngineSpec, InputSpec
 from unet_rt.images.normalize import affine
-from unet_rt.images.open import open_image
 from unet_rt.outputs.output import open_output
 from unet_rt.prediction.host import run
 from unet_rt.prediction.work import Work

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +28,6 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
 from unet_rt.images.normalize import affine, normalised
-from unet_rt.images.open import open_image
 from unet_rt.outputs.pictures import COLOURS
 from unet_rt.prediction.host import run
 from unet_rt.prediction.report import RunReport

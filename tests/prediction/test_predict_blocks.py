@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from PIL import Image
 from test_cases import engine as fake_engine
 from test_cases import output, predicted
@@ -26,7 +27,6 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images import normalize
 from unet_rt.images.normalize import affine
-from unet_rt.images.open import open_image
 from unet_rt.prediction import plan as predict_blocks
 from unet_rt.prediction import request, stage
 from unet_rt.prediction import stage as prediction_stage

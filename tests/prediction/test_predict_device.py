@@ -31,6 +31,7 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
 from unet_rt.errors import DeviceMemoryError
+from unet_rt.images.open import open_image
 from unet_rt.kernels.memory import DeviceArray
 from unet_rt.prediction import compute as predict_blocks
 from unet_rt.prediction import device as predict_device
@@ -611,7 +612,7 @@ def test_blocks_are_filled_by_smaller_tiles(small, texture, on_device, monkeypat
         gpu, wide, memory_bytes=2**40, report=reports.append, progress=lambda *n: told.append(n), **options
     )
     if "out" in options:
-        found = urt.image.open_image(found, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
+        found = open_image(found, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
     np.testing.assert_array_equal(found, expected)
     large, report = reports
     assert (report.notes[0], large.notes) == (NOTE, [])
@@ -675,7 +676,7 @@ def test_an_interrupted_run_goes_on_with_smaller_tiles(small, texture, on_device
     short_of_memory(gpu, 2000)
     session_of(gpu).fail_at = -1
     urt.predict(gpu, tmp_path / "image.npy", out=out, report=reports.append)
-    found = urt.image.open_image(out, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
+    found = open_image(out, Contract(), spatial=2).read(0, (0, 0), wide.shape)[0]
     np.testing.assert_array_equal(found, urt.predict(plan, wide))
     assert any("were there from an earlier run" in note for note in reports[0].notes)
     assert NOTE in reports[0].notes

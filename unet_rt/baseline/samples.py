@@ -63,13 +63,13 @@ class SampleWindow:
 
     def source(self, contract: Contract) -> Source:
         """The window as an image of its own; its normalisation remains that of the whole image (``affines``)."""
-        from ..images.open import open_image
+        from ..images.open import Reading, open_image
 
         spatial = self.pixels.ndim - 1
         return open_image(
             self.pixels,
             contract,
-            axes="C" + "ZYX"[-spatial:],
+            Reading("C" + "ZYX"[-spatial:]),
             spatial=spatial,
             network_channels=len(self.pixels),
             name=self.name,
@@ -122,7 +122,7 @@ def draw(
     Raises:
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
-    from ..images.open import open_image
+    from ..images.open import Reading, open_image
 
     if not images:
         raise ImageError("no sample images; pass files or a folder with --samples")
@@ -219,10 +219,10 @@ def draw_generated(
         pixels = np.stack(layers)
         if contract.normalization is not None and contract.normalization.method in ("scale", "dtype", "fixed"):
             pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * 255).astype(np.uint8)
-        from ..images.open import open_image
+        from ..images.open import Reading, open_image
 
         with open_image(
-            pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial, network_channels=channels
+            pixels, contract, Reading("C" + "ZYX"[-spatial:]), spatial=spatial, network_channels=channels
         ) as source:
             if contract.normalization is None:
                 mean, std = float(pixels.mean()), float(pixels.std())

@@ -80,7 +80,7 @@ def _declare_no_normalization(model: Model, image: Any, read: ReadOptions) -> Mo
     """The model for pixels as they are, which only floating point ones can be taken for."""
     from ..contract.contract import Normalization
     from ..images.normalize import missing_normalization
-    from ..images.open import open_image
+    from ..images.open import Reading, open_image
 
     with open_image(
         image,

@@ -22,7 +22,7 @@ from ..engine.heads import Headed
 from ..engine.load import load
 from ..engine.tta import Augmented
 from ..errors import BackendError, ContractError
-from ..images.open import open_image, where_of
+from ..images.open import Reading, open_image, where_of
 from ..images.source import Source
 from ..system import facts, limits
 from .compute import run_blocks
@@ -38,22 +38,12 @@ PER_WORKER = 8  # shares of the blocks per worker: the last ones to finish wait 
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the image is read, as for :func:`unet_rt.image.open_image`; ``level`` is the number of the level that is."""
-
-    axes: str | None = None
-    channels: str | tuple[int, ...] | None = None
-    level: int = 0
-    pixel_size_um: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class Job:
     """What a worker needs to know: paths and plain values.
 
     Attributes:
         engine, options: The engine folder, and how it was loaded here.
-        image, reading: Path or URL of the image, and how it is read.
+        image, reading: Path or URL of the image, and how it is read; its level by number.
         asked: What is asked for; threads are those of one worker.
         out: The output, beside which the stage lies.
         token: Another one for every run: what a worker holds open is of one run.
@@ -192,11 +182,9 @@ def _opened(job: Job) -> tuple[Stage, Store, Prepared]:
     if asked.tta != "none":
         engine = Augmented(engine, asked.tta, raw=asked.output == "raw")
     spec = engine.spec
-    reading = job.reading
     source: Source = open_image(
-        job.image, spec.contract, axes=reading.axes, channels=reading.channels, spatial=spec.spatial,
-        network_channels=spec.channels, level=reading.level, pixel_size_um=reading.pixel_size_um,
-    )  # fmt: skip
+        job.image, spec.contract, job.reading, spatial=spec.spatial, network_channels=spec.channels
+    )
     stage, made = begun(engine, source, asked, Path(job.out), create=partial(_no_stage, job.out))
     return stage, open_store(stage, made, Path(job.out), marks=False), made
 

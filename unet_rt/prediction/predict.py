@@ -125,7 +125,7 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from ..images.open import open_image, where_of
+    from ..images.open import Reading, open_image, where_of
 
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
@@ -139,9 +139,12 @@ def predict(
     spec = engine.spec
     batch = spec.run_batch if batch is None else batch
     with open_image(
-        image, spec.contract, axes=axes, channels=channels, spatial=spec.spatial, network_channels=spec.channels,
-        level=level, pixel_size_um=pixel_size_um, wanted_um=spec.contract.pixel_size_um if resample else (),
-    ) as source:  # fmt: skip
+        image,
+        spec.contract,
+        Reading(axes, channels, level, pixel_size_um, spec.contract.pixel_size_um if resample else ()),
+        spatial=spec.spatial,
+        network_channels=spec.channels,
+    ) as source:
         place = None if out is None else Path(out)
         if place is not None and source.path is not None and _holds(place, source.path):
             raise OutputError(f"{out} is the image itself, or holds it; choose another output")
@@ -191,7 +194,7 @@ def predict(
                 from . import cluster
 
                 names = channels if isinstance(channels, str | None) else tuple(channels)
-                reading = cluster.Reading(axes, names, source.level, tuple(pixel_size_um))
+                reading = Reading(axes, names, source.level, tuple(pixel_size_um))
                 asked, compute = cluster.computing(scheduler, engine, image, reading, asked, str(out))
             finished, result = predict_large.predict(
                 engine, source, asked, place, staged=staged, overwrite=overwrite, restart=restart, compute=compute,

@@ -169,12 +169,12 @@ def read_pixels(
 ) -> Array:
     """(C, *spatial) of the first plane of an image, normalised as ``contract`` says: what to compare on."""
     from ..images.normalize import affine, normalised
-    from ..images.open import open_image
+    from ..images.open import Reading, open_image
 
     if contract.normalization is None:
         raise ContractError("pixels to compare on need a normalisation; declare it in the contract")
     spatial = len(contract.axes) - 2 if contract.axes else 2
-    with open_image(image, contract, axes=axes, channels=channels, spatial=spatial) as source:
+    with open_image(image, contract, Reading(axes, channels), spatial=spatial) as source:
         raw = source.read(0, (0,) * spatial, source.shape)
         return normalised(raw, affine(contract.normalization, source).plane(0))
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..contract.contract import Contract, Normalization
 from ..errors import ContractError, ImageError, size_text
 from ..images.normalize import affine, normalised
-from ..images.open import open_image
+from ..images.open import Reading, open_image
 from ..images.source import Source
 from .pairs import Pair, find_pairs, words_of
 from .samples import MaskKind, Sample, sample_of
@@ -163,14 +163,14 @@ def _size(planes: int, shape: Sequence[int]) -> str:
 
 def _open(path: Path, axes: str | None, channels: Sequence[int] | str | None, count: int) -> Source:
     if channels is not None:
-        return open_image(path, Contract(), axes=axes, channels=channels, spatial=2, network_channels=count)
+        return open_image(path, Contract(), Reading(axes, channels), spatial=2, network_channels=count)
     try:
-        return open_image(path, Contract(), axes=axes, spatial=2, network_channels=count)
+        return open_image(path, Contract(), Reading(axes), spatial=2, network_channels=count)
     except ContractError:
         if count == 1:  # colour among grey
-            return open_image(path, Contract(), axes=axes, channels="luma", spatial=2, network_channels=1)
+            return open_image(path, Contract(), Reading(axes, "luma"), spatial=2, network_channels=1)
         if count == 3:  # grey among colour
-            return open_image(path, Contract(), axes=axes, channels=(0, 0, 0), spatial=2, network_channels=3)
+            return open_image(path, Contract(), Reading(axes, (0, 0, 0)), spatial=2, network_channels=3)
         raise
 
 
@@ -181,14 +181,14 @@ def _channels(
     counts: dict[int, list[Path]] = defaultdict(list)
     for path in images:
         if channels is not None:
-            with open_image(path, Contract(), axes=axes, channels=channels, spatial=2) as source:
+            with open_image(path, Contract(), Reading(axes, channels), spatial=2) as source:
                 counts[source.channels].append(path)
             continue
         try:
-            open_image(path, Contract(), axes=axes, spatial=2, network_channels=1).close()
+            open_image(path, Contract(), Reading(axes), spatial=2, network_channels=1).close()
             counts[1].append(path)
         except ContractError:
-            with open_image(path, Contract(), axes=axes, spatial=2) as source:
+            with open_image(path, Contract(), Reading(axes), spatial=2) as source:
                 counts[source.channels].append(path)
     if len(counts) == 1:
         count = next(iter(counts))
@@ -239,7 +239,7 @@ def _read_mask(path: Path) -> list[Integers]:
         except ContractError:  # three planes or three channels: a mask has one channel
             if path.suffix.lower() not in (".tif", ".tiff", ".npy"):
                 raise
-            source = open_image(path, Contract(), axes="IYX", spatial=2, network_channels=1)
+            source = open_image(path, Contract(), Reading("IYX"), spatial=2, network_channels=1)
         with source:
             planes = [source.read(k, (0, 0), source.shape)[0] for k in range(source.planes)]
     except ContractError as error:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..contract.contract import Contract, Normalization
 from ..errors import ImageError
 from ..images.normalize import affine, normalised
-from ..images.open import open_image
+from ..images.open import Reading, open_image
 from .components import components
 from .weights import F32, Labels, border_weights, separate
 
@@ -44,7 +44,7 @@ def normalized(image: npt.NDArray[Any], normalization: Normalization, name: str 
 
     The numbers and the arithmetic are the image line's, so that a network sees in training what it will see in use.
     """
-    with open_image(image, Contract(), axes="CYX", spatial=2, network_channels=image.shape[0], name=name) as source:
+    with open_image(image, Contract(), Reading("CYX"), spatial=2, network_channels=image.shape[0], name=name) as source:
         numbers = affine(normalization, source).plane(0)
     return normalised(image, numbers)
 
