@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training, validation = drawn(TRAINING_SEEDS), drawn(VALIDATION_SEEDS)
     say(f"{len(training)} sections drawn to train on, {len(validation)} to validate")
     torch.manual_seed(recipe.seed)
-    network = UNet.from_spec(SPEC)
+    network = UNet(SPEC)
 
     def report(p: Progress) -> None:
         say(f"step {p.step}/{recipe.steps} loss {p.loss:.4f} validation IoU {p.iou:.4f}{' best' if p.best else ''}")

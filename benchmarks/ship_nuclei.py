@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"images {counts}")
 
     torch.manual_seed(recipe.seed)
-    network = UNet.from_spec(shipped.spec)
+    network = UNet(shipped.spec)
 
     def report(p: Progress) -> None:
         say(f"step {p.step}/{recipe.steps} loss {p.loss:.4f} validation IoU {p.iou:.4f}{' best' if p.best else ''}")

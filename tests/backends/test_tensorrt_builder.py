@@ -51,9 +51,9 @@ from unet_rt.graph.passes.crop_concat import (
     crop_concat,  # noqa: E402
 )
 from unet_rt.kernels import calls as kernels  # noqa: E402
-from unet_rt.models.fcn import FCN8s
+from unet_rt.models.fcn import FCN8s, FCN8sSpec
 from unet_rt.models.stored import load_half  # noqa: E402
-from unet_rt.models.unet import UNet
+from unet_rt.models.unet import UNet, UNetSpec
 
 PACKAGE = Path(unet_rt.__file__).parent
 DATA = PACKAGE / "data"
@@ -80,8 +80,8 @@ def graph(name: str) -> bytes:
         return shipped_model(name).read_bytes()
     made: dict[str, Any] = {
         "paper_w8": lambda: load_half(DATA / "paper_w8.npz"),
-        "paper": lambda: UNet(width=64),
-        "fcn8s": lambda: networks.initialise(FCN8s(width=8)),
+        "paper": lambda: UNet(UNetSpec(width=64)),
+        "fcn8s": lambda: networks.initialise(FCN8s(FCN8sSpec(width=8))),
         "3-D": lambda: networks.build(networks.UNetSpec(dims=3, channels=8, norm="batch")),
         "bilinear": lambda: networks.build(networks.UNetSpec(channels=8, up="bilinear", residual=True)),
         "instance norm": lambda: networks.build(networks.UNetSpec(channels=8, norm="instance", final="sigmoid")),

@@ -100,7 +100,7 @@ def folds(tmp_path_factory: pytest.TempPathFactory, contract: Contract) -> list[
 def shallow(tmp_path_factory: pytest.TempPathFactory, contract: Contract) -> Path:
     """A smaller network after some training."""
     torch.manual_seed(3)
-    network = trained(UNet(width=4, depth=2, padding="same", dropout=0.0), 3, 6)
+    network = trained(UNet(UNetSpec(width=4, depth=2, padding="same", dropout=0.0)), 3, 6)
     path = tmp_path_factory.mktemp("shallow") / "shallow.onnx"
     return export(network, path, contract=contract, sizes=[64, 80]).path
 

@@ -22,7 +22,7 @@ from unet_rt.graph.passes.free_crops import free_crops  # noqa: E402
 from unet_rt.graph.passes.half import half  # noqa: E402
 from unet_rt.graph.passes.outputs import keep_outputs  # noqa: E402
 from unet_rt.graph.passes.up_conv import up_conv  # noqa: E402
-from unet_rt.models.unet import UNet  # noqa: E402
+from unet_rt.models.unet import UNet, UNetSpec  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
@@ -62,7 +62,7 @@ def count(model: onnx.ModelProto, op: str) -> int:
 def test_an_up_convolution_is_the_same_sum(tmp_path):
     torch.manual_seed(0)
     x = pixels(96)
-    model = exported(UNet(width=8, depth=3, padding="same"), x, tmp_path / "a.onnx")
+    model = exported(UNet(UNetSpec(width=8, depth=3, padding="same")), x, tmp_path / "a.onnx")
     (before,) = results(model, [x], tmp_path / "b.onnx")
     assert (up_conv(model), up_conv(model)) == (3, 0)
     onnx.checker.check_model(model)

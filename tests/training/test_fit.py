@@ -30,7 +30,7 @@ from unet_rt.errors import (
     OutputError,  # noqa: E402
 )
 from unet_rt.models.checkpoint import TrainingError, load_checkpoint
-from unet_rt.models.unet import UNet  # noqa: E402
+from unet_rt.models.unet import UNet, UNetSpec  # noqa: E402
 from unet_rt.training import components
 from unet_rt.training.fit import (
     NORMALIZATION,
@@ -240,7 +240,7 @@ def test_windows_that_are_watched_hold_foreground() -> None:
 def test_batch_norm_keeps_its_statistics_in_the_second_half(folder: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
     data = read_folder(folder, NORMALIZATION)
-    network = UNet(width=3, depth=1, padding="same", norm="batch")
+    network = UNet(UNetSpec(width=3, depth=1, padding="same", norm="batch"))
     norm = network.down[0][1]
     recipe = Recipe(steps=8, tile_px=32, batch=2, validate_every=8)
     train(
@@ -321,7 +321,7 @@ def test_presets() -> None:
     cpu = torch.device("cpu")
     architecture, recipe = planned(Options("paper"), cpu, 1, 2)
     assert architecture.pop("network") == "UNet"
-    assert UNet(**architecture).spec == UNet().spec
+    assert UNet(UNetSpec(**architecture)).spec == UNet().spec
     assert (recipe.optimizer, recipe.batch, recipe.tile_px, recipe.balance) == ("sgd", 1, 572, 1.0)
     assert (recipe.w0, recipe.sigma_px, recipe.augmentation.elastic_px) == (10, 5, 10)
     _, recipe = planned(Options(recipe={"minutes": 2.0}), cpu, 3, 4)
@@ -473,7 +473,7 @@ def test_a_step_is_not_bound_by_its_augmentation(micrographs: list[Any]) -> None
 
     sample: Sample = prepare("one", micrographs[0].image, micrographs[0].truth, NORMALIZATION)
     tiles = Tiles([sample], 256, 256, Augmentation(), 0)
-    network = UNet(width=16, padding="same", norm="batch")
+    network = UNet(UNetSpec(width=16, padding="same", norm="batch"))
     image, _, _ = tiles.draw(2, 0)
 
     def best(work: Any) -> float:

@@ -24,7 +24,7 @@ from unet_rt.drawing.scene import Scene
 from unet_rt.errors import ImageError  # noqa: E402
 from unet_rt.models.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from unet_rt.models.stored import load_half  # noqa: E402
-from unet_rt.models.unet import UNet
+from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation, Tiles
 from unet_rt.training.evaluate import evaluate, predict_whole
 from unet_rt.training.metrics import iou
@@ -295,7 +295,7 @@ def test_the_loss_is_the_formula() -> None:
 
 def small_network(seed: int = 0) -> UNet:
     torch.manual_seed(seed)
-    return UNet(width=6, depth=2, padding="same", norm="batch", up="bilinear", dropout=0.0)
+    return UNet(UNetSpec(width=6, depth=2, padding="same", norm="batch", up="bilinear", dropout=0.0))
 
 
 SHORT = Recipe(steps=70, tile_px=64, batch=4, learning_rate=1e-2, validate_every=35, balance=0.5)
@@ -324,21 +324,21 @@ def test_training_repeats_itself(samples: list[Sample], optimizer: Any) -> None:
 
 def test_a_valid_network_trains_with_mirrored_borders(samples: list[Sample]) -> None:
     torch.manual_seed(0)
-    network = UNet(width=4, depth=2)
+    network = UNet(UNetSpec(width=4, depth=2))
     history = train(network, samples[:2], samples[4:], replace(SHORT, steps=2, tile_px=108, batch=1))
     assert len(history) == 1
     assert predict_whole(network, samples[4].image).shape == (2, 160, 160)
 
 
 def test_networks_for_volumes_are_refused(samples: list[Sample]) -> None:
-    network = UNet(width=2, depth=1, dims=3, padding="same")
+    network = UNet(UNetSpec(width=2, depth=1, dims=3, padding="same"))
     with pytest.raises(TrainingError, match="3 spatial axes, and tiles are cut from images of 2"):
         train(network, samples[:1], samples[:1], Recipe(steps=1))
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best(samples: list[Sample]) -> None:
     torch.manual_seed(0)
-    network = UNet(width=4, depth=2, padding="same")
+    network = UNet(UNetSpec(width=4, depth=2, padding="same"))
     with pytest.raises(TrainingError, match="Lower the learning rate"):
         train(network, samples[:2], samples[4:], replace(SHORT, optimizer="sgd", learning_rate=1e25))
     assert all(torch.isfinite(p).all() for p in network.parameters())
@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best(samples: li
 def test_a_whole_image_is_predicted_as_its_parts_are(samples: list[Sample]) -> None:
     """The valid network's samples do not depend on the window they are computed in."""
     torch.manual_seed(0)
-    network = UNet(width=3, depth=2).eval()
+    network = UNet(UNetSpec(width=3, depth=2)).eval()
     image = samples[0].image
     whole = predict_whole(network, image)
     spec = network.spec

@@ -12,7 +12,7 @@ alone, never on the windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
@@ -103,9 +103,8 @@ def label_mask(
         classes=classes,
         connectivity=connectivity,
         pixel_size_um=pixel_size_um,
-        class_names=class_names,
     )
-    return ids, found
+    return ids, replace(found, class_names=dict(class_names or {}))
 
 
 def find_objects(
@@ -118,9 +117,8 @@ def find_objects(
     classes: Sequence[int] | None = None,
     connectivity: Connectivity = "full",
     pixel_size_um: Sequence[float] = (),
-    class_names: Mapping[int, str] | None = None,
 ) -> Objects:
-    """Finds the connected components of a mask, class by class.
+    """The connected components of a mask that is read by windows, class by class, one row per object.
 
     Args:
         read: ``read(start, stop)`` gives the labels of a window: integers or bool, 0 is background. It is called twice
@@ -134,7 +132,6 @@ def find_objects(
         connectivity: ``full``: pixels that touch by a corner belong together, the convention of scikit-image, ImageJ
             and CellProfiler; ``face``: only those that share an edge (a face, in volumes) do.
         pixel_size_um: Micrometres per pixel of each axis, where known.
-        class_names: Names of labels, for tables and viewers.
 
     Raises:
         ContractError: An option makes no sense, or SciPy is missing.
@@ -181,7 +178,6 @@ def find_objects(
         found.low,
         found.high + 1,
         tuple(float(s) for s in pixel_size_um),
-        dict(class_names or {}),
     )
 
 

@@ -85,18 +85,9 @@ def write_output(made: Prepared, store: Store, out: Path, *, overwrite: bool) ->
 def _opened(
     made: Prepared, out: Path, channels: int, dtype: np.dtype[Any], nodata: float | None = None, *, overwrite: bool
 ) -> Output:
-    return open_output(
-        out,
-        shape=made.shape,
-        planes=made.image.planes,
-        plane_shape=made.image.plane_shape,
-        plane_axes=made.image.plane_axes,
-        channels=channels,
-        dtype=dtype,
-        source=made.image,
-        overwrite=overwrite,
-        nodata=nodata,
-    )
+    image = made.image
+    shape = Shape(made.shape, image.plane_shape, image.plane_axes, channels, dtype)
+    return open_output(out, shape, source=image, overwrite=overwrite, nodata=nodata)
 
 
 def move_folder(folder: Path, out: Path, *, overwrite: bool) -> None:
@@ -165,13 +156,15 @@ def write_instances(made: Prepared, store: Store, out: Path | None, tables: Tabl
 
         names = {k: class_name(made.engine.spec.contract, k) for k in range(1, len(made.decision.values))}
         planes = [
-            objects_module.find_objects(
-                partial(_labels, made, store, plane),
-                made.shape,
-                window=window,
-                write=partial(write, plane=plane),
-                min_size=tables.min_size,
-                pixel_size_um=size_of(image, made.shape) or (),
+            replace(
+                objects_module.find_objects(
+                    partial(_labels, made, store, plane),
+                    made.shape,
+                    window=window,
+                    write=partial(write, plane=plane),
+                    min_size=tables.min_size,
+                    pixel_size_um=size_of(image, made.shape) or (),
+                ),
                 class_names=names,
             )
             for plane in range(image.planes)

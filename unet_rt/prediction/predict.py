@@ -245,6 +245,7 @@ def _at_once(
 ) -> tuple[RunReport, Any]:
     """All planes from top to bottom, in one go: the report, and the path written or the array."""
     from ..outputs.output import open_output
+    from ..outputs.shape import Shape
     from .device import free_bytes
 
     grid = plan(engine.spec, source, tile=tile, batch=batch, free_bytes=free_bytes(engine))
@@ -277,17 +278,8 @@ def _at_once(
         return with_smaller_tiles(engine, grid, batch, attempt, asked=tile is not None)
 
     if out is not None:
-        with open_output(
-            out,
-            shape=shape,
-            planes=source.planes,
-            plane_shape=source.plane_shape,
-            plane_axes=source.plane_axes,
-            channels=decision.channels,
-            dtype=decision.dtype,
-            source=source,
-            overwrite=overwrite,
-        ) as sink:
+        what = Shape(tuple(shape), source.plane_shape, source.plane_axes, decision.channels, decision.dtype)
+        with open_output(out, what, source=source, overwrite=overwrite) as sink:
 
             def write(plane: int, start: int, band: Array) -> None:
                 sink.write(plane, (start,) + (0,) * (len(shape) - 1), band)
