@@ -21,7 +21,7 @@ from unet_rt.drawing.microscopy import microscopy
 from unet_rt.drawing.scene import Scene
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation, Tiles
-from unet_rt.training.fit import NORMALIZATION
+from unet_rt.training.options import NORMALIZATION
 from unet_rt.training.samples import prepare
 from unet_rt.training.trainer import Recipe, train
 from unet_rt.training.weights import border_weights

@@ -78,8 +78,8 @@ def train_one(args: argparse.Namespace) -> None:
     from unet_rt.models.architecture import network_of
     from unet_rt.models.checkpoint import save_checkpoint
     from unet_rt.training.curves import training_curves
-    from unet_rt.training.fit import NORMALIZATION, Options, device_of, fitting_tile, planned
     from unet_rt.training.folder import read_folder
+    from unet_rt.training.options import NORMALIZATION, Options, device_of, fitting_tile, planned
     from unet_rt.training.trainer import train
 
     torch.set_num_threads(args.threads)

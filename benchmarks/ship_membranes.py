@@ -29,8 +29,8 @@ from unet_rt.errors import ImageError
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation
 from unet_rt.training.evaluate import predict_whole
-from unet_rt.training.fit import NORMALIZATION
 from unet_rt.training.metrics import iou, pixel_error, rand_error
+from unet_rt.training.options import NORMALIZATION
 from unet_rt.training.samples import Sample, prepare
 from unet_rt.training.trainer import Progress, Recipe, train
 from unet_rt.training.weights import F32

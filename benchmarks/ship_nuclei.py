@@ -31,8 +31,8 @@ from unet_rt.models.stored import save_half
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation
 from unet_rt.training.evaluate import evaluate
-from unet_rt.training.fit import NORMALIZATION
 from unet_rt.training.metrics import iou
+from unet_rt.training.options import NORMALIZATION
 from unet_rt.training.samples import Sample, prepare
 from unet_rt.training.trainer import Progress, Recipe, train
 from unet_rt.training.weights import F32

@@ -32,15 +32,9 @@ from unet_rt.errors import (
 from unet_rt.models.checkpoint import TrainingError, load_checkpoint
 from unet_rt.models.unet import UNet, UNetSpec  # noqa: E402
 from unet_rt.training import components
-from unet_rt.training.fit import (
-    NORMALIZATION,
-    Options,
-    fit,
-    planned,
-    split,
-    watched,  # noqa: E402
-)
+from unet_rt.training.fit import fit, split, watched
 from unet_rt.training.folder import read_folder
+from unet_rt.training.options import NORMALIZATION, Options, planned
 from unet_rt.training.pairs import find_pairs
 from unet_rt.training.samples import Sample
 from unet_rt.training.trainer import (

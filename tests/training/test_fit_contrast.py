@@ -18,12 +18,9 @@ from unet_rt.drawing.microscopy import microscopy
 from unet_rt.drawing.scene import Scene
 from unet_rt.models.checkpoint import load_checkpoint
 from unet_rt.training.evaluate import evaluate
-from unet_rt.training.fit import (
-    NORMALIZATION,
-    Options,
-    fit,  # noqa: E402
-)
+from unet_rt.training.fit import fit
 from unet_rt.training.metrics import iou
+from unet_rt.training.options import NORMALIZATION, Options
 from unet_rt.training.samples import prepare
 from unet_rt.training.weights import separate  # noqa: E402
 

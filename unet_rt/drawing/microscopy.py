@@ -24,6 +24,7 @@ from .filters import F32, blur, gaussian_kernel, smooth_noise
 from .scene import Scene
 
 Pixels = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
 
 BLOCK_PX = 512
 ROAM_PX = 96  # how far a cluster that begins in a block may grow beyond it; far less than a block
@@ -226,26 +227,29 @@ class _World:
             ys[placed], xs[placed], rs[placed] = y, x, radius
             members.append(placed)
             placed += 1
-        n = placed - own
+        found = self._shaped(rng, ys[own:placed].copy(), xs[own:placed].copy(), rs[own:placed])
+        self._nuclei[key] = found
+        return found
+
+    def _shaped(self, rng: np.random.Generator, y: Floats, x: Floats, radius: Floats) -> _Nuclei:
+        """Nuclei of these places and radii, with outlines, brightness and texture drawn at random."""
+        scene, n = self.scene, len(y)
         amplitude = np.array([0.05, 0.05, 0.03]) * rng.gamma(2.0, 0.5, (n, 3)).clip(0, 3)
         phase = rng.uniform(0, 2 * np.pi, (n, 3))
         brightness = np.exp(rng.normal(0, scene.signal_spread, n)).clip(0.35, 4.0)
         # A few divide: small, round, bright.
         dividing = rng.random(n) < 0.02
-        radius_out = rs[own:placed] * np.where(dividing, 0.75, 1.0)
         stretch = np.sqrt(np.clip(1 + (scene.elongation - 1) * rng.gamma(3.0, 1 / 3, n), 1.0, 2.5))
-        found = _Nuclei(
-            y=ys[own:placed].copy(),
-            x=xs[own:placed].copy(),
-            radius=radius_out,
+        return _Nuclei(
+            y=y,
+            x=x,
+            radius=radius * np.where(dividing, 0.75, 1.0),
             stretch=stretch,
             angle=rng.uniform(0, np.pi, n),
             wobble=(amplitude * np.exp(1j * phase)).astype(np.complex64),
             brightness=brightness * np.where(dividing, 1.8, 1.0),
             texture_at=rng.integers(0, 1 << 30, (n, 2)),
         )
-        self._nuclei[key] = found
-        return found
 
     def _draw(
         self,

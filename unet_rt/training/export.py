@@ -125,11 +125,7 @@ def export(
         except Exception as error:  # noqa: BLE001 - exporters raise anything; what they say goes into the message
             notes.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
-        tidy(model)
-        model.producer_name, model.producer_version = "unet-rt", ""
-        del model.metadata_props[:]
-        onnx.helper.set_model_props(model, {**(metadata or {}), METADATA_KEY: json.dumps(contract.to_json())})
-        onnx.checker.check_model(model, full_check=True)
+        _sign(model, {**(metadata or {}), METADATA_KEY: json.dumps(contract.to_json())})
         errors = _errors(model, inputs, wanted, tolerance)
         if all(isinstance(e, Difference) and (e.worst <= tolerance or e.share <= jumpy) for e in errors):
             found = [e for e in errors if isinstance(e, Difference)]
@@ -162,6 +158,17 @@ def export(
         "Look for sizes taken as Python numbers in forward() (pass tensors' shapes on), or give sizes=[...] that the "
         "network accepts."
     )
+
+
+def _sign(model: onnx.ModelProto, metadata: dict[str, str]) -> None:
+    """Names without the exporter's clutter, this package as producer, and the metadata; the graph is checked."""
+    import onnx
+
+    tidy(model)
+    model.producer_name, model.producer_version = "unet-rt", ""
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
 
 
 def read_pixels(

@@ -68,25 +68,25 @@ def read_folder(
     images: str | None = None,
     masks: str | None = None,
     masks_are: MaskKind | None = None,
-    axes: str | None = None,
-    channels: Sequence[int] | str | None = None,
+    reading: Reading | None = None,
     w0: float | None = None,
     sigma_px: float = 5.0,
 ) -> DataSet:
-    """Samples of a folder of images and masks.
+    """The images and masks of a folder as samples to train on, with what the masks' numbers mean.
 
     Args:
         folder: See :func:`find_pairs`.
         normalization: Of the images.
         images, masks: Sub-folders, where names do not say it.
         masks_are: What the numbers of the masks mean; None: told from the masks themselves.
-        axes, channels: How images are read, as in prediction.
+        reading: How images are read, as in prediction: axes and channels.
         w0, sigma_px: Of the border weights. None: 10 between objects that the masks tell apart, else no such weights.
 
     Raises:
         ImageError: images and masks do not match, or cannot be read.
         ContractError: the images have different channels.
     """
+    axes, channels = (None, None) if reading is None else (reading.axes, reading.channels)
     pairs, notes = find_pairs(folder, images, masks)
     pairs, note = _without_test(folder, pairs)
     notes += note

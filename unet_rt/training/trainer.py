@@ -142,13 +142,7 @@ def train(
             "on plane by plane), or train a volume's network by a loop of your own"
         )
     place = torch.device(device)
-    network.to(place)
-    # Tensor cores want channels last; max-unpooling is not fast in it.
-    layout = (
-        torch.channels_last if place.type == "cuda" and not isinstance(network, SegNet) else torch.contiguous_format
-    )
-    network.to(memory_format=layout)  # type: ignore[call-overload] # stubs miss it
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    layout = _place(network, place)
     tiles = Tiles(training, recipe.tile_px, spec.out_size(recipe.tile_px), recipe.augmentation, recipe.seed, place)
     common = foreground_is_common(training)
     share = torch.from_numpy(class_weights([s.target for s in training], spec.classes, balance=recipe.balance))
@@ -158,7 +152,6 @@ def train(
     share = share.to(place)
     clock = _Clock(run.seconds)
     last_saved = clock.seconds()
-    rounding: contextlib.AbstractContextManager[Any]
     try:
         finished = _done(recipe, run.step, run.seconds)
         # Time that passes while validating ends nothing: the last step is always validated.
@@ -172,16 +165,10 @@ def train(
             image, target, border = tiles.draw(recipe.batch, run.step)
             # Dropout draws from torch's own generators: one seed per step lets training go on anywhere.
             torch.manual_seed((recipe.seed << 32) + run.step)
-            rounding = (
-                torch.autocast(place.type, torch.bfloat16) if recipe.precision == "bf16" else contextlib.nullcontext()
-            )
-            with rounding:
+            with _rounding(recipe, place):
                 logits = network(image.contiguous(memory_format=layout))
             loss = weighted_cross_entropy(logits.float(), target, share[target] + border)
-            run.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip_norm:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+            run.differentiate(loss)
             # Asking a CUDA device for each loss would have it wait for the next step: there, ask every 20.
             run.pending.append(loss.detach())
             finished = _done(recipe, run.step, clock.seconds())
@@ -207,6 +194,24 @@ def train(
     if state is not None:
         Path(state).unlink(missing_ok=True)
     return run.history
+
+
+def _place(network: Network, place: torch.device) -> torch.memory_format:
+    """Moves the network to its device; the memory format of its tensors there."""
+    network.to(place)
+    # Tensor cores want channels last; max-unpooling is not fast in it.
+    layout = (
+        torch.channels_last if place.type == "cuda" and not isinstance(network, SegNet) else torch.contiguous_format
+    )
+    network.to(memory_format=layout)  # type: ignore[call-overload] # stubs miss it
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    return layout
+
+
+def _rounding(recipe: Recipe, place: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if recipe.precision == "bf16":
+        return torch.autocast(place.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _set_norms(network: Network, step: int, *, frozen: bool) -> None:
@@ -238,6 +243,13 @@ class _Run:
         self.pending: list[torch.Tensor] = []
         self.history: list[Progress] = []
         self.best: dict[str, torch.Tensor] = copy.deepcopy(network.state_dict())
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Takes the gradients of a loss, cut to the recipe's norm."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
 
     def collect(self) -> None:
         """Losses of the last steps as numbers. TrainingError if one is not finite."""
