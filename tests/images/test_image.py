@@ -177,7 +177,7 @@ def test_only_the_segments_of_a_window_are_decoded(tmp_path: Path, monkeypatch: 
 
 
 def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unet_rt.images.tiff.CACHE_BYTES", 20_000)
+    monkeypatch.setattr("unet_rt.images.tiff_pages.CACHE_BYTES", 20_000)
     pixels = RNG.integers(0, 99, (640, 320), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", pixels, rowsperstrip=16, compression="zlib")
     with open_image(tmp_path / "a.tif", ANY) as source:
@@ -189,7 +189,7 @@ def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 MEMORY = """
 import resource, sys
 from unet_rt.contract.contract import Contract
-from flat_image import open_image
+from unet_rt.images.open import open_image
 import tifffile
 # ru_maxrss of a fork starts at its parent's; the current size is what this process itself adds to.
 def resident():

@@ -197,7 +197,8 @@ OTHER = """
 import sys
 from pathlib import Path
 import numpy as np
-from unet_rt.outputs.zarr import NO_DATA, ZarrOutput
+from unet_rt.outputs.zarr import ZarrOutput
+from unet_rt.outputs.zarr_metadata import NO_DATA
 
 output, whole = ZarrOutput.open(Path(sys.argv[1])), np.load(sys.argv[2])
 for number, (plane, *window) in enumerate(np.load(sys.argv[3]).tolist()):

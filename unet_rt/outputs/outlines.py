@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ContractError, ImageError
+from ..system.durable import open_whole
 from .objects import Objects, Read, read_window, window_for
 from .pieces import Array, Ints
-from .tables import written_whole
 
 Edges = npt.NDArray[np.int32]
 Ring = list[tuple[int, int]]  # corners (y, x) of a closed line, the first not repeated
@@ -87,7 +87,7 @@ def write_geojson(
 
     # Objects end in an order that depends on the windows; features are put in the order of ids when all are there.
     spans = np.zeros((len(found), 2), np.int64)
-    with written_whole(path, overwrite=overwrite) as stream, tempfile.TemporaryFile(dir=Path(path).parent) as drafts:
+    with open_whole(path, overwrite=overwrite) as stream, tempfile.TemporaryFile(dir=Path(path).parent) as drafts:
         for number, polygons in outlines(found, read, window=window):
             text = json.dumps(_feature(found, number, [[place(ring) for ring in rings] for rings in polygons]))
             data = text.encode()

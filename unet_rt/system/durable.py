@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 from uuid import uuid4
 
 from ..errors import OutputError
@@ -90,6 +91,26 @@ class Disk:
             folders.update(parent for parent in file.parents if parent.is_relative_to(root))
         for folder in sorted(folders, key=lambda p: -len(p.parts)):
             self.sync_folder(folder)
+
+
+@contextmanager
+def open_whole(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[TextIO]:
+    """A text file (UTF-8) to write, which gets its name when the block ends well; nothing is left behind otherwise.
+
+    Raises:
+        OutputError: The file exists already, or cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target}: exists already; use --overwrite to replace it, or choose another name")
+    try:
+        with Disk().writing(target) as part, part.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+    except OSError as error:
+        raise OutputError(
+            f"{target}: cannot be written ({error.strerror or error}); nothing was left behind; free some space or "
+            "choose another folder"
+        ) from error
 
 
 @contextmanager
