@@ -748,7 +748,12 @@ def definitions(tree: ast.AST) -> set[str]:
 
 def test_whatever_the_source_asks_of_the_library_is_in_the_tables() -> None:
     """And so is looked up in the real libraries below: what nobody else's objects have is the library's."""
-    ours = [*SOURCES, *(PACKAGE / "kernels").glob("*.py"), *(PACKAGE / "system").glob("*.py"), PACKAGE / "backends" / "session.py"]
+    ours = [
+        *SOURCES,
+        *(PACKAGE / "kernels").glob("*.py"),
+        *(PACKAGE / "system").glob("*.py"),
+        PACKAGE / "backends" / "session.py",
+    ]
     known = {name for source in ours for name in definitions(ast.parse(source.read_text()))}
     plain = (str, bytes, list, dict, set, Counter, OrderedDict, deque, Path, OSError, io.BufferedRandom, logging.Logger)
     arrays = (np, np.ndarray, np.dtype, re.Pattern, re.Match, ModuleType, type)

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from unet_rt.errors import GraphError
-
+from ..errors import GraphError
+from ..system.durable import Disk
 from .unet import UNet, UNetSpec
 
 
@@ -24,7 +24,7 @@ def save_half(path: str | os.PathLike[str], network: UNet) -> None:
         name: tensor.detach().numpy().astype(np.float16) for name, tensor in network.state_dict().items()
     }
     architecture = np.frombuffer(json.dumps(network.spec.to_json()).encode(), np.uint8)
-    with Path(path).open("wb") as file:
+    with Disk().writing(Path(path)) as part, part.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays, architecture=architecture)
 
 
