@@ -19,10 +19,8 @@ import numpy as np
 
 from ..errors import OutputError
 from ..images.pixels import Array, Origin
-from ..images.zarr import import_zarr
 from ..system.durable import Disk
-from .shape import Shape
-from .tiff import ome_axes
+from .shape import Shape, ome_axes
 from .zarr_metadata import NO_DATA, _channel, _image_label, plane_sizes, sizes_in, spatial_sizes, zarr_metadata
 
 MAX_TOP_PX = 512  # the coarsest level is no larger along Y and X: a thumbnail
@@ -72,6 +70,8 @@ class ZarrOutput:
         Raises:
             OutputError: zarr is missing, the axes are more than OME-Zarr holds, or the folder cannot be written.
         """
+        from ..images.zarr import import_zarr
+
         zarr = import_zarr(OutputError, folder)
         letters = ome_axes(shape.axes).lower()
         order = _order(letters)
@@ -113,6 +113,8 @@ class ZarrOutput:
         Raises:
             OutputError: There is none in this folder.
         """
+        from ..images.zarr import import_zarr
+
         zarr = import_zarr(OutputError, folder)
         try:
             group = zarr.open_group(folder, mode="r+", zarr_format=3, use_consolidated=False)
@@ -189,6 +191,8 @@ class ZarrOutput:
         Raises:
             OutputError: The disk is full or the folder cannot be written.
         """
+        from ..images.zarr import import_zarr
+
         zarr = import_zarr(OutputError, self.folder)
         stored = [self._letters[i] for i in _order(self._letters)]
         with _guarded(self.folder):

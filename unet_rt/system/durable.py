@@ -6,14 +6,12 @@ A file is durable once its data are synced, it has its name, and the folder that
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
-from uuid import uuid4
 
 from ..errors import OutputError
 
@@ -29,11 +27,13 @@ def part_path(path: Path) -> Path:
 
     Another one for every call: processes of several machines or containers may share a number and a folder.
     """
-    return path.parent / f".{path.name}.{uuid4().hex}{PART}"
+    return path.parent / f".{path.name}.{os.urandom(16).hex()}{PART}"
 
 
 def parts_of(path: Path) -> Iterator[Path]:
     """What lies under a name of :func:`part_path`: somebody is writing it, or was killed while doing so."""
+    import glob  # which predictions of arrays do not need
+
     return path.parent.glob(f".{glob.escape(path.name)}.*{PART}")
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unet_rt.errors import ImageError
-
+from ..errors import ImageError
 from .samples import Sample
 
 NODES = 3  # the paper's coarse grid
