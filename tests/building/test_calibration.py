@@ -55,7 +55,7 @@ def pixels(side: int, seed: int = 7) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="module")
 def prepared() -> Any:
-    return qdq.prepare(onnx.load(shipped_model()))
+    return qdq.prepare_graph(onnx.load(shipped_model()))
 
 
 # --- what is seen -----------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_ranges_hold_zero_and_no_more_than_was_seen(low: float, width: float, se
 
 
 def test_a_calibration_is_what_was_written(prepared: Any) -> None:
-    names = qdq.probed(prepared)
+    names = qdq.tensors_to_probe(prepared)
     made = calibrate(prepared, names, [[pixels(96)]], threads=1)
     again = Calibration.from_json(json.loads(made.dumps()))
     assert again == made
@@ -205,7 +205,7 @@ def test_the_window_of_the_farthest_values_calibrates() -> None:
     images[4][40:43, 50:53] = 65535
     samples = draw(images, contract, spatial=2, network_channels=1)
     ((low, high),) = input_ranges(samples[4])
-    x = normalised(samples[4].pixels, samples[4].numbers)
+    x = normalize_pixels(samples[4].pixels, samples[4].numbers)
     assert (low, high) == pytest.approx((x.min(), x.max()), rel=1e-5)
     calibrating, judging, _ = split(samples)
     assert calibrating[0] is samples[4]

@@ -433,7 +433,7 @@ def test_one_wide_channel(tmp_path: Path) -> None:
         assert engine.folder is not None
         quantiser.calibration = Calibration.from_json(json.loads(engine.folder.file("calibration").read_text()))
         quantiser.method, kept = engine.spec.options["int8"]["method"], frozenset(engine.spec.options["int8"]["kept"])
-    quantiser.prepared = qdq.prepare(onnx.load(model))
+    quantiser.prepared = qdq.prepare_graph(onnx.load(model))
     quantiser.layers = qdq.layers(quantiser.prepared)
     quantiser.write(tmp_path / "wide-tensorrt.onnx", "tensorrt", kept)
     written = onnx.load(tmp_path / "wide-tensorrt.onnx")
@@ -517,7 +517,7 @@ def test_the_engine_keeps_its_calibration(tmp_path: Path) -> None:
     assert {digest for _, digest in calibration.windows}.isdisjoint(judged)
     options = engine.spec.options["int8"]
     again = qdq.quantise(
-        qdq.prepare(onnx.load(folder.file("model"))),
+        qdq.prepare_graph(onnx.load(folder.file("model"))),
         calibration.ranges[options["method"]],
         form_of("onnxruntime"),
         keep=frozenset(options["kept"]),

@@ -26,7 +26,7 @@ from unet_rt.errors import GraphError  # noqa: E402
 from unet_rt.graph.passes.half import (
     RECORD,
     half,
-    halved,
+    half_type_of,
     node_name,  # noqa: E402
 )
 from unet_rt.graph.passes.up_conv import up_conv  # noqa: E402
@@ -88,7 +88,7 @@ def test_the_shipped_network(keep_io: bool, tmp_path: Path) -> None:
     wanted = run(model, x, tmp_path)
     small = copy(model)
     done = half(small, keep_io=keep_io)
-    assert (done.nodes, done.islands, halved(small), halved(model)) == (41, {}, "fp16", None)
+    assert (done.nodes, done.islands, half_type_of(small), half_type_of(model)) == (41, {}, "fp16", None)
     assert_halved(small)
     ports = [v.type.tensor_type.elem_type for v in (*small.graph.input, *small.graph.output)]
     assert set(ports) == {TensorProto.FLOAT if keep_io else TensorProto.FLOAT16}

@@ -183,11 +183,11 @@ def test_every_pass_is_the_same_network_and_idempotent(rewrite, changed, units, 
 
 def test_preparing_twice_and_quantising_twice():
     """Preparation changes nothing that is prepared; a quantised graph is refused, since its FP32 values are gone."""
-    prepared = qdq.prepare(everything())
-    again = qdq.prepare(prepared)
+    prepared = qdq.prepare_graph(everything())
+    again = qdq.prepare_graph(prepared)
     assert again.SerializeToString(deterministic=True) == prepared.SerializeToString(deterministic=True)
-    found = calibrate(prepared, qdq.probed(prepared), [[pixels(32)]], threads=1)
+    found = calibrate(prepared, qdq.tensors_to_probe(prepared), [[pixels(32)]], threads=1)
     made = [qdq.quantise(prepared, found.ranges["minmax"], "openvino", means=found.means).model for _ in range(2)]
     assert made[0].SerializeToString(deterministic=True) == made[1].SerializeToString(deterministic=True)
     with pytest.raises(urt.GraphError, match="quantised already"):
-        qdq.prepare(made[0])
+        qdq.prepare_graph(made[0])

@@ -27,7 +27,7 @@ from unet_rt.cli.demo import shipped_model
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
-from unet_rt.images.normalize import affine, normalised
+from unet_rt.images.normalize import affine, normalize_pixels
 from unet_rt.outputs.pictures import COLOURS
 from unet_rt.prediction.host import run
 from unet_rt.prediction.report import RunReport
@@ -488,7 +488,7 @@ def test_pixels_outside_the_range_are_counted_once(nuclei, image, tile):
     """As the network gets them: a camera of twice the gain changes grey levels, and nothing that the network sees."""
     with open_image(image, nuclei.spec.contract) as source:
         numbers = affine(nuclei.spec.contract.normalization, source).plane(0)
-    x = normalised(image[None], numbers)
+    x = normalize_pixels(image[None], numbers)
     low, high = (float(v) for v in np.percentile(x, (5, 90)))
     engine = Engine(replace(nuclei.spec, options={"input_range": [[low, high]]}), nuclei._session)
     found: list[RunReport] = []

@@ -33,7 +33,7 @@ from unet_rt.prediction import stage as prediction_stage
 from unet_rt.prediction.plan import plan_blocks
 from unet_rt.system.durable import Disk
 from unet_rt.tiling.decision import decide
-from unet_rt.tiling.resample import needed, resample, resampled_shape
+from unet_rt.tiling.resample import input_span, resample, resampled_shape
 
 pytestmark = pytest.mark.onnxruntime
 
@@ -488,7 +488,7 @@ def test_windows_are_resampled_as_the_whole(n, m):
     whole = resample(line, (0, 0), (0, 0), (m, 40), (n, 40), (m, 40))
     for start in range(0, m, 7):
         stop = min(start + 7, m)
-        low, high = needed(start, stop, n, m)
+        low, high = input_span(start, stop, n, m)
         part = resample(line[:, low:high], (low, 0), (start, 0), (stop, 40), (n, 40), (m, 40))
         np.testing.assert_array_equal(part, whole[:, start:stop])
 

@@ -17,7 +17,7 @@ from ..engine import parity as parity_module
 from ..engine.spec import EngineSpec
 from ..errors import ImageError
 from ..graph.passes.qdq import FORMS
-from ..images.normalize import normalised
+from ..images.normalize import normalize_pixels
 from ..tiling.grid import square_tile
 from .calibration import input_ranges, split
 from .job import BuildJob, Remarks, Scope
@@ -172,7 +172,7 @@ def describe_first(sample: SampleWindow, raw: Array, contract: Contract, remarks
         contract: Of that output.
         remarks: Receives warnings about an output that says nothing.
     """
-    x = normalised(sample.pixels, sample.numbers)
+    x = normalize_pixels(sample.pixels, sample.numbers)
     first: dict[str, Any] = {
         "name": sample.name,
         "reading": sample.reading,

@@ -199,7 +199,7 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
     return Graph(ordered, inputs, outputs, constants, opsets.get("", opsets.get("ai.onnx", 1)), opsets, metadata, place)
 
 
-def needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
+def nodes_behind(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
     """Positions of the nodes that these outputs depend on."""
     producers = {name: k for k, node in enumerate(nodes) for name in node.output if name}
     found: set[int] = set()
@@ -212,9 +212,9 @@ def needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
     return found
 
 
-def restricted(graph: Graph, outputs: Sequence[Value]) -> Graph:
+def restrict(graph: Graph, outputs: Sequence[Value]) -> Graph:
     """``graph`` with these outputs alone, and the nodes that they depend on."""
-    kept = needed([node.proto for node in graph.nodes], (value.name for value in outputs))
+    kept = nodes_behind([node.proto for node in graph.nodes], (value.name for value in outputs))
     return replace(graph, nodes=tuple(graph.nodes[k] for k in sorted(kept)), outputs=tuple(outputs))
 
 

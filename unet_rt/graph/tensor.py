@@ -15,7 +15,7 @@ from .file import Constant, Graph, Node
 from .line import Line
 
 
-def _first(x: Inputs) -> Tensor:
+def first_input(x: Inputs) -> Tensor:
     if not x or x[0] is None:
         raise CannotRun("has no input")
     return x[0]
@@ -39,7 +39,7 @@ def plain(size: int) -> Axis:
     return (size,)
 
 
-def tracked(axis: Axis) -> bool:
+def is_tracked(axis: Axis) -> bool:
     return any(isinstance(p, Line) for p in axis)
 
 
@@ -164,7 +164,7 @@ def value_of(tensor: Tensor | None) -> Array | None:
     return tensor.value
 
 
-def known(array: Array, sized: bool = False, inputs: Sequence[Tensor | None] = ()) -> Tensor:
+def constant_tensor(array: Array, sized: bool = False, inputs: Sequence[Tensor | None] = ()) -> Tensor:
     axes = tuple(plain(n) for n in array.shape)
     faults, notes = remarks(inputs)
     return Tensor(axes, constants.element_type(array), True, array, sized, faults, notes)
@@ -239,13 +239,13 @@ def _rescaled(axis: Axis, size: int) -> Axis:
 def _merge_axis(state: Walk, node: Node, axes: list[tuple[Axis, Tensor, int]], size: int) -> tuple[Axis, list[str]]:
     """One axis of an element-wise result. Each entry: the axis, its tensor, the axis' number in it."""
     wide = [(a, t, k) for a, t, k in axes if axis_size(a) == size]
-    following = [(a, t) for a, t, _ in wide if tracked(a)]
+    following = [(a, t) for a, t, _ in wide if is_tracked(a)]
     if not following:
         return plain(size), []
     base, texts = following[0][0], []
     same: list[Axis] = []
     for axis, tensor, k in wide:
-        if tracked(axis):
+        if is_tracked(axis):
             alike = [p if isinstance(p, int) else None for p in axis] == [
                 p if isinstance(p, int) else None for p in base
             ]
@@ -265,7 +265,7 @@ def _merge_axis(state: Walk, node: Node, axes: list[tuple[Axis, Tensor, int]], s
             parts.append(column[0])
             continue
         try:
-            parts.append(lines.merge(followed))
+            parts.append(lines.merge_lines(followed))
         except ValueError as reason:
             texts.append(str(reason))
             parts.append(followed[0])
@@ -285,7 +285,7 @@ def _uniform(tensor: Tensor, axis: int) -> bool:
     return bool(np.all((array == first) | ((array != array) & (first != first))))
 
 
-def merged(state: Walk, node: Node, given: Sequence[Tensor], dtype: int | None = None) -> Tensor:
+def broadcast(state: Walk, node: Node, given: Sequence[Tensor], dtype: int | None = None) -> Tensor:
     """Element-wise result of ``given`` under broadcasting."""
     rank = max(t.rank for t in given)
     axes: list[Axis] = []
@@ -301,7 +301,7 @@ def merged(state: Walk, node: Node, given: Sequence[Tensor], dtype: int | None =
             raise CannotRun("has an empty input")
         if any(axis_size(a) not in (1, size) for a, _, _ in here):
             raise CannotRun(f"meets sizes {' and '.join(str(axis_size(a)) for a, _, _ in here)}")
-        if size > 1 and any(tracked(a) and axis_size(a) == 1 for a, _, _ in here):
+        if size > 1 and any(is_tracked(a) and axis_size(a) == 1 for a, _, _ in here):
             raise CannotRun("meets a single sample that would be spread over the image")
         axis, found = _merge_axis(state, node, here, size)
         axes.append(axis)

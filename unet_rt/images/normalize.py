@@ -154,7 +154,7 @@ def _measured(how: Normalization, source: Source, group: tuple[int, ...], plane:
     return moments.mean, moments.std + how.eps
 
 
-def normalised(pixels: Array, numbers: Affine) -> Float32:
+def normalize_pixels(pixels: Array, numbers: Affine) -> Float32:
     """(C, *spatial) pixels as the network gets them; the slow twin of what ``tile_gather`` does on its way."""
     wide = pixels.dtype in (np.int32, np.uint32, np.float64)
     kind = np.float64 if wide else np.float32

@@ -18,11 +18,11 @@ import numpy as np
 from ..contract.contract import Contract
 from ..errors import ContractError, ImageError, size_text
 from .arrays import array_pixels
-from .axes import Choice, Layout, choose_channels, parse_channels, read_axes
+from .axes import ChannelChoice, Layout, choose_channels, parse_channels, read_axes
 from .formats import NPY_MAGIC, SLIDES, SUFFIXES, TIFF_MAGIC, check_magic
 from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels, is_zarr, pick_level
-from .source import BAND_SAMPLES, Source, _state
+from .source import BAND_SAMPLES, Source, file_state
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _opened(image: Any, name: str | None, level: int | None) -> tuple[str, Path 
         if not stored.files:
             stored = replace(stored, files=(path,))
         if not stored.fingerprint:
-            size, changed = _state(path, name)
+            size, changed = file_state(path, name)
             state = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "level": level or 0}
             stored = replace(stored, fingerprint=state)
     else:
@@ -193,7 +193,7 @@ def _arranged(
     return source
 
 
-def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
+def _check_dropped(source: Source, choice: ChannelChoice, alpha: int | None) -> None:
     """ContractError if a channel that is dropped by rule carries something."""
     stored = source._layout.channels
     integer = source.dtype.kind in "iu"
@@ -203,7 +203,7 @@ def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
         source.path,
         Stored(source._pixels, None, source.metadata),
         source._layout,
-        Choice(tuple(range(stored)), ""),
+        ChannelChoice(tuple(range(stored)), ""),
     )
     for plane, start, stop in whole.bands():
         band = whole.read_band(plane, start, stop)

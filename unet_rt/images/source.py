@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import ContractError, ImageError, size_text
 from .arrays import DevicePixels
-from .axes import Choice, Layout
+from .axes import ChannelChoice, Layout
 from .pixels import Array, Stored
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Source:
         on_device: :meth:`device_plane` gives the pixels where they lie; luma and channels in no even order it does not.
     """
 
-    def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: Choice) -> None:
+    def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: ChannelChoice) -> None:
         self.name = name
         self.path = path
         self.axes = layout.axes
@@ -68,7 +68,7 @@ class Source:
         self._pixels = stored.pixels
         self._valid = stored.valid
         self.gaps = stored.valid is not None or stored.nodata is not None
-        self._files = tuple((file, _state(file, name)) for file in stored.files)
+        self._files = tuple((file, file_state(file, name)) for file in stored.files)
         self._fingerprint = dict(stored.fingerprint)
         self._layout = layout
         self._choice = choice
@@ -159,7 +159,7 @@ class Source:
     def _guarded(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Iterator[None]:
         """Names the window in errors of its pixels, and notices where the file is no longer the one opened."""
         for file, state in self._files:
-            if _state(file, self.name) != state:
+            if file_state(file, self.name) != state:
                 raise ImageError(f"{file}: changed while it was being read; start again when nothing writes to it")
         try:
             yield
@@ -284,7 +284,7 @@ def _luma(colours: Array) -> Array:
     return real.astype(colours.dtype)
 
 
-def _state(file: Path, name: str) -> tuple[int, int]:
+def file_state(file: Path, name: str) -> tuple[int, int]:
     """(bytes, time of the last change in nanoseconds)."""
     try:
         found = file.stat()

@@ -26,7 +26,7 @@ from ..engine.load import load
 from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, EngineError, GraphError, ImageError, OutputError
-from ..images.normalize import normalised
+from ..images.normalize import normalize_pixels
 from ..outputs import pictures
 from .truth import Array, Truth, average_truths, compare_to_labels
 

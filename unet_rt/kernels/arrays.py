@@ -167,7 +167,7 @@ def check_dtype(name: str, array: _Array, allowed: tuple[str, ...]) -> None:
         raise ImageError(f"{name} has dtype {dtype}; convert it to one of {_names(allowed)}")
 
 
-def check_output(out: _Array, allowed: tuple[str, ...], name: str = "out") -> None:
+def check_writable(out: _Array, allowed: tuple[str, ...], name: str = "out") -> None:
     dtype = out.dtype
     if not dtype.isnative or dtype.str[1:] not in allowed:
         raise OutputError(f"{name} has dtype {dtype.str}; allocate it as {_names(allowed)}")
@@ -182,7 +182,7 @@ def _names(dtypes: tuple[str, ...]) -> str:
 def check_counter(name: str, counter: _Array | None) -> None:
     if counter is None:
         return
-    check_output(counter, ("u8", "i8"), name)
+    check_writable(counter, ("u8", "i8"), name)
     if counter.shape not in ((), (1,)):
         raise OutputError(f"{name} is {shape_text(counter)}; allocate it as (1,)")
 
@@ -201,9 +201,9 @@ def check_tiles(tiles: _Array) -> int:
     return axes
 
 
-def check_target(out: _Array, op: str, channels: int, axes: int) -> tuple[int, ...]:
+def target_shape(out: _Array, op: str, channels: int, axes: int) -> tuple[int, ...]:
     """The output's spatial shape."""
-    check_output(out, ("u1",) if op in ("argmax", "threshold") else ("f4",))
+    check_writable(out, ("u1",) if op in ("argmax", "threshold") else ("f4",))
     lead = () if op == "argmax" else (channels,)
     if out.ndim != len(lead) + axes or out.shape[: len(lead)] != lead:
         form = "(*spatial)" if op == "argmax" else f"({channels}, *spatial)"
@@ -310,7 +310,7 @@ def code_of(name: str, value: str, table: dict[str, int], error: type[Exception]
     return table[value]
 
 
-def thread_count(threads: int) -> int:
+def kernel_threads(threads: int) -> int:
     if threads < 0:
         raise BackendError(f"threads is {threads}; give 0 for this machine's default, or a positive number")
     return threads or native.default_threads()

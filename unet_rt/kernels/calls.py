@@ -33,21 +33,21 @@ from .arrays import (
     SMALLEST,
     check_counter,
     check_dtype,
-    check_output,
     check_spatial,
-    check_target,
     check_tiles,
+    check_writable,
     code_of,
     coordinates,
     kernel_arrays,
     kernel_stream,
+    kernel_threads,
     label_arguments,
     per_channel,
     placement_tables,
     shape_text,
     sizes_of,
     table_of,
-    thread_count,
+    target_shape,
 )
 from .request import COPY, Affine, Frame, Operation, Placement, Size
 
@@ -99,7 +99,7 @@ def tile_gather(
     begin = coordinates("starts", starts, axes, gpu)
     if isinstance(begin, np.ndarray) and begin.size and (begin.min() < -FARTHEST_PX or begin.max() > FARTHEST_PX):
         raise TileError(f"starts reach from {begin.min()} to {begin.max()} px; they must stay within 2^48")
-    check_output(out, FLOATS)
+    check_writable(out, FLOATS)
     check_counter("non_finite", counter)
     tiles = begin.shape[0]
     if out.ndim != axes + 2 or out.shape[:2] != (tiles, channels):
@@ -114,7 +114,7 @@ def tile_gather(
         queue = kernel_stream(stream, window, out)
         gpu.tile_gather(window.description, table_of(begin), out.description, *place, *numbers, address, queue)
         return 0
-    bad: int = native.cpu().tile_gather(window, begin, out, *place, *numbers, thread_count(threads))
+    bad: int = native.cpu().tile_gather(window, begin, out, *place, *numbers, kernel_threads(threads))
     if counter is not None:
         counter += bad
     return bad
@@ -186,14 +186,14 @@ def tile_stitch(
     axes = check_tiles(tiles)
     channels = tiles.shape[1]
     code = code_of("op", operation.op, _OPS, ContractError)
-    spatial = check_target(out, operation.op, channels, axes)
+    spatial = target_shape(out, operation.op, channels, axes)
     tables = placement_tables(placement, tiles, spatial, gpu)
     bounds, labels = label_arguments(operation, channels)
     if gpu is not None:
         queue = kernel_stream(stream, tiles, out)
         gpu.tile_stitch(tiles.description, *map(table_of, tables), out.description, code, bounds, labels, queue)
     else:
-        native.cpu().tile_stitch(tiles, *tables, out, code, bounds, labels, thread_count(threads))
+        native.cpu().tile_stitch(tiles, *tables, out, code, bounds, labels, kernel_threads(threads))
 
 
 def tile_blend(
@@ -231,8 +231,8 @@ def tile_blend(
         raise TileError(
             f"weight is {shape_text(weight)}, tiles are {shape_text(tiles)}; a weight has the tile's spatial shape"
         )
-    check_output(total, ("f4",), "total")
-    check_output(weight_total, ("f4",), "weight_total")
+    check_writable(total, ("f4",), "total")
+    check_writable(weight_total, ("f4",), "weight_total")
     if total.ndim != axes + 1 or total.shape != (tiles.shape[1], *weight_total.shape):
         raise TileError(
             f"total is {shape_text(total)} and weight_total {shape_text(weight_total)}; {tiles.shape[1]} channels need "
@@ -244,7 +244,7 @@ def tile_blend(
         sums = (weight.description, total.description, weight_total.description)
         gpu.tile_blend(tiles.description, *map(table_of, tables), *sums, queue)
     else:
-        native.cpu().tile_blend(tiles, *tables, weight, total, weight_total, thread_count(threads))
+        native.cpu().tile_blend(tiles, *tables, weight, total, weight_total, kernel_threads(threads))
 
 
 def blend_finish(
@@ -290,7 +290,7 @@ def blend_finish(
         )
     channels = total.shape[0]
     code = code_of("op", operation.op, _OPS, ContractError)
-    spatial = check_target(out, operation.op, channels, axes)
+    spatial = target_shape(out, operation.op, channels, axes)
     if spatial != weight_total.shape:
         raise TileError(f"out is {shape_text(out)} for a total of {shape_text(total)}; spatial shapes must agree")
     check_counter("uncovered", counter)
@@ -301,7 +301,7 @@ def blend_finish(
         sums = (total.description, weight_total.description)
         gpu.blend_finish(*sums, out.description, code, bounds, labels, address, queue)
         return 0
-    bare: int = native.cpu().blend_finish(total, weight_total, out, code, bounds, labels, thread_count(threads))
+    bare: int = native.cpu().blend_finish(total, weight_total, out, code, bounds, labels, kernel_threads(threads))
     if counter is not None:
         counter += bare
     return bare
@@ -328,7 +328,7 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
     check_spatial("up", up, axes)
     if up.dtype != skip.dtype or out.dtype != skip.dtype:
         raise TileError(f"skip is {skip.dtype}, up {up.dtype}, out {out.dtype}; give all three the same dtype")
-    check_output(out, dtypes)
+    check_writable(out, dtypes)
     expected = (up.shape[0], skip.shape[1] + up.shape[1], *up.shape[2:]) if skip.ndim == up.ndim else None
     if expected is None or skip.shape[0] != up.shape[0] or out.shape != expected:
         raise TileError(
@@ -344,7 +344,7 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
     if gpu is not None:
         gpu.crop_concat(skip.description, up.description, out.description, start, kernel_stream(stream, skip, up, out))
     else:
-        native.cpu().crop_concat(skip, up, out, start, thread_count(threads))
+        native.cpu().crop_concat(skip, up, out, start, kernel_threads(threads))
 
 
 def histogram(values: NDArray[Any], counts: NDArray[np.int64], *, threads: int = 0) -> None:
@@ -363,4 +363,4 @@ def histogram(values: NDArray[Any], counts: NDArray[np.int64], *, threads: int =
     kinds = 1 << (8 * values.dtype.itemsize)
     if counts.dtype != np.int64 or counts.shape != (kinds,) or not counts.flags.c_contiguous:
         raise OutputError(f"counts is {shape_text(counts)} {counts.dtype}; allocate it as ({kinds},) int64")
-    native.cpu().histogram(np.ascontiguousarray(values), counts, thread_count(threads))
+    native.cpu().histogram(np.ascontiguousarray(values), counts, kernel_threads(threads))

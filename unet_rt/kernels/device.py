@@ -28,7 +28,7 @@ _HOW = (
 )
 
 
-def missing(index: int = 0) -> str | None:
+def missing_reason(index: int = 0) -> str | None:
     """None if GPU ``index`` can be used; else one sentence: what is missing and how to get it."""
     found = facts.cuda()
     if found.missing is not None:
@@ -66,7 +66,7 @@ class Device(MemoryContext):
     _opening = threading.Lock()
 
     def __init__(self, index: int) -> None:
-        reason = missing(index)
+        reason = missing_reason(index)
         if reason is not None:
             raise BackendError(f"cuda:{index} cannot be used: {reason}")
         driver: Any = importlib.import_module("pycuda.driver")
@@ -92,7 +92,7 @@ class Device(MemoryContext):
         """The device, opened once per process.
 
         Raises:
-            BackendError: It cannot be used (:func:`missing` says why).
+            BackendError: It cannot be used (:func:`missing_reason` says why).
         """
         with cls._opening:
             if index not in cls._opened:

@@ -21,7 +21,15 @@ from ..errors import OutputError
 from ..images.pixels import Array, Origin
 from ..system.durable import Disk
 from .shape import Shape, ome_axes
-from .zarr_metadata import NO_DATA, _channel, _image_label, plane_sizes, sizes_in, spatial_sizes, zarr_metadata
+from .zarr_metadata import (
+    NO_DATA,
+    channel_metadata,
+    label_metadata,
+    plane_sizes,
+    sizes_in,
+    spatial_sizes,
+    zarr_metadata,
+)
 
 MAX_TOP_PX = 512  # the coarsest level is no larger along Y and X: a thumbnail
 OURS = "unet-rt"  # key of what `open` needs to know and OME has no word for
@@ -88,9 +96,9 @@ class ZarrOutput:
         }
         about: dict[str, Any] = {}
         if shape.channels == 0 and shape.dtype.kind in "iu":
-            about["image-label"] = _image_label(names or {})
+            about["image-label"] = label_metadata(names or {})
         elif shape.channels and names and highest is not None:
-            about["omero"] = {"channels": [_channel(k, names[k], highest) for k in range(shape.channels)]}
+            about["omero"] = {"channels": [channel_metadata(k, names[k], highest) for k in range(shape.channels)]}
         with _guarded(folder):
             if folder.exists() and any(folder.iterdir()):
                 raise OutputError(f"{folder}: is there already and is not empty; choose another name")

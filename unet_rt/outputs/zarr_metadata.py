@@ -55,7 +55,7 @@ def zarr_metadata(
     return {"version": VERSION, "multiscales": [multiscale], **about}
 
 
-def _image_label(names: Mapping[int, str]) -> dict[str, Any]:
+def label_metadata(names: Mapping[int, str]) -> dict[str, Any]:
     """``image-label``: a colour and a class per value. Value 0 and what holds no data are transparent."""
     if not names:
         return {}
@@ -67,7 +67,7 @@ def _image_label(names: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
-def _channel(k: int, name: str, highest: float) -> dict[str, Any]:
+def channel_metadata(k: int, name: str, highest: float) -> dict[str, Any]:
     """``omero``: what viewers call a channel, and how they draw it."""
     window = {"min": 0, "max": highest, "start": 0, "end": highest}
     return {"label": name, "color": "".join(f"{part:02X}" for part in _colour(k)), "active": True, "window": window}

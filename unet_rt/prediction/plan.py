@@ -29,7 +29,7 @@ from ..kernels.request import Affine
 from ..outputs.shape import nodata_value
 from ..system import limits
 from ..tiling.decision import Decision, decide
-from ..tiling.resample import needed, resample, resampled_shape
+from ..tiling.resample import input_span, resample, resampled_shape
 from .blocks import Block, BlockPlan, plan_blocks, plan_of
 from .request import Request
 from .stage import Stage
@@ -51,7 +51,7 @@ class Resampled(Source):
         if any(a == b for a, b in zip(start, stop, strict=True)):  # of tiles that lie outside, with a constant border
             return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
         shapes = self._inner.shape, self.shape
-        ends = [needed(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
+        ends = [input_span(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
         first = tuple(a for a, _ in ends)
         last = tuple(b for _, b in ends)
         window = filled(*self._inner.read_valid(plane, first, last), self._affines.plane(plane))

@@ -11,7 +11,7 @@ import torch
 
 from ..models.architecture import Network
 from .metrics import iou
-from .samples import Sample, padded
+from .samples import Sample, pad_mirrored
 from .weights import F32
 
 WHOLE_PX = 1536  # larger images are predicted by windows of this size: activations of a whole slide fit nowhere
@@ -45,7 +45,7 @@ def _predict_window(network: Network, image: F32) -> F32:
     size = spec.size_at_least(1)
     margin = (size - spec.out_size(size)) // 2
     wanted = [spec.size_at_least(n + 2 * margin) for n in shape]
-    grown = padded(image, margin, [w - n - margin for w, n in zip(wanted, shape, strict=True)])
+    grown = pad_mirrored(image, margin, [w - n - margin for w, n in zip(wanted, shape, strict=True)])
     place = next(network.parameters()).device
     with torch.no_grad():
         logits: F32 = network(torch.from_numpy(grown[None]).to(place))[0].float().cpu().numpy()

@@ -175,7 +175,7 @@ def read_pixels(
     image: str | os.PathLike[str], contract: Contract, axes: str | None = None, channels: str | None = None
 ) -> Array:
     """(C, *spatial) of the first plane of an image, normalised as ``contract`` says: what to compare on."""
-    from ..images.normalize import affine, normalised
+    from ..images.normalize import affine, normalize_pixels
     from ..images.open import Reading, open_image
 
     if contract.normalization is None:
@@ -183,7 +183,7 @@ def read_pixels(
     spatial = len(contract.axes) - 2 if contract.axes else 2
     with open_image(image, contract, Reading(axes, channels), spatial=spatial) as source:
         raw = source.read(0, (0,) * spatial, source.shape)
-        return normalised(raw, affine(contract.normalization, source).plane(0))
+        return normalize_pixels(raw, affine(contract.normalization, source).plane(0))
 
 
 def _input_of(module: nn.Module, contract: Contract) -> tuple[int, int]:

@@ -20,8 +20,8 @@ from ..models.architecture import Network, network_of
 from ..models.checkpoint import TrainingError, save_checkpoint
 from .curves import training_curves
 from .evaluate import evaluate, foreground_is_common
-from .folder import DataSet, read_folder
-from .options import Options, device_of, fitting_tile, planned
+from .folder import DataSet, read_data
+from .options import Options, device_of, fitting_tile, plan_training
 from .samples import Sample, split_by_blocks
 from .trainer import Progress, Recipe, train
 
@@ -97,11 +97,11 @@ def fit(
     data = _read(Path(folder), options)
     for note in data.notes:
         say(note)
-    training, validation = split(data, say)
+    training, validation = split_data(data, say)
     if options.limit is not None:
         training = training[: options.limit]
         _check_classes(training, data.classes)
-    architecture, recipe = planned(options, place, len(data.channels), len(data.classes))
+    architecture, recipe = plan_training(options, place, len(data.channels), len(data.classes))
     torch.manual_seed(int(options.recipe.get("seed", 0)))
     try:
         network = network_of(architecture)
@@ -133,7 +133,7 @@ def fit(
         training_curves(history, curves)
         report(now)
 
-    seen = watched(validation)
+    seen = watch_windows(validation)
     train(network, training, seen, recipe, device=place, state=state, resume=resume, report=keep, progress=progress)
     network.to("cpu")
     best = max(history, key=lambda p: p.iou)
@@ -148,7 +148,7 @@ def _read(folder: Path, options: Options) -> DataSet:
     sizes = {k: options.recipe[k] for k in ("w0", "sigma_px") if k in options.recipe}
     if options.preset == "paper":
         sizes = {"w0": 10.0, **sizes}
-    return read_folder(
+    return read_data(
         folder,
         options.normalization,
         images=options.images,
@@ -215,7 +215,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tuple[list[Sample], list[Sample]]:
+def split_data(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tuple[list[Sample], list[Sample]]:
     """(training, validation), by folders or by blocks; each holds every class, or the user is told."""
     if 0 < len(data.validation) < len(data.samples):
         training = [s for k, s in enumerate(data.samples) if k not in data.validation]
@@ -229,7 +229,7 @@ def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tupl
     return training, validation
 
 
-def watched(validation: Sequence[Sample]) -> list[Sample]:
+def watch_windows(validation: Sequence[Sample]) -> list[Sample]:
     """What is validated on while training: of every k-th image the window that holds most foreground."""
     found = []
     for s in validation[:: -(-len(validation) // WATCHED)]:
@@ -297,4 +297,4 @@ def _device_name(place: torch.device) -> str:
     return torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-__all__ = ["Fit", "fit", "split", "watched"]
+__all__ = ["Fit", "fit", "split_data", "watch_windows"]

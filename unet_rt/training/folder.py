@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract, Normalization
 from ..errors import ContractError, ImageError, size_text
-from ..images.normalize import affine, normalised
+from ..images.normalize import affine, normalize_pixels
 from ..images.open import Reading, open_image
 from ..images.source import Source
 from .pairs import Pair, find_pairs, words_of
@@ -61,7 +61,7 @@ class DataSet:
     notes: tuple[str, ...] = ()
 
 
-def read_folder(
+def read_data(
     folder: Path,
     normalization: Normalization,
     *,
@@ -128,7 +128,7 @@ def read_folder(
                 if raw.dtype.kind == "f" and not np.isfinite(raw).all():
                     raise ImageError(f"{pair.image.name} holds values that are not finite; repair it or leave it out")
                 ranges.append((float(raw.min()), float(raw.max())))
-                pixels: F32 = normalised(raw, numbers.plane(plane))
+                pixels: F32 = normalize_pixels(raw, numbers.plane(plane))
                 name = pair.image.name + (f" plane {plane}" if source.planes > 1 else "")
                 samples.append(sample_of(name, pixels, mask, masks=kind, w0=w0, sigma_px=sigma_px))
     found = np.unique([k for s in samples for k in np.unique(s.target)])

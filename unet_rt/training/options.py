@@ -75,7 +75,7 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def planned(options: Options, place: torch.device, channels: int, classes: int) -> tuple[dict[str, Any], Recipe]:
+def plan_training(options: Options, place: torch.device, channels: int, classes: int) -> tuple[dict[str, Any], Recipe]:
     """(architecture, recipe) of the preset for a device, with the user's values over it."""
     cuda = place.type == "cuda"
     architecture: dict[str, Any] = {"network": options.network, "in_channels": channels, "classes": classes}

@@ -67,7 +67,7 @@ def node_name(node: onnx.NodeProto) -> str:
     return node.name or node.output[0]
 
 
-def halved(model: onnx.ModelProto) -> HalfType | None:
+def half_type_of(model: onnx.ModelProto) -> HalfType | None:
     """The type that :func:`half` has put a graph into, None for any other graph."""
     record = next((p.value for p in model.metadata_props if p.key == RECORD), None)
     return None if record is None else json.loads(record)["to"]
@@ -90,7 +90,7 @@ def half(
     Raises:
         GraphError: Islands that the graph does not have, or control flow on pixels.
     """
-    if halved(model) is not None:
+    if half_type_of(model) is not None:
         return Halved(0)
     if model.functions:
         from onnx import inliner

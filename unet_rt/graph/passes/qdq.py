@@ -22,7 +22,7 @@ Cases:
   samples (interpolating ones by form): they share the scale of what they move.
 - Tensors of which nothing but zeros was seen: a scale of 1/255.
 - Everything else computes in floats, between a dequantised input and, where a convolution reads it, a quantised result.
-- Graphs that are quantised, or whose weights are FP16 or BF16: refused, so that nothing is quantised twice. :func:`prepare`
+- Graphs that are quantised, or whose weights are FP16 or BF16: refused, so that nothing is quantised twice. :func:`prepare_graph`
   changes nothing that is prepared, and :func:`quantise` makes the same graph of the same ranges.
 
 Biases are corrected for what rounding the weights shifts the mean output by: sum over input channels of their mean times
@@ -88,7 +88,7 @@ FORMS: Mapping[str, Form] = {
 }
 
 
-def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+def prepare_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of an FP32 graph as calibration and quantisation take it: folded, up-convolutions as convolutions, named nodes.
 
     Raises:
@@ -138,7 +138,7 @@ def layers(model: onnx.ModelProto) -> list[str]:
     ]
 
 
-def probed(model: onnx.ModelProto) -> list[str]:
+def tensors_to_probe(model: onnx.ModelProto) -> list[str]:
     """Tensors of a prepared graph whose ranges quantisation needs, in any form."""
     view = Moves(model, resize=True)
     nodes = [view.nodes[layer] for layer in layers(model)]
@@ -175,11 +175,11 @@ def quantise(
     keep: frozenset[str] = frozenset(),
     means: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Quantised:
-    """A quantised copy of a graph that :func:`prepare` made.
+    """A quantised copy of a graph that :func:`prepare_graph` made.
 
     Args:
         prepared: The graph.
-        ranges: Of the tensors that :func:`probed` names.
+        ranges: Of the tensors that :func:`tensors_to_probe` names.
         form: For which backend.
         keep: Names of convolutions to be kept in FP32.
         means: Channel means of their inputs, for the correction of biases; None: no correction.
