@@ -27,6 +27,7 @@ from unet_rt.errors import (
     ContractError,
     GraphError,  # noqa: E402
 )
+from unet_rt.models.architecture import network_of
 from unet_rt.models.checkpoint import save_checkpoint  # noqa: E402
 from unet_rt.models.fcn import FCN8s
 from unet_rt.models.segnet import SegNet
@@ -181,7 +182,7 @@ def test_an_exporter_that_fails_without_a_word_is_named(tmp_path: Path, monkeypa
     def fail(*_: Any) -> bytes:
         raise AssertionError
 
-    monkeypatch.setattr(sys.modules["unet_rt.training.export"], "_trace", fail)
+    monkeypatch.setattr(sys.modules["unet_rt.training.export"], "trace", fail)
     with pytest.raises(GraphError, match="trace: AssertionError: AssertionError"):
         export(
             UNet(UNetSpec(width=2, depth=1, padding="same")), tmp_path / "model.onnx", sizes=[32, 40], exporter="trace"
@@ -266,7 +267,11 @@ def test_a_module_comes_back_from_its_graph(tmp_path: Path) -> None:
 def test_predecessors_are_exact_in_tiles(tmp_path: Path, kind: Any) -> None:
     """Their graphs are plain operators that the analysis knows; OpenVINO gives what ONNX Runtime gives."""
     torch.manual_seed(0)
-    done = export(used(kind(width=3, depth=3, norm="batch")), tmp_path / "model.onnx", sizes=[48, (48, 64)])
+    done = export(
+        used(network_of({"network": kind.__name__, "width": 3, "depth": 3, "norm": "batch"})),
+        tmp_path / "model.onnx",
+        sizes=[48, (48, 64)],
+    )
     assert done.exporter == "trace"
     kinds = {n.op_type for n in onnx.load(done.path).graph.node}
     assert not {"MaxUnpool", "ScatterND", "Shape", "Reshape"} & kinds

@@ -13,6 +13,7 @@ SPATIAL = {1: "X", 2: "YX", 3: "ZYX"}
 
 
 def spatial_letters(letters: str) -> str:
+    """The letters of axes that are spatial, in their order."""
     return "".join(a for a in letters if a in "ZYX")
 
 

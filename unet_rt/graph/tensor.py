@@ -16,6 +16,7 @@ from .line import Line
 
 
 def first_input(x: Inputs) -> Tensor:
+    """The first input of a node; CannotRun where it has none."""
     if not x or x[0] is None:
         raise CannotRun("has no input")
     return x[0]
@@ -28,18 +29,22 @@ Remark = tuple[int, str]
 
 
 def part_size(part: Part) -> int:
+    """Samples along a part of an axis: a line's, or the number itself."""
     return part.size if isinstance(part, Line) else part
 
 
 def axis_size(axis: Axis) -> int:
+    """Samples along an axis: the product over its parts."""
     return math.prod(part_size(p) for p in axis)
 
 
 def plain(size: int) -> Axis:
+    """An axis of ``size`` samples that follow no axis of the image."""
     return (size,)
 
 
 def is_tracked(axis: Axis) -> bool:
+    """Whether an axis follows an axis of the image."""
     return any(isinstance(p, Line) for p in axis)
 
 
@@ -147,6 +152,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of operators of these names."""
+
     def register(function: Rule) -> Rule:
         for op in ops:
             RULES[op] = function
@@ -165,12 +172,14 @@ def value_of(tensor: Tensor | None) -> Array | None:
 
 
 def constant_tensor(array: Array, sized: bool = False, inputs: Sequence[Tensor | None] = ()) -> Tensor:
+    """The tensor of a value that does not depend on pixels; ``sized``: it depends on the image's size."""
     axes = tuple(plain(n) for n in array.shape)
     faults, notes = remarks(inputs)
     return Tensor(axes, constants.element_type(array), True, array, sized, faults, notes)
 
 
 def remarks(inputs: Sequence[Tensor | None]) -> tuple[frozenset[Remark], frozenset[Remark]]:
+    """(faults, notes) of a node's inputs, which its outputs inherit."""
     faults = frozenset[Remark]().union(*(t.faults for t in inputs if t is not None))
     notes = frozenset[Remark]().union(*(t.notes for t in inputs if t is not None))
     return faults, notes

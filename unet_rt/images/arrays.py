@@ -38,6 +38,7 @@ class DevicePixels:
 
 
 def array_pixels(image: Any, name: str) -> Pixels:
+    """Pixels of an array in memory, on a GPU, or read by windows (h5py, zarr, Dask, ...); ImageError for anything else."""
     if not isinstance(image, np.ndarray):
         from ..kernels import device
 

@@ -313,4 +313,4 @@ def _open_npy(path: Path, name: str) -> Stored:
     return Stored(mapped, None, Origin("array"))
 
 
-__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Source", "Reading", "is_url", "list_images", "open_image"]
+__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Reading", "Source", "is_url", "list_images", "open_image"]

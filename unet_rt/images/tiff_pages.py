@@ -20,6 +20,7 @@ from .pixels import (
 
 
 def truncated_error(name: str, end: int, size: int) -> ImageError:
+    """What is raised for a file of ``size`` bytes whose pixels end at byte ``end``."""
     return ImageError(
         f"{name}: the file is truncated: its pixels end at byte {end:,}, the file at {size:,}; copy it again from its "
         "source"

@@ -137,6 +137,7 @@ def _of_dlpack(array: Any) -> _DeviceArray:
 
 
 def table_of(table: _Array) -> Any:
+    """A table of coordinates as kernels take it: the array itself, or where it lies on a GPU."""
     return table if isinstance(table, np.ndarray) else table.description
 
 
@@ -153,10 +154,12 @@ def kernel_stream(stream: int, *arrays: _DeviceArray) -> int:
 
 
 def shape_text(array: _Array) -> str:
+    """The shape of an array for people, e.g. ``3x512x512``."""
     return size_text(array.shape) or "scalar"
 
 
 def check_dtype(name: str, array: _Array, allowed: tuple[str, ...]) -> None:
+    """ImageError unless an array has one of the dtypes, in this machine's byte order."""
     dtype = array.dtype
     if not dtype.isnative:
         raise ImageError(
@@ -168,6 +171,7 @@ def check_dtype(name: str, array: _Array, allowed: tuple[str, ...]) -> None:
 
 
 def check_writable(out: _Array, allowed: tuple[str, ...], name: str = "out") -> None:
+    """OutputError unless an array has one of the dtypes and can be written."""
     dtype = out.dtype
     if not dtype.isnative or dtype.str[1:] not in allowed:
         raise OutputError(f"{name} has dtype {dtype.str}; allocate it as {_names(allowed)}")
@@ -180,6 +184,7 @@ def _names(dtypes: tuple[str, ...]) -> str:
 
 
 def check_counter(name: str, counter: _Array | None) -> None:
+    """OutputError unless a counter, where there is one, is a single 64-bit integer that can be written."""
     if counter is None:
         return
     check_writable(counter, ("u8", "i8"), name)
@@ -188,11 +193,13 @@ def check_counter(name: str, counter: _Array | None) -> None:
 
 
 def check_spatial(name: str, array: _Array, axes: int) -> None:
+    """TileError unless an array has 1 to 3 spatial axes."""
     if not 1 <= axes <= 3:
         raise TileError(f"{name} is {shape_text(array)}, with {axes} spatial axes; kernels take 1, 2 or 3")
 
 
 def check_tiles(tiles: _Array) -> int:
+    """Number of spatial axes of tiles (N, K, *tile); errors for a dtype or shape that kernels do not take."""
     check_dtype("tiles", tiles, FLOATS)
     axes = tiles.ndim - 2
     check_spatial("tiles", tiles, axes)
@@ -212,6 +219,7 @@ def target_shape(out: _Array, op: str, channels: int, axes: int) -> tuple[int, .
 
 
 def coordinates(name: str, value: Any, axes: int, gpu: Any) -> _Array:
+    """A table (N, axes) of whole numbers as int64, on the host or as it lies on a GPU; TileError for another shape."""
     view = None if isinstance(value, np.ndarray | list | tuple) else _on_device(name, value)
     if view is not None:
         if gpu is None:
@@ -230,6 +238,7 @@ def coordinates(name: str, value: Any, axes: int, gpu: Any) -> _Array:
 
 
 def sizes_of(name: str, value: Size, axes: int) -> list[int]:
+    """``axes`` whole numbers within 2^48, or TileError."""
     try:
         sizes = [operator.index(number) for number in value]
     except TypeError as error:
@@ -297,6 +306,7 @@ def label_arguments(operation: Operation, channels: int) -> tuple[list[float], l
 
 
 def per_channel(name: str, value: ArrayLike, channels: int) -> list[float]:
+    """A number per channel: ``value`` itself, or the one number repeated; ContractError for another shape."""
     numbers = np.asarray(value)
     if numbers.dtype.kind not in "iufb" or numbers.shape not in ((), (1,), (channels,)):
         raise ContractError(f"{name} is {value!r}; give one number, or one per channel ({channels})")
@@ -305,12 +315,14 @@ def per_channel(name: str, value: ArrayLike, channels: int) -> list[float]:
 
 
 def code_of(name: str, value: str, table: dict[str, int], error: type[Exception]) -> int:
+    """The number by which kernels know a word; ``error`` for an unknown one."""
     if value not in table:
         raise error(f"{name} {value!r} is unknown; choose one of {', '.join(table)}")
     return table[value]
 
 
 def kernel_threads(threads: int) -> int:
+    """Threads for a call: what is asked, or for 0 the default of this machine."""
     if threads < 0:
         raise BackendError(f"threads is {threads}; give 0 for this machine's default, or a positive number")
     return threads or native.default_threads()

@@ -177,11 +177,13 @@ def order_streams(device: Context, first: int, then: int) -> None:
 
 @functools.cache
 def driver_library() -> Any:
+    """NVIDIA's driver library, initialised."""
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     check_status(library.cuInit(ctypes.c_uint(0)), "cuInit")
     return library
 
 
 def check_status(status: int, call: str) -> None:
+    """BackendError unless a call of the driver returned success."""
     if status:
         raise BackendError(f"the NVIDIA driver answers error {status} to {call}; see unet-rt doctor")

@@ -20,6 +20,7 @@ Connectivity = Literal["full", "face"]
 
 
 def box_of(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
+    """The window [start, stop) as an index."""
     return tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
 
 

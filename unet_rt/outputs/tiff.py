@@ -53,6 +53,7 @@ class _TiffForm:
 def tiff_form(
     path: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None, extra: tuple[Any, ...]
 ) -> _TiffForm:
+    """How an output is written as TIFF: OME, ImageJ or plain, with its tags, and BigTIFF where it is large."""
     lower = path.name.lower()
     ome = lower.endswith((".ome.tif", ".ome.tiff")) or origin.kind == "ome"
     axes, full = shape.axes, shape.full

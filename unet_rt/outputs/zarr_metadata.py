@@ -89,6 +89,7 @@ def sizes_in(ome: Mapping[str, Any], letters: Sequence[str]) -> dict[str, tuple[
 
 
 def spatial_sizes(pixel_size_um: tuple[float, ...] | None) -> dict[str, tuple[float, str]]:
+    """(size, unit) by spatial axis, as OME-Zarr states them."""
     sizes = pixel_size_um or ()
     return {letter: (float(um), "micrometer") for letter, um in zip("zyx"[-len(sizes) :], sizes, strict=False)}
 

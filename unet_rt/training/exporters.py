@@ -33,6 +33,7 @@ def _names(x: Array, outputs: int) -> tuple[list[str], dict[str, dict[int, str]]
 
 
 def trace(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
+    """The ONNX graph of a module by tracing it once on ``x``, as bytes."""
     import torch
 
     names, axes = _names(x, outputs)
@@ -52,6 +53,7 @@ def trace(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
 
 
 def dynamo(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
+    """The ONNX graph of a module by torch.export on ``x``, as bytes."""
     import torch
 
     names, axes = _names(x, outputs)

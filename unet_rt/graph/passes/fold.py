@@ -13,15 +13,10 @@ one more rounding to eight bits, and one more pass over memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import onnx
-
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx

@@ -27,6 +27,7 @@ OTHER_DOMAINS = frozenset({"FusedConv", "NhwcConv", "NhwcFusedConv", "NhwcMaxPoo
 
 
 def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operator set that a graph is written in."""
     return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
 
 

@@ -22,8 +22,8 @@ Cases:
   samples (interpolating ones by form): they share the scale of what they move.
 - Tensors of which nothing but zeros was seen: a scale of 1/255.
 - Everything else computes in floats, between a dequantised input and, where a convolution reads it, a quantised result.
-- Graphs that are quantised, or whose weights are FP16 or BF16: refused, so that nothing is quantised twice. :func:`prepare_graph`
-  changes nothing that is prepared, and :func:`quantise` makes the same graph of the same ranges.
+- Graphs that are quantised, or whose weights are FP16 or BF16: refused, so that nothing is quantised twice.
+  :func:`prepare_graph` changes nothing that is prepared, and :func:`quantise` makes the same graph of the same ranges.
 
 Biases are corrected for what rounding the weights shifts the mean output by: sum over input channels of their mean times
 the rounding error of their kernel (the calibration holds the means). It costs nothing at run time.
