@@ -323,12 +323,14 @@ def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     pixels = pixels_of.drawn(320)
     numbers = pixels_of.numbers_of(net, pixels)
     module = net.module()
+    import torch
+
     from unet_rt.images.normalize import normalize_pixels
 
-    with gpu.torch.inference_mode():
-        whole = module(gpu.torch.from_numpy(normalize_pixels(pixels[None], numbers)[None]))[0].argmax(0)
-    mask = whole.to(gpu.torch.uint8).numpy()
-    changed, compared = gpu.changed_labels(net, pixels, numbers, mask, "cpu")
+    with torch.inference_mode():
+        whole = module(torch.from_numpy(normalize_pixels(pixels[None], numbers)[None]))[0].argmax(0)
+    mask = whole.to(torch.uint8).numpy()
+    changed, compared = changed_labels(net, pixels, numbers, mask, "cpu")
     assert compared > 10_000
     assert changed <= 1e-5
     shifted, _ = changed_labels(net, pixels, numbers, np.roll(mask, 1, axis=0), "cpu")
