@@ -49,7 +49,7 @@ def numbers_of(net: paper_net.Net, pixels: np.ndarray) -> Any:
 
 
 def batch_of(net: paper_net.Net, count: int, tile: int, device: str) -> Tensor:
-    """(count, 1, tile, tile) float32, contiguous: different windows of one drawn image, normalize_pixels by its statistics."""
+    """(count, 1, tile, tile) float32, contiguous: different windows of one drawn image, normalised by its statistics."""
     pixels = drawn(max(tile + 64, min(2048, 2 * tile)))
     numbers = numbers_of(net, pixels)
     room = len(pixels) - tile

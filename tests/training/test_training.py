@@ -36,6 +36,7 @@ pytestmark = pytest.mark.torch
 
 PERCENTILE = Normalization("percentile", scope="image")
 DATA = Path(unet_rt.__file__).parent / "data"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -394,8 +395,9 @@ def test_iou() -> None:
 # --------------------------------------------------------------------------------------------------- what is shipped
 
 
-def test_the_small_valid_network_is_what_its_record_says() -> None:
-    from unet_rt.training.nuclei import NETWORKS, TEST_SEEDS, drawn
+def test_the_small_valid_network_is_what_its_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from ship_nuclei import NETWORKS, TEST_SEEDS, drawn
 
     network = load_half(DATA / "paper_w8.npz")
     record = json.loads((DATA / "paper_w8.json").read_text())
@@ -406,9 +408,10 @@ def test_the_small_valid_network_is_what_its_record_says() -> None:
         assert value == pytest.approx(claimed[sample.name], abs=2e-3)  # rounding on another machine flips few pixels
 
 
-def test_the_shipped_network_is_what_its_record_says() -> None:
+def test_the_shipped_network_is_what_its_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
     ort = pytest.importorskip("onnxruntime", reason="runs the shipped graph; pip install unet-rt[cpu]")
-    from unet_rt.training.nuclei import NETWORKS, TEST_SEEDS, drawn
+    from ship_nuclei import NETWORKS, TEST_SEEDS, drawn
 
     record = json.loads((DATA / "nuclei.json").read_text())
     session = ort.InferenceSession(str(DATA / "nuclei.onnx"), providers=["CPUExecutionProvider"])
