@@ -596,8 +596,8 @@ def test_statistics_of_planes_are_measured_once(engine, small_blocks, tmp_path, 
     contract = replace(engine.spec.contract, normalization=normalization)
     monkeypatch.setattr(engine, "spec", replace(engine.spec, contract=contract))
     expected = urt.predict(engine, stack, tile=TILE, axes="ZYX", output="probability")
-    measured, planes = normalize._measured, []
-    monkeypatch.setattr(normalize, "_measured", lambda *a: planes.append(a[-1]) or measured(*a))
+    measured, planes = normalize._measured_numbers, []
+    monkeypatch.setattr(normalize, "_measured_numbers", lambda *a: planes.append(a[-1]) or measured(*a))
     for k in range(2):
         urt.predict(engine, path, out=out, tile=TILE, axes="ZYX", output="probability", shard=(k, 2))
         kept = stage.stage_folder(out) / "numbers"

@@ -77,7 +77,7 @@ def membranes(shape: Sequence[int], *, seed: int = 0, tissue: Tissue | None = No
     # Half of the noise passes the optics.
     share = np.float32(tissue.noise * math.sqrt(0.5))
     level += share * rng.standard_normal(field, np.float32)
-    level = _blurred(level, tissue.blur_px) + share * rng.standard_normal(field, np.float32)
+    level = _blur(level, tissue.blur_px) + share * rng.standard_normal(field, np.float32)
     image = np.clip(np.rint(level), 0, 255).astype(np.uint8)
     window = tuple(slice(0, n) for n in size)
     return Section(image[window].copy(), truth[window].copy(), tissue)
@@ -351,7 +351,7 @@ def _quantile(share: float) -> float:
     return NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6))
 
 
-def _blurred(image: F32, sigma: float) -> F32:
+def _blur(image: F32, sigma: float) -> F32:
     """By a Gaussian, periodic as the fields are."""
     out: F32 = np.fft.irfft2(low_pass(np.fft.rfft2(image), image.shape, sigma), s=image.shape).astype(np.float32)
     return out

@@ -109,7 +109,7 @@ def _spread(t: Tensor, axes: Sequence[int]) -> bool:
     return t.axes is not None and any(is_tracked(t.axes[a % t.rank]) for a in axes)
 
 
-def _normalised(state: Walk, node: Node, x: Tensor, axes: Sequence[int], text: str) -> list[Tensor]:
+def _normalize(state: Walk, node: Node, x: Tensor, axes: Sequence[int], text: str) -> list[Tensor]:
     faults = frozenset({state.remark(node, text)}) if _spread(x, axes) else frozenset()
     return [Tensor(x.axes, x.dtype, faults=faults)]
 
@@ -122,28 +122,28 @@ def _instance_norm(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         axes = node.attributes.get("axes", [0, 2, 3])
     elif node.op == "GroupNorm":
         axes = range(first.rank)
-    return _normalised(state, node, first, axes, "normalises by mean and deviation over the whole image")
+    return _normalize(state, node, first, axes, "normalises by mean and deviation over the whole image")
 
 
 @rule("LayerNormalization", "RMSNormalization")
 def _layer_norm(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first = first_input(x)
     axis = int(node.attributes.get("axis", -1)) % first.rank
-    return _normalised(
+    return _normalize(
         state, node, first, range(axis, first.rank), "normalises by mean and deviation over the whole image"
     )
 
 
 @rule("LpNormalization")
 def _lp_norm(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    return _normalised(
+    return _normalize(
         state, node, first_input(x), [int(node.attributes.get("axis", -1))], "normalises over the whole image"
     )
 
 
 @rule("LRN")
 def _lrn(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    return _normalised(state, node, first_input(x), [1], "normalises over neighbours in space")
+    return _normalize(state, node, first_input(x), [1], "normalises over neighbours in space")
 
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
@@ -155,7 +155,7 @@ def _softmax(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     else:
         axes = range(int(node.attributes.get("axis", 1)) % first.rank, first.rank)
         text = f"of opset {state.graph.opset} normalises over all axes from its axis on, space among them"
-    return _normalised(state, node, first, axes, text)
+    return _normalize(state, node, first, axes, text)
 
 
 @rule("CumSum")
@@ -163,7 +163,7 @@ def _cumsum(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     axis = value_of(x[1])
     first = first_input(x)
     axes = range(first.rank) if axis is None else [int(axis.reshape(()))]
-    return _normalised(state, node, first, axes, "sums up along the image")
+    return _normalize(state, node, first, axes, "sums up along the image")
 
 
 @rule(
@@ -179,10 +179,10 @@ def _reduce(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         if node.attributes.get("noop_with_empty_axes", 0):
             return [first]
         axes = tuple(range(first.rank))
-    return [_reduced(state, node, first, axes, bool(node.attributes.get("keepdims", 1)), first.dtype)]
+    return [_reduce_axes(state, node, first, axes, bool(node.attributes.get("keepdims", 1)), first.dtype)]
 
 
-def _reduced(state: Walk, node: Node, x: Tensor, axes: Sequence[int], keep: bool, dtype: int) -> Tensor:
+def _reduce_axes(state: Walk, node: Node, x: Tensor, axes: Sequence[int], keep: bool, dtype: int) -> Tensor:
     over = {a % x.rank for a in axes}
     faults: frozenset[Remark] = frozenset()
     if _spread(x, list(over)):
@@ -194,7 +194,7 @@ def _reduced(state: Walk, node: Node, x: Tensor, axes: Sequence[int], keep: bool
 @rule("ArgMax", "ArgMin")
 def _argmax(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     a = node.attributes
-    return [_reduced(state, node, first_input(x), [int(a.get("axis", 0))], bool(a.get("keepdims", 1)), 7)]
+    return [_reduce_axes(state, node, first_input(x), [int(a.get("axis", 0))], bool(a.get("keepdims", 1)), 7)]
 
 
 @rule("TopK")

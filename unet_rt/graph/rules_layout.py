@@ -204,11 +204,11 @@ def redistribute(axes: Sequence[Axis], target: Sequence[int]) -> tuple[Axis, ...
                 queue[0], need = n // common, need // common
             else:
                 return None
-        result.append(_joined(taken) or plain(1))
+        result.append(_join(taken) or plain(1))
     return tuple(result) if all(part_size(p) == 1 for p in queue) else None
 
 
-def _joined(parts: list[Part]) -> Axis:
+def _join(parts: list[Part]) -> Axis:
     """(line, k) is the line with every sample k times: what a pixel shuffle leaves."""
     if len(parts) == 2 and isinstance(parts[0], Line) and isinstance(parts[1], int):
         return (lines.repeat(parts[0], parts[1]),)
@@ -288,12 +288,12 @@ def _gather(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     if not is_tracked(axes[k]):
         return [Tensor((*axes[:k], *(indices.axes or ()), *axes[k + 1 :]), first.dtype)]
     line = sole_line(axes[k])
-    if array is None or line is None or array.ndim != 1 or (moved := _gathered(line, array)) is None:
+    if array is None or line is None or array.ndim != 1 or (moved := _gather_line(line, array)) is None:
         return unknown(state, node, x, "reads by a list of positions in the image")
     return [Tensor((*axes[:k], (moved,), *axes[k + 1 :]), first.dtype)]
 
 
-def _gathered(line: Line, indices: Array) -> Line | None:
+def _gather_line(line: Line, indices: Array) -> Line | None:
     """A gather that is a crop, a stride, nearest up-sampling or a padding in disguise."""
     at = np.where(indices < 0, indices + line.size, indices).astype(np.int64)
     m, n = len(at), line.size

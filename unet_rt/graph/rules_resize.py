@@ -70,7 +70,7 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             continue
         if sizes is not None and not x[3].sized:  # type: ignore[union-attr]
             texts.append(f"resizes to {size} samples whatever the size of the image")
-        moved, fault, note = _resized(node, line, size, factor)
+        moved, fault, note = _resize_line(node, line, size, factor)
         result[k] = (moved,)
         texts += fault
         notes += note
@@ -92,7 +92,7 @@ def _fraction(scale: float) -> Fraction:
     )
 
 
-def _resized(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line, list[str], list[str]]:
+def _resize_line(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line, list[str], list[str]]:
     a = node.attributes
     old = node.op == "Upsample"
     mode = {"bilinear": "linear", "trilinear": "linear"}.get(a.get("mode", "nearest"), a.get("mode", "nearest"))

@@ -235,12 +235,12 @@ def _pad(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     result, texts = list(first.axes or ()), []
     for position, k in enumerate(axes):
         before, after = pads[position], pads[position + len(pads) // 2]
-        result[k], found = _padded(result[k], before, after, mode)
+        result[k], found = _pad_axis(result[k], before, after, mode)
         texts += found
     return [Tensor(tuple(result), first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
 
 
-def _padded(axis: Axis, before: int, after: int, mode: str) -> tuple[Axis, list[str]]:
+def _pad_axis(axis: Axis, before: int, after: int, mode: str) -> tuple[Axis, list[str]]:
     n = axis_size(axis)
     if before == 0 and after == 0:
         return axis, []

@@ -217,7 +217,7 @@ def _like(base: Tensor | None, shape: tuple[int, ...]) -> tuple[Axis, ...]:
     if base is None or base.axes is None:
         return tuple(plain(n) for n in shape)
     if len(base.axes) == len(shape):
-        return tuple(_rescaled(axis, n) for axis, n in zip(base.axes, shape, strict=True))
+        return tuple(_rescale(axis, n) for axis, n in zip(base.axes, shape, strict=True))
     left = list(base.lines())
     axes: list[Axis] = []
     for n in shape:
@@ -228,7 +228,7 @@ def _like(base: Tensor | None, shape: tuple[int, ...]) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
-def _rescaled(axis: Axis, size: int) -> Axis:
+def _rescale(axis: Axis, size: int) -> Axis:
     if axis_size(axis) == size:
         return axis
     line = sole_line(axis)

@@ -286,7 +286,7 @@ def choose_channels(
     """
     stored = layout.channels
     if selection is not None:
-        return _selected(layout, name, wanted, selection, names)
+        return _select(layout, name, wanted, selection, names)
     if wanted is None:
         wanted = stored if alpha is None else stored - 1
     if not names and layout.channel is not None and layout.axes[layout.channel] == "S" and stored in (3, 4):
@@ -312,7 +312,7 @@ def choose_channels(
     raise ContractError(_mismatch_text(layout, name, wanted, names))
 
 
-def _selected(
+def _select(
     layout: Layout, name: str, wanted: int | None, selection: Sequence[int] | str, names: Sequence[str]
 ) -> ChannelChoice:
     stored = layout.channels

@@ -72,10 +72,10 @@ class Affines:
         if how.method in ("minmax", "percentile", "zscore"):
             # Scope "image" takes all channels for one.
             groups = [tuple(range(count))] if how.scope == "image" else [(c,) for c in range(count)]
-            measured = [_measured(how, source, group, plane) for group in groups]
+            measured = [_measured_numbers(how, source, group, plane) for group in groups]
             numbers = measured * count if how.scope == "image" else measured
         else:
-            numbers = _declared(how, source)
+            numbers = _declared_numbers(how, source)
         # float64 until here: the kernels take float32, rounded once.
         offset = np.array([pair[0] for pair in numbers], np.float32)
         divisor = np.array([pair[1] for pair in numbers], np.float32)
@@ -114,7 +114,7 @@ def _clip(how: Normalization, numbers: Sequence[tuple[float, float]], name: str)
     return min(max(how.clip[0], low), high), min(max(how.clip[1], low), high)
 
 
-def _declared(how: Normalization, source: Source) -> list[tuple[float, float]]:
+def _declared_numbers(how: Normalization, source: Source) -> list[tuple[float, float]]:
     """(offset, divisor) per channel, from the declaration alone."""
     count = source.channels
     if how.method == "none":
@@ -143,7 +143,9 @@ def _per_channel(values: Sequence[float], count: int, what: str, name: str) -> l
     return [float(values[0])] * count if len(values) == 1 else [float(v) for v in values]
 
 
-def _measured(how: Normalization, source: Source, group: tuple[int, ...], plane: int | None) -> tuple[float, float]:
+def _measured_numbers(
+    how: Normalization, source: Source, group: tuple[int, ...], plane: int | None
+) -> tuple[float, float]:
     """(offset, divisor) of the channels of a group, over one plane or all of them."""
     if how.method == "percentile":
         low, high = percentiles(source, how.percentiles, channels=group, plane=plane, clip=how.clip)

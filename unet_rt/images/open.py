@@ -74,7 +74,7 @@ def open_image(
     reading = reading or Reading()
     axes, channels, size_um = reading.axes, reading.channels, reading.pixel_size_um
     asked = parse_level(reading.level)
-    name, path, stored = _opened(image, name, asked if isinstance(asked, int) else None)
+    name, path, stored = _open_any(image, name, asked if isinstance(asked, int) else None)
     try:
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
         wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
@@ -89,7 +89,7 @@ def open_image(
         if picked == stored.level:
             if size_um:
                 stored = replace(stored, pixel_size_um=dict(zip("ZYX"[-spatial:], sizes[picked], strict=True)))
-            return _arranged(name, path, stored, layout, contract, selection, wanted)
+            return _arrange(name, path, stored, layout, contract, selection, wanted)
     except BaseException:
         stored.pixels.close()
         raise
@@ -98,7 +98,7 @@ def open_image(
     return open_image(image, contract, again, spatial=spatial, network_channels=network_channels, name=name)
 
 
-def _opened(image: Any, name: str | None, level: int | None) -> tuple[str, Path | None, Stored]:
+def _open_any(image: Any, name: str | None, level: int | None) -> tuple[str, Path | None, Stored]:
     """(name for messages, path of a file or folder, the image before its axes are read)."""
     path: Path | None = None
     if isinstance(image, str) and is_url(image):
@@ -169,7 +169,7 @@ def _sizes(name: str, stored: Stored, layout: Layout, given_um: Sequence[float])
     )
 
 
-def _arranged(
+def _arrange(
     name: str,
     path: Path | None,
     stored: Stored,

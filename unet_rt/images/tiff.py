@@ -66,7 +66,7 @@ def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None) -> St
                     from .geo import open_geo
 
                     return open_geo(place.path, name, level)
-                return _stored(tif, place, name, level)
+                return _read_tiff(tif, place, name, level)
         except ImageError:
             raise
         except Exception as error:
@@ -107,7 +107,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _stored(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
+def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
     if not tif.pages or not tif.series:
         raise ImageError(f"{name}: the TIFF holds no image; copy it again from its source")
     check_whole(tif, place.size, name)

@@ -99,7 +99,7 @@ class ZarrOutput:
             about["image-label"] = label_metadata(names or {})
         elif shape.channels and names and highest is not None:
             about["omero"] = {"channels": [channel_metadata(k, names[k], highest) for k in range(shape.channels)]}
-        with _guarded(folder):
+        with _guard(folder):
             if folder.exists() and any(folder.iterdir()):
                 raise OutputError(f"{folder}: is there already and is not empty; choose another name")
             group = zarr.create_group(
@@ -177,14 +177,14 @@ class ZarrOutput:
                 f"{self.chunk} of {self.shape.full} {self.shape.dtype}"
             )
         window = self._window(plane, start, stop)
-        with _guarded(self.folder):
+        with _guard(self.folder):
             self._array[tuple(window)] = self._stored(block)
             return [path for path in _chunks(self.folder / "0", self._array, window) if path.exists()]
 
     def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
         """What has been written, 0 elsewhere: (K, *spatial), or (*spatial,) without a channel axis."""
         self._check(plane, start, stop)
-        with _guarded(self.folder):
+        with _guard(self.folder):
             pixels = np.asarray(self._array[tuple(self._window(plane, start, stop))])
         order = _order(self._letters)
         moved = pixels.transpose([order.index(i) for i in range(len(order))])
@@ -203,7 +203,7 @@ class ZarrOutput:
 
         zarr = import_zarr(OutputError, self.folder)
         stored = [self._letters[i] for i in _order(self._letters)]
-        with _guarded(self.folder):
+        with _guard(self.folder):
             group = zarr.open_group(self.folder, mode="r+", zarr_format=3, use_consolidated=False)
             level, factors, below = 0, [1], self._array
             written: list[Path] = []
@@ -256,7 +256,7 @@ class ZarrOutput:
 
 
 @contextlib.contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
+def _guard(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

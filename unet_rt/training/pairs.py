@@ -54,7 +54,7 @@ def find_pairs(folder: Path, images: str | None = None, masks: str | None = None
         for side, files in zip((images, masks), sides, strict=True):
             if not files:
                 raise ImageError(f"{folder / side}: no file ending in {', '.join(SUFFIXES)}; check the path")
-        found = _matched(
+        found = _match(
             [(_key(p.relative_to(folder / images), True), p) for p in sides[0]],
             [(_key(p.relative_to(folder / masks), True), p) for p in sides[1]],
         )
@@ -137,10 +137,10 @@ def _by_words(folder: Path, files: Sequence[Path], own_names: bool) -> Matched:
     for path in files:
         relative = path.relative_to(folder)
         sides[_is_mask(relative, own_names)].append((_key(relative, own_names), path))
-    return _matched(*sides)
+    return _match(*sides)
 
 
-def _matched(images: Sequence[tuple[Key, Path]], masks: Sequence[tuple[Key, Path]]) -> Matched:
+def _match(images: Sequence[tuple[Key, Path]], masks: Sequence[tuple[Key, Path]]) -> Matched:
     """(pairs, images without masks, masks without images)."""
     by_key: dict[Key, list[Path]] = defaultdict(list)
     for key, path in masks:
