@@ -54,7 +54,7 @@ def write_geojson(
 
     Args:
         path: The file; it appears whole or not at all.
-        found: The objects, as :func:`unet_rt.objects.find_objects` returned them; of a (Y, X) mask.
+        found: The objects, as :func:`unet_rt.outputs.objects.find_objects` returned them; of a (Y, X) mask.
         read: ``read(start, stop)`` gives the ids that were written, of a window.
         window: Size of a window; it never changes the result.
         transform: (a, b, c, d, e, f) of ``x' = a x + b y + c``, ``y' = d x + e y + f`` from pixels to the coordinates

@@ -89,7 +89,7 @@ def export(
         sizes: Two input sizes to compare at; a number stands for all spatial axes. Default: from the U-Net's
             architecture, else the contract's trained tile (or 256 px) and 64 px more.
         pixels: ``(C, *spatial)`` or ``(*spatial)``: the network's input (already normalised) to compare on. Default:
-            microscopy drawn by :mod:`unet_rt.synthetic`.
+            microscopy drawn by :mod:`unet_rt.drawing.microscopy`.
         exporter: ``trace`` is fast and writes small graphs; ``dynamo`` follows more Python. ``auto`` traces, and
             takes the other one if the traced graph cannot be made or does not equal the module at both sizes.
         opset: ONNX operator set.
