@@ -39,11 +39,8 @@ from unet_rt.errors import (  # noqa: E402
 )
 from unet_rt.graph.passes import qdq  # noqa: E402
 from unet_rt.graph.passes.qdq import Range  # noqa: E402
-from unet_rt.images.normalize import (  # noqa: E402
-    Affine,
-    normalised,
-)
-from unet_rt.kernels.request import Affine
+from unet_rt.images.normalize import normalize_pixels  # noqa: E402
+from unet_rt.kernels.request import Affine  # noqa: E402
 
 pytestmark = pytest.mark.onnxruntime
 

@@ -401,7 +401,7 @@ def built(model: Path, out: Path, **options: Any) -> tuple[BuildReport, urt.Engi
 def test_one_wide_channel(tmp_path: Path) -> None:
     """FP16 would overflow, plain INT8 loses all other channels: both are seen. The mixture passes."""
     model = widened(tmp_path / "wide.onnx")
-    prepared = qdq.prepare(onnx.load(model))
+    prepared = qdq.prepare_graph(onnx.load(model))
     found = probe(prepared, list_tensors(prepared), [[pixels()]], threads=1)
     islands = find_overflows(prepared, found)
     assert "/down.2/down.2.3/Conv" in islands

@@ -131,7 +131,7 @@ def draw(
     samples, empty = list[SampleWindow](), list[str]()
     for position, image in enumerate(chosen):
         with open_image(
-            image, contract, axes=read.axes, channels=read.channels, spatial=spatial, network_channels=network_channels
+            image, contract, Reading(read.axes, read.channels), spatial=spatial, network_channels=network_channels
         ) as source:
             share = count // len(chosen) + (position < count % len(chosen))
             for sample in _windows_of(source, contract, share, max_px):

@@ -85,8 +85,7 @@ def _declare_no_normalization(model: Model, image: Any, read: ReadOptions) -> Mo
     with open_image(
         image,
         model.contract,
-        axes=read.axes,
-        channels=read.channels,
+        Reading(read.axes, read.channels),
         spatial=model.spatial,
         network_channels=model.channels,
     ) as source:

@@ -314,7 +314,7 @@ def _compare_growth(pair: _Pair, sample: SampleWindow, wanted: Sequence[Array]) 
         pair.model.report.activation_bytes(sample.shape)
     except GraphError:
         return []  # the graph does not run at this size: there is nothing to compare
-    bare = pair.reference.run(normalised(sample.pixels, sample.numbers)[None])
+    bare = pair.reference.run(normalize_pixels(sample.pixels, sample.numbers)[None])
     return [
         parity_module.compare_output(bare[k][0], wanted[k], spec, k, sample.name)
         for k in parity_module.judged_outputs(spec)
