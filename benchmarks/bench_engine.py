@@ -36,13 +36,13 @@ Contender = Callable[[], np.ndarray]
 
 def tile_of(contract: urt.Contract, tile: int, seed: int = 4242) -> np.ndarray:
     """(1, 1, tile, tile): drawn microscopy, normalised as the contract says."""
-    from unet_rt.images.normalize import affine, normalised
+    from unet_rt.images.normalize import affine, normalize_pixels
     from unet_rt.images.open import open_image
 
     pixels = microscopy((tile, tile), seed=seed).image
     with open_image(pixels, contract, spatial=2) as source:
         numbers = affine(contract.normalization, source).plane(0)
-    return normalised(pixels[None], numbers)[None]
+    return normalize_pixels(pixels[None], numbers)[None]
 
 
 def eager(module: torch.nn.Module, x: np.ndarray, *, channels_last: bool, dtype: torch.dtype | None) -> Contender:

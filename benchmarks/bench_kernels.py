@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests" / "helpers")]
 
-import record  # noqa: E402
-import reference  # noqa: E402
+import record
+import reference
 
-from unet_rt.kernels import calls as kernels  # noqa: E402
-from unet_rt.kernels import native  # noqa: E402
+from unet_rt.kernels import calls as kernels
+from unet_rt.kernels import native
+from unet_rt.kernels.request import Affine, Operation, Placement
 
 Case = tuple[str, int, Callable[[], Any], Callable[[], Any]]  # name, bytes touched, kernel, twin
 
@@ -50,14 +51,17 @@ def gather_cases(size: int, threads: int) -> Iterator[Case]:
     for dtype, out_dtype, layout, arrange, channels in layouts:
         image = arrange(rng.integers(0, 200, (channels, size, size)).astype(dtype))
         out = np.zeros((1, channels, size, size), out_dtype)
-        numbers: dict[str, Any] = {"offset": [3.1] * channels, "divisor": [57.3] * channels}
+        offset, divisor = np.full(channels, 3.1, np.float32), np.full(channels, 57.3, np.float32)
+        numbers = Affine(offset, divisor, None)
         starts = [[-16, -16]]
 
-        def kernel(image: Any = image, out: Any = out, starts: Any = starts, numbers: Any = numbers) -> None:
-            kernels.tile_gather(image, starts, out, threads=threads, **numbers)
+        def kernel(image: Any = image, out: Any = out, starts: Any = starts, numbers: Affine = numbers) -> None:
+            kernels.tile_gather(image, starts, out, affine=numbers, threads=threads)
 
-        def twin(image: Any = image, out: Any = out, starts: Any = starts, numbers: Any = numbers) -> None:
-            reference.tile_gather(image, starts, out.shape[2:], out.dtype, **numbers)
+        def twin(image: Any = image, out: Any = out, starts: Any = starts, numbers: Affine = numbers) -> None:
+            reference.tile_gather(
+                image, starts, out.shape[2:], out.dtype, offset=numbers.offset, divisor=numbers.divisor
+            )
 
         yield f"tile_gather {dtype} {layout} to {out_dtype}", image.nbytes + out.nbytes, kernel, twin
 
@@ -66,7 +70,7 @@ def stitch_cases(size: int, threads: int) -> Iterator[Case]:
     """The core of one tile, 48 px less on every side."""
     rng = np.random.default_rng(1)
     core = size - 96
-    parts = ([[48, 48]], [[0, 0]], [[core, core]])
+    parts = [np.array([place]) for place in ((48, 48), (0, 0), (core, core))]
     for op, channels, dtype in [
         ("copy", 1, "float32"),
         ("copy", 3, "float32"),
@@ -85,7 +89,7 @@ def stitch_cases(size: int, threads: int) -> Iterator[Case]:
         options: dict[str, Any] = {"op": op, "threshold": 0.0 if op == "threshold" else None}
 
         def kernel(tiles: Any = tiles, out: Any = out, options: Any = options) -> None:
-            kernels.tile_stitch(tiles, *parts, out, threads=threads, **options)
+            kernels.tile_stitch(tiles, Placement(*parts), out, Operation(**options), threads=threads)
 
         def twin(tiles: Any = tiles, out: Any = out, options: Any = options) -> None:
             reference.tile_stitch(tiles, *parts, out, **options)
@@ -100,11 +104,11 @@ def other_cases(size: int, threads: int) -> Iterator[Case]:
     tiles = rng.standard_normal((1, 2, size, size)).astype(np.float32)
     weight = rng.uniform(0.1, 1, (size, size)).astype(np.float32)
     total, weights = np.zeros((2, size, size), np.float32), np.zeros((size, size), np.float32)
-    parts = ([[0, 0]], [[0, 0]], [[size, size]])
+    parts = [np.array([place]) for place in ((0, 0), (0, 0), (size, size))]
     yield (
         "tile_blend, 2 x float32",
         tiles.nbytes + 2 * total.nbytes + 4 * weights.nbytes,
-        lambda: kernels.tile_blend(tiles, *parts, weight, total, weights, threads=threads),
+        lambda: kernels.tile_blend(tiles, Placement(*parts), weight, total, weights, threads=threads),
         lambda: reference.tile_blend(tiles, *parts, weight, total, weights),
     )
     up = tiles[:, :, 4:-4, 4:-4].copy()

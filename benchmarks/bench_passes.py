@@ -73,8 +73,8 @@ def pairs(model: onnx.ModelProto, tiles: list[Array]) -> dict[str, tuple[onnx.Mo
         change(made)
         return made
 
-    prepared = qdq.prepare(model)
-    found = calibrate(prepared, qdq.probed(prepared), [[x] for x in tiles])
+    prepared = qdq.prepare_graph(model)
+    found = calibrate(prepared, qdq.tensors_to_probe(prepared), [[x] for x in tiles])
 
     def quantised(backend: str) -> onnx.ModelProto:
         return qdq.quantise(prepared, found.ranges["mse"], form_of(backend), means=found.means).model

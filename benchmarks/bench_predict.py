@@ -43,12 +43,12 @@ import torch
 import unet_rt as urt
 from unet_rt.backends import eager
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.images.normalize import affine, normalised
+from unet_rt.images.normalize import affine, normalize_pixels
 from unet_rt.images.open import open_image
 from unet_rt.prediction.report import RunReport
 from unet_rt.prediction.work import Spans
 from unet_rt.system import limits as machine
-from unet_rt.training.trainer import predict_whole
+from unet_rt.training.evaluate import predict_whole
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         engines, skipped = built(net, folder, args)
         with open_image(pixels, net.contract, spatial=2) as source:
             numbers = affine(net.contract.normalization, source).plane(0)
-        x = normalised(pixels[None], numbers)[None]
+        x = normalize_pixels(pixels[None], numbers)[None]
         ours = {label: Ours(engine, image, folder / "mask.tif", x) for label, engine in engines.items()}
         contenders: dict[str, tuple[Callable[[], object], int]] = {}
         for label, one in ours.items():

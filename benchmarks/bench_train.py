@@ -17,10 +17,11 @@ import numpy as np
 import record
 import torch
 
-from unet_rt.drawing.microscopy import Scene, microscopy
-from unet_rt.models.unet import UNet
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
+from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation, Tiles
-from unet_rt.training.fit import NORMALIZATION
+from unet_rt.training.options import NORMALIZATION
 from unet_rt.training.samples import prepare
 from unet_rt.training.trainer import Recipe, train
 from unet_rt.training.weights import border_weights
@@ -67,7 +68,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def network_of(args: argparse.Namespace) -> UNet:
     torch.manual_seed(0)
-    return UNet(width=args.width, padding="same", norm="batch", dropout=0.2)
+    return UNet(UNetSpec(width=args.width, padding="same", norm="batch", dropout=0.2))
 
 
 def bare_steps(args: argparse.Namespace, sample: object) -> list[float]:

@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests" / "helpers")]
 
-import record  # noqa: E402
-from device_kernels import DeviceKernels, WatchedMemory, device_kernels  # noqa: E402
+import record
+from device_kernels import DeviceKernels, WatchedMemory, device_kernels
 
 WARP = 32
 

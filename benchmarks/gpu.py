@@ -29,18 +29,18 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported, here by the bare baselines
 
-import record  # noqa: E402
-import torch  # noqa: E402
-from gpu_sections.built import section_build  # noqa: E402
-from gpu_sections.engines import section_compile, section_engines  # noqa: E402
-from gpu_sections.kernels import section_kernels  # noqa: E402
-from gpu_sections.predict import section_predict, section_repeat  # noqa: E402
-from gpu_sections.roof import section_machine, section_prepare, section_roof  # noqa: E402
-from gpu_sections.section import NETS, DeviceLost, Section  # noqa: E402
-from gpu_sections.text import tables  # noqa: E402
+import record
+import torch
+from gpu_sections.built import section_build
+from gpu_sections.engines import section_compile, section_engines
+from gpu_sections.kernels import section_kernels
+from gpu_sections.predict import section_predict, section_repeat
+from gpu_sections.roof import section_machine, section_prepare, section_roof
+from gpu_sections.section import NETS, DeviceLost, Section
+from gpu_sections.text import tables
 
-from unet_rt import backends  # noqa: E402
-from unet_rt.system import facts  # noqa: E402
+from unet_rt import backends
+from unet_rt.system import facts
 
 # OpenVINO has no CUDA devices. The last one was refused by one of the cards at hand: it may not keep the others waiting.
 GPU_BACKENDS = sorted((n for n in backends.names() if n != "openvino"), key=lambda n: (n == "tensorrt", n))

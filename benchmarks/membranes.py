@@ -78,8 +78,8 @@ def train_one(args: argparse.Namespace) -> None:
     from unet_rt.models.architecture import network_of
     from unet_rt.models.checkpoint import save_checkpoint
     from unet_rt.training.curves import training_curves
-    from unet_rt.training.fit import NORMALIZATION, Options, device_of, fitting_tile, planned
-    from unet_rt.training.folder import read_folder
+    from unet_rt.training.folder import read_data
+    from unet_rt.training.options import NORMALIZATION, Options, device_of, fitting_tile, plan_training
     from unet_rt.training.trainer import train
 
     torch.set_num_threads(args.threads)
@@ -105,9 +105,9 @@ def train_one(args: argparse.Namespace) -> None:
     if args.norm:
         architecture["norm"] = args.norm
     options = Options(args.preset, args.network, architecture, recipe_values, augment=not args.no_augment)
-    architecture, recipe = planned(options, place, 1, 2)
+    architecture, recipe = plan_training(options, place, 1, 2)
     w0 = recipe.w0 if args.preset == "paper" or args.w0 is not None else 0.0
-    data = read_folder(args.data, NORMALIZATION, w0=w0)
+    data = read_data(args.data, NORMALIZATION, w0=w0)
     if len(data.samples) != 24:
         sys.exit(f"{args.data} holds {len(data.samples)} slices, the split is of 24")
     training, tuning, test = (list(data.samples[part]) for part in (TRAINING, TUNING, TEST))
@@ -161,7 +161,7 @@ def train_one(args: argparse.Namespace) -> None:
 
 def _probability(network: Any, image: Any) -> Any:
     """Of being inside a cell: mean over the eight flips and turns of the slice, as the paper's test averaged seven."""
-    from unet_rt.training.trainer import predict_whole
+    from unet_rt.training.evaluate import predict_whole
 
     total = np.zeros(image.shape[1:], np.float64)
     for quarter in range(4):

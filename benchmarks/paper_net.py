@@ -28,9 +28,9 @@ from unet_rt.models import stored
 from unet_rt.models import widen as models_widen
 from unet_rt.models.checkpoint import load_checkpoint, save_checkpoint
 from unet_rt.models.unet import UNet, UNetSpec
+from unet_rt.training.evaluate import predict_whole
 from unet_rt.training.export import METADATA_KEY, export
 from unet_rt.training.samples import normalized
-from unet_rt.training.trainer import predict_whole
 
 DATA = Path(unet_rt.__file__).parent / "data"
 PAPER_PARAMETERS = 31_030_658

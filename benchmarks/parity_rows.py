@@ -173,7 +173,7 @@ def in_onnxruntime(subject: Subject, work: Path, count: int) -> list[dict[str, A
         engine = read_folder(quantised)
         calibration = Calibration.from_json(json.loads(engine.file("calibration").read_text()))
         ranges = calibration.ranges[engine.spec.options["int8"]["method"]]
-        made_for = qdq.quantise(qdq.prepare(onnx.load(opened.graph)), ranges, "tensorrt", means=calibration.means)
+        made_for = qdq.quantise(qdq.prepare_graph(onnx.load(opened.graph)), ranges, "tensorrt", means=calibration.means)
         graphs["int8 as for TensorRT"] = made_for.model
     for precision, graph in graphs.items():
         print(f"{subject.name}: {precision} in plain ONNX Runtime", flush=True)

@@ -23,14 +23,16 @@ from PIL import Image
 from ship_record import record_of, write_onnx, write_record
 
 from unet_rt.contract.contract import Contract
-from unet_rt.drawing.membranes import membranes, random_tissue
+from unet_rt.drawing.membranes import membranes
+from unet_rt.drawing.tissue import random_tissue
 from unet_rt.errors import ImageError
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation
-from unet_rt.training.fit import NORMALIZATION
+from unet_rt.training.evaluate import predict_whole
 from unet_rt.training.metrics import iou, pixel_error, rand_error
+from unet_rt.training.options import NORMALIZATION
 from unet_rt.training.samples import Sample, prepare
-from unet_rt.training.trainer import Progress, Recipe, predict_whole, train
+from unet_rt.training.trainer import Progress, Recipe, train
 from unet_rt.training.weights import F32
 
 DRAWN_PX = 512
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training, validation = drawn(TRAINING_SEEDS), drawn(VALIDATION_SEEDS)
     say(f"{len(training)} sections drawn to train on, {len(validation)} to validate")
     torch.manual_seed(recipe.seed)
-    network = UNet.from_spec(SPEC)
+    network = UNet(SPEC)
 
     def report(p: Progress) -> None:
         say(f"step {p.step}/{recipe.steps} loss {p.loss:.4f} validation IoU {p.iou:.4f}{' best' if p.best else ''}")

@@ -24,15 +24,17 @@ from PIL import Image
 from ship_record import record_of, write_onnx, write_record
 
 from unet_rt.contract.contract import Contract
-from unet_rt.drawing.microscopy import microscopy, random_scene
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import random_scene
 from unet_rt.errors import ImageError
 from unet_rt.models.stored import save_half
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation
-from unet_rt.training.fit import NORMALIZATION
+from unet_rt.training.evaluate import evaluate
 from unet_rt.training.metrics import iou
+from unet_rt.training.options import NORMALIZATION
 from unet_rt.training.samples import Sample, prepare
-from unet_rt.training.trainer import Progress, Recipe, evaluate, train
+from unet_rt.training.trainer import Progress, Recipe, train
 from unet_rt.training.weights import F32
 
 SYNTHETIC_PX = 384
@@ -175,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"images {counts}")
 
     torch.manual_seed(recipe.seed)
-    network = UNet.from_spec(shipped.spec)
+    network = UNet(shipped.spec)
 
     def report(p: Progress) -> None:
         say(f"step {p.step}/{recipe.steps} loss {p.loss:.4f} validation IoU {p.iou:.4f}{' best' if p.best else ''}")

@@ -19,12 +19,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import render  # noqa: E402
-from figures import SOURCES, contenders, gpu_sections  # noqa: E402
-from front import front  # noqa: E402
-from plots import bars, spans  # noqa: E402
+import render
+from figures import SOURCES, contenders, gpu_sections
+from front import front
+from plots import bars, spans
 
-from unet_rt.outputs.charts import Axes, Sheet, lines  # noqa: E402
+from unet_rt.outputs.charts import Axes, Sheet, lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

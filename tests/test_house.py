@@ -1,4 +1,4 @@
-"""The size of things: files and functions that can be read in a sitting, short lists of parameters, names that say something."""
+"""The size of things: files and functions that can be read in a sitting, short lists of parameters, telling names."""
 
 from __future__ import annotations
 

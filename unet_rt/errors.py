@@ -41,6 +41,18 @@ class BackendError(UnetRtError):
     """A backend or device that is missing, broken, or refuses the graph."""
 
 
+class DeviceMemoryError(BackendError):
+    """The device has not enough free memory."""
+
+
+class TileMemoryError(DeviceMemoryError):
+    """The device's memory does not hold ``batch`` tiles, and fewer were not tried or do not exist; nothing was run yet."""
+
+    def __init__(self, message: str, batch: int) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
 class ParityError(UnetRtError):
     """The measured difference to the baseline is outside the budget."""
 

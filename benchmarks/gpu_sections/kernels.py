@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unet_rt.kernels import calls
+from unet_rt.kernels.request import Affine, Operation, Placement
 
 from .section import Section
 from .timing import wall
@@ -135,7 +136,8 @@ def gather_cases(shapes: Shapes) -> Iterator[Case]:
             ) -> Launch:
                 window = shared(shapes.rand(1, width, width, dtype=source))
                 out = shapes.empty(len(starts), 1, tile, tile, dtype=target)
-                return lambda options: calls.tile_gather(window, starts, out, offset=31.7, divisor=57.3, **options)
+                numbers = Affine(np.full(1, 31.7, np.float32), np.full(1, 57.3, np.float32), None)
+                return lambda options: calls.tile_gather(window, starts, out, affine=numbers, **options)
 
             yield Case(
                 f"tile_gather {NAMES[source]} to {NAMES[target]}, {n * n} tiles {what}",
@@ -159,7 +161,8 @@ def stitch_cases(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
             tiles = shared(shapes.rand(n * n, channels, kept, kept, dtype=dtype))
             out = shapes.empty(*shape, dtype=torch.uint8 if label else torch.float32)
             bound = 0.0 if op == "threshold" else None
-            return lambda options: calls.tile_stitch(tiles, *tables, out, op=op, threshold=bound, **options)
+            asked, place = Operation(op, bound), Placement(*tables)
+            return lambda options: calls.tile_stitch(tiles, place, out, asked, **options)
 
         yield Case(
             f"tile_stitch {op}, {channels} x {NAMES[dtype]}, {n * n} tiles",
@@ -178,7 +181,7 @@ def blend_case(shapes: Shapes, dtype: torch.dtype) -> Case:
         tiles = shared(shapes.rand(side * side, 2, kept, kept, dtype=dtype))
         weight = shared(shapes.rand(kept, kept).abs() + 0.1)
         total, weights = shapes.zeros(2, wide, wide), shapes.zeros(wide, wide)
-        return lambda options: calls.tile_blend(tiles, *tables, weight, total, weights, **options)
+        return lambda options: calls.tile_blend(tiles, Placement(*tables), weight, total, weights, **options)
 
     name = f"tile_blend, 2 x {NAMES[dtype]}, {side * side} tiles"
     return Case(name, 2 * area * BYTES[dtype] + 4 * kept * kept + 2 * 3 * area * 4, blend)
@@ -194,7 +197,7 @@ def finish_cases(shapes: Shapes) -> Iterator[Case]:
             shape = (wide, wide) if op == "argmax" else (2, wide, wide)
             out = shapes.empty(*shape, dtype=torch.uint8 if op == "argmax" else torch.float32)
             count = {} if shapes.device == "cpu" else {"uncovered": shapes.zeros(1, dtype=torch.int64)}
-            return lambda options: calls.blend_finish(total, weights, out, op=op, **count, **options)
+            return lambda options: calls.blend_finish(total, weights, out, Operation(op), **count, **options)
 
         yield Case(f"blend_finish {op}, 2 channels", wide * wide * (3 * 4 + written), finish)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.images.normalize import affine, normalised
+from unet_rt.images.normalize import affine, normalize_pixels
 from unet_rt.images.open import open_image
 
 
@@ -54,7 +54,7 @@ def batch_of(net: paper_net.Net, count: int, tile: int, device: str) -> Tensor:
     numbers = numbers_of(net, pixels)
     room = len(pixels) - tile
     corners = np.random.default_rng(7).integers(0, room + 1, (count, 2))
-    windows = [normalised(pixels[None, y : y + tile, x : x + tile], numbers) for y, x in corners]
+    windows = [normalize_pixels(pixels[None, y : y + tile, x : x + tile], numbers) for y, x in corners]
     return torch.from_numpy(np.stack(windows)).contiguous().to(device)
 
 

@@ -16,7 +16,7 @@ import torch
 
 import unet_rt as urt
 from unet_rt.contract.contract import Normalization
-from unet_rt.images.normalize import normalised
+from unet_rt.images.normalize import normalize_pixels
 from unet_rt.prediction.report import RunReport
 from unet_rt.system import limits
 
@@ -193,7 +193,7 @@ def changed_labels(
         margin = 128 if side > 512 else 64
         size = min(1536, side) // stride * stride
         first = (side - size) // 2 // stride * stride
-    window = normalised(pixels[None, first : first + size, first : first + size], numbers)[None]
+    window = normalize_pixels(pixels[None, first : first + size, first : first + size], numbers)[None]
     torch.backends.cudnn.allow_tf32 = False
     with torch.inference_mode():
         truth = module(torch.from_numpy(window).to(device))[0].argmax(0).to(torch.uint8).cpu().numpy()

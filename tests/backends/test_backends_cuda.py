@@ -31,9 +31,10 @@ from unet_rt.backends.onnxruntime.settings import CudaOptions, GraphPort, Settin
 from unet_rt.backends.session import on_device
 from unet_rt.cli.demo import shipped_model
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.errors import BackendError
+from unet_rt.errors import BackendError, DeviceMemoryError
 from unet_rt.graph.passes.half import half
 from unet_rt.kernels import device as gpu
+from unet_rt.kernels.memory import DeviceArray
 from unet_rt.system import facts as machine
 
 pytestmark = pytest.mark.onnxruntime
@@ -82,7 +83,7 @@ class HostStream:
 
 
 class HostDevice:
-    """What sessions need of :class:`unet_rt.device.Device`."""
+    """What sessions need of :class:`unet_rt.kernels.device.Device`."""
 
     index = 0
 
@@ -103,10 +104,10 @@ class HostDevice:
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return np.empty(shape, dtype)
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> gpu.DeviceArray:
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         memory = np.full(shape, 7, dtype)
         self.held.append(memory)
-        return gpu.DeviceArray(self, memory.ctypes.data, shape, dtype, owner=memory)  # type: ignore[arg-type]
+        return DeviceArray(self, memory.ctypes.data, shape, dtype, owner=memory)  # type: ignore[arg-type]
 
     def zero(self, array: Any, stream: Any) -> None:
         array._owner[...] = 0
@@ -225,17 +226,17 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def filled(device: Any, stream: Any, values: Array) -> gpu.DeviceArray:
+def filled(device: Any, stream: Any, values: Array) -> DeviceArray:
     """Values in device memory."""
     pinned = device.pinned(values.shape, values.dtype)
     pinned[...] = values
-    target: gpu.DeviceArray = device.empty(values.shape, values.dtype)
+    target: DeviceArray = device.empty(values.shape, values.dtype)
     device.copy_in(target, pinned, stream)
     stream.synchronize()
     return target
 
 
-def fetched(device: Any, stream: Any, array: gpu.DeviceArray) -> Array:
+def fetched(device: Any, stream: Any, array: DeviceArray) -> Array:
     pinned: Array = device.pinned(array.shape, array.dtype)
     device.copy_out(pinned, array, stream)
     stream.synchronize()
@@ -326,7 +327,7 @@ def test_memory_that_is_short_is_told_from_other_failures(
         said = "use a smaller --tile or --batch" if short else "; use --device cpu"
         with pytest.raises(BackendError, match=said) as raised:
             session.run([pixels(1, 32)])
-    assert isinstance(raised.value, gpu.DeviceMemoryError) is short
+    assert isinstance(raised.value, DeviceMemoryError) is short
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first run", "a later run"])
@@ -346,7 +347,7 @@ def test_a_session_that_is_short_of_memory_is_given_back(
             session.run_device([x], [y])
         with monkeypatch.context() as patch:
             patch.setattr(HostSession, "run_with_iobinding", short)
-            with pytest.raises(gpu.DeviceMemoryError) as raised:  # kept here, as whoever compares candidates does
+            with pytest.raises(DeviceMemoryError) as raised:  # kept here, as whoever compares candidates does
                 session.run_device([x], [y])
         gone = weakref.ref(HostSession.made.pop())
         assert gone() is None
@@ -364,12 +365,12 @@ def test_a_session_whose_arrays_find_no_memory_is_given_back(
     host_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*_: Any) -> None:
-        raise gpu.DeviceMemoryError("the device is out of memory")
+        raise DeviceMemoryError("the device is out of memory")
 
     with CudaSession(shipped_model(), "fp32", "cuda:0", 1) as session:
         with monkeypatch.context() as patch:
             patch.setattr(host_gpu, "empty", short)
-            with pytest.raises(gpu.DeviceMemoryError, match=r"^the device is out of memory$"):
+            with pytest.raises(DeviceMemoryError, match=r"^the device is out of memory$"):
                 session.output_shapes([(4, 1, 32, 32)])
         assert not session._compiled
         assert session.output_shapes([(4, 1, 32, 32)]) == [(4, 2, 32, 32)]
@@ -410,9 +411,9 @@ def test_a_session_that_finds_no_memory_for_its_weights_says_so(
     monkeypatch.setattr(onnxruntime_provider.Provider, "_session_options", refused)
     with pytest.raises(BackendError, match="ONNX Runtime refuses") as raised:
         CudaSession(shipped_model(), "fp32", "cuda:0", 1)
-    assert not isinstance(raised.value, gpu.DeviceMemoryError)
+    assert not isinstance(raised.value, DeviceMemoryError)
     host_gpu.free_bytes = shipped_model().stat().st_size - 1
-    with pytest.raises(gpu.DeviceMemoryError, match=r"takes \d MB of device memory, \d MB are free on cuda:0; free"):
+    with pytest.raises(DeviceMemoryError, match=r"takes \d MB of device memory, \d MB are free on cuda:0; free"):
         CudaSession(shipped_model(), "fp32", "cuda:0", 1)
 
 

@@ -28,9 +28,8 @@ from unet_rt.backends.tensorrt.build import failure, logger, profiles_for, refus
 from unet_rt.backends.tensorrt.inspect import check_engine, check_network, engine_convolutions
 from unet_rt.backends.tensorrt.plan import Origin, PlanHeader, Profile, read_header, read_plan, write_plan
 from unet_rt.backends.tensorrt.session import TensorRtSession
-from unet_rt.errors import BackendError, EngineError, TileError
+from unet_rt.errors import BackendError, DeviceMemoryError, EngineError, TileError
 from unet_rt.kernels import native as kernels
-from unet_rt.kernels.device import DeviceMemoryError
 from unet_rt.system import facts as machine
 
 onnx = pytest.importorskip("onnx")

@@ -41,19 +41,19 @@ from unet_rt.errors import BackendError, ParityError
 onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
-import networks  # noqa: E402
-from onnx.reference import ReferenceEvaluator  # noqa: E402
-from onnx.reference.op_run import OpRun  # noqa: E402
+import networks
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from unet_rt.graph.passes.crop_concat import (
     DOMAIN,
     OPERATOR,
-    crop_concat,  # noqa: E402
+    crop_concat,
 )
-from unet_rt.kernels import calls as kernels  # noqa: E402
-from unet_rt.models.fcn import FCN8s
-from unet_rt.models.stored import load_half  # noqa: E402
-from unet_rt.models.unet import UNet
+from unet_rt.kernels import calls as kernels
+from unet_rt.models.fcn import FCN8s, FCN8sSpec
+from unet_rt.models.stored import load_half
+from unet_rt.models.unet import UNet, UNetSpec
 
 PACKAGE = Path(unet_rt.__file__).parent
 DATA = PACKAGE / "data"
@@ -80,8 +80,8 @@ def graph(name: str) -> bytes:
         return shipped_model(name).read_bytes()
     made: dict[str, Any] = {
         "paper_w8": lambda: load_half(DATA / "paper_w8.npz"),
-        "paper": lambda: UNet(width=64),
-        "fcn8s": lambda: networks.initialise(FCN8s(width=8)),
+        "paper": lambda: UNet(UNetSpec(width=64)),
+        "fcn8s": lambda: networks.initialise(FCN8s(FCN8sSpec(width=8))),
         "3-D": lambda: networks.build(networks.UNetSpec(dims=3, channels=8, norm="batch")),
         "bilinear": lambda: networks.build(networks.UNetSpec(channels=8, up="bilinear", residual=True)),
         "instance norm": lambda: networks.build(networks.UNetSpec(channels=8, norm="instance", final="sigmoid")),
@@ -107,10 +107,10 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 def quantised(model: Any) -> Any:
     """With quantise-dequantise pairs of ranges that nobody measured: building looks at no pixel."""
-    from unet_rt.graph.passes.qdq import Range, prepare, probed, quantise
+    from unet_rt.graph.passes.qdq import Range, prepare_graph, quantise, tensors_to_probe
 
-    prepared = prepare(model)
-    return quantise(prepared, {tensor: Range(-3.0, 5.0) for tensor in probed(prepared)}, "tensorrt").model
+    prepared = prepare_graph(model)
+    return quantise(prepared, {tensor: Range(-3.0, 5.0) for tensor in tensors_to_probe(prepared)}, "tensorrt").model
 
 
 def in_precision(model: Any, path: Path, precision: str) -> Path:
@@ -513,12 +513,12 @@ def test_a_stale_int8_plan_is_made_again_from_its_quantised_graph(
     """Its ranges are in no other file. What comes of it sits the exam before it is used."""
     from unet_rt.building.calibration import calibrate
     from unet_rt.graph.passes.half import half
-    from unet_rt.graph.passes.qdq import prepare, probed, quantise
+    from unet_rt.graph.passes.qdq import prepare_graph, quantise, tensors_to_probe
 
     folder, graph, plan, parity = read_folder(engine_folder), tmp_path / "g", tmp_path / "p", tmp_path / "parity"
     exam_tiles = (folder.exam() or {})["input"]
-    prepared = prepare(onnx.load(str(folder.file("model"))))
-    found = calibrate(prepared, probed(prepared), [[tile[None]] for tile in exam_tiles])
+    prepared = prepare_graph(onnx.load(str(folder.file("model"))))
+    found = calibrate(prepared, tensors_to_probe(prepared), [[tile[None]] for tile in exam_tiles])
     model = quantise(prepared, next(iter(found.ranges.values())), "tensorrt", means=found.means).model
     half(model)
     onnx.save(model, str(graph))

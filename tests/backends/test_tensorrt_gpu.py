@@ -67,11 +67,11 @@ def build(model: Path, folder: Path, precision: str, tiles: Any = TILES, batches
 
 def int8_model(folder: Path) -> Path:
     from unet_rt.building.calibration import calibrate
-    from unet_rt.graph.passes.qdq import prepare, probed, quantise
+    from unet_rt.graph.passes.qdq import prepare_graph, quantise, tensors_to_probe
 
-    prepared = prepare(onnx.load(str(NUCLEI)))
+    prepared = prepare_graph(onnx.load(str(NUCLEI)))
     tiles = [[pixels(1, (256, 256), seed)] for seed in range(100, 104)]
-    found = calibrate(prepared, probed(prepared), tiles)
+    found = calibrate(prepared, tensors_to_probe(prepared), tiles)
     model = quantise(prepared, next(iter(found.ranges.values())), "tensorrt", means=found.means).model
     onnx.save(model, str(folder / "int8.onnx"))
     return folder / "int8.onnx"

@@ -14,38 +14,38 @@ import pytest
 ort = pytest.importorskip("onnxruntime", reason="members are run in ONNX Runtime; pip install unet-rt[cpu]")
 torch = pytest.importorskip("torch", reason="folds are trained with torch; pip install unet-rt[torch]")
 
-import onnx  # noqa: E402
-from onnx import numpy_helper  # noqa: E402
+import onnx
+from onnx import numpy_helper
 
-import unet_rt as urt  # noqa: E402
-from unet_rt.baseline import folds as ensemble  # noqa: E402
-from unet_rt.baseline.folds import (  # noqa: E402
+import unet_rt as urt
+from unet_rt.baseline import folds as ensemble
+from unet_rt.baseline.folds import (
     merge,
     open_models,
 )
-from unet_rt.baseline.model import Model, open_model  # noqa: E402
-from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.cli.main import main  # noqa: E402
-from unet_rt.contract.contract import (  # noqa: E402
+from unet_rt.baseline.model import Model, open_model
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.main import main
+from unet_rt.contract.contract import (
     Contract,
     Head,
     Normalization,
 )
-from unet_rt.contract.metadata import (  # noqa: E402
+from unet_rt.contract.metadata import (
     contract_from_metadata,
     contract_to_metadata,
 )
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.engine.folder import sha256  # noqa: E402
-from unet_rt.errors import (  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.engine.folder import sha256
+from unet_rt.errors import (
     ContractError,
     GraphError,
 )
-from unet_rt.graph.passes.half import half  # noqa: E402
-from unet_rt.graph.report import inspect  # noqa: E402
-from unet_rt.models.stored import unet_from_onnx  # noqa: E402
-from unet_rt.models.unet import UNet, UNetSpec  # noqa: E402
-from unet_rt.training.export import export  # noqa: E402
+from unet_rt.graph.passes.half import half
+from unet_rt.graph.report import inspect
+from unet_rt.models.stored import unet_from_onnx
+from unet_rt.models.unet import UNet, UNetSpec
+from unet_rt.training.export import export
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
@@ -100,7 +100,7 @@ def folds(tmp_path_factory: pytest.TempPathFactory, contract: Contract) -> list[
 def shallow(tmp_path_factory: pytest.TempPathFactory, contract: Contract) -> Path:
     """A smaller network after some training."""
     torch.manual_seed(3)
-    network = trained(UNet(width=4, depth=2, padding="same", dropout=0.0), 3, 6)
+    network = trained(UNet(UNetSpec(width=4, depth=2, padding="same", dropout=0.0)), 3, 6)
     path = tmp_path_factory.mktemp("shallow") / "shallow.onnx"
     return export(network, path, contract=contract, sizes=[64, 80]).path
 

@@ -326,10 +326,10 @@ def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     module = net.module()
     import torch
 
-    from unet_rt.images.normalize import normalised
+    from unet_rt.images.normalize import normalize_pixels
 
     with torch.inference_mode():
-        whole = module(torch.from_numpy(normalised(pixels[None], numbers)[None]))[0].argmax(0)
+        whole = module(torch.from_numpy(normalize_pixels(pixels[None], numbers)[None]))[0].argmax(0)
     mask = whole.to(torch.uint8).numpy()
     changed, compared = changed_labels(net, pixels, numbers, mask, "cpu")
     assert compared > 10_000

@@ -13,36 +13,34 @@ from hypothesis import strategies as st
 
 onnx = pytest.importorskip("onnx")
 
-from unet_rt.baseline.samples import (  # noqa: E402
+from unet_rt.baseline.samples import (
     ReadOptions,
     SampleWindow,
     constant_reason,
     draw,
 )
-from unet_rt.building.activations import (  # noqa: E402
+from unet_rt.building.activations import (
     BINS,
     Distribution,
     find_overflows,
     list_tensors,
     probe,
 )
-from unet_rt.building.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts  # noqa: E402
-from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.contract.contract import (  # noqa: E402
+from unet_rt.building.calibration import METHODS, Calibration, calibrate, input_ranges, range_of, split, tile_starts
+from unet_rt.cli.demo import shipped_model
+from unet_rt.contract.contract import (
     Contract,
     Normalization,
 )
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.errors import (  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.errors import (
     EngineError,
     ImageError,
 )
-from unet_rt.graph.passes import qdq  # noqa: E402
-from unet_rt.graph.passes.qdq import Range  # noqa: E402
-from unet_rt.images.normalize import (  # noqa: E402
-    Affine,
-    normalised,
-)
+from unet_rt.graph.passes import qdq
+from unet_rt.graph.passes.qdq import Range
+from unet_rt.images.normalize import normalize_pixels
+from unet_rt.kernels.request import Affine
 
 pytestmark = pytest.mark.onnxruntime
 
@@ -54,7 +52,7 @@ def pixels(side: int, seed: int = 7) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="module")
 def prepared() -> Any:
-    return qdq.prepare(onnx.load(shipped_model()))
+    return qdq.prepare_graph(onnx.load(shipped_model()))
 
 
 # --- what is seen -----------------------------------------------------------------------------------------------------
@@ -147,7 +145,7 @@ def test_ranges_hold_zero_and_no_more_than_was_seen(low: float, width: float, se
 
 
 def test_a_calibration_is_what_was_written(prepared: Any) -> None:
-    names = qdq.probed(prepared)
+    names = qdq.tensors_to_probe(prepared)
     made = calibrate(prepared, names, [[pixels(96)]], threads=1)
     again = Calibration.from_json(json.loads(made.dumps()))
     assert again == made
@@ -204,7 +202,7 @@ def test_the_window_of_the_farthest_values_calibrates() -> None:
     images[4][40:43, 50:53] = 65535
     samples = draw(images, contract, spatial=2, network_channels=1)
     ((low, high),) = input_ranges(samples[4])
-    x = normalised(samples[4].pixels, samples[4].numbers)
+    x = normalize_pixels(samples[4].pixels, samples[4].numbers)
     assert (low, high) == pytest.approx((x.min(), x.max()), rel=1e-5)
     calibrating, judging, _ = split(samples)
     assert calibrating[0] is samples[4]

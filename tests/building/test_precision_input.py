@@ -10,16 +10,16 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper
 
-import unet_rt as urt  # noqa: E402
-from unet_rt.building import engines as build_engines  # noqa: E402
-from unet_rt.building.report import BuildReport  # noqa: E402
-from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.cli.main import main  # noqa: E402
-from unet_rt.contract.contract import Contract  # noqa: E402
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.graph.passes.half import half  # noqa: E402
+import unet_rt as urt
+from unet_rt.building import engines as build_engines
+from unet_rt.building.report import BuildReport
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.main import main
+from unet_rt.contract.contract import Contract
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.graph.passes.half import half
 
 pytestmark = pytest.mark.onnxruntime
 SAMPLES = [microscopy((160, 160), seed=seed).image for seed in range(40, 43)]

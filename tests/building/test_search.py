@@ -14,43 +14,43 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from onnx import numpy_helper  # noqa: E402
+from onnx import numpy_helper
 
-import unet_rt as urt  # noqa: E402
-from unet_rt.building import engines as build_engines  # noqa: E402
-from unet_rt.building import tiling as build_tiling  # noqa: E402
-from unet_rt.building.activations import (  # noqa: E402
+import unet_rt as urt
+from unet_rt.building import engines as build_engines
+from unet_rt.building import tiling as build_tiling
+from unet_rt.building.activations import (
     find_overflows,
     list_tensors,
     probe,
 )
-from unet_rt.building.calibration import Calibration  # noqa: E402
-from unet_rt.building.choice import (  # noqa: E402
+from unet_rt.building.calibration import Calibration
+from unet_rt.building.choice import (
     _widen,
     pick_closest,
 )
-from unet_rt.building.int8 import return_layers  # noqa: E402
-from unet_rt.building.job import (  # noqa: E402
+from unet_rt.building.int8 import return_layers
+from unet_rt.building.job import (
     Deadline,
     Remarks,
 )
-from unet_rt.building.measure import Judge  # noqa: E402
-from unet_rt.building.quantiser import LayerCost, Mixture, Quantiser, change_near_decision, form_of  # noqa: E402
-from unet_rt.building.report import (  # noqa: E402
+from unet_rt.building.measure import Judge
+from unet_rt.building.quantiser import LayerCost, Mixture, Quantiser, change_near_decision, form_of
+from unet_rt.building.report import (
     BuildReport,
     Candidate,
 )
-from unet_rt.building.search import _best_method, _rank, _shortest, plain_and_ends, put_back  # noqa: E402
-from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.cli.texts import build_text  # noqa: E402
-from unet_rt.contract.contract import (  # noqa: E402
+from unet_rt.building.search import _best_method, _rank, _shortest, plain_and_ends, put_back
+from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.texts import build_text
+from unet_rt.contract.contract import (
     Contract,
     Head,
 )
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.engine import parity  # noqa: E402
-from unet_rt.graph.passes import qdq  # noqa: E402
-from unet_rt.graph.passes.half import half  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.engine import parity
+from unet_rt.graph.passes import qdq
+from unet_rt.graph.passes.half import half
 
 pytestmark = [pytest.mark.onnxruntime]
 Array = np.ndarray[Any, Any]
@@ -401,7 +401,7 @@ def built(model: Path, out: Path, **options: Any) -> tuple[BuildReport, urt.Engi
 def test_one_wide_channel(tmp_path: Path) -> None:
     """FP16 would overflow, plain INT8 loses all other channels: both are seen. The mixture passes."""
     model = widened(tmp_path / "wide.onnx")
-    prepared = qdq.prepare(onnx.load(model))
+    prepared = qdq.prepare_graph(onnx.load(model))
     found = probe(prepared, list_tensors(prepared), [[pixels()]], threads=1)
     islands = find_overflows(prepared, found)
     assert "/down.2/down.2.3/Conv" in islands
@@ -433,7 +433,7 @@ def test_one_wide_channel(tmp_path: Path) -> None:
         assert engine.folder is not None
         quantiser.calibration = Calibration.from_json(json.loads(engine.folder.file("calibration").read_text()))
         quantiser.method, kept = engine.spec.options["int8"]["method"], frozenset(engine.spec.options["int8"]["kept"])
-    quantiser.prepared = qdq.prepare(onnx.load(model))
+    quantiser.prepared = qdq.prepare_graph(onnx.load(model))
     quantiser.layers = qdq.layers(quantiser.prepared)
     quantiser.write(tmp_path / "wide-tensorrt.onnx", "tensorrt", kept)
     written = onnx.load(tmp_path / "wide-tensorrt.onnx")
@@ -517,7 +517,7 @@ def test_the_engine_keeps_its_calibration(tmp_path: Path) -> None:
     assert {digest for _, digest in calibration.windows}.isdisjoint(judged)
     options = engine.spec.options["int8"]
     again = qdq.quantise(
-        qdq.prepare(onnx.load(folder.file("model"))),
+        qdq.prepare_graph(onnx.load(folder.file("model"))),
         calibration.ranges[options["method"]],
         form_of("onnxruntime"),
         keep=frozenset(options["kept"]),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from flat_image import open_image
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,7 @@ from unet_rt.contract.metadata import contract_from_metadata, contract_to_metada
 from unet_rt.contract.task import resolve_task
 from unet_rt.contract.words import format_normalization, parse_normalization
 from unet_rt.errors import ContractError
-from unet_rt.images.normalize import affine, missing_normalization, normalised
-from unet_rt.images.open import open_image
+from unet_rt.images.normalize import affine, missing_normalization, normalize_pixels
 
 IMAGENET = Normalization("fixed", scale=255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -191,7 +191,7 @@ def test_onnx_image_keys(pixel_range: str, zero: float, top: float) -> None:
     assert contract.normalization is not None
     pixels = np.array([[[0, 255]]], np.uint8)
     with open_image(pixels, Contract(), network_channels=1, axes="CYX") as source:
-        values = normalised(pixels, affine(contract.normalization, source).plane(0))
+        values = normalize_pixels(pixels, affine(contract.normalization, source).plane(0))
     assert values.ravel().tolist() == [zero, top]
     with pytest.raises(ContractError, match="not supported"):
         contract_from_metadata({"Image.NominalPixelRange": "NominalRange_16_235"})
@@ -319,7 +319,7 @@ def test_preprocessing_is_what_a_consumer_computes(tmp_path: Path, steps: list[A
     for one in steps:
         expected = reference(one, expected)
     with open_image(pixels, contract, axes="CYX") as source:
-        found = normalised(pixels, affine(contract.normalization, source).plane(0))
+        found = normalize_pixels(pixels, affine(contract.normalization, source).plane(0))
     # offset and divisor are rounded to float32, and so is each of two operations: 4 half units of the largest term.
     numbers = affine(contract.normalization, open_image(pixels, contract, axes="CYX")).plane(0)
     largest = (255 + np.abs(numbers.offset).max()) / np.abs(numbers.divisor).min()

@@ -145,8 +145,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that every page starts from."""
     import tifffile
 
-    from unet_rt.drawing.membranes import membranes, random_tissue
+    from unet_rt.drawing.membranes import membranes
     from unet_rt.drawing.microscopy import microscopy
+    from unet_rt.drawing.tissue import random_tissue
 
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(Path(unet_rt.__file__).parent / "data" / "nuclei.onnx", folder / "model.onnx")

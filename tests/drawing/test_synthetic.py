@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_rt.drawing.membranes import Tissue
-from unet_rt.drawing.microscopy import CAMERA_OFFSET, IDS_PER_BLOCK, Micrograph, Scene, microscopy, random_scene
+from unet_rt.drawing.microscopy import CAMERA_OFFSET, IDS_PER_BLOCK, Micrograph, microscopy
+from unet_rt.drawing.scene import Scene, random_scene
+from unet_rt.drawing.tissue import Tissue
 from unet_rt.errors import ImageError
 
 SHAPE = (700, 1100)  # two rows and three columns of blocks, none of them whole at the far edges

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from unet_rt.drawing.membranes import CELL, MEMBRANE, Section, Tissue, membranes, random_tissue
+from unet_rt.drawing.membranes import CELL, MEMBRANE, Section, membranes
+from unet_rt.drawing.tissue import Tissue, random_tissue
 from unet_rt.errors import ImageError
 
 SHAPE = (300, 420)

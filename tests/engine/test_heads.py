@@ -25,7 +25,7 @@ from unet_rt.contract.task import resolve_heads
 from unet_rt.engine import exam
 from unet_rt.engine.budget import Budget
 from unet_rt.graph.report import inspect
-from unet_rt.images.normalize import affine, normalised
+from unet_rt.images.normalize import affine, normalize_pixels
 from unet_rt.images.open import open_image
 
 pytestmark = pytest.mark.onnxruntime
@@ -151,7 +151,7 @@ def test_another_output_is_predicted(built: tuple[Path, Any], windows: list[Arra
     reports: list[Any] = []
     with urt.load(built[0]) as engine, open_image(image, engine.spec.contract) as source:
         numbers = affine(engine.spec.contract.normalization, source).plane(0)
-        logits, probability, half = (y[0] for y in engine.run(normalised(image[None], numbers)[None]))
+        logits, probability, half = (y[0] for y in engine.run(normalize_pixels(image[None], numbers)[None]))
         np.testing.assert_array_equal(
             urt.predict(engine, image, head="half", output="raw", report=reports.append), half
         )

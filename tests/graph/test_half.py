@@ -17,19 +17,19 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from onnx import TensorProto, helper, numpy_helper, shape_inference  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from unet_rt.backends.onnxruntime import backend as onnxruntime  # noqa: E402
-from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.errors import GraphError  # noqa: E402
+from unet_rt.backends.onnxruntime import backend as onnxruntime
+from unet_rt.cli.demo import shipped_model
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.errors import GraphError
 from unet_rt.graph.passes.half import (
     RECORD,
     half,
-    halved,
-    node_name,  # noqa: E402
+    half_type_of,
+    node_name,
 )
-from unet_rt.graph.passes.up_conv import up_conv  # noqa: E402
+from unet_rt.graph.passes.up_conv import up_conv
 
 pytestmark = pytest.mark.onnxruntime
 
@@ -88,7 +88,7 @@ def test_the_shipped_network(keep_io: bool, tmp_path: Path) -> None:
     wanted = run(model, x, tmp_path)
     small = copy(model)
     done = half(small, keep_io=keep_io)
-    assert (done.nodes, done.islands, halved(small), halved(model)) == (41, {}, "fp16", None)
+    assert (done.nodes, done.islands, half_type_of(small), half_type_of(model)) == (41, {}, "fp16", None)
     assert_halved(small)
     ports = [v.type.tensor_type.elem_type for v in (*small.graph.input, *small.graph.output)]
     assert set(ports) == {TensorProto.FLOAT if keep_io else TensorProto.FLOAT16}

@@ -11,18 +11,18 @@ import pytest
 onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
-import unet_rt as urt  # noqa: E402
-from unet_rt.backends.onnxruntime import backend as onnxruntime  # noqa: E402
-from unet_rt.building.calibration import calibrate  # noqa: E402
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
-from unet_rt.graph.passes import qdq  # noqa: E402
-from unet_rt.graph.passes.crop_concat import crop_concat  # noqa: E402
-from unet_rt.graph.passes.fold import fold  # noqa: E402
-from unet_rt.graph.passes.free_crops import free_crops  # noqa: E402
-from unet_rt.graph.passes.half import half  # noqa: E402
-from unet_rt.graph.passes.outputs import keep_outputs  # noqa: E402
-from unet_rt.graph.passes.up_conv import up_conv  # noqa: E402
-from unet_rt.models.unet import UNet  # noqa: E402
+import unet_rt as urt
+from unet_rt.backends.onnxruntime import backend as onnxruntime
+from unet_rt.building.calibration import calibrate
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.graph.passes import qdq
+from unet_rt.graph.passes.crop_concat import crop_concat
+from unet_rt.graph.passes.fold import fold
+from unet_rt.graph.passes.free_crops import free_crops
+from unet_rt.graph.passes.half import half
+from unet_rt.graph.passes.outputs import keep_outputs
+from unet_rt.graph.passes.up_conv import up_conv
+from unet_rt.models.unet import UNet, UNetSpec
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
@@ -62,7 +62,7 @@ def count(model: onnx.ModelProto, op: str) -> int:
 def test_an_up_convolution_is_the_same_sum(tmp_path):
     torch.manual_seed(0)
     x = pixels(96)
-    model = exported(UNet(width=8, depth=3, padding="same"), x, tmp_path / "a.onnx")
+    model = exported(UNet(UNetSpec(width=8, depth=3, padding="same")), x, tmp_path / "a.onnx")
     (before,) = results(model, [x], tmp_path / "b.onnx")
     assert (up_conv(model), up_conv(model)) == (3, 0)
     onnx.checker.check_model(model)
@@ -183,11 +183,11 @@ def test_every_pass_is_the_same_network_and_idempotent(rewrite, changed, units, 
 
 def test_preparing_twice_and_quantising_twice():
     """Preparation changes nothing that is prepared; a quantised graph is refused, since its FP32 values are gone."""
-    prepared = qdq.prepare(everything())
-    again = qdq.prepare(prepared)
+    prepared = qdq.prepare_graph(everything())
+    again = qdq.prepare_graph(prepared)
     assert again.SerializeToString(deterministic=True) == prepared.SerializeToString(deterministic=True)
-    found = calibrate(prepared, qdq.probed(prepared), [[pixels(32)]], threads=1)
+    found = calibrate(prepared, qdq.tensors_to_probe(prepared), [[pixels(32)]], threads=1)
     made = [qdq.quantise(prepared, found.ranges["minmax"], "openvino", means=found.means).model for _ in range(2)]
     assert made[0].SerializeToString(deterministic=True) == made[1].SerializeToString(deterministic=True)
     with pytest.raises(urt.GraphError, match="quantised already"):
-        qdq.prepare(made[0])
+        qdq.prepare_graph(made[0])

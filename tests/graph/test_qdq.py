@@ -12,30 +12,30 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper
 
-from unet_rt import backends  # noqa: E402
+from unet_rt import backends
 from unet_rt.building.calibration import (
     Calibration,
-    calibrate,  # noqa: E402
+    calibrate,
 )
-from unet_rt.building.quantiser import form_of  # noqa: E402
-from unet_rt.cli.demo import shipped_model  # noqa: E402
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
+from unet_rt.building.quantiser import form_of
+from unet_rt.cli.demo import shipped_model
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import (
     BackendError,
-    GraphError,  # noqa: E402
+    GraphError,
 )
-from unet_rt.graph.passes import qdq  # noqa: E402
-from unet_rt.graph.passes.fold import fold  # noqa: E402
+from unet_rt.graph.passes import qdq
+from unet_rt.graph.passes.fold import fold
 from unet_rt.graph.passes.qdq import (
     FORMS,
     Form,
     Range,
     layers,
-    prepare,
-    probed,
-    quantise,  # noqa: E402
+    prepare_graph,
+    quantise,
+    tensors_to_probe,
 )
 
 pytestmark = pytest.mark.onnxruntime
@@ -90,12 +90,12 @@ def weights(seed: int, outputs: int, inputs: int) -> Array:
 
 @pytest.fixture(scope="module")
 def prepared() -> Any:
-    return prepare(onnx.load(shipped_model()))
+    return prepare_graph(onnx.load(shipped_model()))
 
 
 @pytest.fixture(scope="module")
 def calibration(prepared: Any) -> Calibration:
-    return calibrate(prepared, probed(prepared), [[pixels(seed=s)] for s in range(2)], threads=1)
+    return calibrate(prepared, tensors_to_probe(prepared), [[pixels(seed=s)] for s in range(2)], threads=1)
 
 
 def quantised(prepared: Any, calibration: Calibration, form: Any, **options: Any) -> qdq.Quantised:
@@ -233,8 +233,8 @@ def crop_and_concat() -> Any:
 
 
 def test_one_scale_across_a_concat_and_what_only_moves_values() -> None:
-    model = prepare(crop_and_concat())
-    made = calibrate(model, probed(model), [[pixels(64)]], threads=1)
+    model = prepare_graph(crop_and_concat())
+    made = calibrate(model, tensors_to_probe(model), [[pixels(64)]], threads=1)
     ranges = made.ranges["minmax"]
     for form in ("openvino", "tensorrt"):
         scales = step_of(quantise(model, ranges, form).model)
@@ -268,8 +268,8 @@ def test_signed_activations_are_cut_to_whole_numbers_by_openvino(tmp_path: Path)
     library has been mended; unsigned ones still have one bit more behind a Relu.
     """
     assert not FORMS["openvino"].signed
-    model = prepare(crop_and_concat())
-    made = calibrate(model, probed(model), [[pixels(64)]], threads=1)
+    model = prepare_graph(crop_and_concat())
+    made = calibrate(model, tensors_to_probe(model), [[pixels(64)]], threads=1)
     x, errors = pixels(64, seed=9), {}
     levels = form_of("onnxruntime").levels  # what it, the judge, takes without saturation here
     for form in (replace(FORMS["openvino"], levels=levels), Form(True, False, True, False, True, False, levels)):
@@ -293,9 +293,9 @@ def test_bright_pixels_and_large_weights_do_not_saturate(tmp_path: Path) -> None
     first[:, 0, 1, 1] = lit.mean((1, 2))  # every channel is the image again, of nearly one brightness
     second = np.full((4, 8, 3, 3), 0.5, np.float32) + 0.01 * np.abs(weights(3, 4, 8))
     nodes = [convolution("a", "x", "wa"), helper.make_node("Relu", ["a"], ["r"], name="r"), convolution("y", "r", "wb")]
-    model = prepare(small(nodes, {"wa": first, "wb": second}))
+    model = prepare_graph(small(nodes, {"wa": first, "wb": second}))
     x = lit[:1][None].astype(np.float32)
-    ranges = calibrate(model, probed(model), [[x]], threads=1).ranges["minmax"]
+    ranges = calibrate(model, tensors_to_probe(model), [[x]], threads=1).ranges["minmax"]
     path, wanted = tmp_path / "g.onnx", run(model, x)
     onnx.save(quantise(model, ranges, form_of("openvino")).model, str(path))
     backend = backends.get("openvino")
@@ -354,8 +354,8 @@ def test_a_bias_beside_a_dead_channel_fits_into_32_bits() -> None:
     dead[2] *= 1e-12
     nodes = [convolution("a", "x", "w", "b"), helper.make_node("Relu", ["a"], ["r"]), convolution("y", "r", "v")]
     made = small(nodes, {"w": dead, "b": np.array([1, -2, 300, 0], np.float32), "v": weights(1, 2, 4)}, channels=2)
-    model = prepare(made)
-    found = calibrate(model, probed(model), [[pixels(64)]], threads=1)
+    model = prepare_graph(made)
+    found = calibrate(model, tensors_to_probe(model), [[pixels(64)]], threads=1)
     x = pixels(64, seed=3)
     for name in CPU:
         graph = quantise(model, found.ranges["minmax"], name).model
@@ -375,10 +375,10 @@ def test_a_tensor_of_next_to_nothing_has_a_scale(prepared: Any, calibration: Cal
 
 def test_what_cannot_be_quantised(prepared: Any, calibration: Calibration) -> None:
     with pytest.raises(GraphError, match="quantised already"):
-        prepare(quantised(prepared, calibration, "openvino").model)
+        prepare_graph(quantised(prepared, calibration, "openvino").model)
     half = small([convolution("y", "x", "w")], {"w": weights(0, 4, 1).astype(np.float16)})
     with pytest.raises(GraphError, match="FP16 or BF16"):
-        prepare(half)
+        prepare_graph(half)
     with pytest.raises(GraphError, match="no range of"):
         quantise(prepared, {}, "openvino")
 
@@ -389,9 +389,9 @@ def test_old_graphs_are_converted() -> None:
         {"w": weights(0, 4, 1), "v": weights(1, 4, 4)},
         opset=11,
     )
-    model = prepare(old)
+    model = prepare_graph(old)
     assert model.opset_import[0].version >= 13
-    found = calibrate(model, probed(model), [[pixels(64)]], threads=1)
+    found = calibrate(model, tensors_to_probe(model), [[pixels(64)]], threads=1)
     graph = quantise(model, found.ranges["minmax"], form_of("onnxruntime")).model
     onnx.checker.check_model(graph)
     assert relative(run(graph, pixels(64)), run(model, pixels(64))) < 0.05

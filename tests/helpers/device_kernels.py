@@ -18,12 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import flat_kernels as kernels
 import numpy as np
 import ptx
 import pytest
 from numpy.typing import NDArray
 
-from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
 
 WRITTEN = {"out", "total", "weight_total"}

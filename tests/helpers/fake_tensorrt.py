@@ -42,7 +42,7 @@ class FakeArray:
 
 
 class FakeDevice:
-    """The parts of :class:`unet_rt.device.Device` that sessions use; ``allocated`` counts the arrays ever made."""
+    """The parts of :class:`unet_rt.kernels.device.Device` that sessions use; ``allocated`` counts the arrays ever made."""
 
     def __init__(self) -> None:
         self.name, self.compute_capability, self.driver_version = "Fake GPU", (9, 0), "13.0"

@@ -20,15 +20,17 @@ import numpy as np
 import pytest
 
 from unet_rt.engine.engine import Engine
+from unet_rt.errors import DeviceMemoryError
 from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
-from unet_rt.kernels.device import DeviceArray, DeviceMemoryError, _Memory
+from unet_rt.kernels.memory import DeviceArray, DeviceMemory
+from unet_rt.kernels.request import Operation, Placement
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LOCK = threading.RLock()
 
 
-class HostMemory(_Memory):
+class HostMemory(DeviceMemory):
     """Host memory that poses as the device's; filled with 0xA5, so that nothing relies on zeros."""
 
     def __init__(self, device: HostDevice, size: int) -> None:
@@ -48,7 +50,7 @@ class HostMemory(_Memory):
 
 
 class HostDevice:
-    """As :class:`unet_rt.device.Device`. ``eager``: which of its streams, by ordinal, work at once."""
+    """As :class:`unet_rt.kernels.device.Device`. ``eager``: which of its streams, by ordinal, work at once."""
 
     def __init__(self, index: int = 0, eager: Sequence[int] = ()) -> None:
         self.index, self.name, self.closed = index, "host", False
@@ -188,6 +190,13 @@ def raw(array: DeviceArray) -> Array:
     return host(array.reshape(array.size)).view(np.uint8)
 
 
+def by_value(argument: Any) -> Any:
+    """An argument of a kernel as it is when the kernel is enqueued: tables travel by value."""
+    if isinstance(argument, Placement):
+        return Placement(argument.source.copy(), argument.target.copy(), argument.size.copy())
+    return argument if isinstance(argument, (DeviceArray, Operation)) else np.array(argument)
+
+
 def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> None:
     """Lets the pipeline on a GPU enqueue kernels that run on the host: the CUDA kernels' bodies where the test module that
     runs them was built, else the CPU's.
@@ -203,7 +212,7 @@ def use_host_kernels(monkeypatch: pytest.MonkeyPatch, device: HostDevice) -> Non
         function = getattr(kernels, name)
 
         def call(*arrays: Any, stream: int, **options: Any) -> int:
-            arrays = tuple(a if isinstance(a, DeviceArray) else np.array(a) for a in arrays)  # tables travel by value
+            arrays = tuple(by_value(a) for a in arrays)
 
             def cuda() -> None:
                 assert function(*arrays, stream=stream, **options) == 0 or name in ("tile_stitch", "tile_blend")

@@ -12,9 +12,9 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import flat_kernels as kernels
 import numpy as np
 
-from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
 from unet_rt.kernels.device import Device
 

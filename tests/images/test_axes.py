@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flat_image import open_image
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError
 from unet_rt.images.axes import choose_channels, parse_channels, read_axes
-from unet_rt.images.open import open_image
 
 # shape, spatial axes and channels of the network, axes from metadata -> axes, planes
 BY_RULE: list[tuple[tuple[int, ...], int, int, str | None, str, int]] = [

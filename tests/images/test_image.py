@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL import Image
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.images import tiff as image_tiff
-from unet_rt.images.open import list_images, open_image
+from unet_rt.images.open import list_images
 from unet_rt.images.source import Source
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -176,7 +177,7 @@ def test_only_the_segments_of_a_window_are_decoded(tmp_path: Path, monkeypatch: 
 
 
 def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unet_rt.images.tiff.CACHE_BYTES", 20_000)
+    monkeypatch.setattr("unet_rt.images.tiff_pages.CACHE_BYTES", 20_000)
     pixels = RNG.integers(0, 99, (640, 320), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", pixels, rowsperstrip=16, compression="zlib")
     with open_image(tmp_path / "a.tif", ANY) as source:

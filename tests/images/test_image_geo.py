@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flat_image import open_image
+from flat_output import open_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
-from unet_rt.images.open import open_image
-from unet_rt.outputs.output import open_output
 from unet_rt.outputs.shape import nodata_value
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
-from unet_rt.images.open import open_image
 
 pytest.importorskip("tiffslide", reason="needs tiffslide")
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ImageError
-from unet_rt.images.open import list_images, open_image
+from unet_rt.images.open import list_images
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
 zarr = pytest.importorskip("zarr", reason="needs zarr")

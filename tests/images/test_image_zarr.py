@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
-from unet_rt.images.open import list_images, open_image
+from unet_rt.images.open import list_images
 from unet_rt.images.source import Source
 
 zarr = pytest.importorskip("zarr", reason="needs zarr")

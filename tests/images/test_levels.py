@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ import unet_rt as urt
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images.levels import FINE_ENOUGH, fine_enough, level_of_size, level_sizes, parse_level
-from unet_rt.images.open import open_image
 from unet_rt.prediction import cluster
 from unet_rt.prediction.request import Reading, Tables
 from unet_rt.tiling.resample import resample

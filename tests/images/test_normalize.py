@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract, Normalization, Scope
 from unet_rt.errors import ContractError, ImageError
-from unet_rt.images.normalize import Affine, affine, grey_levels, measure, normalised, percentiles
+from unet_rt.images.normalize import affine, grey_levels, normalize_pixels
 from unet_rt.images.open import open_image
 from unet_rt.images.source import Source
+from unet_rt.images.statistics import measure, percentiles
+from unet_rt.kernels.request import Affine
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
 
@@ -126,7 +128,7 @@ def test_pixels_that_are_not_finite_are_counted_and_placed(bad: float, method: A
 def test_a_flat_image_does_not_divide_by_zero() -> None:
     for method in ("minmax", "percentile", "zscore"):
         source = opened(np.full((1, 3, 8, 8), 7, np.uint8))
-        values = normalised(source.read(0, (0, 0), (8, 8)), affine(Normalization(method), source).plane(0))  # type: ignore[arg-type]
+        values = normalize_pixels(source.read(0, (0, 0), (8, 8)), affine(Normalization(method), source).plane(0))  # type: ignore[arg-type]
         assert (values == 0).all()
 
 
@@ -158,7 +160,7 @@ def test_grey_levels_are_those_that_come_out_in_a_range(pixels, offset, divisor,
     """Outside are the pixels whose normalised value is; those that gave the range are not, whatever is rounded."""
     numbers = Affine(np.array([offset], np.float32), np.array([divisor], np.float32), clip)
     grey = np.array([pixels], np.uint16)
-    x = normalised(grey, numbers)[0].astype(np.float64)
+    x = normalize_pixels(grey, numbers)[0].astype(np.float64)
     low, high = sorted(x[n % len(x)] for n in ends)
     levels = grey_levels([(low, high)], numbers)
     outside = (grey[0] < levels[0, 0]) | (grey[0] > levels[0, 1])

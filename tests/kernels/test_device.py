@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, basic_indices
 
 from unet_rt.cli import doctor
-from unet_rt.errors import BackendError
+from unet_rt.errors import BackendError, DeviceMemoryError
 from unet_rt.kernels import device as gpu
 from unet_rt.kernels import native
-from unet_rt.kernels.device import Device, DeviceArray, DeviceMemoryError
+from unet_rt.kernels.device import Device
+from unet_rt.kernels.memory import DeviceArray
 from unet_rt.system import facts as machine
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -107,16 +108,16 @@ def test_what_is_missing_is_said(monkeypatch):
         )
 
     monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda((), "", "no NVIDIA driver is installed"))
-    assert gpu.missing() == "no NVIDIA driver is installed"
+    assert gpu.missing_reason() == "no NVIDIA driver is installed"
     monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda(("A", "B"), "13.1", None))
-    assert "cuda:2" in str(gpu.missing(2))
+    assert "cuda:2" in str(gpu.missing_reason(2))
     with monkeypatch.context():
         found(**{"unet_rt._cuda": False, "pycuda": True})
         monkeypatch.setattr(native, "cuda_status", lambda: "no CUDA compiler was found")
-        assert "UNET_RT_CUDA=ON" in str(gpu.missing())
-        assert "no CUDA compiler was found" in str(gpu.missing())
+        assert "UNET_RT_CUDA=ON" in str(gpu.missing_reason())
+        assert "no CUDA compiler was found" in str(gpu.missing_reason())
     found(**{"unet_rt._cuda": True, "pycuda": False})
-    reason = str(gpu.missing(1))
+    reason = str(gpu.missing_reason(1))
     assert "PyCUDA is not installed" in reason
     assert "conda-forge" in reason
     assert "CUDA_ENABLE_CURAND = False" in reason
@@ -143,7 +144,7 @@ def device() -> Device:
 
 @pytest.mark.gpu
 def test_nothing_is_missing(device):
-    assert gpu.missing() is None
+    assert gpu.missing_reason() is None
     assert Device.open(0) is device
     free, total = device.memory()
     assert 0 < free <= total

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flat_kernels as kernels
 import numpy as np
 import pytest
 import reference
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unet_rt.errors import BackendError, ContractError, ImageError, OutputError, TileError, UnetRtError
-from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
 
 DTYPES = ["uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64", "bool"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flat_kernels as kernels
 import numpy as np
 import pytest
 import reference
@@ -28,7 +29,6 @@ from watched_kernels import BEYOND
 
 import unet_rt
 from unet_rt.errors import BackendError, ImageError, OutputError, TileError
-from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
 
 SAME_AS_ON_THE_CPU = [

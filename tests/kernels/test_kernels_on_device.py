@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flat_kernels as kernels
 import numpy as np
 import pytest
 import reference
@@ -19,7 +20,6 @@ from watched_kernels import BEYOND
 
 import unet_rt
 from unet_rt.errors import BackendError, ImageError
-from unet_rt.kernels import calls as kernels
 from unet_rt.kernels import native
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the reference networks need torch; pip install unet-rt[torch]")
 
-from unet_rt.errors import GraphError  # noqa: E402
+from unet_rt.errors import GraphError
 from unet_rt.models import widen
-from unet_rt.models.architecture import architecture_of, network_of
-from unet_rt.models.fcn import FCN8s
+from unet_rt.models.architecture import KINDS, architecture_of, network_of
+from unet_rt.models.fcn import FCN8s, FCN8sSpec
 from unet_rt.models.segnet import SegNet
 from unet_rt.models.skip import crop_concat
 from unet_rt.models.stored import load_half, save_half
@@ -40,7 +40,7 @@ def test_the_default_is_the_network_of_the_paper() -> None:
 
 
 def test_the_paper_s_tile_gives_the_paper_s_output() -> None:
-    narrow = UNet(width=2).eval()
+    narrow = UNet(UNetSpec(width=2)).eval()
     with torch.no_grad():
         assert narrow(torch.zeros(1, 1, 572, 572)).shape == (1, 2, 388, 388)
 
@@ -48,7 +48,7 @@ def test_the_paper_s_tile_gives_the_paper_s_output() -> None:
 def test_he_initialisation_keeps_the_variance() -> None:
     """Deviation of every 3 x 3 convolution is sqrt(2 / fan-in), known to a few percent from its samples."""
     torch.manual_seed(0)
-    network = UNet(width=16, depth=3)
+    network = UNet(UNetSpec(width=16, depth=3))
     for m in network.modules():
         if isinstance(m, torch.nn.Conv2d) and m.weight.numel() > 2000:
             fan_in = m.in_channels * m.weight[0, 0].numel()
@@ -80,7 +80,7 @@ def test_output_size_is_what_the_architecture_says(spec: UNetSpec, size: int) ->
     if spec.dims == 3 and spec.padding == "valid":
         size = min(size, 10)
     size = spec.size_at_least(size)
-    network = UNet.from_spec(spec).eval()
+    network = UNet(spec).eval()
     last = spec.size_at_least(size + 1)
     tile = (size,) * (spec.dims - 1) + (last,)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_output_size_is_what_the_architecture_says(spec: UNetSpec, size: int) ->
 
 
 def test_sizes_that_do_not_fit_are_refused_with_one_that_does() -> None:
-    network = UNet(width=2)
+    network = UNet(UNetSpec(width=2))
     with pytest.raises(ValueError, match=r"size 570 px does not fit.*use 572"):
         network(torch.zeros(1, 1, 570, 572))
     with pytest.raises(ValueError, match=r"input is 1x3x572x572; this U-Net takes Nx1xYxX"):
@@ -113,12 +113,12 @@ def test_sizes_that_do_not_fit_are_refused_with_one_that_does() -> None:
 )
 def test_architectures_that_cannot_be_are_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        UNet(**arguments)
+        UNet(UNetSpec(**arguments))
 
 
 def test_dropout_is_at_the_end_of_the_contracting_path() -> None:
     torch.manual_seed(0)
-    network = UNet(width=4, depth=3, dropout=0.5).train()
+    network = UNet(UNetSpec(width=4, depth=3, dropout=0.5)).train()
     seen: list[Any] = []
     network.dropout.register_forward_hook(lambda m, i, o: seen.append((i[0].shape[1], float((o == 0).float().mean()))))
     network(torch.randn(1, 1, 140, 140))
@@ -157,7 +157,7 @@ def trained_like(network: Any) -> Any:
 @pytest.mark.parametrize("factor", [1, 2, 5])
 def test_a_widened_network_computes_the_same(spec: UNetSpec, factor: int) -> None:
     """Equal up to rounding: in float64 the difference vanishes, so that it is the widening that is exact."""
-    narrow = trained_like(UNet.from_spec(spec)).double()
+    narrow = trained_like(UNet(spec)).double()
     x = torch.randn(1, spec.in_channels, *[spec.size_at_least(44)] * spec.dims, dtype=torch.float64)
     wide = widen(narrow.float(), factor)
     assert wide.spec.width == factor * spec.width
@@ -171,7 +171,7 @@ def test_a_widened_network_computes_the_same(spec: UNetSpec, factor: int) -> Non
 
 
 def test_copies_differ_by_noise_that_cancels() -> None:
-    narrow = trained_like(UNet(width=4, depth=1))
+    narrow = trained_like(UNet(UNetSpec(width=4, depth=1)))
     quiet, noisy = widen(narrow, 2, noise=0.0), widen(narrow, 2, noise=0.2)
     kernel = noisy.down[0][2].weight
     assert (kernel[:, ::2] != kernel[:, 1::2]).float().mean() > 0.99  # the copies' readers
@@ -183,19 +183,19 @@ def test_copies_differ_by_noise_that_cancels() -> None:
 
 def test_widening_by_sixteen_reaches_the_paper_s_size() -> None:
     spec = UNetSpec(width=4)
-    assert parameters(UNet.from_spec(UNetSpec(width=4 * 16))) == 31_030_658
+    assert parameters(UNet(UNetSpec(width=4 * 16))) == 31_030_658
     assert spec.size_at_least(572) == 572
 
 
 def test_widening_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="factor is 0"):
-        widen(UNet(width=2, depth=1), 0)
+        widen(UNet(UNetSpec(width=2, depth=1)), 0)
     with pytest.raises(ValueError, match=r"noise is 1\.5"):
-        widen(UNet(width=2, depth=1), 2, noise=1.5)
+        widen(UNet(UNetSpec(width=2, depth=1)), 2, noise=1.5)
 
 
 def test_half_weights_come_back(tmp_path: Path) -> None:
-    network = UNet(width=3, depth=2)
+    network = UNet(UNetSpec(width=3, depth=2))
     save_half(tmp_path / "small.npz", network)
     back = load_half(tmp_path / "small.npz")
     assert back.spec == network.spec
@@ -238,7 +238,7 @@ def test_crop_concat_is_an_operator_of_torch() -> None:
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_the_predecessors_keep_the_size(kind: Any, norm: str) -> None:
     torch.manual_seed(0)
-    network = kind(2, 3, width=2, depth=3, norm=norm).eval()
+    network = kind(KINDS[kind.__name__][1](2, 3, width=2, depth=3, norm=norm)).eval()
     with torch.no_grad():
         assert network(torch.randn(2, 2, 24, 40)).shape == (2, 3, 24, 40)
     again = network_of(architecture_of(network))
@@ -252,7 +252,11 @@ def test_the_predecessors_keep_the_size(kind: Any, norm: str) -> None:
 def test_equal_width_is_equal_terms() -> None:
     """The contracting path is the same in all three."""
     sizes = {
-        name: sum(p.numel() for k, p in kind(width=8, **more).named_parameters() if k.startswith("down."))
+        name: sum(
+            p.numel()
+            for k, p in kind(KINDS[kind.__name__][1](width=8, **more)).named_parameters()
+            if k.startswith("down.")
+        )
         for name, kind, more in (("u", UNet, {}), ("f", FCN8s, {}), ("s", SegNet, {}))
     }
     assert len(set(sizes.values())) == 1
@@ -275,7 +279,7 @@ def test_unpooling_puts_values_where_the_maxima_were() -> None:
 
 
 def test_fcn_starts_from_bilinear_interpolation() -> None:
-    network = FCN8s(width=2, depth=4)
+    network = FCN8s(FCN8sSpec(width=2, depth=4))
     ramp = torch.arange(8.0)[None, None, :, None].expand(1, 2, 8, 8)
     with torch.no_grad():
         fine = network.up[2](ramp)
@@ -285,7 +289,7 @@ def test_fcn_starts_from_bilinear_interpolation() -> None:
 
 def test_architectures_are_checked() -> None:
     with pytest.raises(ValueError, match="fuses three scales"):
-        FCN8s(depth=2)
+        FCN8s(FCN8sSpec(depth=2))
     with pytest.raises(GraphError, match="known are UNet, FCN8s, SegNet"):
         network_of({"network": "ResNet"})
     with pytest.raises(GraphError, match="none of SegNet's"):

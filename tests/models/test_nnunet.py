@@ -14,19 +14,17 @@ torch = pytest.importorskip("torch", reason="nnU-Net runs on torch")
 pytest.importorskip("nnunetv2", reason="nnU-Net is not installed; pip install nnunetv2")
 pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip install unet-rt[cpu]")
 
-import unet_rt as urt  # noqa: E402
-from unet_rt.cli.main import main  # noqa: E402
-from unet_rt.contract.contract import Normalization  # noqa: E402
-from unet_rt.contract.json import contract_from_json  # noqa: E402
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
-from unet_rt.errors import GraphError  # noqa: E402
-from unet_rt.models.nnunet import open_nnunet  # noqa: E402
+import unet_rt as urt
+from unet_rt.cli.main import main
+from unet_rt.contract.contract import Normalization
+from unet_rt.contract.json import contract_from_json
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
+from unet_rt.errors import GraphError
+from unet_rt.models.nnunet import open_nnunet
 from unet_rt.training.augment import Augmentation, Tiles
-from unet_rt.training.export import METADATA_KEY  # noqa: E402
-from unet_rt.training.samples import prepare  # noqa: E402
+from unet_rt.training.export import METADATA_KEY
+from unet_rt.training.samples import prepare
 
 pytestmark = [
     pytest.mark.torch,

@@ -10,7 +10,8 @@ import pytest
 
 import unet_rt as urt
 from unet_rt.cli.demo import shipped_model
-from unet_rt.drawing.membranes import membranes, random_tissue
+from unet_rt.drawing.membranes import membranes
+from unet_rt.drawing.tissue import random_tissue
 from unet_rt.errors import GraphError
 
 MODEL = shipped_model("membranes")

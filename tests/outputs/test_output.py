@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
+from flat_output import open_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
-from unet_rt.images.open import open_image
 from unet_rt.images.source import Source
 from unet_rt.outputs import output, tiff
 from unet_rt.outputs import shape as outputs_shape
-from unet_rt.outputs.output import check_output, open_output
+from unet_rt.outputs.output import check_output
 
 RNG = np.random.default_rng(7)
 
@@ -336,11 +337,12 @@ import numpy as np
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from unet_rt.errors import OutputError
 from unet_rt.outputs.output import open_output
+from unet_rt.outputs.shape import Shape
 import tifffile, PIL.Image
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 pixels = np.random.default_rng(1).integers(0, 255, (300, 400)).astype(sys.argv[2])
 try:
-    with open_output(sys.argv[1], shape=pixels.shape, dtype=pixels.dtype) as sink:
+    with open_output(sys.argv[1], Shape(pixels.shape, (), "", 0, pixels.dtype)) as sink:
         for row in range(0, 300, 50):
             sink.write(0, (row, 0), pixels[row:row + 50])
         sink.commit()

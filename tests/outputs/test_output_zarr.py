@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
+from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import OutputError
-from unet_rt.images.open import open_image
 from unet_rt.images.pixels import Origin
 from unet_rt.outputs.shape import Shape
 from unet_rt.outputs.zarr import NO_DATA, ZarrOutput
@@ -196,7 +196,8 @@ OTHER = """
 import sys
 from pathlib import Path
 import numpy as np
-from unet_rt.outputs.zarr import NO_DATA, ZarrOutput
+from unet_rt.outputs.zarr import ZarrOutput
+from unet_rt.outputs.zarr_metadata import NO_DATA
 
 output, whole = ZarrOutput.open(Path(sys.argv[1])), np.load(sys.argv[2])
 for number, (plane, *window) in enumerate(np.load(sys.argv[3]).tolist()):

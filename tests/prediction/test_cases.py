@@ -22,8 +22,11 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
+import flat_kernels as kernels
 import numpy as np
 import pytest
+from flat_image import open_image
+from flat_output import open_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,9 +35,6 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine.engine import Engine
 from unet_rt.engine.spec import EngineSpec, InputSpec
 from unet_rt.images.normalize import affine
-from unet_rt.images.open import open_image
-from unet_rt.kernels import calls as kernels
-from unet_rt.outputs.output import open_output
 from unet_rt.prediction.run import run
 from unet_rt.prediction.work import Computation, Work
 from unet_rt.tiling.decision import Decision, decide

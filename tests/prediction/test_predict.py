@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,8 +26,7 @@ from unet_rt.cli.demo import shipped_model
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
-from unet_rt.images.normalize import affine, normalised
-from unet_rt.images.open import open_image
+from unet_rt.images.normalize import affine, normalize_pixels
 from unet_rt.outputs.pictures import COLOURS
 from unet_rt.prediction.report import RunReport
 from unet_rt.prediction.run import run
@@ -500,7 +500,7 @@ def test_pixels_outside_the_range_are_counted_once(nuclei, image, tile):
     """As the network gets them: a camera of twice the gain changes grey levels, and nothing that the network sees."""
     with open_image(image, nuclei.spec.contract) as source:
         numbers = affine(nuclei.spec.contract.normalization, source).plane(0)
-    x = normalised(image[None], numbers)
+    x = normalize_pixels(image[None], numbers)
     low, high = (float(v) for v in np.percentile(x, (5, 90)))
     engine = Engine(replace(nuclei.spec, options={"input_range": [[low, high]]}), nuclei._session)
     found: list[RunReport] = []

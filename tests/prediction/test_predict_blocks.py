@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from flat_image import open_image
 from PIL import Image
 from test_cases import engine as fake_engine
 from test_cases import output, predicted
@@ -26,14 +27,13 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.images import normalize
 from unet_rt.images.normalize import affine
-from unet_rt.images.open import open_image
 from unet_rt.prediction import request, stage
 from unet_rt.prediction import stage as prediction_stage
 from unet_rt.prediction.blocks import Picture, plan_blocks
 from unet_rt.prediction.resampled import Resampled
 from unet_rt.system.durable import Disk
 from unet_rt.tiling.decision import decide
-from unet_rt.tiling.resample import needed, resample, resampled_shape
+from unet_rt.tiling.resample import input_span, resample, resampled_shape
 
 pytestmark = pytest.mark.onnxruntime
 
@@ -489,7 +489,7 @@ def test_windows_are_resampled_as_the_whole(n, m):
     whole = resample(line, (0, 0), (0, 0), (m, 40), (n, 40), (m, 40))
     for start in range(0, m, 7):
         stop = min(start + 7, m)
-        low, high = needed(start, stop, n, m)
+        low, high = input_span(start, stop, n, m)
         part = resample(line[:, low:high], (low, 0), (start, 0), (stop, 40), (n, 40), (m, 40))
         np.testing.assert_array_equal(part, whole[:, start:stop])
 
@@ -597,8 +597,8 @@ def test_statistics_of_planes_are_measured_once(engine, small_blocks, tmp_path, 
     contract = replace(engine.spec.contract, normalization=normalization)
     monkeypatch.setattr(engine, "spec", replace(engine.spec, contract=contract))
     expected = urt.predict(engine, stack, tile=TILE, axes="ZYX", output="probability")
-    measured, planes = normalize._measured, []
-    monkeypatch.setattr(normalize, "_measured", lambda *a: planes.append(a[-1]) or measured(*a))
+    measured, planes = normalize._measured_numbers, []
+    monkeypatch.setattr(normalize, "_measured_numbers", lambda *a: planes.append(a[-1]) or measured(*a))
     for k in range(2):
         urt.predict(engine, path, out=out, tile=TILE, axes="ZYX", output="probability", shard=(k, 2))
         kept = stage.stage_folder(out) / "numbers"

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from unet_rt.errors import OutputError
-from unet_rt.outputs.tables import written_whole
-from unet_rt.system.durable import Disk, locked, part_path, parts_of
+from unet_rt.system.durable import Disk, locked, open_whole, part_path, parts_of
 
 
 def test_who_waited_for_a_lock_holds_it(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_tables_of_the_same_name_do_not_meet(tmp_path: Path, monkeypatch: pytest
     """Written at the same time, also by processes of the same number: the last one stays, whole."""
     monkeypatch.setattr("os.getpid", lambda: 7)
     path = tmp_path / "objects.csv"
-    with written_whole(path) as first, written_whole(path) as second:
+    with open_whole(path) as first, open_whole(path) as second:
         first.write("first")
         second.write("second")
     assert path.read_text() == "first"

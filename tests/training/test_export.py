@@ -14,27 +14,28 @@ torch = pytest.importorskip("torch", reason="export needs torch; pip install une
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip install unet-rt[cpu]")
 
-import unet_rt  # noqa: E402
-from unet_rt.cli.main import main  # noqa: E402
+import unet_rt
+from unet_rt.cli.main import main
 from unet_rt.contract.contract import (
     Contract,
-    Normalization,  # noqa: E402
+    Normalization,
 )
 from unet_rt.contract.json import contract_from_json
-from unet_rt.contract.smp import contract_from_smp  # noqa: E402
-from unet_rt.drawing.microscopy import microscopy  # noqa: E402
+from unet_rt.contract.smp import contract_from_smp
+from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import (
     ContractError,
-    GraphError,  # noqa: E402
+    GraphError,
 )
-from unet_rt.models.checkpoint import save_checkpoint  # noqa: E402
+from unet_rt.models.architecture import network_of
+from unet_rt.models.checkpoint import save_checkpoint
 from unet_rt.models.fcn import FCN8s
 from unet_rt.models.segnet import SegNet
-from unet_rt.models.stored import unet_from_onnx  # noqa: E402
-from unet_rt.models.unet import UNet
+from unet_rt.models.stored import unet_from_onnx
+from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.export import (
     METADATA_KEY,
-    export,  # noqa: E402
+    export,
 )
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
@@ -80,7 +81,7 @@ def used(network: Any) -> Any:
 )
 def test_u_nets_of_all_kinds(tmp_path: Path, arguments: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    network = used(UNet(**arguments))
+    network = used(UNet(UNetSpec(**arguments)))
     done = export(network, tmp_path / "model.onnx", sizes=None if network.spec.dims == 2 else [20, 22])
     assert done.exporter == "trace"
     assert done.max_error <= done.tolerance
@@ -104,7 +105,7 @@ def test_u_nets_of_all_kinds(tmp_path: Path, arguments: dict[str, Any]) -> None:
 
 
 def test_the_contract_travels_in_the_metadata(tmp_path: Path) -> None:
-    network = UNet(width=4, depth=2, padding="same")
+    network = UNet(UNetSpec(width=4, depth=2, padding="same"))
     export(network, tmp_path / "model.onnx", contract=CONTRACT, pixels=pixels())
     props = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert list(props) == [METADATA_KEY]
@@ -112,7 +113,7 @@ def test_the_contract_travels_in_the_metadata(tmp_path: Path) -> None:
 
 
 def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
-    network = UNet(width=2, depth=1, padding="same", norm="batch").train()
+    network = UNet(UNetSpec(width=2, depth=1, padding="same", norm="batch")).train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     export(network, tmp_path / "model.onnx", sizes=[32, 40])
     assert network.training
@@ -181,9 +182,11 @@ def test_an_exporter_that_fails_without_a_word_is_named(tmp_path: Path, monkeypa
     def fail(*_: Any) -> bytes:
         raise AssertionError
 
-    monkeypatch.setattr(sys.modules["unet_rt.training.export"], "_trace", fail)
+    monkeypatch.setattr(sys.modules["unet_rt.training.export"], "trace", fail)
     with pytest.raises(GraphError, match="trace: AssertionError: AssertionError"):
-        export(UNet(width=2, depth=1, padding="same"), tmp_path / "model.onnx", sizes=[32, 40], exporter="trace")
+        export(
+            UNet(UNetSpec(width=2, depth=1, padding="same")), tmp_path / "model.onnx", sizes=[32, 40], exporter="trace"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,7 +200,7 @@ def test_the_other_exporter_is_taken_where_tracing_bakes_a_size(tmp_path: Path) 
 
 def test_wrong_use_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    network = UNet(width=2, depth=1, padding="same")
+    network = UNet(UNetSpec(width=2, depth=1, padding="same"))
     with pytest.raises(ContractError, match=r"names 2 channels .* the module takes 1"):
         export(network, out, contract=Contract(channels=("a", "b")))
     with pytest.raises(ContractError, match="channels first"):
@@ -208,7 +211,7 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
         export(network, out, sizes=[32])
     with pytest.raises(GraphError, match=r"not a|takes a torch\.nn\.Module"):
         export(lambda x: x, out)  # type: ignore[arg-type]
-    broken = UNet(width=2, depth=1, padding="same")
+    broken = UNet(UNetSpec(width=2, depth=1, padding="same"))
     with torch.no_grad():
         broken.head.bias.fill_(float("nan"))
     with pytest.raises(GraphError, match="not finite"):
@@ -243,7 +246,7 @@ def test_the_shipped_network_finds_nuclei_in_drawn_microscopy() -> None:
 
 def test_a_module_comes_back_from_its_graph(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = used(UNet(width=3, depth=2, padding="same", norm="batch", up="bilinear"))
+    network = used(UNet(UNetSpec(width=3, depth=2, padding="same", norm="batch", up="bilinear")))
     done = export(network, tmp_path / "model.onnx", sizes=[32, (32, 40)])
     model = onnx.load(done.path)
     back = unet_from_onnx(model, network.spec)
@@ -252,9 +255,9 @@ def test_a_module_comes_back_from_its_graph(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(back(x), network.eval()(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(GraphError, match="convolutions, the architecture has"):
-        unet_from_onnx(model, UNet(width=3, depth=3).spec)
+        unet_from_onnx(model, UNet(UNetSpec(width=3, depth=3)).spec)
     with pytest.raises(GraphError, match="the architecture has"):
-        unet_from_onnx(model, UNet(width=4, depth=2, up="bilinear").spec)
+        unet_from_onnx(model, UNet(UNetSpec(width=4, depth=2, up="bilinear")).spec)
 
 
 # --------------------------------------------------------------------------------------------------- the other networks
@@ -264,7 +267,11 @@ def test_a_module_comes_back_from_its_graph(tmp_path: Path) -> None:
 def test_predecessors_are_exact_in_tiles(tmp_path: Path, kind: Any) -> None:
     """Their graphs are plain operators that the analysis knows; OpenVINO gives what ONNX Runtime gives."""
     torch.manual_seed(0)
-    done = export(used(kind(width=3, depth=3, norm="batch")), tmp_path / "model.onnx", sizes=[48, (48, 64)])
+    done = export(
+        used(network_of({"network": kind.__name__, "width": 3, "depth": 3, "norm": "batch"})),
+        tmp_path / "model.onnx",
+        sizes=[48, (48, 64)],
+    )
     assert done.exporter == "trace"
     kinds = {n.op_type for n in onnx.load(done.path).graph.node}
     assert not {"MaxUnpool", "ScatterND", "Shape", "Reshape"} & kinds
@@ -284,7 +291,7 @@ def test_predecessors_are_exact_in_tiles(tmp_path: Path, kind: Any) -> None:
 
 def test_crop_concat_is_slice_and_concat_in_both_exporters(tmp_path: Path) -> None:
     for exporter in ("trace", "dynamo"):
-        done = export(UNet(width=2, depth=1), tmp_path / "m.onnx", sizes=[44, (44, 48)], exporter=exporter)  # type: ignore[arg-type]
+        done = export(UNet(UNetSpec(width=2, depth=1)), tmp_path / "m.onnx", sizes=[44, (44, 48)], exporter=exporter)  # type: ignore[arg-type]
         kinds = [n.op_type for n in onnx.load(done.path).graph.node if n.op_type != "Constant"]
         assert kinds.count("Concat") == 1
         assert kinds.count("Slice") in (1, 2)  # both axes at once, or one after the other
@@ -314,7 +321,7 @@ def test_a_network_that_jumps_is_compared_by_the_share_that_jumped(tmp_path: Pat
 
 def test_checkpoints_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    network = UNet(width=3, depth=2, padding="same")
+    network = UNet(UNetSpec(width=3, depth=2, padding="same"))
     save_checkpoint(tmp_path / "model.pt", network, CONTRACT)
     out = tmp_path / "model.onnx"
     assert main(["export", str(tmp_path / "model.pt"), "--out", str(out), "--classes", "a,b", "--json"]) == 0
@@ -337,7 +344,7 @@ def test_state_dicts_from_the_command_line(
 ) -> None:
     out = str(tmp_path / "model.onnx")
     torch.manual_seed(0)
-    unet = UNet(width=3, depth=1, padding="same")
+    unet = UNet(UNetSpec(width=3, depth=1, padding="same"))
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in unet.state_dict().items()}}, tmp_path / "u.pt")
     assert main(["export", str(tmp_path / "u.pt"), "--out", out]) == 2
     assert "without their architecture" in capsys.readouterr().err

@@ -19,37 +19,27 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="training needs torch; pip install unet-rt[train]")
 
-import unet_rt  # noqa: E402
-from unet_rt.cli.main import main  # noqa: E402
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
+import unet_rt
+from unet_rt.cli.main import main
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.errors import (
     BackendError,
     ContractError,
     ImageError,
-    OutputError,  # noqa: E402
+    OutputError,
 )
 from unet_rt.models.checkpoint import TrainingError, load_checkpoint
-from unet_rt.models.unet import UNet  # noqa: E402
+from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training import components
-from unet_rt.training.fit import (
-    NORMALIZATION,
-    Options,
-    fit,
-    planned,
-    split,
-    watched,  # noqa: E402
-)
-from unet_rt.training.folder import (
-    find_pairs,
-    read_folder,  # noqa: E402
-)
+from unet_rt.training.fit import fit, split_data, watch_windows
+from unet_rt.training.folder import read_data
+from unet_rt.training.options import NORMALIZATION, Options, plan_training
+from unet_rt.training.pairs import find_pairs
 from unet_rt.training.samples import Sample
 from unet_rt.training.trainer import (
     Recipe,
-    train,  # noqa: E402
+    train,
 )
 
 pytestmark = pytest.mark.torch
@@ -143,7 +133,7 @@ def test_folders_can_be_named(tmp_path: Path) -> None:
 
 
 def test_instance_ids(folder: Path, micrographs: list[Any]) -> None:
-    data = read_folder(folder, NORMALIZATION)
+    data = read_data(folder, NORMALIZATION)
     assert data.masks == "instances"
     assert data.classes == ("background", "foreground")
     assert data.w0 == 10
@@ -157,11 +147,11 @@ def test_binary_masks(tmp_path: Path, micrographs: list[Any], value: int) -> Non
     for k, m in enumerate(micrographs[:2]):
         write(tmp_path / f"{k}.png", (m.image // 16).astype(np.uint8))
         write(tmp_path / f"{k}_mask.png", (m.truth > 0).astype(np.uint8) * value)
-    data = read_folder(tmp_path, NORMALIZATION)
+    data = read_data(tmp_path, NORMALIZATION)
     assert data.masks == "binary"
     assert not any(s.weight.any() for s in data.samples)  # nothing tells touching objects apart
     np.testing.assert_array_equal(data.samples[1].target, micrographs[1].truth > 0)
-    assert any(s.weight.max() > 1 for s in read_folder(tmp_path, NORMALIZATION, w0=10).samples)
+    assert any(s.weight.max() > 1 for s in read_data(tmp_path, NORMALIZATION, w0=10).samples)
 
 
 def test_class_masks_of_any_numbers(tmp_path: Path) -> None:
@@ -170,7 +160,7 @@ def test_class_masks_of_any_numbers(tmp_path: Path) -> None:
         labels = rng.integers(0, 3, (8, 8)).repeat(8, 0).repeat(8, 1)
         write(tmp_path / "images" / f"{k}.png", (60 * labels + rng.integers(0, 9, labels.shape)).astype(np.uint8))
         write(tmp_path / "masks" / f"{k}.png", np.array([0, 100, 200], np.uint8)[labels])
-    data = read_folder(tmp_path, NORMALIZATION)
+    data = read_data(tmp_path, NORMALIZATION)
     assert data.masks == "classes"
     assert data.classes == ("background", "class 100", "class 200")
     np.testing.assert_array_equal(data.samples[1].target, labels)
@@ -185,13 +175,13 @@ def test_a_palette_s_indices_are_the_labels(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     picture.save(tmp_path / "masks/a.png")
     write(tmp_path / "images/a.png", 100 * labels + 5)
-    np.testing.assert_array_equal(read_folder(tmp_path, NORMALIZATION).samples[0].target, labels)
+    np.testing.assert_array_equal(read_data(tmp_path, NORMALIZATION).samples[0].target, labels)
 
 
 def test_stacks_and_pieces(tmp_path: Path, micrographs: list[Any]) -> None:
     write(tmp_path / "stack/train-volume.tif", np.stack([m.image for m in micrographs[:5]]))
     write(tmp_path / "stack/train-labels.tif", np.stack([m.truth > 0 for m in micrographs[:5]]).astype(np.uint8) * 255)
-    data = read_folder(tmp_path / "stack", NORMALIZATION)
+    data = read_data(tmp_path / "stack", NORMALIZATION)
     assert [s.name for s in data.samples] == [f"train-volume.tif plane {k}" for k in range(5)]
     for number in (1, 2):
         write(tmp_path / "pieces" / str(number) / "images" / "x.png", (micrographs[0].image // 16).astype(np.uint8))
@@ -199,7 +189,7 @@ def test_stacks_and_pieces(tmp_path: Path, micrographs: list[Any]) -> None:
             write(
                 tmp_path / "pieces" / str(number) / "masks" / f"{k}.png", (micrographs[0].truth == k).astype(np.uint8)
             )
-    data = read_folder(tmp_path / "pieces", NORMALIZATION)
+    data = read_data(tmp_path / "pieces", NORMALIZATION)
     assert data.masks == "instances"
     np.testing.assert_array_equal(
         data.samples[0].truth, np.isin(micrographs[0].truth, np.unique(micrographs[0].truth)[1:4])
@@ -213,7 +203,7 @@ def test_colour_among_grey_becomes_luminance(tmp_path: Path, micrographs: list[A
         colour = rng.integers(0, 255, (*grey.shape, 3), np.uint8) if k == 0 else np.stack([grey] * 3, -1)
         write(tmp_path / "images" / f"{k}.png", colour if k < 2 else grey)
         write(tmp_path / "masks" / f"{k}.png", (m.truth > 0).astype(np.uint8))
-    data = read_folder(tmp_path, NORMALIZATION)
+    data = read_data(tmp_path, NORMALIZATION)
     assert data.channels == ("grey",)
     assert "--channels luma" in " ".join(data.notes)
 
@@ -223,9 +213,9 @@ def test_folders_of_training_validation_and_test(tmp_path: Path, micrographs: li
         for k in which:
             write(tmp_path / part / "images" / f"{k}.tif", micrographs[k].image)
             write(tmp_path / part / "masks" / f"{k}.tif", micrographs[k].truth.astype(np.uint16))
-    data = read_folder(tmp_path, NORMALIZATION)
+    data = read_data(tmp_path, NORMALIZATION)
     assert "2 pairs in a test folder are left out" in " ".join(data.notes)
-    training, validation = split(data)
+    training, validation = split_data(data)
     assert [s.name for s in training] == ["0.tif", "1.tif"]
     assert [s.name for s in validation] == ["2.tif"]
 
@@ -234,17 +224,23 @@ def test_windows_that_are_watched_hold_foreground() -> None:
     target = np.zeros((600, 900), np.uint8)
     target[500:590, 800:890] = 1
     sample = Sample("large", target[None].astype(np.float32), target, target.astype(np.float32), target)
-    (window,) = watched([sample])
+    (window,) = watch_windows([sample])
     assert window.target.shape == (384, 384)
     assert window.target.sum() == target.sum()
     np.testing.assert_array_equal(window.image[0], window.target)
-    assert [s.name for s in watched([replace(sample, name=str(k)) for k in range(20)])] == ["0", "4", "8", "12", "16"]
+    assert [s.name for s in watch_windows([replace(sample, name=str(k)) for k in range(20)])] == [
+        "0",
+        "4",
+        "8",
+        "12",
+        "16",
+    ]
 
 
 def test_batch_norm_keeps_its_statistics_in_the_second_half(folder: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
-    data = read_folder(folder, NORMALIZATION)
-    network = UNet(width=3, depth=1, padding="same", norm="batch")
+    data = read_data(folder, NORMALIZATION)
+    network = UNet(UNetSpec(width=3, depth=1, padding="same", norm="batch"))
     norm = network.down[0][1]
     recipe = Recipe(steps=8, tile_px=32, batch=2, validate_every=8)
     train(
@@ -323,19 +319,19 @@ def test_components_are_scipy_s(micrographs: list[Any]) -> None:
 
 def test_presets() -> None:
     cpu = torch.device("cpu")
-    architecture, recipe = planned(Options("paper"), cpu, 1, 2)
+    architecture, recipe = plan_training(Options("paper"), cpu, 1, 2)
     assert architecture.pop("network") == "UNet"
-    assert UNet(**architecture).spec == UNet().spec
+    assert UNet(UNetSpec(**architecture)).spec == UNet().spec
     assert (recipe.optimizer, recipe.batch, recipe.tile_px, recipe.balance) == ("sgd", 1, 572, 1.0)
     assert (recipe.w0, recipe.sigma_px, recipe.augmentation.elastic_px) == (10, 5, 10)
-    _, recipe = planned(Options(recipe={"minutes": 2.0}), cpu, 3, 4)
+    _, recipe = plan_training(Options(recipe={"minutes": 2.0}), cpu, 3, 4)
     assert (recipe.steps, recipe.minutes) == (0, 2.0)
     with pytest.raises(ContractError, match="a recipe has no stepz"):
-        planned(Options(recipe={"stepz": 1}), cpu, 1, 2)
+        plan_training(Options(recipe={"stepz": 1}), cpu, 1, 2)
     with pytest.raises(ContractError, match="learning rate is -1"):
-        planned(Options(recipe={"learning_rate": -1}), cpu, 1, 2)
+        plan_training(Options(recipe={"learning_rate": -1}), cpu, 1, 2)
     with pytest.raises(BackendError, match="mixed precision"):
-        planned(Options(recipe={"precision": "bf16"}), cpu, 1, 2)
+        plan_training(Options(recipe={"precision": "bf16"}), cpu, 1, 2)
 
 
 def test_a_tile_larger_than_the_images_is_taken_down_and_said(folder: Path, tmp_path: Path) -> None:
@@ -477,7 +473,7 @@ def test_a_step_is_not_bound_by_its_augmentation(micrographs: list[Any]) -> None
 
     sample: Sample = prepare("one", micrographs[0].image, micrographs[0].truth, NORMALIZATION)
     tiles = Tiles([sample], 256, 256, Augmentation(), 0)
-    network = UNet(width=16, padding="same", norm="batch")
+    network = UNet(UNetSpec(width=16, padding="same", norm="batch"))
     image, _, _ = tiles.draw(2, 0)
 
     def best(work: Any) -> float:

@@ -12,22 +12,17 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs torch; pip install unet-rt[train]")
 pytest.importorskip("skimage", reason="thresholds to compare with; pip install unet-rt[train]")
 
-from scipy.ndimage import distance_transform_edt, gaussian_filter  # noqa: E402
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.models.checkpoint import load_checkpoint
-from unet_rt.training.fit import (
-    NORMALIZATION,
-    Options,
-    fit,  # noqa: E402
-)
+from unet_rt.training.evaluate import evaluate
+from unet_rt.training.fit import fit
 from unet_rt.training.metrics import iou
+from unet_rt.training.options import NORMALIZATION, Options
 from unet_rt.training.samples import prepare
-from unet_rt.training.trainer import evaluate
-from unet_rt.training.weights import separate  # noqa: E402
+from unet_rt.training.weights import separate
 
 pytestmark = pytest.mark.torch
 

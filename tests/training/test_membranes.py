@@ -17,7 +17,8 @@ from PIL import Image
 pytest.importorskip("torch", reason="the networks are torch's; pip install unet-rt[train]")
 pytest.importorskip("skimage", reason="scores Rand errors; pip install unet-rt[train]")
 
-from unet_rt.drawing.microscopy import Scene, microscopy
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.torch

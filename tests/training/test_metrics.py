@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("torch", reason="the figures live beside the training; pip install unet-rt[train]")
 pytest.importorskip("skimage", reason="scores Rand errors; pip install unet-rt[train]")
 
-from unet_rt.drawing.microscopy import Scene, microscopy
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
 from unet_rt.training import components
 from unet_rt.training.metrics import dice, object_iou, pixel_error, rand_error, warping_error
 

@@ -14,29 +14,29 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="training needs torch; pip install unet-rt[train]")
 
-import unet_rt  # noqa: E402
+import unet_rt
 from unet_rt.contract.contract import (
     Contract,
-    Normalization,  # noqa: E402
+    Normalization,
 )
-from unet_rt.drawing.microscopy import (
-    Scene,
-    microscopy,  # noqa: E402
-)
-from unet_rt.errors import ImageError  # noqa: E402
+from unet_rt.drawing.microscopy import microscopy
+from unet_rt.drawing.scene import Scene
+from unet_rt.errors import ImageError
 from unet_rt.models.checkpoint import TrainingError, load_checkpoint, save_checkpoint
-from unet_rt.models.stored import load_half  # noqa: E402
-from unet_rt.models.unet import UNet
+from unet_rt.models.stored import load_half
+from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.augment import Augmentation, Tiles
+from unet_rt.training.evaluate import evaluate, predict_whole
 from unet_rt.training.metrics import iou
 from unet_rt.training.samples import Sample, normalized, prepare, split_by_blocks
-from unet_rt.training.trainer import Recipe, evaluate, predict_whole, train, weighted_cross_entropy
+from unet_rt.training.trainer import Recipe, train, weighted_cross_entropy
 from unet_rt.training.weights import border_weights, class_weights, separate
 
 pytestmark = pytest.mark.torch
 
 PERCENTILE = Normalization("percentile", scope="image")
 DATA = Path(unet_rt.__file__).parent / "data"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_the_loss_is_the_formula() -> None:
 
 def small_network(seed: int = 0) -> UNet:
     torch.manual_seed(seed)
-    return UNet(width=6, depth=2, padding="same", norm="batch", up="bilinear", dropout=0.0)
+    return UNet(UNetSpec(width=6, depth=2, padding="same", norm="batch", up="bilinear", dropout=0.0))
 
 
 SHORT = Recipe(steps=70, tile_px=64, batch=4, learning_rate=1e-2, validate_every=35, balance=0.5)
@@ -325,21 +325,21 @@ def test_training_repeats_itself(samples: list[Sample], optimizer: Any) -> None:
 
 def test_a_valid_network_trains_with_mirrored_borders(samples: list[Sample]) -> None:
     torch.manual_seed(0)
-    network = UNet(width=4, depth=2)
+    network = UNet(UNetSpec(width=4, depth=2))
     history = train(network, samples[:2], samples[4:], replace(SHORT, steps=2, tile_px=108, batch=1))
     assert len(history) == 1
     assert predict_whole(network, samples[4].image).shape == (2, 160, 160)
 
 
 def test_networks_for_volumes_are_refused(samples: list[Sample]) -> None:
-    network = UNet(width=2, depth=1, dims=3, padding="same")
+    network = UNet(UNetSpec(width=2, depth=1, dims=3, padding="same"))
     with pytest.raises(TrainingError, match="3 spatial axes, and tiles are cut from images of 2"):
         train(network, samples[:1], samples[:1], Recipe(steps=1))
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best(samples: list[Sample]) -> None:
     torch.manual_seed(0)
-    network = UNet(width=4, depth=2, padding="same")
+    network = UNet(UNetSpec(width=4, depth=2, padding="same"))
     with pytest.raises(TrainingError, match="Lower the learning rate"):
         train(network, samples[:2], samples[4:], replace(SHORT, optimizer="sgd", learning_rate=1e25))
     assert all(torch.isfinite(p).all() for p in network.parameters())
@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best(samples: li
 def test_a_whole_image_is_predicted_as_its_parts_are(samples: list[Sample]) -> None:
     """The valid network's samples do not depend on the window they are computed in."""
     torch.manual_seed(0)
-    network = UNet(width=3, depth=2).eval()
+    network = UNet(UNetSpec(width=3, depth=2)).eval()
     image = samples[0].image
     whole = predict_whole(network, image)
     spec = network.spec
@@ -395,8 +395,9 @@ def test_iou() -> None:
 # --------------------------------------------------------------------------------------------------- what is shipped
 
 
-def test_the_small_valid_network_is_what_its_record_says() -> None:
-    from unet_rt.training.nuclei import NETWORKS, TEST_SEEDS, drawn
+def test_the_small_valid_network_is_what_its_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from ship_nuclei import NETWORKS, TEST_SEEDS, drawn
 
     network = load_half(DATA / "paper_w8.npz")
     record = json.loads((DATA / "paper_w8.json").read_text())
@@ -407,9 +408,10 @@ def test_the_small_valid_network_is_what_its_record_says() -> None:
         assert value == pytest.approx(claimed[sample.name], abs=2e-3)  # rounding on another machine flips few pixels
 
 
-def test_the_shipped_network_is_what_its_record_says() -> None:
+def test_the_shipped_network_is_what_its_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
     ort = pytest.importorskip("onnxruntime", reason="runs the shipped graph; pip install unet-rt[cpu]")
-    from unet_rt.training.nuclei import NETWORKS, TEST_SEEDS, drawn
+    from ship_nuclei import NETWORKS, TEST_SEEDS, drawn
 
     record = json.loads((DATA / "nuclei.json").read_text())
     session = ort.InferenceSession(str(DATA / "nuclei.onnx"), providers=["CPUExecutionProvider"])

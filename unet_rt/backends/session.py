@@ -16,7 +16,8 @@ from ..errors import BackendError, size_text
 from ..system import limits
 
 if TYPE_CHECKING:
-    from ..kernels.device import DeviceArray, Stream
+    from ..kernels.memory import DeviceArray
+    from ..kernels.stream import Stream
 
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..kernels import calls
+from ..kernels.request import Frame
 from ..prediction.run import run
 from ..prediction.work import Computation, Work, Write
 from ..tiling.decision import Decision
@@ -34,10 +35,8 @@ def tile_of(
         sample.pixels,
         starts,
         out,
-        border=spec.contract.border or "mirror",
-        offset=sample.numbers.offset,
-        divisor=sample.numbers.divisor,
-        clip=sample.numbers.clip,
+        frame=Frame(border=spec.contract.border or "mirror"),
+        affine=sample.numbers,
         threads=threads,
     )
     return out

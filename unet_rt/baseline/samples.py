@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract
 from ..errors import ImageError
-from ..images.normalize import Affine, OnePlane, affine
+from ..images.normalize import OnePlane, affine
+from ..kernels.request import Affine
 
 if TYPE_CHECKING:
     from ..images.source import Source
@@ -63,12 +64,13 @@ class SampleWindow:
     def source(self, contract: Contract) -> Source:
         """The window as an image of its own; its normalisation remains that of the whole image (``affines``)."""
         from ..images.open import open_image
+        from ..images.reading import Reading
 
         spatial = self.pixels.ndim - 1
         return open_image(
             self.pixels,
             contract,
-            axes="C" + "ZYX"[-spatial:],
+            Reading("C" + "ZYX"[-spatial:]),
             spatial=spatial,
             network_channels=len(self.pixels),
             name=self.name,
@@ -122,6 +124,7 @@ def draw(
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
     from ..images.open import open_image
+    from ..images.reading import Reading
 
     if not images:
         raise ImageError("no sample images; pass files or a folder with --samples")
@@ -130,7 +133,7 @@ def draw(
     samples, empty = list[SampleWindow](), list[str]()
     for position, image in enumerate(chosen):
         with open_image(
-            image, contract, axes=read.axes, channels=read.channels, spatial=spatial, network_channels=network_channels
+            image, contract, Reading(read.axes, read.channels), spatial=spatial, network_channels=network_channels
         ) as source:
             share = count // len(chosen) + (position < count % len(chosen))
             for sample in _windows_of(source, contract, share, max_px):
@@ -219,9 +222,10 @@ def draw_generated(
         if contract.normalization is not None and contract.normalization.method in ("scale", "dtype", "fixed"):
             pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * 255).astype(np.uint8)
         from ..images.open import open_image
+        from ..images.reading import Reading
 
         with open_image(
-            pixels, contract, axes="C" + "ZYX"[-spatial:], spatial=spatial, network_channels=channels
+            pixels, contract, Reading("C" + "ZYX"[-spatial:]), spatial=spatial, network_channels=channels
         ) as source:
             if contract.normalization is None:
                 mean, std = float(pixels.mean()), float(pixels.std())

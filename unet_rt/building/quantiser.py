@@ -94,13 +94,13 @@ class Quantiser:
         self.budget = budget.of("int8")
         self.judged = parity_module.judged_outputs(baseline.spec)
         self.weights = [1.0] * len(self.judged)
-        self.prepared = qdq.prepare(onnx.load(str(graph)))
+        self.prepared = qdq.prepare_graph(onnx.load(str(graph)))
         self.layers = qdq.layers(self.prepared)
         if not self.layers:
             raise GraphError("the graph has no convolution with stored weights, so there is nothing for INT8")
         self.say(f"calibrating on {len(tiles)} tiles of {size_text(tiles[0].shape[2:])} px")
         inputs = [baseline.graph_inputs(x) for x in tiles]
-        found = calibrate(self.prepared, qdq.probed(self.prepared), inputs, threads=threads)
+        found = calibrate(self.prepared, qdq.tensors_to_probe(self.prepared), inputs, threads=threads)
         self.calibration = replace(found, windows=windows)
         self.compared = tiles[:COMPARED_TILES]
         self.wanted = [self._outputs(baseline, x) for x in self.compared]

@@ -17,7 +17,7 @@ from ..engine import parity as parity_module
 from ..engine.spec import EngineSpec
 from ..errors import ImageError
 from ..graph.passes.qdq import FORMS
-from ..images.normalize import normalised
+from ..images.normalize import normalize_pixels
 from ..tiling.grid import square_tile
 from .calibration import input_ranges, split
 from .job import BuildJob, Remarks, Scope
@@ -81,12 +81,12 @@ def _declare_no_normalization(model: Model, image: Any, read: ReadOptions) -> Mo
     from ..contract.contract import Normalization
     from ..images.normalize import missing_normalization
     from ..images.open import open_image
+    from ..images.reading import Reading
 
     with open_image(
         image,
         model.contract,
-        axes=read.axes,
-        channels=read.channels,
+        Reading(read.axes, read.channels),
         spatial=model.spatial,
         network_channels=model.channels,
     ) as source:
@@ -172,7 +172,7 @@ def describe_first(sample: SampleWindow, raw: Array, contract: Contract, remarks
         contract: Of that output.
         remarks: Receives warnings about an output that says nothing.
     """
-    x = normalised(sample.pixels, sample.numbers)
+    x = normalize_pixels(sample.pixels, sample.numbers)
     first: dict[str, Any] = {
         "name": sample.name,
         "reading": sample.reading,

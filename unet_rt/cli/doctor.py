@@ -80,7 +80,7 @@ def _unusable(index: int) -> str | None:
     from ..kernels import device
 
     try:
-        return device.missing(index)
+        return device.missing_reason(index)
     except UnetRtError as error:
         return str(error)
 

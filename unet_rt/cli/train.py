@@ -19,7 +19,7 @@ from .options import (
 from .printing import TrainingBar, clear_line, print_json, text_stream
 
 if TYPE_CHECKING:
-    from ..training.fit import Options
+    from ..training.options import Options
 
 
 def add_train(verbs: Any) -> None:
@@ -110,7 +110,7 @@ def _training_request(args: argparse.Namespace) -> Options:
     """What the options say of a training."""
     from ..contract.words import parse_normalization
     from ..system import limits
-    from ..training.fit import NORMALIZATION, Options
+    from ..training.options import NORMALIZATION, Options
 
     def select(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -164,5 +163,7 @@ def parse_numbers(text: str, word: str, whole: str) -> tuple[float, ...]:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
+    import difflib  # for errors only, and slow to import
+
     matches = difflib.get_close_matches(word, list(known), n=1)
     return f" (meant {matches[0]!r}?)" if matches else ""

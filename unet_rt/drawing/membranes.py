@@ -22,74 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ImageError
-from .microscopy import F32, check_limits, low_pass, smooth_noise
+from .filters import F32, low_pass, smooth_noise
+from .tissue import Tissue
 
 MOST_PX = 4096  # side; noise fields are of the whole image
 BLOCK_PX = 32  # cells are told apart by blocks of this size, each with the few ellipses that can reach it
 JUNCTION_PX = 2.0  # how far membranes round the corner where three cells meet
 LABEL_SHARE = 0.6  # half the label's thickness over the dark line's: annotators draw a little wider than it is dark
 MEMBRANE, CELL = 0, 255  # of the truth, as the ISBI 2012 challenge has them
-
-
-@dataclass(frozen=True)
-class Tissue:
-    """What one section looks like.
-
-    Attributes:
-        cell_px: Median radius of a cell.
-        cell_spread: Deviation of its logarithm.
-        elongation: Typical ratio of the axes of a cell in a bundle.
-        bundles: Share of the area that is bundles.
-        membrane_px: Thickness of a membrane, at half its depth.
-        membrane_depth: Grey levels by which it is darker than a cell.
-        oblique: Share of membranes that are cut obliquely: wide, grey and blurred.
-        dense: Share of membranes in dark clouds; those are membrane in the truth.
-        mitochondria_per_mpx, vesicles_per_mpx: Per million pixels.
-        texture: Deviation of the grain of a cell, grey levels.
-        grey: Of a cell, on average.
-        cell_contrast: Deviation of that between cells.
-        shading: Deviation of the uneven light, grey levels.
-        blur_px: Deviation of the Gaussian blur.
-        noise: Deviation of the detector's noise, grey levels.
-    """
-
-    cell_px: float = 17.0
-    cell_spread: float = 0.75
-    elongation: float = 3.0
-    bundles: float = 0.3
-    membrane_px: float = 4.4
-    membrane_depth: float = 84.0
-    oblique: float = 0.15
-    dense: float = 0.05
-    mitochondria_per_mpx: float = 40.0
-    vesicles_per_mpx: float = 1500.0
-    texture: float = 30.0
-    grey: float = 150.0
-    cell_contrast: float = 9.0
-    shading: float = 9.0
-    blur_px: float = 0.7
-    noise: float = 13.0
-
-    def __post_init__(self) -> None:
-        limits = (
-            ("cell_px", 4.0, 100.0),
-            ("cell_spread", 0.0, 1.0),
-            ("elongation", 1.0, 6.0),
-            ("bundles", 0.0, 1.0),
-            ("membrane_px", 2.0, 16.0),
-            ("membrane_depth", 1.0, 200.0),
-            ("oblique", 0.0, 0.5),
-            ("dense", 0.0, 0.5),
-            ("mitochondria_per_mpx", 0.0, 200.0),
-            ("vesicles_per_mpx", 0.0, 10000.0),
-            ("texture", 0.0, 60.0),
-            ("grey", 20.0, 235.0),
-            ("cell_contrast", 0.0, 40.0),
-            ("shading", 0.0, 40.0),
-            ("blur_px", 0.0, 4.0),
-            ("noise", 0.0, 60.0),
-        )
-        check_limits("tissue", self, limits)
 
 
 @dataclass(frozen=True)
@@ -105,29 +45,6 @@ class Section:
     image: npt.NDArray[np.uint8]
     truth: npt.NDArray[np.uint8]
     tissue: Tissue
-
-
-def random_tissue(seed: int) -> Tissue:
-    """A tissue in the range of what is seen: small to large cells, faint to strong membranes, smooth to noisy."""
-    rng = np.random.default_rng((seed, 0x7155))
-    return Tissue(
-        cell_px=float(rng.uniform(13, 25)),
-        cell_spread=float(rng.uniform(0.55, 0.85)),
-        elongation=float(rng.uniform(2.0, 4.0)),
-        bundles=float(rng.uniform(0.0, 0.5)),
-        membrane_px=float(rng.uniform(3.4, 5.2)),
-        membrane_depth=float(rng.uniform(60, 100)),
-        oblique=float(rng.uniform(0.05, 0.25)),
-        dense=float(rng.uniform(0.0, 0.08)),
-        mitochondria_per_mpx=float(rng.uniform(20, 80)),
-        vesicles_per_mpx=float(rng.uniform(300, 3000)),
-        texture=float(rng.uniform(20, 38)),
-        grey=float(rng.uniform(125, 165)),
-        cell_contrast=float(rng.uniform(4, 14)),
-        shading=float(rng.uniform(4, 14)),
-        blur_px=float(rng.uniform(0.5, 1.1)),
-        noise=float(rng.uniform(5, 22)),
-    )
 
 
 def membranes(shape: Sequence[int], *, seed: int = 0, tissue: Tissue | None = None) -> Section:
@@ -160,7 +77,7 @@ def membranes(shape: Sequence[int], *, seed: int = 0, tissue: Tissue | None = No
     # Half of the noise passes the optics.
     share = np.float32(tissue.noise * math.sqrt(0.5))
     level += share * rng.standard_normal(field, np.float32)
-    level = _blurred(level, tissue.blur_px) + share * rng.standard_normal(field, np.float32)
+    level = _blur(level, tissue.blur_px) + share * rng.standard_normal(field, np.float32)
     image = np.clip(np.rint(level), 0, 255).astype(np.uint8)
     window = tuple(slice(0, n) for n in size)
     return Section(image[window].copy(), truth[window].copy(), tissue)
@@ -434,7 +351,7 @@ def _quantile(share: float) -> float:
     return NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6))
 
 
-def _blurred(image: F32, sigma: float) -> F32:
+def _blur(image: F32, sigma: float) -> F32:
     """By a Gaussian, periodic as the fields are."""
     out: F32 = np.fft.irfft2(low_pass(np.fft.rfft2(image), image.shape, sigma), s=image.shape).astype(np.float32)
     return out

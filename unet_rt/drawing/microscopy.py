@@ -12,7 +12,7 @@ the same on every machine with the same version of NumPy up to rounding in its t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ImageError
+from .filters import F32, blur, gaussian_kernel, smooth_noise
+from .scene import Scene
 
-F32 = npt.NDArray[np.float32]
 Pixels = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
 
 BLOCK_PX = 512
 ROAM_PX = 96  # how far a cluster that begins in a block may grow beyond it; far less than a block
@@ -31,70 +33,6 @@ EDGE_BLOCKS = 8  # more than the blocks outside the image (1), so that the key o
 IDS_PER_BLOCK = 4096  # ids of nuclei are block number x 4096 + k: unique in every window, not consecutive
 CAMERA_OFFSET = 100.0  # grey levels of a dark pixel of a 16-bit camera
 CAMERA_GAIN = 2.0  # grey levels per electron
-
-
-def check_limits(kind: str, drawn: object, limits: Iterable[tuple[str, float, float]]) -> None:
-    """ImageError where an attribute of ``drawn``, a ``kind`` of thing, is outside its (name, lowest, highest)."""
-    for name, low, high in limits:
-        value = getattr(drawn, name)
-        if not low <= value <= high:
-            raise ImageError(f"{kind} {name} is {value}; use {low:g} to {high:g}")
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What one specimen under one microscope looks like.
-
-    Attributes:
-        radius_px: Median radius of a nucleus.
-        radius_spread: Deviation of its logarithm.
-        elongation: Typical ratio of the long to the short axis.
-        cover: Wanted share of the area covered by nuclei; crowding keeps the real one below.
-        cluster: Mean number of nuclei that touch in one cluster.
-        signal_e: Median brightness of a nucleus in electrons per pixel.
-        signal_spread: Deviation of its logarithm.
-        texture: Contrast of chromatin inside a nucleus.
-        background_e: Electrons per pixel without any nucleus.
-        haze: Share of a nucleus's light that arrives out of focus.
-        shading: Relative fall of the light from the brightest to the darkest part of the field, about.
-        blur_px: Deviation of the Gaussian point spread function.
-        read_e: Read noise in electrons.
-        debris_per_mpx: Bright specks per million pixels; they are background in the truth.
-    """
-
-    radius_px: float = 11.0
-    radius_spread: float = 0.2
-    elongation: float = 1.25
-    cover: float = 0.2
-    cluster: float = 3.0
-    signal_e: float = 400.0
-    signal_spread: float = 0.35
-    texture: float = 0.2
-    background_e: float = 40.0
-    haze: float = 0.1
-    shading: float = 0.3
-    blur_px: float = 1.2
-    read_e: float = 3.0
-    debris_per_mpx: float = 8.0
-
-    def __post_init__(self) -> None:
-        limits = (
-            ("radius_px", 2.0, 40.0),
-            ("radius_spread", 0.0, 0.5),
-            ("elongation", 1.0, 2.5),
-            ("cover", 0.0, 0.8),
-            ("cluster", 1.0, 12.0),
-            ("signal_e", 1.0, 30000.0),
-            ("signal_spread", 0.0, 1.0),
-            ("texture", 0.0, 1.0),
-            ("background_e", 0.0, 30000.0),
-            ("haze", 0.0, 1.0),
-            ("shading", 0.0, 0.9),
-            ("blur_px", 0.0, 4.0),
-            ("read_e", 0.0, 1000.0),
-            ("debris_per_mpx", 0.0, 1000.0),
-        )
-        check_limits("scene", self, limits)
 
 
 @dataclass(frozen=True)
@@ -110,28 +48,6 @@ class Micrograph:
     image: Pixels
     truth: npt.NDArray[np.int32]
     scene: Scene
-
-
-def random_scene(seed: int) -> Scene:
-    """A scene in the range of everyday microscopy: small to large nuclei, sparse to crowded, dim to bright."""
-    rng = np.random.default_rng((seed, 0x5CE7E))
-    signal = float(np.exp(rng.uniform(np.log(60), np.log(2500))))
-    return Scene(
-        radius_px=float(np.exp(rng.uniform(np.log(5), np.log(22)))),
-        radius_spread=float(rng.uniform(0.1, 0.3)),
-        elongation=float(rng.uniform(1.1, 1.6)),
-        cover=float(rng.uniform(0.05, 0.45)),
-        cluster=float(rng.uniform(1.0, 6.0)),
-        signal_e=signal,
-        signal_spread=float(rng.uniform(0.15, 0.5)),
-        texture=float(rng.uniform(0.05, 0.35)),
-        background_e=float(signal * np.exp(rng.uniform(np.log(0.02), np.log(0.25)))),
-        haze=float(rng.uniform(0.0, 0.25)),
-        shading=float(rng.uniform(0.0, 0.5)),
-        blur_px=float(rng.uniform(0.7, 2.2)),
-        read_e=float(rng.uniform(1.0, 6.0)),
-        debris_per_mpx=float(rng.uniform(0.0, 30.0)),
-    )
 
 
 def microscopy(
@@ -221,7 +137,7 @@ class _World:
         self.rows, self.columns = -(-size[0] // BLOCK_PX), -(-size[1] // BLOCK_PX)
         self._nuclei: dict[tuple[int, int], _Nuclei] = {}
         self._texture = _texture(np.random.default_rng((seed, 1)))
-        self._kernel = _gaussian(scene.blur_px)
+        self._kernel = gaussian_kernel(scene.blur_px)
         rng = np.random.default_rng((seed, 2))
         # Light: a bright spot somewhere near the middle, and a slow ripple.
         self._light_at = rng.uniform(0.3, 0.7, 2)
@@ -248,7 +164,7 @@ class _World:
                 if scene.haze:
                     _add_haze(nuclei, (row * BLOCK_PX, column * BLOCK_PX), haze)
         self._draw_debris(row, column, corner, light)
-        light = _blur(light, self._kernel)
+        light = blur(light, self._kernel)
         if scene.haze:
             up = _interpolation()
             light *= np.float32(1 - scene.haze)
@@ -311,26 +227,29 @@ class _World:
             ys[placed], xs[placed], rs[placed] = y, x, radius
             members.append(placed)
             placed += 1
-        n = placed - own
+        found = self._shaped(rng, ys[own:placed].copy(), xs[own:placed].copy(), rs[own:placed])
+        self._nuclei[key] = found
+        return found
+
+    def _shaped(self, rng: np.random.Generator, y: Floats, x: Floats, radius: Floats) -> _Nuclei:
+        """Nuclei of these places and radii, with outlines, brightness and texture drawn at random."""
+        scene, n = self.scene, len(y)
         amplitude = np.array([0.05, 0.05, 0.03]) * rng.gamma(2.0, 0.5, (n, 3)).clip(0, 3)
         phase = rng.uniform(0, 2 * np.pi, (n, 3))
         brightness = np.exp(rng.normal(0, scene.signal_spread, n)).clip(0.35, 4.0)
         # A few divide: small, round, bright.
         dividing = rng.random(n) < 0.02
-        radius_out = rs[own:placed] * np.where(dividing, 0.75, 1.0)
         stretch = np.sqrt(np.clip(1 + (scene.elongation - 1) * rng.gamma(3.0, 1 / 3, n), 1.0, 2.5))
-        found = _Nuclei(
-            y=ys[own:placed].copy(),
-            x=xs[own:placed].copy(),
-            radius=radius_out,
+        return _Nuclei(
+            y=y,
+            x=x,
+            radius=radius * np.where(dividing, 0.75, 1.0),
             stretch=stretch,
             angle=rng.uniform(0, np.pi, n),
             wobble=(amplitude * np.exp(1j * phase)).astype(np.complex64),
             brightness=brightness * np.where(dividing, 1.8, 1.0),
             texture_at=rng.integers(0, 1 << 30, (n, 2)),
         )
-        self._nuclei[key] = found
-        return found
 
     def _draw(
         self,
@@ -418,22 +337,6 @@ def _colour(row: int, column: int) -> int:
     return 2 * (row % 2) + column % 2
 
 
-def smooth_noise(rng: np.random.Generator, shape: Sequence[int], sigma_px: float) -> npt.NDArray[np.float64]:
-    """White noise under a Gaussian, periodic, of deviation 1."""
-    size = tuple(shape)
-    spectrum = low_pass(np.fft.rfft2(rng.standard_normal(size)), size, sigma_px)
-    field = np.fft.irfft2(spectrum, s=size)
-    scaled: npt.NDArray[np.float64] = field / field.std()
-    return scaled
-
-
-def low_pass(spectrum: npt.NDArray[Any], shape: tuple[int, ...], sigma_px: float) -> npt.NDArray[Any]:
-    """The spectrum (``rfft2``) of an image of ``shape`` under a Gaussian of deviation ``sigma_px``."""
-    frequency = np.fft.fftfreq(shape[0])[:, None] ** 2 + np.fft.rfftfreq(shape[1])[None, :] ** 2
-    filtered: npt.NDArray[Any] = spectrum * np.exp(-2 * (np.pi * sigma_px) ** 2 * frequency)
-    return filtered
-
-
 def _texture(rng: np.random.Generator) -> F32:
     """(1024, 1024), period 512: chromatin of two grain sizes, and dark nucleoli; deviation about 1."""
     period = 512
@@ -463,32 +366,6 @@ def _interpolation() -> F32:
     matrix[np.arange(BLOCK_PX), below] = 1 - (at - below)
     matrix[np.arange(BLOCK_PX), below + 1] = at - below
     return matrix
-
-
-def _gaussian(sigma: float) -> F32:
-    """Odd kernel of sum 1, cut at 3.5 sigma."""
-    if sigma == 0:
-        return np.ones(1, np.float32)
-    radius = int(np.ceil(3.5 * sigma))
-    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    out: F32 = (kernel / kernel.sum()).astype(np.float32)
-    return out
-
-
-def _blur(image: F32, kernel: F32) -> F32:
-    """Separable convolution; the result has lost half the kernel at each side."""
-    n = len(kernel)
-    if n == 1:
-        sharp: F32 = image * kernel[0]
-        return sharp
-    kept = image.shape[0] - n + 1
-    rows = np.zeros((kept, image.shape[1]), np.float32)
-    for k in range(n):
-        rows += kernel[k] * image[k : k + kept]
-    out = np.zeros((kept, image.shape[1] - n + 1), np.float32)
-    for k in range(n):
-        out += kernel[k] * rows[:, k : k + out.shape[1]]
-    return out
 
 
 def _grey_levels(electrons: F32, scene: Scene, dtype: np.dtype[Any]) -> Pixels:

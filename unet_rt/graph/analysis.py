@@ -10,8 +10,8 @@ import onnx
 
 from ..errors import GraphError
 from ..tiling.field import OutputField, TileSizes
-from .file import Graph, read_graph, restricted
-from .layout import _spatial, input_axes, layout
+from .file import Graph, read_graph, restrict
+from .layout import input_axes, layout, spatial_letters
 from .passes.free_crops import free_crops
 from .sizes import Search
 from .tensor import Walk
@@ -76,18 +76,18 @@ def analyse(graph: Graph) -> Analysis:
     if not images or len(images) == len(graph.outputs):
         return found
     others = tuple(o for o in found.outputs if len(o.field) != spatial)
-    return replace(_analyse(restricted(graph, images)), given=graph, others=others)
+    return replace(_analyse(restrict(graph, images)), given=graph, others=others)
 
 
 def _analyse(graph: Graph) -> Analysis:
     letters, channels = {}, {}
     for value in graph.inputs:
         letters[value.name], channels[value.name] = layout(graph, value)
-    image = next((v for v in graph.inputs if _spatial(letters[v.name])), None)
+    image = next((v for v in graph.inputs if spatial_letters(letters[v.name])), None)
     if image is None:
         shapes = ", ".join(f"{v.name} {list(v.shape or ())}" for v in graph.inputs)
         raise GraphError(f"no input of the graph has spatial axes ({shapes}); a network for images takes e.g. NCYX")
-    axes = _spatial(letters[image.name])
+    axes = spatial_letters(letters[image.name])
     dims = dict(zip(letters[image.name], image.shape or (None,) * len(letters[image.name]), strict=True))
     declared = tuple(dims[a] for a in axes)
     batch = dims.get("N")

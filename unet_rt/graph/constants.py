@@ -88,7 +88,7 @@ def axes_of(attributes: Mapping[str, Any], inputs: Sequence[Array | None], posit
     return None
 
 
-def evaluate(op: str, attributes: Mapping[str, Any], inputs: Sequence[Array | None]) -> Array | None:
+def evaluate_node(op: str, attributes: Mapping[str, Any], inputs: Sequence[Array | None]) -> Array | None:
     """Value of a node whose inputs are all known; None where ``op`` is not one of these."""
     x = inputs[0] if inputs else None
     a = attributes

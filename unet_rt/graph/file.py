@@ -184,13 +184,13 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
         constants[t.name] = Constant(tuple(sparse.dims), t.data_type, t, None)
     nodes: Any = graph.node
     if model.functions:
-        nodes = _inlined(model).graph.node
+        nodes = _inline(model).graph.node
     inputs = tuple(_value(v) for v in graph.input if v.name not in constants)
     outputs = tuple(_value(v) for v in graph.output)
     if not inputs or not outputs:
         raise GraphError(f"the graph has {len(inputs)} inputs and {len(outputs)} outputs; {_EXPORT}")
     known = {v.name for v in inputs} | set(constants)
-    ordered = tuple(_sorted(nodes, known))
+    ordered = tuple(_sort(nodes, known))
     produced = known | {name for node in ordered for name in node.outputs}
     for value in outputs:
         if value.name not in produced:
@@ -199,7 +199,7 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
     return Graph(ordered, inputs, outputs, constants, opsets.get("", opsets.get("ai.onnx", 1)), opsets, metadata, place)
 
 
-def needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
+def nodes_behind(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
     """Positions of the nodes that these outputs depend on."""
     producers = {name: k for k, node in enumerate(nodes) for name in node.output if name}
     found: set[int] = set()
@@ -212,18 +212,18 @@ def needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[int]:
     return found
 
 
-def restricted(graph: Graph, outputs: Sequence[Value]) -> Graph:
+def restrict(graph: Graph, outputs: Sequence[Value]) -> Graph:
     """``graph`` with these outputs alone, and the nodes that they depend on."""
-    kept = needed([node.proto for node in graph.nodes], (value.name for value in outputs))
+    kept = nodes_behind([node.proto for node in graph.nodes], (value.name for value in outputs))
     return replace(graph, nodes=tuple(graph.nodes[k] for k in sorted(kept)), outputs=tuple(outputs))
 
 
 def subgraph_nodes(proto: onnx.GraphProto, known: set[str]) -> tuple[Node, ...]:
     """Nodes of the branch of an If."""
-    return tuple(_sorted(proto.node, known | {t.name for t in proto.initializer}))
+    return tuple(_sort(proto.node, known | {t.name for t in proto.initializer}))
 
 
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model without functions and without the bytes of its weights."""
     skeleton = onnx.ModelProto()
     skeleton.ir_version = model.ir_version
@@ -260,7 +260,7 @@ def _uses(proto: onnx.NodeProto) -> Iterator[str]:
             yield from (v.name for v in g.output if v.name not in inner)
 
 
-def _sorted(nodes: Any, known: set[str]) -> Iterator[Node]:
+def _sort(nodes: Any, known: set[str]) -> Iterator[Node]:
     known = set(known)
     waiting = list(enumerate(nodes))
     while waiting:

@@ -12,7 +12,8 @@ from .walk import walk
 SPATIAL = {1: "X", 2: "YX", 3: "ZYX"}
 
 
-def _spatial(letters: str) -> str:
+def spatial_letters(letters: str) -> str:
+    """The letters of axes that are spatial, in their order."""
     return "".join(a for a in letters if a in "ZYX")
 
 
@@ -126,7 +127,7 @@ def input_axes(
     result = {}
     for value in graph.inputs:
         own = letters[value.name]
-        spatial = _spatial(own)
+        spatial = spatial_letters(own)
         axes: list[Axis] = []
         for letter, n in zip(own, value.shape or (), strict=True):
             if letter in spatial and len(spatial) == len(sizes):

@@ -110,7 +110,7 @@ def window(line: Line, kernel: int, stride: int, dilation: int, pad: int, size: 
     return combine(line, taps, line.scale / stride, place)
 
 
-def dropped(line: Line, kernel: int, stride: int, dilation: int, pad: int, size: int) -> int:
+def unreached(line: Line, kernel: int, stride: int, dilation: int, pad: int, size: int) -> int:
     """Samples of ``line`` behind the last window that no window reaches, though one more stride would have."""
     last = (size - 1) * stride - pad + (kernel - 1) * dilation
     between = max(0, stride - (kernel - 1) * dilation - 1)
@@ -143,7 +143,7 @@ def repeat(line: Line, times: int) -> Line:
     return combine(line, [(index, None, None)], line.scale * times, place)
 
 
-def mirrored(index: Integers, size: int) -> Integers:
+def mirror_index(index: Integers, size: int) -> Integers:
     """Indices outside reflected at the first and last sample (NumPy's ``reflect``)."""
     if size == 1:
         return np.zeros_like(index)
@@ -155,7 +155,7 @@ def mirrored(index: Integers, size: int) -> Integers:
 def pad(line: Line, before: int, after: int, mode: str) -> Line:
     """Padding by ``before`` and ``after`` samples; negative crops."""
     index = np.arange(-before, line.size + after, dtype=np.int64)
-    outside = mirrored if mode == "reflect" else None
+    outside = mirror_index if mode == "reflect" else None
     return combine(line, [(index, None, None)], line.scale, line.place - before / line.scale, outside)
 
 
@@ -200,7 +200,7 @@ def near_tie(sampling: Sampling, size: int, rounding: str) -> bool:
     return bool(((2 * rest) % (2 * d) == tie).any())
 
 
-def interpolated(line: Line, sampling: Sampling, size: int, mode: str, antialias: bool) -> Line:
+def interpolate(line: Line, sampling: Sampling, size: int, mode: str, antialias: bool) -> Line:
     """Linear or cubic resize, with the wider filter of ``antialias`` where it shrinks."""
     floor, rest, d = sampling.at(size)
     scale = line.scale / sampling.slope
@@ -226,7 +226,7 @@ def interpolated(line: Line, sampling: Sampling, size: int, mode: str, antialias
     return combine(line, taps(), scale, place)
 
 
-def merge(lines: list[Line]) -> Line:
+def merge_lines(lines: list[Line]) -> Line:
     """Samples that depend on the same sample of every line. The place is that of the most direct branch.
 
     Raises:

@@ -22,7 +22,7 @@ from ..tiling.field import OutputField, TileSizes
 from .analysis import Analysis, analyse, analyse_model
 from .constants import ELEMENT_BYTES
 from .file import Graph, load_model
-from .layout import _spatial
+from .layout import spatial_letters
 from .sizes import kept_step
 
 COST_TILES = (512, 1024, 2048, 4096)
@@ -156,7 +156,7 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
 def check_images(report: GraphReport) -> None:
     """GraphError where an input is no image, or no output follows every spatial axis of the inputs."""
     for value in report.inputs:
-        if not _spatial(value.axes):
+        if not spatial_letters(value.axes):
             raise GraphError(
                 f"input {value.name} {list(value.shape)} is not an image, and pixels are all that a network is given here; "
                 "make it a constant of the graph and export again"

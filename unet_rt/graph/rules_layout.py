@@ -20,14 +20,14 @@ from .tensor import (
     Part,
     Tensor,
     Walk,
-    _first,
     axis_size,
-    merged,
+    broadcast,
+    first_input,
+    is_tracked,
     part_size,
     plain,
     rule,
     sole_line,
-    tracked,
     unknown,
     value_of,
 )
@@ -35,7 +35,7 @@ from .tensor import (
 
 @rule("Slice")
 def _slice(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     bounds = constants.slice_arguments(node.attributes, [None, *(value_of(t) for t in x[1:])], first.rank)
     if bounds is None or any(t is not None and not t.constant for t in x[1:]):
         return unknown(state, node, x, "cuts where the image's content says")
@@ -49,9 +49,9 @@ def _slice(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             continue
         line = sole_line(result[k])
         if line is None or step < 0:
-            if tracked(result[k]):
+            if is_tracked(result[k]):
                 texts.append("turns the image round" if step < 0 else "cuts a flattened axis")
-            result[k] = result[k] if size == n and tracked(result[k]) else plain(size)
+            result[k] = result[k] if size == n and is_tracked(result[k]) else plain(size)
             continue
         if step > 1:
             state.drop(line, max(0, n - begin - size * step))
@@ -61,7 +61,7 @@ def _slice(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("Split")
 def _split(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, a = _first(x), node.attributes
+    first, a = first_input(x), node.attributes
     k = int(a.get("axis", 0)) % first.rank
     axis = (first.axes or ())[k]
     n = axis_size(axis)
@@ -74,7 +74,9 @@ def _split(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     for size in parts:
         here = plain(size) if line is None else (lines.take(line, start, 1, size),)
         faults = (
-            frozenset({state.remark(node, "cuts a flattened axis")}) if line is None and tracked(axis) else frozenset()
+            frozenset({state.remark(node, "cuts a flattened axis")})
+            if line is None and is_tracked(axis)
+            else frozenset()
         )
         axes = tuple(here if i == k else other for i, other in enumerate(first.axes or ()))
         outputs.append(Tensor(axes, first.dtype, faults=faults))
@@ -96,10 +98,10 @@ def _concat(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         found = {axis_size((t.axes or ())[i]) for t in thin}
         if len(found) > 1:
             raise CannotRun(f"meets sizes {' and '.join(str(axis_size((t.axes or ())[i])) for t in thin)}")
-    joined = merged(state, node, [replace(t, value=_thin_value(g, k)) for t, g in zip(thin, given, strict=True)])
+    joined = broadcast(state, node, [replace(t, value=_thin_value(g, k)) for t, g in zip(thin, given, strict=True)])
     axis: Axis = plain(sum(axis_size(a) for a in along))
-    if any(tracked(a) for a in along):
-        at = max((i for i, a in enumerate(along) if tracked(a)), key=lambda i: axis_size(along[i]))
+    if any(is_tracked(a) for a in along):
+        at = max((i for i, a in enumerate(along) if is_tracked(a)), key=lambda i: axis_size(along[i]))
         before, after = sum(axis_size(a) for a in along[:at]), sum(axis_size(a) for a in along[at + 1 :])
         line = sole_line(along[at])
         if line is None:
@@ -131,14 +133,14 @@ def _thin_value(tensor: Tensor, axis: int) -> Array | None:
 
 @rule("Transpose")
 def _transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     order = node.attributes.get("perm", list(reversed(range(first.rank))))
     return [Tensor(tuple((first.axes or ())[int(k)] for k in order), first.dtype, pooled=first.pooled)]
 
 
 @rule("Squeeze")
 def _squeeze(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     axes = constants.axes_of(node.attributes, [None, *(value_of(t) for t in x[1:])], 1)
     gone = {a % first.rank for a in axes} if axes is not None else {k for k, n in enumerate(first.shape) if n == 1}
     if any(first.shape[k] != 1 for k in gone):
@@ -148,7 +150,7 @@ def _squeeze(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("Unsqueeze")
 def _unsqueeze(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     axes = constants.axes_of(node.attributes, [None, *(value_of(t) for t in x[1:])], 1) or ()
     rank = first.rank + len(axes)
     new, rest = {a % rank for a in axes}, list(first.axes or ())
@@ -157,7 +159,7 @@ def _unsqueeze(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("Reshape", "Flatten")
 def _reshape(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, a = _first(x), node.attributes
+    first, a = first_input(x), node.attributes
     if node.op == "Flatten":
         k = int(a.get("axis", 1))
         k = k if k >= 0 else k + first.rank
@@ -202,11 +204,11 @@ def redistribute(axes: Sequence[Axis], target: Sequence[int]) -> tuple[Axis, ...
                 queue[0], need = n // common, need // common
             else:
                 return None
-        result.append(_joined(taken) or plain(1))
+        result.append(_join(taken) or plain(1))
     return tuple(result) if all(part_size(p) == 1 for p in queue) else None
 
 
-def _joined(parts: list[Part]) -> Axis:
+def _join(parts: list[Part]) -> Axis:
     """(line, k) is the line with every sample k times: what a pixel shuffle leaves."""
     if len(parts) == 2 and isinstance(parts[0], Line) and isinstance(parts[1], int):
         return (lines.repeat(parts[0], parts[1]),)
@@ -215,7 +217,7 @@ def _joined(parts: list[Part]) -> Axis:
 
 @rule("DepthToSpace", "SpaceToDepth")
 def _shuffle(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, b = _first(x), int(node.attributes["blocksize"])
+    first, b = first_input(x), int(node.attributes["blocksize"])
     deep = node.op == "SpaceToDepth"
     channels = first.shape[1]
     if not deep and channels % (b * b):
@@ -234,7 +236,7 @@ def _shuffle(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("Expand")
 def _expand(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     shape = value_of(x[1]) if len(x) > 1 else None
     if shape is None:
         return unknown(state, node, x, "takes its shape from the image")
@@ -257,7 +259,7 @@ def merged_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 @rule("Tile")
 def _tile(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, times = _first(x), value_of(x[1])
+    first, times = first_input(x), value_of(x[1])
     if times is None:
         return unknown(state, node, x, "repeats as often as the image says")
     result, texts = [], []
@@ -265,7 +267,7 @@ def _tile(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         if int(k) == 1:
             result.append(axis)
             continue
-        if tracked(axis):
+        if is_tracked(axis):
             texts.append("repeats the image")
         result.append(plain(axis_size(axis) * int(k)))
     return [Tensor(tuple(result), first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
@@ -273,7 +275,7 @@ def _tile(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("Gather")
 def _gather(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, indices = _first(x), x[1]
+    first, indices = first_input(x), x[1]
     k = int(node.attributes.get("axis", 0)) % max(1, first.rank)
     if indices is None:
         raise CannotRun("has no indices")
@@ -283,15 +285,15 @@ def _gather(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             return unknown(state, node, x, "reads where the image's content says")
         return [Tensor((*axes[:k], *(indices.axes or ()), *axes[k + 1 :]), first.dtype)]
     array = value_of(indices)
-    if not tracked(axes[k]):
+    if not is_tracked(axes[k]):
         return [Tensor((*axes[:k], *(indices.axes or ()), *axes[k + 1 :]), first.dtype)]
     line = sole_line(axes[k])
-    if array is None or line is None or array.ndim != 1 or (moved := _gathered(line, array)) is None:
+    if array is None or line is None or array.ndim != 1 or (moved := _gather_line(line, array)) is None:
         return unknown(state, node, x, "reads by a list of positions in the image")
     return [Tensor((*axes[:k], (moved,), *axes[k + 1 :]), first.dtype)]
 
 
-def _gathered(line: Line, indices: Array) -> Line | None:
+def _gather_line(line: Line, indices: Array) -> Line | None:
     """A gather that is a crop, a stride, nearest up-sampling or a padding in disguise."""
     at = np.where(indices < 0, indices + line.size, indices).astype(np.int64)
     m, n = len(at), line.size
@@ -307,8 +309,8 @@ def _gathered(line: Line, indices: Array) -> Line | None:
     for s in start[:1] if at[0] == 0 else start:
         if at[s] == 0 and s + n <= m and (at[s : s + n] == np.arange(n)).all():
             before, after = int(s), m - int(s) - n
-            mode = "reflect" if (lines.mirrored(np.arange(-before, n + after), n) == at).all() else "edge"
-            expected = lines.mirrored if mode == "reflect" else (lambda i, k: np.clip(i, 0, k - 1))
+            mode = "reflect" if (lines.mirror_index(np.arange(-before, n + after), n) == at).all() else "edge"
+            expected = lines.mirror_index if mode == "reflect" else (lambda i, k: np.clip(i, 0, k - 1))
             if (expected(np.arange(-before, n + after, dtype=np.int64), n) == at).all():
                 return lines.pad(line, before, after, mode)
     return None

@@ -16,12 +16,12 @@ from .tensor import (
     Inputs,
     Tensor,
     Walk,
-    _first,
     axis_size,
+    first_input,
+    is_tracked,
     plain,
     rule,
     sole_line,
-    tracked,
     unknown,
     value_of,
 )
@@ -31,7 +31,7 @@ from .tensor import (
 
 @rule("Resize", "Upsample")
 def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, a = _first(x), node.attributes
+    first, a = first_input(x), node.attributes
     rank = first.rank
     old = node.op == "Upsample" or state.graph.opset < 11
     position = 1 if old else 2
@@ -64,13 +64,13 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             continue
         line = sole_line(result[k])
         if line is None:
-            if tracked(result[k]):
+            if is_tracked(result[k]):
                 texts.append("resizes a flattened axis")
             result[k] = plain(size)
             continue
         if sizes is not None and not x[3].sized:  # type: ignore[union-attr]
             texts.append(f"resizes to {size} samples whatever the size of the image")
-        moved, fault, note = _resized(node, line, size, factor)
+        moved, fault, note = _resize_line(node, line, size, factor)
         result[k] = (moved,)
         texts += fault
         notes += note
@@ -92,7 +92,7 @@ def _fraction(scale: float) -> Fraction:
     )
 
 
-def _resized(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line, list[str], list[str]]:
+def _resize_line(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line, list[str], list[str]]:
     a = node.attributes
     old = node.op == "Upsample"
     mode = {"bilinear": "linear", "trilinear": "linear"}.get(a.get("mode", "nearest"), a.get("mode", "nearest"))
@@ -125,7 +125,7 @@ def _resized(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line,
             texts.append(f"picks neighbours by a factor of {factor}, which float32 coordinates decide by rounding")
         moved = lines.nearest(line, sampling, size, rounding)
     elif mode in ("linear", "cubic"):
-        moved = lines.interpolated(line, sampling, size, mode, bool(a.get("antialias", 0)))
+        moved = lines.interpolate(line, sampling, size, mode, bool(a.get("antialias", 0)))
         if not dyadic and coordinates != "align_corners":
             notes.append(
                 f"({mode}, factor {factor}) is exact up to float32 coordinates: at most about {_drift(200):.0e} of the "
@@ -133,7 +133,7 @@ def _resized(node: Node, line: Line, size: int, factor: Fraction) -> tuple[Line,
             )
     else:
         texts.append(f"interpolates by {mode}, which is unknown")
-        moved = lines.interpolated(line, sampling, size, "cubic", False)
+        moved = lines.interpolate(line, sampling, size, "cubic", False)
     if coordinates == "align_corners":  # for the report: what the factor would be without the stretch
         ratio = Fraction(size, n)
         scale = line.scale * ratio

@@ -16,13 +16,13 @@ from .tensor import (
     Remark,
     Tensor,
     Walk,
-    _first,
     axis_size,
+    first_input,
+    is_tracked,
     note_numbers,
     plain,
     rule,
     sole_line,
-    tracked,
     unknown,
     value_of,
 )
@@ -30,7 +30,7 @@ from .tensor import (
 
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def _global_pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     fault = frozenset({state.remark(node, "pools over the whole image")})
     axes = (first.axes or ())[:2] + tuple(plain(1) for _ in range(first.rank - 2))
     return [Tensor(axes, first.dtype, faults=fault)]
@@ -91,10 +91,10 @@ def _slide(state: Walk, node: Node, axis: Axis, k: int, w: _Windows, ceil: bool)
         texts.append(f"pads by {w.auto}, which shifts with sizes that are no multiple of its stride {stride}")
     line = sole_line(axis)
     if line is None:
-        if not tracked(axis) or (span == 1 and stride == 1 and size == n):
-            return (axis if size == n and tracked(axis) else plain(size)), texts
+        if not is_tracked(axis) or (span == 1 and stride == 1 and size == n):
+            return (axis if size == n and is_tracked(axis) else plain(size)), texts
         return plain(size), [*texts, "slides over a flattened axis"]
-    state.drop(line, lines.dropped(line, kernel, stride, dilation, before, size))
+    state.drop(line, lines.unreached(line, kernel, stride, dilation, before, size))
     return (lines.window(line, kernel, stride, dilation, before, size),), texts
 
 
@@ -103,14 +103,14 @@ def _slid(state: Walk, node: Node, x: Tensor, w: _Windows, ceil: bool = False) -
         raise CannotRun(f"has a kernel of {len(w.kernel)} axes and an input of {x.rank}")
     results = [_slide(state, node, axis, k, w, ceil) for k, axis in enumerate((x.axes or ())[2:])]
     faults = frozenset(state.remark(node, text) for _, texts in results for text in texts)
-    if x.axes is not None and tracked(x.axes[1]):
+    if x.axes is not None and is_tracked(x.axes[1]):
         faults |= {state.remark(node, "sums over an axis that follows the image")}
     return [axis for axis, _ in results], faults
 
 
 @rule("Conv", "ConvInteger", "QLinearConv", "FusedConv")
 def _conv(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     weight = x[3] if node.op == "QLinearConv" else x[1]
     if weight is None:
         raise CannotRun("has no weights")
@@ -132,7 +132,7 @@ def _conv(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("MaxPool", "AveragePool", "LpPool")
 def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first = _first(x)
+    first = first_input(x)
     w = _windows(node, node.attributes["kernel_shape"])
     shape = first.shape[2:]
     spans = [(k - 1) * d + 1 for k, d in zip(w.kernel, w.dilations, strict=True)]
@@ -156,7 +156,7 @@ def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("MaxUnpool")
 def _unpool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, indices = _first(x), x[1]
+    first, indices = first_input(x), x[1]
     kernel = tuple(int(k) for k in node.attributes["kernel_shape"])
     strides = tuple(int(s) for s in node.attributes.get("strides", [1] * len(kernel)))
     if indices is None or indices.pooled != kernel or strides != kernel or len(x) > 2:
@@ -164,14 +164,16 @@ def _unpool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     result = [*(first.axes or ())[:2]]
     for axis, other, k in zip((first.axes or ())[2:], (indices.axes or ())[2:], kernel, strict=True):
         a, b = sole_line(axis), sole_line(other)
-        result.append(plain(axis_size(axis) * k) if a is None or b is None else (lines.repeat(lines.merge([a, b]), k),))
+        result.append(
+            plain(axis_size(axis) * k) if a is None or b is None else (lines.repeat(lines.merge_lines([a, b]), k),)
+        )
     # The positions count over the whole image: not exact, by the fault that the indices bring along.
     return [Tensor(tuple(result), first.dtype)]
 
 
 @rule("ConvTranspose")
 def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, weight, a = _first(x), x[1], node.attributes
+    first, weight, a = first_input(x), x[1], node.attributes
     if weight is None or not weight.constant:
         return unknown(state, node, x, "takes its weights from the image")
     in_channels, per_group, *kernel = weight.shape
@@ -196,7 +198,7 @@ def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             raise CannotRun(f"leaves {size} samples")
         line = sole_line(axis)
         if line is None:
-            texts += ["slides over a flattened axis"] if tracked(axis) else []
+            texts += ["slides over a flattened axis"] if is_tracked(axis) else []
             axes.append(plain(size))
         else:
             moved = lines.transposed_window(line, w.kernel[k], w.strides[k], w.dilations[k], before, size)
@@ -212,7 +214,7 @@ def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 @rule("Pad")
 def _pad(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
-    first, a = _first(x), node.attributes
+    first, a = first_input(x), node.attributes
     given = a.get("pads", a.get("paddings"))
     if given is None:
         given = value_of(x[1]) if len(x) > 1 else None
@@ -233,12 +235,12 @@ def _pad(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     result, texts = list(first.axes or ()), []
     for position, k in enumerate(axes):
         before, after = pads[position], pads[position + len(pads) // 2]
-        result[k], found = _padded(result[k], before, after, mode)
+        result[k], found = _pad_axis(result[k], before, after, mode)
         texts += found
     return [Tensor(tuple(result), first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
 
 
-def _padded(axis: Axis, before: int, after: int, mode: str) -> tuple[Axis, list[str]]:
+def _pad_axis(axis: Axis, before: int, after: int, mode: str) -> tuple[Axis, list[str]]:
     n = axis_size(axis)
     if before == 0 and after == 0:
         return axis, []
@@ -248,6 +250,6 @@ def _padded(axis: Axis, before: int, after: int, mode: str) -> tuple[Axis, list[
         raise CannotRun(f"reflects {max(before, after)} of {n} samples")
     line = sole_line(axis)
     if line is None:
-        return plain(n + before + after), (["pads a flattened axis"] if tracked(axis) else [])
+        return plain(n + before + after), (["pads a flattened axis"] if is_tracked(axis) else [])
     moved = lines.pad(line, before, after, mode)
     return (moved,), (["wraps around the image"] if mode == "wrap" else [])

@@ -15,7 +15,7 @@ from ..tiling.field import AxisField, OutputField, Pair
 from .file import Graph, Value
 from .layout import SPATIAL, input_axes
 from .line import Line
-from .tensor import Tensor, Walk, sole_line, tracked
+from .tensor import Tensor, Walk, is_tracked, sole_line
 from .walk import walk
 
 # Down-sampling beyond this is no network for images but a size baked into the graph.
@@ -268,7 +268,7 @@ class Search:
         if tensor.axes is None:
             return "?" * len(value.shape or ())
         rest = ["N", "C"] if any("N" in own for own in self.letters.values()) else ["C"]
-        if tensor.rank == len(spatial) and all(tracked(a) for a in tensor.axes):
+        if tensor.rank == len(spatial) and all(is_tracked(a) for a in tensor.axes):
             rest = []
         letters = ""
         for k, axis in enumerate(tensor.axes):

@@ -15,7 +15,8 @@ from .file import Constant, Graph, Node
 from .line import Line
 
 
-def _first(x: Inputs) -> Tensor:
+def first_input(x: Inputs) -> Tensor:
+    """The first input of a node; CannotRun where it has none."""
     if not x or x[0] is None:
         raise CannotRun("has no input")
     return x[0]
@@ -28,18 +29,22 @@ Remark = tuple[int, str]
 
 
 def part_size(part: Part) -> int:
+    """Samples along a part of an axis: a line's, or the number itself."""
     return part.size if isinstance(part, Line) else part
 
 
 def axis_size(axis: Axis) -> int:
+    """Samples along an axis: the product over its parts."""
     return math.prod(part_size(p) for p in axis)
 
 
 def plain(size: int) -> Axis:
+    """An axis of ``size`` samples that follow no axis of the image."""
     return (size,)
 
 
-def tracked(axis: Axis) -> bool:
+def is_tracked(axis: Axis) -> bool:
+    """Whether an axis follows an axis of the image."""
     return any(isinstance(p, Line) for p in axis)
 
 
@@ -147,6 +152,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of operators of these names."""
+
     def register(function: Rule) -> Rule:
         for op in ops:
             RULES[op] = function
@@ -164,13 +171,15 @@ def value_of(tensor: Tensor | None) -> Array | None:
     return tensor.value
 
 
-def known(array: Array, sized: bool = False, inputs: Sequence[Tensor | None] = ()) -> Tensor:
+def constant_tensor(array: Array, sized: bool = False, inputs: Sequence[Tensor | None] = ()) -> Tensor:
+    """The tensor of a value that does not depend on pixels; ``sized``: it depends on the image's size."""
     axes = tuple(plain(n) for n in array.shape)
     faults, notes = remarks(inputs)
     return Tensor(axes, constants.element_type(array), True, array, sized, faults, notes)
 
 
 def remarks(inputs: Sequence[Tensor | None]) -> tuple[frozenset[Remark], frozenset[Remark]]:
+    """(faults, notes) of a node's inputs, which its outputs inherit."""
     faults = frozenset[Remark]().union(*(t.faults for t in inputs if t is not None))
     notes = frozenset[Remark]().union(*(t.notes for t in inputs if t is not None))
     return faults, notes
@@ -208,7 +217,7 @@ def _like(base: Tensor | None, shape: tuple[int, ...]) -> tuple[Axis, ...]:
     if base is None or base.axes is None:
         return tuple(plain(n) for n in shape)
     if len(base.axes) == len(shape):
-        return tuple(_rescaled(axis, n) for axis, n in zip(base.axes, shape, strict=True))
+        return tuple(_rescale(axis, n) for axis, n in zip(base.axes, shape, strict=True))
     left = list(base.lines())
     axes: list[Axis] = []
     for n in shape:
@@ -219,7 +228,7 @@ def _like(base: Tensor | None, shape: tuple[int, ...]) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
-def _rescaled(axis: Axis, size: int) -> Axis:
+def _rescale(axis: Axis, size: int) -> Axis:
     if axis_size(axis) == size:
         return axis
     line = sole_line(axis)
@@ -239,13 +248,13 @@ def _rescaled(axis: Axis, size: int) -> Axis:
 def _merge_axis(state: Walk, node: Node, axes: list[tuple[Axis, Tensor, int]], size: int) -> tuple[Axis, list[str]]:
     """One axis of an element-wise result. Each entry: the axis, its tensor, the axis' number in it."""
     wide = [(a, t, k) for a, t, k in axes if axis_size(a) == size]
-    following = [(a, t) for a, t, _ in wide if tracked(a)]
+    following = [(a, t) for a, t, _ in wide if is_tracked(a)]
     if not following:
         return plain(size), []
     base, texts = following[0][0], []
     same: list[Axis] = []
     for axis, tensor, k in wide:
-        if tracked(axis):
+        if is_tracked(axis):
             alike = [p if isinstance(p, int) else None for p in axis] == [
                 p if isinstance(p, int) else None for p in base
             ]
@@ -265,7 +274,7 @@ def _merge_axis(state: Walk, node: Node, axes: list[tuple[Axis, Tensor, int]], s
             parts.append(column[0])
             continue
         try:
-            parts.append(lines.merge(followed))
+            parts.append(lines.merge_lines(followed))
         except ValueError as reason:
             texts.append(str(reason))
             parts.append(followed[0])
@@ -285,7 +294,7 @@ def _uniform(tensor: Tensor, axis: int) -> bool:
     return bool(np.all((array == first) | ((array != array) & (first != first))))
 
 
-def merged(state: Walk, node: Node, given: Sequence[Tensor], dtype: int | None = None) -> Tensor:
+def broadcast(state: Walk, node: Node, given: Sequence[Tensor], dtype: int | None = None) -> Tensor:
     """Element-wise result of ``given`` under broadcasting."""
     rank = max(t.rank for t in given)
     axes: list[Axis] = []
@@ -301,7 +310,7 @@ def merged(state: Walk, node: Node, given: Sequence[Tensor], dtype: int | None =
             raise CannotRun("has an empty input")
         if any(axis_size(a) not in (1, size) for a, _, _ in here):
             raise CannotRun(f"meets sizes {' and '.join(str(axis_size(a)) for a, _, _ in here)}")
-        if size > 1 and any(tracked(a) and axis_size(a) == 1 for a, _, _ in here):
+        if size > 1 and any(is_tracked(a) and axis_size(a) == 1 for a, _, _ in here):
             raise CannotRun("meets a single sample that would be spread over the image")
         axis, found = _merge_axis(state, node, here, size)
         axes.append(axis)

@@ -17,7 +17,20 @@ import numpy as np
 from ..errors import size_text
 from . import constants, file, rules_arithmetic, rules_layout, rules_resize, rules_windows  # noqa: F401 - the rules
 from .file import Constant, Graph, Node
-from .tensor import RULES, Axis, CannotRun, Inputs, Tensor, Walk, known, plain, remarks, tracked, unknown, value_of
+from .tensor import (
+    RULES,
+    Axis,
+    CannotRun,
+    Inputs,
+    Tensor,
+    Walk,
+    constant_tensor,
+    is_tracked,
+    plain,
+    remarks,
+    unknown,
+    value_of,
+)
 
 
 def walk(
@@ -108,17 +121,17 @@ def _constant_node(node: Node) -> Tensor:
     if proto is not None and hasattr(proto, "dims"):
         return _constant(Constant(tuple(proto.dims), proto.data_type, proto, None))
     array = file.constant_attribute(node)
-    return Tensor(None, constant=True) if array is None else known(array)
+    return Tensor(None, constant=True) if array is None else constant_tensor(array)
 
 
 def _shape_of(node: Node, x: Tensor) -> Tensor:
     shape = x.shape
     if node.op == "Size":
-        return replace(known(np.asarray(math.prod(shape), np.int64)), sized=bool(x.lines()))
+        return replace(constant_tensor(np.asarray(math.prod(shape), np.int64)), sized=bool(x.lines()))
     start, end = node.attributes.get("start", 0), node.attributes.get("end", len(shape))
     part = slice(start, end)
-    sized = any(tracked(a) for a in (x.axes or ())[part])
-    return replace(known(np.asarray(shape[part], np.int64)), sized=sized)
+    sized = any(is_tracked(a) for a in (x.axes or ())[part])
+    return replace(constant_tensor(np.asarray(shape[part], np.int64)), sized=sized)
 
 
 def _fold(node: Node, given: Inputs) -> Tensor | None:
@@ -134,10 +147,10 @@ def _fold(node: Node, given: Inputs) -> Tensor | None:
     if node.op == "ConstantOfShape" and "value" in attributes:
         attributes["value"] = file.constant_attribute(node)
     try:
-        result = constants.evaluate(node.op, attributes, arrays)
+        result = constants.evaluate_node(node.op, attributes, arrays)
     except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError):
         return None
-    return None if result is None else known(result, any(t is not None and t.sized for t in given), given)
+    return None if result is None else constant_tensor(result, any(t is not None and t.sized for t in given), given)
 
 
 def _branch(state: Walk, node: Node) -> None:

@@ -10,7 +10,8 @@ from ..errors import BackendError, ImageError
 from .pixels import Array, ArrayPixels, LazyPixels, Pixels, check_pixels
 
 if TYPE_CHECKING:
-    from ..kernels.device import DeviceArray, Stream
+    from ..kernels.memory import DeviceArray
+    from ..kernels.stream import Stream
 
 
 class DevicePixels:
@@ -37,6 +38,7 @@ class DevicePixels:
 
 
 def array_pixels(image: Any, name: str) -> Pixels:
+    """Pixels of an array in memory, on a GPU, or read by windows (h5py, zarr, Dask, ...); ImageError for anything else."""
     if not isinstance(image, np.ndarray):
         from ..kernels import device
 

@@ -74,7 +74,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChannelChoice:
     """Which stored channels make the network's channels.
 
     Attributes:
@@ -271,7 +271,7 @@ def choose_channels(
     names: Sequence[str] = (),
     wanted_names: Sequence[str] = (),
     alpha: int | None = None,
-) -> Choice:
+) -> ChannelChoice:
     """Which stored channels the network gets.
 
     Args:
@@ -286,7 +286,7 @@ def choose_channels(
     """
     stored = layout.channels
     if selection is not None:
-        return _selected(layout, name, wanted, selection, names)
+        return _select(layout, name, wanted, selection, names)
     if wanted is None:
         wanted = stored if alpha is None else stored - 1
     if not names and layout.channel is not None and layout.axes[layout.channel] == "S" and stored in (3, 4):
@@ -297,22 +297,24 @@ def choose_channels(
         if picked != tuple(range(stored)):
             dropped = alpha is not None and alpha not in picked
             text = f"{_picked_text(picked, stored)} by name ({', '.join(wanted_names)})"
-            return Choice(picked, text, check="opaque" if dropped else "")
+            return ChannelChoice(picked, text, check="opaque" if dropped else "")
     if wanted == stored and (alpha is None or wanted > 2):
-        return Choice(tuple(range(stored)), _count_text(stored) + ("" if alpha is None else ", alpha among them"))
+        return ChannelChoice(
+            tuple(range(stored)), _count_text(stored) + ("" if alpha is None else ", alpha among them")
+        )
     colours = tuple(i for i in range(stored) if i != alpha)
     if alpha is not None and wanted == len(colours):
-        return Choice(colours, f"{_count_text(wanted)}, opaque alpha dropped", check="opaque")
+        return ChannelChoice(colours, f"{_count_text(wanted)}, opaque alpha dropped", check="opaque")
     colour = layout.channel is not None and (layout.axes[layout.channel] == "S" or len(colours) == 3)
     if wanted == 1 and colour and len(colours) == 3:
         # Grey saved as colour is common; that the colours are equal is checked on every pixel.
-        return Choice((0,), "equal colours taken as one channel", check="equal")
+        return ChannelChoice((0,), "equal colours taken as one channel", check="equal")
     raise ContractError(_mismatch_text(layout, name, wanted, names))
 
 
-def _selected(
+def _select(
     layout: Layout, name: str, wanted: int | None, selection: Sequence[int] | str, names: Sequence[str]
-) -> Choice:
+) -> ChannelChoice:
     stored = layout.channels
     if isinstance(selection, str):
         parsed = parse_channels(selection)
@@ -322,7 +324,7 @@ def _selected(
                     f"{name}: --channels luma makes one channel of red, green and blue; the image has {stored} "
                     f"channels and the network takes {wanted}; choose by number, e.g. --channels 0"
                 )
-            return Choice((0, 1, 2), "luma of 3 colours", luma=True)
+            return ChannelChoice((0, 1, 2), "luma of 3 colours", luma=True)
         selection = _by_name(parsed, name, names) if isinstance(parsed, str) else parsed
     picked = tuple(int(index) for index in selection)
     bad = [index for index in picked if not 0 <= index < stored]
@@ -336,7 +338,7 @@ def _selected(
             f"{name}: --channels names {len(picked)} channels, the network takes {wanted}; "
             f"e.g. --channels {_example(picked, wanted)}"
         )
-    return Choice(picked, _picked_text(picked, stored))
+    return ChannelChoice(picked, _picked_text(picked, stored))
 
 
 def _by_name(text: str, name: str, names: Sequence[str]) -> tuple[int, ...]:

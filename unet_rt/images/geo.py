@@ -33,13 +33,13 @@ def open_geo(path: Path, name: str, level: int | None = None) -> Stored:
         raise ImageError(f"{name}: not a readable GeoTIFF ({error}); copy it again from its source") from error
     try:
         with _gdal():
-            return _stored(dataset, shapes, picked, name)
+            return _read_geo(dataset, shapes, picked, name)
     except BaseException:
         dataset.close()
         raise
 
 
-def _stored(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: str) -> Stored:
+def _read_geo(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: str) -> Stored:
     from rasterio.enums import MaskFlags
 
     if len(set(dataset.dtypes)) > 1:

@@ -18,76 +18,66 @@ import numpy as np
 from ..contract.contract import Contract
 from ..errors import ContractError, ImageError, size_text
 from .arrays import array_pixels
-from .axes import Choice, Layout, choose_channels, parse_channels, read_axes
+from .axes import ChannelChoice, Layout, choose_channels, parse_channels, read_axes
 from .formats import NPY_MAGIC, SLIDES, SUFFIXES, TIFF_MAGIC, check_magic
 from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels, is_zarr, pick_level
-from .source import BAND_SAMPLES, Source, _state
+from .reading import Reading
+from .source import BAND_SAMPLES, Source, file_state
 
 
 def open_image(
     image: Any,
     contract: Contract,
+    reading: Reading | None = None,
     *,
-    axes: str | None = None,
-    channels: Sequence[int] | str | None = None,
     spatial: int = 2,
     network_channels: int | None = None,
     name: str | None = None,
-    level: int | str | None = None,
-    pixel_size_um: Sequence[float] = (),
-    wanted_um: Sequence[float] = (),
 ) -> Source:
-    """Opens an image for a network.
+    """An image with the channels that a network takes, to be read by windows.
 
     Args:
         image: A path, a URL (``s3://...``, ``https://...``), a NumPy array, anything with DLPack (on the CPU),
             ``__array_interface__`` or a buffer, or an array that is read by windows (h5py, zarr, Dask, ...).
         contract: Its channel names and their number are used.
-        axes: The user's declaration, one letter per stored axis.
-        channels: The user's choice: indices, names, or ``"luma"``; text is parsed.
+        reading: What the user says of axes, channels, level and pixel size.
         spatial: Spatial axes of the network, 2 or 3.
         network_channels: Channels of the network; default: as many as the contract names, else whatever the image has.
         name: For messages, where ``image`` is an array.
-        level: Of a pyramid (Zarr, TIFF, whole slide): its number, 0 being the finest, or the size of its pixels as text,
-            e.g. ``"0.5um"``; default 0.
-        pixel_size_um: Of the finest level along the spatial axes, in place of what the file says; one number stands for
-            all axes.
-        wanted_um: Pixel size that the image is to be brought to: without ``level``, the coarsest level is read whose pixels
-            are at least as fine.
 
     Raises:
         ImageError: It cannot be read, or has no such level.
         ContractError: It can be read in two ways, or in none that fits the network.
     """
-    asked = parse_level(level)
-    name, path, stored = _opened(image, name, asked if isinstance(asked, int) else None)
+    reading = reading or Reading()
+    axes, channels, size_um = reading.axes, reading.channels, reading.pixel_size_um
+    asked = parse_level(reading.level)
+    name, path, stored = _open_any(image, name, asked if isinstance(asked, int) else None)
     try:
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
         wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
         selection = parse_channels(channels) if isinstance(channels, str) else channels
         layout = _layout(name, stored, axes, selection, spatial, wanted)
-        sizes = _sizes(name, stored, layout, pixel_size_um)
+        sizes = _sizes(name, stored, layout, size_um)
         picked = stored.level
         if isinstance(asked, float):
             picked = level_of_size(asked, sizes, name)
-        elif asked is None and wanted_um:
-            picked = fine_enough(wanted_um, sizes)
+        elif asked is None and reading.wanted_um:
+            picked = fine_enough(reading.wanted_um, sizes)
         if picked == stored.level:
-            if pixel_size_um:
+            if size_um:
                 stored = replace(stored, pixel_size_um=dict(zip("ZYX"[-spatial:], sizes[picked], strict=True)))
-            return _arranged(name, path, stored, layout, contract, selection, wanted)
+            return _arrange(name, path, stored, layout, contract, selection, wanted)
     except BaseException:
         stored.pixels.close()
         raise
     stored.pixels.close()
-    return open_image(
-        image, contract, axes=axes, channels=channels, spatial=spatial, network_channels=network_channels, name=name,
-        level=picked, pixel_size_um=pixel_size_um,
-    )  # fmt: skip
+    again = Reading(axes, channels, picked, size_um)
+    return open_image(image, contract, again, spatial=spatial, network_channels=network_channels, name=name)
 
 
-def _opened(image: Any, name: str | None, level: int | None) -> tuple[str, Path | None, Stored]:
+def _open_any(image: Any, name: str | None, level: int | None) -> tuple[str, Path | None, Stored]:
     """(name for messages, path of a file or folder, the image before its axes are read)."""
     path: Path | None = None
     if isinstance(image, str) and is_url(image):
@@ -102,7 +92,7 @@ def _opened(image: Any, name: str | None, level: int | None) -> tuple[str, Path 
         if not stored.files:
             stored = replace(stored, files=(path,))
         if not stored.fingerprint:
-            size, changed = _state(path, name)
+            size, changed = file_state(path, name)
             state = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "level": level or 0}
             stored = replace(stored, fingerprint=state)
     else:
@@ -158,7 +148,7 @@ def _sizes(name: str, stored: Stored, layout: Layout, given_um: Sequence[float])
     )
 
 
-def _arranged(
+def _arrange(
     name: str,
     path: Path | None,
     stored: Stored,
@@ -182,7 +172,7 @@ def _arranged(
     return source
 
 
-def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
+def _check_dropped(source: Source, choice: ChannelChoice, alpha: int | None) -> None:
     """ContractError if a channel that is dropped by rule carries something."""
     stored = source._layout.channels
     integer = source.dtype.kind in "iu"
@@ -192,7 +182,7 @@ def _check_dropped(source: Source, choice: Choice, alpha: int | None) -> None:
         source.path,
         Stored(source._pixels, None, source.metadata),
         source._layout,
-        Choice(tuple(range(stored)), ""),
+        ChannelChoice(tuple(range(stored)), ""),
     )
     for plane, start, stop in whole.bands():
         band = whole.read_band(plane, start, stop)
@@ -302,4 +292,4 @@ def _open_npy(path: Path, name: str) -> Stored:
     return Stored(mapped, None, Origin("array"))
 
 
-__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Source", "is_url", "list_images", "open_image"]
+__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Reading", "Source", "is_url", "list_images", "open_image"]

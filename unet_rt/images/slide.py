@@ -77,7 +77,7 @@ def _by_tiffslide(path: Path, name: str, level: int | None) -> Stored:
     pixels = ChunkedPixels(shape, probe.dtype, (CHUNK_PX, CHUNK_PX, samples), name, load, slide.close)
     size = (slide.properties.get("tiffslide.mpp-y"), slide.properties.get("tiffslide.mpp-x"))
     found = "YXS" if axes == "YXS" else "YXC"
-    return _stored(pixels, found, picked, shapes, size, ())
+    return _read_slide(pixels, found, picked, shapes, size, ())
 
 
 def _by_openslide(path: Path, name: str, level: int | None) -> Stored:
@@ -107,7 +107,7 @@ def _by_openslide(path: Path, name: str, level: int | None) -> Stored:
     pixels = ChunkedPixels((*shapes[picked], 3), np.dtype(np.uint8), (CHUNK_PX, CHUNK_PX, 3), name, load, slide.close)
     size = (slide.properties.get(openslide.PROPERTY_NAME_MPP_Y), slide.properties.get(openslide.PROPERTY_NAME_MPP_X))
     notes = () if float(downsample).is_integer() else (f"read at 1/{downsample:.4f}, to the nearest pixel of level 0",)
-    return _stored(pixels, "YXS", picked, shapes, size, notes)
+    return _read_slide(pixels, "YXS", picked, shapes, size, notes)
 
 
 def _levels(slide: Any, level: int | None, name: str) -> tuple[int, list[tuple[int, int]]]:
@@ -116,7 +116,7 @@ def _levels(slide: Any, level: int | None, name: str) -> tuple[int, list[tuple[i
     return pick_level(level, len(shapes), name), shapes
 
 
-def _stored(
+def _read_slide(
     pixels: ChunkedPixels,
     axes: str,
     picked: int,

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from ..errors import ContractError, ImageError, size_text
 from .arrays import DevicePixels
-from .axes import Choice, Layout
+from .axes import ChannelChoice, Layout
 from .pixels import Array, Stored
 
 if TYPE_CHECKING:
-    from ..kernels.device import Device, DeviceArray
+    from ..kernels.memory import DeviceArray, MemoryContext
 
 
 BAND_SAMPLES = 2**22  # samples read at a time where a whole image is gone through: 8 MiB of uint16
@@ -49,7 +49,7 @@ class Source:
         on_device: :meth:`device_plane` gives the pixels where they lie; luma and channels in no even order it does not.
     """
 
-    def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: Choice) -> None:
+    def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: ChannelChoice) -> None:
         self.name = name
         self.path = path
         self.axes = layout.axes
@@ -68,13 +68,15 @@ class Source:
         self._pixels = stored.pixels
         self._valid = stored.valid
         self.gaps = stored.valid is not None or stored.nodata is not None
-        self._files = tuple((file, _state(file, name)) for file in stored.files)
+        self._files = tuple((file, file_state(file, name)) for file in stored.files)
         self._fingerprint = dict(stored.fingerprint)
         self._layout = layout
         self._choice = choice
         on_gpu = isinstance(stored.pixels, DevicePixels)
         self.on_device = on_gpu and not choice.luma and _step(choice.channels) is not None
-        self.device: Device | None = stored.pixels.array.device if isinstance(stored.pixels, DevicePixels) else None
+        self.device: MemoryContext | None = (
+            stored.pixels.array.device if isinstance(stored.pixels, DevicePixels) else None
+        )
         self.stream = stored.pixels.stream if isinstance(stored.pixels, DevicePixels) else 0
         notes = "; ".join((*layout.notes, *stored.notes))
         self.reading = (
@@ -157,7 +159,7 @@ class Source:
     def _guarded(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Iterator[None]:
         """Names the window in errors of its pixels, and notices where the file is no longer the one opened."""
         for file, state in self._files:
-            if _state(file, self.name) != state:
+            if file_state(file, self.name) != state:
                 raise ImageError(f"{file}: changed while it was being read; start again when nothing writes to it")
         try:
             yield
@@ -282,7 +284,7 @@ def _luma(colours: Array) -> Array:
     return real.astype(colours.dtype)
 
 
-def _state(file: Path, name: str) -> tuple[int, int]:
+def file_state(file: Path, name: str) -> tuple[int, int]:
     """(bytes, time of the last change in nanoseconds)."""
     try:
         found = file.stat()

@@ -53,7 +53,7 @@ def import_zarr(error: type[UnetRtError], name: object) -> Any:
     return zarr
 
 
-class Node:
+class ZarrNode:
     """The array to be read, and what its group says about it."""
 
     def __init__(self, array: Any, path: str, attributes: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Node:
         )
 
 
-def read_node(place: Any, name: str, level: int | None) -> Node:
+def read_node(place: Any, name: str, level: int | None) -> ZarrNode:
     """The array that a folder or store means.
 
     Raises:
@@ -98,7 +98,7 @@ def read_node(place: Any, name: str, level: int | None) -> Node:
         found: Any = zarr.open(place, mode="r")
         if isinstance(found, zarr.Array):
             pick_level(level, 1, name)
-            return Node(found, "", {})
+            return ZarrNode(found, "", {})
         return _image_of(found, name, level)
     except ImageError:
         raise
@@ -108,7 +108,7 @@ def read_node(place: Any, name: str, level: int | None) -> Node:
         ) from error
 
 
-def _image_of(group: Any, name: str, level: int | None) -> Node:
+def _image_of(group: Any, name: str, level: int | None) -> ZarrNode:
     attributes = dict(group.attrs)
     ome = attributes.get("ome", attributes)
     if ome.get("multiscales"):
@@ -125,7 +125,7 @@ def _image_of(group: Any, name: str, level: int | None) -> Node:
         return node
     if len(arrays) == 1 and not images:
         pick_level(level, 1, name)
-        node = Node(group[arrays[0]], arrays[0], attributes)
+        node = ZarrNode(group[arrays[0]], arrays[0], attributes)
         node.notes.append(f"array {arrays[0]}")
         return node
     if not images and not arrays:
@@ -138,7 +138,7 @@ def _inside(name: str, paths: Sequence[str]) -> str:
     return f"e.g. {shown}{f', ... ({len(paths)} in all)' if len(paths) > 5 else ''}"
 
 
-def _multiscale(group: Any, ome: Mapping[str, Any], name: str, level: int | None) -> Node:
+def _multiscale(group: Any, ome: Mapping[str, Any], name: str, level: int | None) -> ZarrNode:
     multiscales = ome["multiscales"]
     multiscale = multiscales[0]
     datasets = multiscale["datasets"]
@@ -151,7 +151,7 @@ def _multiscale(group: Any, ome: Mapping[str, Any], name: str, level: int | None
             )
         arrays.append(group[entry["path"]])
     array = arrays[picked]
-    node = Node(array, str(datasets[picked]["path"]), dict(group.attrs))
+    node = ZarrNode(array, str(datasets[picked]["path"]), dict(group.attrs))
     if len({len(a.shape) for a in arrays}) > 1 or len({a.dtype for a in arrays}) > 1:
         raise ImageError(f"{name}: its levels differ in axes or dtype; the file is corrupt; write it again")
     axes = multiscale.get("axes") or (list(OLD_AXES.lower()) if len(array.shape) == len(OLD_AXES) else [])

@@ -236,6 +236,7 @@ def _choose_baselines(baselines: Sequence[str] | None, module: Any) -> tuple[tup
 def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int) -> SampleWindow:
     """The window of an image that is measured on; of a drawn one where there is none."""
     from ..images.open import open_image
+    from ..images.reading import Reading
 
     if image is None:
         side = round(most_px ** (1 / spec.spatial))
@@ -246,8 +247,7 @@ def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int
     with open_image(
         images[0],
         spec.contract,
-        axes=read.axes,
-        channels=read.channels,
+        Reading(read.axes, read.channels),
         spatial=spec.spatial,
         network_channels=spec.channels,
     ) as source:

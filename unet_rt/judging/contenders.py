@@ -22,7 +22,7 @@ from ..engine import parity as parity_module
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..errors import BackendError, ParityError
-from ..images.normalize import normalised
+from ..images.normalize import normalize_pixels
 from ..prediction.run import run
 from ..prediction.work import Computation, Work
 from ..tiling.decision import decide
@@ -219,7 +219,7 @@ def tiles_by_hand(engine: Engine, sample: SampleWindow, grid: TileGrid) -> Array
     spec = engine.spec
     width = [(a.canvas.before, a.canvas.size - a.canvas.before - a.canvas.image) for a in grid.axes]
     how: dict[str, Any] = {"mirror": "reflect", "edge": "edge", "constant": "constant"}
-    canvas = normalised(
+    canvas = normalize_pixels(
         np.pad(sample.pixels, [(0, 0), *width], mode=how[spec.contract.border or "mirror"]), sample.numbers
     )
     result = np.zeros((spec.outputs[0].channels, *grid.out_shape(0)), np.float32)
@@ -249,7 +249,7 @@ def _monai(name: str, mode: str, engine: Engine, module: Any) -> Contender:
     def tiled(sample: SampleWindow, grid: TileGrid) -> Array:
         if grid.count == 1:
             return tiles_by_hand(engine, sample, grid)  # untiled: nothing of MONAI is in it
-        x = normalised(sample.pixels, sample.numbers)[None]
+        x = normalize_pixels(sample.pixels, sample.numbers)[None]
         values: Array = eager.sliding_window(predictor, x, grid.tile, overlap=MONAI_OVERLAP, mode=mode)[0]
         return values
 

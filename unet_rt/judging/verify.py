@@ -26,7 +26,7 @@ from ..engine.load import load
 from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, EngineError, GraphError, ImageError, OutputError
-from ..images.normalize import normalised
+from ..images.normalize import normalize_pixels
 from ..outputs import pictures
 from ..system.json import Record
 from .truth import Array, Truth, average_truths, compare_to_labels
@@ -304,7 +304,7 @@ def _compare_growth(pair: _Pair, sample: SampleWindow, wanted: Sequence[Array]) 
         pair.model.report.activation_bytes(sample.shape)
     except GraphError:
         return []  # the graph does not run at this size: there is nothing to compare
-    bare = pair.reference.run(normalised(sample.pixels, sample.numbers)[None])
+    bare = pair.reference.run(normalize_pixels(sample.pixels, sample.numbers)[None])
     return [
         parity_module.compare_output(bare[k][0], wanted[k], spec, k, sample.name)
         for k in parity_module.judged_outputs(spec)

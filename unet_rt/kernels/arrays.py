@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import BackendError, ContractError, ImageError, OutputError, TileError, size_text
 from . import native
+from .request import Operation, Placement, Size
 
-Border = Literal["mirror", "edge", "constant"]
-Op = Literal["copy", "softmax", "sigmoid", "argmax", "threshold"]
-Size = Sequence[int]
 # By their array-protocol names without byte order, which are quick to get: small calls matter.
 _DTYPES = {
     "u1": "uint8",
@@ -62,7 +59,7 @@ class _DeviceArray(NamedTuple):
 _Array = NDArray[Any] | _DeviceArray
 
 
-def _arrays(**named: Any) -> tuple[Any, tuple[Any, ...]]:
+def kernel_arrays(**named: Any) -> tuple[Any, tuple[Any, ...]]:
     """The CUDA kernels if the arrays live on a device, else None; and the arrays in the form that kernels take."""
     arrays = tuple(None if array is None else _array(name, array) for name, array in named.items())
     found = {
@@ -139,11 +136,12 @@ def _of_dlpack(array: Any) -> _DeviceArray:
     return _DeviceArray(pointer, np.dtype(f"{letter}{size}"), shape, strides, not read_only, None, array)
 
 
-def described(table: _Array) -> Any:
+def table_of(table: _Array) -> Any:
+    """A table of coordinates as kernels take it: the array itself, or where it lies on a GPU."""
     return table if isinstance(table, np.ndarray) else table.description
 
 
-def _stream(stream: int, *arrays: _DeviceArray) -> int:
+def kernel_stream(stream: int, *arrays: _DeviceArray) -> int:
     """The stream to enqueue on: the one given, else the one on which the arrays are made."""
     if stream:
         return stream
@@ -155,11 +153,13 @@ def _stream(stream: int, *arrays: _DeviceArray) -> int:
     return named.pop() if named else 0
 
 
-def _shape(array: _Array) -> str:
+def shape_text(array: _Array) -> str:
+    """The shape of an array for people, e.g. ``3x512x512``."""
     return size_text(array.shape) or "scalar"
 
 
 def check_dtype(name: str, array: _Array, allowed: tuple[str, ...]) -> None:
+    """ImageError unless an array has one of the dtypes, in this machine's byte order."""
     dtype = array.dtype
     if not dtype.isnative:
         raise ImageError(
@@ -170,12 +170,13 @@ def check_dtype(name: str, array: _Array, allowed: tuple[str, ...]) -> None:
         raise ImageError(f"{name} has dtype {dtype}; convert it to one of {_names(allowed)}")
 
 
-def check_output(out: _Array, allowed: tuple[str, ...], name: str = "out") -> None:
+def check_writable(out: _Array, allowed: tuple[str, ...], name: str = "out") -> None:
+    """OutputError unless an array has one of the dtypes and can be written."""
     dtype = out.dtype
     if not dtype.isnative or dtype.str[1:] not in allowed:
         raise OutputError(f"{name} has dtype {dtype.str}; allocate it as {_names(allowed)}")
     if not (out.flags.writeable if isinstance(out, np.ndarray) else out.writeable):
-        raise OutputError(f"{name} ({_shape(out)} {dtype}) is read-only; pass an array that can be written")
+        raise OutputError(f"{name} ({shape_text(out)} {dtype}) is read-only; pass an array that can be written")
 
 
 def _names(dtypes: tuple[str, ...]) -> str:
@@ -183,56 +184,61 @@ def _names(dtypes: tuple[str, ...]) -> str:
 
 
 def check_counter(name: str, counter: _Array | None) -> None:
+    """OutputError unless a counter, where there is one, is a single 64-bit integer that can be written."""
     if counter is None:
         return
-    check_output(counter, ("u8", "i8"), name)
+    check_writable(counter, ("u8", "i8"), name)
     if counter.shape not in ((), (1,)):
-        raise OutputError(f"{name} is {_shape(counter)}; allocate it as (1,)")
+        raise OutputError(f"{name} is {shape_text(counter)}; allocate it as (1,)")
 
 
 def check_spatial(name: str, array: _Array, axes: int) -> None:
+    """TileError unless an array has 1 to 3 spatial axes."""
     if not 1 <= axes <= 3:
-        raise TileError(f"{name} is {_shape(array)}, with {axes} spatial axes; kernels take 1, 2 or 3")
+        raise TileError(f"{name} is {shape_text(array)}, with {axes} spatial axes; kernels take 1, 2 or 3")
 
 
 def check_tiles(tiles: _Array) -> int:
+    """Number of spatial axes of tiles (N, K, *tile); errors for a dtype or shape that kernels do not take."""
     check_dtype("tiles", tiles, FLOATS)
     axes = tiles.ndim - 2
     check_spatial("tiles", tiles, axes)
     if tiles.shape[1] < 1:
-        raise TileError(f"tiles are {_shape(tiles)}, without a channel; pass (N, K, *tile) with K of at least 1")
+        raise TileError(f"tiles are {shape_text(tiles)}, without a channel; pass (N, K, *tile) with K of at least 1")
     return axes
 
 
-def check_target(out: _Array, op: str, channels: int, axes: int) -> tuple[int, ...]:
+def target_shape(out: _Array, op: str, channels: int, axes: int) -> tuple[int, ...]:
     """The output's spatial shape."""
-    check_output(out, ("u1",) if op in ("argmax", "threshold") else ("f4",))
+    check_writable(out, ("u1",) if op in ("argmax", "threshold") else ("f4",))
     lead = () if op == "argmax" else (channels,)
     if out.ndim != len(lead) + axes or out.shape[: len(lead)] != lead:
         form = "(*spatial)" if op == "argmax" else f"({channels}, *spatial)"
-        raise TileError(f"out is {_shape(out)}; {op} of {channels} channels and {axes} spatial axes needs {form}")
+        raise TileError(f"out is {shape_text(out)}; {op} of {channels} channels and {axes} spatial axes needs {form}")
     return out.shape[len(lead) :]
 
 
-def _table(name: str, value: Any, axes: int, gpu: Any) -> _Array:
+def coordinates(name: str, value: Any, axes: int, gpu: Any) -> _Array:
+    """A table (N, axes) of whole numbers as int64, on the host or as it lies on a GPU; TileError for another shape."""
     view = None if isinstance(value, np.ndarray | list | tuple) else _on_device(name, value)
     if view is not None:
         if gpu is None:
             raise BackendError(f"{name} lives on a CUDA device and the arrays on the host; pass a NumPy array")
         if view.shape[1:] != (axes,) or view.dtype != np.int64 or (view.strides != (8 * axes, 8) and view.shape[0] > 1):
             raise TileError(
-                f"{name} is {_shape(view)} {view.dtype}; on a device it must be (N, {axes}) int64, C-contiguous"
+                f"{name} is {shape_text(view)} {view.dtype}; on a device it must be (N, {axes}) int64, C-contiguous"
             )
         return view
     table = np.asarray(value)
     if table.ndim != 2 or table.shape[1] != axes:
-        raise TileError(f"{name} is {_shape(table)}; one row per tile and one column per spatial axis: (N, {axes})")
+        raise TileError(f"{name} is {shape_text(table)}; one row per tile and one column per spatial axis: (N, {axes})")
     if table.dtype.kind not in "iu" and table.size:
         raise TileError(f"{name} has dtype {table.dtype}; coordinates are whole numbers")
     return np.ascontiguousarray(table, np.int64)
 
 
-def _sizes(name: str, value: Size, axes: int) -> list[int]:
+def sizes_of(name: str, value: Size, axes: int) -> list[int]:
+    """``axes`` whole numbers within 2^48, or TileError."""
     try:
         sizes = [operator.index(number) for number in value]
     except TypeError as error:
@@ -242,23 +248,24 @@ def _sizes(name: str, value: Size, axes: int) -> list[int]:
     return sizes
 
 
-def parts(
-    source_start: Any, target_start: Any, size: Any, tiles: _Array, spatial: tuple[int, ...], gpu: Any
+def placement_tables(
+    placement: Placement, tiles: _Array, spatial: tuple[int, ...], gpu: Any
 ) -> tuple[_Array, _Array, _Array]:
+    """The tables (source, target, size) of a placement as kernels take them, checked against tiles and output."""
     axes = len(spatial)
-    source = _table("source_start", source_start, axes, gpu)
-    target = _table("target_start", target_start, axes, gpu)
-    extent = _table("size", size, axes, gpu)
+    source = coordinates("source", placement.source, axes, gpu)
+    target = coordinates("target", placement.target, axes, gpu)
+    extent = coordinates("size", placement.size, axes, gpu)
     count = tiles.shape[0]
     if not source.shape[0] == target.shape[0] == extent.shape[0] == count:
         raise TileError(
-            f"{count} tiles, but {source.shape[0]} source_start, {target.shape[0]} target_start and {extent.shape[0]} "
+            f"{count} tiles, but {source.shape[0]} source, {target.shape[0]} target and {extent.shape[0]} "
             "size; one row per tile"
         )
     if isinstance(source, _DeviceArray) and isinstance(target, _DeviceArray) and isinstance(extent, _DeviceArray):
         return source, target, extent
     if isinstance(source, _DeviceArray) or isinstance(target, _DeviceArray) or isinstance(extent, _DeviceArray):
-        raise BackendError("source_start, target_start and size live partly on a CUDA device; pass all three alike")
+        raise BackendError("source, target and size of a placement live partly on a CUDA device; pass all three alike")
     for name, start, whole in (("tile", source, tiles.shape[2:]), ("output", target, spatial)):
         outside = (start < 0) | (extent < 0) | (start > np.subtract(whole, extent))  # no sum that could overflow
         if outside.any():
@@ -270,10 +277,9 @@ def parts(
     return source, target, extent
 
 
-def _labels(
-    op: str, channels: int, threshold: ArrayLike | None, values: ArrayLike | None
-) -> tuple[list[float], list[int]]:
+def label_arguments(operation: Operation, channels: int) -> tuple[list[float], list[int]]:
     """Thresholds (K,) and label values as the kernels take them; empty where the operation has none."""
+    op, threshold, values = operation.op, operation.threshold, operation.values
     if op != "threshold" and threshold is not None:
         raise ContractError(f"threshold {threshold} given for op {op!r}, which has none; leave it out")
     if op not in ("argmax", "threshold"):
@@ -300,6 +306,7 @@ def _labels(
 
 
 def per_channel(name: str, value: ArrayLike, channels: int) -> list[float]:
+    """A number per channel: ``value`` itself, or the one number repeated; ContractError for another shape."""
     numbers = np.asarray(value)
     if numbers.dtype.kind not in "iufb" or numbers.shape not in ((), (1,), (channels,)):
         raise ContractError(f"{name} is {value!r}; give one number, or one per channel ({channels})")
@@ -307,13 +314,15 @@ def per_channel(name: str, value: ArrayLike, channels: int) -> list[float]:
     return listed if len(listed) == channels else listed * channels
 
 
-def choice(name: str, value: str, table: dict[str, int], error: type[Exception]) -> int:
+def code_of(name: str, value: str, table: dict[str, int], error: type[Exception]) -> int:
+    """The number by which kernels know a word; ``error`` for an unknown one."""
     if value not in table:
         raise error(f"{name} {value!r} is unknown; choose one of {', '.join(table)}")
     return table[value]
 
 
-def _threads(threads: int) -> int:
+def kernel_threads(threads: int) -> int:
+    """Threads for a call: what is asked, or for 0 the default of this machine."""
     if threads < 0:
         raise BackendError(f"threads is {threads}; give 0 for this machine's default, or a positive number")
     return threads or native.default_threads()

@@ -31,27 +31,25 @@ from .arrays import (
     LARGEST,
     PIXELS,
     SMALLEST,
-    Border,
-    Op,
-    Size,
-    _arrays,
-    _labels,
-    _shape,
-    _sizes,
-    _stream,
-    _table,
-    _threads,
     check_counter,
     check_dtype,
-    check_output,
     check_spatial,
-    check_target,
     check_tiles,
-    choice,
-    described,
-    parts,
+    check_writable,
+    code_of,
+    coordinates,
+    kernel_arrays,
+    kernel_stream,
+    kernel_threads,
+    label_arguments,
     per_channel,
+    placement_tables,
+    shape_text,
+    sizes_of,
+    table_of,
+    target_shape,
 )
+from .request import COPY, Affine, Frame, Operation, Placement, Size
 
 _BORDERS = {"mirror": 0, "edge": 1, "constant": 2}  # as in csrc/geometry.h
 _OPS = {"copy": 0, "softmax": 1, "sigmoid": 2, "argmax": 3, "threshold": 4}  # as in csrc/tile_stitch.h
@@ -62,33 +60,24 @@ def tile_gather(
     starts: ArrayLike,
     out: Any,
     *,
-    image_shape: Size | None = None,
-    window_start: Size | None = None,
-    border: Border = "mirror",
-    constant: float = 0.0,
-    offset: ArrayLike | None = None,
-    divisor: ArrayLike | None = None,
-    clip: tuple[ArrayLike, ArrayLike] | None = None,
+    frame: Frame | None = None,
+    affine: Affine | None = None,
     threads: int = 0,
     stream: int = 0,
     non_finite: Any = None,
 ) -> int:
-    """Cut tiles out of a window of an image, with border rule and normalisation.
+    """Fills ``out`` with tiles cut out of a window of an image, continued beyond the image and normalised.
 
-    A value is ``(min(max(x, clip[0]), clip[1]) - offset[c]) / divisor[c]``, computed in float32 (from int32, uint32 and
-    float64 pixels in float64 and rounded to float32 once), with true division. NaN passes the clip.
+    Values are computed in float32 (from int32, uint32 and float64 pixels in float64 and rounded to float32 once), with
+    true division. NaN passes the clip.
 
     Args:
         window: (C, \\*spatial) pixels of integers up to 32 bits, floats or bools; one to three spatial axes.
         starts: (N, D) integer tile origins in image pixels; tiles may reach beyond the image, on any side.
         out: (N, C, \\*tile) float32 or float16, filled.
-        image_shape: Pixels of the whole image; the border rule applies at its edges. Default: the window's.
-        window_start: Image pixel of the window's first pixel. Default: 0.
-        border: ``mirror`` (NumPy's ``reflect``, repeated as needed), ``edge`` or ``constant``.
-        constant: Raw pixel value of the constant border; it is normalised like every pixel.
-        offset: Number or (C,) numbers to subtract.
-        divisor: Number or (C,) numbers to divide by; not 0.
-        clip: Lowest and highest raw value, numbers or (C,).
+        frame: Where the window lies in its image, and the border rule. None: the window is the image, mirrored.
+        affine: Normalisation; None: values stay as they are. Offset, divisor and the ends of the clip may be numbers or
+            (C,) numbers.
         threads: Most threads to use.
         stream: CUDA stream, for arrays on a device.
         non_finite: (1,) uint64 or int64 on the arrays' device, to which the number of NaN and infinite pixels is added.
@@ -102,39 +91,63 @@ def tile_gather(
         TileError: Shapes do not fit, or a tile needs pixels that the window does not hold.
         ContractError: A normalisation that cannot be applied.
     """
-    gpu, (window, out, counter) = _arrays(window=window, out=out, non_finite=non_finite)
+    gpu, (window, out, counter) = kernel_arrays(window=window, out=out, non_finite=non_finite)
     check_dtype("window", window, PIXELS)
     axes = window.ndim - 1
     check_spatial("window", window, axes)
     channels = window.shape[0]
-    begin = _table("starts", starts, axes, gpu)
+    begin = coordinates("starts", starts, axes, gpu)
     if isinstance(begin, np.ndarray) and begin.size and (begin.min() < -FARTHEST_PX or begin.max() > FARTHEST_PX):
         raise TileError(f"starts reach from {begin.min()} to {begin.max()} px; they must stay within 2^48")
-    check_output(out, FLOATS)
+    check_writable(out, FLOATS)
     check_counter("non_finite", counter)
     tiles = begin.shape[0]
     if out.ndim != axes + 2 or out.shape[:2] != (tiles, channels):
         raise TileError(
-            f"out is {_shape(out)}, but {tiles} tiles of {channels} channels and {axes} spatial axes need "
+            f"out is {shape_text(out)}, but {tiles} tiles of {channels} channels and {axes} spatial axes need "
             f"({tiles}, {channels}, ...); allocate it so"
         )
+    place = _frame_arguments(frame or Frame(), window, axes)
+    numbers = _affine_arguments(affine, channels)
+    if gpu is not None:
+        address = 0 if counter is None else counter.pointer
+        queue = kernel_stream(stream, window, out)
+        gpu.tile_gather(window.description, table_of(begin), out.description, *place, *numbers, address, queue)
+        return 0
+    bad: int = native.cpu().tile_gather(window, begin, out, *place, *numbers, kernel_threads(threads))
+    if counter is not None:
+        counter += bad
+    return bad
+
+
+def _frame_arguments(frame: Frame, window: Any, axes: int) -> tuple[list[int], list[int], int, float]:
+    """A checked frame as the kernels take it: image shape, first pixel of the window, code of the border, constant."""
     held = list(window.shape[1:])
-    image = held if image_shape is None else _sizes("image_shape", image_shape, axes)
-    first = [0] * axes if window_start is None else _sizes("window_start", window_start, axes)
-    if channels < 1 or min(held) < 1:
-        raise TileError(f"window is {_shape(window)} and holds no pixel to gather from")
+    image = held if frame.image_shape is None else sizes_of("image_shape", frame.image_shape, axes)
+    first = [0] * axes if frame.window_start is None else sizes_of("window_start", frame.window_start, axes)
+    if window.shape[0] < 1 or min(held) < 1:
+        raise TileError(f"window is {shape_text(window)} and holds no pixel to gather from")
     if any(not 0 <= f <= size - h for f, h, size in zip(first, held, image, strict=True)):
         raise TileError(
             f"the window of {held} px at {first} is not inside the image of {image} px; "
             "windows hold pixels of the image only, the border rule adds the rest"
         )
+    return image, first, code_of("border", frame.border, _BORDERS, TileError), float(frame.constant)
+
+
+def _affine_arguments(affine: Affine | None, channels: int) -> tuple[bool, *tuple[list[float], ...]]:
+    """A checked normalisation as the kernels take it: whether there is one, offsets, divisors, lowest, highest."""
+    if affine is None:
+        zeros, ones = [0.0] * channels, [1.0] * channels
+        return False, zeros, ones, [-math.inf] * channels, [math.inf] * channels
+    clip: Any = affine.clip
     low, high = (-math.inf, math.inf) if clip is None else clip
     lows = per_channel("clip[0]", low, channels)
     highs = per_channel("clip[1]", high, channels)
     if not all(a <= b for a, b in zip(lows, highs, strict=True)):
         raise ContractError(f"clip {clip} has a lower bound above its upper bound, or NaN; give (lowest, highest)")
-    offsets = per_channel("offset", 0.0 if offset is None else offset, channels)
-    divisors = per_channel("divisor", 1.0 if divisor is None else divisor, channels)
+    offsets = per_channel("offset", affine.offset, channels)
+    divisors = per_channel("divisor", affine.divisor, channels)
     if not all(abs(value) <= LARGEST for value in offsets):
         raise ContractError(f"offset {offsets} does not normalise; give finite float32 numbers")
     if not all(SMALLEST <= abs(value) <= LARGEST for value in divisors):
@@ -142,50 +155,26 @@ def tile_gather(
             f"divisor {divisors} does not normalise; give float32 numbers that are neither 0 nor subnormal nor "
             "infinite (1 for a constant channel)"
         )
-    rule = choice("border", border, _BORDERS, TileError)
-    affine = not (offset is None and divisor is None and clip is None)
-    normalisation = (affine, offsets, divisors, lows, highs)
-    if gpu is not None:
-        gpu.tile_gather(
-            *(window.description, described(begin), out.description, image, first, rule, float(constant)),
-            *normalisation,
-            0 if counter is None else counter.pointer,
-            _stream(stream, window, out),
-        )
-        return 0
-    found: int = native.cpu().tile_gather(
-        *(window, begin, out, image, first, rule, float(constant)), *normalisation, _threads(threads)
-    )
-    if counter is not None:
-        counter += found
-    return found
+    return True, offsets, divisors, lows, highs
 
 
 def tile_stitch(
     tiles: Any,
-    source_start: ArrayLike,
-    target_start: ArrayLike,
-    size: ArrayLike,
+    placement: Placement,
     out: Any,
+    operation: Operation = COPY,
     *,
-    op: Op = "copy",
-    threshold: ArrayLike | None = None,
-    values: ArrayLike | None = None,
     threads: int = 0,
     stream: int = 0,
 ) -> None:
-    """Put parts of tiles to their places: ``out[target + j] = op(tiles[n, source + j])`` for ``j < size``.
+    """Puts parts of tiles to their places: ``out[target + j] = op(tiles[n, source + j])`` for ``j < size``.
 
     Args:
         tiles: (N, K, \\*tile) float32 or float16 network outputs.
-        source_start: (N, D) first sample of each tile that is kept.
-        target_start: (N, D) its place in ``out``. Targets of one call must not overlap.
-        size: (N, D) samples kept.
+        placement: The part of each tile that is kept, and its place in ``out``. Targets of one call must not overlap.
         out: ``copy``, ``softmax`` (over K), ``sigmoid``: (K, \\*spatial) float32. ``argmax``: (\\*spatial) uint8.
             ``threshold``: (K, \\*spatial) uint8.
-        op: What is done to the K values of a sample, in float32. ``argmax`` takes the first maximum, or the first NaN.
-        threshold: Number or (K,); met by raw values above it (0 for logits means probability 0.5), never by NaN.
-        values: uint8 value of each class, (K,), default 0, 1, ...; for ``threshold`` (below, above), default (0, 1).
+        operation: What is done to the K values of a sample.
         threads: Most threads to use.
         stream: CUDA stream, for arrays on a device.
 
@@ -193,25 +182,23 @@ def tile_stitch(
         TileError: Shapes do not fit, or a part lies outside its tile or the output.
         ContractError: An operation whose threshold, values or number of channels is missing or impossible.
     """
-    gpu, (tiles, out) = _arrays(tiles=tiles, out=out)
+    gpu, (tiles, out) = kernel_arrays(tiles=tiles, out=out)
     axes = check_tiles(tiles)
     channels = tiles.shape[1]
-    code = choice("op", op, _OPS, ContractError)
-    spatial = check_target(out, op, channels, axes)
-    tables = parts(source_start, target_start, size, tiles, spatial, gpu)
-    bounds, labels = _labels(op, channels, threshold, values)
+    code = code_of("op", operation.op, _OPS, ContractError)
+    spatial = target_shape(out, operation.op, channels, axes)
+    tables = placement_tables(placement, tiles, spatial, gpu)
+    bounds, labels = label_arguments(operation, channels)
     if gpu is not None:
-        queue = _stream(stream, tiles, out)
-        gpu.tile_stitch(tiles.description, *map(described, tables), out.description, code, bounds, labels, queue)
+        queue = kernel_stream(stream, tiles, out)
+        gpu.tile_stitch(tiles.description, *map(table_of, tables), out.description, code, bounds, labels, queue)
     else:
-        native.cpu().tile_stitch(tiles, *tables, out, code, bounds, labels, _threads(threads))
+        native.cpu().tile_stitch(tiles, *tables, out, code, bounds, labels, kernel_threads(threads))
 
 
 def tile_blend(
     tiles: Any,
-    source_start: ArrayLike,
-    target_start: ArrayLike,
-    size: ArrayLike,
+    placement: Placement,
     weight: Any,
     total: Any,
     weight_total: Any,
@@ -219,15 +206,13 @@ def tile_blend(
     threads: int = 0,
     stream: int = 0,
 ) -> None:
-    """Add weighted tiles to a total: ``total += weight * tile``, ``weight_total += weight``, tile after tile.
+    """Adds weighted tiles to a total: ``total += weight * tile``, ``weight_total += weight``, tile after tile.
 
     Targets may overlap; every sample adds its tiles in order, in float32, whatever the number of threads.
 
     Args:
         tiles: (N, K, \\*tile) float32 or float16 network outputs.
-        source_start: (N, D) first sample of each tile that is used.
-        target_start: (N, D) its place in ``total``.
-        size: (N, D) samples used.
+        placement: The part of each tile that is used, and its place in ``total``.
         weight: (\\*tile) float32.
         total: (K, \\*spatial) float32, added to.
         weight_total: (\\*spatial) float32, added to.
@@ -237,50 +222,48 @@ def tile_blend(
     Raises:
         TileError: Shapes do not fit, or a part lies outside its tile or the total.
     """
-    gpu, (tiles, weight, total, weight_total) = _arrays(
+    gpu, (tiles, weight, total, weight_total) = kernel_arrays(
         tiles=tiles, weight=weight, total=total, weight_total=weight_total
     )
     axes = check_tiles(tiles)
     check_dtype("weight", weight, ("f4",))
     if weight.shape != tiles.shape[2:]:
-        raise TileError(f"weight is {_shape(weight)}, tiles are {_shape(tiles)}; a weight has the tile's spatial shape")
-    check_output(total, ("f4",), "total")
-    check_output(weight_total, ("f4",), "weight_total")
+        raise TileError(
+            f"weight is {shape_text(weight)}, tiles are {shape_text(tiles)}; a weight has the tile's spatial shape"
+        )
+    check_writable(total, ("f4",), "total")
+    check_writable(weight_total, ("f4",), "weight_total")
     if total.ndim != axes + 1 or total.shape != (tiles.shape[1], *weight_total.shape):
         raise TileError(
-            f"total is {_shape(total)} and weight_total {_shape(weight_total)}; {tiles.shape[1]} channels need "
+            f"total is {shape_text(total)} and weight_total {shape_text(weight_total)}; {tiles.shape[1]} channels need "
             f"(K, *spatial) and (*spatial)"
         )
-    tables = parts(source_start, target_start, size, tiles, weight_total.shape, gpu)
+    tables = placement_tables(placement, tiles, weight_total.shape, gpu)
     if gpu is not None:
-        queue = _stream(stream, tiles, weight, total, weight_total)
+        queue = kernel_stream(stream, tiles, weight, total, weight_total)
         sums = (weight.description, total.description, weight_total.description)
-        gpu.tile_blend(tiles.description, *map(described, tables), *sums, queue)
+        gpu.tile_blend(tiles.description, *map(table_of, tables), *sums, queue)
     else:
-        native.cpu().tile_blend(tiles, *tables, weight, total, weight_total, _threads(threads))
+        native.cpu().tile_blend(tiles, *tables, weight, total, weight_total, kernel_threads(threads))
 
 
 def blend_finish(
     total: Any,
     weight_total: Any,
     out: Any,
+    operation: Operation = COPY,
     *,
-    op: Op = "copy",
-    threshold: ArrayLike | None = None,
-    values: ArrayLike | None = None,
     threads: int = 0,
     stream: int = 0,
     uncovered: Any = None,
 ) -> int:
-    """Finish a blended total: ``out = op(total / weight_total)``.
+    """Finishes a blended total: ``out = op(total / weight_total)``.
 
     Args:
         total: (K, \\*spatial) float32 from :func:`tile_blend`.
         weight_total: (\\*spatial) float32 from :func:`tile_blend`.
         out: As for :func:`tile_stitch`.
-        op: As for :func:`tile_stitch`.
-        threshold: As for :func:`tile_stitch`, compared with the quotient.
-        values: As for :func:`tile_stitch`.
+        operation: As for :func:`tile_stitch`; a threshold is compared with the quotient.
         threads: Most threads to use.
         stream: CUDA stream, for arrays on a device.
         uncovered: (1,) uint64 or int64 on the arrays' device, to which the number of uncovered samples is added.
@@ -294,7 +277,7 @@ def blend_finish(
         TileError: Shapes do not fit.
         ContractError: As for :func:`tile_stitch`.
     """
-    gpu, (total, weight_total, out, counter) = _arrays(
+    gpu, (total, weight_total, out, counter) = kernel_arrays(
         total=total, weight_total=weight_total, out=out, uncovered=uncovered
     )
     check_dtype("total", total, ("f4",))
@@ -302,24 +285,26 @@ def blend_finish(
     axes = total.ndim - 1
     check_spatial("total", total, axes)
     if total.shape[1:] != weight_total.shape:
-        raise TileError(f"total is {_shape(total)} and weight_total {_shape(weight_total)}; spatial shapes must agree")
+        raise TileError(
+            f"total is {shape_text(total)} and weight_total {shape_text(weight_total)}; spatial shapes must agree"
+        )
     channels = total.shape[0]
-    code = choice("op", op, _OPS, ContractError)
-    spatial = check_target(out, op, channels, axes)
+    code = code_of("op", operation.op, _OPS, ContractError)
+    spatial = target_shape(out, operation.op, channels, axes)
     if spatial != weight_total.shape:
-        raise TileError(f"out is {_shape(out)} for a total of {_shape(total)}; spatial shapes must agree")
+        raise TileError(f"out is {shape_text(out)} for a total of {shape_text(total)}; spatial shapes must agree")
     check_counter("uncovered", counter)
-    bounds, labels = _labels(op, channels, threshold, values)
+    bounds, labels = label_arguments(operation, channels)
     if gpu is not None:
         address = 0 if counter is None else counter.pointer
-        queue = _stream(stream, total, weight_total, out)
+        queue = kernel_stream(stream, total, weight_total, out)
         sums = (total.description, weight_total.description)
         gpu.blend_finish(*sums, out.description, code, bounds, labels, address, queue)
         return 0
-    found: int = native.cpu().blend_finish(total, weight_total, out, code, bounds, labels, _threads(threads))
+    bare: int = native.cpu().blend_finish(total, weight_total, out, code, bounds, labels, kernel_threads(threads))
     if counter is not None:
-        counter += found
-    return found
+        counter += bare
+    return bare
 
 
 def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, threads: int = 0, stream: int = 0) -> None:
@@ -336,30 +321,30 @@ def crop_concat(skip: Any, up: Any, out: Any, *, offset: Size | None = None, thr
     Raises:
         TileError: Shapes or dtypes do not fit.
     """
-    gpu, (skip, up, out) = _arrays(skip=skip, up=up, out=out)
+    gpu, (skip, up, out) = kernel_arrays(skip=skip, up=up, out=out)
     axes = up.ndim - 2
     dtypes = ("f4", "f2", "i1", "u1")
     check_dtype("skip", skip, dtypes)
     check_spatial("up", up, axes)
     if up.dtype != skip.dtype or out.dtype != skip.dtype:
         raise TileError(f"skip is {skip.dtype}, up {up.dtype}, out {out.dtype}; give all three the same dtype")
-    check_output(out, dtypes)
+    check_writable(out, dtypes)
     expected = (up.shape[0], skip.shape[1] + up.shape[1], *up.shape[2:]) if skip.ndim == up.ndim else None
     if expected is None or skip.shape[0] != up.shape[0] or out.shape != expected:
         raise TileError(
-            f"skip {_shape(skip)} and up {_shape(up)} do not concatenate into out {_shape(out)}; "
+            f"skip {shape_text(skip)} and up {shape_text(up)} do not concatenate into out {shape_text(out)}; "
             "needed are (N, C1, ...), (N, C2, ...) and (N, C1 + C2, ... of up)"
         )
     room = [s - u for s, u in zip(skip.shape[2:], up.shape[2:], strict=True)]
     if min(room) < 0:
-        raise TileError(f"skip {_shape(skip)} is smaller than up {_shape(up)}; nothing can be cropped")
-    start = [r // 2 for r in room] if offset is None else _sizes("offset", offset, axes)
+        raise TileError(f"skip {shape_text(skip)} is smaller than up {shape_text(up)}; nothing can be cropped")
+    start = [r // 2 for r in room] if offset is None else sizes_of("offset", offset, axes)
     if any(not 0 <= s <= r for s, r in zip(start, room, strict=True)):
-        raise TileError(f"offset {start} leaves skip {_shape(skip)}; it may be 0 to {room}")
+        raise TileError(f"offset {start} leaves skip {shape_text(skip)}; it may be 0 to {room}")
     if gpu is not None:
-        gpu.crop_concat(skip.description, up.description, out.description, start, _stream(stream, skip, up, out))
+        gpu.crop_concat(skip.description, up.description, out.description, start, kernel_stream(stream, skip, up, out))
     else:
-        native.cpu().crop_concat(skip, up, out, start, _threads(threads))
+        native.cpu().crop_concat(skip, up, out, start, kernel_threads(threads))
 
 
 def histogram(values: NDArray[Any], counts: NDArray[np.int64], *, threads: int = 0) -> None:
@@ -377,5 +362,5 @@ def histogram(values: NDArray[Any], counts: NDArray[np.int64], *, threads: int =
     check_dtype("values", values, ("u1", "u2"))
     kinds = 1 << (8 * values.dtype.itemsize)
     if counts.dtype != np.int64 or counts.shape != (kinds,) or not counts.flags.c_contiguous:
-        raise OutputError(f"counts is {_shape(counts)} {counts.dtype}; allocate it as ({kinds},) int64")
-    native.cpu().histogram(np.ascontiguousarray(values), counts, _threads(threads))
+        raise OutputError(f"counts is {shape_text(counts)} {counts.dtype}; allocate it as ({kinds},) int64")
+    native.cpu().histogram(np.ascontiguousarray(values), counts, kernel_threads(threads))

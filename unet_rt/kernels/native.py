@@ -68,6 +68,7 @@ def graph_destroy(graph: int) -> None:
 
 @functools.cache
 def cpu() -> Any:
+    """The compiled kernels for the CPU; BackendError where they cannot be loaded."""
     try:
         module: ModuleType = importlib.import_module("unet_rt._cpu")
     except ModuleNotFoundError as error:
@@ -85,6 +86,7 @@ def cpu() -> Any:
 
 @functools.cache
 def cuda() -> Any:
+    """The compiled kernels for NVIDIA GPUs; BackendError where they cannot be loaded."""
     status = cuda_status()
     try:
         module: ModuleType = importlib.import_module("unet_rt._cuda")

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from unet_rt.errors import GraphError
-
+from ..errors import GraphError
 from .fcn import FCN8s, FCN8sSpec
 from .segnet import SegNet, SegNetSpec
 from .unet import UNet, UNetSpec
@@ -37,7 +36,7 @@ def network_of(architecture: Mapping[str, Any]) -> Network:
         raise GraphError(f"the architecture names network {name!r}; known are {', '.join(KINDS)}")
     module, spec = KINDS[name]
     try:
-        network: Network = module.from_spec(spec(**values))
+        network: Network = module(spec(**values))
     except (TypeError, ValueError) as error:
         raise GraphError(f"the architecture is none of {name}'s: {error}; give the checkpoint's own") from error
     return network

@@ -10,7 +10,6 @@ instead of five they are 16, 8 and 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +31,10 @@ class FCN8sSpec(EncoderSpec):
 class FCN8s(nn.Module):
     """``(N, in_channels, Y, X)`` float32 -> logits ``(N, classes, Y, X)``; sizes are multiples of ``2 ** depth``."""
 
-    def __init__(self, in_channels: int = 1, classes: int = 2, **values: Any) -> None:
+    def __init__(self, spec: FCN8sSpec | None = None) -> None:
         super().__init__()
-        self.spec = spec = FCN8sSpec(in_channels, classes, **values)
-        widths = spec.widths()
+        self.spec = spec = spec or FCN8sSpec()
+        widths, classes = spec.widths(), spec.classes
         self.down = spec.blocks()
         self.pool = nn.MaxPool2d(2)
         self.dropout = nn.Dropout(spec.dropout)
@@ -49,10 +48,6 @@ class FCN8s(nn.Module):
         with torch.no_grad():
             for up, factor in zip(ups, factors, strict=True):
                 up.weight.copy_(_bilinear(classes, 2 * factor))
-
-    @classmethod
-    def from_spec(cls, spec: FCN8sSpec) -> FCN8s:
-        return cls(**spec.to_json())
 
     def forward(self, x: Tensor) -> Tensor:
         features: list[Tensor] = []

@@ -26,9 +26,9 @@ class SegNetSpec(EncoderSpec):
 class SegNet(nn.Module):
     """``(N, in_channels, Y, X)`` float32 -> logits ``(N, classes, Y, X)``; sizes are multiples of ``2 ** depth``."""
 
-    def __init__(self, in_channels: int = 1, classes: int = 2, **values: Any) -> None:
+    def __init__(self, spec: SegNetSpec | None = None) -> None:
         super().__init__()
-        self.spec = spec = SegNetSpec(in_channels, classes, **values)
+        self.spec = spec = spec or SegNetSpec()
         path = spec.path()
         widths = spec.widths()
         self.down = spec.blocks()
@@ -36,12 +36,8 @@ class SegNet(nn.Module):
         # Unpooling needs as many channels as were pooled, so that a 1 x 1 convolution narrows before it.
         self.narrow = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in reversed(widths[:-1]))
         self.up = nn.ModuleList(conv_block(path, w, w) for w in reversed(widths[:-1]))
-        self.head = nn.Conv2d(spec.width, classes, 1)
+        self.head = nn.Conv2d(spec.width, spec.classes, 1)
         initialize(self)
-
-    @classmethod
-    def from_spec(cls, spec: SegNetSpec) -> SegNet:
-        return cls(**spec.to_json())
 
     def forward(self, x: Tensor) -> Tensor:
         pool, unpool = (_pool_masks, _unpool_masks) if being_exported() else (_pool, _unpool)

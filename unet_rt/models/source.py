@@ -60,7 +60,7 @@ def open_module(
     if architecture is not None:
         module = network_of(parse_architecture(architecture))
     else:
-        module = _made(str(factory), arguments or {})
+        module = _call_factory(str(factory), arguments or {})
     load_state(module, content, path.name)
     return Opened(module.eval(), Contract())
 
@@ -98,7 +98,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def _made(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _call_factory(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
     where, colon, name = factory.partition(":")
     if not colon:
         raise ContractError(f"module {factory!r} is not package.module:function; e.g. my_networks:make_unet")

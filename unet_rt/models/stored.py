@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from unet_rt.errors import GraphError
-
+from ..errors import GraphError
+from ..system.durable import Disk
 from .unet import UNet, UNetSpec
 
 
@@ -24,7 +24,7 @@ def save_half(path: str | os.PathLike[str], network: UNet) -> None:
         name: tensor.detach().numpy().astype(np.float16) for name, tensor in network.state_dict().items()
     }
     architecture = np.frombuffer(json.dumps(network.spec.to_json()).encode(), np.uint8)
-    with Path(path).open("wb") as file:
+    with Disk().writing(Path(path)) as part, part.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays, architecture=architecture)
 
 
@@ -33,7 +33,7 @@ def load_half(path: str | os.PathLike[str]) -> UNet:
     with np.load(path, allow_pickle=False) as stored:
         spec = UNetSpec(**json.loads(stored["architecture"].tobytes()))
         state = {k: torch.from_numpy(stored[k].astype(np.float32)) for k in stored.files if k != "architecture"}
-    network = UNet.from_spec(spec)
+    network = UNet(spec)
     network.load_state_dict(state)
     return network.eval()
 
@@ -48,7 +48,7 @@ def unet_from_onnx(model: Any, spec: UNetSpec) -> UNet:
     Raises:
         GraphError: the graph's convolutions are not those of ``spec``.
     """
-    network = UNet.from_spec(replace(spec, norm="none"))
+    network = UNet(replace(spec, norm="none"))
     arrays = {
         t.name: np.frombuffer(t.raw_data, "<f4").reshape(t.dims) for t in model.graph.initializer if t.data_type == 1
     }

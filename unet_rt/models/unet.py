@@ -124,38 +124,23 @@ class UNetSpec(Record):
 class UNet(nn.Module):
     """``(N, in_channels, *tile)`` float32 -> logits ``(N, classes, *tile_out)``.
 
-    Arguments are those of :class:`UNetSpec`; the defaults are the paper's network.
+    The default is the paper's network.
     """
 
-    def __init__(
-        self,
-        in_channels: int = 1,
-        classes: int = 2,
-        *,
-        width: int = 64,
-        depth: int = 4,
-        dims: int = 2,
-        padding: Padding = "valid",
-        norm: Norm = "none",
-        dropout: float = 0.5,
-        up: Up = "transposed",
-    ) -> None:
+    def __init__(self, spec: UNetSpec | None = None) -> None:
         super().__init__()
-        spec = UNetSpec(in_channels, classes, width, depth, dims, padding, norm, dropout, up)
+        spec = spec or UNetSpec()
         self.spec = spec
-        widths = [width * 2**level for level in range(depth + 1)]
-        self.down = nn.ModuleList(conv_block(spec, a, b) for a, b in zip([in_channels, *widths], widths, strict=False))
-        self.pool = (nn.MaxPool2d if dims == 2 else nn.MaxPool3d)(2)
-        self.dropout = nn.Dropout(dropout)
+        widths = [spec.width * 2**level for level in range(spec.depth + 1)]
+        self.down = nn.ModuleList(
+            conv_block(spec, a, b) for a, b in zip([spec.in_channels, *widths], widths, strict=False)
+        )
+        self.pool = (nn.MaxPool2d if spec.dims == 2 else nn.MaxPool3d)(2)
+        self.dropout = nn.Dropout(spec.dropout)
         self.up = nn.ModuleList(_up(spec, 2 * b, b) for b in reversed(widths[:-1]))
         self.merge = nn.ModuleList(conv_block(spec, 2 * b, b) for b in reversed(widths[:-1]))
-        self.head = _conv(spec)(width, classes, 1)
+        self.head = _conv(spec)(spec.width, spec.classes, 1)
         initialize(self)
-
-    @classmethod
-    def from_spec(cls, spec: UNetSpec) -> UNet:
-        values = spec.to_json()
-        return cls(values.pop("in_channels"), values.pop("classes"), **values)
 
     def forward(self, x: Tensor) -> Tensor:
         if not being_exported():

@@ -29,7 +29,7 @@ def widen(network: UNet, factor: int, *, noise: float = 0.1, seed: int = 0) -> U
     if not 0 <= noise < 1:
         raise ValueError(f"noise is {noise}; use 0 to less than 1")
     random = torch.Generator().manual_seed(seed)
-    wide = UNet.from_spec(replace(network.spec, width=network.spec.width * factor))
+    wide = UNet(replace(network.spec, width=network.spec.width * factor))
     old = dict(network.named_modules())
     last = network.head
     first = network.down[0][0]  # type: ignore[index]

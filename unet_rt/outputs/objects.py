@@ -11,22 +11,19 @@ alone, never on the windows.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ContractError, ImageError, size_text
+from .pieces import Array, Connectivity, Ints, Pieces, Seams, box_of, measure_pieces, unite
 
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
 Read = Callable[[Sequence[int], Sequence[int]], Array]  # (start, stop) -> the pixels of that window
 Write = Callable[[Sequence[int], Array], None]  # (start, ids of a window)
-Connectivity = Literal["full", "face"]
 
 WINDOW_PX = 2**22  # of a window where none is given: 4 MB of labels, about 80 MB with what is made of them
 MOST_PIECES = 2**31 - 1  # SciPy's graphs count nodes in 32 bits
@@ -93,10 +90,10 @@ def label_mask(
     ids = np.empty(mask.shape, np.uint32)
 
     def read(start: Sequence[int], stop: Sequence[int]) -> Array:
-        return mask[_box(start, stop)]
+        return mask[box_of(start, stop)]
 
     def write(start: Sequence[int], block: Array) -> None:
-        ids[_box(start, [a + n for a, n in zip(start, block.shape, strict=True)])] = block
+        ids[box_of(start, [a + n for a, n in zip(start, block.shape, strict=True)])] = block
 
     found = find_objects(
         read,
@@ -106,9 +103,8 @@ def label_mask(
         classes=classes,
         connectivity=connectivity,
         pixel_size_um=pixel_size_um,
-        class_names=class_names,
     )
-    return ids, found
+    return ids, replace(found, class_names=dict(class_names or {}))
 
 
 def find_objects(
@@ -121,9 +117,8 @@ def find_objects(
     classes: Sequence[int] | None = None,
     connectivity: Connectivity = "full",
     pixel_size_um: Sequence[float] = (),
-    class_names: Mapping[int, str] | None = None,
 ) -> Objects:
-    """Finds the connected components of a mask, class by class.
+    """The connected components of a mask that is read by windows, class by class, one row per object.
 
     Args:
         read: ``read(start, stop)`` gives the labels of a window: integers or bool, 0 is background. It is called twice
@@ -137,7 +132,6 @@ def find_objects(
         connectivity: ``full``: pixels that touch by a corner belong together, the convention of scikit-image, ImageJ
             and CellProfiler; ``face``: only those that share an edge (a face, in volumes) do.
         pixel_size_um: Micrometres per pixel of each axis, where known.
-        class_names: Names of labels, for tables and viewers.
 
     Raises:
         ContractError: An option makes no sense, or SciPy is missing.
@@ -150,8 +144,8 @@ def find_objects(
 
     # Pieces meet across a cross-section of the mask, which is smallest along its longest axis.
     order = sorted(range(len(shape)), key=lambda k: -shape[k])
-    seams = _Seams([shape[k] for k in order], connectivity)
-    pieces: list[_Pieces] = []
+    seams = Seams([shape[k] for k in order], connectivity)
+    pieces: list[Pieces] = []
     numbers: dict[tuple[int, ...], range] = {}  # of a window's pieces among all
     total = 0
     for index in np.ndindex(*(ceil(shape[k] / window[k]) for k in order)):
@@ -162,9 +156,9 @@ def find_objects(
         total += len(labels)
         if total > MOST_PIECES:
             raise ImageError(f"the mask falls into more than {MOST_PIECES:,} pieces: it is noise; raise the threshold")
-        pieces.append(_measure(local, labels, start, shape))
+        pieces.append(measure_pieces(local, labels, start, shape))
         seams.add(index, [start[k] for k in order], local.transpose(order), numbers[place].start)
-    found, final = _united(_Pieces.concatenated(pieces, len(shape)), seams.touching(), min_size)
+    found, final = unite(Pieces.concatenated(pieces, len(shape)), seams.touching(), min_size)
     if write is not None:
         for place in np.ndindex(*(ceil(n / w) for n, w in zip(shape, window, strict=True))):
             start, stop = _corners(place, window, shape)
@@ -184,7 +178,6 @@ def find_objects(
         found.low,
         found.high + 1,
         tuple(float(s) for s in pixel_size_um),
-        dict(class_names or {}),
     )
 
 
@@ -227,10 +220,6 @@ def _corners(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     start = tuple(i * w for i, w in zip(place, window, strict=True))
     return start, tuple(min(a + w, n) for a, w, n in zip(start, window, shape, strict=True))
-
-
-def _box(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
 
 
 def _text(start: Sequence[int], stop: Sequence[int]) -> str:
@@ -285,142 +274,3 @@ class _Labeller:
 
 
 # Pieces -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Pieces, or whole objects, one per row; positions in pixels of the mask, ``high`` included.
-
-    ``first`` is the place of the first pixel in raster order.
-    """
-
-    label: Ints
-    area: Ints
-    position_sum: Ints
-    low: Ints
-    high: Ints
-    first: Ints
-
-    @classmethod
-    def concatenated(cls, parts: Sequence[_Pieces], axes: int) -> _Pieces:
-        empty = cls.empty(np.zeros(0, np.int64), axes)
-        return cls(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in vars(empty)))
-
-    @classmethod
-    def empty(cls, label: Ints, axes: int) -> _Pieces:
-        """As many as there are labels, to be filled by :meth:`add`."""
-        n, most = len(label), np.iinfo(np.int64).max
-        return cls(
-            label,
-            np.zeros(n, np.int64),
-            np.zeros((n, axes), np.int64),
-            np.full((n, axes), most),
-            np.full((n, axes), -1),
-            np.full(n, most),
-        )
-
-    def add(self, row: Ints, parts: _Pieces) -> None:
-        """Takes parts into the rows that they belong to."""
-        np.add.at(self.area, row, parts.area)
-        np.add.at(self.position_sum, row, parts.position_sum)
-        np.minimum.at(self.low, row, parts.low)
-        np.maximum.at(self.high, row, parts.high)
-        np.minimum.at(self.first, row, parts.first)
-
-    def take(self, rows: Ints) -> _Pieces:
-        return _Pieces(*(getattr(self, name)[rows] for name in vars(self)))
-
-
-def _measure(local: npt.NDArray[np.int32], labels: Ints, start: Sequence[int], shape: Sequence[int]) -> _Pieces:
-    """The pieces of a window, measured by runs along the last axis: there are far fewer of them than pixels."""
-    measured = _Pieces.empty(labels, len(shape))
-    differs = local[..., 1:] != local[..., :-1]
-    begins, ends = local != 0, local != 0
-    begins[..., 1:] &= differs
-    ends[..., :-1] &= differs
-    begin, end = np.flatnonzero(begins), np.flatnonzero(ends)
-    length = end - begin + 1
-    at = np.stack(np.unravel_index(begin, local.shape), axis=1) + np.array(start, np.int64)
-    last = at.copy()
-    last[:, -1] += length - 1
-    position_sum = at * length[:, None]
-    position_sum[:, -1] += length * (length - 1) // 2
-    first = np.ravel_multi_index(tuple(at.T), tuple(shape))
-    row = local.reshape(-1)[begin].astype(np.int64) - 1
-    measured.add(row, _Pieces(labels[row], length, position_sum, at, last, first))
-    return measured
-
-
-def _united(pieces: _Pieces, touching: Ints, min_size: int) -> tuple[_Pieces, npt.NDArray[np.uint32]]:
-    """(objects in the order of their ids, the id of every piece: 0 where its object is too small)."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n = len(pieces.label)
-    a, b = touching[pieces.label[touching[:, 0]] == pieces.label[touching[:, 1]]].T
-    _, group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)
-    label = np.zeros(int(group.max(initial=-1)) + 1, np.int64)
-    label[group] = pieces.label
-    objects = _Pieces.empty(label, pieces.low.shape[1])
-    objects.add(group, pieces)
-    order = np.argsort(objects.first)
-    order = order[objects.area[order] >= min_size]
-    ids = np.zeros(len(label), np.uint32)
-    ids[order] = np.arange(1, len(order) + 1)
-    return objects.take(order), ids[group]
-
-
-class _Seams:
-    """Which pieces touch across the sides of windows, which come in raster order of the axes given.
-
-    Per axis k it keeps the numbers of the pieces that lie in the layer of pixels just below the windows at hand: a plane
-    across k that reaches over the whole mask along the axes after k (whose windows follow before the next along k), and
-    over the window along those before.
-    """
-
-    def __init__(self, shape: Sequence[int], connectivity: Connectivity):
-        self._shape = tuple(shape)
-        reach = (-1, 0, 1) if connectivity == "full" else (0,)
-        self._shifts = list(itertools.product(reach, repeat=len(shape) - 1))
-        self._below: list[npt.NDArray[np.int32] | None] = [None] * len(shape)
-        self._here: list[npt.NDArray[np.int32] | None] = [None] * len(shape)
-        self._pairs: list[Ints] = []
-
-    def add(self, index: Sequence[int], start: Sequence[int], local: npt.NDArray[np.int32], offset: int) -> None:
-        """A window: its index among windows, its first pixel, its pieces, and how many pieces came before."""
-        axes = range(len(self._shape))
-        for k in axes:
-            if not any(index[k + 1 :]):  # the first window of a layer along k
-                self._below[k] = self._here[k] if index[k] else None
-                across = [local.shape[j] if j < k else self._shape[j] for j in axes if j != k]
-                self._here[k] = np.zeros(across, np.int32)
-            place = [0 if j < k else start[j] for j in axes if j != k]
-            low, high = (local[(*[slice(None)] * k, side)] for side in (0, -1))
-            here, below = self._here[k], self._below[k]
-            if here is not None:
-                ends = [a + n for a, n in zip(place, high.shape, strict=True)]
-                here[_box(place, ends)] = np.where(high, high + offset, 0)
-            if below is not None:
-                self._meet(low, below, place, offset)
-
-    def _meet(
-        self, low: npt.NDArray[np.int32], below: npt.NDArray[np.int32], place: Sequence[int], offset: int
-    ) -> None:
-        keys: list[Ints] = []
-        for shift in self._shifts:
-            # The part of ``low`` whose neighbours by this shift lie inside ``below``.
-            first = [max(0, -(a + s)) for a, s in zip(place, shift, strict=True)]
-            end = [min(n, m - a - s) for n, m, a, s in zip(low.shape, below.shape, place, shift, strict=True)]
-            move = [a + s for a, s in zip(place, shift, strict=True)]
-            own = low[_box(first, end)]
-            other = below[
-                _box([a + m for a, m in zip(first, move, strict=True)], [a + m for a, m in zip(end, move, strict=True)])
-            ]
-            both = (own > 0) & (other > 0)
-            keys.append(np.unique((own[both].astype(np.int64) + offset) << 32 | other[both]))
-        key = np.unique(np.concatenate(keys))
-        self._pairs.append(np.stack([key >> 32, key & 0xFFFFFFFF], axis=1) - 1)
-
-    def touching(self) -> Ints:
-        """(M, 2) pairs of pieces, counted from 0 over all windows."""
-        return np.concatenate([np.zeros((0, 2), np.int64), *self._pairs])

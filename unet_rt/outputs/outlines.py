@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ContractError, ImageError
-from .objects import Array, Ints, Objects, Read, read_window, window_for
-from .tables import written_whole
+from ..system.durable import open_whole
+from .objects import Objects, Read, read_window, window_for
+from .pieces import Array, Ints
 
 Edges = npt.NDArray[np.int32]
 Ring = list[tuple[int, int]]  # corners (y, x) of a closed line, the first not repeated
@@ -53,7 +54,7 @@ def write_geojson(
 
     Args:
         path: The file; it appears whole or not at all.
-        found: The objects, as :func:`unet_rt.objects.find_objects` returned them; of a (Y, X) mask.
+        found: The objects, as :func:`unet_rt.outputs.objects.find_objects` returned them; of a (Y, X) mask.
         read: ``read(start, stop)`` gives the ids that were written, of a window.
         window: Size of a window; it never changes the result.
         transform: (a, b, c, d, e, f) of ``x' = a x + b y + c``, ``y' = d x + e y + f`` from pixels to the coordinates
@@ -86,7 +87,7 @@ def write_geojson(
 
     # Objects end in an order that depends on the windows; features are put in the order of ids when all are there.
     spans = np.zeros((len(found), 2), np.int64)
-    with written_whole(path, overwrite=overwrite) as stream, tempfile.TemporaryFile(dir=Path(path).parent) as drafts:
+    with open_whole(path, overwrite=overwrite) as stream, tempfile.TemporaryFile(dir=Path(path).parent) as drafts:
         for number, polygons in outlines(found, read, window=window):
             text = json.dumps(_feature(found, number, [[place(ring) for ring in rings] for rings in polygons]))
             data = text.encode()

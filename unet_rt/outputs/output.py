@@ -10,12 +10,11 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from ..errors import OutputError
 from ..images.pixels import Array, Origin
@@ -170,27 +169,20 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
 def open_output(
     path: str | os.PathLike[str],
+    shape: Shape,
     *,
-    shape: Sequence[int],
-    channels: int = 0,
-    dtype: DTypeLike = "uint8",
-    planes: int = 1,
-    plane_shape: Sequence[int] | None = None,
-    plane_axes: str | None = None,
     source: Source | None = None,
     overwrite: bool = False,
     pixel_size_um: Sequence[float] | None = None,
     nodata: float | None = None,
 ) -> Output:
-    """Starts an output.
+    """A file that takes a result band by band, and has its name only when it is whole.
 
     Args:
         path: ``.png`` (uint8 or uint16, one plane), ``.tif``/``.tiff`` (``.ome.tif`` for OME) or ``.npy``.
-        shape: Spatial shape of a plane, (Y, X) or (Z, Y, X).
-        channels: 0 for a label mask.
-        planes: Number of planes, if they have no shape of their own.
-        plane_shape, plane_axes: Default: those of ``source`` if their number is ``planes``, else one axis.
+        shape: What is written; bool becomes uint8.
         source: The image; its pixel size and metadata are carried over.
+        overwrite: Whether a file of that name is replaced.
         pixel_size_um: Where the output has another pixel size than the source, e.g. at another scale.
         nodata: What the caller writes where the source holds no data (see ``nodata_value``); TIFF declares it.
 
@@ -198,16 +190,7 @@ def open_output(
         OutputError: Before any work: unknown suffix, existing file, folder, dtype or shape that the format cannot hold.
     """
     target = check_output(path, overwrite=overwrite)
-    spatial = tuple(int(n) for n in shape)
-    if plane_shape is None and source is not None and source.planes == planes:
-        plane_shape, plane_axes = source.plane_shape, source.plane_axes
-    if plane_shape is None:
-        plane_shape, plane_axes = ((), "") if planes == 1 else ((planes,), "I")
-    if plane_axes is None:
-        plane_axes = "TINPRV"[: len(plane_shape)]
-    what = Shape(spatial, tuple(int(n) for n in plane_shape), plane_axes, channels, np.dtype(dtype))
-    if what.dtype == np.bool_:
-        what = Shape(what.spatial, what.plane_shape, what.plane_axes, channels, np.dtype("uint8"))
+    what = replace(shape, dtype=np.dtype("uint8")) if shape.dtype == np.bool_ else shape
     part = part_path(target)
     suffix = target.suffix.lower()
     packed = suffix in (".tif", ".tiff") and what.dtype.kind in "iu"
@@ -217,7 +200,7 @@ def open_output(
             f"{target}: needs {what.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {target.parent}; free some "
             "space or choose another folder with --out"
         )
-    size = tuple(pixel_size_um) if pixel_size_um is not None else size_of(source, spatial)
+    size = tuple(pixel_size_um) if pixel_size_um is not None else size_of(source, shape.spatial)
     origin = source.metadata if source is not None else Origin("array")
     writer: Writer
     try:

@@ -88,6 +88,8 @@ def _npy_header(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
 
 
 class NpyWriter(RowFile):
+    """A .npy file whose rows are written to their places, plane by plane."""
+
     def __init__(self, part: Path, shape: Shape) -> None:
         stream = part.open("wb", buffering=0)
         _npy_header(stream, shape.full, shape.dtype)

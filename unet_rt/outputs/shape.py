@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
+from ..errors import OutputError
 from ..images.pixels import Array
 from ..images.source import Source
 
@@ -70,3 +71,14 @@ def nodata_value(dtype: DTypeLike, labels: Sequence[int] = ()) -> float:
     if kind.kind == "f":
         return math.nan
     return next(n for n in range(np.iinfo(kind).max, -1, -1) if n not in labels)
+
+
+def ome_axes(axes: str) -> str:
+    """OME knows T, C, Z besides Y and X; a sequence of another kind takes a letter that is free."""
+    for letter in axes:
+        if letter not in "TZCYX":
+            free = next((f for f in "TZC" if f not in axes), None)
+            if free is None:
+                raise OutputError(f"OME holds at most five axes T, C, Z, Y, X; this output is {axes}; use .npy")
+            axes = axes.replace(letter, free)
+    return axes

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from ..errors import OutputError
-from ..system.durable import Disk
-from .objects import Array, Objects
-
-# Files --------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[TextIO]:
-    """A text file that gets its name when the block ends well; nothing is left behind otherwise.
-
-    Raises:
-        OutputError: The file exists already, or cannot be written.
-    """
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target}: exists already; use --overwrite to replace it, or choose another name")
-    try:
-        with Disk().writing(target) as part, part.open("w", encoding="utf-8", newline="") as stream:
-            yield stream
-    except OSError as error:
-        raise OutputError(
-            f"{target}: cannot be written ({error.strerror or error}); nothing was left behind; free some space or "
-            "choose another folder"
-        ) from error
+from ..system.durable import open_whole
+from .objects import Objects
+from .pieces import Array
 
 
 def write_table(path: str | os.PathLike[str], planes: Sequence[Objects], *, overwrite: bool = False) -> None:
@@ -56,7 +32,7 @@ def write_table(path: str | os.PathLike[str], planes: Sequence[Objects], *, over
     """
     axes = "zyx"[-len(planes[0].shape) :]
     names = [f"{what}_{axis}" for what in ("centroid", "start", "stop") for axis in axes]
-    with written_whole(path, overwrite=overwrite) as stream:
+    with open_whole(path, overwrite=overwrite) as stream:
         lines = csv.writer(stream, lineterminator="\n")
         lines.writerow([*_plane(planes, "plane"), "id", "label", "class", *_area_names(planes), *names, "touches_edge"])
         for number, found in enumerate(planes):
@@ -73,7 +49,7 @@ def write_class_areas(path: str | os.PathLike[str], planes: Sequence[Objects], *
     ``area_um2`` (``volume_...`` of volumes), ``share`` (of all pixels of the mask). Arguments and errors are those of
     :func:`write_table`.
     """
-    with written_whole(path, overwrite=overwrite) as stream:
+    with open_whole(path, overwrite=overwrite) as stream:
         lines = csv.writer(stream, lineterminator="\n")
         lines.writerow([*_plane(planes, "plane"), "label", "class", "objects", *_area_names(planes), "share"])
         for number, found in enumerate(planes):

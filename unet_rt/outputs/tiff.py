@@ -16,7 +16,7 @@ from ..errors import OutputError
 from ..images.pixels import NODATA_TAG, Array, Origin
 from ..images.source import Source
 from .plain import COMPRESSION_LEVEL, RowFile, write_all
-from .shape import Shape
+from .shape import Shape, ome_axes
 
 # Strips of a compressed mask: 2**18 samples are 64 rows of 4096; small enough for windows, large enough to pack.
 STRIP_SAMPLES = 2**18
@@ -53,6 +53,7 @@ class _TiffForm:
 def tiff_form(
     path: Path, shape: Shape, origin: Origin, size: tuple[float, ...] | None, extra: tuple[Any, ...]
 ) -> _TiffForm:
+    """How an output is written as TIFF: OME, ImageJ or plain, with its tags, and BigTIFF where it is large."""
     lower = path.name.lower()
     ome = lower.endswith((".ome.tif", ".ome.tiff")) or origin.kind == "ome"
     axes, full = shape.axes, shape.full
@@ -99,17 +100,6 @@ def tiff_form(
 def _in_order(axes: str, among: str) -> bool:
     positions = [among.find(letter) for letter in axes]
     return -1 not in positions and positions == sorted(positions)
-
-
-def ome_axes(axes: str) -> str:
-    """OME knows T, C, Z besides Y and X; a sequence of another kind takes a letter that is free."""
-    for letter in axes:
-        if letter not in "TZCYX":
-            free = next((f for f in "TZC" if f not in axes), None)
-            if free is None:
-                raise OutputError(f"OME holds at most five axes T, C, Z, Y, X; this output is {axes}; use .npy")
-            axes = axes.replace(letter, free)
-    return axes
 
 
 def _ome_tags(origin: Origin, size: tuple[float, ...] | None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +18,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError
-from ..images.pixels import UM, Array, Origin
-from ..images.zarr import import_zarr
+from ..images.pixels import Array, Origin
 from ..system.durable import Disk
-from .pictures import COLOURS
-from .shape import Shape
-from .tiff import ome_axes
+from .shape import Shape, ome_axes
+from .zarr_metadata import (
+    NO_DATA,
+    channel_metadata,
+    label_metadata,
+    plane_sizes,
+    sizes_in,
+    spatial_sizes,
+    zarr_metadata,
+)
 
-VERSION = "0.5"
 MAX_TOP_PX = 512  # the coarsest level is no larger along Y and X: a thumbnail
-NO_DATA = "no data"  # class of the value that marks samples without data
 OURS = "unet-rt"  # key of what `open` needs to know and OME has no word for
-AXIS_TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,16 @@ class ZarrOutput:
         Raises:
             OutputError: zarr is missing, the axes are more than OME-Zarr holds, or the folder cannot be written.
         """
+        from ..images.zarr import import_zarr
+
         zarr = import_zarr(OutputError, folder)
         letters = ome_axes(shape.axes).lower()
         order = _order(letters)
         chunk = tuple(min(c, n) for c, n in zip(chunk, shape.spatial, strict=True))
         chunks = (1,) * (len(shape.full) - len(chunk)) + chunk
-        known = _plane_sizes(origin)
+        known = plane_sizes(origin)
         sizes = {letter.lower(): known[letter] for letter in shape.plane_axes if letter in known}
-        sizes |= _spatial_sizes(pixel_size_um)
+        sizes |= spatial_sizes(pixel_size_um)
         ours = {
             "plane_shape": shape.plane_shape,
             "plane_axes": shape.plane_axes,
@@ -92,16 +96,16 @@ class ZarrOutput:
         }
         about: dict[str, Any] = {}
         if shape.channels == 0 and shape.dtype.kind in "iu":
-            about["image-label"] = _image_label(names or {})
+            about["image-label"] = label_metadata(names or {})
         elif shape.channels and names and highest is not None:
-            about["omero"] = {"channels": [_channel(k, names[k], highest) for k in range(shape.channels)]}
-        with _guarded(folder):
+            about["omero"] = {"channels": [channel_metadata(k, names[k], highest) for k in range(shape.channels)]}
+        with _guard(folder):
             if folder.exists() and any(folder.iterdir()):
                 raise OutputError(f"{folder}: is there already and is not empty; choose another name")
             group = zarr.create_group(
                 folder,
                 zarr_format=3,
-                attributes={"ome": _metadata([letters[i] for i in order], sizes, [1], about), OURS: ours},
+                attributes={"ome": zarr_metadata([letters[i] for i in order], sizes, [1], about), OURS: ours},
             )
             _create_level(
                 group, 0, [shape.full[i] for i in order], [chunks[i] for i in order], shape.dtype,
@@ -117,6 +121,8 @@ class ZarrOutput:
         Raises:
             OutputError: There is none in this folder.
         """
+        from ..images.zarr import import_zarr
+
         zarr = import_zarr(OutputError, folder)
         try:
             group = zarr.open_group(folder, mode="r+", zarr_format=3, use_consolidated=False)
@@ -171,14 +177,14 @@ class ZarrOutput:
                 f"{self.chunk} of {self.shape.full} {self.shape.dtype}"
             )
         window = self._window(plane, start, stop)
-        with _guarded(self.folder):
+        with _guard(self.folder):
             self._array[tuple(window)] = self._stored(block)
             return [path for path in _chunks(self.folder / "0", self._array, window) if path.exists()]
 
     def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
         """What has been written, 0 elsewhere: (K, *spatial), or (*spatial,) without a channel axis."""
         self._check(plane, start, stop)
-        with _guarded(self.folder):
+        with _guard(self.folder):
             pixels = np.asarray(self._array[tuple(self._window(plane, start, stop))])
         order = _order(self._letters)
         moved = pixels.transpose([order.index(i) for i in range(len(order))])
@@ -193,9 +199,11 @@ class ZarrOutput:
         Raises:
             OutputError: The disk is full or the folder cannot be written.
         """
+        from ..images.zarr import import_zarr
+
         zarr = import_zarr(OutputError, self.folder)
         stored = [self._letters[i] for i in _order(self._letters)]
-        with _guarded(self.folder):
+        with _guard(self.folder):
             group = zarr.open_group(self.folder, mode="r+", zarr_format=3, use_consolidated=False)
             level, factors, below = 0, [1], self._array
             written: list[Path] = []
@@ -209,9 +217,9 @@ class ZarrOutput:
                 written += _halve(below, array, halved, *folders)
                 factors.append(2**level)
                 below = array
-            sizes = _sizes_of(group.attrs["ome"], stored)
+            sizes = sizes_in(group.attrs["ome"], stored)
             about = {key: value for key, value in group.attrs["ome"].items() if key in ("image-label", "omero")}
-            ome = _metadata(stored, sizes, factors, about, self.shape.dtype.kind)
+            ome = zarr_metadata(stored, sizes, factors, about, self.shape.dtype.kind)
             group.attrs["ome"] = ome
             with warnings.catch_warnings():
                 # zarr warns that consolidated metadata are not in the specification of zarr 3; readers may ignore them.
@@ -248,7 +256,7 @@ class ZarrOutput:
 
 
 @contextlib.contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
+def _guard(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -313,106 +321,6 @@ def _means(pixels: Array, axis: int) -> Array:
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------
-
-
-def _metadata(
-    letters: Sequence[str],
-    sizes: Mapping[str, tuple[float, str]],
-    factors: Sequence[int],
-    about: Mapping[str, Any],
-    kind: str = "",
-) -> dict[str, Any]:
-    """The ``ome`` attribute.
-
-    Args:
-        letters: Stored axes.
-        sizes: (step, unit) of the axes where they are known.
-        factors: Down-sampling of Y and X per level.
-        about: What else it holds: ``image-label`` or ``omero``.
-        kind: Of the dtype.
-    """
-    axes = []
-    for letter in letters:
-        axes.append({"name": letter, "type": AXIS_TYPES[letter]})
-        if letter in sizes:
-            axes[-1]["unit"] = sizes[letter][1]
-    datasets = []
-    for level, factor in enumerate(factors):
-        steps = [sizes.get(letter, (1.0, ""))[0] for letter in letters]
-        scale = [s * factor if letter in "yx" else s for s, letter in zip(steps, letters, strict=True)]
-        transforms: list[dict[str, Any]] = [{"type": "scale", "scale": scale}]
-        if kind == "f" and factor > 1:
-            # The mean of 2^n samples belongs to their middle.
-            shift = [s * (factor - 1) / 2 if letter in "yx" else 0.0 for s, letter in zip(steps, letters, strict=True)]
-            transforms.append({"type": "translation", "translation": shift})
-        datasets.append({"path": str(level), "coordinateTransformations": transforms})
-    multiscale: dict[str, Any] = {"axes": axes, "datasets": datasets}
-    if len(factors) > 1:
-        multiscale["type"] = "mean" if kind == "f" else "nearest"
-    return {"version": VERSION, "multiscales": [multiscale], **about}
-
-
-def _image_label(names: Mapping[int, str]) -> dict[str, Any]:
-    """``image-label``: a colour and a class per value. Value 0 and what holds no data are transparent."""
-    if not names:
-        return {}
-    seen = [value for value in names if value and names[value] != NO_DATA]
-    colours = {value: [*_colour(k), 255] for k, value in enumerate(seen)}
-    return {
-        "colors": [{"label-value": value, "rgba": colours.get(value, [0, 0, 0, 0])} for value in names],
-        "properties": [{"label-value": value, "class": name} for value, name in names.items()],
-    }
-
-
-def _channel(k: int, name: str, highest: float) -> dict[str, Any]:
-    """``omero``: what viewers call a channel, and how they draw it."""
-    window = {"min": 0, "max": highest, "start": 0, "end": highest}
-    return {"label": name, "color": "".join(f"{part:02X}" for part in _colour(k)), "active": True, "window": window}
-
-
-def _colour(k: int) -> list[int]:
-    return [int(part) for part in COLOURS[1 + k % (len(COLOURS) - 1)]]
-
-
-def _sizes_of(ome: Mapping[str, Any], letters: Sequence[str]) -> dict[str, tuple[float, str]]:
-    """What ``_metadata`` was told."""
-    multiscale = ome["multiscales"][0]
-    scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
-    return {
-        letter: (float(step), str(axis["unit"]))
-        for letter, axis, step in zip(letters, multiscale["axes"], scale, strict=True)
-        if "unit" in axis
-    }
-
-
-def _spatial_sizes(pixel_size_um: tuple[float, ...] | None) -> dict[str, tuple[float, str]]:
-    sizes = pixel_size_um or ()
-    return {letter: (float(um), "micrometer") for letter, um in zip("zyx"[-len(sizes) :], sizes, strict=False)}
-
-
-def _plane_sizes(origin: Origin) -> dict[str, tuple[float, str]]:
-    """Steps along Z and T of an image that is predicted plane by plane."""
-    found: dict[str, tuple[float, str]] = {}
-    tags = origin.tags
-    if origin.kind == "ome":
-        depth, interval = tags.get("PhysicalSizeZ"), tags.get("TimeIncrement")
-        um = UM.get(str(tags.get("PhysicalSizeZUnit", "µm")).strip().lower())
-        unit = str(tags.get("TimeIncrementUnit", "s"))
-    elif origin.kind == "imagej":
-        depth, interval = tags.get("spacing"), tags.get("finterval")
-        um = UM.get(str(tags.get("unit", "")).strip().lower())
-        unit = str(tags.get("tunit", "s"))
-    else:
-        return {}
-    if depth is not None and um is not None and _positive(depth):
-        found["Z"] = (float(depth) * um, "micrometer")
-    if interval is not None and unit in ("s", "sec") and _positive(interval):
-        found["T"] = (float(interval), "second")
-    return found
-
-
-def _positive(number: Any) -> bool:
-    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
 
 
 __all__ = ["NO_DATA", "ZarrOutput"]

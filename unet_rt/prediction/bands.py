@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ..kernels.device import DeviceArray, Event
+from ..kernels.memory import DeviceArray
+from ..kernels.stream import Event
 from ..tiling.stitch import uncovered_error
 from .rows import Row
 from .work import Array, Done, StoppableQueue, Work, Write, check_finite

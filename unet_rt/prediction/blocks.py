@@ -25,7 +25,7 @@ from ..errors import ContractError, TileError, size_text
 from ..tiling.axis import AxisTiles
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
-from ..tiling.resample import needed
+from ..tiling.resample import input_span
 
 LARGE_PX = 2**26  # from 8192 x 8192 on a file is made in blocks: half a minute of a small network is worth keeping
 TILES = 16  # per block: a block is some seconds of work, and one writing to disk
@@ -82,7 +82,7 @@ class BlockPlan:
     def seen(self, start: Sequence[int], stop: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The pixels [start, stop) as the network sees them: of the resampled image, with those that interpolation takes."""
         sides = zip(start, stop, self.grid.image, self.image, strict=True)
-        ends = [(a, b) if n == m else needed(a, b, n, m) for a, b, n, m in sides]
+        ends = [(a, b) if n == m else input_span(a, b, n, m) for a, b, n, m in sides]
         return tuple(a for a, _ in ends), tuple(b for _, b in ends)
 
     @cached_property
@@ -92,7 +92,7 @@ class BlockPlan:
         for k, cuts in enumerate(self.cuts):
             fields = [o.field[k] for o in self.grid.outputs]
             n, m = self.grid.image[k], self.image[k]
-            ends = [(a, b) if n == m else needed(a, b, n, m) for a, b in pairwise(cuts)]
+            ends = [(a, b) if n == m else input_span(a, b, n, m) for a, b in pairwise(cuts)]
             parts = [self.grid.axes[k].part(a, b, fields, blended=self.grid.blended) for a, b in ends]
             counts.append([len(part.starts) for part in parts])
         return counts

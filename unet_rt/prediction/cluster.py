@@ -177,11 +177,9 @@ def _opened(job: Job) -> tuple[Stage, BlockStore, Plan]:
     )
     engine = engine_form(engine, asked)
     spec = engine.spec
-    reading = asked.reading
     source: Source = open_image(
-        job.image, spec.contract, axes=reading.axes, channels=reading.channels, spatial=spec.spatial,
-        network_channels=spec.channels, level=reading.level, pixel_size_um=reading.pixel_size_um,
-    )  # fmt: skip
+        job.image, spec.contract, asked.reading, spatial=spec.spatial, network_channels=spec.channels
+    )
     stage, plan = begin(engine, source, asked, Path(job.out), create=partial(_no_stage, job.out))
     return stage, open_store(stage, plan, Path(job.out), marks=False), plan
 

@@ -16,8 +16,9 @@ from types import TracebackType
 import numpy as np
 
 from ..kernels import calls
-from ..kernels.device import DeviceArray
-from ..tiling.decision import Decision, decision_arguments
+from ..kernels.memory import DeviceArray
+from ..kernels.request import Placement
+from ..tiling.decision import Decision, decision_operation
 from ..tiling.grid import TileGrid
 from ..tiling.resample import resample
 from .blocks import Block
@@ -342,8 +343,6 @@ def apply_decision(values: Array, decision: Decision, threads: int = 0) -> Array
     lead = () if decision.op == "argmax" else (max(decision.channels, 1),)
     out = np.empty((*lead, *values.shape[1:]), decision.dtype)
     zero = np.zeros((1, values.ndim - 1), np.int64)
-    size = np.array([values.shape[1:]], np.int64)
-    calls.tile_stitch(
-        np.ascontiguousarray(values[None]), zero, zero, size, out, threads=threads, **decision_arguments(decision)
-    )
+    whole = Placement(zero, zero, np.array([values.shape[1:]], np.int64))
+    calls.tile_stitch(np.ascontiguousarray(values[None]), whole, out, decision_operation(decision), threads=threads)
     return out[0] if decision.channels == 0 and out.ndim == values.ndim else out

@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..engine.engine import Engine
-from ..errors import BackendError
+from ..errors import BackendError, DeviceMemoryError, TileMemoryError
 from ..kernels import calls
-from ..kernels.device import DeviceArray, DeviceMemoryError, Event, Stream, TileMemoryError
-from ..tiling.decision import decision_arguments
+from ..kernels.memory import DeviceArray
+from ..kernels.request import Frame
+from ..kernels.stream import Event, Stream
+from ..tiling.decision import decision_operation
 from .bands import BANDS, Bands
 from .report import RunReport, Seen
 from .rows import WINDOWS, Row, Rows
@@ -141,6 +143,7 @@ class _Job:
         self._shared, self._made, self._session = shared, shared.computation, shared.session
         self._total, self._progress, self._told = total, progress, -1
         self._compute = shared.session.stream
+        self._operation = decision_operation(shared.computation.decision)
         self._errors: list[BaseException] = []
         self._timer = _Timer(self._compute, shared)
         self.begun = False  # whether anything was read, run or written
@@ -268,12 +271,8 @@ class _Job:
                 row.pixels[channels],
                 row.origins[part],
                 tiles[piece.at : piece.at + piece.count],
-                image_shape=self._made.source.shape,
-                window_start=row.start,
-                border=self._made.border,
-                offset=numbers.offset[channels],
-                divisor=numbers.divisor[channels],
-                clip=numbers.clip,
+                frame=Frame(self._made.source.shape, row.start, self._made.border),
+                affine=replace(numbers, offset=numbers.offset[channels], divisor=numbers.divisor[channels]),
                 stream=self._compute.handle,
                 non_finite=self._bands.counter(0, row),
             )
@@ -293,24 +292,14 @@ class _Job:
         tiles = self._tiles_out[piece.at : piece.at + piece.count]
         place = row.work.grid.placement(row.index[piece.first : piece.first + piece.count], output)
         start, stop = row.work.grid.band(row.row, output)
-        goal = place.target.copy()
         if self._totals is not None:
             if row.row == 0 and piece.begins:
                 self._totals.begin(row.work)
-            self._totals.add(tiles, place.source, goal, place.size)
+            self._totals.add(tiles, place)
         else:
             if piece.begins:
                 self._view = self._bands.open(row, start, stop)
-            goal[:, 0] -= start
-            calls.tile_stitch(
-                tiles,
-                place.source,
-                goal,
-                place.size,
-                self._view,
-                stream=self._compute.handle,
-                **decision_arguments(self._made.decision),
-            )
+            calls.tile_stitch(tiles, place.from_row(start), self._view, self._operation, stream=self._compute.handle)
         if piece.ends:
             if self._totals is not None:
                 band = self._bands.open(row, start, stop)

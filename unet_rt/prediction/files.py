@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,7 @@ def open_file(
 
     return open_output(
         out,
-        shape=plan.shape,
-        planes=plan.image.planes,
-        plane_shape=plan.image.plane_shape,
-        plane_axes=plan.image.plane_axes,
-        channels=channels,
-        dtype=dtype,
+        replace(shape_of(plan), channels=channels, dtype=dtype),
         source=plan.image,
         overwrite=overwrite,
         nodata=nodata,

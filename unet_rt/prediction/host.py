@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.engine import Engine
+from ..errors import DeviceMemoryError, TileMemoryError
 from ..images.normalize import grey_levels
 from ..kernels import calls
-from ..kernels.device import DeviceMemoryError, TileMemoryError
-from ..tiling.grid import Ints
+from ..kernels.request import Frame, Ints
 from ..tiling.stitch import BandStitcher
 from .repeats import Repeats, Results
 from .report import RunReport, Seen
@@ -133,18 +133,14 @@ class _Pipeline:
         self, work: Work, window: Array, start: Sequence[int], rows: tuple[int, int], index: Ints
     ) -> tuple[Array, list[tuple[int, bool]]]:
         """The tiles at ``index`` from a window that begins at ``start``: those to be run, and which they are."""
-        made, numbers = self.made, self.made.affines.plane(work.plane)
+        made = self.made
         tiles = np.empty((len(index), made.spec.channels, *work.grid.tile), dtype=np.float32)
         bad = calls.tile_gather(
             window,
             work.grid.origins(index),
             tiles,
-            image_shape=made.source.shape,
-            window_start=start,
-            border=made.border,
-            offset=numbers.offset,
-            divisor=numbers.divisor,
-            clip=numbers.clip,
+            frame=Frame(made.source.shape, start, made.border),
+            affine=made.affines.plane(work.plane),
             threads=made.threads,
         )
         check_finite(bad, made.source, work.plane, rows)

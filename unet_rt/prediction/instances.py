@@ -60,7 +60,7 @@ def write_instances(plan: Plan, store: Readable, out: Path | None, tables: Table
                 ids[plane][tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
 
         names = {k: class_name(plan.contract, k) for k in range(1, len(plan.decision.values))}
-        planes = [
+        found = (
             objects_module.find_objects(
                 partial(_labels, plan, store, plane),
                 plan.shape,
@@ -68,10 +68,10 @@ def write_instances(plan: Plan, store: Readable, out: Path | None, tables: Table
                 write=partial(write, plane=plane),
                 min_size=tables.min_size,
                 pixel_size_um=size_of(image, plan.shape) or (),
-                class_names=names,
             )
             for plane in range(image.planes)
-        ]
+        )
+        planes = [replace(objects, class_names=names) for objects in found]
         if isinstance(sink, ZarrOutput) and out is not None:
             sink.finish()
             move_folder(sink.folder, out, overwrite=overwrite)

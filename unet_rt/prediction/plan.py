@@ -14,9 +14,10 @@ from ..contract.contract import Contract
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, size_text
-from ..images.normalize import Affine, Affines, OnePlane, affine
+from ..images.normalize import Affines, OnePlane, affine
 from ..images.source import Source
-from ..kernels.device import DeviceArray
+from ..kernels.memory import DeviceArray
+from ..kernels.request import Affine
 from ..outputs.shape import nodata_value
 from ..system import limits
 from ..tiling.decision import Decision, decide

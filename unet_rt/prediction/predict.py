@@ -14,6 +14,7 @@ from ..contract.contract import Normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..engine.tta import Tta
+from ..images.reading import Reading
 from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
 from .compute import run_blocks
@@ -21,7 +22,7 @@ from .files import clear, open_file
 from .finish import check_targets, finish
 from .plan import Plan, make_plan
 from .report import RunReport
-from .request import Kind, Reading, Request, Tables, engine_form, notes_of, settle
+from .request import Kind, Request, Tables, engine_form, notes_of, settle
 from .store import ArrayStore, DeviceStore, RowStore
 from .work import Observer, Progress, Spans
 
@@ -106,7 +107,7 @@ def predict(
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
         ``(Y, X)`` for the mask of a 2-D image, ``(K, Y, X)`` for its probabilities. A NumPy array; for an image on the
-        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.kernels.device.DeviceArray`.
+        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.kernels.memory.DeviceArray`.
 
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
@@ -152,12 +153,8 @@ def predict(
 def _opened(image: Any, spec: EngineSpec, asked: Request) -> Source:
     from ..images.open import open_image
 
-    reading = asked.reading
-    return open_image(
-        image, spec.contract, axes=reading.axes, channels=reading.channels, spatial=spec.spatial,
-        network_channels=spec.channels, level=reading.level, pixel_size_um=reading.pixel_size_um,
-        wanted_um=spec.contract.pixel_size_um if asked.resample else (),
-    )  # fmt: skip
+    reading = replace(asked.reading, wanted_um=spec.contract.pixel_size_um if asked.resample else ())
+    return open_image(image, spec.contract, reading, spatial=spec.spatial, network_channels=spec.channels)
 
 
 def _at_once(engine: Engine, image: Any, source: Source, asked: Request, observer: Observer) -> tuple[RunReport, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from ..engine.spec import EngineSpec
 from ..engine.tta import Augmented, Tta
 from ..errors import ContractError, ImageError, OutputError
 from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
+from ..images.reading import Reading
 from ..images.source import Source
-from ..kernels.device import Device
+from ..kernels.memory import MemoryContext
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
@@ -40,16 +41,6 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the image is read, as for :func:`unet_rt.images.open.open_image`; of a settled request the level is a number."""
-
-    axes: str | None = None
-    channels: str | tuple[int, ...] | None = None
-    level: int | str | None = None
-    pixel_size_um: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class Request:
     """What is asked for beyond an engine and an image, in types that other processes know.
 
@@ -63,7 +54,7 @@ class Request:
         staged: The result is made block by block in a stage beside the output.
     """
 
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
     out: Path | None = None
     output: Kind | None = None
     mask_values: tuple[int, ...] = ()
@@ -169,7 +160,7 @@ def _holds(out: Path, image: Path) -> bool:
     return image.resolve().is_relative_to(out.resolve()) or (out.exists() and out.samefile(image))
 
 
-def _check_device(engine: Engine, output: int, source: Source, device: Device) -> None:
+def _check_device(engine: Engine, output: int, source: Source, device: MemoryContext) -> None:
     """ImageError unless the engine can take an image from the device where it lies."""
     from .device import serves
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..images.normalize import Affines, OnePlane
 from ..images.source import Source
-from ..tiling.resample import needed, resample
+from ..tiling.resample import input_span, resample
 from .work import Array, filled
 
 
@@ -25,7 +25,7 @@ class Resampled(Source):
         if any(a == b for a, b in zip(start, stop, strict=True)):  # of tiles that lie outside, with a constant border
             return np.empty((self.channels, *(b - a for a, b in zip(start, stop, strict=True))), self.dtype)
         shapes = self._inner.shape, self.shape
-        ends = [needed(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
+        ends = [input_span(a, b, n, m) for a, b, n, m in zip(start, stop, *shapes, strict=True)]
         first = tuple(a for a, _ in ends)
         last = tuple(b for _, b in ends)
         window = filled(*self._inner.read_valid(plane, first, last), self._affines.plane(plane))

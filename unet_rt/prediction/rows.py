@@ -8,9 +8,10 @@ from math import prod
 
 import numpy as np
 
-from ..images.normalize import Affine, grey_levels
-from ..kernels.device import DeviceArray, Event
-from ..tiling.grid import Ints
+from ..images.normalize import grey_levels
+from ..kernels.memory import DeviceArray
+from ..kernels.request import Affine, Ints
+from ..kernels.stream import Event
 from .work import Array, StoppableQueue, Tally, Work, check_image, filled, unseen
 from .workspace import Shared
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ..engine.engine import Engine
-from ..errors import size_text
-from ..kernels.device import DeviceMemoryError, TileMemoryError
+from ..errors import DeviceMemoryError, TileMemoryError, size_text
 from ..tiling.grid import TileGrid
 from . import host
 from .report import RunReport, Seen, class_share, merge_reports

@@ -24,7 +24,8 @@ from ..images.open import open_image
 from ..images.source import Source
 from ..outputs.output import remove_parts
 from ..outputs.shape import size_of
-from ..outputs.zarr import NO_DATA, ZarrOutput
+from ..outputs.zarr import ZarrOutput
+from ..outputs.zarr_metadata import NO_DATA
 from ..system.durable import locked
 from .compute import run_blocks
 from .files import clear, is_zarr, shape_of

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..errors import OutputError
-from ..kernels.device import DeviceArray
+from ..kernels.memory import DeviceArray
 from ..outputs.pictures import OverlayCollector
 from ..system.durable import part_path
 from .blocks import Block

@@ -7,9 +7,9 @@ from math import prod
 import numpy as np
 
 from ..kernels import calls
-from ..kernels.device import DeviceArray
-from ..tiling.decision import decision_arguments
-from ..tiling.grid import Ints
+from ..kernels.memory import DeviceArray
+from ..kernels.request import Placement
+from ..tiling.decision import decision_operation
 from ..tiling.stitch import blend_weight
 from .work import Work
 from .workspace import Shared
@@ -45,10 +45,9 @@ class Totals:
         self._top = 0  # row of the result that the totals' first row stands for
         self._device.zero(self._sums[0], self._stream)
 
-    def add(self, tiles: DeviceArray, source: Ints, goal: Ints, size: Ints) -> None:
-        goal[:, 0] -= self._top
-        sums = self._sums[0]
-        calls.tile_blend(tiles, source, goal, size, self._weight, sums[:-1], sums[-1], stream=self._stream.handle)
+    def add(self, tiles: DeviceArray, place: Placement) -> None:
+        place, sums = place.from_row(self._top), self._sums[0]
+        calls.tile_blend(tiles, place, self._weight, sums[:-1], sums[-1], stream=self._stream.handle)
 
     def finish(self, band: DeviceArray, start: int, stop: int, uncovered: DeviceArray | None) -> None:
         """Divides the rows that are final, and moves the others to the front."""
@@ -59,9 +58,9 @@ class Totals:
                 done[:-1, :rows],
                 done[-1, :rows],
                 band,
+                decision_operation(self._made.decision),
                 stream=self._stream.handle,
                 uncovered=uncovered,
-                **decision_arguments(self._made.decision),
             )
             left = self._rows - rows
             self._device.zero(rest, self._stream)

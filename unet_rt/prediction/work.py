@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BackendError, ImageError, TileError, size_text
-from ..images.normalize import Affine, Affines, OnePlane
+from ..images.normalize import Affines, OnePlane
+from ..kernels.request import Affine
 from ..tiling.decision import Decision
 from ..tiling.grid import TileGrid
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.spec import EngineSpec
     from ..images.source import Source
-    from ..kernels.device import DeviceArray
+    from ..kernels.memory import DeviceArray
 
 
 Array = npt.NDArray[Any]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends.session import DeviceSession
-from ..kernels.device import Device, DeviceArray
+from ..kernels.memory import DeviceArray, MemoryContext, memory_behind
 from .report import Seen
 from .work import Array, Computation, StageClock, Work
 
@@ -21,7 +21,7 @@ from .work import Array, Computation, StageClock, Work
 class Workspace:
     """Streams and buffers of one session. Buffers are found by name and replaced when they are too small."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: MemoryContext) -> None:
         self.device = device
         self.lock = threading.Lock()  # one prediction at a time
         self.copy_in = device.stream()
@@ -86,7 +86,7 @@ def workspace_of(session: DeviceSession) -> Workspace:
     with _MAKING:
         known = WORKSPACES.get(session)
         if known is None:
-            known = WORKSPACES[session] = Workspace(session.stream.device)
+            known = WORKSPACES[session] = Workspace(memory_behind(session.stream))
             session.at_close(known.free)
         return known
 

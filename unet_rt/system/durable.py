@@ -6,13 +6,12 @@ A file is durable once its data are synced, it has its name, and the folder that
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
+from typing import TextIO
 
 from ..errors import OutputError
 
@@ -28,11 +27,13 @@ def part_path(path: Path) -> Path:
 
     Another one for every call: processes of several machines or containers may share a number and a folder.
     """
-    return path.parent / f".{path.name}.{uuid4().hex}{PART}"
+    return path.parent / f".{path.name}.{os.urandom(16).hex()}{PART}"
 
 
 def parts_of(path: Path) -> Iterator[Path]:
     """What lies under a name of :func:`part_path`: somebody is writing it, or was killed while doing so."""
+    import glob  # which predictions of arrays do not need
+
     return path.parent.glob(f".{glob.escape(path.name)}.*{PART}")
 
 
@@ -156,6 +157,26 @@ def only_writer(parent: Path) -> Iterator[None]:
             yield
         finally:
             os.close(handle)
+
+
+@contextmanager
+def open_whole(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[TextIO]:
+    """A text file (UTF-8) to write, which gets its name when the block ends well; nothing is left behind otherwise.
+
+    Raises:
+        OutputError: The file exists already, or cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target}: exists already; use --overwrite to replace it, or choose another name")
+    try:
+        with Disk().writing(target) as part, part.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+    except OSError as error:
+        raise OutputError(
+            f"{target}: cannot be written ({error.strerror or error}); nothing was left behind; free some space or "
+            "choose another folder"
+        ) from error
 
 
 @contextmanager

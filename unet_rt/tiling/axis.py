@@ -188,6 +188,7 @@ def _last_start(canvas: Canvas, tile: int, stride: int) -> int:
 
 
 def axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: bool = False) -> AxisTiles:
+    """Tiles along an axis, one every ``step`` pixels, the last moved back to end with the canvas."""
     last = _last_start(canvas, tile, stride)
     starts = sorted({min(start, last) for start in range(0, last + step, step)})
     if evenly and len(starts) > 2:
@@ -198,6 +199,7 @@ def axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: boo
 
 
 def aligned_tiles(canvas: Canvas, tile: int, share: int, stride: int, fields: Sequence[AxisField]) -> AxisTiles:
+    """Tiles along an axis that own equal stretches of ``share`` pixels of the image each."""
     last = _last_start(canvas, tile, stride)
     count = aligned_count(canvas, tile, share, lead(stride, fields))
     starts = [min(max(0, k * share - lead(stride, fields)), last) for k in range(count)]

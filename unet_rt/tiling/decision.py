@@ -10,11 +10,9 @@ import numpy as np
 
 from ..contract.contract import Contract
 from ..errors import ContractError
+from ..kernels.request import Op, Operation
 
 OutputKind = Literal["mask", "probability", "raw"]
-
-
-Op = Literal["copy", "softmax", "sigmoid", "argmax", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,10 @@ def _logit(p: float) -> float:
     return log(p / (1 - p))
 
 
-def decision_arguments(decision: Decision) -> dict[str, Any]:
-    """A decision in the words of the kernels."""
-    return {
-        "op": decision.op,
-        "threshold": np.array(decision.threshold, dtype=np.float32) if decision.threshold else None,
-        "values": np.array(decision.values, dtype=np.uint8) if decision.values else None,
-    }
+def decision_operation(decision: Decision) -> Operation:
+    """What the kernels are asked to do for a decision."""
+    return Operation(
+        decision.op,
+        np.array(decision.threshold, dtype=np.float32) if decision.threshold else None,
+        np.array(decision.values, dtype=np.uint8) if decision.values else None,
+    )

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from ..contract.contract import Border
 from ..errors import TileError, size_text
+from ..kernels.request import Ints, Placement
 from .axis import (
     AxisTiles,
     aligned_count,
@@ -43,18 +44,7 @@ from .axis import (
 )
 from .field import AxisField, OutputField, TileSizes
 
-Ints = npt.NDArray[np.int64]
-
 REMEMBERED = 64  # images' sizes, for callers that predict one picture after the other: choosing takes milliseconds
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the kept samples of some tiles come from and go to, for one output: int64 (tiles, axes)."""
-
-    source: Ints
-    target: Ints
-    size: Ints
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def resampled_shape(
     return tuple(max(1, round(n * a / b)) for n, a, b in zip(shape, pixel_size_um, wanted_um, strict=True))
 
 
-def needed(start: int, stop: int, n_in: int, n_out: int) -> tuple[int, int]:
+def input_span(start: int, stop: int, n_in: int, n_out: int) -> tuple[int, int]:
     """[first, last + 1) of the input samples that output samples [start, stop) of an axis depend on."""
     ratio, support = n_in / n_out, _support(n_in, n_out)
     low = floor((start + 0.5) * ratio - 0.5 - support)
@@ -55,7 +55,7 @@ def resample(
     """Output samples [start, stop) from a window of the input.
 
     Args:
-        window: (C, *spatial) that holds at least what :func:`needed` names.
+        window: (C, *spatial) that holds at least what :func:`input_span` names.
         first: Place of its first sample in the input.
         start, stop: Of the wanted samples in the output.
         shape_in, shape_out: Whole shapes.

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from ..errors import TileError
 from ..kernels import calls
-from .decision import Decision, decision_arguments
-from .grid import Ints, TileGrid
+from ..kernels.request import Ints
+from .decision import Decision, decision_operation
+from .grid import TileGrid
 
 Blend = Literal["gaussian", "constant"]
 
@@ -53,6 +54,7 @@ class BandStitcher:
 
     def __init__(self, grid: TileGrid, output: int, decision: Decision, blend: Blend = "gaussian", threads: int = 0):
         self._grid, self._output, self._decision, self._threads = grid, output, decision, threads
+        self._operation = decision_operation(decision)
         self._width = grid.out_shape(output)[1:]
         self._row = 0
         self._missing = 0  # tiles of this row that were not added yet
@@ -83,23 +85,12 @@ class BandStitcher:
             raise TileError(f"{len(index)} tiles for row {self._row}, which lacks {self._missing}; begin the next row")
         self._missing -= len(index)
         place = self._grid.placement(index, self._output)
-        target = place.target.copy()
         if self._grid.blended:
-            target[:, 0] -= self._top
-            calls.tile_blend(
-                tiles, place.source, target, place.size, self._weight, self._total, self._weights, threads=self._threads
-            )
+            place = place.from_row(self._top)
+            calls.tile_blend(tiles, place, self._weight, self._total, self._weights, threads=self._threads)
         else:
-            target[:, 0] -= self._grid.band(self._row, self._output)[0]
-            calls.tile_stitch(
-                tiles,
-                place.source,
-                target,
-                place.size,
-                self._band,
-                threads=self._threads,
-                **decision_arguments(self._decision),
-            )
+            place = place.from_row(self._grid.band(self._row, self._output)[0])
+            calls.tile_stitch(tiles, place, self._band, self._operation, threads=self._threads)
 
     def finish(self) -> tuple[int, npt.NDArray[Any]]:
         """(first row of the band in the result, band). Shape ([channels,] rows, ...); an empty band has 0 rows.
@@ -123,9 +114,7 @@ class BandStitcher:
             if rows:
                 total = np.ascontiguousarray(self._total[:, :rows])
                 weights = self._weights[:rows]
-                bare = calls.blend_finish(
-                    total, weights, band, threads=self._threads, **decision_arguments(self._decision)
-                )
+                bare = calls.blend_finish(total, weights, band, self._operation, threads=self._threads)
                 if bare:
                     raise uncovered_error(bare, start, stop)
                 self._shift(rows)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..models.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from .augment import Augmentation, Tiles
 from .components import components
+from .evaluate import class_iou, evaluate, predict_whole
 from .metrics import iou
 from .samples import MaskKind, Sample, normalized, prepare, sample_of, split_by_blocks
-from .trainer import Progress, Recipe, class_iou, evaluate, predict_whole, train, weighted_cross_entropy
+from .trainer import Progress, Recipe, train, weighted_cross_entropy
 from .weights import border_weights, class_weights, separate
 
 __all__ = [

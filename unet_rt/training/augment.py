@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unet_rt.errors import ImageError
-
+from ..errors import ImageError
 from .samples import Sample
 
 NODES = 3  # the paper's coarse grid
@@ -127,7 +126,7 @@ class Tiles:
     ) -> tuple[Tensor, Tensor]:
         margin = (self.tile_px - self.out_px) // 2
         y, x = (
-            torch.from_numpy(_mirrored(np.arange(c - margin, c - margin + self.tile_px), n)).to(self.device)
+            torch.from_numpy(_mirror(np.arange(c - margin, c - margin + self.tile_px), n)).to(self.device)
             for c, n in zip(corner, both.shape[1:], strict=True)
         )
         image = image[:, y[:, None], x]
@@ -191,7 +190,7 @@ class Tiles:
         return image
 
 
-def _mirrored(index: np.ndarray[Any, np.dtype[np.int64]], size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _mirror(index: np.ndarray[Any, np.dtype[np.int64]], size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Indices beyond an axis of ``size`` pixels, mirrored at its first and last pixel as often as needed."""
     if size == 1:
         return np.zeros_like(index)

@@ -6,18 +6,14 @@ graph gives what the module gives, on realistic pixels, at two sizes and two bat
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +22,12 @@ from .. import backends
 from ..contract.contract import Contract
 from ..errors import BackendError, ContractError, GraphError, first_line, size_text
 from ..system.durable import Disk
+from .exporters import Array, Exporter, dynamo, tidy, trace
 
 if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-
-Exporter = Literal["auto", "trace", "dynamo"]
-Array = npt.NDArray[np.float32]
 
 METADATA_KEY = "unet_rt.contract"
 JUMPS = 8  # as many times the samples that the module itself turns may be turned in the graph,
@@ -95,7 +89,7 @@ def export(
         sizes: Two input sizes to compare at; a number stands for all spatial axes. Default: from the U-Net's
             architecture, else the contract's trained tile (or 256 px) and 64 px more.
         pixels: ``(C, *spatial)`` or ``(*spatial)``: the network's input (already normalised) to compare on. Default:
-            microscopy drawn by :mod:`unet_rt.synthetic`.
+            microscopy drawn by :mod:`unet_rt.drawing.microscopy`.
         exporter: ``trace`` is fast and writes small graphs; ``dynamo`` follows more Python. ``auto`` traces, and
             takes the other one if the traced graph cannot be made or does not equal the module at both sizes.
         opset: ONNX operator set.
@@ -122,7 +116,7 @@ def export(
     wanted = [_run_torch(frozen, x) for x in inputs]
     tolerance, jumpy = _tolerance(frozen, inputs, wanted)
 
-    ways: dict[str, Callable[..., bytes]] = {"trace": _trace, "dynamo": _dynamo}
+    ways: dict[str, Callable[..., bytes]] = {"trace": trace, "dynamo": dynamo}
     tried = ["trace", "dynamo"] if exporter == "auto" else [exporter]
     notes: list[str] = []
     for name in tried:
@@ -131,11 +125,7 @@ def export(
         except Exception as error:  # noqa: BLE001 - exporters raise anything; what they say goes into the message
             notes.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
-        _tidy(model)
-        model.producer_name, model.producer_version = "unet-rt", ""
-        del model.metadata_props[:]
-        onnx.helper.set_model_props(model, {**(metadata or {}), METADATA_KEY: json.dumps(contract.to_json())})
-        onnx.checker.check_model(model, full_check=True)
+        _sign(model, {**(metadata or {}), METADATA_KEY: json.dumps(contract.to_json())})
         errors = _errors(model, inputs, wanted, tolerance)
         if all(isinstance(e, Difference) and (e.worst <= tolerance or e.share <= jumpy) for e in errors):
             found = [e for e in errors if isinstance(e, Difference)]
@@ -170,19 +160,31 @@ def export(
     )
 
 
+def _sign(model: onnx.ModelProto, metadata: dict[str, str]) -> None:
+    """Names without the exporter's clutter, this package as producer, and the metadata; the graph is checked."""
+    import onnx
+
+    tidy(model)
+    model.producer_name, model.producer_version = "unet-rt", ""
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+
+
 def read_pixels(
     image: str | os.PathLike[str], contract: Contract, axes: str | None = None, channels: str | None = None
 ) -> Array:
     """(C, *spatial) of the first plane of an image, normalised as ``contract`` says: what to compare on."""
-    from ..images.normalize import affine, normalised
+    from ..images.normalize import affine, normalize_pixels
     from ..images.open import open_image
+    from ..images.reading import Reading
 
     if contract.normalization is None:
         raise ContractError("pixels to compare on need a normalisation; declare it in the contract")
     spatial = len(contract.axes) - 2 if contract.axes else 2
-    with open_image(image, contract, axes=axes, channels=channels, spatial=spatial) as source:
+    with open_image(image, contract, Reading(axes, channels), spatial=spatial) as source:
         raw = source.read(0, (0,) * spatial, source.shape)
-        return normalised(raw, affine(contract.normalization, source).plane(0))
+        return normalize_pixels(raw, affine(contract.normalization, source).plane(0))
 
 
 def _input_of(module: nn.Module, contract: Contract) -> tuple[int, int]:
@@ -302,93 +304,6 @@ def _tolerance(module: nn.Module, inputs: list[Array], wanted: list[list[npt.NDA
         for a, b in zip(_run_torch(module, moved), y32, strict=True):
             turned = max(turned, float(np.mean(np.abs(a - b) > tolerance)))
     return tolerance, min(JUMPS * turned, MOST_JUMPS)
-
-
-def _names(x: Array, outputs: int) -> tuple[list[str], dict[str, dict[int, str]]]:
-    names = ["output"] if outputs == 1 else [f"output_{k}" for k in range(outputs)]
-    spatial = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}[x.ndim - 2]
-    axes = {"input": {0: "batch", **{2 + k: name for k, name in enumerate(spatial)}}}
-    for name in names:
-        axes[name] = {0: "batch", **{2 + k: f"{name}_{axis}" for k, axis in enumerate(spatial)}}
-    return names, axes
-
-
-def _trace(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
-    import torch
-
-    names, axes = _names(x, outputs)
-    buffer = io.BytesIO()
-    with _quiet():
-        torch.onnx.export(
-            module,
-            (torch.from_numpy(x),),
-            buffer,  # type: ignore[arg-type] # the tracer takes any file object
-            input_names=["input"],
-            output_names=names,
-            dynamic_axes=axes,
-            opset_version=opset,
-            dynamo=False,
-        )
-    return buffer.getvalue()
-
-
-def _dynamo(module: nn.Module, x: Array, outputs: int, opset: int) -> bytes:
-    import torch
-
-    names, axes = _names(x, outputs)
-    free = torch.export.Dim.DYNAMIC
-    with _quiet():
-        program = torch.onnx.export(
-            module,
-            (torch.from_numpy(x),),
-            input_names=["input"],
-            output_names=names,
-            dynamic_shapes=({axis: free for axis in axes["input"]},),
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
-    if program is None:
-        raise GraphError("torch.onnx.export returned nothing")
-    serialized: bytes = program.model_proto.SerializeToString()
-    return serialized
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Deprecations and progress inside torch's exporters are not the user's business; their errors are."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _tidy(model: onnx.ModelProto) -> None:
-    """Drop the Identity nodes by which the tracer shares equal initialisers, and the names of source lines."""
-    graph = model.graph
-    initializers = {t.name for t in graph.initializer}
-    results = {o.name for o in graph.output}
-    same = {
-        node.output[0]: node.input[0]
-        for node in graph.node
-        if node.op_type == "Identity" and node.input[0] in initializers and node.output[0] not in results
-    }
-    kept = [node for node in graph.node if not (node.op_type == "Identity" and node.output[0] in same)]
-    for node in kept:
-        node.doc_string = ""
-        del node.metadata_props[:]
-        for k, name in enumerate(node.input):
-            node.input[k] = same.get(name, name)
-    del graph.node[:]
-    graph.node.extend(kept)
-    del graph.value_info[:]
-    graph.doc_string = model.doc_string = ""
-    del graph.metadata_props[:]
 
 
 def _errors(

@@ -4,70 +4,32 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from .._version import __version__
 from ..contract.contract import Contract, Normalization
-from ..errors import BackendError, ContractError, OutputError
+from ..errors import ContractError, OutputError
+from ..images.reading import Reading
 from ..models.architecture import Network, network_of
 from ..models.checkpoint import TrainingError, save_checkpoint
 from ..system.json import Record
-from .augment import Augmentation
 from .curves import training_curves
-from .folder import DataSet, read_folder
-from .samples import MaskKind, Sample, split_by_blocks
-from .trainer import Progress, Recipe, evaluate, foreground_is_common, train
+from .evaluate import evaluate, foreground_is_common
+from .folder import DataSet, read_data
+from .options import Options, device_of, fitting_tile, plan_training
+from .samples import Sample, split_by_blocks
+from .trainer import Progress, Recipe, train
 
-NORMALIZATION = Normalization("percentile", scope="image", percentiles=(1.0, 99.8))
 VALIDATION_SHARE = 0.2
 # Validated on while training: so many windows of so many pixels. 20 times 0.9 million pixels forward cost 5 % of the
 # default training on a CPU; whole images of a million pixels each cost half of it.
 WATCHED, WATCHED_PX = 6, 384
-FIELDS = {f.name for f in fields(Recipe)}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose; None: chosen for the data and the device.
-
-    Attributes:
-        preset: ``default`` serves data sets that nobody has seen: same padding, BatchNorm, Adam, small enough for the
-            device. ``paper`` is the recipe of the paper: unpadded convolutions, tiles of 572 px one at a time, SGD with
-            momentum 0.99, dropout, no BatchNorm, classes balanced.
-        network: ``UNet``, ``FCN8s`` or ``SegNet``.
-        architecture: Values over the preset's, e.g. ``{"width": 32}``.
-        recipe: Values over the preset's, e.g. ``{"steps": 500}``.
-        normalization: Of the images.
-        masks_are: What the numbers of the masks mean.
-        images, masks: Sub-folders.
-        axes, channels: How images are read.
-        augment: False: tiles are windows of the images as they are.
-        limit: At most so many images are trained on, the first ones.
-        device: ``auto``, ``cpu`` or ``cuda[:N]``.
-        threads: Of torch on the CPU; 0: as many as this process may use.
-    """
-
-    preset: Literal["default", "paper"] = "default"
-    network: str = "UNet"
-    architecture: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    normalization: Normalization = NORMALIZATION
-    masks_are: MaskKind | None = None
-    images: str | None = None
-    masks: str | None = None
-    axes: str | None = None
-    channels: Sequence[int] | str | None = None
-    augment: bool = True
-    limit: int | None = None
-    device: str = "auto"
-    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,62 +55,6 @@ class Fit(Record):
         return {"out": record.pop("path"), **record}
 
 
-def device_of(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda[:N]`` as torch's device. BackendError where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    head, _, number = name.partition(":")
-    if head != "cuda" or (number and not number.isdecimal()):
-        raise BackendError(f"device {name!r} is not known; use auto, cpu or cuda[:N]")
-    if not torch.cuda.is_available():
-        raise BackendError(f"torch {torch.__version__} sees no CUDA device; install a CUDA build, or use --device cpu")
-    if int(number or 0) >= torch.cuda.device_count():
-        raise BackendError(f"there is no device {name}; torch sees {torch.cuda.device_count()}, counted from 0")
-    return torch.device(name)
-
-
-def planned(options: Options, place: torch.device, channels: int, classes: int) -> tuple[dict[str, Any], Recipe]:
-    """(architecture, recipe) of the preset for a device, with the user's values over it."""
-    cuda = place.type == "cuda"
-    architecture: dict[str, Any] = {"network": options.network, "in_channels": channels, "classes": classes}
-    values: dict[str, Any]
-    if options.preset == "paper":
-        architecture |= {"width": 64, "depth": 4, "norm": "none", "dropout": 0.5}
-        values = {"steps": 20000, "tile_px": 572, "batch": 1, "optimizer": "sgd", "learning_rate": 1e-3}
-        values |= {"balance": 1.0, "clip_norm": 1.0, "validate_every": 0}
-        if options.network == "UNet":
-            architecture |= {"padding": "valid", "up": "transposed"}
-    else:
-        architecture |= {"width": 32 if cuda else 16, "depth": 4, "norm": "batch", "dropout": 0.2}
-        values = {"steps": 4000, "batch": 8} if cuda else {"steps": 1000, "batch": 2}
-        values |= {"tile_px": 256, "learning_rate": 2e-3, "balance": 0.5, "validate_every": 0}
-        if options.network == "UNet":
-            architecture |= {"padding": "same", "up": "transposed"}
-    values["precision"] = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    values["augmentation"] = Augmentation() if options.augment else Augmentation.none()
-    if unknown := set(options.recipe) - FIELDS:
-        raise ContractError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(FIELDS))}")
-    if options.recipe.get("minutes") is not None and "steps" not in options.recipe:
-        values["steps"] = 0
-    try:
-        recipe = Recipe(**{**values, **options.recipe})
-    except ValueError as error:
-        raise ContractError(str(error)) from error
-    if recipe.precision == "bf16" and not cuda:
-        raise BackendError("mixed precision trains on CUDA devices only; use precision fp32 on a CPU")
-    return architecture | options.architecture, recipe
-
-
-def fitting_tile(network: Network, tile_px: int, samples: Sequence[Sample]) -> int:
-    """A tile that the network accepts and that is not larger than the images ask for."""
-    spec = network.spec
-    margin = 2 * ((spec.size_at_least(1) - spec.out_size(spec.size_at_least(1))) // 2)
-    typical = int(statistics.median(max(s.target.shape) for s in samples))
-    return spec.size_at_least(min(tile_px, spec.size_at_least(typical + margin)))
-
-
 def fit(
     folder: str | Path,
     out: str | Path,
@@ -160,7 +66,9 @@ def fit(
     report: Callable[[Progress], None] = lambda progress: None,
     progress: Callable[[float, int, float], None] | None = None,
 ) -> Fit:
-    """Train a network on a folder; the best one so far is in ``out`` from the first validation on.
+    """A trained network in a checkpoint, from a folder of images and masks.
+
+    The best network so far is in ``out`` from the first validation on.
 
     Args:
         folder: Images and masks; see :mod:`unet_rt.training.folder`.
@@ -182,80 +90,32 @@ def fit(
     place = device_of(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = Path(folder)
-    seed = int(options.recipe.get("seed", 0))
-    sizes = {k: options.recipe[k] for k in ("w0", "sigma_px") if k in options.recipe}
-    if options.preset == "paper":
-        sizes = {"w0": 10.0, **sizes}
-    data = read_folder(
-        folder,
-        options.normalization,
-        images=options.images,
-        masks=options.masks,
-        masks_are=options.masks_are,
-        axes=options.axes,
-        channels=options.channels,
-        **sizes,
-    )
+    data = _read(Path(folder), options)
     for note in data.notes:
         say(note)
-    training, validation = split(data, say)
+    training, validation = split_data(data, say)
     if options.limit is not None:
         training = training[: options.limit]
         _check_classes(training, data.classes)
-    architecture, recipe = planned(options, place, len(data.channels), len(data.classes))
-    torch.manual_seed(seed)
+    architecture, recipe = plan_training(options, place, len(data.channels), len(data.classes))
+    torch.manual_seed(int(options.recipe.get("seed", 0)))
     try:
         network = network_of(architecture)
         recipe = replace(recipe, w0=data.w0, tile_px=fitting_tile(network, recipe.tile_px, training))
     except ValueError as error:
         raise ContractError(str(error)) from error
-    asked = options.recipe.get("tile_px")
-    if asked is not None and asked != recipe.tile_px:
-        say(f"tiles of {recipe.tile_px} px instead of {asked}: as large as the images ask for and the network accepts")
     parameters = sum(p.numel() for p in network.parameters())
-    say(
-        f"{len(training)} images to train on, {len(validation)} to validate ({_names(validation)}), "
-        f"{len(data.channels)} channel{'s' if len(data.channels) > 1 else ''}, {len(data.classes)} classes"
-    )
-    if foreground_is_common(training):
-        say("most pixels are foreground: validation IoU is the mean of foreground's and background's")
-    long = f"{recipe.steps} steps" if recipe.steps else f"{recipe.minutes:g} minutes"
-    say(
-        f"{architecture['network']} of {parameters:,} parameters on {_device_name(place)}, {recipe.precision}: {long} of "
-        f"{recipe.batch} tile{'s' if recipe.batch > 1 else ''} of {recipe.tile_px} px, {recipe.optimizer}"
-    )
-    contract = Contract(
-        axes="NCYX",
-        channels=data.channels,
-        value_range=data.value_range,
-        normalization=options.normalization,
-        task="multiclass",
-        output_is="logits",
-        classes=data.classes,
-        pixel_size_um=data.pixel_size_um,
-        trained_tile=(recipe.tile_px, recipe.tile_px),
-        border="mirror",
-    )
+    for line in _lines(data, training, validation, options, recipe):
+        say(line)
+    say(f"{architecture['network']} of {parameters:,} parameters on {_device_name(place)}, {_plan_text(recipe)}")
+    contract = _contract(data, options.normalization, recipe.tile_px)
     record: dict[str, Any] = {
         "preset": options.preset,
         "parameters": parameters,
         "recipe": recipe.to_json(),
-        "data": {
-            "masks": data.masks,
-            "iou_of": "all classes" if foreground_is_common(training) else "all classes but the background",
-            "classes": list(data.classes),
-            "training": [s.name for s in training],
-            "validation": [s.name for s in validation],
-            "notes": list(data.notes),
-        },
+        "data": _data_record(data, training, validation),
         "device": _device_name(place),
-        "versions": {
-            "unet_rt": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": _versions(),
     }
     history: list[Progress] = []
     if resume:
@@ -269,17 +129,8 @@ def fit(
         training_curves(history, curves)
         report(now)
 
-    train(
-        network,
-        training,
-        watched(validation),
-        recipe,
-        device=place,
-        state=state,
-        resume=resume,
-        report=keep,
-        progress=progress,
-    )
+    seen = watch_windows(validation)
+    train(network, training, seen, recipe, device=place, state=state, resume=resume, report=keep, progress=progress)
     network.to("cpu")
     best = max(history, key=lambda p: p.iou)
     record["annotated_iou"] = {
@@ -289,7 +140,78 @@ def fit(
     return Fit(out, curves, best, tuple(history), record)
 
 
-def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tuple[list[Sample], list[Sample]]:
+def _read(folder: Path, options: Options) -> DataSet:
+    sizes = {k: options.recipe[k] for k in ("w0", "sigma_px") if k in options.recipe}
+    if options.preset == "paper":
+        sizes = {"w0": 10.0, **sizes}
+    return read_data(
+        folder,
+        options.normalization,
+        images=options.images,
+        masks=options.masks,
+        masks_are=options.masks_are,
+        reading=Reading(options.axes, options.channels),
+        **sizes,
+    )
+
+
+def _lines(
+    data: DataSet, training: Sequence[Sample], validation: Sequence[Sample], options: Options, recipe: Recipe
+) -> Iterator[str]:
+    """What the user is told of the data before training begins."""
+    asked = options.recipe.get("tile_px")
+    if asked is not None and asked != recipe.tile_px:
+        yield f"tiles of {recipe.tile_px} px instead of {asked}: as large as the images ask for and the network accepts"
+    yield (
+        f"{len(training)} images to train on, {len(validation)} to validate ({_names(validation)}), "
+        f"{len(data.channels)} channel{'s' if len(data.channels) > 1 else ''}, {len(data.classes)} classes"
+    )
+    if foreground_is_common(training):
+        yield "most pixels are foreground: validation IoU is the mean of foreground's and background's"
+
+
+def _plan_text(recipe: Recipe) -> str:
+    long = f"{recipe.steps} steps" if recipe.steps else f"{recipe.minutes:g} minutes"
+    tiles = f"{recipe.batch} tile{'s' if recipe.batch > 1 else ''} of {recipe.tile_px} px"
+    return f"{recipe.precision}: {long} of {tiles}, {recipe.optimizer}"
+
+
+def _contract(data: DataSet, normalization: Normalization, tile_px: int) -> Contract:
+    return Contract(
+        axes="NCYX",
+        channels=data.channels,
+        value_range=data.value_range,
+        normalization=normalization,
+        task="multiclass",
+        output_is="logits",
+        classes=data.classes,
+        pixel_size_um=data.pixel_size_um,
+        trained_tile=(tile_px, tile_px),
+        border="mirror",
+    )
+
+
+def _data_record(data: DataSet, training: Sequence[Sample], validation: Sequence[Sample]) -> dict[str, Any]:
+    return {
+        "masks": data.masks,
+        "iou_of": "all classes" if foreground_is_common(training) else "all classes but the background",
+        "classes": list(data.classes),
+        "training": [s.name for s in training],
+        "validation": [s.name for s in validation],
+        "notes": list(data.notes),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "unet_rt": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def split_data(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tuple[list[Sample], list[Sample]]:
     """(training, validation), by folders or by blocks; each holds every class, or the user is told."""
     if 0 < len(data.validation) < len(data.samples):
         training = [s for k, s in enumerate(data.samples) if k not in data.validation]
@@ -303,7 +225,7 @@ def split(data: DataSet, say: Callable[[str], None] = lambda text: None) -> tupl
     return training, validation
 
 
-def watched(validation: Sequence[Sample]) -> list[Sample]:
+def watch_windows(validation: Sequence[Sample]) -> list[Sample]:
     """What is validated on while training: of every k-th image the window that holds most foreground."""
     found = []
     for s in validation[:: -(-len(validation) // WATCHED)]:
@@ -371,4 +293,4 @@ def _device_name(place: torch.device) -> str:
     return torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-__all__ = ["Fit", "Options", "device_of", "fit", "fitting_tile", "planned", "split"]
+__all__ = ["Fit", "fit", "split_data", "watch_windows"]

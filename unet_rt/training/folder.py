@@ -9,7 +9,6 @@ masks beside it are one object each.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,33 +20,19 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract, Normalization
 from ..errors import ContractError, ImageError, size_text
-from ..images.formats import SUFFIXES
-from ..images.normalize import affine, normalised
+from ..images.normalize import affine, normalize_pixels
 from ..images.open import open_image
+from ..images.reading import Reading
 from ..images.source import Source
+from .pairs import Pair, find_pairs, words_of
 from .samples import MaskKind, Sample, sample_of
 from .weights import F32
 
-IMAGE_WORDS = {"image", "images", "img", "imgs", "im", "raw", "input", "inputs", "frame", "frames", "volume", "photo"}
-MASK_WORDS = {
-    "mask", "masks", "label", "labels", "lbl", "gt", "st", "groundtruth", "truth", "target", "targets", "annotation",
-    "annotations", "seg", "segs", "segmentation", "segmentations", "man", "manual", "binary", "instances",
-}  # fmt: skip
-NEUTRAL_WORDS = {"t", "ground", "png", "tif", "8bit"}  # neither, but may differ between the two
 TRAINING_FOLDERS = {"train", "training"}
 VALIDATION_FOLDERS = {"val", "valid", "validation"}
 TEST_FOLDERS = {"test", "testing", "holdout"}
-SKIPPED_FOLDERS = {"tra", "tracking", "overlay", "overlays", "preview"}
 LEAST_PX = 32
 MOST_CLASSES = 64
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image and its mask; several masks are one object each."""
-
-    image: Path
-    masks: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -77,192 +62,32 @@ class DataSet:
     notes: tuple[str, ...] = ()
 
 
-def find_pairs(folder: Path, images: str | None = None, masks: str | None = None) -> tuple[list[Pair], list[str]]:
-    """(pairs, notes) of a folder.
-
-    Args:
-        folder: Searched with everything below it.
-        images, masks: Sub-folders, where names do not say it. Both or none.
-
-    Raises:
-        ImageError: there is no pair, or an image has two masks of the same name.
-    """
-    if not folder.is_dir():
-        raise ImageError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; check the path")
-    if (images is None) != (masks is None):
-        raise ImageError(f"only the sub-folder of {'images' if masks is None else 'masks'} is named; name both")
-    if images is not None and masks is not None:
-        sides = [_files(folder / images), _files(folder / masks)]
-        for side, files in zip((images, masks), sides, strict=True):
-            if not files:
-                raise ImageError(f"{folder / side}: no file ending in {', '.join(SUFFIXES)}; check the path")
-        found = _matched(
-            [(_key(p.relative_to(folder / images), True), p) for p in sides[0]],
-            [(_key(p.relative_to(folder / masks), True), p) for p in sides[1]],
-        )
-        where = f"{folder / images} and {folder / masks}"
-    else:
-        files = _files(folder)
-        if not files:
-            raise ImageError(f"{folder}: no image in it or below; files ending in {', '.join(SUFFIXES)} are read")
-        found = _by_words(folder, files, own_names=False)
-        if not found[0]:
-            found = _by_words(folder, files, own_names=True)
-        where = str(folder)
-    pairs, alone, orphans = found
-    if not pairs:
-        raise ImageError(
-            f"{where}: {len(alone)} images and {len(orphans)} masks, and no two belong together"
-            f"{_examples(alone, orphans)}; name each mask as its image, in folders images/ and masks/, or name the "
-            "sub-folders (--images, --masks)"
-        )
-    notes = []
-    if alone:
-        notes.append(f"{len(alone)} images without a mask are left out, e.g. {alone[0].name}")
-    if orphans:
-        notes.append(f"{len(orphans)} masks without an image are left out, e.g. {orphans[0].name}")
-    return pairs, notes
-
-
-def _examples(alone: Sequence[Path], orphans: Sequence[Path]) -> str:
-    names = [f"{kind} {files[0].name}" for kind, files in (("image", alone), ("mask", orphans)) if files]
-    return f" (e.g. {', '.join(names)})" if names else ""
-
-
-def _files(folder: Path) -> list[Path]:
-    found = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if any(p.startswith((".", "__")) for p in parts) or {p.lower() for p in parts[:-1]} & SKIPPED_FOLDERS:
-            continue
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            found.append(path)
-    return found
-
-
-def _words(name: str) -> list[str]:
-    """Lower-case words and numbers of a name: ``man_seg012`` -> man, seg, 012."""
-    return re.findall(r"[a-z]+|[0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-
-
-Key = tuple[tuple[str, ...], ...]
-
-
-def _key(relative: Path, own_name: bool) -> Key:
-    """The path without the words that tell images from masks; folders that were nothing else are dropped."""
-    parts = [*relative.parts[:-1], relative.stem]
-    drop = IMAGE_WORDS | MASK_WORDS | NEUTRAL_WORDS
-    last = tuple(w for w in _words(parts[-1]) if w not in drop)
-    if not last or not own_name:
-        last = last or tuple(_words(parts[-1]))
-    folders = (tuple(w for w in _words(p) if w not in drop) for p in parts[:-1])
-    return (*(f for f in folders if f), last)
-
-
-def _is_mask(relative: Path, own_names: bool) -> bool:
-    words = [set(_words(p)) for p in relative.parts[:-1]]
-    if own_names:
-        words.append(set(_words(relative.stem)))
-    for part in reversed(words):
-        if part & MASK_WORDS:
-            return True
-        if part & IMAGE_WORDS:
-            return False
-    return False
-
-
-Matched = tuple[list[Pair], list[Path], list[Path]]
-
-
-def _by_words(folder: Path, files: Sequence[Path], own_names: bool) -> Matched:
-    sides: tuple[list[tuple[Key, Path]], list[tuple[Key, Path]]] = ([], [])
-    for path in files:
-        relative = path.relative_to(folder)
-        sides[_is_mask(relative, own_names)].append((_key(relative, own_names), path))
-    return _matched(*sides)
-
-
-def _matched(images: Sequence[tuple[Key, Path]], masks: Sequence[tuple[Key, Path]]) -> Matched:
-    """(pairs, images without masks, masks without images)."""
-    by_key: dict[Key, list[Path]] = defaultdict(list)
-    for key, path in masks:
-        by_key[key].append(path)
-    by_number: dict[Any, list[Path]] = defaultdict(list)
-    for key, path in masks:
-        by_number[_number(key)].append(path)
-    seen: dict[Key, Path] = {}
-    numbers = [_number(key) for key, _ in images]
-    pairs: list[Pair] = []
-    used: set[Path] = set()
-    for (key, path), number in zip(images, numbers, strict=True):
-        found = by_key.get(key, [])
-        if not found and number is not None and numbers.count(number) == 1 and len(by_number[number]) == 1:
-            found = by_number[number]
-        if len(found) > 1:
-            # Two annotators, or gold and silver truth: the gold one.
-            gold = [p for p in found if "gt" in {w for part in p.parts for w in _words(part)}]
-            if len(gold) != 1:
-                raise ImageError(
-                    f"{path.name} has {len(found)} masks: {found[0]}, {found[1]}; name the sub-folders (--images, --masks)"
-                )
-            found = gold
-        if not found:
-            continue
-        if key in seen:
-            raise ImageError(f"{seen[key]} and {path} have the same mask {found[0].name}; keep one of them")
-        seen[key] = path
-        pairs.append(Pair(path, (found[0],)))
-        used.add(found[0])
-    done = {p.image for p in pairs}
-    # One image alone in its folder, and masks beside it: one object each.
-    lonely: dict[Key, list[Path]] = defaultdict(list)
-    pieces: dict[Key, list[Path]] = defaultdict(list)
-    for key, path in images:
-        lonely[key[:-1]].append(path)
-    for key, path in masks:
-        pieces[key[:-1]].append(path)
-    for place, paths in lonely.items():
-        free = [p for p in pieces.get(place, []) if p not in used]
-        if place and len(paths) == 1 and paths[0] not in done and len(lonely) > 1 and free:
-            pairs.append(Pair(paths[0], tuple(free)))
-            done.add(paths[0])
-            used.update(free)
-    pairs.sort(key=lambda p: p.image)
-    return pairs, [p for _, p in images if p not in done], [p for _, p in masks if p not in used]
-
-
-def _number(key: Key) -> tuple[Key, int] | None:
-    """(folder, last number of the name)."""
-    digits = [w for w in key[-1] if w.isdigit()]
-    return (key[:-1], int(digits[-1])) if digits else None
-
-
-def read_folder(
+def read_data(
     folder: Path,
     normalization: Normalization,
     *,
     images: str | None = None,
     masks: str | None = None,
     masks_are: MaskKind | None = None,
-    axes: str | None = None,
-    channels: Sequence[int] | str | None = None,
+    reading: Reading | None = None,
     w0: float | None = None,
     sigma_px: float = 5.0,
 ) -> DataSet:
-    """Samples of a folder of images and masks.
+    """The images and masks of a folder as samples to train on, with what the masks' numbers mean.
 
     Args:
         folder: See :func:`find_pairs`.
         normalization: Of the images.
         images, masks: Sub-folders, where names do not say it.
         masks_are: What the numbers of the masks mean; None: told from the masks themselves.
-        axes, channels: How images are read, as in prediction.
+        reading: How images are read, as in prediction: axes and channels.
         w0, sigma_px: Of the border weights. None: 10 between objects that the masks tell apart, else no such weights.
 
     Raises:
         ImageError: images and masks do not match, or cannot be read.
         ContractError: the images have different channels.
     """
+    axes, channels = (None, None) if reading is None else (reading.axes, reading.channels)
     pairs, notes = find_pairs(folder, images, masks)
     pairs, note = _without_test(folder, pairs)
     notes += note
@@ -304,7 +129,7 @@ def read_folder(
                 if raw.dtype.kind == "f" and not np.isfinite(raw).all():
                     raise ImageError(f"{pair.image.name} holds values that are not finite; repair it or leave it out")
                 ranges.append((float(raw.min()), float(raw.max())))
-                pixels: F32 = normalised(raw, numbers.plane(plane))
+                pixels: F32 = normalize_pixels(raw, numbers.plane(plane))
                 name = pair.image.name + (f" plane {plane}" if source.planes > 1 else "")
                 samples.append(sample_of(name, pixels, mask, masks=kind, w0=w0, sigma_px=sigma_px))
     found = np.unique([k for s in samples for k in np.unique(s.target)])
@@ -321,7 +146,7 @@ def read_folder(
 
 
 def _folders(folder: Path, pair: Pair) -> set[str]:
-    return {w for part in pair.image.relative_to(folder).parts[:-1] for w in _words(part)}
+    return {w for part in pair.image.relative_to(folder).parts[:-1] for w in words_of(part)}
 
 
 def _without_test(folder: Path, pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
@@ -339,14 +164,14 @@ def _size(planes: int, shape: Sequence[int]) -> str:
 
 def _open(path: Path, axes: str | None, channels: Sequence[int] | str | None, count: int) -> Source:
     if channels is not None:
-        return open_image(path, Contract(), axes=axes, channels=channels, spatial=2, network_channels=count)
+        return open_image(path, Contract(), Reading(axes, channels), spatial=2, network_channels=count)
     try:
-        return open_image(path, Contract(), axes=axes, spatial=2, network_channels=count)
+        return open_image(path, Contract(), Reading(axes), spatial=2, network_channels=count)
     except ContractError:
         if count == 1:  # colour among grey
-            return open_image(path, Contract(), axes=axes, channels="luma", spatial=2, network_channels=1)
+            return open_image(path, Contract(), Reading(axes, "luma"), spatial=2, network_channels=1)
         if count == 3:  # grey among colour
-            return open_image(path, Contract(), axes=axes, channels=(0, 0, 0), spatial=2, network_channels=3)
+            return open_image(path, Contract(), Reading(axes, (0, 0, 0)), spatial=2, network_channels=3)
         raise
 
 
@@ -357,14 +182,14 @@ def _channels(
     counts: dict[int, list[Path]] = defaultdict(list)
     for path in images:
         if channels is not None:
-            with open_image(path, Contract(), axes=axes, channels=channels, spatial=2) as source:
+            with open_image(path, Contract(), Reading(axes, channels), spatial=2) as source:
                 counts[source.channels].append(path)
             continue
         try:
-            open_image(path, Contract(), axes=axes, spatial=2, network_channels=1).close()
+            open_image(path, Contract(), Reading(axes), spatial=2, network_channels=1).close()
             counts[1].append(path)
         except ContractError:
-            with open_image(path, Contract(), axes=axes, spatial=2) as source:
+            with open_image(path, Contract(), Reading(axes), spatial=2) as source:
                 counts[source.channels].append(path)
     if len(counts) == 1:
         count = next(iter(counts))
@@ -415,7 +240,7 @@ def _read_mask(path: Path) -> list[Integers]:
         except ContractError:  # three planes or three channels: a mask has one channel
             if path.suffix.lower() not in (".tif", ".tiff", ".npy"):
                 raise
-            source = open_image(path, Contract(), axes="IYX", spatial=2, network_channels=1)
+            source = open_image(path, Contract(), Reading("IYX"), spatial=2, network_channels=1)
         with source:
             planes = [source.read(k, (0, 0), source.shape)[0] for k in range(source.planes)]
     except ContractError as error:

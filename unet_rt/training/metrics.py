@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unet_rt.errors import BackendError
-
+from ..errors import BackendError
 from .components import components
 
 Labels = npt.NDArray[Any]

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from ..contract.contract import Contract, Normalization
 from ..errors import ImageError
-from ..images.normalize import affine, normalised
+from ..images.normalize import affine, normalize_pixels
 from ..images.open import open_image
+from ..images.reading import Reading
 from .components import components
 from .weights import F32, Labels, border_weights, separate
 
@@ -44,9 +45,9 @@ def normalized(image: npt.NDArray[Any], normalization: Normalization, name: str 
 
     The numbers and the arithmetic are the image line's, so that a network sees in training what it will see in use.
     """
-    with open_image(image, Contract(), axes="CYX", spatial=2, network_channels=image.shape[0], name=name) as source:
+    with open_image(image, Contract(), Reading("CYX"), spatial=2, network_channels=image.shape[0], name=name) as source:
         numbers = affine(normalization, source).plane(0)
-    return normalised(image, numbers)
+    return normalize_pixels(image, numbers)
 
 
 def prepare(
@@ -129,6 +130,6 @@ def _rows(s: Sample, start: int, stop: int, part: str) -> Sample:
     return Sample(f"{s.name} ({part})", s.image[:, rows], s.target[rows], s.weight[rows], s.truth[rows])
 
 
-def padded(image: F32, low: int, high: Sequence[int]) -> F32:
+def pad_mirrored(image: F32, low: int, high: Sequence[int]) -> F32:
     """(C, Y, X) with ``low`` mirrored pixels before and ``high`` after, repeatedly if the image is small."""
     return np.pad(image, ((0, 0), *((low, h) for h in high)), mode="reflect")

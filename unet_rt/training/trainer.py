@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -23,14 +22,12 @@ from ..models.checkpoint import TrainingError, read_torch, write_torch
 from ..models.segnet import SegNet
 from ..system.json import Record, to_json
 from .augment import Augmentation, Tiles
-from .metrics import iou
-from .samples import Sample, padded
-from .weights import F32, class_weights
+from .evaluate import evaluate, foreground_is_common
+from .samples import Sample
+from .weights import class_weights
 
 STATE_FORMAT = 1
 STATE_SECONDS = 60.0  # a kill costs at most so much work
-WHOLE_PX = 1536  # larger images are predicted by windows of this size: activations of a whole slide fit nowhere
-MARGIN_PX = 128  # of those windows
 
 
 @dataclass(frozen=True)
@@ -143,13 +140,7 @@ def train(
             "on plane by plane), or train a volume's network by a loop of your own"
         )
     place = torch.device(device)
-    network.to(place)
-    # Tensor cores want channels last; max-unpooling is not fast in it.
-    layout = (
-        torch.channels_last if place.type == "cuda" and not isinstance(network, SegNet) else torch.contiguous_format
-    )
-    network.to(memory_format=layout)  # type: ignore[call-overload] # stubs miss it
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    layout = _place(network, place)
     tiles = Tiles(training, recipe.tile_px, spec.out_size(recipe.tile_px), recipe.augmentation, recipe.seed, place)
     common = foreground_is_common(training)
     share = torch.from_numpy(class_weights([s.target for s in training], spec.classes, balance=recipe.balance))
@@ -159,7 +150,6 @@ def train(
     share = share.to(place)
     clock = _Clock(run.seconds)
     last_saved = clock.seconds()
-    rounding: contextlib.AbstractContextManager[Any]
     try:
         finished = _done(recipe, run.step, run.seconds)
         # Time that passes while validating ends nothing: the last step is always validated.
@@ -173,16 +163,10 @@ def train(
             image, target, border = tiles.draw(recipe.batch, run.step)
             # Dropout draws from torch's own generators: one seed per step lets training go on anywhere.
             torch.manual_seed((recipe.seed << 32) + run.step)
-            rounding = (
-                torch.autocast(place.type, torch.bfloat16) if recipe.precision == "bf16" else contextlib.nullcontext()
-            )
-            with rounding:
+            with _rounding(recipe, place):
                 logits = network(image.contiguous(memory_format=layout))
             loss = weighted_cross_entropy(logits.float(), target, share[target] + border)
-            run.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip_norm:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+            run.differentiate(loss)
             # Asking a CUDA device for each loss would have it wait for the next step: there, ask every 20.
             run.pending.append(loss.detach())
             finished = _done(recipe, run.step, clock.seconds())
@@ -208,6 +192,24 @@ def train(
     if state is not None:
         Path(state).unlink(missing_ok=True)
     return run.history
+
+
+def _place(network: Network, place: torch.device) -> torch.memory_format:
+    """Moves the network to its device; the memory format of its tensors there."""
+    network.to(place)
+    # Tensor cores want channels last; max-unpooling is not fast in it.
+    layout = (
+        torch.channels_last if place.type == "cuda" and not isinstance(network, SegNet) else torch.contiguous_format
+    )
+    network.to(memory_format=layout)  # type: ignore[call-overload] # stubs miss it
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    return layout
+
+
+def _rounding(recipe: Recipe, place: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if recipe.precision == "bf16":
+        return torch.autocast(place.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _set_norms(network: Network, step: int, *, frozen: bool) -> None:
@@ -239,6 +241,13 @@ class _Run:
         self.pending: list[torch.Tensor] = []
         self.history: list[Progress] = []
         self.best: dict[str, torch.Tensor] = copy.deepcopy(network.state_dict())
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Takes the gradients of a loss, cut to the recipe's norm."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
 
     def collect(self) -> None:
         """Losses of the last steps as numbers. TrainingError if one is not finite."""
@@ -318,71 +327,6 @@ def weighted_cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: t
     """
     each = functional.cross_entropy(logits, target, reduction="none")
     return (weight * each).sum() / weight.sum()
-
-
-def predict_whole(network: Network, image: F32) -> F32:
-    """Logits (K, Y, X) of a normalised image (C, Y, X), computed with mirrored borders on the network's device.
-
-    At once up to 1536 px a side; larger images by windows with a margin, which is near enough for validation.
-    """
-    shape = image.shape[1:]
-    if max(shape) <= WHOLE_PX:
-        return _predict_window(network, image)
-    step = WHOLE_PX - 2 * MARGIN_PX
-    logits = np.empty((network.spec.classes, *shape), np.float32)
-    for y in range(0, shape[0], step):
-        for x in range(0, shape[1], step):
-            top, left = max(0, y - MARGIN_PX), max(0, x - MARGIN_PX)
-            window = image[:, top : y + step + MARGIN_PX, left : x + step + MARGIN_PX]
-            part = _predict_window(network, window)[:, y - top : y - top + step, x - left : x - left + step]
-            logits[:, y : y + step, x : x + step] = part
-    return logits
-
-
-def _predict_window(network: Network, image: F32) -> F32:
-    spec = network.spec
-    shape = image.shape[1:]
-    size = spec.size_at_least(1)
-    margin = (size - spec.out_size(size)) // 2
-    wanted = [spec.size_at_least(n + 2 * margin) for n in shape]
-    grown = padded(image, margin, [w - n - margin for w, n in zip(wanted, shape, strict=True)])
-    place = next(network.parameters()).device
-    with torch.no_grad():
-        logits: F32 = network(torch.from_numpy(grown[None]).to(place))[0].float().cpu().numpy()
-    return logits[:, : shape[0], : shape[1]]
-
-
-def evaluate(
-    network: Network,
-    samples: Sequence[Sample],
-    *,
-    against: Literal["target", "truth"] = "target",
-    background: bool = False,
-) -> list[float]:
-    """IoU of every sample: of the foreground, or the mean over classes; ``background`` counts as one if asked for.
-
-    ``target`` has background lines between touching objects, as the network was asked to draw them; ``truth`` is what
-    was annotated, where each such line counts as an error.
-    """
-    was_training = network.training
-    network.eval()
-    found = [
-        class_iou(predict_whole(network, s.image).argmax(0), getattr(s, against), background=background)
-        for s in samples
-    ]
-    network.train(was_training)
-    return found
-
-
-def foreground_is_common(samples: Sequence[Sample]) -> bool:
-    """Whether most pixels are foreground: then "foreground everywhere" has a high IoU, so that background counts too."""
-    return sum(int((s.target > 0).sum()) for s in samples) > sum(s.target.size for s in samples) / 2
-
-
-def class_iou(labels: npt.NDArray[Any], truth: npt.NDArray[Any], *, background: bool = False) -> float:
-    """Mean IoU over the classes that occur in either, without 0 unless ``background``; 1 where none does."""
-    present = sorted({*np.unique(labels).tolist(), *np.unique(truth).tolist()} - (set() if background else {0}))
-    return float(np.mean([iou(labels == k, truth == k) for k in present])) if present else 1.0
 
 
 def _schedule(done: float) -> float:

@@ -25,7 +25,7 @@ def separate(labels: Labels) -> npt.NDArray[np.bool_]:
     foreground: npt.NDArray[np.bool_] = labels > 0
     out = foreground.copy()
     for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        here, there = _shifted(dy, dx)
+        here, there = _shift_slices(dy, dx)
         touching = (labels[here] != labels[there]) & foreground[here] & foreground[there]
         out[here] &= ~touching
     return out
@@ -74,7 +74,7 @@ def class_weights(targets: Sequence[npt.NDArray[Any]], classes: int, *, balance:
     return scaled
 
 
-def _shifted(dy: int, dx: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+def _shift_slices(dy: int, dx: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Index of every pixel that has a neighbour at (dy, dx), and of that neighbour; dy is 0 or 1."""
     rows = (slice(0, -dy or None), slice(dy, None))
     columns = (slice(max(0, -dx), -dx if dx > 0 else None), slice(max(0, dx), dx if dx < 0 else None))

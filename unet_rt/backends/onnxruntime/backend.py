@@ -55,7 +55,7 @@ def build(
     _require_precision(precision, device)
     import onnx
 
-    from ...graph.passes.half import halved
+    from ...graph.passes.half import half_type_of
 
     found = precision_of(model)
     if precision == "int8":
@@ -66,7 +66,9 @@ def build(
             )
         copy_graph(model, graph)
         return None
-    if found != "fp32" and (found != precision or halved(onnx.load(str(model), load_external_data=False)) != precision):
+    if found != "fp32" and (
+        found != precision or half_type_of(onnx.load(str(model), load_external_data=False)) != precision
+    ):
         raise BackendError(f"{model.name} computes in {found}, {precision} was asked; give the FP32 graph")
     if device != "cpu":
         reason = missing(device)

@@ -35,8 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BackendError, size_text
-from ...kernels.device import DeviceMemoryError
+from ...errors import BackendError, DeviceMemoryError, size_text
 from ...system import facts
 from ..session import Array, Port, SessionBase, arrays_for, check_shapes
 from . import library
@@ -44,7 +43,8 @@ from .provider import Provider, graph_port, preload, sizes_by_name
 from .settings import PROVIDERS_OWN, CudaOptions, Settings
 
 if TYPE_CHECKING:
-    from ...kernels.device import DeviceArray, Stream
+    from ...kernels.memory import DeviceArray
+    from ...kernels.stream import Stream
 
 
 _SHAPES = 4  # provider sessions that are kept, one per shape, each with its weights, arena and plans

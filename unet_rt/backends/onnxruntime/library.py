@@ -70,7 +70,7 @@ def missing(device: str = "cpu") -> str | None:
         )
     from ...kernels import device as gpu
 
-    reason = gpu.missing(facts.cuda_index(device))
+    reason = gpu.missing_reason(facts.cuda_index(device))
     return None if reason is None else f"ONNX Runtime cannot use {device}: {reason}"
 
 

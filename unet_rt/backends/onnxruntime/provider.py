@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import BackendError
-from ...kernels.device import DeviceMemoryError
+from ...errors import BackendError, DeviceMemoryError
 from . import library
 from .settings import GraphPort
 

@@ -64,7 +64,7 @@ def missing(device: str = "cpu") -> str | None:
     _import()
     from ...kernels import device as device_layer
 
-    return device_layer.missing(facts.cuda_index(device))
+    return device_layer.missing_reason(facts.cuda_index(device))
 
 
 def precisions(device: str = "cpu") -> tuple[str, ...]:
@@ -205,7 +205,7 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> d
     """
     import onnx
 
-    from ...graph.passes.half import half, halved
+    from ...graph.passes.half import half, half_type_of
     from ...graph.passes.up_conv import up_conv
 
     found = precision_of(model)
@@ -214,7 +214,7 @@ def graph_forms(model: Path, graph: Path, precision: str, *, plugins: bool) -> d
         raise BackendError(f"{model.name} computes in {found}, {precision} was asked; {way_out}")
 
     def finished(proto: onnx.ModelProto) -> onnx.ModelProto:
-        if precision != "fp32" and halved(proto) is None:
+        if precision != "fp32" and half_type_of(proto) is None:
             half(proto)
         return proto
 

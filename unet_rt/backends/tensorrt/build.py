@@ -83,7 +83,7 @@ def logger(trt: Any) -> tuple[Any, Messages]:
 def failure(message: str, text: str) -> BackendError:
     """The error for a message that ends in the library's words: of its own kind where device memory is short."""
     if _MEMORY.search(text):
-        from ...kernels.device import DeviceMemoryError
+        from ...errors import DeviceMemoryError
 
         return DeviceMemoryError(message)
     return BackendError(message)

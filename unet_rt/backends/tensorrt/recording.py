@@ -14,7 +14,7 @@ from ...errors import BackendError
 from ...kernels import native
 
 if TYPE_CHECKING:
-    from ...kernels.device import Stream
+    from ...kernels.stream import Stream
 
 
 log = logging.getLogger("unet_rt")

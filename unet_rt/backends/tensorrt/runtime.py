@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ...errors import EngineError
-from ...kernels.device import DeviceMemoryError
+from ...errors import DeviceMemoryError, EngineError
 from .build import failure, logger, remedy, title
 
 log = logging.getLogger("unet_rt")

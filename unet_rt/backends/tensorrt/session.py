@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BackendError, EngineError, TileError, size_text
-from ...kernels.device import DeviceMemoryError
+from ...errors import BackendError, DeviceMemoryError, EngineError, TileError, size_text
 from ..session import Array, Port, SessionBase, arrays_for
 from .build import failure, logger, remedy, title
 from .plan import PlanHeader
@@ -25,7 +24,9 @@ from .recording import Recordings
 from .runtime import deserialize, runtime_config
 
 if TYPE_CHECKING:
-    from ...kernels.device import Device, DeviceArray, Stream
+    from ...kernels.device import Device
+    from ...kernels.memory import DeviceArray
+    from ...kernels.stream import Stream
 
 
 _DTYPES = {

@@ -41,7 +41,7 @@ def crop_concat(model: onnx.ModelProto) -> int:
             continue
         if any(len(shapes.get(name, ())) != 4 for name in node.input):
             continue
-        skip = _uncropped(node.input[0], producers, constants, shapes)
+        skip = _uncrop(node.input[0], producers, constants, shapes)
         if skip is None:
             continue
         graph.node[index].CopyFrom(
@@ -86,7 +86,7 @@ def _constants(model: onnx.ModelProto) -> dict[str, list[int]]:
     return found
 
 
-def _uncropped(
+def _uncrop(
     name: str,
     producers: dict[str, onnx.NodeProto],
     constants: dict[str, list[int]],
@@ -99,7 +99,7 @@ def _uncropped(
         sizes = shapes.get(node.input[0], [None] * 4)
         if any(b is None for b in bounds) or len(sizes) != 4:
             return None
-        starts, ends, axes, steps = _filled([b for b in bounds if b is not None])
+        starts, ends, axes, steps = _fill([b for b in bounds if b is not None])
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
             behind = _behind(end, sizes[axis])
             if axis % 4 not in cut or step != 1 or start < 0 or behind is None:
@@ -112,7 +112,7 @@ def _uncropped(
     return name if any(map(any, cut.values())) else None
 
 
-def _filled(bounds: list[list[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
+def _fill(bounds: list[list[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
     """Starts, ends, axes and steps of a Slice; the last two may be left out."""
     starts, ends, *more = bounds
     axes = more[0] if more else list(range(len(starts)))

@@ -134,3 +134,25 @@ def drop_unused(model: onnx.ModelProto) -> None:
     kept = [t for t in model.graph.initializer if t.name in used]
     if len(kept) < len(model.graph.initializer):
         refill(model.graph.initializer, kept)
+
+
+def sort_nodes(model: onnx.ModelProto) -> None:
+    """Nodes in an order in which they can run."""
+    ready = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input} | {""}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    done: dict[int, Any] = {}
+    for node in model.graph.node:
+        todo = [node]
+        while todo:
+            here = todo[-1]
+            if id(here) in done:
+                todo.pop()
+                continue
+            waiting = [made_by[n] for n in here.input if n not in ready and id(made_by[n]) not in done]
+            if waiting:
+                todo += waiting
+            else:
+                done[id(here)] = here
+                ready.update(here.output)
+                todo.pop()
+    refill(model.graph.node, done.values())

@@ -22,33 +22,36 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import GraphError
 from .fold import refill
+from .half_types import (
+    FLOAT_INPUTS,
+    OTHER_DOMAINS,
+    QDQ,
+    SUMMING,
+    TYPE_NAMES,
+    HalfType,
+    lift_opset,
+    opset_of,
+    schema_of,
+    types_of,
+)
 
 if TYPE_CHECKING:
     import onnx
 
 
-HalfType = Literal["fp16", "bf16"]
 RECORD = "unet_rt.half"  # key of the metadata entry: {"to": "fp16", "islands": {node: reason}}
 
-# Reductions whose result grows with the number of samples: a sum over a map of 256 x 256 leaves float16 at a mean of 1.
-SUMMING = frozenset({"CumSum", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceSum", "ReduceSumSquare"})
 
 LOSS = (
     2.0**-8
 )  # error of a constant, relative to its norm, above which it stays float32. Rounding: 2^-12 fp16, 2^-9 bf16
-
-# Inputs that stay float32 although ONNX would allow a half type, by operator.
-_KEPT = {"Resize": (1, 2), "Upsample": (1,)}
-_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
-# Other domains have no definitions to ask; these operators compute in one type, that of their first input.
-_OTHER_DOMAINS = frozenset({"FusedConv", "NhwcConv", "NhwcFusedConv", "NhwcMaxPool", "CropConcat"})
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def node_name(node: onnx.NodeProto) -> str:
     return node.name or node.output[0]
 
 
-def halved(model: onnx.ModelProto) -> HalfType | None:
+def half_type_of(model: onnx.ModelProto) -> HalfType | None:
     """The type that :func:`half` has put a graph into, None for any other graph."""
     record = next((p.value for p in model.metadata_props if p.key == RECORD), None)
     return None if record is None else json.loads(record)["to"]
@@ -87,7 +90,7 @@ def half(
     Raises:
         GraphError: Islands that the graph does not have, or control flow on pixels.
     """
-    if halved(model) is not None:
+    if half_type_of(model) is not None:
         return Halved(0)
     if model.functions:
         from onnx import inliner
@@ -97,68 +100,8 @@ def half(
     unknown = sorted(set(islands) - known)
     if unknown:
         raise GraphError(f"the graph has no node {unknown[0]!r} to keep in float32; it has e.g. {sorted(known)[:3]}")
-    _lift(model, to)
+    lift_opset(model, to)
     return _Rewrite(model, to, islands, keep_io).run()
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-
-
-def _schema(node: onnx.NodeProto, opset: int) -> Any:
-    """ONNX's definition of an operator, None for those of other domains."""
-    from onnx import defs
-
-    if node.domain not in ("", "ai.onnx"):
-        return None
-    try:
-        return defs.get_schema(node.op_type, opset, "")
-    except defs.SchemaError:
-        return None
-
-
-def _types(schema: Any, index: int, *, output: bool = False) -> tuple[str, frozenset[str]]:
-    """Type variable of an input or output, and the types that it may have."""
-    formals = schema.outputs if output else schema.inputs
-    formal = formals[min(index, len(formals) - 1)]  # the last may be variadic
-    return formal.type_str, frozenset(formal.types)
-
-
-def _lift(model: onnx.ModelProto, to: HalfType) -> None:
-    """Raises the opset to the lowest that defines all of the graph's operators for the half type, where there is one."""
-    from onnx import defs, version_converter
-
-    opset, wanted = _opset(model), f"tensor({_NAMES[to]})"
-    needed = opset
-    for op in {node.op_type for node in model.graph.node if node.domain in ("", "ai.onnx")}:
-        position = 1 if op in _QDQ else 0  # the scale
-        for version in range(opset, defs.onnx_opset_version() + 1):
-            try:
-                schema = defs.get_schema(op, version, "")
-            except defs.SchemaError:
-                break
-            if len(schema.inputs) <= position:
-                break
-            allowed = _types(schema, position)[1]
-            if "tensor(float)" not in allowed:
-                break
-            if wanted in allowed:
-                needed = max(needed, version)
-                break
-    if needed == opset:
-        return
-    try:
-        lifted = version_converter.convert_version(model, needed)
-    except (RuntimeError, ValueError):
-        return  # no converter for one of the operators: nodes without the half type become islands
-    kept = {p.key: p.value for p in model.metadata_props}
-    model.CopyFrom(lifted)
-    for key, value in kept.items():
-        if key not in {p.key for p in model.metadata_props}:
-            model.metadata_props.add(key=key, value=value)
-
-
-_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 class _Rewrite:
@@ -168,7 +111,7 @@ class _Rewrite:
         from onnx import TensorProto
 
         self.model, self.graph, self.to, self.keep_io = model, model.graph, to, keep_io
-        self.opset = _opset(model)
+        self.opset = opset_of(model)
         self.half = TensorProto.FLOAT16 if to == "fp16" else TensorProto.BFLOAT16
         self.float = TensorProto.FLOAT
         self.islands: dict[str, str] = {name: "asked" for name in islands}
@@ -231,7 +174,7 @@ class _Rewrite:
                         f"node {node_name(node)!r} is {node.op_type} on pixels, which cannot be put into {self.to}; "
                         "export the network without it, or use --precision fp32"
                     )
-            elif node.op_type in _QDQ or (node.op_type not in ("Shape", "Size") and data & set(node.input)):
+            elif node.op_type in QDQ or (node.op_type not in ("Shape", "Size") and data & set(node.input)):
                 data.update(name for name in node.output if name)
         return data
 
@@ -239,30 +182,30 @@ class _Rewrite:
 
     def _reason(self, node: onnx.NodeProto) -> str | None:
         """Why a node on pixels must stay float32, None if it need not."""
-        wanted = f"tensor({_NAMES[self.to]})"
+        wanted = f"tensor({TYPE_NAMES[self.to]})"
         if node.op_type in SUMMING:
             return "sums over a whole axis"
-        schema = _schema(node, self.opset)
-        if schema is None and node.op_type not in _OTHER_DOMAINS:
+        schema = schema_of(node, self.opset)
+        if schema is None and node.op_type not in OTHER_DOMAINS:
             return f"{node.op_type} is not an operator of ONNX"
         for index, name in enumerate(node.input):
-            if not self._is_float(name) or index in _KEPT.get(node.op_type, ()):
+            if not self._is_float(name) or index in FLOAT_INPUTS.get(node.op_type, ()):
                 continue
             if (
                 schema is not None
-                and "tensor(float)" in (allowed := _types(schema, index)[1])
+                and "tensor(float)" in (allowed := types_of(schema, index)[1])
                 and wanted not in allowed
             ):
                 if len(allowed) == 1:
                     continue  # always float32, whatever the others are
-                return f"{node.op_type} is not defined for {_NAMES[self.to]} in opset {self.opset}"
+                return f"{node.op_type} is not defined for {TYPE_NAMES[self.to]} in opset {self.opset}"
             value = self.constants.get(name)
             if value is None or node.op_type == "Clip" or name in self.data:
                 continue
             loss = self._loss(value)
             if loss > LOSS:
                 most = float(np.abs(value).max())
-                return f"{name} of up to {most:.3g} loses {loss:.2g} of its norm in {_NAMES[self.to]}"
+                return f"{name} of up to {most:.3g} loses {loss:.2g} of its norm in {TYPE_NAMES[self.to]}"
         return None
 
     def _loss(self, value: npt.NDArray[Any]) -> float:
@@ -313,7 +256,7 @@ class _Rewrite:
     def _computes(self, node: onnx.NodeProto) -> bool:
         """Whether a node on pixels reads or writes float tensors on pixels."""
         return any(name in self.data for name in node.output) and any(
-            self._is_float(name) and (name in self.data or node.op_type in _QDQ) for name in (*node.input, *node.output)
+            self._is_float(name) and (name in self.data or node.op_type in QDQ) for name in (*node.input, *node.output)
         )
 
     def run(self) -> Halved:
@@ -339,13 +282,13 @@ class _Rewrite:
     def _rewrite(self, node: onnx.NodeProto, inside: bool) -> bool:
         """Puts one node on pixels into its type; returns whether it computes in the half type."""
         kind = self.half if inside else self.float
-        schema = _schema(node, self.opset)
+        schema = schema_of(node, self.opset)
         variables: set[str] = set()
         for index, name in enumerate(node.input):
             if not self._is_float(name):
                 continue
-            formal, allowed = ("T", frozenset()) if schema is None else _types(schema, index)
-            kept = index in _KEPT.get(node.op_type, ()) or (len(allowed) == 1 and "tensor(float)" in allowed)
+            formal, allowed = ("T", frozenset()) if schema is None else types_of(schema, index)
+            kept = index in FLOAT_INPUTS.get(node.op_type, ()) or (len(allowed) == 1 and "tensor(float)" in allowed)
             node.input[index] = self._typed(name, self.float if kept else kind, saturate=node.op_type == "Clip")
             if not kept:
                 variables.add(formal)
@@ -360,10 +303,10 @@ class _Rewrite:
         for index, name in enumerate(node.output):
             if not self._is_float(name):
                 continue
-            if schema is None or node.op_type in ("Cast", *_QDQ):
+            if schema is None or node.op_type in ("Cast", *QDQ):
                 self.native[name] = kind
             else:
-                formal, _ = _types(schema, index, output=True)
+                formal, _ = types_of(schema, index, output=True)
                 self.native[name] = kind if formal in variables else self.float
         self.nodes.append(node)
         return inside

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from ..file import needed
+from ..file import nodes_behind
 from .fold import drop_unused
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def keep_outputs(model: onnx.ModelProto, names: Collection[str]) -> int:
     for k in reversed(range(len(model.graph.output))):
         if model.graph.output[k].name not in names:
             del model.graph.output[k]
-    kept = needed(list(model.graph.node), names)
+    kept = nodes_behind(list(model.graph.node), names)
     gone = [k for k in range(len(model.graph.node)) if k not in kept]
     for k in reversed(gone):
         del model.graph.node[k]

@@ -22,8 +22,8 @@ Cases:
   samples (interpolating ones by form): they share the scale of what they move.
 - Tensors of which nothing but zeros was seen: a scale of 1/255.
 - Everything else computes in floats, between a dequantised input and, where a convolution reads it, a quantised result.
-- Graphs that are quantised, or whose weights are FP16 or BF16: refused, so that nothing is quantised twice. :func:`prepare`
-  changes nothing that is prepared, and :func:`quantise` makes the same graph of the same ranges.
+- Graphs that are quantised, or whose weights are FP16 or BF16: refused, so that nothing is quantised twice.
+  :func:`prepare_graph` changes nothing that is prepared, and :func:`quantise` makes the same graph of the same ranges.
 
 Biases are corrected for what rounding the weights shifts the mean output by: sum over input channels of their mean times
 the rounding error of their kernel (the calibration holds the means). It costs nothing at run time.
@@ -40,7 +40,8 @@ import numpy.typing as npt
 
 from ...errors import GraphError
 from ..precision import QUANTISED
-from .fold import drop_unused, fold, refill
+from .fold import drop_unused, fold, sort_nodes
+from .moves import Moves
 from .up_conv import up_conv
 
 if TYPE_CHECKING:
@@ -86,25 +87,8 @@ FORMS: Mapping[str, Form] = {
     ),
 }
 
-# Operators that move values, pick among them or interpolate: the result has the scale of what they read.
-_MOVES = frozenset(
-    {
-        "MaxPool",
-        "Slice",
-        "Concat",
-        "DepthToSpace",
-        "SpaceToDepth",
-        "Transpose",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Split",
-    }
-    | {"Flatten", "Identity"}
-)
 
-
-def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+def prepare_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of an FP32 graph as calibration and quantisation take it: folded, up-convolutions as convolutions, named nodes.
 
     Raises:
@@ -154,9 +138,9 @@ def layers(model: onnx.ModelProto) -> list[str]:
     ]
 
 
-def probed(model: onnx.ModelProto) -> list[str]:
+def tensors_to_probe(model: onnx.ModelProto) -> list[str]:
     """Tensors of a prepared graph whose ranges quantisation needs, in any form."""
-    view = _View(model, resize=True)
+    view = Moves(model, resize=True)
     nodes = [view.nodes[layer] for layer in layers(model)]
     wanted = dict.fromkeys(name for node in nodes for name in (node.input[0], view.result(node)))
     return list(dict.fromkeys(source for name in wanted for source in view.component(name)))
@@ -164,64 +148,8 @@ def probed(model: onnx.ModelProto) -> list[str]:
 
 def results(model: onnx.ModelProto) -> dict[str, str]:
     """Per layer of a prepared graph the tensor that its result is quantised as: behind its ``Relu``, if it has one."""
-    view = _View(model)
+    view = Moves(model)
     return {name: view.result(view.nodes[name]) for name in layers(model)}
-
-
-class _View:
-    """Who writes and who reads a tensor; ``resize``: whether interpolation keeps the scale."""
-
-    def __init__(self, model: onnx.ModelProto, resize: bool = True):
-        self.model, self.resize = model, resize
-        self.nodes = {node.name: node for node in model.graph.node}
-        self.writer = {name: node for node in model.graph.node for name in node.output}
-        self.readers: dict[str, list[Any]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-        self.stored = {t.name for t in model.graph.initializer}
-        self.outputs = {v.name for v in model.graph.output}
-
-    def moved_from(self, name: str) -> list[str]:
-        """Tensors that ``name`` is a rearrangement of; none where it is computed."""
-        node = self.writer.get(name)
-        if node is None or (node.op_type not in _MOVES and not self._repeats(node)):
-            return []
-        count = len(node.input) if node.op_type == "Concat" else 1
-        return [n for n in list(node.input)[:count] if n and n not in self.stored]
-
-    def _repeats(self, node: Any) -> bool:
-        if node.op_type != "Resize":
-            return False
-        mode = next((a.s for a in node.attribute if a.name == "mode"), b"nearest")
-        return mode == b"nearest" or (self.resize and mode == b"linear")  # cubic ones overshoot
-
-    def result(self, node: Any) -> str:
-        """The tensor that a convolution's result is quantised as: behind its Relu, where that is all that reads it."""
-        name = str(node.output[0])
-        readers = self.readers.get(name, [])
-        if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") and name not in self.outputs:
-            return str(readers[0].output[0])
-        return name
-
-    def read_by(self, name: str) -> set[str]:
-        """Names of the nodes that compute with ``name`` or a rearrangement of it."""
-        found: set[str] = set()
-        for node in self.readers.get(name, []):
-            moved = node.op_type in _MOVES or self._repeats(node)
-            found |= {n for out in node.output for n in self.read_by(out)} if moved else {node.name}
-        return found
-
-    def component(self, name: str) -> dict[str, None]:
-        """``name`` and all that it is rearranged from."""
-        found: dict[str, None] = {}
-        todo = [name]
-        while todo:
-            here = todo.pop()
-            if here not in found:
-                found[here] = None
-                todo += self.moved_from(here)
-        return found
 
 
 @dataclass(frozen=True)
@@ -247,11 +175,11 @@ def quantise(
     keep: frozenset[str] = frozenset(),
     means: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Quantised:
-    """A quantised copy of a graph that :func:`prepare` made.
+    """A quantised copy of a graph that :func:`prepare_graph` made.
 
     Args:
         prepared: The graph.
-        ranges: Of the tensors that :func:`probed` names.
+        ranges: Of the tensors that :func:`tensors_to_probe` names.
         form: For which backend.
         keep: Names of convolutions to be kept in FP32.
         means: Channel means of their inputs, for the correction of biases; None: no correction.
@@ -276,7 +204,7 @@ class _Pass:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(prepared)
         self.ranges, self.form, self.means = ranges, form, means
-        self.view = _View(self.model, form.resize)
+        self.view = Moves(self.model, form.resize)
         self.names = layers(self.model)
         unknown = sorted(keep - set(self.names))
         if unknown:
@@ -292,7 +220,7 @@ class _Pass:
         self._weights()
         self._activations()
         drop_unused(self.model)
-        _sort(self.model)
+        sort_nodes(self.model)
         entry = self.model.metadata_props.add()
         entry.key, entry.value = QUANTISED_KEY, str(len(self.chosen))
         return Quantised(self.model, tuple(self.chosen), self.kept)
@@ -441,28 +369,6 @@ class _Pass:
                 for k, read in enumerate(reader.input):
                     if read == name:
                         reader.input[k] = f"{name}/dequantised"
-
-
-def _sort(model: onnx.ModelProto) -> None:
-    """Nodes in an order in which they can run."""
-    ready = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input} | {""}
-    made_by = {name: node for node in model.graph.node for name in node.output}
-    done: dict[int, Any] = {}
-    for node in model.graph.node:
-        todo = [node]
-        while todo:
-            here = todo[-1]
-            if id(here) in done:
-                todo.pop()
-                continue
-            waiting = [made_by[n] for n in here.input if n not in ready and id(made_by[n]) not in done]
-            if waiting:
-                todo += waiting
-            else:
-                done[id(here)] = here
-                ready.update(here.output)
-                todo.pop()
-    refill(model.graph.node, done.values())
 
 
 # Metadata of a quantised graph: how many convolutions it means to run in INT8.
