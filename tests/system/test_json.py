@@ -95,7 +95,7 @@ def test_numbers_and_paths_are_those_of_python() -> None:
         ({"best": {"shape": [], "pair": [0, 1]}}, "best.scale is missing"),
         ({"sizes": {"x": [0]}}, r"sizes.x\[0\] is 0, not a number of at least 1"),
         ({"sizes": [1]}, r"sizes is \[1\], not an object"),
-        ({"nam": 3}, r"unknown field nam \(meant 'name'\?\); known are name, kind"),
+        ({"names": 3}, r"unknown field names \(meant 'name'\?\); known are name, kind"),
         ({"extra": 3}, "extra is 3, not an object"),
     ],
 )
