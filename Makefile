@@ -39,7 +39,7 @@ export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench guard site docs wheels clean
+.PHONY: help demo quick test lint format bench guard site docs wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -49,6 +49,16 @@ demo: .venv-demo/.installed  ## install without torch, build an engine, predict 
 
 test: .venv-test/.installed  ## install with everything that tests need, and run all tests
 	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal $(ARGS)
+
+# Some of every package: what a change breaks first.
+QUICK := tests/test_house.py tests/test_imports.py tests/system/test_durable.py tests/system/test_json.py tests/contract \
+	tests/drawing tests/kernels/test_kernels.py tests/tiling tests/images/test_axes.py tests/images/test_image.py \
+	tests/outputs/test_output.py tests/outputs/test_objects.py tests/graph/test_graph.py tests/models/test_models.py \
+	tests/engine/test_engine.py tests/training/test_metrics.py tests/prediction/test_cases.py tests/baseline/test_samples.py \
+	tests/building/test_calibration.py tests/judging/test_verify.py tests/cli/test_doctor.py tests/benchmarks/test_figures.py
+
+quick: .venv-test/.installed  ## a picked set of tests over all packages, in two minutes
+	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal $(QUICK) $(ARGS)
 
 lint: .venv-test/.made  ## ruff, mypy, import-linter, clang-format, codespell
 	$(TEST)/ruff check .

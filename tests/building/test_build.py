@@ -683,9 +683,11 @@ def test_a_plan_takes_a_smaller_tile_as_well(network, textures, tmp_path, planne
     assert [len(tiles) for tiles in planner.built] == [1] * (len(planner.built) - 1) + [2]
     assert record["smaller_tile"]["tile"] == list(small)
     assert record["smaller_tile"]["verdict"]["accepted"]
-    # On the CPU all bits are those of the baseline, on windows larger and smaller than a tile, which grows their canvas.
+    # On the CPU the values are the baseline's, on windows larger and smaller than a tile, which grows their canvas: to the bit
+    # where ONNX Runtime sums a graph of fixed size as it does one of free size (AVX2), to float32 rounding where not (AVX-512).
     for verdict in (record["verdict"], record["smaller_tile"]["verdict"]):
-        assert [image["max_abs"] for image in verdict["images"]] == [0.0] * 3
+        assert len(verdict["images"]) == 3
+        assert max(image["relative"] for image in verdict["images"]) < 1e-5
     assert any(f"tiles of {small[0]}x{small[1]} px are in the plan, too" in note for note in report.notes)
     for image in (textures[0], textures[1][:40, :50], np.tile(textures[0], (2, 2))):
         raw = [urt.predict(engine, image, output="raw", tile=t) for t in spec.tiles]
