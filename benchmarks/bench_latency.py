@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(folder) / "nuclei.urt"
         samples = paper_net.drawn(2, 200 if args.quick else 640)
         options = {"backend": "onnxruntime", "precision": "fp32", "device": "cpu", "halo": "exact"}
-        urt.build(net.onnx, samples=samples, out=out, tile=(max(sides),) * 2, **options)
+        urt.build(net.onnx, samples=samples, out=out, tile=(max(512, *sides),) * 2, **options)
         with urt.load(out) as engine:
             for side in sides:
                 image = paper_net.drawn(1, side)[0][:side, :side]

@@ -95,7 +95,7 @@ def test_the_table_is_that_of_the_masks(
     with Image.open(record.with_suffix(".png")) as picture:
         assert picture.width > picture.height > 2 * 120
     monkeypatch.setattr(benchmarks["tables"], "RESULTS", tmp_path)
-    text = benchmarks["tables"].membranes()
+    text = benchmarks["tables"].block("membranes")
     assert f"| {by_three['pixel error near']:.4f} | {by_three['pixel error far']:.4f} |" in text
     assert "500 steps of 2 tiles of 256 px" in text
 
@@ -114,7 +114,7 @@ def test_the_plot_has_a_point_per_run(
     (tmp_path / "engine-paper.json").write_text((BENCHMARKS / "results" / "engine-paper.json").read_text())
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.plots()[tmp_path / "membranes-slices.svg"].count("<circle") == 2 * 3  # cells and membranes
-    lines = tables.membranes_slices().splitlines()
+    lines = tables.block("membranes-slices").splitlines()
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| 1", "| 18"]
     assert " 1.0000 |  |" in lines[-1]  # there is no plain run on 18
 
