@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from unet_rt.errors import GraphError
+from unet_rt.graph.fields import kept_step
 from unet_rt.graph.report import GraphReport, inspect
-from unet_rt.graph.sizes import kept_step
 from unet_rt.system.json import from_json
 from unet_rt.tiling.field import AxisField, FieldRecord, OutputField
 

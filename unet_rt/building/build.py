@@ -221,6 +221,7 @@ def _notes_on(model: Model) -> list[str]:
         notes.append(f"the mean {what} of {len(model.members)} networks: {', '.join(model.members)}")
     notes += [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
     notes += [f"size stays fixed: {why}" for why in model.fixed]
+    notes += [f"exact along {limit}; larger images are refused" for limit in model.report.limits]
     return [*notes, *model.left_out]
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ..baseline.promise import broken_promise, promised
 from ..baseline.results import raw_results
 from ..baseline.samples import SampleWindow
 from ..baseline.tiles import blended_spec, keeps, kept_share, largest_halo, seam_tile, whole_grid
 from ..engine import parity as parity_module
 from ..engine.parity import ImageParity
 from ..engine.spec import EngineSpec
-from ..errors import ContractError, ImageError, TileError, size_text
+from ..errors import ContractError, ImageError, ParityError, TileError, size_text
 from ..tiling.grid import TileGrid, square_tile, tile_grid
 from .calibration import farthest_value
 from .job import BuildJob
@@ -75,6 +76,7 @@ def choose_tiling(job: BuildJob, spec: EngineSpec, samples: Samples) -> Tiling:
     Raises:
         TileError: An option that is for the other kind of network, or that the graph does not accept.
         ContractError, ImageError: The halo is to be measured, and there is nothing to measure it on.
+        ParityError: Tiles of the FP32 graph are not its whole-image result, though it was judged exact.
     """
     options = job.options
     tile, halo, overlap, blend = options.tile, options.halo, options.overlap, options.blend
@@ -96,12 +98,23 @@ def choose_tiling(job: BuildJob, spec: EngineSpec, samples: Samples) -> Tiling:
     spec = chosen.spec
     job = job.decide(spec)
     results = chosen.results or judging_results(job, spec, samples)
+    _hold_promise(job, spec, results)
     return Tiling(spec, results, chosen.seams, _compare_to_whole(job, spec, results))
 
 
 def tried_tiles(spec: EngineSpec) -> list[tuple[int, ...]]:
     """The tiles that may be tried with the winner, ascending."""
     return [square_tile(spec.sizes, spec.used_outputs(), area) for area in TILE_AREAS]
+
+
+def _hold_promise(job: BuildJob, spec: EngineSpec, results: BaselineResults) -> None:
+    """ParityError where a graph that was judged exact is not, on the first sample that shows a seam."""
+    for sample, whole in zip(results.samples, results.values, strict=True) if promised(spec) else ():
+        grid = spec.grid(sample.shape, seam_tile(spec, sample.shape))
+        if grid.count > 1:
+            if text := broken_promise(job.baseline, job.model, sample, whole, grid, job.threads):
+                raise ParityError(text)
+            return
 
 
 def _check_tile(spec: EngineSpec, tile: Sequence[int]) -> None:

@@ -81,6 +81,8 @@ def inspect_text(report: GraphReport) -> str:
                 "  exact: tiles equal the whole image" if o.exact else "  NOT exact: the tile size changes the answer"
             )
         lines += [f"    {reason}" for reason in o.reasons]
+        if o in images and o.exact:
+            lines += [f"    only {limit}; predict refuses larger images" for limit in report.limits]
         if o.note:
             lines.append(f"    {o.note}")
     exact = report.exact

@@ -103,6 +103,11 @@ class EngineSpec(Record):
         return self.exact and self.free_size
 
     @property
+    def exact_up_to(self) -> tuple[int | None, ...]:
+        """Pixels of the canvas per axis up to which tiles equal the whole image; images that need more are refused."""
+        return tuple(None if self.overlap is not None else s.exact_up_to for s in self.sizes)
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Tiles per run that the engine takes, ascending; empty: any number."""
         if any("N" not in i.axes for i in self.inputs):

@@ -13,6 +13,7 @@ from ..tiling.field import OutputField, TileSizes
 from .file import Graph, read_graph, restrict
 from .layout import input_axes, layout, spatial_letters
 from .passes.free_crops import free_crops
+from .rounding import NO_ROUNDING, Rounding
 from .sizes import Search
 from .tensor import Walk
 from .walk import walk
@@ -25,7 +26,8 @@ class Analysis:
     """Everything that the walks tell.
 
     ``given`` is the whole graph, ``graph`` that of ``outputs``: those that are images, where any are; ``others`` are not.
-    ``letters`` are the axes of each input, ``channels`` its channel count, ``declared`` the spatial sizes in the file.
+    ``letters`` are the axes of each input, ``channels`` its channel count, ``declared`` the spatial sizes in the file,
+    ``limits`` what the outputs are exact up to, and why, ``rounding`` what float32 rounds.
     """
 
     given: Graph
@@ -41,6 +43,8 @@ class Analysis:
     reasons_fixed: tuple[str, ...]
     global_pools: frozenset[str]
     others: tuple[OutputField, ...] = ()
+    limits: tuple[str, ...] = ()
+    rounding: Rounding = NO_ROUNDING
 
     def walk(self, sizes: Sequence[int], batch: int = 1) -> Walk:
         given = input_axes(self.graph, self.letters, self.channels, tuple(sizes), batch)
@@ -98,6 +102,11 @@ def _analyse(graph: Graph) -> Analysis:
         TileSizes(s, r, m) for s, r, m in zip(search.strides, search.remainders, search.minimum(), strict=True)
     )
     outputs = tuple(search.outputs)
+    limits = []
+    for k, bound in enumerate(search.exact_up_to()):
+        if bound is not None and all(o.exact for o in outputs):
+            sizes = (*sizes[:k], replace(sizes[k], exact_up_to=bound.high), *sizes[k + 1 :])
+            limits.append(f"{axes[k]} up to {bound.high} px: above, {bound.node[1]} computes something else")
     freed, reasons = [], []
     at_fault = list(dict.fromkeys(r for o in outputs for r in o.reasons))
     for k, (axis, size) in enumerate(zip(axes, declared, strict=True)):
@@ -123,4 +132,6 @@ def _analyse(graph: Graph) -> Analysis:
         tuple(freed),
         tuple(reasons),
         search.global_pools,
+        limits=tuple(limits),
+        rounding=search.rounding,
     )

@@ -147,7 +147,7 @@ def _squeeze(op: str, x: Array, axes: tuple[int, ...] | None) -> Array:
 
 
 def _slice(a: Mapping[str, Any], x: Array, inputs: Sequence[Array | None]) -> Array | None:
-    if (bounds := slice_arguments(a, inputs, x.ndim)) is None:
+    if (bounds := slice_arguments(a, [None, *inputs[1:]], x.ndim)) is None:
         return None
     index = [slice(None)] * x.ndim
     for axis, start, end, step in bounds:

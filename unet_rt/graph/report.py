@@ -21,9 +21,9 @@ from ..system.json import Record
 from ..tiling.field import OutputField, TileSizes
 from .analysis import Analysis, analyse, analyse_model
 from .constants import ELEMENT_BYTES
+from .fields import kept_step
 from .file import Graph, load_model
 from .layout import spatial_letters
-from .sizes import kept_step
 
 COST_TILES = (512, 1024, 2048, 4096)
 
@@ -58,6 +58,7 @@ class GraphReport(Record):
         metadata: The file's ``metadata_props``.
         freed: Fixed dimensions that the analysis shows to be free.
         reasons_fixed: Why the other fixed dimensions are not.
+        limits: Why it is exact up to some size only, where it is.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -71,6 +72,7 @@ class GraphReport(Record):
     metadata: Mapping[str, str]
     freed: tuple[str, ...]
     reasons_fixed: tuple[str, ...]
+    limits: tuple[str, ...]
     _analysis: Analysis = field(repr=False, compare=False)
 
     @property
@@ -82,6 +84,15 @@ class GraphReport(Record):
     def exact(self) -> bool:
         """Whether every output that is an image is exact; without such an output nothing is."""
         return bool(self.images) and all(output.exact for output in self.images)
+
+    @property
+    def exact_up_to(self) -> tuple[int | None, ...]:
+        """Largest canvas per spatial axis, in pixels, up to which the outputs are exact; None: any."""
+        return tuple(s.exact_up_to for s in self.sizes)
+
+    def rounding(self, canvas: Sequence[int]) -> float:
+        """Largest difference that float32 may make between tiles and a whole canvas, relative to the largest value."""
+        return self._analysis.rounding.bound(canvas)
 
     def activation_bytes(self, tile: Sequence[int], batch: int = 1) -> int:
         """Most bytes of tensors alive at once (dtypes as in the graph; weights not counted).
@@ -107,7 +118,7 @@ class GraphReport(Record):
             else dict(entry)
             for tile, entry in self.cost.items()
         }
-        return {**super().to_json(), "cost": cost, "exact": self.exact}
+        return {**super().to_json(), "cost": cost, "exact": self.exact, "exact_up_to": list(self.exact_up_to)}
 
     def _squares(self, tile: int | None) -> bool:
         return tile is not None and len(self.sizes) < 3
@@ -149,6 +160,7 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
         graph.metadata,
         analysis.freed,
         analysis.reasons_fixed,
+        analysis.limits,
         analysis,
     )
 

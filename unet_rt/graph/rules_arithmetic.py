@@ -7,17 +7,17 @@ from dataclasses import replace
 
 from . import constants
 from .file import Node
+from .numbers import Remark
 from .tensor import (
+    ALL,
     CannotRun,
     Inputs,
-    Remark,
     Tensor,
     Walk,
     axis_size,
     broadcast,
     first_input,
     is_tracked,
-    note_numbers,
     plain,
     rule,
     unknown,
@@ -37,7 +37,6 @@ def _unary(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first = first_input(x)
     if any(t is not None and not t.constant for t in x[1:]):
         return unknown(state, node, x, "takes its bounds from the image")
-    note_numbers(state, node, [t for t in x[1:] if t is not None])
     return [Tensor(first.axes, 9 if node.op in _BOOLEAN else first.dtype)]
 
 
@@ -53,13 +52,13 @@ def _dropout(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 @rule(
     "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "Mean", "Mod", "BitShift", "BitwiseAnd", "BitwiseOr",
     "BitwiseXor", "BitwiseNot", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor",
-    "PRelu", "BiasGelu",
+    "PRelu", "BiasGelu", pixels=ALL,
 )  # fmt: skip
 def _elementwise(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [broadcast(state, node, [t for t in x if t is not None], 9 if node.op in _BOOLEAN else None)]
 
 
-@rule("Where")
+@rule("Where", pixels=ALL)
 def _where(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     given = [t for t in x if t is not None]
     return [broadcast(state, node, given, given[1].dtype)]
@@ -70,7 +69,7 @@ def _cast(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [Tensor(first_input(x).axes, int(node.attributes["to"]))]
 
 
-@rule("CastLike")
+@rule("CastLike", pixels=ALL)
 def _cast_like(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [Tensor(first_input(x).axes, x[1].dtype if x[1] is not None else 1)]
 
@@ -210,7 +209,8 @@ def _topk(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 # -------------------------------------------------------------------------------------------------- matrix products
 
 
-@rule("MatMul", "MatMulInteger", "QLinearMatMul")
+@rule("MatMul", "MatMulInteger", pixels=(0, 1))
+@rule("QLinearMatMul", pixels=(0, 3))
 def _matmul(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     a, b = first_input(x), x[3] if node.op == "QLinearMatMul" else x[1]
     if b is None or a.rank < 2 or b.rank < 2:
@@ -232,7 +232,7 @@ def _matmul(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [Tensor(axes, dtype, faults=batch.faults | {state.remark(node, t) for t in texts})]
 
 
-@rule("Gemm")
+@rule("Gemm", pixels=ALL)
 def _gemm(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     a, b = first_input(x), x[1]
     if b is None or a.rank != 2 or b.rank != 2:
@@ -253,7 +253,7 @@ def _gemm(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [result]
 
 
-@rule("Attention")
+@rule("Attention", pixels=ALL)
 def _attention(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     q, v = first_input(x), x[2]
     if v is None or node.domain or q.rank not in (3, 4) or len(x) > 3:

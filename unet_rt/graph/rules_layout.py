@@ -13,17 +13,21 @@ from . import line as lines
 from .constants import Array
 from .file import Node
 from .line import Line
+from .numbers import Follower, Number, plain_number
 from .tensor import (
+    ALL,
     Axis,
     CannotRun,
     Inputs,
     Part,
     Tensor,
     Walk,
+    at_fault,
     axis_size,
     broadcast,
     first_input,
     is_tracked,
+    numbers_of,
     part_size,
     plain,
     rule,
@@ -33,15 +37,18 @@ from .tensor import (
 )
 
 
-@rule("Slice")
+@rule("Slice", numbers=(1, 2))
 def _slice(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first = first_input(x)
     bounds = constants.slice_arguments(node.attributes, [None, *(value_of(t) for t in x[1:])], first.rank)
     if bounds is None or any(t is not None and not t.constant for t in x[1:]):
         return unknown(state, node, x, "cuts where the image's content says")
-    result, texts = list(first.axes or ()), []
-    for k, start, end, step in bounds:
+    result, texts = list(first.axes or ()), list[str]()
+    follower = state.follower(node)
+    places = _places(node, x, bounds)
+    for (k, start, end, step), (first_number, end_number) in zip(bounds, places, strict=True):
         n = axis_size(result[k])
+        texts += _cut(follower, state.length(result[k]), first_number, end_number) if step > 0 else []
         begin, size = constants.slice_range(n, start, end, step)
         if size < 1:
             raise CannotRun("cuts everything away")
@@ -56,10 +63,33 @@ def _slice(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         if step > 1:
             state.drop(line, max(0, n - begin - size * step))
         result[k] = (lines.take(line, begin, step, size),)
-    return [Tensor(tuple(result), first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
+    faults = frozenset(state.remark(node, t) for t in texts)
+    return [Tensor(tuple(result), first.dtype, faults=faults, bounds=frozenset(follower.bounds))]
 
 
-@rule("Split")
+def _places(node: Node, x: Inputs, bounds: Sequence[tuple[int, int, int, int]]) -> list[tuple[Number, Number]]:
+    """Start and end of each cut, as they follow the size of the image."""
+    if "starts" in node.attributes:
+        return [(plain_number(start), plain_number(end)) for _, start, end, _ in bounds]
+    return list(zip(numbers_of(x[1]), numbers_of(x[2]), strict=True))
+
+
+def _cut(follower: Follower, length: Number, start: Number, end: Number) -> list[str]:
+    """Why a cut from ``start`` to ``end`` is another one in a larger image; finds up to where it is not."""
+
+    def place(number: Number) -> Number:
+        if not follower.holds(number):
+            number = number + length
+            return number if follower.holds(number) else Number({})
+        return length if follower.holds(number - length) else number
+
+    before, after = place(start), length - place(end)
+    if before.constant and after.constant:
+        return []
+    return ["cuts at a place that does not follow the size of the image"]
+
+
+@rule("Split", numbers=(1,))
 def _split(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, a = first_input(x), node.attributes
     k = int(a.get("axis", 0)) % first.rank
@@ -70,21 +100,22 @@ def _split(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         each = -(-n // len(node.outputs))
         parts = [min(each, n - i * each) for i in range(len(node.outputs))]
     parts = [int(p) for p in parts]
-    line, outputs, start = sole_line(axis), [], 0
-    for size in parts:
+    if sum(parts) != n:
+        raise CannotRun(f"deals {n} samples out in {parts}")
+    numbers = numbers_of(x[1]) if len(x) > 1 and x[1] is not None else [plain_number(p) for p in parts]
+    line, outputs, start, at = sole_line(axis), [], 0, plain_number(0)
+    for size, number in zip(parts, numbers, strict=True):
         here = plain(size) if line is None else (lines.take(line, start, 1, size),)
-        faults = (
-            frozenset({state.remark(node, "cuts a flattened axis")})
-            if line is None and is_tracked(axis)
-            else frozenset()
-        )
+        texts = ["cuts a flattened axis"] if line is None and is_tracked(axis) else []
+        if not (number.constant if line is None else at.constant and (state.length(axis) - at - number).constant):
+            texts.append("cuts at a place that does not follow the size of the image")
         axes = tuple(here if i == k else other for i, other in enumerate(first.axes or ()))
-        outputs.append(Tensor(axes, first.dtype, faults=faults))
-        start += size
+        outputs.append(Tensor(axes, first.dtype, faults=frozenset(state.remark(node, text) for text in texts)))
+        start, at = start + size, at + number
     return outputs
 
 
-@rule("Concat")
+@rule("Concat", pixels=ALL)
 def _concat(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     given = [t for t in x if t is not None]
     rank = given[0].rank
@@ -106,6 +137,9 @@ def _concat(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         line = sole_line(along[at])
         if line is None:
             return unknown(state, node, x, "lengthens a flattened axis")
+        if any(i != at and t.followed is not None and k in t.followed.grown for i, t in enumerate(given)):
+            fault = state.remark(node, "lengthens the image by what grows with it")
+            joined = at_fault(joined, fault)
         if not all(t.constant for i, t in enumerate(given) if i != at):
             fault = state.remark(node, "lines up several images along space, or wraps one around")
             joined = replace(joined, faults=joined.faults | {fault})
@@ -145,7 +179,10 @@ def _squeeze(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     gone = {a % first.rank for a in axes} if axes is not None else {k for k, n in enumerate(first.shape) if n == 1}
     if any(first.shape[k] != 1 for k in gone):
         raise CannotRun(f"would remove an axis of shape {list(first.shape)}")
-    return [Tensor(tuple(a for k, a in enumerate(first.axes or ()) if k not in gone), first.dtype)]
+    faults = frozenset({state.remark(node, "drops an axis of the image, cut to one sample")})
+    lines_gone = any(is_tracked(a) for k, a in enumerate(first.axes or ()) if k in gone)
+    left = tuple(a for k, a in enumerate(first.axes or ()) if k not in gone)
+    return [Tensor(left, first.dtype, faults=faults if lines_gone else frozenset())]
 
 
 @rule("Unsqueeze")
@@ -157,7 +194,7 @@ def _unsqueeze(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [Tensor(tuple(plain(1) if k in new else rest.pop(0) for k in range(rank)), first.dtype)]
 
 
-@rule("Reshape", "Flatten")
+@rule("Reshape", "Flatten", numbers=(1,))
 def _reshape(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, a = first_input(x), node.attributes
     if node.op == "Flatten":
@@ -205,7 +242,7 @@ def redistribute(axes: Sequence[Axis], target: Sequence[int]) -> tuple[Axis, ...
             else:
                 return None
         result.append(_join(taken) or plain(1))
-    return tuple(result) if all(part_size(p) == 1 for p in queue) else None
+    return tuple(result) if all(p == 1 for p in queue) else None
 
 
 def _join(parts: list[Part]) -> Axis:
@@ -234,13 +271,17 @@ def _shuffle(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [Tensor(tuple(result), first.dtype)]
 
 
-@rule("Expand")
+@rule("Expand", numbers=(1,))
 def _expand(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first = first_input(x)
     shape = value_of(x[1]) if len(x) > 1 else None
     if shape is None:
         return unknown(state, node, x, "takes its shape from the image")
-    return [merged_shape(first, [int(n) for n in shape])]
+    result = merged_shape(first, [int(n) for n in shape])
+    for number, axis in zip(reversed(numbers_of(x[1])), reversed(result.axes or ()), strict=False):
+        if not number.constant and not is_tracked(axis):
+            return [at_fault(result, state.remark(node, "spreads numbers over the size of the image"))]
+    return [result]
 
 
 def merged_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -273,7 +314,7 @@ def _tile(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [Tensor(tuple(result), first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
 
 
-@rule("Gather")
+@rule("Gather", pixels=(0, 1))
 def _gather(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, indices = first_input(x), x[1]
     k = int(node.attributes.get("axis", 0)) % max(1, first.rank)

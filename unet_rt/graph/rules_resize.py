@@ -11,6 +11,7 @@ import numpy as np
 from . import line as lines
 from .file import Node
 from .line import Line, Sampling
+from .numbers import Number
 from .tensor import (
     CannotRun,
     Inputs,
@@ -19,6 +20,7 @@ from .tensor import (
     axis_size,
     first_input,
     is_tracked,
+    numbers_of,
     plain,
     rule,
     sole_line,
@@ -29,7 +31,7 @@ from .tensor import (
 # ---------------------------------------------------------------------------------------------------------- resize
 
 
-@rule("Resize", "Upsample")
+@rule("Resize", "Upsample", numbers=(3,))
 def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, a = first_input(x), node.attributes
     rank = first.rank
@@ -46,6 +48,12 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     result = list(first.axes or ())
     texts: list[str] = []
     notes: list[str] = []
+    wanted = [] if sizes is None or x[3] is None or x[3].followed is None else numbers_of(x[3])
+    meant: dict[int, Fraction] = {}
+    for number, k in zip(wanted, axes, strict=False):
+        if policy != "stretch" or _proportion(number, state.length(result[k])) is None:
+            texts.append("resizes by a factor that changes with the size of the image")
+            meant[k] = _factor_meant(number, state.length(result[k]))
     if sizes is not None and policy != "stretch":
         ratios = [s / axis_size(result[k]) for k, s in zip(axes, sizes, strict=True)]
         ratio = min(ratios) if policy == "not_larger" else max(ratios)
@@ -53,7 +61,7 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     for i, k in enumerate(axes):
         n = axis_size(result[k])
         if sizes is not None:
-            size, factor = sizes[i], Fraction(sizes[i], n)
+            size, factor = sizes[i], meant.get(k) or Fraction(sizes[i], n)
         elif scales is not None:
             # As the backends do: the scale and the product in float32.
             size = int(np.floor(np.float32(scales[i]) * np.float32(n)))
@@ -68,7 +76,7 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
                 texts.append("resizes a flattened axis")
             result[k] = plain(size)
             continue
-        if sizes is not None and not x[3].sized:  # type: ignore[union-attr]
+        if sizes is not None and x[3].followed is None:  # type: ignore[union-attr]
             texts.append(f"resizes to {size} samples whatever the size of the image")
         moved, fault, note = _resize_line(node, line, size, factor)
         result[k] = (moved,)
@@ -82,6 +90,23 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             notes=frozenset(state.remark(node, t) for t in notes),
         )
     ]
+
+
+def _proportion(number: Number, length: Number) -> Fraction | None:
+    """``number`` / ``length`` where that is the same at all sizes of the image."""
+    ratios = {c / length.terms[m] for m, c in number.terms.items() if m in length.terms}
+    return ratios.pop() if len(ratios) == 1 and set(number.terms) == set(length.terms) else None
+
+
+def _factor_meant(number: Number, length: Number) -> Fraction:
+    """What ``number`` / ``length`` tends to in large images; 0 where that is no factor.
+
+    At another size of the image it may be just that: strides and sizes are looked for on it, rather than on a ratio of
+    chance.
+    """
+    ratios = {c / length.terms[m] for m, c in number.terms.items() if m and m in length.terms}
+    factor = ratios.pop() if len(ratios) == 1 else Fraction(0)
+    return max(factor, Fraction(0))
 
 
 def _fraction(scale: float) -> Fraction:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from ..errors import size_text
 from . import line as lines
 from .file import Node
+from .numbers import Remark
 from .tensor import (
     Axis,
     CannotRun,
     Inputs,
-    Remark,
     Tensor,
     Walk,
     axis_size,
     first_input,
     is_tracked,
-    note_numbers,
+    numbers_of,
     plain,
     rule,
     sole_line,
@@ -154,7 +154,7 @@ def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return outputs
 
 
-@rule("MaxUnpool")
+@rule("MaxUnpool", pixels=(0, 1), numbers=(2,))
 def _unpool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, indices = first_input(x), x[1]
     kernel = tuple(int(k) for k in node.attributes["kernel_shape"])
@@ -212,7 +212,7 @@ def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------- moving samples about
 
 
-@rule("Pad")
+@rule("Pad", numbers=(1,))
 def _pad(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, a = first_input(x), node.attributes
     given = a.get("pads", a.get("paddings"))
@@ -227,17 +227,21 @@ def _pad(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         if chosen is None:
             return unknown(state, node, x, "pads axes that depend on the image")
         axes = [int(k) % first.rank for k in chosen.ravel()]  # type: ignore[assignment]
-    if len(x) > 2 and x[2] is not None:
-        if not x[2].constant:
-            return unknown(state, node, x, "pads with a value taken from the image")
-        note_numbers(state, node, [x[2]])
+    if len(x) > 2 and x[2] is not None and not x[2].constant:
+        return unknown(state, node, x, "pads with a value taken from the image")
     mode = str(a.get("mode", "constant"))
-    result, texts = list(first.axes or ()), []
+    result, texts = list(first.axes or ()), list[str]()
+    follower = state.follower(node)
+    if len(x) > 1 and x[1] is not None and x[1].followed is not None:
+        for number in numbers_of(x[1]):
+            follower.holds(number)  # cropping instead of padding is another graph
+            texts += [] if number.constant else ["pads by a number that changes with the size of the image"]
     for position, k in enumerate(axes):
         before, after = pads[position], pads[position + len(pads) // 2]
         result[k], found = _pad_axis(result[k], before, after, mode)
         texts += found
-    return [Tensor(tuple(result), first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
+    faults = frozenset(state.remark(node, t) for t in texts)
+    return [Tensor(tuple(result), first.dtype, faults=faults, bounds=frozenset(follower.bounds))]
 
 
 def _pad_axis(axis: Axis, before: int, after: int, mode: str) -> tuple[Axis, list[str]]:

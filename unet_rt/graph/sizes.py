@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import size_text
-from ..tiling.field import AxisField, OutputField, Pair
+from ..tiling.field import OutputField
+from .fields import axis_field, field_lines, halo_of, shrink_of
 from .file import Graph, Value
 from .layout import SPATIAL, input_axes
 from .line import Line
+from .numbers import Bound
+from .rounding import NO_ROUNDING, Rounding
 from .tensor import Tensor, Walk, is_tracked, sole_line
 from .walk import walk
 
 # Down-sampling beyond this is no network for images but a size baked into the graph.
 _MAX_STRIDE = 2048
 _MAX_SIZE = 8192
+# A network that is another one below this many pixels (or four strides) is not called exact above.
+_MAX_LOW = 256
 
 
 @dataclass
@@ -38,6 +42,9 @@ class Search:
     base: int = 64
     lawful: bool = False
     density: float = 0.0
+    rounding: Rounding = NO_ROUNDING
+    moduli: tuple[int, ...] = ()
+    bounds: list[Bound] = field(default_factory=list)
     outputs: list[OutputField] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -77,12 +84,27 @@ class Search:
         """Least common multiple of the down-samplings on the way to the outputs, per axis."""
         start = self.at([n or base for n in self.declared])
         found = [1] * len(self.declared)
-        pool = [line for t in self.tensors(start) for line in t.lines()]
-        if start.broken or not pool:
-            pool = [line for t in start.tensors.values() for line in t.lines()]
-        for line in pool:
+        tensors: Iterable[Tensor] = self.tensors(start)
+        if start.broken or not any(t.lines() for t in tensors):
+            tensors = start.tensors.values()
+        for line in (line for t in tensors for line in t.lines()):
             found[line.source] = math.lcm(found[line.source], line.stride)
-        return tuple(s if s <= _MAX_STRIDE else 1 for s in found)
+        found = [s if s <= _MAX_STRIDE else 1 for s in found]
+        known = [math.lcm(s, m) for s, m in zip(found, self.moduli or (1,) * len(found), strict=True)]
+        return _lengthened(known, _bounds_of(tensors))
+
+    def _unheld(self, bounds: Iterable[Bound], states: Sequence[Walk]) -> list[str]:
+        """Why what the walks tell holds for too few sizes."""
+        texts = []
+        for bound in sorted(bounds, key=lambda b: (b.node, b.axis, b.modulus, b.low)):
+            sizes = [state.sizes[bound.axis] for state in states]
+            if self.strides[bound.axis] % bound.modulus:
+                texts.append(f"{bound.node[1]} computes with the remainder of the size modulo {bound.modulus}")
+            if bound.high is not None and bound.high < max(sizes):
+                texts.append(f"{bound.node[1]} computes something else for sizes above {bound.high} px")
+            if bound.low > max(_MAX_LOW, 4 * self.strides[bound.axis]):
+                texts.append(f"{bound.node[1]} computes something else for sizes below {bound.low} px")
+        return texts
 
     def _find_remainder(self, base: int) -> bool:
         self.strides = self._stride(base)
@@ -109,7 +131,7 @@ class Search:
     def _law(self, small: Walk, large: Walk) -> bool:
         """Whether output sizes follow the scale between two walks that lie one stride apart."""
         for a, b in zip(self.tensors(small), self.tensors(large), strict=True):
-            if a.axes is None or b.axes is None:
+            if a.axes is None or b.axes is None or len(a.lines()) != len(b.lines()):
                 return False
             for p, q in zip(a.lines(), b.lines(), strict=True):
                 lost = small.sizes[p.source] * p.scale - p.size
@@ -130,7 +152,44 @@ class Search:
                 return self._runs([k if a == axis else b for a, b in enumerate(best)])
 
             best[axis] = _smallest(best[axis], runs)
-        return [r + k * s for k, s, r in zip(best, self.strides, self.remainders, strict=True)]
+        sizes = [r + k * s for k, s, r in zip(best, self.strides, self.remainders, strict=True)]
+        if not all(o.exact for o in self.outputs):
+            return sizes
+        for b in self.bounds:
+            sizes[b.axis] += max(0, -(-(b.low - sizes[b.axis]) // self.strides[b.axis])) * self.strides[b.axis]
+        return self._unmixed(sizes)
+
+    def _unmixed(self, sizes: list[int]) -> list[int]:
+        """``sizes``, or larger ones: of a tile that keeps anything, no edge may reach what lies at the other.
+
+        Pads that mirror much of a small tile and are cut off again bring the one edge to the other.
+        """
+        fields = [o.field for o in self.outputs if len(o.field) == len(sizes)]
+        kept = list(sizes)
+        for axis, stride in enumerate(self.strides if fields else ()):
+            need = max(math.ceil((sum(f[axis].halo) + sum(f[axis].shrink) + 1) / f[axis].scale) for f in fields)
+            kept[axis] += max(0, -(-(need - kept[axis]) // stride)) * stride
+        least = list(kept)
+        while max(kept) <= _MAX_SIZE and fields and not (state := self.at(kept, strict=True)).broken:
+            mixed = set()
+            for tensor, output in zip(self.tensors(state), self.outputs, strict=True):
+                for line, f in zip(field_lines(tensor), output.field, strict=False):
+                    before, after = halo_of(line)
+                    mixed |= {line.source} if before > f.halo[0] or after > f.halo[1] else set()
+            if not mixed:
+                break
+            for axis in mixed:
+                kept[axis] += self.strides[axis]
+        return [k if k > n else s for k, n, s in zip(kept, least, sizes, strict=True)]
+
+    def exact_up_to(self) -> list[Bound | None]:
+        """The bound of the largest size per axis up to which the graph's numbers are followed, None where there is none."""
+        result: list[Bound | None] = [None] * len(self.declared)
+        for bound in self.bounds:
+            best = result[bound.axis]
+            if bound.high is not None and (best is None or best.high is None or bound.high < best.high):
+                result[bound.axis] = bound
+        return result
 
     def _runs(self, steps: Sequence[int]) -> bool:
         sizes = [r + k * s for k, s, r in zip(steps, self.strides, self.remainders, strict=True)]
@@ -140,7 +199,7 @@ class Search:
         if state.broken:
             return False
         for tensor, output in zip(self.tensors(state), self.outputs, strict=True):
-            found = _field_lines(tensor)
+            found = field_lines(tensor)
             if len(found) != len(output.field):
                 return False
             for line, f in zip(found, output.field, strict=True):
@@ -165,29 +224,37 @@ class Search:
                 break
             extra -= ready
             size *= 2
-        self.density = states[0].density
-        numbers = _changing_numbers(states)
+        self.moduli = _lengthened(self.strides, _bounds_of(t for s in states for t in self.tensors(s)))
+        if self.lawful and self.moduli != self.strides:
+            self.find_sizes()
+            self.find_fields()
+            return
+        self.density, self.rounding = states[0].density, _rounding_of(states[0], self.tensors(states[0]))
+        self.bounds = sorted(_bounds_of(self.tensors(states[0])), key=lambda b: (b.node, b.axis, b.modulus, b.low))
         for k, value in enumerate(self.graph.outputs):
-            self.outputs.append(self._output(value, states, k, disagreements[k], numbers, ready))
+            self.outputs.append(self._output(value, states, k, disagreements[k], ready))
 
     def _fields_of_fixed(self) -> None:
         """Fields at the one size that the graph runs at, and what keeps it from others."""
         declared = tuple(n for n in self.declared if n is not None)
         only = self.at(declared)
         larger = self.at([n + s for n, s in zip(declared, self.strides, strict=True)])
-        self.density = only.density
+        self.density, self.rounding = only.density, _rounding_of(only, self.tensors(only))
         for k, value in enumerate(self.graph.outputs):
             why = larger.broken[0] if larger.broken else self._disagreement([only, larger], k)
             why = f"runs at {size_text(declared)} px only: {why}" if why else ""
-            self.outputs.append(self._output(value, [only], k, why, [], True))
+            output = self._output(value, [only], k, "", True)
+            self.outputs.append(
+                replace(output, exact=False, reasons=(why, *output.reasons), note="") if why else output
+            )
 
     def _has_core(self, line: Line) -> bool:
-        before, after = _halo(line)
+        before, after = halo_of(line)
         return line.size - before - after >= 2 * self.strides[line.source] * line.scale + 2
 
     def _disagreement(self, states: list[Walk], k: int) -> str:
         """A sentence if the three walks do not tell the same about output ``k``."""
-        lines = [_field_lines(self.tensors(s)[k]) for s in states]
+        lines = [field_lines(self.tensors(s)[k]) for s in states]
         if all(self._agree(states, here) for here in zip(*lines, strict=False)) and len({len(x) for x in lines}) == 1:
             return ""
         for node in states[0].order:
@@ -215,7 +282,7 @@ class Search:
         step = int(shift)
         sizes = [s.sizes[source] for s in states]
         for line, size in zip(trio, sizes, strict=True):
-            if _halo(line) != _halo(first) or _shrink(line, size) != _shrink(first, sizes[0]):
+            if halo_of(line) != halo_of(first) or shrink_of(line, size) != shrink_of(first, sizes[0]):
                 return False
             grown = size - sizes[0]
             half = first.size // 2
@@ -223,7 +290,7 @@ class Search:
                 a, b = getattr(first, name), getattr(line, name)
                 if not np.array_equal(a[:half], b[:half]) or not np.array_equal(a[-half:] + grown, b[-half:]):
                     return False
-        before, after = _halo(first)
+        before, after = halo_of(first)
         for array in (first.low, first.high):
             core = array[before : first.size - after]
             # A tap of weight zero beyond the edge changes no value; there the dependence is cut off.
@@ -236,19 +303,18 @@ class Search:
                     return False
         return True
 
-    def _output(
-        self, value: Value, states: list[Walk], k: int, disagreement: str, numbers: list[str], ready: bool
-    ) -> OutputField:
+    def _output(self, value: Value, states: list[Walk], k: int, disagreement: str, ready: bool) -> OutputField:
         tensor = self.tensors(states[0])[k]
         remarks = sorted(tensor.faults)
-        reasons = list(dict.fromkeys(text for _, text in remarks)) + numbers
+        reasons = list(dict.fromkeys(text for _, text in remarks))
         broken = next((s.broken[0] for s in states if s.broken), "")
         if broken and not reasons:
             reasons.append(broken)
         if disagreement and not reasons:
             reasons.append(disagreement)
+        reasons = reasons or self._unheld(tensor.bounds, states)
         letters = self._output_letters(tensor, value)
-        found = _field_lines(tensor)
+        found = field_lines(tensor)
         if not found or len(found) != len(tensor.lines()):
             reasons = reasons or [f"output '{value.name}' has no spatial axes of its own"]
         elif not reasons and not ready:
@@ -256,7 +322,7 @@ class Search:
             reasons.append(f"no sample of output '{value.name}' is untouched by the edges of a tile of {sizes} px")
         elif not reasons and len(found) != len(self.declared):
             reasons.append(f"output '{value.name}' follows {len(found)} of {len(self.declared)} spatial axes")
-        fields = tuple(_axis_field(line, states[0].sizes[line.source]) for line in found)
+        fields = tuple(axis_field(line, states[0].sizes[line.source]) for line in found)
         channels = 1
         if tensor.axes is not None and "C" in letters:
             channels = tensor.shape[letters.index("C")]
@@ -286,6 +352,24 @@ class Search:
         return letters
 
 
+def _rounding_of(state: Walk, outputs: Sequence[Tensor]) -> Rounding:
+    alone = sum(1.0 for node in state.order if not all(state.tensors[o].constant for o in node.outputs if o))
+    return Rounding(state.sums + alone, max((len(t.notes) for t in outputs), default=0))
+
+
+def _bounds_of(tensors: Iterable[Tensor]) -> set[Bound]:
+    return set[Bound]().union(*(t.bounds for t in tensors))
+
+
+def _lengthened(strides: Sequence[int], bounds: Iterable[Bound]) -> tuple[int, ...]:
+    """``strides`` that keep the residues at which numbers of the graph stay what they are, as far as they are strides."""
+    result = list(strides)
+    for bound in bounds:
+        both = math.lcm(result[bound.axis], bound.modulus)
+        result[bound.axis] = both if both <= _MAX_STRIDE else result[bound.axis]
+    return tuple(result)
+
+
 def _smallest(top: int, holds: Any) -> int:
     """Smallest k in 0..top with ``holds(k)``, taking for granted that it holds from there on, and at ``top``."""
     low, high = 0, top
@@ -296,55 +380,3 @@ def _smallest(top: int, holds: Any) -> int:
         else:
             low = middle + 1
     return low
-
-
-def _field_lines(tensor: Tensor) -> list[Line]:
-    return [line for axis in tensor.axes or () if (line := sole_line(axis)) is not None]
-
-
-def _changing_numbers(states: list[Walk]) -> list[str]:
-    first = states[0].numbers
-    return [
-        f"{node} uses a number computed from the size of the image"
-        for node, number in first.items()
-        if any(s.numbers.get(node) != number for s in states[1:])
-    ]
-
-
-def _halo(line: Line) -> Pair:
-    low, high = np.flatnonzero(line.touched_low), np.flatnonzero(line.touched_high)
-    return (int(low[-1]) + 1 if len(low) else 0), (line.size - int(high[0]) if len(high) else 0)
-
-
-def _shrink(line: Line, size: int) -> Pair:
-    """Samples missing before and after, against ``scale`` samples per pixel.
-
-    Where none are missing, sample j belongs to pixel j / scale: strided convolutions read half a stride to the left of
-    it, and no shift is made of that. Otherwise the place decides, halves go to the middle.
-    """
-    total = math.floor(size * line.scale - line.size)
-    at = line.place * line.scale - Fraction(1, 2)
-    before = min(range(min(0, total), max(0, total) + 1), key=lambda n: (abs(n - at), abs(2 * n - total)))
-    return before, total - before
-
-
-def _axis_field(line: Line, size: int) -> AxisField:
-    halo, shrink = _halo(line), _shrink(line, size)
-    core = np.arange(line.size)[halo[0] : line.size - halo[1]]
-    if not len(core):
-        core = np.arange(line.size)
-    place = (core + shrink[0]) * line.scale.denominator // line.scale.numerator
-    reach = (
-        max(0, int((place - line.low[core]).max(initial=0))),
-        max(0, int((line.high[core] - place).max(initial=0))),
-    )
-    return AxisField(line.stride, reach, halo, shrink, line.scale)
-
-
-def kept_step(field: AxisField, size: int, stride: int) -> int:
-    """Input pixels by which tiles of ``size`` px may advance: what an inner tile keeps, rounded down to the stride."""
-    try:
-        kept = field.out_size(size) - sum(field.halo)
-    except ValueError:
-        return 0
-    return math.floor(Fraction(kept) / field.scale) // stride * stride

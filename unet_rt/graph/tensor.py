@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from . import constants, file
 from . import line as lines
 from .constants import Array
 from .file import Constant, Graph, Node
+from .follow import Followed, plain_numbers
 from .line import Line
+from .numbers import Bound, Follower, LostError, Number, Remark, size_number
 
 
 def first_input(x: Inputs) -> Tensor:
@@ -24,8 +27,6 @@ def first_input(x: Inputs) -> Tensor:
 
 Part = Line | int
 Axis = tuple[Part, ...]
-# A sentence about a node, with the node's place in the graph to sort by.
-Remark = tuple[int, str]
 
 
 def part_size(part: Part) -> int:
@@ -63,7 +64,8 @@ class Tensor:
         dtype: ONNX element type.
         constant: It does not depend on pixels.
         value: Its value, for small constants; initialisers are read from the file when somebody looks.
-        sized: A constant computed from the image's size.
+        followed: How the elements of a constant computed from the image's size follow it; None for others.
+        bounds: Sizes of the image at which everything on the way here is what it is at the size of the walk.
         faults, notes: Remarks about all nodes on the way here.
         pooled: For the indices of a MaxPool without overlap and padding: kernel per spatial axis.
     """
@@ -72,10 +74,16 @@ class Tensor:
     dtype: int = 1
     constant: bool = False
     value: Array | Constant | None = None
-    sized: bool = False
+    followed: Followed | None = None
     faults: frozenset[Remark] = frozenset()
     notes: frozenset[Remark] = frozenset()
     pooled: tuple[int, ...] = ()
+    bounds: frozenset[Bound] = frozenset()
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is a constant that another size of the image would change, as far as is known."""
+        return self.followed is not None and self.followed.changes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,7 +116,7 @@ class Walk:
         broken: Why the graph cannot run at this size (empty if it can).
         dropped: Samples per spatial axis behind the last window of some pooling or convolution.
         density: Multiply-accumulates per input pixel, in the limit of a large image.
-        numbers: Constants computed from the size that take part in pixel arithmetic, by node.
+        sums: Roundings of float32 in the sums of all layers (see :mod:`unet_rt.graph.rounding`).
         order: The nodes as walked, with subgraphs inlined.
     """
 
@@ -119,12 +127,23 @@ class Walk:
     broken: list[str] = field(default_factory=list)
     dropped: dict[int, int] = field(default_factory=dict)
     density: float = 0.0
-    numbers: dict[str, bytes] = field(default_factory=dict)
+    sums: float = 0.0
     order: list[Node] = field(default_factory=list)
     whole_pools: set[str] = field(default_factory=set)
 
     def remark(self, node: Node, text: str) -> Remark:
         return node.index, f"{node} {text}"
+
+    def follower(self, node: Node) -> Follower:
+        return Follower(self.sizes, (node.index, str(node)))
+
+    def length(self, axis: Axis) -> Number:
+        """Samples along an axis, as a number that follows the size of the image."""
+        result = Number({(): Fraction(1)})
+        for p in axis:
+            extra = Fraction(p) if isinstance(p, int) else p.size - p.scale * self.sizes[p.source]
+            result *= Number({(): extra}) if isinstance(p, int) else size_number(p.source, p.scale, extra)
+        return result
 
     def drop(self, line: Line, count: int) -> None:
         if count:
@@ -133,6 +152,7 @@ class Walk:
     def macs(self, per_sample: float, axes: Sequence[Axis]) -> None:
         """Count ``per_sample`` multiply-accumulates for every element of ``axes``."""
         count = float(per_sample)
+        self.sums += 2 * math.sqrt(per_sample)
         followed: set[int] = set()
         for axis in axes:
             for part in axis:
@@ -148,15 +168,30 @@ class Walk:
 
 Inputs = list["Tensor | None"]
 Rule = Callable[[Walk, Node, Inputs], "list[Tensor]"]
-RULES: dict[str, Rule] = {}
+ALL = range(1 << 16)
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of operators of these names."""
+@dataclass(frozen=True)
+class Understood:
+    """What a rule looks at: inputs that may hold pixels, and those whose numbers may follow the size of the image.
+
+    Any other input has a say in the result that no rule follows: there only what never changes is allowed.
+    """
+
+    apply: Rule
+    pixels: Sequence[int] = (0,)
+    numbers: Sequence[int] = ()
+
+
+RULES: dict[str, Understood] = {}
+
+
+def rule(*ops: str, pixels: Sequence[int] = (0,), numbers: Sequence[int] = ()) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of operators of these names, that looks at these inputs."""
 
     def register(function: Rule) -> Rule:
         for op in ops:
-            RULES[op] = function
+            RULES[op] = Understood(function, pixels, numbers)
         return function
 
     return register
@@ -171,18 +206,41 @@ def value_of(tensor: Tensor | None) -> Array | None:
     return tensor.value
 
 
-def constant_tensor(array: Array, sized: bool = False, inputs: Sequence[Tensor | None] = ()) -> Tensor:
-    """The tensor of a value that does not depend on pixels; ``sized``: it depends on the image's size."""
-    axes = tuple(plain(n) for n in array.shape)
-    faults, notes = remarks(inputs)
-    return Tensor(axes, constants.element_type(array), True, array, sized, faults, notes)
+def constant_tensor(array: Array) -> Tensor:
+    """The tensor of a value that does not depend on pixels."""
+    return Tensor(tuple(plain(n) for n in array.shape), constants.element_type(array), True, array)
 
 
-def remarks(inputs: Sequence[Tensor | None]) -> tuple[frozenset[Remark], frozenset[Remark]]:
-    """(faults, notes) of a node's inputs, which its outputs inherit."""
-    faults = frozenset[Remark]().union(*(t.faults for t in inputs if t is not None))
-    notes = frozenset[Remark]().union(*(t.notes for t in inputs if t is not None))
-    return faults, notes
+def behind(tensor: Tensor, inputs: Sequence[Tensor | None]) -> Tensor:
+    """``tensor`` with all that is said of ``inputs``, on which it depends."""
+    given = [t for t in inputs if t is not None]
+    return replace(
+        tensor,
+        faults=tensor.faults.union(*(t.faults for t in given)),
+        notes=tensor.notes.union(*(t.notes for t in given)),
+        bounds=tensor.bounds.union(*(t.bounds for t in given)),
+    )
+
+
+def at_fault(tensor: Tensor, *faults: Remark) -> Tensor:
+    """``tensor`` with more remarks about what keeps it from being exact."""
+    return replace(tensor, faults=tensor.faults.union(faults))
+
+
+def numbers_of(tensor: Tensor | None) -> list[Number]:
+    """The elements of a list of numbers that a rule reads, as they follow the size.
+
+    Raises:
+        LostError: They are not known, or cannot be followed.
+    """
+    array = value_of(tensor)
+    if tensor is None or array is None:
+        raise LostError("reads numbers that are not known")
+    if tensor.followed is None:
+        return list(plain_numbers(array.reshape(-1)))
+    if tensor.followed.lost or tensor.followed.grown:
+        raise LostError(f"reads numbers that cannot be followed: {tensor.followed.lost or 'a list that grows'}")
+    return list(tensor.followed.numbers.reshape(-1))
 
 
 def unknown(state: Walk, node: Node, given: Inputs, text: str) -> list[Tensor]:
@@ -315,20 +373,5 @@ def broadcast(state: Walk, node: Node, given: Sequence[Tensor], dtype: int | Non
         axis, found = _merge_axis(state, node, here, size)
         axes.append(axis)
         texts += found
-    if any(not t.constant for t in given):
-        note_numbers(state, node, given)
     faults = frozenset(state.remark(node, text) for text in texts)
     return Tensor(tuple(axes), given[0].dtype if dtype is None else dtype, faults=faults)
-
-
-def note_numbers(state: Walk, node: Node, given: Sequence[Tensor]) -> None:
-    """Remember constants computed from the size that enter pixel arithmetic: they must not change with the tile."""
-    for t in given:
-        if t.constant and t.sized:
-            array = value_of(t)
-            if array is None:
-                state.numbers[str(node)] = str(state.sizes).encode()
-            elif array.size:
-                # One value along axes of the image: merged() has seen to it that they are uniform there.
-                corner = array[tuple(slice(0, 1 if n > 64 else n) for n in array.shape)]
-                state.numbers[str(node)] = np.ascontiguousarray(corner).tobytes()

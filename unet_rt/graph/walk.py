@@ -11,23 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 
 from ..errors import size_text
 from . import constants, file, rules_arithmetic, rules_layout, rules_resize, rules_windows  # noqa: F401 - the rules
 from .file import Constant, Graph, Node
+from .follow import Followed, follow, lost
+from .numbers import LostError, Number
 from .tensor import (
     RULES,
     Axis,
     CannotRun,
     Inputs,
     Tensor,
+    Understood,
     Walk,
+    at_fault,
+    behind,
     constant_tensor,
-    is_tracked,
     plain,
-    remarks,
     unknown,
     value_of,
 )
@@ -72,22 +76,22 @@ def _step(state: Walk, node: Node) -> None:
         return
     given: Inputs = [state.tensors.get(name) if name else None for name in node.inputs]
     outputs = _outputs(state, node, given)
-    faults, notes = remarks(given)
     constant = all(t is None or t.constant for t in given) and node.op not in _RANDOM
-    sized = any(t is not None and t.sized for t in given)
-    for name, out in zip(node.outputs, outputs, strict=False):
+    missing = [Tensor(None, faults=frozenset({state.remark(node, "has an output that is not understood")}))]
+    for name, out in zip(node.outputs, [*outputs, *missing * len(node.outputs)], strict=False):
         if name:
-            out = replace(out, faults=out.faults | faults, notes=out.notes | notes)
+            out = behind(out, given)
             if constant and not out.constant:
-                out = replace(out, constant=True)
-            if constant and sized:
-                out = replace(out, sized=True)
+                out = replace(out, constant=True, followed=_unread(node, given))
             state.tensors[name] = out
-    for name in node.outputs[len(outputs) :]:
-        if name:
-            text = state.remark(node, "has an output that is not understood")
-            state.tensors[name] = Tensor(None, faults=faults | {text}, notes=notes)
     state.order.append(node)
+
+
+def _unread(node: Node, given: Inputs) -> Followed | None:
+    """How a constant follows the size whose value is not computed."""
+    if all(t is None or t.followed is None or not (t.changes or t.followed.grown) for t in given):
+        return None
+    return lost(f"{node} computes from the size in a way that is not followed")
 
 
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
@@ -97,8 +101,8 @@ def _outputs(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
     if node.op == "Constant" and not node.domain:
         return [_constant_node(node)]
     if node.op in ("Shape", "Size") and not node.domain and given[0] is not None and given[0].axes is not None:
-        return [_shape_of(node, given[0])]
-    folded = _fold(node, given)
+        return [_shape_of(state, node, given[0])]
+    folded = _fold(state, node, given)
     if folded is not None:
         return [folded]
     understood = RULES.get(node.op) if node.domain in ("", "com.microsoft") else None
@@ -107,13 +111,34 @@ def _outputs(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
             return unknown(state, node, given, "is not an operator whose dependence is known")
         if any(t is not None and t.axes is None for t in given):
             return [Tensor(None) for _ in node.outputs]
-        return understood(state, node, given)
+        return _unsaid(state, node, given, understood, understood.apply(state, node, given))
     except CannotRun as reason:
         state.broken.append(f"{node} {reason}")
+    except LostError as reason:
+        return unknown(state, node, given, str(reason))
     except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
         # A malformed node must end as "not exact", never as a crash of whoever asked.
         state.broken.append(f"{node} cannot be read: {error}")
     return unknown(state, node, given, f"does not run at {size_text(state.sizes)}")
+
+
+def _unsaid(state: Walk, node: Node, given: Inputs, understood: Understood, outputs: list[Tensor]) -> list[Tensor]:
+    """``outputs`` of a rule, at fault where an input has a say that the rule does not look at."""
+    if all(t is None or t.constant for t in given):
+        return outputs
+    for k, t in enumerate(given):
+        if t is None or (not t.constant and k in understood.pixels):
+            continue
+        if not t.constant:
+            text = f"takes its input {k + 1} from the image"
+        elif t.followed is not None and t.followed.lost:
+            text = f"uses a number computed from the size of the image, which cannot be followed: {t.followed.lost}"
+        elif t.changes and k not in understood.numbers:
+            text = "uses a number computed from the size of the image"
+        else:
+            continue
+        outputs = [o if o.faults else at_fault(o, state.remark(node, text)) for o in outputs]
+    return outputs
 
 
 def _constant_node(node: Node) -> Tensor:
@@ -124,17 +149,26 @@ def _constant_node(node: Node) -> Tensor:
     return Tensor(None, constant=True) if array is None else constant_tensor(array)
 
 
-def _shape_of(node: Node, x: Tensor) -> Tensor:
-    shape = x.shape
+def _shape_of(state: Walk, node: Node, x: Tensor) -> Tensor:
+    part = slice(node.attributes.get("start", 0), node.attributes.get("end", x.rank))
     if node.op == "Size":
-        return replace(constant_tensor(np.asarray(math.prod(shape), np.int64)), sized=bool(x.lines()))
-    start, end = node.attributes.get("start", 0), node.attributes.get("end", len(shape))
-    part = slice(start, end)
-    sized = any(is_tracked(a) for a in (x.axes or ())[part])
-    return replace(constant_tensor(np.asarray(shape[part], np.int64)), sized=sized)
+        result = constant_tensor(np.asarray(math.prod(x.shape), np.int64))
+    else:
+        result = constant_tensor(np.asarray(x.shape[part], np.int64))
+    if x.followed is not None and (x.followed.lost or x.followed.grown):
+        return replace(result, followed=lost(f"{node} measures what was made as large as the image"))
+    if not x.lines():
+        return result
+    numbers = np.empty(x.rank, object)
+    numbers[:] = [state.length(axis) for axis in x.axes or ()]
+    if node.op == "Size":
+        total = np.empty((), object)
+        total[()] = math.prod(numbers, start=Number({(): Fraction(1)}))
+        return replace(result, followed=Followed(total))
+    return replace(result, followed=Followed(numbers[part]))
 
 
-def _fold(node: Node, given: Inputs) -> Tensor | None:
+def _fold(state: Walk, node: Node, given: Inputs) -> Tensor | None:
     """The node as a constant, if all its inputs are known and small."""
     if node.domain or not given or any(t is not None and not t.constant for t in given):
         return None
@@ -150,7 +184,12 @@ def _fold(node: Node, given: Inputs) -> Tensor | None:
         result = constants.evaluate_node(node.op, attributes, arrays)
     except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError):
         return None
-    return None if result is None else constant_tensor(result, any(t is not None and t.sized for t in given), given)
+    if result is None or all(t is None or t.followed is None for t in given):
+        return None if result is None else constant_tensor(result)
+    follower = state.follower(node)
+    inputs = [(a, None if t is None else t.followed) for a, t in zip(arrays, given, strict=True)]
+    followed = follow(node.op, attributes, inputs, result, follower)
+    return replace(constant_tensor(result), followed=followed, bounds=frozenset(follower.bounds))
 
 
 def _branch(state: Walk, node: Node) -> None:
@@ -170,5 +209,9 @@ def _branch(state: Walk, node: Node) -> None:
     for inner in file.subgraph_nodes(branch, set(state.tensors)):
         # Remarks of the branch sort with its If.
         _step(state, replace(inner, index=node.index))
+    unsure = condition_tensor.followed.lost if condition_tensor is not None and condition_tensor.followed else ""
     for name, value in zip(node.outputs, branch.output, strict=True):
-        state.tensors[name] = state.tensors[value.name]
+        out = behind(state.tensors[value.name], [condition_tensor])
+        if unsure:
+            out = at_fault(out, state.remark(node, f"chooses its branch by the size, not followed: {unsure}"))
+        state.tensors[name] = out

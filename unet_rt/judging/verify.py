@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..baseline.model import Model, baseline_engine, open_model
+from ..baseline.promise import broken_promise
 from ..baseline.results import raw_results
 from ..baseline.samples import ReadOptions, SampleWindow, draw, sample_images
 from ..baseline.tiles import judged_tile, whole_grid
@@ -29,7 +30,10 @@ from ..errors import ContractError, EngineError, GraphError, ImageError, OutputE
 from ..images.normalize import normalize_pixels
 from ..outputs import pictures
 from ..system.json import Record
+from ..tiling.grid import TileGrid
 from .truth import Array, Truth, average_truths, compare_to_labels
+
+PROMISE_WINDOWS = 3  # windows on which the FP32 graph itself is held to what was judged of it
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def verify(
                 count=count,
                 note=notes.append,
             )
-            pair = _Pair(loaded, reference, model, chosen, allowed, tile, threads)
+            pair = _Pair(loaded, reference, model, chosen, allowed, tile, threads, own_graph=baseline is None)
             target = _Picture(Path(picture) if picture else None, picture_always)
             report = _verify_images(pair, samples, labels, target, say)
             return replace(report, notes=(*report.notes, *notes))
@@ -154,6 +158,7 @@ class _Pair:
         budget: What is allowed.
         tile: Of the engine; None: smaller than the window.
         threads: Of backend and kernels.
+        own_graph: The FP32 graph is the engine's own, which was judged exact or not.
     """
 
     engine: Engine
@@ -163,6 +168,7 @@ class _Pair:
     budget: Budget
     tile: Sequence[int] | None
     threads: int
+    own_graph: bool
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,7 @@ class _Comparison:
 
     Attributes:
         sample: The window.
+        grid: The tiles of the engine.
         wanted, got: Of every output (K, *spatial), float32.
         images: Agreement of every output.
         seams: The engine in tiles against itself untiled; empty where there is no whole-image result.
@@ -186,6 +193,7 @@ class _Comparison:
     """
 
     sample: SampleWindow
+    grid: TileGrid
     wanted: list[Array]
     got: list[Array]
     images: list[ImageParity]
@@ -230,12 +238,14 @@ def _verify_images(
     """What windows of the user's images say."""
     spec, budget = pair.engine.spec, pair.budget
     found, seams, growth = list[ImageParity](), list[ImageParity](), list[ImageParity]()
-    truths, worst = list[Truth](), None
+    truths, worst, broken = list[Truth](), None, ""
     for k, sample in enumerate(samples):
         say(f"{k + 1}/{len(samples)}: {sample.name}")
         here = _compare(pair, sample)
         found, seams, growth = found + here.images, seams + here.seams, growth + here.growth
         worst = _choose_worse(pair, worst, here)
+        if pair.own_graph and k < PROMISE_WINDOWS and not broken:
+            broken = broken_promise(pair.reference, pair.model, sample, here.wanted, here.grid, pair.threads)
         if labels is not None:
             contract = spec.contract_of(pair.head)
             truths.append(
@@ -247,6 +257,8 @@ def _verify_images(
         if truth.drop > budget.truth:
             reason = f"{truth.image}: {truth.drop:.4f} below FP32 against the labels, budget {budget.truth:g}"
             verdict = replace(verdict, accepted=False, reasons=(*verdict.reasons, reason))
+    if broken:
+        verdict = replace(verdict, accepted=False, reasons=(broken, *verdict.reasons))
     no_whole = "the baseline runs the same tiles: this network or graph has no whole-image result"
     return VerifyReport(
         pair.engine.folder.path if pair.engine.folder else Path(),
@@ -270,10 +282,10 @@ def _compare(pair: _Pair, sample: SampleWindow) -> _Comparison:
     got = raw_results(pair.engine, sample, small, threads)
     images = parity_module.compare_outputs(wanted, got, spec, sample.name)
     if not spec.runs_whole:
-        return _Comparison(sample, wanted, got, images, [], [])
+        return _Comparison(sample, small, wanted, got, images, [], [])
     untiled = raw_results(pair.engine, sample, grid, threads)
     seams = parity_module.compare_outputs(untiled, got, spec, sample.name)
-    return _Comparison(sample, wanted, got, images, seams, _compare_growth(pair, sample, wanted))
+    return _Comparison(sample, small, wanted, got, images, seams, _compare_growth(pair, sample, wanted))
 
 
 def _choose_worse(pair: _Pair, worst: _Difference | None, window: _Comparison) -> _Difference | None:

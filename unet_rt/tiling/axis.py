@@ -38,6 +38,12 @@ def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField], least: int
         size = sizes.at_least(need)
     else:
         size = sizes.fixed + max(0, -(-(need - sizes.fixed) // sizes.stride)) * sizes.stride
+    if sizes.exact_up_to is not None and size > sizes.exact_up_to:
+        raise TileError(
+            f"an image axis of {image} px needs a canvas of {size} px, and above {sizes.exact_up_to} px the network "
+            "computes something else, so that tiles would not equal the whole image; predict parts of at most "
+            f"{sizes.at_most(sizes.exact_up_to)} px, or export the network without the bound that inspect names"
+        )
     return Canvas(image, before, size)
 
 

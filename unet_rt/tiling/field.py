@@ -5,11 +5,11 @@ Frozen values only; no pixels, no ONNX. ``graph.py`` computes them, ``tiles.py``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from ..system.json import Count, Record, Size
+from ..system.json import OPTIONAL, Count, Record, Size
 
 Pair = tuple[int, int]
 
@@ -55,17 +55,21 @@ class AxisField:
 class TileSizes:
     """Input sizes along one spatial axis that the graph accepts: ``remainder`` modulo ``stride``, at least ``minimum``.
 
-    ``fixed`` is the only size where the graph's own size could not be made free.
+    ``fixed`` is the only size where the graph's own size could not be made free. Above ``exact_up_to`` the network computes
+    something else, and tiles do not equal the whole image any more.
     """
 
     stride: Count
     remainder: Size
     minimum: Size
     fixed: Count | None = None
+    exact_up_to: Count | None = field(default=None, metadata=OPTIONAL)
 
     def accepts(self, size: int) -> bool:
         if self.fixed is not None:
             return size == self.fixed
+        if self.exact_up_to is not None and size > self.exact_up_to:
+            return False
         return size >= self.minimum and size % self.stride == self.remainder
 
     def at_least(self, size: int) -> int:
@@ -79,6 +83,7 @@ class TileSizes:
         """Largest accepted size not above ``size``; ``minimum`` if there is none."""
         if self.fixed is not None:
             return self.fixed
+        size = size if self.exact_up_to is None else min(size, self.exact_up_to)
         return max(size - (size - self.remainder) % self.stride, self.at_least(self.minimum))
 
 
