@@ -7,30 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 from drawn_networks import draw_network
 
 from unet_rt.graph.report import GraphReport, inspect
 
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
+tiles_and_whole = pytest.importorskip("tiles_and_whole")
 
 COUNT = int(os.environ.get("UNET_RT_FUZZ", "200"))
 FIRST = int(os.environ.get("UNET_RT_FUZZ_SEED", "0"))
 EXACT_SHARE = 0.4
 LARGEST = 640  # canvas in pixels that is still run
-
-
-def session_of(model: onnx.ModelProto) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    # As the graph stands: what optimisers make of it is theirs to prove.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def arrangements(report: GraphReport) -> Iterator[tuple[list[int], list[int]]]:
@@ -50,33 +39,6 @@ def arrangements(report: GraphReport) -> Iterator[tuple[list[int], list[int]]]:
             yield tile, bound
 
 
-def largest_difference(report: GraphReport, session: Any, tile: Sequence[int], canvas: Sequence[int]) -> float:
-    """Of tiles at the corners and within to the whole, relative to the largest value."""
-    rng = np.random.default_rng(tile[0] * canvas[1])
-    image = rng.normal(0, 1, (1, 2, *canvas)).astype(np.float32)
-    whole = session.run(None, {"x": image})[0]
-    worst = 0.0
-    for corner in (0, 1, 2):
-        origin = []
-        for c, t, s in zip(canvas, tile, report.sizes, strict=True):
-            origin.append((0, c - t, min(c - t, s.stride))[corner])
-        window = tuple(slice(o, o + t) for o, t in zip(origin, tile, strict=True))
-        part = session.run(None, {"x": np.ascontiguousarray(image[(..., *window)])})[0]
-        inner, outer = [], []
-        for k, f in enumerate(report.outputs[0].field):
-            assert part.shape[2 + k] == f.out_size(tile[k])
-            assert whole.shape[2 + k] == f.out_size(canvas[k])
-            start = f.halo[0] if origin[k] > 0 else 0
-            stop = part.shape[2 + k] - (f.halo[1] if origin[k] + tile[k] < canvas[k] else 0)
-            assert start < stop
-            shift = int(origin[k] * f.scale)
-            inner.append(slice(start, stop))
-            outer.append(slice(start + shift, stop + shift))
-        a, b = part[(..., *inner)], whole[(..., *outer)]
-        worst = max(worst, float(np.abs(a - b).max() / max(1.0, np.abs(b).max())))
-    return worst
-
-
 def tolerance(report: GraphReport, canvas: Sequence[int]) -> float:
     """Sums in another order, and float32 coordinates where a resize is no power of two."""
     return 1e-5 + (max(canvas) * 2.0**-18 if report.outputs[0].note else 0.0)
@@ -89,9 +51,9 @@ def verdict(seed: int) -> str:
     if not report.exact:
         assert report.outputs[0].reasons, f"{seed} ({traits}): not exact, and no reason"
         return "not exact"
-    session, tested = session_of(model), 0
+    session, tested = tiles_and_whole.session_of(model), 0
     for tile, canvas in arrangements(report):
-        error = largest_difference(report, session, tile, canvas)
+        error = tiles_and_whole.largest_difference(report, session, tile, canvas)
         assert error <= tolerance(report, canvas), (
             f"seed {seed} ({traits}): tiles of {tile} px differ by {error:.2g} on a canvas of {canvas} px, and it is "
             f"called exact: {report.sizes}"

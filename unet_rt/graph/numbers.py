@@ -53,10 +53,18 @@ class Bound:
 
 @dataclass(frozen=True)
 class Number:
-    """A polynomial in the sizes of the image. ``rounded``: as float32 it may be rounded, once."""
+    """A polynomial in the sizes of the image.
+
+    ``rounded``: as float32 it may be rounded, once. ``floored``: it is whole at the sizes of its bounds, whatever its terms.
+    """
 
     terms: Mapping[Monomial, Fraction]
     rounded: bool = False
+    floored: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return not self.rounded and (self.floored or all(c.denominator == 1 for c in self.terms.values()))
 
     @property
     def constant(self) -> bool:
@@ -69,10 +77,10 @@ class Number:
         terms = dict(self.terms)
         for m, c in other.terms.items():
             terms[m] = terms.get(m, Fraction(0)) + c
-        return Number({m: c for m, c in terms.items() if c})
+        return Number({m: c for m, c in terms.items() if c}, floored=self.whole and other.whole)
 
     def __neg__(self) -> Number:
-        return Number({m: -c for m, c in self.terms.items()}, self.rounded)
+        return Number({m: -c for m, c in self.terms.items()}, self.rounded, self.floored)
 
     def __sub__(self, other: Number) -> Number:
         return self + -other
@@ -85,7 +93,7 @@ class Number:
                 if len(both) > _MAX_DEGREE:
                     raise LostError("multiplies sizes more often than is followed")
                 terms[both] = terms.get(both, Fraction(0)) + c * d
-        return Number({m: c for m, c in terms.items() if c})
+        return Number({m: c for m, c in terms.items() if c}, floored=self.whole and other.whole)
 
 
 def plain_number(value: Any) -> Number:
@@ -143,6 +151,8 @@ class Follower:
         """The largest whole number that is not above ``x``, at sizes of the same residue."""
         if x.constant:
             return plain_number(math.floor(x.at(self.sizes)))
+        if x.whole:
+            return x
         part = x.at(self.sizes) % 1
         if x.rounded:
             # A quotient that is whole is not rounded; another must be too far from the next whole number to reach it.
@@ -153,11 +163,11 @@ class Follower:
                 if c.denominator > MAX_MODULUS:
                     raise LostError(f"computes with remainders modulo {c.denominator}")
                 self.bounds.add(Bound(axis, self.node, modulus=c.denominator))
-        return Number((x - plain_number(part)).terms)
+        return Number((x - plain_number(part)).terms, floored=True)
 
     def truncate(self, x: Number) -> Number:
         """``x`` without its fraction."""
-        if all(c.denominator == 1 for c in x.terms.values()) and not x.rounded:
+        if x.whole:
             return x
         return self.floor(x) if self.holds(x) else -self.floor(-x)
 
@@ -195,7 +205,7 @@ class Follower:
             if not _is_scaled(x, given):
                 raise LostError("computes on with numbers that float32 rounds")
             return Number(x.terms, True)
-        denominator = math.lcm(*(c.denominator for c in x.terms.values()))
+        denominator = 1 if x.whole else math.lcm(*(c.denominator for c in x.terms.values()))
         if denominator & (denominator - 1):
             return Number(x.terms, True)
         self._within(x, Fraction(_FLOAT_DIGITS, denominator))

@@ -181,7 +181,8 @@ def _fold(state: Walk, node: Node, given: Inputs) -> Tensor | None:
     if node.op == "ConstantOfShape" and "value" in attributes:
         attributes["value"] = file.constant_attribute(node)
     try:
-        result = constants.evaluate_node(node.op, attributes, arrays)
+        with np.errstate(all="ignore"):  # numbers that a graph makes are its own; what divides by 0 is not followed
+            result = constants.evaluate_node(node.op, attributes, arrays)
     except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError):
         return None
     if result is None or all(t is None or t.followed is None for t in given):
