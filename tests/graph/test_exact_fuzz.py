@@ -62,6 +62,19 @@ def verdict(seed: int) -> str:
     return "exact" if tested else "untested"
 
 
+# Networks that were called exact and were not, or that the analysis could not read.
+FOUND = {
+    97: "a tile hardly larger than a reflecting pad, cut off again, brought one of its edges to the other",
+    1043: "one size gave an output with spatial axes, the next one without",
+}
+
+
+@pytest.mark.onnxruntime
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_was_found_once_stays_right(seed: int) -> None:
+    assert verdict(seed) in ("exact", "not exact")
+
+
 @pytest.mark.onnxruntime
 def test_exact_is_true_of_drawn_networks() -> None:
     found = [verdict(seed) for seed in range(FIRST, FIRST + COUNT)]

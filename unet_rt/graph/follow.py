@@ -96,8 +96,8 @@ def follow(
     inputs: Sequence[tuple[Array | None, Followed | None]],
     result: Array,
     follower: Follower,
-) -> Followed:
-    """How the result of a node follows the size, whose inputs are constants, some of them followed.
+) -> Followed | None:
+    """How the result of a node follows the size, whose inputs are constants, some of them followed; None: it does not.
 
     Args:
         op, attributes: The node.
@@ -110,7 +110,7 @@ def follow(
             if one is not None and one.lost:
                 return lost(one.lost)
         if not any(one is not None and (one.changes or one.grown) for _, one in inputs):
-            return Followed(plain_numbers(result))
+            return None
         found = _followed(op, attributes, inputs, result, follower)
         _check(found, result, follower.sizes)
         return found

@@ -1,8 +1,9 @@
 """Read-only questions to an ONNX graph: stride, halo, reach, exactness, accepted sizes, cost.
 
-The graph is walked at three sizes T, T + S and T + 2S (:mod:`unet_rt.propagate`). What all three agree on is the
+The graph is walked at three sizes T, T + S and T + 2S (:mod:`unet_rt.graph.walk`). What all three agree on is the
 answer; where they do not, or where a node depends on more than a neighbourhood, the answer is "not exact" and the
-nodes at fault.
+nodes at fault. Numbers that the graph computes from its size are followed as functions of it
+(:mod:`unet_rt.graph.numbers`): three sizes prove nothing about them.
 """
 
 from __future__ import annotations
