@@ -23,6 +23,8 @@ from .walk import walk
 # Down-sampling beyond this is no network for images but a size baked into the graph.
 _MAX_STRIDE = 2048
 _MAX_SIZE = 8192
+# Remainders tried: networks for images take one of the first, and each try is a walk.
+_MAX_REMAINDERS = 128
 # A network that is another one below this many pixels (or four strides) is not called exact above.
 _MAX_LOW = 256
 
@@ -109,7 +111,7 @@ class Search:
     def _find_remainder(self, base: int) -> bool:
         self.strides = self._stride(base)
         fallback: tuple[int, ...] | None = None
-        candidates = range(max(self.strides)) if None in self.declared else range(1)
+        candidates = range(min(max(self.strides), _MAX_REMAINDERS)) if None in self.declared else range(1)
         for r in candidates:
             self.remainders = tuple(
                 (r if n is None else n) % s for n, s in zip(self.declared, self.strides, strict=True)
