@@ -113,7 +113,8 @@ def _layout(
     least = 0
     if selection is not None:
         least = (3 if selection == "luma" else 2) if isinstance(selection, str) else max(selection, default=0) + 1
-    # A choice of channel 0 alone repeats grey; it does not say that there is a channel axis.
+    # A choice of channel 0 alone decides between two readings; repeats of it are grey for each, and say nothing of axes.
+    alone = selection is not None and tuple(selection) == (0,)
     return read_axes(
         stored.pixels.shape,
         name=name,
@@ -121,7 +122,7 @@ def _layout(
         found=stored.axes,
         given=axes,
         wanted=wanted if least <= 1 and selection is None else (1 if least <= 1 else None),
-        least=least if least > 1 else 0,
+        least=least if least > 1 or alone else 0,
     )
 
 
