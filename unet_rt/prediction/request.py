@@ -20,6 +20,7 @@ from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
 
+MAX_FACTOR = 10  # pixel sizes of image and training farther apart are refused: no network bridges that
 Kind = OutputKind | Literal["instances"]
 
 
@@ -139,6 +140,7 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
             f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
         )
     _check_objects(settled, spec, source)
+    check_pixel_size(spec.contract, source)
     return settled
 
 
@@ -219,6 +221,19 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
     tables = asked.tables
     if tables is not None and tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+
+
+def check_pixel_size(contract: Contract, source: Source) -> None:
+    """ContractError where the pixel sizes of image and training are so far apart that one of them is not true."""
+    wanted, size = contract.pixel_size_um, source.pixel_size_um
+    if not wanted or size is None or len(wanted) != len(size):
+        return
+    apart = max(max(a / b, b / a) for a, b in zip(size, wanted, strict=True))
+    if apart > MAX_FACTOR * (1 + 1e-6):
+        raise ContractError(
+            f"{source.name} has pixels of {um_text(size)} um, and the network was trained on {um_text(wanted)} um: a factor "
+            f"of {apart:,.0f}; pass the image's true size with --pixel-size, in micrometres (files for print give 72 dpi)"
+        )
 
 
 def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
