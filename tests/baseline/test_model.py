@@ -123,7 +123,8 @@ def test_default_overlap_of_unpadded_networks_leaves_no_gap(engine_folder):
 @pytest.mark.parametrize("said", [(0.5,), (0.5, 0.5)])
 def test_a_pixel_size_of_one_number_is_that_of_each_axis(tmp_path, said):
     (tmp_path / "work").mkdir()
-    assert open_model(shipped_model(), tmp_path / "work", options=Contract(pixel_size_um=said)).contract.pixel_size_um == (0.5, 0.5)
+    model = open_model(shipped_model(), tmp_path / "work", options=Contract(pixel_size_um=said))
+    assert model.contract.pixel_size_um == (0.5, 0.5)
 
 
 def test_a_pixel_size_of_other_axes_is_refused(tmp_path):

@@ -82,7 +82,7 @@ def predict(
         batch: Tiles per run; None: the engine's own number.
         threads: Threads of the kernels; 0: as many as affinity and quota allow.
         mask_values: Value of every label in a mask, e.g. ``(0, 255)``.
-        normalization: For engines whose contract declares none; any other engine has its own.
+        normalization: For engines whose contract declares none, or no scope of its statistics; any other has its own.
         overlay: PNG of the mask drawn over the image, to be written as well (every k-th pixel of large images).
         overwrite: Replace an existing ``out``.
         progress: Called with (tiles done, tiles in all).

@@ -13,6 +13,7 @@ from ..engine.spec import EngineSpec
 from ..engine.tta import Augmented, Tta
 from ..errors import ContractError, ImageError, OutputError
 from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
+from ..images.normalize import missing_normalization, scope_text
 from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import MemoryContext
@@ -182,23 +183,24 @@ def _check_device(engine: Engine, output: int, source: Source, device: MemoryCon
 
 
 def normalization_of(spec: EngineSpec, source: Source, given: Normalization | None) -> Normalization:
-    """The contract's normalisation; ``given`` where it declares none; none at all for floating-point pixels.
+    """The contract's normalisation; ``given`` where it declares none, or but for the scope; none at all for floats.
 
     Raises:
         ContractError: Two declarations, or integer pixels and none.
     """
     declared = spec.contract.normalization
     if declared is not None:
-        if given is not None and given != declared:
-            raise ContractError(
-                f"the engine was built and proven with normalisation {declared.method}; build it again to change that"
-            )
-        return declared
+        if given is None or given == declared:
+            return declared
+        if declared.scope is None and replace(given, scope=None) == declared:
+            return given
+        scope = f", scope {declared.scope}" if declared.scope else ""
+        raise ContractError(
+            f"the engine was built and proven with normalisation {declared.method}{scope}; build it again to change that"
+        )
     if given is not None:
         return given
     if source.dtype.kind in "iu":
-        from ..images.normalize import missing_normalization
-
         raise missing_normalization(source)
     return Normalization("none")
 
@@ -240,6 +242,9 @@ def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
     """What is to be said of a settled request in the report."""
     spec = engine.spec
     notes = _pixel_size_notes(spec.contract, source, resample=asked.resample) + _batch_notes(engine, asked.batch or 1)
+    over = scope_text(asked.normalization, source) if asked.normalization else ""
+    if over:
+        notes.append(over)
     if len(spec.outputs) > 1:
         names = [output.name for output in spec.outputs]
         notes.append(f"output {names[spec.head(asked.head)]} of {', '.join(names)}")
