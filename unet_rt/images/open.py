@@ -24,6 +24,7 @@ from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels, is_zarr, pick_level
 from .reading import Reading
 from .source import BAND_SAMPLES, Source, file_state
+from .views import write_out_palette
 
 
 def open_image(
@@ -55,6 +56,8 @@ def open_image(
     asked = parse_level(reading.level)
     name, path, stored = _open_any(image, name, asked if isinstance(asked, int) else None)
     try:
+        if not reading.indices:
+            stored = write_out_palette(stored)
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
         wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
         selection = parse_channels(channels) if isinstance(channels, str) else channels
@@ -73,7 +76,7 @@ def open_image(
         stored.pixels.close()
         raise
     stored.pixels.close()
-    again = Reading(axes, channels, picked, size_um)
+    again = replace(reading, level=picked)
     return open_image(image, contract, again, spatial=spatial, network_channels=network_channels, name=name)
 
 

@@ -19,6 +19,7 @@ class Reading:
             all axes.
         wanted_um: Pixel size that the image is to be brought to: without ``level``, the coarsest level is read whose pixels
             are at least as fine.
+        indices: Indices into a palette of a TIFF are the values, as in masks: its colours are for the eye.
     """
 
     axes: str | None = None
@@ -26,3 +27,4 @@ class Reading:
     level: int | str | None = None
     pixel_size_um: Sequence[float] = ()
     wanted_um: Sequence[float] = ()
+    indices: bool = False

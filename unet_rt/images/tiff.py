@@ -23,13 +23,16 @@ from .pixels import (
     GEO_TAGS,
     NODATA_TAG,
     UM,
+    Array,
     MappedFile,
     Origin,
     Stored,
     pick_level,
 )
 from .tiff_pages import MappedSeries, SegmentedSeries, truncated_error
+from .views import turn_upright
 
+ORIENTATION_TAG = 274
 # Measured on a blank 8 MiB image: deflate 988 : 1, LZW 1157, Zstandard 30,500, JPEG XL 36,000, Brotli 599,000.
 MAX_RATIO = 1_000_000
 
@@ -151,7 +154,7 @@ def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stor
     alpha = colours if colours and len(extra) == 1 and extra[0] in (1, 2) else None
     if colours == 0 or axes.count("S") != 1 or (alpha is not None and shape[axes.index("S")] != colours + 1):
         alpha = None
-    return Stored(
+    stored = Stored(
         _pixels(levels[picked], key, shape, place, name),  # last: what is opened here stays open
         axes,
         origin,
@@ -161,7 +164,25 @@ def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stor
         tuple(notes),
         levels=tuple(level_shapes) if len(levels) > 1 else (),
         nodata=_nodata(series.keyframe),
+        palette=_palette(key),
     )
+    # A georeference is that of the pixels as they lie in the file.
+    return stored if _is_geo(tif) else turn_upright(stored, _orientation(series.keyframe))
+
+
+def _orientation(key: Any) -> int:
+    tag = key.tags.get(ORIENTATION_TAG)
+    return int(tag.value) if tag is not None and isinstance(tag.value, int) else 1
+
+
+def _palette(key: Any) -> Array | None:
+    """The colours of a picture of indices, (n, 3) uint8; 16-bit ones as others cut them, by their upper byte."""
+    table = key.colormap if int(key.photometric) == 3 and key.samplesperpixel == 1 else None
+    if table is None or table.shape != (3, 2**key.bitspersample):
+        return None
+    shift = 8 if table.max() > 255 else 0  # some writers take 255 for the brightest
+    colours: Array = (table >> shift).astype(np.uint8).T.copy()
+    return colours
 
 
 def _nodata(key: Any) -> float | None:
@@ -177,7 +198,7 @@ def _check_photometric(key: Any, name: str, notes: list[str]) -> None:
     photometric = int(key.photometric)
     if photometric == 0:
         notes.append("white is zero: values as stored")
-    elif photometric == 3:
+    elif photometric == 3 and _palette(key) is None:
         notes.append("colour map ignored: values as stored")
     elif photometric in (5, 8, 9, 10) or (photometric == 6 and int(key.compression) not in (6, 7, 33007, 33003, 33005)):
         raise ImageError(
