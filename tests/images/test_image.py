@@ -579,6 +579,39 @@ def test_further_series_and_levels_are_said(tmp_path: Path) -> None:
         np.testing.assert_array_equal(planes_of(source)[0, 0], GREY)
 
 
+def test_one_of_several_series_is_read_by_number_or_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for k in range(3):
+            about = {"axes": "YX", "Name": f"well {k}", "PhysicalSizeX": k + 1.0, "PhysicalSizeY": k + 1.0}
+            writer.write(GREY[k:], metadata=about)
+    with pytest.raises(ImageError, match=r"holds 3 images: 0 well 0 \(YX 75x93\), 1 well 1 \(YX 74x93\).*--series N"):
+        open_image(path, ANY)
+    for series in (1, "1", "well 1"):
+        with open_image(path, ANY, series=series) as source:
+            assert "series 1 of 3 (well 1)" in source.reading
+            assert source.pixel_size_um == (2, 2)
+            np.testing.assert_array_equal(planes_of(source)[0, 0], GREY[1:])
+    for wrong in (3, -1, "well 7"):
+        with pytest.raises(ImageError, match=r"no single series is called .*2 well 2"):
+            open_image(path, ANY, series=wrong)
+    with pytest.raises(ImageError, match="holds no series"):
+        open_image(GREY, ANY, series=0)
+
+
+@pytest.mark.parametrize("subfile", [1, 4], ids=["preview", "mask"])
+@pytest.mark.parametrize("first", [True, False])
+def test_previews_and_masks_are_no_planes(tmp_path: Path, subfile: int, first: bool) -> None:
+    small = {"subfiletype": subfile, "photometric": "minisblack"}
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for preview in (first, not first):
+            little = GREY[::4, ::4] > 9 if subfile == 4 else GREY[::4, ::4]
+            pixels, options = (little, small) if preview else (GREY, {"photometric": "minisblack"})
+            writer.write(pixels, metadata=None, **options)
+    with open_image(tmp_path / "a.tif", ANY, network_channels=1) as source:
+        np.testing.assert_array_equal(planes_of(source)[:, 0], GREY[None])
+
+
 def test_colours_compressed_as_jpeg_read_as_rgb(tmp_path: Path) -> None:
     pytest.importorskip("imagecodecs")
     smooth = Image.fromarray(COLOUR[:9, :11]).resize((93, 75))
@@ -760,7 +793,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "cmyk.jpg", "CMYK.*RGB"),
         (tmp_path / "lab.tif", "CIELAB.*RGB"),
         (tmp_path / "frames.png", "2 frames"),
-        (tmp_path / "pages.tif", "2 pages of different shapes"),
+        (tmp_path / "pages.tif", r"holds 2 images: 0 \(.*\), 1 \(.*\); choose one with .*--series"),
         (file("huge.png", png_header(100_000, 100_000)), "more than 1,073,741,824"),
         (file("bomb.png", png_header(30_000, 30_000)), "cannot hold them"),
         (file("huge.tif", tiff_header(1_000_000, 1_000_000, 8)), "cannot hold them"),

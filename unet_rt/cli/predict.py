@@ -68,7 +68,11 @@ def add_predict(verbs: Any) -> None:
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     add_overwrite(p)
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
-    add_reading(p).add_argument(
+    reading = add_reading(p)
+    reading.add_argument(
+        "--series", metavar="N|NAME", help="of TIFFs that hold several images: number, from 0, or name"
+    )
+    reading.add_argument(
         "--level",
         metavar="N|UMum",
         help="of pyramids (Zarr, TIFF, slides): number or pixel size, e.g. 0.5um; default: the finest, 0; with --resample: "
@@ -202,6 +206,7 @@ def _predict_item(
         axes=args.axes,
         channels=read_channels(args),
         level=args.level,
+        series=args.series,
         tile=args.tile,
         batch=args.batch,
         threads=args.threads,

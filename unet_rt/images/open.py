@@ -54,8 +54,10 @@ def open_image(
     reading = reading or Reading()
     axes, channels, size_um = reading.axes, reading.channels, reading.pixel_size_um
     asked = parse_level(reading.level)
-    name, path, stored = _open_any(image, name, asked if isinstance(asked, int) else None)
+    name, path, stored = _open_any(image, name, asked if isinstance(asked, int) else None, reading.series)
     try:
+        if reading.series is not None and not stored.series:
+            raise ImageError(f"{name}: the format holds no series; leave --series {reading.series} away")
         if not reading.indices:
             stored = write_out_palette(stored)
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
@@ -80,23 +82,26 @@ def open_image(
     return open_image(image, contract, again, spatial=spatial, network_channels=network_channels, name=name)
 
 
-def _open_any(image: Any, name: str | None, level: int | None) -> tuple[str, Path | None, Stored]:
+def _open_any(
+    image: Any, name: str | None, level: int | None, series: int | str | None
+) -> tuple[str, Path | None, Stored]:
     """(name for messages, path of a file or folder, the image before its axes are read)."""
     path: Path | None = None
     if isinstance(image, str) and is_url(image):
         from .url import open_url
 
         name = image.rstrip("/").rpartition("/")[2] or image
-        stored = open_url(image, name, level)
+        stored = open_url(image, name, level, series)
     elif isinstance(image, (str, os.PathLike)):
         path = Path(image)
         name = path.name or str(path)
-        stored = _open_path(path, name, level)
+        stored = _open_path(path, name, level, series)
         if not stored.files:
             stored = replace(stored, files=(path,))
         if not stored.fingerprint:
             size, changed = file_state(path, name)
             state = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "level": level or 0}
+            state |= {} if series is None else {"series": series}
             stored = replace(stored, fingerprint=state)
     else:
         name = name or "array"
@@ -249,7 +254,7 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
     return list(dict.fromkeys(found))
 
 
-def _open_path(path: Path, name: str, level: int | None) -> Stored:
+def _open_path(path: Path, name: str, level: int | None, series: int | str | None) -> Stored:
     try:
         if path.is_dir():
             if is_zarr(path):
@@ -266,11 +271,11 @@ def _open_path(path: Path, name: str, level: int | None) -> Stored:
     if path.suffix.lower() in SLIDES:
         from .slide import open_slide
 
-        return open_slide(path, name, level)
+        return open_slide(path, name, level, series)
     if head[:4] in TIFF_MAGIC:
         from .tiff import open_tiff
 
-        return open_tiff(path, name, level)
+        return open_tiff(path, name, level, series)
     pick_level(level, 1, name)
     if head[:6] == NPY_MAGIC:
         return _open_npy(path, name)
