@@ -9,7 +9,9 @@ import onnx
 import pytest
 
 import unet_rt as urt
+from unet_rt.baseline.model import open_model
 from unet_rt.cli.demo import shipped_model
+from unet_rt.contract.contract import Contract
 from unet_rt.engine.folder import read_folder
 
 pytestmark = pytest.mark.onnxruntime
@@ -116,3 +118,16 @@ def test_default_overlap_of_unpadded_networks_leaves_no_gap(engine_folder):
     small = blended_spec(spec, (300, 300), Path("m.onnx"))
     assert small.overlap == (184, 184)
     assert small.grid((500, 700)).count > 4
+
+
+@pytest.mark.parametrize("said", [(0.5,), (0.5, 0.5)])
+def test_a_pixel_size_of_one_number_is_that_of_each_axis(tmp_path, said):
+    (tmp_path / "work").mkdir()
+    model = open_model(shipped_model(), tmp_path / "work", options=Contract(pixel_size_um=said))
+    assert model.contract.pixel_size_um == (0.5, 0.5)
+
+
+def test_a_pixel_size_of_other_axes_is_refused(tmp_path):
+    (tmp_path / "work").mkdir()
+    with pytest.raises(urt.ContractError, match=r"2 x 0.5 x 0.5 um, has 3 numbers, .* 2 spatial axes.*--pixel-size"):
+        open_model(shipped_model(), tmp_path / "work", options=Contract(pixel_size_um=(2, 0.5, 0.5)))

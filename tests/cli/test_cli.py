@@ -252,6 +252,35 @@ def test_predict_writes_the_mask_of_the_library(
     assert f"-> {out}" in text
 
 
+def test_one_image_of_several_is_predicted_by_its_name(
+    cli: Callable[..., Outcome], engine_folder: Path, sample_images: list[Array]
+) -> None:
+    first, second = (image[:200, :220] for image in sample_images[:2])
+    with tifffile.TiffWriter("wells.ome.tif", ome=True) as writer:
+        for name, image in (("A1", first), ("B2", second)):
+            writer.write(image, metadata={"axes": "YX", "Name": name})
+    code, _, err = cli("predict", engine_folder, "wells.ome.tif", "--out", "a.npy")
+    assert code != 0
+    assert "0 A1 (YX 200x220), 1 B2 (YX 200x220)" in err
+    for series in ("B2", "1"):
+        assert cli("predict", engine_folder, "wells.ome.tif", "--out", f"{series}.npy", "--series", series)[0] == 0
+        with urt.load(engine_folder) as engine:
+            np.testing.assert_array_equal(np.load(f"{series}.npy"), urt.predict(engine, second))
+
+
+def test_a_declared_scope_is_not_changed(cli: Callable[..., Outcome], engine_folder: Path, images: Path) -> None:
+    with urt.load(engine_folder) as engine:
+        declared = engine.spec.contract.normalization
+    assert declared is not None
+    assert declared.scope is not None
+    other = "slice" if declared.scope != "slice" else "channel"
+    code, _, err = cli("predict", engine_folder, images / "a.tif", "--out", "a.npy", "--normalize-scope", other)
+    assert code != 0
+    assert f"scope {declared.scope}; build it again" in err
+    same = ("--normalize-scope", declared.scope)
+    assert cli("predict", engine_folder, images / "a.tif", "--out", "a.npy", *same)[0] == 0
+
+
 def test_predict_of_a_folder_fills_a_folder(cli: Callable[..., Outcome], engine_folder: Path, images: Path) -> None:
     code, out, err = cli("predict", engine_folder, images, "--out", "new/masks", "--overlay", "--json")
     assert code == 0, err

@@ -99,7 +99,7 @@ CONTRACTS = st.builds(
     | st.builds(
         Normalization,
         st.sampled_from(["none", "scale", "dtype", "minmax", "percentile", "zscore", "fixed"]),
-        scope=st.sampled_from(["image", "channel", "slice"]),
+        scope=st.sampled_from(["image", "channel", "slice", None]),
         scale=NUMBERS,
         percentiles=st.tuples(st.floats(0, 40), st.floats(60, 100)),
         mean=st.lists(NUMBERS, min_size=3, max_size=3).map(tuple),

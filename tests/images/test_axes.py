@@ -59,6 +59,11 @@ def test_readings(shape: tuple[int, ...], spatial: int, wanted: int, found: str 
         ((3, 80, 3), 2, 3, "3x80x3 can be read as CYX or YXC; .* --axes CYX"),
         ((3, 64, 80), 2, 1, r"IYX \(3 planes\) or CYX \(3 channels\)"),
         ((3, 3, 64, 80), 3, 3, "CZYX or ZCYX"),
+        ((180, 240, 2), 2, 1, r"IYX \(180 planes\) or YXC \(2 channels\).*--axes IYX"),
+        ((180, 240, 5), 2, None, r"IYX \(180 planes\) or YXC \(5 channels\)"),
+        ((180, 240, 16), 2, 1, r"YXC \(16 channels\)"),
+        ((7, 180, 240, 2), 2, 1, r"TZYX \(1260 planes\) or IYXC \(2 channels\)"),
+        ((20, 180, 240, 6), 3, 1, r"TZYX \(20 planes\) or ZYXC \(6 channels\)"),
         ((7, 64, 80), 2, 3, "no axis of 7x64x80 has the 3 channels"),
         ((64,), 2, 1, "not enough for a 2-D network"),
         ((64, 80), 3, 1, "not enough for a 3-D network"),
@@ -69,6 +74,23 @@ def test_readings(shape: tuple[int, ...], spatial: int, wanted: int, found: str 
 def test_ambiguous_shapes_name_their_readings(shape: tuple[int, ...], spatial: int, wanted: int, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         read_axes(shape, name="a", spatial=spatial, wanted=wanted)
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_a_tiny_last_axis_is_read_as_declared_or_picked(count: int) -> None:
+    stored = np.arange(40 * 50 * count, dtype=np.float32).reshape(40, 50, count)
+    for picked in (0, count - 1):
+        with open_image(stored, Contract(), channels=(picked,), network_channels=1) as source:
+            assert (source.planes, source.shape) == (1, (40, 50))
+            np.testing.assert_array_equal(source.read(0, (0, 0), (40, 50))[0], stored[..., picked])
+    with open_image(stored, Contract(), axes="IYX", network_channels=1) as source:
+        assert (source.planes, source.shape) == (40, (50, count))
+        np.testing.assert_array_equal(source.read(3, (0, 0), (50, count))[0], stored[3])
+
+
+def test_a_stack_of_small_pictures_stays_a_stack() -> None:
+    assert read_axes((40, 50, 17), name="a", spatial=2, wanted=1).axes == "IYX"
+    assert read_axes((40, 8, 8), name="a", spatial=2, wanted=1).axes == "IYX"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import tifffile
 from flat_image import open_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
@@ -423,6 +423,84 @@ def test_palettes_and_single_bits_are_written_out(tmp_path: Path) -> None:
         np.testing.assert_array_equal(planes_of(source)[0, 0], (GREY > 30000) * np.uint8(255))
 
 
+def palette_tiff(path: Path, colours: np.ndarray, **options: Any) -> np.ndarray:
+    """A TIFF of indices into (256, 3) colours; the indices."""
+    indices = GREY.astype(np.uint8)
+    table = colours.T.astype(np.uint16) * 257
+    tifffile.imwrite(path, indices, photometric="palette", colormap=table, **options)
+    return indices
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 32), "compression": "zlib"}], ids=["mapped", "tiles"])
+def test_a_palette_in_a_tiff_is_written_out(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "a.tif"
+    palette_tiff(path, RNG.integers(0, 256, (256, 3)), **options)
+    with Image.open(path) as picture:
+        expected = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
+    with open_image(path, ANY, network_channels=3) as source:
+        assert "palette written out" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0], expected)
+        np.testing.assert_array_equal(source.read(0, (3, 5), (40, 60)), expected[:, 3:40, 5:60])
+    with open_image(path, ANY, network_channels=2, channels="2,0") as source:
+        np.testing.assert_array_equal(planes_of(source)[0], expected[[2, 0]])
+    with pytest.raises(ContractError, match="colour image"):
+        open_image(path, ANY, network_channels=1)
+    levels = RNG.permutation(256)
+    indices = palette_tiff(path, np.stack([levels] * 3, 1), **options)
+    with open_image(path, ANY, network_channels=1) as source:
+        assert "grey palette written out" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0, 0], levels[indices])
+
+
+@pytest.mark.parametrize("channels", [(0, 1, 2), (1,)], ids=["grey", "green"])
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_palette_that_shows_intensities_leaves_them(tmp_path: Path, channels: tuple[int, ...], step: int) -> None:
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:, list(channels)] = np.arange(256)[::step, None]
+    indices = palette_tiff(tmp_path / "a.tif", colours)
+    with open_image(tmp_path / "a.tif", ANY, network_channels=1) as source:
+        assert "colour map ignored" in source.reading
+        np.testing.assert_array_equal(planes_of(source)[0, 0], indices)
+
+
+def test_nodata_of_a_palette_is_an_index(tmp_path: Path) -> None:
+    indices = palette_tiff(tmp_path / "a.tif", RNG.integers(0, 256, (256, 3)), extratags=[(42113, "s", 0, "7", True)])
+    with open_image(tmp_path / "a.tif", ANY, network_channels=3) as source:
+        np.testing.assert_array_equal(source.valid(0, (0, 0), source.shape), indices != 7)
+
+
+def test_a_palette_of_a_mask_is_for_the_eye(tmp_path: Path) -> None:
+    indices = palette_tiff(tmp_path / "a.tif", RNG.integers(0, 256, (256, 3)))
+    with open_image(tmp_path / "a.tif", ANY, network_channels=1, indices=True) as source:
+        np.testing.assert_array_equal(planes_of(source)[0, 0], indices)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 32), "compression": "zlib"}], ids=["mapped", "tiles"])
+def test_a_tiff_is_turned_as_its_orientation_says(tmp_path: Path, orientation: int, options: dict[str, Any]) -> None:
+    path, tag = tmp_path / "a.tif", (274, "H", 1, orientation, True)
+    picture = Image.fromarray(COLOUR)
+    picture.getexif()[274] = orientation
+    expected = np.moveaxis(np.asarray(ImageOps.exif_transpose(picture)), -1, 0)
+    across, down = (4000, 8000)  # pixels per centimetre, of the picture as stored
+    tifffile.imwrite(
+        path, COLOUR, photometric="rgb", resolution=(across, down), resolutionunit=3, extratags=[tag], **options
+    )
+    with open_image(path, ANY, network_channels=3) as source:
+        assert (f"turned as TIFF orientation {orientation} says" in source.reading) == (orientation > 1)
+        np.testing.assert_array_equal(planes_of(source)[0], expected)
+        np.testing.assert_array_equal(source.read(0, (3, 5), (40, 60)), expected[:, 3:40, 5:60])
+        sizes = (1e4 / down, 1e4 / across)  # y, x
+        assert source.pixel_size_um == pytest.approx(sizes if orientation < 5 else sizes[::-1])
+
+
+def test_all_pages_of_a_turned_tiff_are_turned(tmp_path: Path) -> None:
+    tag = (274, "H", 1, 6, True)
+    tifffile.imwrite(tmp_path / "a.tif", STACK[0, 0], photometric="minisblack", metadata=None, extratags=[tag])
+    with open_image(tmp_path / "a.tif", ANY, network_channels=1) as source:
+        np.testing.assert_array_equal(planes_of(source)[:, 0], np.rot90(STACK[0, 0], -1, (1, 2)))
+
+
 def test_exif_orientation_is_respected_and_said(tmp_path: Path) -> None:
     picture = Image.fromarray(COLOUR)
     exif = Image.Exif()
@@ -499,6 +577,39 @@ def test_further_series_and_levels_are_said(tmp_path: Path) -> None:
     with open_image(tmp_path / "a.tif", ANY) as source:
         assert "level 0 of 2" in source.reading
         np.testing.assert_array_equal(planes_of(source)[0, 0], GREY)
+
+
+def test_one_of_several_series_is_read_by_number_or_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for k in range(3):
+            about = {"axes": "YX", "Name": f"well {k}", "PhysicalSizeX": k + 1.0, "PhysicalSizeY": k + 1.0}
+            writer.write(GREY[k:], metadata=about)
+    with pytest.raises(ImageError, match=r"holds 3 images: 0 well 0 \(YX 75x93\), 1 well 1 \(YX 74x93\).*--series N"):
+        open_image(path, ANY)
+    for series in (1, "1", "well 1"):
+        with open_image(path, ANY, series=series) as source:
+            assert "series 1 of 3 (well 1)" in source.reading
+            assert source.pixel_size_um == (2, 2)
+            np.testing.assert_array_equal(planes_of(source)[0, 0], GREY[1:])
+    for wrong in (3, -1, "well 7"):
+        with pytest.raises(ImageError, match=r"no single series is called .*2 well 2"):
+            open_image(path, ANY, series=wrong)
+    with pytest.raises(ImageError, match="holds no series"):
+        open_image(GREY, ANY, series=0)
+
+
+@pytest.mark.parametrize("subfile", [1, 4], ids=["preview", "mask"])
+@pytest.mark.parametrize("first", [True, False])
+def test_previews_and_masks_are_no_planes(tmp_path: Path, subfile: int, first: bool) -> None:
+    small = {"subfiletype": subfile, "photometric": "minisblack"}
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for preview in (first, not first):
+            little = GREY[::4, ::4] > 9 if subfile == 4 else GREY[::4, ::4]
+            pixels, options = (little, small) if preview else (GREY, {"photometric": "minisblack"})
+            writer.write(pixels, metadata=None, **options)
+    with open_image(tmp_path / "a.tif", ANY, network_channels=1) as source:
+        np.testing.assert_array_equal(planes_of(source)[:, 0], GREY[None])
 
 
 def test_colours_compressed_as_jpeg_read_as_rgb(tmp_path: Path) -> None:
@@ -682,7 +793,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "cmyk.jpg", "CMYK.*RGB"),
         (tmp_path / "lab.tif", "CIELAB.*RGB"),
         (tmp_path / "frames.png", "2 frames"),
-        (tmp_path / "pages.tif", "2 pages of different shapes"),
+        (tmp_path / "pages.tif", r"holds 2 images: 0 \(.*\), 1 \(.*\); choose one with .*--series"),
         (file("huge.png", png_header(100_000, 100_000)), "more than 1,073,741,824"),
         (file("bomb.png", png_header(30_000, 30_000)), "cannot hold them"),
         (file("huge.tif", tiff_header(1_000_000, 1_000_000, 8)), "cannot hold them"),

@@ -119,6 +119,26 @@ def test_an_alpha_channel_says_what_was_photographed(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.valid(0, (0, 0), source.shape), pixels[3] != 0)
 
 
+@pytest.mark.parametrize("by_rasterio", [True, False])
+def test_a_palette_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_rasterio: bool) -> None:
+    colours = np.random.default_rng(3).integers(0, 256, (256, 3), np.uint8)
+    indices = fields()
+    path = write(tmp_path / "cover.tif", indices, nodata=0, photometric="palette")
+    with rasterio.open(path, "r+") as dataset:
+        dataset.write_colormap(1, {index: tuple(map(int, colour)) for index, colour in enumerate(colours)})
+        dataset.build_overviews([2], rasterio.enums.Resampling.nearest)
+    if not by_rasterio:
+        monkeypatch.setattr("unet_rt.images.tiff.find_spec", lambda name: None)
+    with open_image(path, ANY, network_channels=3) as source:
+        assert "palette written out" in source.reading
+        np.testing.assert_array_equal(source.read(0, (0, 0), source.shape), np.moveaxis(colours[indices[0]], -1, 0))
+        np.testing.assert_array_equal(source.valid(0, (0, 0), source.shape), indices[0] != 0)
+    with rasterio.open(path, overview_level=0) as dataset:
+        coarse = dataset.read(1)
+    with open_image(path, ANY, network_channels=3, level=1) as source:
+        np.testing.assert_array_equal(source.read(0, (0, 0), source.shape), np.moveaxis(colours[coarse], -1, 0))
+
+
 def test_an_overview_is_a_level(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", fields(1), nodata=0)
     with rasterio.open(path, "r+") as dataset:

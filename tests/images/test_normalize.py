@@ -13,6 +13,7 @@ from unet_rt.contract.contract import Contract, Normalization, Scope
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.images.normalize import affine, grey_levels, normalize_pixels
 from unet_rt.images.open import open_image
+from unet_rt.images.reading import Reading
 from unet_rt.images.source import Source
 from unet_rt.images.statistics import measure, percentiles
 from unet_rt.kernels.request import Affine
@@ -84,6 +85,27 @@ def test_percentiles_of_any_floats(values: list[float], percent: float) -> None:
         assert found == pytest.approx(np.percentile(array.astype(np.float64), percent), rel=1e-15, abs=1e-300)
 
 
+@pytest.mark.parametrize("method", ["minmax", "percentile", "zscore"])
+def test_a_plane_of_a_stack_is_normalised_as_it_is_alone(method: Any) -> None:
+    stack = np.stack([pixels_of("uint16")[0], 3 * pixels_of("uint16", seed=6)[1]])
+    open_scope = affine(Normalization(method), opened(stack))
+    for plane in range(2):
+        alone = affine(Normalization(method), opened(stack[plane : plane + 1])).plane(0)
+        assert open_scope.plane(plane).offset.tolist() == alone.offset.tolist()
+        assert open_scope.plane(plane).divisor.tolist() == alone.divisor.tolist()
+    together = affine(Normalization(method, scope="channel"), opened(stack))
+    assert together.plane(0).divisor.tolist() == together.plane(1).divisor.tolist() != alone.divisor.tolist()
+
+
+def test_volumes_of_a_series_keep_their_common_statistics() -> None:
+    series = np.stack([pixels_of("uint16")[0], 3 * pixels_of("uint16", seed=6)[1]])[:, None]  # T, C, Z, Y, X
+    source = open_image(series, Contract(), Reading("TCZYX"), spatial=3)
+    assert source.planes == 2
+    numbers = affine(Normalization("zscore"), source)
+    for plane in range(2):
+        assert numbers.plane(plane).offset[0] == pytest.approx(series.mean(), rel=1e-6)
+
+
 def test_the_deviation_survives_a_large_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     array = pixels_of("float64") + 1e9
     found = measure(opened(array, monkeypatch))
@@ -118,11 +140,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("method", ["minmax", "percentile", "zscore"])
-def test_pixels_that_are_not_finite_are_counted_and_placed(bad: float, method: Any) -> None:
+@pytest.mark.parametrize("scope", [None, "channel"])
+def test_pixels_that_are_not_finite_are_counted_and_placed(bad: float, method: Any, scope: Scope | None) -> None:
     array = pixels_of("float32")
     array[1, 2, 17, 5:9] = bad
     with pytest.raises(ImageError, match=r"4 NaN or infinite pixels .*plane 1, the first in channel 2 at \(17, 5\)"):
-        affine(Normalization(method), opened(array))
+        affine(Normalization(method, scope=scope), opened(array)).plane(1)
 
 
 def test_a_flat_image_does_not_divide_by_zero() -> None:

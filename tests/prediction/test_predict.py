@@ -683,3 +683,31 @@ def test_larger_batches_than_parity_was_judged_with_are_said(engine_folder, samp
     assert [report.notes for report in reports] == [[], [], [reports[2].notes[0]]]
     assert "3 tiles per run, and parity was judged with up to 2" in reports[2].notes[0]
     np.testing.assert_array_equal(masks[0], masks[2])
+
+
+@pytest.mark.onnxruntime
+def test_a_plane_of_a_stack_is_predicted_as_it_is_alone(
+    engine_for: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the scope is left open; the report says over what statistics were taken, and the option changes it."""
+    first = microscopy((120, 140), seed=4).image
+    stack = np.stack([first, np.minimum(first * 3 + 200, 65535).astype(first.dtype)])
+    engine = engine_for(shipped_model(), contract=Contract(normalization=Normalization("zscore")))
+    contract = engine.spec.contract
+    notes: list[str] = []
+    found = urt.predict(engine, stack, output="probability", report=lambda r: notes.extend(r.notes))
+    for plane, each in enumerate(stack):
+        np.testing.assert_array_equal(found[plane], urt.predict(engine, each, output="probability"))
+    assert "normalisation zscore: statistics of each of 2 planes by itself" in notes
+    pooled = Normalization("zscore", scope="channel")
+    together = urt.predict(
+        engine, stack, output="probability", normalization=pooled, report=lambda r: notes.extend(r.notes)
+    )
+    assert np.abs(together - found).max() > 1e-3
+    assert "normalisation zscore: statistics of all 2 planes together, per channel" in notes
+    with pytest.raises(urt.ContractError, match="built and proven with normalisation zscore"):
+        urt.predict(engine, stack, normalization=Normalization("minmax"))
+    declared = replace(contract, normalization=pooled)
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, contract=declared))
+    with pytest.raises(urt.ContractError, match="scope channel; build it again"):
+        urt.predict(engine, stack, normalization=Normalization("zscore", scope="slice"))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -534,6 +535,22 @@ def test_an_image_of_other_pixels_is_resampled_block_by_block(
     urt.predict(engine, image, pixel_size_um=(0.4, 0.5), report=lambda r: notes.extend(r.notes))
     assert any("--resample" in note for note in notes)
     assert resampled_shape((100, 3), (0.2, 0.2), (0.5, 20.0)) == (40, 1)
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_a_print_resolution_is_no_pixel_size(engine, image, tmp_path, monkeypatch, resample):
+    contract = replace(engine.spec.contract, pixel_size_um=(0.5, 0.5))
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, contract=contract))
+    path = tmp_path / "print.tif"
+    tifffile.imwrite(path, image, resolution=(72 / 2.54, 72 / 2.54), resolutionunit="CENTIMETER")
+    with pytest.raises(urt.ContractError, match=r"352\.8 um, .*trained on 0\.5 um.*factor of 706;.*--pixel-size"):
+        urt.predict(engine, path, resample=resample)
+    expected = urt.predict(engine, image, pixel_size_um=(0.5, 0.5), resample=resample)
+    np.testing.assert_array_equal(urt.predict(engine, path, pixel_size_um=(0.5,), resample=resample), expected)
+    for size, far in ((5, False), (0.05, False), (5.1, True), (0.049, True)):
+        source = open_image(image, Contract(), pixel_size_um=(size,))
+        with pytest.raises(urt.ContractError) if far else nullcontext():
+            request.check_pixel_size(contract, source)
 
 
 # --- objects ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from ..contract.contract import Contract
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec, InputSpec
 from ..errors import ContractError, GraphError
+from ..images.levels import um_text
 from .runner import baseline_name, baseline_runner
 
 if TYPE_CHECKING:
@@ -153,8 +154,20 @@ def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contr
         for axis, was, now in zip(before.axes, before.shape, after.shape, strict=True)
         if was is not None and now is None
     )
-    contract = replace(contract, axes=report.inputs[0].axes, border=contract.border or "mirror")
+    axes = report.inputs[0].axes
+    sizes = _size_per_axis(contract.pixel_size_um, sum(axis in "ZYX" for axis in axes))
+    contract = replace(contract, axes=axes, border=contract.border or "mirror", pixel_size_um=sizes)
     return Model(given, graph, report, contract, freed, fixed, tuple(left_out.values()))
+
+
+def _size_per_axis(size_um: tuple[float, ...], spatial: int) -> tuple[float, ...]:
+    """Pixel size of training along each spatial axis; one number stands for all of them."""
+    if len(size_um) not in (0, 1, spatial):
+        raise ContractError(
+            f"the pixel size of training, {um_text(size_um)} um, has {len(size_um)} numbers, and the network has {spatial} "
+            f"spatial axes; give one number, or {spatial} (--pixel-size)"
+        )
+    return size_um * spatial if len(size_um) == 1 else size_um
 
 
 def _take_weights_in(proto: onnx.ModelProto, given: Path, work: Path) -> Path:

@@ -48,7 +48,7 @@ def add_reading(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_scope(group: argparse._ArgumentGroup) -> None:
+def add_scope(group: argparse._ActionsContainer) -> None:
     """The option of what a normalisation's statistics are taken over."""
     group.add_argument(
         "--normalize-scope", choices=("image", "channel", "slice"), help="what statistics are taken over"

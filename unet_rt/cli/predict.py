@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..errors import ContractError, ImageError, OutputError
 from .options import (
     add_overwrite,
     add_reading,
+    add_scope,
     add_threads,
     add_verb,
     parse_lengths,
@@ -59,6 +60,7 @@ def add_predict(verbs: Any) -> None:
         help="value of every label in a mask, default 0,1,..",
     )
     p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
+    add_scope(p)
     p.add_argument("--tile", type=parse_size, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
     add_threads(p)
@@ -66,7 +68,11 @@ def add_predict(verbs: Any) -> None:
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     add_overwrite(p)
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
-    add_reading(p).add_argument(
+    reading = add_reading(p)
+    reading.add_argument(
+        "--series", metavar="N|NAME", help="of TIFFs that hold several images: number, from 0, or name"
+    )
+    reading.add_argument(
         "--level",
         metavar="N|UMum",
         help="of pyramids (Zarr, TIFF, slides): number or pixel size, e.g. 0.5um; default: the finest, 0; with --resample: "
@@ -128,14 +134,12 @@ class _Item:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ..contract.words import parse_normalization
     from ..engine.load import load
     from ..images.open import list_images
     from .texts import run_text
 
     items = _list_items(args, list_images(args.images))
     results: list[dict[str, Any]] = []
-    normalization = parse_normalization(args.normalize, None) if args.normalize else None
     tables, bad = _tables(args, len(items)), 0
     device = None if args.device == "auto" else args.device
     with (
@@ -146,6 +150,7 @@ def _predict(args: argparse.Namespace) -> int:
     ):
         if args.accept_unverified:
             print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
+        normalization = _normalization(args, engine)
         folders.enter_context(_folder_of(args, [item.target for item in items]))
         for item in items:
             try:
@@ -165,6 +170,20 @@ def _predict(args: argparse.Namespace) -> int:
     if bad:
         print(f"{bad} of {len(items)} images were not predicted", file=sys.stderr)
     return 2 if bad else 0
+
+
+def _normalization(args: argparse.Namespace, engine: Engine) -> Normalization | None:
+    """What --normalize and --normalize-scope say; the latter alone goes with the contract's normalisation."""
+    from ..contract.words import parse_normalization, scope_of
+
+    declared = engine.spec.contract.normalization
+    if args.normalize:
+        return parse_normalization(args.normalize, args.normalize_scope)
+    if args.normalize_scope is None:
+        return None
+    if declared is None:
+        raise ContractError("--normalize-scope says what statistics are taken over; pass --normalize as well")
+    return replace(declared, scope=scope_of(args.normalize_scope))
 
 
 def _predict_item(
@@ -187,6 +206,7 @@ def _predict_item(
         axes=args.axes,
         channels=read_channels(args),
         level=args.level,
+        series=args.series,
         tile=args.tile,
         batch=args.batch,
         threads=args.threads,

@@ -27,7 +27,8 @@ class Normalization:
             ``minmax``, ``percentile``, ``zscore``: statistics of the whole image, never of a tile.
             ``fixed``: ``mean * scale`` and ``std * scale`` (``imagenet`` is one of these).
         scope: What a statistic is taken over: ``image`` (all planes and channels together), ``channel`` (per channel,
-            all planes) or ``slice`` (per channel and plane).
+            all planes) or ``slice`` (per channel and plane). None: not declared, which is ``slice`` for 2-D networks, to
+            which each plane is an image, and ``channel`` for 3-D ones.
         scale: Divisor in grey levels.
         percentiles: (low, high) in percent.
         mean, std: One number, or one per channel, in units of ``scale``.
@@ -38,7 +39,7 @@ class Normalization:
     """
 
     method: Method
-    scope: Scope = "channel"
+    scope: Scope | None = None
     scale: float = 1.0
     percentiles: tuple[float, float] = (1.0, 99.8)
     mean: tuple[float, ...] = (0.0,)

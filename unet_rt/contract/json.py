@@ -140,7 +140,7 @@ def _normalization_from_json(value: Any) -> Normalization:
     values: dict[str, Any] = {"method": method_of(str(value["method"]))}
     for key, item in value.items():
         if key == "scope":
-            values[key] = scope_of(item)
+            values[key] = None if item is None else scope_of(item)
         elif key in ("scale", "eps"):
             values[key] = _floats(key, item, 1)[0]
         elif key in ("percentiles", "clip", "clip_after"):

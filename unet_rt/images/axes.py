@@ -11,7 +11,8 @@ The rules for images that declare nothing, ``n`` being the number of channels of
 ==========  ======================================================================================================
 2           ``YX``
 3           ``CYX`` or ``YXC``, whichever axis has size ``n``; ``n == 1``: ``IYX`` (planes) unless the last axis is
-            3 or 4 (colour) or the first one is (planes or colours: an error that names both)
+            3 or 4 (colour), or the first one is or the last one is 2 or 5 to 16 beside two larger ones (planes or
+            channels: an error that names both)
 4           ``ICYX`` or ``IYXC``, whichever axis has size ``n``; ``n == 1``: ``TZYX``
 5           ``TZCYX``, ``TCZYX`` or ``TZYXC``
 ==========  ======================================================================================================
@@ -29,6 +30,7 @@ from ..errors import ContractError, size_text
 
 LUMA = "luma"
 MAX_BY_RULE = 4  # an axis of 3 or 4 next to a large one is taken for colour, more are not
+MAX_CHANNELS = 16  # colours or a few stains: a last axis of up to so many may hold channels
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def read_axes(
         found: Axes from metadata; None where there are none.
         given: Axes that the user declared; they win.
         wanted: Channels of the network; None where unknown.
-        least: Stored channels that a selection of the user needs at least; 0: no selection, the number must fit.
+        least: Stored channels that a selection of the user needs at least; 1 (channel 0 alone) decides between two
+            readings and no more; 0: no selection, the number must fit.
 
     Raises:
         ContractError: The axes do not fit the network, or two readings do.
@@ -230,8 +233,8 @@ def _by_rule(
         )
     planes_only = (sequence[:extra] if extra > 1 else ("I" if spatial == 2 else "T")) + space
     sizes = {axes: shape[axes.index("C")] for axes in readings}
-    if least:  # the user picks channels: an axis that has them and is no larger than colours or a few stains
-        fits = [axes for axes in readings if least <= sizes[axes] <= 16]
+    if least > 1:  # the user picks channels: an axis that has them and is no larger than colours or a few stains
+        fits = [axes for axes in readings if least <= sizes[axes] <= MAX_CHANNELS]
     elif wanted is None:
         fits = [axes for axes in readings if sizes[axes] in (1, 3, 4)]
     else:
@@ -249,13 +252,15 @@ def _by_rule(
     if sizes[last] in (3, MAX_BY_RULE) and shape[last.index("X")] > MAX_BY_RULE:
         return last.replace("C", "S"), ("axes by rule",)  # colour: whether it fits is for the channels to say
     if wanted is None or wanted == 1:
-        if extra == 1 and shape[0] in (3, MAX_BY_RULE):
-            first = readings[0]
+        few = readings[0] if extra == 1 and shape[0] in (3, MAX_BY_RULE) else ""
+        if 1 < shape[-1] <= MAX_CHANNELS < min(shape[-3:-1]):
+            few = last
+        if few and not least:
             raise ContractError(
-                f"{name}: {size_text(shape)} can be read as {planes_only} ({shape[0]} planes) or {first} "
-                f"({shape[0]} channels); say which with --axes, e.g. --axes {planes_only}"
+                f"{name}: {size_text(shape)} can be read as {planes_only} ({math.prod(shape[:extra])} planes) or {few} "
+                f"({sizes[few]} channels); say which with --axes, e.g. --axes {planes_only}"
             )
-        return planes_only, ("axes by rule",)
+        return few or planes_only, ("axes by rule",)
     raise ContractError(
         f"{name}: no axis of {size_text(shape)} has the {wanted} channels of the network; "
         f"declare the axes with --axes (e.g. --axes {readings[0]}) and choose with --channels"

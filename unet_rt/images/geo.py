@@ -82,8 +82,19 @@ def _read_geo(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: st
         notes=tuple(notes),
         levels=tuple((*lead, *shape) for shape in shapes) if len(shapes) > 1 else (),
         nodata=None if dataset.nodata is None else float(dataset.nodata),
+        palette=_palette(dataset, dtype) if colours == ("palette",) else None,
         valid=pixels.valid if masked else None,
     )
+
+
+def _palette(dataset: Any, dtype: np.dtype[Any]) -> Array | None:
+    """The colours of a band of indices, (n, 3) uint8."""
+    if dtype.name not in ("uint8", "uint16"):
+        return None
+    colours = np.zeros((np.iinfo(dtype).max + 1, 3), np.uint8)
+    for index, colour in dataset.colormap(1).items():
+        colours[index] = colour[:3]
+    return colours
 
 
 class GeoPixels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,6 +24,7 @@ from .source import Source
 from .statistics import measure, percentiles, value_range
 
 Float32 = NDArray[np.float32]
+MEASURED = ("minmax", "percentile", "zscore")  # methods whose numbers are statistics
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ Keep = Callable[[int, Callable[[], Affine]], Affine]  # (plane, what measures it
 
 
 class Affines:
-    """The numbers for each plane of an image; computed once, per plane where the scope is ``slice``.
+    """The numbers for each plane of an image; computed once, per plane where the scope is ``slice``, or left open in 2-D.
 
     Attributes:
         same: All planes have the same.
@@ -48,12 +49,12 @@ class Affines:
 
     def __init__(self, normalization: Normalization, source: Source, keep: Keep | None = None) -> None:
         """``keep``: is asked for a plane's numbers, where each has its own, before they are measured."""
-        self.normalization = normalization
+        self.normalization = normalization = decide_scope(normalization, source)
         self._source = source
         self._keep = keep
         self._lock = threading.Lock()
         self._planes: dict[int, Affine] = {}
-        self.same = normalization.method not in ("minmax", "percentile", "zscore") or normalization.scope != "slice"
+        self.same = normalization.method not in MEASURED or normalization.scope != "slice"
         if self.same:
             self._planes[0] = self._numbers(None)
 
@@ -69,7 +70,7 @@ class Affines:
     def _numbers(self, plane: int | None) -> Affine:
         how, source = self.normalization, self._source
         count = source.channels
-        if how.method in ("minmax", "percentile", "zscore"):
+        if how.method in MEASURED:
             # Scope "image" takes all channels for one.
             groups = [tuple(range(count))] if how.scope == "image" else [(c,) for c in range(count)]
             measured = [_measured_numbers(how, source, group, plane) for group in groups]
@@ -86,6 +87,29 @@ class Affines:
                 "the divisor must not be 0; check --normalize"
             )
         return Affine(offset, divisor, _clip(how, numbers, source.name))
+
+
+def decide_scope(normalization: Normalization, source: Source) -> Normalization:
+    """The normalisation with a scope: where none is declared, a plane of a stack is normalised as it would be alone.
+
+    A volume of a 3-D network is not told from others of its series.
+    """
+    if normalization.scope is not None:
+        return normalization
+    return replace(normalization, scope="slice" if len(source.shape) == 2 and source.planes > 1 else "channel")
+
+
+def scope_text(normalization: Normalization, source: Source) -> str:
+    """What the statistics of a stack's normalisation are taken over, for a report; empty where nothing is to be said."""
+    if normalization.method not in MEASURED or source.planes == 1:
+        return ""
+    scope, what = decide_scope(normalization, source).scope, "planes" if len(source.shape) == 2 else "volumes"
+    over = {
+        "slice": f"each of {source.planes} {what} by itself",
+        "channel": f"all {source.planes} {what} together, per channel",
+        "image": f"all {source.planes} {what} and channels together",
+    }
+    return f"normalisation {normalization.method}: statistics of {over[scope or 'channel']}"
 
 
 def affine(normalization: Normalization, source: Source, keep: Keep | None = None) -> Affines:

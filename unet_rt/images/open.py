@@ -24,6 +24,7 @@ from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels, is_zarr, pick_level
 from .reading import Reading
 from .source import BAND_SAMPLES, Source, file_state
+from .views import write_out_palette
 
 
 def open_image(
@@ -53,8 +54,12 @@ def open_image(
     reading = reading or Reading()
     axes, channels, size_um = reading.axes, reading.channels, reading.pixel_size_um
     asked = parse_level(reading.level)
-    name, path, stored = _open_any(image, name, asked if isinstance(asked, int) else None)
+    name, path, stored = _open_any(image, name, asked if isinstance(asked, int) else None, reading.series)
     try:
+        if reading.series is not None and not stored.series:
+            raise ImageError(f"{name}: the format holds no series; leave --series {reading.series} away")
+        if not reading.indices:
+            stored = write_out_palette(stored)
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
         wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
         selection = parse_channels(channels) if isinstance(channels, str) else channels
@@ -73,27 +78,30 @@ def open_image(
         stored.pixels.close()
         raise
     stored.pixels.close()
-    again = Reading(axes, channels, picked, size_um)
+    again = replace(reading, level=picked)
     return open_image(image, contract, again, spatial=spatial, network_channels=network_channels, name=name)
 
 
-def _open_any(image: Any, name: str | None, level: int | None) -> tuple[str, Path | None, Stored]:
+def _open_any(
+    image: Any, name: str | None, level: int | None, series: int | str | None
+) -> tuple[str, Path | None, Stored]:
     """(name for messages, path of a file or folder, the image before its axes are read)."""
     path: Path | None = None
     if isinstance(image, str) and is_url(image):
         from .url import open_url
 
         name = image.rstrip("/").rpartition("/")[2] or image
-        stored = open_url(image, name, level)
+        stored = open_url(image, name, level, series)
     elif isinstance(image, (str, os.PathLike)):
         path = Path(image)
         name = path.name or str(path)
-        stored = _open_path(path, name, level)
+        stored = _open_path(path, name, level, series)
         if not stored.files:
             stored = replace(stored, files=(path,))
         if not stored.fingerprint:
             size, changed = file_state(path, name)
             state = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "level": level or 0}
+            state |= {} if series is None else {"series": series}
             stored = replace(stored, fingerprint=state)
     else:
         name = name or "array"
@@ -113,7 +121,8 @@ def _layout(
     least = 0
     if selection is not None:
         least = (3 if selection == "luma" else 2) if isinstance(selection, str) else max(selection, default=0) + 1
-    # A choice of channel 0 alone repeats grey; it does not say that there is a channel axis.
+    # A choice of channel 0 alone decides between two readings; repeats of it are grey for each, and say nothing of axes.
+    alone = selection is not None and tuple(selection) == (0,)
     return read_axes(
         stored.pixels.shape,
         name=name,
@@ -121,7 +130,7 @@ def _layout(
         found=stored.axes,
         given=axes,
         wanted=wanted if least <= 1 and selection is None else (1 if least <= 1 else None),
-        least=least if least > 1 else 0,
+        least=least if least > 1 or alone else 0,
     )
 
 
@@ -245,7 +254,7 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
     return list(dict.fromkeys(found))
 
 
-def _open_path(path: Path, name: str, level: int | None) -> Stored:
+def _open_path(path: Path, name: str, level: int | None, series: int | str | None) -> Stored:
     try:
         if path.is_dir():
             if is_zarr(path):
@@ -262,11 +271,11 @@ def _open_path(path: Path, name: str, level: int | None) -> Stored:
     if path.suffix.lower() in SLIDES:
         from .slide import open_slide
 
-        return open_slide(path, name, level)
+        return open_slide(path, name, level, series)
     if head[:4] in TIFF_MAGIC:
         from .tiff import open_tiff
 
-        return open_tiff(path, name, level)
+        return open_tiff(path, name, level, series)
     pick_level(level, 1, name)
     if head[:6] == NPY_MAGIC:
         return _open_npy(path, name)

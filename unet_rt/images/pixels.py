@@ -106,6 +106,8 @@ class Stored:
         nodata: Value of pixels that hold no data, None where there is none.
         valid: Which pixels of a window (one slice per axis, all channels) hold data: bool, the channel axis of size 1;
             where a value cannot tell, as with a mask that the file holds.
+        series: Images in the file, of which this is one; 0 for formats that hold one alone.
+        palette: (n, 3) uint8: the colours that the pixels are indices into; None where they are no indices.
         files: Local files that say what the pixels are: none of them may change while the image is read.
         fingerprint: What tells these pixels from others, beyond the state of a file: JSON.
     """
@@ -122,6 +124,8 @@ class Stored:
     level_sizes_um: tuple[Mapping[str, float], ...] = ()
     nodata: float | None = None
     valid: Callable[[Window], Array] | None = None
+    series: int = 0
+    palette: Array | None = None
     files: tuple[Path, ...] = ()
     fingerprint: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 

@@ -15,10 +15,12 @@ class Reading:
         channels: Indices, names, or ``"luma"``; text is parsed. None: those that the network asks for.
         level: Of a pyramid (Zarr, TIFF, whole slide): its number, 0 being the finest, or the size of its pixels as text,
             e.g. ``"0.5um"``; None: 0, or by ``wanted_um``.
+        series: Of a TIFF that holds several images: its number, from 0, or its name; None: there is one.
         pixel_size_um: Of the finest level along the spatial axes, in place of what the file says; one number stands for
             all axes.
         wanted_um: Pixel size that the image is to be brought to: without ``level``, the coarsest level is read whose pixels
             are at least as fine.
+        indices: Indices into a palette of a TIFF are the values, as in masks: its colours are for the eye.
     """
 
     axes: str | None = None
@@ -26,3 +28,5 @@ class Reading:
     level: int | str | None = None
     pixel_size_um: Sequence[float] = ()
     wanted_um: Sequence[float] = ()
+    indices: bool = False
+    series: int | str | None = None

@@ -19,7 +19,7 @@ CHUNK_PX = 512
 _TIFF_SUFFIXES = (".svs", ".ndpi", ".scn", ".bif", ".svslide")
 
 
-def open_slide(path: Path, name: str, level: int | None = None) -> Stored:
+def open_slide(path: Path, name: str, level: int | None = None, series: int | str | None = None) -> Stored:
     """Red, green and blue of one level.
 
     Raises:
@@ -33,7 +33,7 @@ def open_slide(path: Path, name: str, level: int | None = None) -> Stored:
     if is_tiff:
         from .tiff import open_tiff
 
-        found = open_tiff(path, name, level)
+        found = open_tiff(path, name, level, series)
         note = "read as a plain TIFF; pip install 'unet-rt[slides]' for its pixel size"
         return replace(found, notes=(*found.notes, note))
     raise ImageError(

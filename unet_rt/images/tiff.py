@@ -23,13 +23,18 @@ from .pixels import (
     GEO_TAGS,
     NODATA_TAG,
     UM,
+    Array,
     MappedFile,
     Origin,
     Stored,
     pick_level,
 )
 from .tiff_pages import MappedSeries, SegmentedSeries, truncated_error
+from .views import turn_upright
 
+ORIENTATION_TAG = 274
+_PREVIEW_OR_MASK = 1 | 4  # bits of the subfile type
+_KINDS_OF_EQUALS = ("ome", "generic", "uniform", "shaped")  # of others, slides above all, the first series is the image
 # Measured on a blank 8 MiB image: deflate 988 : 1, LZW 1157, Zstandard 30,500, JPEG XL 36,000, Brotli 599,000.
 MAX_RATIO = 1_000_000
 
@@ -43,13 +48,13 @@ class TiffBytes:
     path: Path | None = None
 
 
-def open_tiff(path: Path, name: str, level: int | None = None) -> Stored:
+def open_tiff(path: Path, name: str, level: int | None = None, series: int | str | None = None) -> Stored:
     """ImageError for anything that cannot be read exactly as stored."""
     place = TiffBytes(path.stat().st_size, lambda: path.open("rb", buffering=0), path)
-    return open_tiff_bytes(place, name, level)
+    return open_tiff_bytes(place, name, level, series)
 
 
-def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None) -> Stored:
+def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None, series: int | str | None = None) -> Stored:
     """``open_tiff`` for a place."""
     import tifffile
 
@@ -66,7 +71,7 @@ def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None) -> St
                     from .geo import open_geo
 
                     return open_geo(place.path, name, level)
-                return _read_tiff(tif, place, name, level)
+                return _read_tiff(tif, place, name, level, series)
         except ImageError:
             raise
         except Exception as error:
@@ -107,24 +112,47 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stored:
+def _pictures(tif: Any) -> list[Any]:
+    """The series that are images: not previews and masks of others, unless there is nothing else."""
+    return [s for s in tif.series if not int(s.keyframe.subfiletype) & _PREVIEW_OR_MASK] or list(tif.series)
+
+
+def _pick_series(tif: Any, asked: int | str | None, name: str) -> tuple[Any, list[str]]:
+    """(the series that is read, notes).
+
+    Raises:
+        ImageError: There are several and none was chosen, or there is no such one.
+    """
+    pictures = _pictures(tif)
+    left_out = len(tif.series) - len(pictures)
+    notes = [f"{left_out} preview{'s' if left_out > 1 else ''} or mask left out"] if left_out else []
+    if asked is None and (len(pictures) == 1 or pictures[0].kind not in _KINDS_OF_EQUALS):
+        return pictures[0], notes + ([f"series 0 of {len(pictures)}"] if len(pictures) > 1 else [])
+    listed = ", ".join(
+        f"{number}{f' {s.name}' if s.name else ''} ({s.axes} {size_text(s.shape)})" for number, s in enumerate(pictures)
+    )
+    if asked is None:
+        fact = f"{name}: holds {len(pictures)} images"
+        raise ImageError(
+            f"{fact}: {listed}; choose one with predict's --series N or NAME, or save the one wanted as its own file"
+        )
+    found = [number for number, s in enumerate(pictures) if asked in (number, str(number))]
+    found = found or [number for number, s in enumerate(pictures) if s.name == asked]
+    if len(found) != 1:
+        raise ImageError(f"{name}: no single series is called {asked!r}; there are {listed}; choose with --series")
+    picked = pictures[found[0]]
+    called = f" ({picked.name})" if picked.name else ""
+    return picked, [*notes, *([f"series {found[0]} of {len(pictures)}{called}"] if len(pictures) > 1 else [])]
+
+
+def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None, asked: int | str | None) -> Stored:
     if not tif.pages or not tif.series:
         raise ImageError(f"{name}: the TIFF holds no image; copy it again from its source")
     check_whole(tif, place.size, name)
-    series = tif.series[0]
+    series, notes = _pick_series(tif, asked, name)
     levels = series.levels
     picked = pick_level(level, len(levels), name)
     key = levels[picked].keyframe
-    notes = []
-    if len(tif.series) > 1:
-        sizes = {s.keyframe.shape for s in tif.series}
-        if series.kind in ("generic", "uniform") and len(sizes) > 1 and len(tif.series) == len(tif.pages):
-            shapes = ", ".join(size_text(s.keyframe.shape) for s in tif.series[:3])
-            raise ImageError(
-                f"{name}: {len(tif.pages)} pages of different shapes ({shapes}, ...); save the one wanted as its own "
-                "file"
-            )
-        notes.append(f"series 0 of {len(tif.series)}")
     if len(levels) > 1:
         notes.append(f"level {picked} of {len(levels)}")
     if _is_geo(tif):
@@ -151,7 +179,7 @@ def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stor
     alpha = colours if colours and len(extra) == 1 and extra[0] in (1, 2) else None
     if colours == 0 or axes.count("S") != 1 or (alpha is not None and shape[axes.index("S")] != colours + 1):
         alpha = None
-    return Stored(
+    stored = Stored(
         _pixels(levels[picked], key, shape, place, name),  # last: what is opened here stays open
         axes,
         origin,
@@ -161,7 +189,26 @@ def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None) -> Stor
         tuple(notes),
         levels=tuple(level_shapes) if len(levels) > 1 else (),
         nodata=_nodata(series.keyframe),
+        palette=_palette(key),
+        series=len(_pictures(tif)),
     )
+    # A georeference is that of the pixels as they lie in the file.
+    return stored if _is_geo(tif) else turn_upright(stored, _orientation(series.keyframe))
+
+
+def _orientation(key: Any) -> int:
+    tag = key.tags.get(ORIENTATION_TAG)
+    return int(tag.value) if tag is not None and isinstance(tag.value, int) else 1
+
+
+def _palette(key: Any) -> Array | None:
+    """The colours of a picture of indices, (n, 3) uint8; 16-bit ones as others cut them, by their upper byte."""
+    table = key.colormap if int(key.photometric) == 3 and key.samplesperpixel == 1 else None
+    if table is None or table.shape != (3, 2**key.bitspersample):
+        return None
+    shift = 8 if table.max() > 255 else 0  # some writers take 255 for the brightest
+    colours: Array = (table >> shift).astype(np.uint8).T.copy()
+    return colours
 
 
 def _nodata(key: Any) -> float | None:
@@ -177,7 +224,7 @@ def _check_photometric(key: Any, name: str, notes: list[str]) -> None:
     photometric = int(key.photometric)
     if photometric == 0:
         notes.append("white is zero: values as stored")
-    elif photometric == 3:
+    elif photometric == 3 and _palette(key) is None:
         notes.append("colour map ignored: values as stored")
     elif photometric in (5, 8, 9, 10) or (photometric == 6 and int(key.compression) not in (6, 7, 33007, 33003, 33005)):
         raise ImageError(
@@ -255,7 +302,7 @@ def _metadata(tif: Any, series: Any, key: Any) -> tuple[Origin, Mapping[str, flo
     resolution, unit = _resolution(key)
     sizes: dict[str, float] = {}
     if tif.is_ome and series.kind == "ome":
-        tags, sizes, names = _ome(tif.ome_metadata)
+        tags, sizes, names = _ome(tif.ome_metadata, tif.series.index(series))
         return Origin("ome", resolution, unit, tags), sizes, names
     if tif.is_imagej and series.kind == "imagej":
         found = dict(tif.imagej_metadata or {})
@@ -287,14 +334,15 @@ def _resolution(key: Any) -> tuple[tuple[float, float] | None, int]:
     return (values[0], values[1]), int(unit)
 
 
-def _ome(xml: str) -> tuple[dict[str, Any], dict[str, float], tuple[str, ...]]:
-    """(attributes of Pixels worth keeping, micrometres by axis, channel names) of the first image."""
+def _ome(xml: str, image: int) -> tuple[dict[str, Any], dict[str, float], tuple[str, ...]]:
+    """(attributes of Pixels worth keeping, micrometres by axis, channel names) of one image."""
     from xml.etree import ElementTree
 
     root = ElementTree.fromstring(xml)
-    pixels = next((e for e in root.iter() if e.tag.rsplit("}", 1)[-1] == "Pixels"), None)
-    if pixels is None:
+    every = [e for e in root.iter() if e.tag.rsplit("}", 1)[-1] == "Pixels"]
+    if image >= len(every):
         return {}, {}, ()
+    pixels = every[image]
     keys = [f"PhysicalSize{axis}{unit}" for axis in "XYZ" for unit in ("", "Unit")]
     tags: dict[str, Any] = {
         k: pixels.attrib[k] for k in (*keys, "TimeIncrement", "TimeIncrementUnit") if k in pixels.attrib

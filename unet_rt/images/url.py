@@ -22,7 +22,7 @@ BLOCK_BYTES = 2**20  # fetched at a time from a TIFF: some tiles
 _STATE = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5", "checksum")
 
 
-def open_url(url: str, name: str, level: int | None = None) -> Stored:
+def open_url(url: str, name: str, level: int | None = None, series: int | str | None = None) -> Stored:
     """ImageError for anything that cannot be read, with the extra or the protocol's library where one is missing."""
     try:
         import fsspec
@@ -47,8 +47,9 @@ def open_url(url: str, name: str, level: int | None = None) -> Stored:
         raise ImageError(f"{url}: neither a Zarr nor a file of known size; name one, or download it")
     state = {key: str(found[key]) for key in _STATE if key in found}
     fingerprint = {"url": url, "size": int(size), "level": level or 0, **state}
+    fingerprint |= {} if series is None else {"series": series}
     try:
-        stored = _open_file(_Remote(system, path), int(size), name, level)
+        stored = _open_file(_Remote(system, path), int(size), name, level, series)
     except ImageError:
         raise
     except Exception as error:  # as above, in the middle of reading
@@ -83,12 +84,12 @@ def _store(url: str) -> Any:
     return FsspecStore.from_url(url, read_only=True)
 
 
-def _open_file(remote: _Remote, size: int, name: str, level: int | None) -> Stored:
+def _open_file(remote: _Remote, size: int, name: str, level: int | None, series: int | str | None) -> Stored:
     head = remote.read(min(size, 32))
     if not head:
         raise ImageError(f"{name}: the file is empty (0 bytes); copy it again from its source")
     if head[:4] in TIFF_MAGIC:
-        found = open_tiff_bytes(TiffBytes(size, remote.open), name, level)
+        found = open_tiff_bytes(TiffBytes(size, remote.open), name, level, series)
         if remote.suffix in SLIDES:
             found = replace(found, notes=(*found.notes, "read as a plain TIFF, without its pixel size"))
         return found

@@ -117,6 +117,7 @@ def _iou(a: Array, b: Array) -> float:
 def _label_of(sample: SampleWindow, labels: Any, channels: int) -> Array:
     """(channels, *spatial): the label of the image that a sample comes from, whole."""
     from ..images.open import open_image
+    from ..images.reading import Reading
 
     if sample.path is None:
         raise ImageError("labels need images that are files, to be matched by name")
@@ -127,7 +128,8 @@ def _label_of(sample: SampleWindow, labels: Any, channels: int) -> Array:
             f"{there} for {sample.path.name}; labels are matched by file name without suffix, one for each image"
         )
     path = found[0]
-    with open_image(path, Contract(), spatial=len(sample.shape), network_channels=channels) as source:
+    reading = Reading(indices=True)
+    with open_image(path, Contract(), reading, spatial=len(sample.shape), network_channels=channels) as source:
         if sample.plane >= source.planes:
             raise ImageError(
                 f"{sample.name}: the label {source.reading} has no plane {sample.plane}; "

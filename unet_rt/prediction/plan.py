@@ -15,6 +15,7 @@ from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, size_text
 from ..images.normalize import Affines, OnePlane, affine
+from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import DeviceArray
 from ..kernels.request import Affine
@@ -231,7 +232,7 @@ def _resampled_shape(spec: EngineSpec, output: int, source: Source, asked: Reque
 def _region(path: str, source: Source) -> Source:
     from ..images.open import open_image
 
-    region = open_image(path, Contract(), spatial=len(source.shape))
+    region = open_image(path, Contract(), Reading(indices=True), spatial=len(source.shape))
     if region.shape != source.shape or region.planes not in (1, source.planes):
         shape = size_text(region.shape)
         region.close()

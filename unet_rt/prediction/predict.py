@@ -56,6 +56,7 @@ def predict(
     restart: bool = False,
     tables: Tables | None = None,
     head: str | None = None,
+    series: int | str | None = None,
 ) -> Any:
     """Predicts one image of any size.
 
@@ -82,7 +83,7 @@ def predict(
         batch: Tiles per run; None: the engine's own number.
         threads: Threads of the kernels; 0: as many as affinity and quota allow.
         mask_values: Value of every label in a mask, e.g. ``(0, 255)``.
-        normalization: For engines whose contract declares none; any other engine has its own.
+        normalization: For engines whose contract declares none, or no scope of its statistics; any other has its own.
         overlay: PNG of the mask drawn over the image, to be written as well (every k-th pixel of large images).
         overwrite: Replace an existing ``out``.
         progress: Called with (tiles done, tiles in all).
@@ -103,6 +104,7 @@ def predict(
         restart: Throw away what an interrupted run has left of ``out``.
         tables: Tables of objects to be written as well (``output="instances"``).
         head: Name of the network's output to predict, where it has several; None: the first.
+        series: Of a TIFF that holds several images: its number, from 0, or its name.
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
@@ -116,7 +118,11 @@ def predict(
 
     asked = Request(
         reading=Reading(
-            axes, channels if isinstance(channels, str | None) else tuple(channels), level, tuple(pixel_size_um)
+            axes,
+            channels if isinstance(channels, str | None) else tuple(channels),
+            level,
+            tuple(pixel_size_um),
+            series=series,
         ),
         out=None if out is None else Path(out),
         output=output,

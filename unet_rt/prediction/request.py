@@ -13,6 +13,7 @@ from ..engine.spec import EngineSpec
 from ..engine.tta import Augmented, Tta
 from ..errors import ContractError, ImageError, OutputError
 from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
+from ..images.normalize import missing_normalization, scope_text
 from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import MemoryContext
@@ -20,6 +21,7 @@ from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
 
+MAX_FACTOR = 10  # pixel sizes of image and training farther apart are refused: no network bridges that
 Kind = OutputKind | Literal["instances"]
 
 
@@ -139,6 +141,7 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
             f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
         )
     _check_objects(settled, spec, source)
+    check_pixel_size(spec.contract, source)
     return settled
 
 
@@ -180,23 +183,24 @@ def _check_device(engine: Engine, output: int, source: Source, device: MemoryCon
 
 
 def normalization_of(spec: EngineSpec, source: Source, given: Normalization | None) -> Normalization:
-    """The contract's normalisation; ``given`` where it declares none; none at all for floating-point pixels.
+    """The contract's normalisation; ``given`` where it declares none, or but for the scope; none at all for floats.
 
     Raises:
         ContractError: Two declarations, or integer pixels and none.
     """
     declared = spec.contract.normalization
     if declared is not None:
-        if given is not None and given != declared:
-            raise ContractError(
-                f"the engine was built and proven with normalisation {declared.method}; build it again to change that"
-            )
-        return declared
+        if given is None or given == declared:
+            return declared
+        if declared.scope is None and replace(given, scope=None) == declared:
+            return given
+        scope = f", scope {declared.scope}" if declared.scope else ""
+        raise ContractError(
+            f"the engine was built and proven with normalisation {declared.method}{scope}; build it again to change that"
+        )
     if given is not None:
         return given
     if source.dtype.kind in "iu":
-        from ..images.normalize import missing_normalization
-
         raise missing_normalization(source)
     return Normalization("none")
 
@@ -221,10 +225,26 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
 
 
+def check_pixel_size(contract: Contract, source: Source) -> None:
+    """ContractError where the pixel sizes of image and training are so far apart that one of them is not true."""
+    wanted, size = contract.pixel_size_um, source.pixel_size_um
+    if not wanted or size is None or len(wanted) != len(size):
+        return
+    apart = max(max(a / b, b / a) for a, b in zip(size, wanted, strict=True))
+    if apart > MAX_FACTOR * (1 + 1e-6):
+        raise ContractError(
+            f"{source.name} has pixels of {um_text(size)} um, and the network was trained on {um_text(wanted)} um: a factor "
+            f"of {apart:,.0f}; pass the image's true size with --pixel-size, in micrometres (files for print give 72 dpi)"
+        )
+
+
 def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
     """What is to be said of a settled request in the report."""
     spec = engine.spec
     notes = _pixel_size_notes(spec.contract, source, resample=asked.resample) + _batch_notes(engine, asked.batch or 1)
+    over = scope_text(asked.normalization, source) if asked.normalization else ""
+    if over:
+        notes.append(over)
     if len(spec.outputs) > 1:
         names = [output.name for output in spec.outputs]
         notes.append(f"output {names[spec.head(asked.head)]} of {', '.join(names)}")

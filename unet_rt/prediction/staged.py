@@ -21,6 +21,7 @@ from ..engine import exam
 from ..engine.engine import Engine
 from ..errors import ContractError, OutputError
 from ..images.open import open_image
+from ..images.reading import Reading
 from ..images.source import Source
 from ..outputs.output import remove_parts
 from ..outputs.shape import size_of
@@ -183,7 +184,7 @@ def identity(engine: Engine, source: Source, asked: Request) -> dict[str, Any]:
     graph = uuid4().hex if engine.folder is None else engine.folder.files["graph"]["sha256"]
     region = None
     if asked.region is not None:
-        with open_image(asked.region, Contract(), spatial=len(source.shape)) as opened:
+        with open_image(asked.region, Contract(), Reading(indices=True), spatial=len(source.shape)) as opened:
             region = opened.fingerprint()
     return {
         "engine": [hashlib.sha256(text).hexdigest()[:16], graph],

@@ -236,11 +236,11 @@ def _read_mask(path: Path) -> list[Integers]:
         return [palette]
     try:
         try:
-            source = open_image(path, Contract(), spatial=2, network_channels=1)
+            source = open_image(path, Contract(), Reading(indices=True), spatial=2, network_channels=1)
         except ContractError:  # three planes or three channels: a mask has one channel
             if path.suffix.lower() not in (".tif", ".tiff", ".npy"):
                 raise
-            source = open_image(path, Contract(), Reading("IYX"), spatial=2, network_channels=1)
+            source = open_image(path, Contract(), Reading("IYX", indices=True), spatial=2, network_channels=1)
         with source:
             planes = [source.read(k, (0, 0), source.shape)[0] for k in range(source.planes)]
     except ContractError as error:
