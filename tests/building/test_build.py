@@ -683,8 +683,8 @@ def test_a_plan_takes_a_smaller_tile_as_well(network, textures, tmp_path, planne
     assert [len(tiles) for tiles in planner.built] == [1] * (len(planner.built) - 1) + [2]
     assert record["smaller_tile"]["tile"] == list(small)
     assert record["smaller_tile"]["verdict"]["accepted"]
-    # On the CPU the values are the baseline's, on windows larger and smaller than a tile, which grows their canvas: to the bit
-    # where ONNX Runtime sums a graph of fixed size as it does one of free size (AVX2), to float32 rounding where not (AVX-512).
+    # On the CPU the values are the baseline's, on windows larger and smaller than a tile, which grows their canvas: to the
+    # bit where ONNX Runtime sums a graph of fixed size as one of free size (AVX2), else (AVX-512) to float32 rounding.
     for verdict in (record["verdict"], record["smaller_tile"]["verdict"]):
         assert len(verdict["images"]) == 3
         assert max(image["relative"] for image in verdict["images"]) < 1e-5

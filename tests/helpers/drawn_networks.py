@@ -174,17 +174,17 @@ class Drawing:
         place = self.pick("after", "after", "both", "before")
         self.say(f"inner pad {mode} {place}")
         zero = self.const([0])
-        befores, afters, starts, ends = [], [], [], []
+        margins_before, afters, starts, ends = [], [], [], []
         for axis in (Y, X):
             n = self.size(x, axis)
             pad = self.missing(n, multiple)
             half = self.node("Div", pad, self.const([2]))
             before = {"after": zero, "before": pad, "both": half}[place]
-            befores.append(before)
+            margins_before.append(before)
             afters.append({"after": pad, "before": zero, "both": self.node("Sub", pad, half)}[place])
             starts.append(before)
             ends.append(self.node("Add", before, n))
-        pads = self.node("Concat", zero, zero, *befores, zero, zero, *afters, axis=0)
+        pads = self.node("Concat", zero, zero, *margins_before, zero, zero, *afters, axis=0)
         y = self.unet(self.node("Pad", x, pads, mode=mode), channels, out, depth)
         return self.node(
             "Slice", y, self.node("Concat", *starts, axis=0), self.node("Concat", *ends, axis=0), self.const([Y, X])
