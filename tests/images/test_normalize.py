@@ -66,7 +66,9 @@ def test_statistics_are_those_of_numpy(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_percentiles_are_exact(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few_px", [0, 2**14], ids=["counted", "sorted"])
+def test_percentiles_are_exact(dtype: str, few_px: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unet_rt.images.statistics.FEW_PX", few_px)
     array = pixels_of(dtype)
     wanted = (0, 0.3, 1, 25, 37.7, 50, 99.8, 100)
     found = percentiles(opened(array, monkeypatch), wanted)
@@ -76,11 +78,14 @@ def test_percentiles_are_exact(dtype: str, monkeypatch: pytest.MonkeyPatch) -> N
 @given(
     values=st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=30),
     percent=st.floats(0, 100),
+    few_px=st.sampled_from([0, 2**14]),
 )
 @settings(deadline=None)
-def test_percentiles_of_any_floats(values: list[float], percent: float) -> None:
+def test_percentiles_of_any_floats(values: list[float], percent: float, few_px: int) -> None:
     array = np.array(values, np.float32)[None]
-    (found,) = percentiles(open_image(array, Contract()), [percent])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unet_rt.images.statistics.FEW_PX", few_px)
+        (found,) = percentiles(open_image(array, Contract()), [percent])
     with np.errstate(over="ignore"):
         assert found == pytest.approx(np.percentile(array.astype(np.float64), percent), rel=1e-15, abs=1e-300)
 

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +114,8 @@ def _build(args: argparse.Namespace) -> int:
     done = reports[0]
     if done.advice:
         argv = args.argv if done.spec.contract.task else [*args.argv, "--task", "YOUR_TASK"]
+        from dataclasses import replace
+
         done = replace(done, advice=_with_samples(argv, done.folder))
     print(build_text(done), file=text_stream(args))
     for warning in done.warnings:

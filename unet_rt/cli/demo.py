@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +61,8 @@ def shipped_model(name: Literal["nuclei", "membranes"] = "nuclei") -> Path:
     """
     if name not in SHIPPED:
         raise GraphError(f"no network called {name!r} ships with unet-rt; choose {' or '.join(SHIPPED)}")
+    import importlib.resources
+
     return Path(str(importlib.resources.files("unet_rt") / "data" / f"{name}.onnx"))
 
 

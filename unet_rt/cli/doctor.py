@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from typing import Any
 
 from .._version import __version__
@@ -118,6 +117,8 @@ def _native() -> dict[str, Any]:
         cpu, compiler = None, str(_cpu.build_info["compiler"])
     except (UnetRtError, ImportError, AttributeError) as error:
         cpu, compiler, cuda = str(error), "", "unknown: the CPU module that records it cannot be loaded"
+    import importlib.util
+
     if importlib.util.find_spec("unet_rt._cuda") is not None:
         state = None
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +187,8 @@ def read_contract(args: argparse.Namespace) -> Contract:
         pixel_size_um=args.pixel_size,
     )
     if args.border:
+        from dataclasses import replace  # takes milliseconds to import, which --help would pay, too
+
         found = replace(found, border=args.border)
     if args.contract is not None:
         from ..contract.json import contract_from_file

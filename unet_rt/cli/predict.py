@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ContractError, ImageError, OutputError
 from .options import (
@@ -124,8 +123,7 @@ def _add_objects(p: argparse.ArgumentParser) -> None:
     group.add_argument("--geojson", metavar="JSON", help="outlines as polygons, for slide viewers")
 
 
-@dataclass(frozen=True)
-class _Item:
+class _Item(NamedTuple):
     """One image, and where its outputs go."""
 
     image: Path | str
@@ -183,6 +181,8 @@ def _normalization(args: argparse.Namespace, engine: Engine) -> Normalization | 
         return None
     if declared is None:
         raise ContractError("--normalize-scope says what statistics are taken over; pass --normalize as well")
+    from dataclasses import replace
+
     return replace(declared, scope=scope_of(args.normalize_scope))
 
 

@@ -53,6 +53,7 @@ def measure(
     return Moments(count, low, high, mean, math.sqrt(squares / count))
 
 
+FEW_PX = 2**14  # sorted as fast as the 65,536 counts of a histogram are added up
 _COUNTABLE = tuple(np.dtype(name) for name in ("u1", "i1", "u2", "i2"))  # few values: counting them is quickest
 
 
@@ -99,7 +100,7 @@ def percentiles(
     below = [math.floor(position) for position in at]
     ranks = sorted({rank for b in below for rank in (b, min(b + 1, count - 1))})
     # Clipping does not change the order, so it is applied to the few numbers that come out.
-    values = dict(zip(ranks, _order_statistics(source, ranks, channels, plane), strict=True))
+    values = dict(zip(ranks, _order_statistics(source, ranks, channels, plane, count), strict=True))
     if clip is not None:
         values = {rank: min(max(value, clip[0]), clip[1]) for rank, value in values.items()}
     result = []
@@ -112,9 +113,12 @@ def percentiles(
 
 
 def _order_statistics(
-    source: Source, ranks: Sequence[int], channels: Sequence[int] | None, plane: int | None
+    source: Source, ranks: Sequence[int], channels: Sequence[int] | None, plane: int | None, count: int
 ) -> list[float]:
-    """The ``rank``-th smallest pixel for each rank: digit by digit, each pass a histogram of the next 16 bits."""
+    """The ``rank``-th smallest pixel for each rank: digit by digit, each pass a histogram of 16 bits; few are sorted."""
+    if count <= FEW_PX:
+        few = np.concatenate([band.ravel() for band in _bands(source, channels, plane, None)])
+        return [float(value) for value in np.partition(few, ranks)[list(ranks)]]
     bits = source.dtype.itemsize * 8
     digits = max(1, bits // 16)
     width = min(bits, 16)

@@ -94,7 +94,7 @@ class _Pipeline:
         self.ways, self._done = ways, done
         self.made = ways[0].computation
         self.clock = StageClock(observer.trace)
-        self.seen = Seen(self.made)
+        self.seen = Seen(self.made, read=observer.counts)
         self._repeats = Repeats()
         self._counts = observer.counts
         self._progress, self._finished, self._total = observer.progress, 0, total

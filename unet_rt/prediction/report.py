@@ -83,8 +83,9 @@ def merge_reports(reports: Sequence[RunReport]) -> RunReport:
 class Seen:
     """What a run has done so far, for its report."""
 
-    def __init__(self, computation: Computation) -> None:
-        self._computation = computation
+    def __init__(self, computation: Computation, *, read: bool = True) -> None:
+        """``read``: whether anybody reads the report; the peak of memory takes a fifth of a millisecond to look up."""
+        self._computation, self._read = computation, read
         self.begun = time.perf_counter()
         self.tally = Tally(computation.decision.channels)
         self.tiles = self.px = 0
@@ -117,7 +118,7 @@ class Seen:
             mpx=self.px / 1e6,
             seconds=time.perf_counter() - self.begun,
             stages={name: round(s, 4) for name, s in clock.seconds.items()},
-            peak_rss_bytes=limits.peak_rss_bytes(),
+            peak_rss_bytes=limits.peak_rss_bytes() if self._read else 0,
             class_share=class_share(self.tally, made.decision, spec.contract_of(made.output)),
             outside_range=self.tally.outside_share(),
             notes=[] if grid is None else _seam_notes(spec, grid),
