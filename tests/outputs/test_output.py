@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from unet_rt.images.source import Source
 from unet_rt.outputs import output, tiff
 from unet_rt.outputs import shape as outputs_shape
 from unet_rt.outputs.output import check_output
+from unet_rt.system.durable import remove_unfinished
 
 RNG = np.random.default_rng(7)
 
@@ -292,6 +294,45 @@ def test_an_interruption_before_the_block_leaves_nothing(
         pass
     assert there == [1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one comes while a file is given up
+@pytest.mark.parametrize("suffix", ["tif", "npy", "png"])
+def test_an_interruption_at_any_line_leaves_nothing(tmp_path: Path, suffix: str) -> None:
+    """A signal's exception comes between any two lines: what the command line removes then is all that was begun."""
+    package = str(Path(output.__file__).parents[1])
+    lines, left = 0, list[int]()
+
+    def interrupted(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == stop:
+                sys.settrace(None)  # one signal
+                raise KeyboardInterrupt
+        return interrupted
+
+    before = sys.gettrace()
+    for stop in range(1, 1000):
+        lines = 0
+        sys.settrace(interrupted)
+        try:
+            with open_output(tmp_path / f"mask.{suffix}", shape=(3, 4)) as sink:
+                sink.write(0, (0, 0), np.zeros((3, 4), np.uint8))
+                sink.commit()
+        except KeyboardInterrupt:
+            left.append(len(stored(tmp_path)))
+            remove_unfinished()
+            assert stored(tmp_path) in ([], [f"mask.{suffix}"]), f"interrupted at line {stop}"
+        else:
+            break
+        finally:
+            sys.settrace(before)
+        (tmp_path / f"mask.{suffix}").unlink(missing_ok=True)
+    assert stop > 50
+    assert any(left)  # files were there to be removed
 
 
 @pytest.mark.parametrize(

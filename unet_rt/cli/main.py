@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from .._version import __version__
 from ..errors import ParityError, UnetRtError
+from ..system.durable import remove_unfinished
 from .bench import add_bench
 from .build import add_build
 from .demo import add_demo
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnetRtError as error:
         return _fail(args, error, 2)
     except (KeyboardInterrupt, _Terminated) as error:
+        remove_unfinished()
         code = 130 if isinstance(error, KeyboardInterrupt) else 143
         return _fail(args, error, code, "interrupted; " if code == 130 else "terminated; ")
     except BrokenPipeError:

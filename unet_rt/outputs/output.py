@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import OutputError
 from ..images.pixels import Array, Origin
 from ..images.source import Source
-from ..system.durable import Disk, part_path, parts_of
+from ..system.durable import Disk, part_path, parts_of, remove_part
 from .plain import NpyWriter, PngWriter
 from .shape import Shape, Writer, size_of
 from .tiff import PackedTiffWriter, PlainTiffWriter, extra_tags, tiff_form
@@ -109,7 +109,7 @@ class Output:
             with contextlib.suppress(OSError, ValueError):
                 self._writer.close()
         finally:
-            self._part.unlink(missing_ok=True)
+            remove_part(self._part)
 
     def __del__(self) -> None:
         # An interruption may come before the ``with`` block that would remove the file has begun.
@@ -159,7 +159,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     try:
         with probe.open("xb"):
             pass
-        probe.unlink(missing_ok=True)
+        remove_part(probe)
     except OSError as error:
         raise OutputError(
             f"{path}: the folder cannot be written to ({error.strerror or error}); choose another with --out"
@@ -215,10 +215,10 @@ def open_output(
             writer = PlainTiffWriter(target, part, what, tiff_form(target, what, origin, size, extra))
         return Output(target, what, part, writer)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        remove_part(part)
         raise OutputError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
     except BaseException:
-        part.unlink(missing_ok=True)
+        remove_part(part)
         raise
 
 

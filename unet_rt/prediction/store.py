@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import OutputError
 from ..kernels.memory import DeviceArray
 from ..outputs.pictures import OverlayCollector
-from ..system.durable import part_path
+from ..system.durable import Disk, part_path, remove_part
 from .blocks import Block
 from .work import Array, Tally
 
@@ -66,9 +66,9 @@ class PackedStore:
         part = part_path(path)  # another process may have finished the same block
         try:
             part.write_bytes(zlib.compress(stream.getbuffer(), _LEVEL))
-            part.replace(path)
+            Disk().replace(part, path)
         except BaseException:  # half of it would take the room that a full disk lacks
-            part.unlink(missing_ok=True)
+            remove_part(part)
             raise
         return [path]
 

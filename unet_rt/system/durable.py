@@ -21,13 +21,38 @@ _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 PART = ".part"  # suffix of files and folders that are being written
 
+_unfinished: set[Path] = set()  # what this process may be writing at this moment
+
 
 def part_path(path: Path) -> Path:
-    """A hidden name beside ``path`` to write it under.
+    """A hidden name beside ``path`` to write it under: what lies there in the end goes by a rename or :func:`remove_part`.
 
     Another one for every call: processes of several machines or containers may share a number and a folder.
     """
-    return path.parent / f".{path.name}.{os.urandom(16).hex()}{PART}"
+    part = path.parent / f".{path.name}.{os.urandom(16).hex()}{PART}"
+    _unfinished.add(part)
+    return part
+
+
+def remove_part(part: Path) -> None:
+    """Removes what was written under a name of :func:`part_path`, if anything was."""
+    part.unlink(missing_ok=True)
+    _unfinished.discard(part)
+
+
+def remove_unfinished() -> None:
+    """Removes whatever this process was writing, before an interruption ends it.
+
+    A signal's exception may come between any two steps, also between making a file and the ``try`` that would remove it.
+    """
+    import shutil
+
+    for part in list(_unfinished):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+            _unfinished.discard(part)
+        else:
+            remove_part(part)
 
 
 def parts_of(path: Path) -> Iterator[Path]:
@@ -62,6 +87,7 @@ class Disk:
 
     def replace(self, old: Path, new: Path) -> None:
         os.replace(old, new)
+        _unfinished.discard(old)
 
     # --- built from these ---------------------------------------------------------------------------------------------
 
@@ -79,7 +105,7 @@ class Disk:
             self.sync_file(part)
             self.replace(part, path)
         except BaseException:
-            part.unlink(missing_ok=True)
+            remove_part(part)
             raise
         self.sync_folder(path.parent)
 
@@ -112,6 +138,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            _unfinished.discard(staging)
 
 
 @contextmanager
