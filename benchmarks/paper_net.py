@@ -25,7 +25,7 @@ from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.contract.json import contract_from_json
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.models import stored
-from unet_rt.models import widen as models_widen
+from unet_rt.models import widen as widened
 from unet_rt.models.checkpoint import load_checkpoint, save_checkpoint
 from unet_rt.models.unet import UNet, UNetSpec
 from unet_rt.training.evaluate import predict_whole
@@ -90,7 +90,7 @@ def _made(name: str, source: Path, factor: int) -> Net:
     if not (graph.exists() and checkpoint.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         small, contract = _shipped(source)
-        wide = models_widen.widen(small, factor) if factor > 1 else small
+        wide = widened(small, factor) if factor > 1 else small
         drawn = microscopy((384, 384), seed=1)
         pixels = normalized(drawn.image[None], contract.normalization or Normalization("none"))
         changed = (predict_whole(small, pixels).argmax(0) != predict_whole(wide, pixels).argmax(0)).mean()

@@ -1,4 +1,4 @@
-"""The libraries that run graphs, one module each: ``onnxruntime``, ``openvino``, ``tensorrt``, ``eager``.
+"""The libraries that run graphs, one each: ``onnxruntime``, ``openvino``, ``tensorrt``, ``ncnn``, ``eager``.
 
 Every module has the three functions of :class:`unet_rt.backends.session.Backend`; none of the libraries is imported
 before one of them is called.
@@ -19,10 +19,11 @@ _MODULES = {
     "onnxruntime": ".onnxruntime.backend",
     "openvino": ".openvino",
     "tensorrt": ".tensorrt.backend",
+    "ncnn": ".ncnn.backend",
     "eager": ".eager",  # runs a module or a checkpoint, and no engine folder
 }
 # Engines, the baseline first; a tie in speed goes to the first.
-_ENGINES = ("onnxruntime", "openvino", "tensorrt")
+_ENGINES = ("onnxruntime", "openvino", "tensorrt", "ncnn")
 
 
 def names() -> tuple[str, ...]:
@@ -65,10 +66,10 @@ def require(device: str = "cpu") -> list[str]:
 def advice(device: str = "cpu") -> str:
     """Why no backend runs on ``device``, and the one line that installs one on this machine."""
     driver = facts.cuda().missing
-    if device != "cpu" and driver is not None:
+    if device.startswith("cuda") and driver is not None:
         return f"{device} was asked: {driver}; install the driver, or use --device cpu"
     reasons = "; ".join(f"{name}: {get(name).missing(device)}" for name in _ENGINES)
-    line = install_line() if device == "cpu" else 'pip install "unet-rt[gpu]"'
+    line = 'pip install "unet-rt[gpu]"' if device.startswith("cuda") else install_line()
     return f"no backend runs on {device} here ({reasons}). To install one: {line}"
 
 
@@ -78,9 +79,9 @@ def install_line() -> str:
 
 
 def device(name: str = "auto") -> str:
-    """``"cpu"`` or ``"cuda:N"`` for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """``"cpu"``, ``"cuda:N"`` or ``"vulkan:N"`` for ``auto`` or one of these, N being 0 where it is left away.
 
-    ``auto`` is the first GPU if a backend can use it, else the CPU. Anything else is what it says, or an error.
+    ``auto`` is the first NVIDIA GPU if a backend can use it, else the CPU. Anything else is what it says, or an error.
 
     Raises:
         BackendError: An unknown name, or a GPU that is not there.
@@ -90,8 +91,10 @@ def device(name: str = "auto") -> str:
     if name == "auto":
         return "cuda:0" if facts.cuda().devices and usable("cuda:0") else "cpu"
     kind, colon, number = name.partition(":")
-    if kind != "cuda" or (colon and not number.isdecimal()):
-        raise BackendError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N")
+    if kind not in ("cuda", "vulkan") or (colon and not number.isdecimal()):
+        raise BackendError(f"there is no device {name!r}; use auto, cpu, cuda[:N] or vulkan[:N]")
+    if kind == "vulkan":
+        return _vulkan(f"vulkan:{int(number or 0)}")
     index, cuda = int(number or 0), facts.cuda()
     if cuda.missing is not None:
         raise BackendError(f"{name} was asked: {cuda.missing}; install the driver, or use --device cpu")
@@ -100,3 +103,11 @@ def device(name: str = "auto") -> str:
             f"{name} was asked, the driver lists {len(cuda.devices)} GPU(s), the last is cuda:{len(cuda.devices) - 1}"
         )
     return f"cuda:{index}"
+
+
+def _vulkan(name: str) -> str:
+    """The device, if a backend reaches it."""
+    reason = get("ncnn").missing(name)
+    if reason is not None:
+        raise BackendError(reason)
+    return name

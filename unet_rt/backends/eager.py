@@ -16,6 +16,9 @@ from .session import Array, BackendSettings, SessionBase
 if TYPE_CHECKING:
     from torch import nn
 
+any_tile = True
+variant = ""
+
 
 def missing(device: str = "cpu") -> str | None:
     """None if usable on ``device``; else what is missing and how to get it."""

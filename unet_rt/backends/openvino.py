@@ -37,6 +37,9 @@ _BF16_SHARE = 0.5
 # the weights (124 MB for the paper's U-Net); activations are held for the last used one only.
 _SHAPES = 4
 
+any_tile = True
+variant = ""
+
 
 def missing(device: str = "cpu") -> str | None:
     """None if usable on ``device``; else what is missing and how to get it."""

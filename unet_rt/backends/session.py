@@ -33,7 +33,7 @@ class Session(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it runs: ``"cpu"`` or ``"cuda:0"``."""
+        """Where it runs: ``"cpu"``, ``"cuda:0"`` or ``"vulkan:0"``."""
 
     @property
     def threads(self) -> int:
@@ -93,7 +93,15 @@ class DeviceSession(Session, Protocol):
 
 
 class Backend(Protocol):
-    """The functions of a module ``backends/<name>.py``."""
+    """The functions of a module ``backends/<name>.py``, and what they have to say of it.
+
+    Attributes:
+        any_tile: Whether what ``build`` writes runs at any tile that the graph accepts; False: at those it was built for.
+        variant: What tells its arithmetic above INT8 from others', for tables: "winograd"; "" for plain convolutions.
+    """
+
+    any_tile: bool
+    variant: str
 
     def missing(self, device: str = "cpu") -> str | None:
         """None if usable on ``device``; else one sentence: what is missing and how to get it.
@@ -122,7 +130,7 @@ class Backend(Protocol):
             graph: Where to write.
             precision: What it is to compute in.
             device: Where it is to run.
-            blob: Where a backend that compiles ahead of time writes its plan; the others write none.
+            blob: Where a backend writes what it compiled or converted ahead of time; the others write none.
             tiles: Spatial sizes that will be run, largest first. A plan takes these alone; a backend without plans
                 measures its settings on the first, if at all.
             batches: Batch sizes that will be run, likewise.

@@ -42,7 +42,7 @@ from .cache import Digests, EngineCache, copy_folder, digest_inputs, digest_requ
 from .candidates import try_candidates
 from .choice import choose
 from .engines import Engines
-from .job import BuildJob, BuildOptions, Deadline, Remarks, Say, Scope, parity_seconds
+from .job import BuildJob, BuildOptions, Deadline, Equal, Remarks, Say, Scope, parity_seconds
 from .measure import Judge
 from .record import Outcome, finish_spec, make_report, write_files
 from .report import BuildReport
@@ -92,6 +92,7 @@ def build(
     overwrite: bool = False,
     cache: str | Path | None = None,
     search_minutes: float = SEARCH_MINUTES,
+    equal: Equal = "rounding",
     say: Say | None = None,
     report: Callable[[BuildReport], None] | None = None,
 ) -> Engine:
@@ -108,7 +109,7 @@ def build(
         budget: What may differ from FP32.
         contract: A :class:`Contract` (wins over the model's metadata), or the path of its JSON.
         backend: ``auto`` or a backend's name.
-        device: ``auto``, ``cpu`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda:N`` or ``vulkan:N``.
         precision: ``auto``, ``fp32``, ``fp16`` (GPUs), ``bf16`` or ``int8`` (with layers in FP32 where the budget needs it).
         tile: Tile in pixels per axis; None: measured (exact networks), trained tile (others).
         halo: ``auto``, ``exact``, ``measured``, or a number of samples.
@@ -121,6 +122,7 @@ def build(
         cache: Folder that keeps engines by everything that decided them (see :mod:`unet_rt.building.cache`).
         search_minutes: Time for the search; what there is no time for is said in the report. At least one verdict per
             candidate is reached in any case.
+        equal: ``bits``: only engines whose tiles equal the whole image to the bit; ``rounding``: up to the order of sums.
         say: Receives progress in sentences.
         report: Receives the :class:`BuildReport`; not called where nothing was built.
 
@@ -140,7 +142,8 @@ def build(
     target = Target(folder, overwrite, EngineCache(cache) if cache is not None else None, say)
     scope = _choose_scope(backend, device, precision)
     options = BuildOptions(
-        budget or Budget(), backend, precision, tile, halo, overlap, blend, threads, keep_exam, search_minutes
+        budget or Budget(), backend, precision, tile, halo, overlap, blend, threads, keep_exam, search_minutes,
+        equal
     )
     digests = digest_request(options, scope.backends, scope.device)
     same = _find_same(target, digests)

@@ -49,7 +49,7 @@ def digest_request(options: BuildOptions, backends: Sequence[str], device: str) 
     decisive = {**asdict(options), "backend": list(backends), "threads": options.threads or limits.threads()}
     described = facts.describe()
     here = {name: described[name] for name in _DESCRIBED} | {"device": device}
-    if device != "cpu":
+    if facts.is_cuda(device):
         here["driver"] = facts.cuda().identity
     return {"code": _digest_code(), "machine": _hash(here), "options": _hash(decisive)}
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from .. import backends
 from ..baseline.results import tile_of
 from ..baseline.samples import SampleWindow
 from ..engine.engine import Engine
@@ -110,7 +111,7 @@ def _build_all(
                     make = int8_maker(job, engines, quantiser, tile, batches, name)
                     mixtures[name] = make_mixtures(job, quantiser, make, engines.drop, judge.verdict)
                 else:
-                    floats[name, precision, ""] = engines.make(name, precision, tile, batches)
+                    floats[name, precision, backends.get(name).variant] = engines.make(name, precision, tile, batches)
             except (BackendError, GraphError, TileError, ImageError) as error:  # the last: nothing to calibrate on
                 alone = set(scope.precisions) == {precision}
                 if alone and (isinstance(error, ImageError) or (job.options.explicit and len(scope.backends) == 1)):

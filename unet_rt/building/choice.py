@@ -14,10 +14,11 @@ from ..baseline.tiles import kept_share
 from ..engine import parity as parity_module
 from ..engine.budget import Budget
 from ..engine.engine import Engine
+from ..engine.equality import Equality
 from ..engine.parity import Verdict
 from ..errors import BackendError, GraphError, ParityError, TileError, size_text
 from ..prediction.plan import MEMORY_SHARE
-from ..system import limits
+from ..system import facts, limits
 from ..tiling.axis import smaller_tile
 from .candidates import Trials
 from .engines import Engines, fits
@@ -30,6 +31,7 @@ LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
 SLOW_RUN_S = 8.0  # a tile that is expected to take longer runs once, without warm-up: its first run is 5 % slower
 WORTH_WAITING = 1.1  # a tile that keeps so many times the share of the one before it is tried when time is up, too
 AS_FAST = 0.95  # of the fastest speed: about the spread of measurements
+NEARLY_AS_FAST = 0.9  # of INT8's speed, at which a higher precision is taken instead
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Winner:
         engine: It, loaded.
         kept: Its layers in FP32 where it is an INT8 engine, else None.
         bytes_per_px: Memory that running it takes per tile pixel.
+        equal: How equal its tiles are to the whole image; None where nothing is promised, or could be measured.
         smaller: Verdict on the smaller tile of its plan; None where it has none.
     """
 
@@ -50,6 +53,7 @@ class Winner:
     engine: Engine
     kept: frozenset[str] | None
     bytes_per_px: float
+    equal: Equality | None = None
     smaller: Verdict | None = None
 
     @property
@@ -68,11 +72,11 @@ def choose(job: BuildJob, tiling: Tiling, trials: Trials, engines: Engines, judg
     accepted = [c for c in trials.candidates if c.verdict is not None and c.verdict.accepted]
     if not accepted:
         raise _refuse_all(job, tiling, trials.candidates)
-    best = pick_closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0), job.budget)
+    best = _pick_equal(job, trials, accepted, judge)
     engine = trials.engines[best.key]
     px = best.batch * prod(best.tile)
     bytes_per_px = max((best.peak_mb or 0.0) * 1e6, job.model.report.activation_bytes(best.tile, best.batch)) / px
-    winner = Winner(trials.candidates, best, engine, trials.kept.get(engine), bytes_per_px)
+    winner = Winner(trials.candidates, best, engine, trials.kept.get(engine), bytes_per_px, judge.equality(engine))
     if job.options.tile is None and tiling.spec.runs_whole:
         winner = _choose_tile(job, tiling, winner, engines, judge)
     if winner.engine.spec.batches and tiling.spec.overlap is None:
@@ -94,17 +98,66 @@ def choose(job: BuildJob, tiling: Tiling, trials: Trials, engines: Engines, judg
     return winner
 
 
+def _pick_equal(job: BuildJob, trials: Trials, accepted: Sequence[Candidate], judge: Judge) -> Candidate:
+    """The fastest candidate whose tiles are as equal to the whole image as was asked.
+
+    Raises:
+        ParityError: There is none.
+    """
+    first = pick_closest(accepted, max(accepted, key=lambda c: c.kept_mpx_per_s or 0.0), job.budget)
+    order = [first, *sorted((c for c in accepted if c is not first), key=lambda c: -(c.kept_mpx_per_s or 0.0))]
+    reasons = list[str]()
+    for candidate in order:
+        equal = judge.equality(trials.engines[candidate.key])
+        reason = "" if equal is None else equal.excess(job.budget.of(candidate.precision), candidate.precision)
+        if not reason and job.options.equal == "bits" and (equal is None or equal.kind != "bits"):
+            reason = equal.text if equal is not None else "nothing is known of how equal its tiles are"
+        if not reason:
+            if equal is not None and equal.kind == "rounding":
+                job.remarks.notes.append(_explain_rounding(trials, order, candidate, equal, judge))
+            return candidate
+        reasons.append(f"{candidate.title}: {reason}")
+        if job.options.equal == "rounding":
+            job.remarks.notes.append(f"left: {reasons[-1]}")
+    ways = "pass --equal rounding" if job.options.equal == "bits" else "allow more with --budget rounding=..."
+    raise ParityError(f"no candidate's tiles are equal enough to the whole image: {'; '.join(reasons)}; {ways}")
+
+
+def _explain_rounding(
+    trials: Trials, order: Sequence[Candidate], chosen: Candidate, equal: Equality, judge: Judge
+) -> str:
+    """What the fastest engine gives up that is equal up to rounding alone, and what one equal to the bit would cost."""
+    for other in order[order.index(chosen) + 1 :]:
+        found = judge.equality(trials.engines[other.key])
+        if found is not None and found.kind == "bits":
+            share = (other.kept_mpx_per_s or 0.0) / (chosen.kept_mpx_per_s or 1.0)
+            return (
+                f"tiles of {chosen.title} are {equal.text}; the fastest that is equal to the bit is {other.title}, "
+                f"{other.kept_mpx_per_s or 0:.3g} kept Mpx/s ({share:.2f} of it): --equal bits takes that"
+            )
+    return f"tiles of {chosen.title} are {equal.text}; no candidate inside the budget is equal to the bit"
+
+
 def pick_closest(accepted: Sequence[Candidate], fastest: Candidate, budget: Budget) -> Candidate:
-    """Of INT8 mixtures that are as fast as the fastest, the one that changes least."""
+    """Where the fastest computes in INT8: of the mixtures as fast as it, and of higher precisions nearly as fast, the one
+    that changes least."""
+    if fastest.precision != "int8":
+        return fastest
+    best = fastest.kept_mpx_per_s or 0.0
+    higher = [c for c in accepted if c.precision != "int8" and (c.kept_mpx_per_s or 0.0) >= NEARLY_AS_FAST * best]
     alike = [
         c
         for c in accepted
         if (c.backend, c.precision, c.batch) == (fastest.backend, fastest.precision, fastest.batch)
-        and (c.kept_mpx_per_s or 0.0) >= AS_FAST * (fastest.kept_mpx_per_s or 0.0)
+        and (c.kept_mpx_per_s or 0.0) >= AS_FAST * best
     ]
-    if fastest.precision != "int8" or len(alike) < 2:
-        return fastest
-    return min(alike, key=lambda c: _budget_share(c, budget))
+    return min(higher or alike, key=lambda c: _changed(c, budget))
+
+
+def _changed(candidate: Candidate, budget: Budget) -> float:
+    """What a candidate changes, by one measure for all precisions: labels, or the share of its budget."""
+    change = None if candidate.verdict is None else candidate.verdict.label_change
+    return _budget_share(candidate, budget) if change is None else change
 
 
 def _budget_share(candidate: Candidate, budget: Budget) -> float:
@@ -224,7 +277,7 @@ def _larger_tiles(job: BuildJob, tiling: Tiling, first: Winner) -> list[tuple[in
         if left < 0 and kept_share(tiling.spec, tile) < WORTH_WAITING * kept_share(tiling.spec, before):
             remarks.left_out.append(f"tiles above {last} px were not tried")
             break
-        if device == "cpu":
+        if not facts.is_cuda(device):
             enough = first.bytes_per_px * best.batch * prod(tile) <= MEMORY_SHARE * limits.memory_bytes()
         else:
             session = first.engine.gpu_session

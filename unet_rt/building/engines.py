@@ -27,10 +27,10 @@ CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at
 
 @dataclass(frozen=True)
 class EngineFiles:
-    """The graph that an engine was loaded from, and the backend's plan where it compiled one."""
+    """The graph that an engine was loaded from, and what the backend compiled or converted it into, if it did."""
 
     graph: Path
-    plan: Path | None
+    compiled: Path | None
 
 
 class Engines:
@@ -69,7 +69,7 @@ class Engines:
         """
         job, spec = self._job, self._tiling.spec
         backend, stem = backends.get(name), f"{name}-{precision}-{size_text(tile)}"
-        if precision == "fp16":
+        if precision == "fp16" and name != "ncnn":  # which stores FP32 graphs in half precision itself
             source = self._half_with_islands
         if source is not None:
             self._count += 1
@@ -86,22 +86,25 @@ class Engines:
             tiles=tiles,
             batches=batches,
         )
-        plan = blob if blob.exists() else None
+        compiled = blob if blob.exists() else None
         session = backend.load(
-            graph, precision=precision, device=spec.device, threads=job.threads, blob=plan, settings=settings
+            graph, precision=precision, device=spec.device, threads=job.threads, blob=compiled, settings=settings
         )
         spec = replace(spec, backend=name, precision=precision, tile=tile, settings=settings)
-        if plan is not None:
+        if not backend.any_tile:
             sizes = tuple(replace(s, fixed=t) for s, t in zip(spec.sizes, tile, strict=True))
             spec = replace(spec, sizes=sizes, batches=tuple(batches), tiles=tiles)
         engine = Engine(spec, session)
-        self.files[engine] = EngineFiles(graph, plan)
+        self.files[engine] = EngineFiles(graph, compiled)
         return engine
 
     def drop(self, engine: Engine) -> None:
         """Closes an engine that is of no more use, and removes its graph."""
         engine.close()
-        self.files.pop(engine).graph.unlink(missing_ok=True)  # as large as the network, and there may be dozens
+        files = self.files.pop(engine)
+        for path in (files.graph, files.compiled):  # as large as the network, and there may be dozens
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Gives back what every engine holds."""
@@ -140,13 +143,13 @@ def calibration_tile(spec: EngineSpec) -> tuple[int, ...]:
 
 
 def batches_to_try(model: Model, spec: EngineSpec) -> tuple[int, ...]:
-    """Tiles per run to try: one on a CPU, whose cores one tile keeps busy; several on a GPU, as memory allows.
+    """Tiles per run to try: one on a CPU, whose cores one tile keeps busy; several on an NVIDIA GPU, as memory allows.
 
     What the graph does not leave free is as it is on either.
     """
     if spec.batch_sizes:
         return spec.batch_sizes
-    if spec.device == "cpu":
+    if not facts.is_cuda(spec.device):
         return (1,)
     return tuple(n for n in GPU_BATCHES if n == 1 or fits(model, spec.device, spec.tile, n))
 

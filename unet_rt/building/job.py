@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from ..baseline.model import Model
 from ..engine.budget import Budget
@@ -23,6 +24,7 @@ TILED_COST = 1.6  # of a verdict over the baseline's own run: tiles have halos
 INT8_RUNS = 2.0  # that INT8 costs per backend, in runs of the baseline: plain, its ends, mixtures
 
 
+Equal = Literal["bits", "rounding"]
 Say = Callable[[str], None]
 
 
@@ -75,6 +77,7 @@ class BuildOptions:
         threads: Of backend and kernels; 0: by affinity and quota.
         keep_exam: Whether a few tiles travel with the engine.
         search_minutes: Time for the search.
+        equal: How equal tiled results have to be: to the bit, or up to rounding.
     """
 
     budget: Budget
@@ -87,6 +90,7 @@ class BuildOptions:
     threads: int
     keep_exam: bool
     search_minutes: float
+    equal: Equal = "rounding"
 
     @property
     def explicit(self) -> bool:

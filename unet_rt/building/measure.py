@@ -17,12 +17,14 @@ from ..baseline.samples import SampleWindow
 from ..baseline.tiles import judged_tile, kept_share
 from ..engine import parity as parity_module
 from ..engine.engine import Engine
+from ..engine.equality import Equality
 from ..engine.parity import BatchParity, ImageParity, Verdict
 from ..engine.spec import EngineSpec
 from ..errors import BackendError
 from ..system import facts
 from ..system import timing as timing_module
 from ..tiling.grid import tile_grid
+from .equality import measure_equality
 from .job import BuildJob
 from .report import Candidate, CandidateKey
 from .tiling import BaselineResults, Tiling, calibrating_results
@@ -174,6 +176,7 @@ class Judge:
         self.rows: dict[CandidateKey, tuple[BatchParity, ...]] = {}
         self._job, self._tiling, self._calibrating = job, tiling, calibrating
         self._wanted_tile: list[Array] = []  # the baseline's outputs on the tile that rows are about
+        self._equal = dict[Engine, Equality | None]()
         self._grown: dict[tuple[str, tuple[int, ...]], list[Array]] = {}  # its results by window and canvas
 
     def verdict(self, engine: Engine, tile: tuple[int, ...] | None = None) -> Verdict:
@@ -195,6 +198,13 @@ class Judge:
         remark = " (it calibrated)" if precision == "int8" else ""
         more = parity_module.judge([*images, *self._compared(engine, self._calibrated, tile, remark)], budget)
         return verdict if precision == "int8" and more.accepted else more
+
+    def equality(self, engine: Engine) -> Equality | None:
+        """How equal tiles of an engine are to its whole image; measured once."""
+        if engine not in self._equal:
+            self._job.remarks.say(f"tiles of {engine.spec.backend} {engine.spec.precision} against the whole image")
+            self._equal[engine] = measure_equality(engine, self._tiling.results.samples[0], self._job.threads)
+        return self._equal[engine]
 
     def same_rows(
         self, engine: Engine, x: Array, verdict: Verdict, batches: Sequence[int], key: CandidateKey | None = None

@@ -83,6 +83,7 @@ def finish_spec(outcome: Outcome, digests: Digests) -> EngineSpec:
         tile=winner.best.tile,
         run_batch=winner.best.batch,
         bytes_per_px=winner.bytes_per_px,
+        equal=winner.equal,
         made_on=facts.describe(),
         options={
             "threads": outcome.job.threads,
@@ -117,8 +118,8 @@ def write_files(outcome: Outcome, spec: EngineSpec) -> dict[FileKind, Path]:
     record = json.record_json(_describe_parity(outcome, spec, built.graph))
     files: dict[FileKind, Path] = {"model": job.model.given, "graph": built.graph, "parity": job.work / "parity.json"}
     files["parity"].write_text(record, encoding="utf-8")
-    if built.plan is not None:
-        files["engine"] = built.plan
+    if built.compiled is not None:
+        files["engine"] = built.compiled
     if outcome.int8 is not None:
         files["calibration"] = job.work / "calibration.json"
         files["calibration"].write_text(outcome.int8[0].calibration.dumps(), encoding="utf-8")

@@ -37,8 +37,8 @@ def add_build(verbs: Any) -> None:
     )
     p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt; ensemble.urt for several)")
-    p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino or tensorrt")
-    p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda[:N]")
+    p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt or ncnn")
+    p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda[:N] or vulkan[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
     p.add_argument("--tile", type=parse_size, metavar="HxW", help="tile size in pixels, or auto")
     p.add_argument(
@@ -56,7 +56,13 @@ def add_build(verbs: Any) -> None:
         metavar="KEY=VALUE",
         nargs="+",
         default=[],
-        help="label_change=1e-3 (INT8: 5e-3) dice=0.99 error=1e-2 seam=1e-5",
+        help="label_change=1e-3 (INT8: 5e-3) dice=0.99 error=1e-2 seam=1e-5 rounding=1e-4",
+    )
+    p.add_argument(
+        "--equal",
+        choices=("bits", "rounding"),
+        default="rounding",
+        help="how equal tiles have to be to the whole image: to the bit, or up to the order of sums (default)",
     )
     p.add_argument("--no-exam", action="store_true", help="keep no sample tiles in the engine (confidential images)")
     add_overwrite(p)
@@ -95,6 +101,7 @@ def _build(args: argparse.Namespace) -> int:
         keep_exam=not args.no_exam,
         overwrite=args.overwrite,
         cache=args.cache,
+        equal=args.equal,
         search_minutes=SEARCH_MINUTES if args.search_minutes is None else args.search_minutes,
         say=say(args),
         report=reports.append,

@@ -14,6 +14,7 @@ _EXAMPLES = {
     "dice": "0.99",
     "error": "1e-2",
     "seam": "1e-5",
+    "rounding": "1e-4",
     "truth": "0.02",
     "class_px": "100",
 }
@@ -29,6 +30,7 @@ class Budget(Record):
         error: For regression: largest error over the 1st to 99th percentile range of the baseline's output (where nearly
             all of it is one value, over all of its range; where all of it is, over that of the other images).
         seam: Share of labels that a measured halo may change (regression: the same ratio as ``error``).
+        rounding: Share of labels that another tile may change, where a library's sums depend on it.
         truth: With labels: how far Dice or IoU of a class against them may fall below the baseline's. The default is what
             IoU may lose where Dice against the baseline's mask is 0.99.
         class_px: Classes of fewer pixels, in the baseline's mask and the engine's, are not judged on that image, but on
@@ -39,11 +41,12 @@ class Budget(Record):
     dice: float = 0.99
     error: float = 1e-2
     seam: float = 1e-5
+    rounding: float = 1e-4
     truth: float = 0.02
     class_px: int = 100
 
     def __post_init__(self) -> None:
-        bounds = {"label_change": 1, "dice": 1, "error": float("inf"), "seam": 1, "truth": 1, "class_px": float("inf")}
+        bounds = {"label_change": 1, "dice": 1, "error": float("inf"), "seam": 1, "rounding": 1, "truth": 1, "class_px": float("inf")}
         low = 0
         for name, high in bounds.items():
             value = getattr(self, name)

@@ -30,7 +30,12 @@ Array = npt.NDArray[Any]
 
 def fingerprint(backend: str, version: str, device: str) -> dict[str, Any]:
     """What a result may depend on besides the engine's bytes: library version, processor, device."""
-    if device != "cpu":
+    if device.startswith("vulkan"):
+        from ..backends.ncnn.library import vulkan_devices, vulkan_index
+
+        found = vulkan_devices()[vulkan_index(device)]
+        return {"backend": backend, "version": version, "gpu": found.name, "driver": found.driver}
+    if facts.is_cuda(device):
         cuda = facts.cuda()
         index = facts.cuda_index(device)
         gpu = cuda.devices[index] if index < len(cuda.devices) else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import EngineError
+from ..system import facts
 from .engine import Engine, LoadOptions, log
 from .folder import EngineFolder, read_folder
 from .spec import EngineSpec
@@ -48,7 +49,7 @@ def load(
     opened = read_folder(folder)
     spec = opened.spec
     if device is not None and device != spec.device:
-        if "cpu" in (device, spec.device):
+        if not (facts.is_cuda(device) and facts.is_cuda(spec.device)):
             raise EngineError(f"{folder} was built for {spec.device}, not {device}; build again with --device {device}")
         spec = replace(
             spec, device=backends.device(device)

@@ -17,6 +17,7 @@ from ..tiling.axis import canvas
 from ..tiling.field import FieldRecord, OutputField, TileSizes
 from ..tiling.grid import TileGrid, choose_tile, tile_grid, with_halo
 from ..tiling.stitch import Blend
+from .equality import Equality
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -56,6 +57,8 @@ class EngineSpec(Record):
         made_on: Machine and library versions at build.
         options: Everything else that decided the result.
         settings: Those that the backend measured when it built the graph, in its own words; None: it has none.
+        equal: How equal tiled results are to the whole-image result, as measured by build; None where nothing is promised,
+            or nothing could be measured.
     """
 
     contract: Contract
@@ -78,6 +81,7 @@ class EngineSpec(Record):
     made_on: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    equal: Equality | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def exact(self) -> bool:

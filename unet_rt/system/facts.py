@@ -45,6 +45,7 @@ DISTRIBUTIONS = {
         "onnxruntime-qnn",
     ),
     "openvino": ("openvino",),
+    "ncnn": ("ncnn", "pnnx"),
     "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx"),
     "eager": ("torch",),
 }
@@ -140,6 +141,11 @@ def _driver_release(path: Path = Path("/sys/module/nvidia/version")) -> str:
         return path.read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def is_cuda(device: str) -> bool:
+    """Whether ``device`` names an NVIDIA GPU reached through CUDA."""
+    return device.startswith("cuda")
 
 
 def cuda_index(device: str) -> int:

@@ -24,6 +24,9 @@ from .library import missing
 
 log = logging.getLogger("unet_rt")
 
+any_tile = True
+variant = ""
+
 
 def precisions(device: str = "cpu") -> tuple[str, ...]:
     """Precisions this backend computes in on ``device``: that of the graph."""

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("unet_rt")
 
+any_tile = False
+variant = ""
+
 _LIBRARIES = ("tensorrt", "tensorrt_rtx")
 _LEAST = {"tensorrt": (10, 12), "tensorrt_rtx": (1, 0)}
 _INSTALL = (
