@@ -132,7 +132,7 @@ class Backend(Protocol):
             device: Where it is to run.
             blob: Where a backend writes what it compiled or converted ahead of time; the others write none.
             tiles: Spatial sizes that will be run, largest first. A plan takes these alone; a backend without plans
-                measures its settings on the first, if at all.
+                measures its settings on the first, if at all, and is to take any size: the last are small ones to try.
             batches: Batch sizes that will be run, likewise.
 
         Returns:

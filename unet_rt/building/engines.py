@@ -22,6 +22,7 @@ from .report import Kind
 from .tiling import Tiling
 
 GPU_BATCHES = (1, 4, 16)  # tiles per run that are tried on a GPU
+SMALL_PX = 48  # an axis of tiles that graphs are converted at
 CALIBRATION_PX = 320 * 320  # tile area at which activations are looked at
 
 
@@ -75,6 +76,8 @@ class Engines:
             self._count += 1
             stem += f"-{self._count}"
         tiles = (tile,) if smaller is None else (tile, smaller)
+        if backend.any_tile:
+            tiles = (*tiles, *_two_small(spec))
         stem += "" if smaller is None else f"-{size_text(smaller)}"
         graph, blob = job.work / f"{stem}.onnx", job.work / f"{stem}.bin"
         settings = backend.build(
@@ -133,6 +136,13 @@ class Engines:
         count = f"{len(islands)} node{'s' * (len(islands) != 1)}"
         job.remarks.notes.append(f"FP16 keeps {count} in FP32, where activations of the samples leave its range")
         return path
+
+
+def _two_small(spec: EngineSpec) -> list[tuple[int, ...]]:
+    """Two small tiles that the graph accepts, the larger first; none where it takes one size alone."""
+    low = tuple(s.at_least(s.fixed or SMALL_PX) for s in spec.sizes)
+    high = tuple(s.at_least(s.fixed or n + 1) for n, s in zip(low, spec.sizes, strict=True))
+    return [] if low == high else [high, low]
 
 
 def calibration_tile(spec: EngineSpec) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def build(
 ) -> BackendSettings:
     """Converts the FP32 ``model``: weights to ``blob``, everything else into what is returned; ``graph`` is a copy of it.
 
-    ``tiles``: the first is what it is converted at; it runs at any size.
+    ``tiles``: the last two are what it is converted at; it runs at any size.
 
     Raises:
         BackendError: Another precision; no converter; a graph that ncnn cannot run, with the layer's name.
@@ -75,7 +75,7 @@ def build(
     inputs, outputs = ports_of(onnx.load(str(model), load_external_data=False))
     _check_ports(inputs, model)
     with tempfile.TemporaryDirectory(prefix="unet-rt-ncnn-") as work:
-        converted = convert(model, inputs, tiles[0], Path(work))
+        converted = convert(model, inputs, tiles[-2:], Path(work))
         shutil.copyfile(converted.weights, blob)
     copy_graph(model, graph)
     return Network(tuple(map(_described, inputs)), tuple(map(_described, outputs)), converted.param).to_json()

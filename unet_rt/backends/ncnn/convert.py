@@ -16,7 +16,6 @@ from ..session import Port
 from .library import captured_stderr, import_library
 
 INSTALL = "pip install pnnx (it brings torch, and is needed to build, not to run)"
-FURTHER_PX = 192  # to another size that graphs of strides 2, 3, 4, 6, ... 64 accept as well
 CONVERSION_S = 600.0
 
 
@@ -42,24 +41,28 @@ def ports_of(proto: Any) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     return inputs, tuple(port(value) for value in proto.graph.output)
 
 
-def convert(model: Path, inputs: Sequence[Port], tile: Sequence[int], work: Path) -> Converted:
+def convert(model: Path, inputs: Sequence[Port], tiles: Sequence[Sequence[int]], work: Path) -> Converted:
     """The graph of ``model`` in ncnn's form, for any size that it accepts.
 
-    It is converted twice, at the tile and at a larger size. Where the results differ the converter has written a size
-    into the network, which other tiles would be computed with.
+    It is converted at two sizes (the converter runs it, which takes memory). Where the results differ the converter has
+    written a size into the network, which other tiles would be computed with.
+
+    Args:
+        model: The ONNX file.
+        inputs: Of the graph.
+        tiles: One or two sizes, the same number of pixels per axis or more; one where the graph accepts no other.
+        work: An empty folder.
 
     Raises:
         BackendError: No converter; a graph that it cannot convert, with the layer's name; one that keeps a size.
     """
-    first = _convert_at(model, inputs, tile, work / "tile")
-    larger = tuple(n + FURTHER_PX for n in tile)
-    second = _convert_at(model, inputs, larger, work / "larger")
+    first, second = (_convert_at(model, inputs, tile, work / f"{k}") for k, tile in enumerate((tiles[0], tiles[-1])))
     unlike = [(a, b) for a, b in zip(first.param, second.param, strict=False) if a != b]
     if unlike or len(first.param) != len(second.param):
         layer = unlike[0][0].split()[1] if unlike else "?"
         raise BackendError(
-            f"pnnx writes the size of the tile into layer {layer} of {model.name} (at {size_text(tile)} and at "
-            f"{size_text(larger)} px it gives different networks); use another --backend"
+            f"pnnx writes the size of the tile into layer {layer} of {model.name} (at {size_text(tiles[0])} and at "
+            f"{size_text(tiles[-1])} px it gives different networks); use another --backend"
         )
     _check_layers(first.param, model)
     return first
