@@ -113,8 +113,8 @@ endef
 	$(new_environment)
 	@echo "installing build tools, linters and test tools"
 	@$(@D)/bin/pip install -q --group build --group docs --group lint --group test --group tensorrt --group cuda
-	@echo "installing unet-rt[cpu,torch,tiff,zarr,...] and what it needs (torch is large)"
-	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote,objects,dask]'
+	@echo "installing unet-rt[cpu,ncnn,torch,tiff,zarr,...] and what it needs (torch is large)"
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,ncnn,torch,train,tiff,zarr,geo,slides,remote,objects,dask]'
 	@touch $@
 
 .venv-test/.installed: .venv-test/.made $(SOURCES)

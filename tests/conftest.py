@@ -1,7 +1,7 @@
 """What all tests share: markers for optional libraries and devices, and the folder of real data.
 
 A test whose library, device or data is missing is skipped with the reason. ``UNET_RT_REQUIRE`` names, separated by
-commas, what may not be missing (``gpu``, a library's marker, ``shared``): there a skip is a failure.
+commas, what may not be missing (``gpu``, ``vulkan``, a library's marker, ``shared``): there a skip is a failure.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ LIBRARIES = {
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt_rtx"),
+    "ncnn": ("pnnx",),  # its converter, without which there is nothing to run
 }
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -31,7 +32,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def required() -> set[str]:
     """What ``UNET_RT_REQUIRE`` names; an unknown name is an error, so that a typing slip does not switch it off."""
     names = {name.strip() for name in os.environ.get("UNET_RT_REQUIRE", "").split(",")} - {""}
-    known = {*LIBRARIES, "gpu", "shared"}
+    known = {*LIBRARIES, "gpu", "vulkan", "shared"}
     if unknown := names - known:
         raise pytest.UsageError(f"UNET_RT_REQUIRE names {sorted(unknown)}; known are {sorted(known)}")
     return names
@@ -53,10 +54,25 @@ def gpu_missing() -> str | None:
     return None if count.value else "the CUDA driver sees no device"
 
 
+@cache
+def vulkan_missing() -> str | None:
+    """Why there is no Vulkan device; None if there is one. Mesa's software device goes first where it is installed."""
+    drivers = sorted(Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"))
+    if drivers:
+        os.environ.setdefault("VK_DRIVER_FILES", str(drivers[0]))
+    from unet_rt.backends.ncnn.library import vulkan_devices
+
+    if vulkan_devices():
+        return None
+    return "Vulkan lists no device; apt-get install mesa-vulkan-drivers brings one in software"
+
+
 def missing(marker: str) -> str | None:
     """Why a test with this marker cannot run here; None if it can."""
     if marker == "gpu":
         return gpu_missing()
+    if marker == "vulkan":
+        return vulkan_missing()
     modules = LIBRARIES[marker]
     if any(find_spec(module) for module in modules):
         return None
@@ -84,7 +100,7 @@ def skip_or_fail(name: str, reason: str) -> NoReturn:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here."""
-    for marker in ("gpu", *LIBRARIES):
+    for marker in ("gpu", "vulkan", *LIBRARIES):
         if item.get_closest_marker(marker) and (reason := missing(marker)):
             skip_or_fail(marker, reason)
 

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "onnx": ("backends/**", "baseline/*.py", "building/*.py", "graph/**", "training/*.py"),
     "onnxruntime": ("backends/onnxruntime/library.py",),
     "openvino": ("backends/openvino.py",),
+    "ncnn": ("backends/ncnn/library.py",),
     "tensorrt": ("backends/tensorrt/*.py",),
     "tensorrt_rtx": ("backends/tensorrt/*.py",),
     "torch": ("backends/eager.py", "models/*.py", "training/*.py"),

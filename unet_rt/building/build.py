@@ -142,8 +142,7 @@ def build(
     target = Target(folder, overwrite, EngineCache(cache) if cache is not None else None, say)
     scope = _choose_scope(backend, device, precision)
     options = BuildOptions(
-        budget or Budget(), backend, precision, tile, halo, overlap, blend, threads, keep_exam, search_minutes,
-        equal
+        budget or Budget(), backend, precision, tile, halo, overlap, blend, threads, keep_exam, search_minutes, equal
     )
     digests = digest_request(options, scope.backends, scope.device)
     same = _find_same(target, digests)

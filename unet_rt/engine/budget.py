@@ -46,7 +46,15 @@ class Budget(Record):
     class_px: int = 100
 
     def __post_init__(self) -> None:
-        bounds = {"label_change": 1, "dice": 1, "error": float("inf"), "seam": 1, "rounding": 1, "truth": 1, "class_px": float("inf")}
+        bounds = {
+            "label_change": 1,
+            "dice": 1,
+            "error": float("inf"),
+            "seam": 1,
+            "rounding": 1,
+            "truth": 1,
+            "class_px": float("inf"),
+        }
         low = 0
         for name, high in bounds.items():
             value = getattr(self, name)

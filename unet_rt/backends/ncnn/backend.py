@@ -76,9 +76,11 @@ def build(
     _check_ports(inputs, model)
     with tempfile.TemporaryDirectory(prefix="unet-rt-ncnn-") as work:
         converted = convert(model, inputs, tiles[-2:], Path(work))
+        network = Network(tuple(map(_described, inputs)), tuple(map(_described, outputs)), converted.param)
+        NcnnSession(network, converted.weights, precision, "cpu", 1).close()  # which names a layer that ncnn lacks
         shutil.copyfile(converted.weights, blob)
     copy_graph(model, graph)
-    return Network(tuple(map(_described, inputs)), tuple(map(_described, outputs)), converted.param).to_json()
+    return network.to_json()
 
 
 def _described(port: Port) -> NcnnPort:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BackendError, size_text
+from ...graph.analysis import analyse_model
+from ...graph.passes.plain_sizes import plain_sizes
 from ..session import Port
-from .library import captured_stderr, import_library
 
 INSTALL = "pip install pnnx (it brings torch, and is needed to build, not to run)"
 CONVERSION_S = 600.0
@@ -56,7 +57,9 @@ def convert(model: Path, inputs: Sequence[Port], tiles: Sequence[Sequence[int]],
     Raises:
         BackendError: No converter; a graph that it cannot convert, with the layer's name; one that keeps a size.
     """
-    first, second = (_convert_at(model, inputs, tile, work / f"{k}") for k, tile in enumerate((tiles[0], tiles[-1])))
+    graph = work / "plain.onnx"
+    _write_plain(model, tiles, graph)
+    first, second = (_convert_at(graph, inputs, tile, work / f"{k}") for k, tile in enumerate((tiles[0], tiles[-1])))
     unlike = [(a, b) for a, b in zip(first.param, second.param, strict=False) if a != b]
     if unlike or len(first.param) != len(second.param):
         layer = unlike[0][0].split()[1] if unlike else "?"
@@ -64,8 +67,19 @@ def convert(model: Path, inputs: Sequence[Port], tiles: Sequence[Sequence[int]],
             f"pnnx writes the size of the tile into layer {layer} of {model.name} (at {size_text(tiles[0])} and at "
             f"{size_text(tiles[-1])} px it gives different networks); use another --backend"
         )
-    _check_layers(first.param, model)
     return first
+
+
+def _write_plain(model: Path, tiles: Sequence[Sequence[int]], graph: Path) -> None:
+    """The graph with numbers in place of the arithmetic that makes them from the size, as far as they are the same."""
+    import onnx
+
+    proto = onnx.load(str(model))
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    analysis, proto = analyse_model(proto)
+    plain_sizes(proto, *(analysis.walk(tile).tensors for tile in (tiles[0], tiles[-1])))
+    onnx.save_model(proto, str(graph))
 
 
 def _convert_at(model: Path, inputs: Sequence[Port], tile: Sequence[int], folder: Path) -> Converted:
@@ -114,14 +128,3 @@ def shapes_at(inputs: Sequence[Port], tile: Sequence[int]) -> list[tuple[int, ..
             shape.append(n if n is not None else 1 if k == batch else next(sizes))
         shapes.append(tuple(shape))
     return shapes
-
-
-def _check_layers(param: Sequence[str], model: Path) -> None:
-    """BackendError where the converter left a layer as it was, which ncnn does not have."""
-    library = import_library()
-    for line in param[2:]:
-        kind, name = line.split()[:2]
-        with captured_stderr():
-            known = library.layer_to_index(kind) >= 0
-        if not known:
-            raise BackendError(f"ncnn has no layer {kind} ({name} of {model.name}); use another --backend")

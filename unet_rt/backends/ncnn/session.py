@@ -85,7 +85,8 @@ class NcnnSession(SessionBase):
             failed = failed or self._net.load_model(str(weights)) != 0
         if failed:
             raise BackendError(
-                f"ncnn cannot load {weights}: {said[-1] if said else 'no reason is given'}; build the engine again"
+                f"ncnn cannot load {weights.name}: {said[-1] if said else 'no reason is given'}; build the engine with "
+                "another --backend"
             )
 
     def _set_options(self, options: Any) -> None:
