@@ -36,7 +36,6 @@ _BF16_SHARE = 0.5
 # Compiled shapes that are kept: the tile, a short last batch, a small image, a whole one. Each holds its own copy of
 # the weights (124 MB for the paper's U-Net); activations are held for the last used one only.
 _SHAPES = 4
-
 any_tile = True
 variant = ""
 

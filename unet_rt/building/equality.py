@@ -44,9 +44,9 @@ def measure_equality(engine: Engine, sample: SampleWindow, threads: int) -> Equa
         alone = replace(spec, tile=whole).grid(sample.shape, whole)
     except TileError:  # the whole canvas is no tile of this graph
         return None
-    results = [raw_results(engine, sample, one, threads) for one in (alone, grid)]
-    compared = [one for one in parity.compare_outputs(*results, spec, sample.name) if one.judged]
-    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*results, strict=True))
+    once, tiled = (raw_results(engine, sample, one, threads) for one in (alone, grid))
+    compared = [one for one in parity.compare_outputs(once, tiled, spec, sample.name) if one.judged]
+    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(once, tiled, strict=True))
     changes = [one.label_change for one in compared if one.label_change is not None]
     return Equality(
         "bits" if same else "rounding",

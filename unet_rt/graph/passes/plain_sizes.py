@@ -67,7 +67,7 @@ def _same(node: onnx.NodeProto, k: int, walks: Sequence[Tensors]) -> dict[int, A
     if not _computed(node.input[k], walks):
         return None
     values = _values(node.input[k], walks)
-    return {k: values[0]} if values is not None and np.array_equal(*values) else None
+    return {k: values[0]} if values is not None and np.array_equal(values[0], values[1]) else None
 
 
 def _slice(node: onnx.NodeProto, walks: Sequence[Tensors]) -> dict[int, Array] | None:
@@ -94,7 +94,7 @@ def _slice(node: onnx.NodeProto, walks: Sequence[Tensors]) -> dict[int, Array] |
         new[3] = along.astype(np.int64)
     if len(node.input) > 4 and node.input[4]:
         steps = _values(node.input[4], walks)
-        if steps is None or not np.array_equal(*steps):
+        if steps is None or not np.array_equal(steps[0], steps[1]):
             return None
         new[4] = steps[0].astype(np.int64)
     return new
