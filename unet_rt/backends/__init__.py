@@ -7,13 +7,16 @@ before one of them is called.
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ..errors import BackendError
 from ..system import facts
 from .session import Backend, Session
 
-__all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable"]
+if TYPE_CHECKING:
+    from .ncnn.library import VulkanDevice
+
+__all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable", "vulkan_devices"]
 
 _MODULES = {
     "onnxruntime": ".onnxruntime.backend",
@@ -103,6 +106,13 @@ def device(name: str = "auto") -> str:
             f"{name} was asked, the driver lists {len(cuda.devices)} GPU(s), the last is cuda:{len(cuda.devices) - 1}"
         )
     return f"cuda:{index}"
+
+
+def vulkan_devices() -> tuple[VulkanDevice, ...]:
+    """The devices that Vulkan lists, as far as a backend that reaches them is installed."""
+    from .ncnn import library
+
+    return library.vulkan_devices() if library.installed() else ()
 
 
 def _vulkan(name: str) -> str:

@@ -29,7 +29,7 @@ def collect() -> dict[str, Any]:
     """Facts as JSON values. A broken installation is a fact too: nothing is raised.
 
     Keys: ``unet_rt``, ``python``, ``os``, ``cpu`` (name, features, cores, threads), ``memory`` (bytes), ``devices``
-    (GPUs, driver, why none, why unusable each), ``backends`` (per name: version, precisions, why not per device),
+    (GPUs, driver, why none, why unusable each, Vulkan's), ``backends`` (per name: version, precisions, why not per device),
     ``native`` (modules and why absent), ``versions`` (installed packages), ``conflicts`` (sentences), ``advice`` (what
     to do next, or None).
     """
@@ -39,7 +39,9 @@ def collect() -> dict[str, Any]:
     record = facts.describe()
     cuda = facts.cuda()
     devices = ["cpu", *(f"cuda:{index}" for index in range(len(cuda.devices)))]
+    vulkan = _vulkan_devices()
     found = {name: _backend(name, devices) for name in (*backends.names(), "eager")}
+    found["ncnn"] = _backend("ncnn", ["cpu", *(f"vulkan:{index}" for index in range(len(vulkan)))])
     usable = [name for name in backends.names() if found[name]["missing"]["cpu"] is None]
     return {
         "unet_rt": __version__,
@@ -54,6 +56,7 @@ def collect() -> dict[str, Any]:
         "memory": {"physical_bytes": record["memory_bytes"], "available_bytes": record["available_bytes"]},
         "devices": {
             "cuda": list(cuda.devices),
+            "vulkan": vulkan,
             "driver": cuda.driver,
             "missing": cuda.missing,
             "unusable": {name: _unusable(index) for index, name in enumerate(devices[1:])},
@@ -72,6 +75,16 @@ def conflicts() -> list[str]:
 
     clash = onnxruntime.conflict()
     return [] if clash is None else [clash]
+
+
+def _vulkan_devices() -> list[str]:
+    """Name, kind and driver of every device that Vulkan lists; none where ncnn is not installed, or broken."""
+    from .. import backends
+
+    try:
+        return [f"{one.name} ({one.kind}), driver {one.driver}" for one in backends.vulkan_devices()]
+    except UnetRtError:  # said beside the backend
+        return []
 
 
 def _unusable(index: int) -> str | None:
@@ -144,6 +157,7 @@ def format(report: dict[str, Any]) -> str:
             lines.append(("", f"not usable: {reason}"))
     if devices["missing"]:
         lines.append(("GPU", f"none: {devices['missing']}"))
+    lines += [("GPU", f"vulkan:{index} {name}") for index, name in enumerate(devices["vulkan"])]
     for name, backend in report["backends"].items():
         for device, reason in backend["missing"].items():
             if reason is None:

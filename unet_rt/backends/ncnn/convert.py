@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BackendError, size_text
-from ...graph.analysis import analyse_model
-from ...graph.passes.plain_sizes import plain_sizes
 from ..session import Port
 
 INSTALL = "pip install pnnx (it brings torch, and is needed to build, not to run)"
@@ -73,6 +71,9 @@ def convert(model: Path, inputs: Sequence[Port], tiles: Sequence[Sequence[int]],
 def _write_plain(model: Path, tiles: Sequence[Sequence[int]], graph: Path) -> None:
     """The graph with numbers in place of the arithmetic that makes them from the size, as far as they are the same."""
     import onnx
+
+    from ...graph.analysis import analyse_model
+    from ...graph.passes.plain_sizes import plain_sizes
 
     proto = onnx.load(str(model))
     if proto.functions:
