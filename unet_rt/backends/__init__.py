@@ -16,7 +16,18 @@ from .session import Backend, Session
 if TYPE_CHECKING:
     from .ncnn.library import VulkanDevice
 
-__all__ = ["Backend", "Session", "advice", "device", "get", "install_line", "names", "require", "usable", "vulkan_devices"]
+__all__ = [
+    "Backend",
+    "Session",
+    "advice",
+    "device",
+    "get",
+    "install_line",
+    "names",
+    "require",
+    "usable",
+    "vulkan_devices",
+]
 
 _MODULES = {
     "onnxruntime": ".onnxruntime.backend",

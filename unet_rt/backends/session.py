@@ -163,6 +163,18 @@ def on_device(session: Session) -> TypeGuard[DeviceSession]:
     return hasattr(session, "run_device")
 
 
+class ManySession(Session, Protocol):
+    """A session that runs tiles beside each other (:mod:`unet_rt.backends.beside`)."""
+
+    def run_many(self, tiles: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        """Outputs for the inputs of every tile."""
+
+
+def takes_many(session: Session) -> TypeGuard[ManySession]:
+    """Whether a session runs tiles beside each other."""
+    return hasattr(session, "run_many")
+
+
 class SessionBase(ABC):
     """What the sessions of all backends do alike: what they say of themselves, one run at a time, closing."""
 

@@ -25,6 +25,7 @@ from .engines import Engines, fits
 from .job import TILES_END, BuildJob
 from .measure import Judge, add_timing, interleaved_times
 from .report import Candidate
+from .streams import try_streams
 from .tiling import Tiling, tried_tiles
 
 LARGEST_RUN_S = 60.0  # a tile that is expected to take longer is not tried
@@ -81,6 +82,7 @@ def choose(job: BuildJob, tiling: Tiling, trials: Trials, engines: Engines, judg
         winner = _choose_tile(job, tiling, winner, engines, judge)
     if winner.engine.spec.batches and tiling.spec.overlap is None:
         winner = _add_smaller_tile(job, tiling, winner, engines, judge)
+    winner = _add_streams(job, tiling, winner, engines)
     best = winner.best
     among = f"{len(accepted)} candidate{'s' * (len(accepted) > 1)} inside the budget"
     if all(c.precision != "fp32" for c in accepted):
@@ -96,6 +98,15 @@ def choose(job: BuildJob, tiling: Tiling, trials: Trials, engines: Engines, judg
             "--search-minutes allows more"
         )
     return winner
+
+
+def _add_streams(job: BuildJob, tiling: Tiling, winner: Winner, engines: Engines) -> Winner:
+    """The winner with several tiles beside each other, where that keeps more per second."""
+    engine, rows = try_streams(job, tiling, winner.best, winner.engine, engines, winner.bytes_per_px)
+    candidates = (*winner.candidates, *rows)
+    if engine is winner.engine:
+        return replace(winner, candidates=candidates)
+    return replace(winner, candidates=candidates, best=rows[-1], engine=engine)
 
 
 def _pick_equal(job: BuildJob, trials: Trials, accepted: Sequence[Candidate], judge: Judge) -> Candidate:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from .. import backends
+from ..backends.beside import run_beside
+from ..backends.session import Session
 from ..baseline.model import Model
 from ..baseline.results import tile_of
 from ..engine.engine import Engine
@@ -100,6 +102,25 @@ class Engines:
         engine = Engine(spec, session)
         self.files[engine] = EngineFiles(graph, compiled)
         return engine
+
+    def with_streams(self, engine: Engine, streams: int) -> Engine:
+        """An engine that was made, loaded again to run ``streams`` tiles beside each other."""
+        spec, files = engine.spec, self.files[engine]
+        backend = backends.get(spec.backend)
+
+        def load_threads(count: int) -> Session:
+            return backend.load(
+                files.graph,
+                precision=spec.precision,
+                device=spec.device,
+                threads=count,
+                blob=files.compiled,
+                settings=spec.settings,
+            )
+
+        many = Engine(replace(spec, streams=streams), run_beside(load_threads, streams, self._job.threads))
+        self.files[many] = files
+        return many
 
     def drop(self, engine: Engine) -> None:
         """Closes an engine that is of no more use, and removes its graph."""

@@ -97,6 +97,8 @@ class Engine:
             One float32 array (N, K, *tile_out) per output, whatever axes the graph itself uses.
         """
         n = len(batch)
+        if n > 1 and (many := self._run_beside(batch)) is not None:
+            return many
         if self.batch_for(n) == n:
             return self._run(batch)
         parts, k = [], 0
@@ -110,6 +112,15 @@ class Engine:
             k += size
         return [np.concatenate(outs) for outs in zip(*parts, strict=True)]
 
+    def _run_beside(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]] | None:
+        """Every tile of a batch in a run of its own, several at once; None where the engine does not."""
+        from ..backends.session import takes_many
+
+        if not takes_many(self._session):
+            return None
+        rows = self._session.run_many([self.graph_inputs(batch[k : k + 1]) for k in range(len(batch))])
+        return [np.concatenate(outputs) for outputs in zip(*map(self._outputs_of, rows), strict=True)]
+
     def graph_inputs(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """(N, C, *tile) as the graph's own inputs: channels dealt out, axes in its order, C-contiguous."""
         inputs, first = [], 0
@@ -120,7 +131,10 @@ class Engine:
         return inputs
 
     def _run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
-        outputs = self._session.run(self.graph_inputs(batch))  # the session casts, and refuses to cut values
+        return self._outputs_of(self._session.run(self.graph_inputs(batch)))  # it casts, and refuses to cut values
+
+    def _outputs_of(self, outputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
+        """What a session returned as (N, K, *tile_out), float32."""
         if len(outputs) != len(self.spec.outputs):
             raise BackendError(
                 f"the engine returned {len(outputs)} outputs, and its spec names {len(self.spec.outputs)}; build it again"

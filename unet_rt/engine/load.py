@@ -75,21 +75,25 @@ def load(
 def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> tuple[Session, bool]:
     """The session of a folder; and whether its plan was of no use here and is made again: another one, and unproven."""
     from .. import backends
+    from ..backends.beside import run_beside
 
     backend = backends.get(spec.backend)
     graph = opened.file("graph")
     blob = opened.file("engine") if "engine" in opened.files else None
     stale = None if blob is None else backend.stale(blob, spec.device)
     if stale is None:
-        session = backend.load(
-            graph,
-            precision=spec.precision,
-            device=spec.device,
-            threads=threads,
-            blob=blob,
-            settings=spec.settings,
-        )
-        return session, False
+
+        def load_threads(count: int) -> Session:
+            return backend.load(
+                graph,
+                precision=spec.precision,
+                device=spec.device,
+                threads=count,
+                blob=blob,
+                settings=spec.settings,
+            )
+
+        return run_beside(load_threads, spec.streams, threads), False
     log.warning("%s: its plan is of no use here (%s); it is made again from its graph", opened.path, stale)
     with tempfile.TemporaryDirectory(prefix="unet-rt-rebuild-") as work:
         anew = Path(work) / "engine.bin"

@@ -52,6 +52,7 @@ class EngineSpec(Record):
         batches: The batch sizes that its plan takes, ascending; empty: any.
         tiles: The tiles that its plan takes: ``tile``, and a smaller one for memory that does not hold it, on the same
             canvas; empty: any that the graph accepts.
+        streams: Tiles that run beside each other, each on its share of the processor's threads.
         bytes_per_px: Memory that running takes per tile pixel, as measured by build (0: unknown); the device's memory
             for an engine on a GPU.
         made_on: Machine and library versions at build.
@@ -77,6 +78,7 @@ class EngineSpec(Record):
     run_batch: Count = 1
     batches: tuple[Count, ...] = ()
     tiles: tuple[tuple[Count, ...], ...] = ()
+    streams: Count = 1
     bytes_per_px: Annotated[float, AtLeast(0)] = 0.0
     made_on: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
