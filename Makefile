@@ -10,7 +10,12 @@ ARGS ?=
 # (TensorRT-RTX has wheels for Linux on x86-64 and Python up to 3.12; the group `tensorrt` says the same.)
 HAS_TENSORRT := $(shell $(PYTHON) -c "import platform, sys; print(',tensorrt' if sys.version_info < (3, 13) \
 	and (sys.platform, platform.machine()) == ('linux', 'x86_64') else '')")
-UNET_RT_REQUIRE ?= torch,onnxruntime,openvino$(HAS_TENSORRT)
+UNET_RT_REQUIRE ?= torch,onnxruntime,openvino,ncnn$(HAS_TENSORRT)$(HAS_VULKAN)
+# Debian's packages that tests use: installed where this may be done, else the line is said and the tests are skipped.
+DEBIAN := mesa-vulkan-drivers
+VULKAN_DRIVERS := /usr/share/vulkan/icd.d/lvp_icd*.json
+HAS_VULKAN = $(if $(shell ls $(VULKAN_DRIVERS) 2>/dev/null),$(comma)vulkan)
+comma := ,
 # Processes that share the tests: most of them keep one core busy, engines two. 0 is this process alone, for a debugger
 # (ARGS=--pdb) and where tests need a GPU, of whose memory they expect to be the only users.
 PROCESSES ?= $(if $(findstring gpu,$(UNET_RT_REQUIRE)),0,2)
@@ -47,8 +52,18 @@ help:  ## list the targets
 demo: .venv-demo/.installed  ## install without torch, build an engine, predict a large image, verify; report in demo-output/
 	$(DEMO)/unet-rt demo --out demo-output $(ARGS)
 
-test: .venv-test/.installed  ## install with everything that tests need, and run all tests
+test: .venv-test/.installed debian  ## install with everything that tests need, and run all tests
 	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal $(ARGS)
+
+.PHONY: debian
+debian:
+	@if [ -z "$(shell ls $(VULKAN_DRIVERS) 2>/dev/null)" ] && command -v apt-get > /dev/null; then \
+		if [ "$$(id -u)" = 0 ]; then \
+			echo "installing $(DEBIAN)"; \
+			(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(DEBIAN)) > /dev/null \
+				|| echo "$(DEBIAN) cannot be installed here; tests that need it are skipped"; \
+		else echo "some tests are skipped without: sudo apt-get install $(DEBIAN)"; fi; \
+	fi
 
 # Some of every package: what a change breaks first.
 QUICK := tests/test_house.py tests/test_imports.py tests/system/test_durable.py tests/system/test_json.py tests/contract \
@@ -132,5 +147,5 @@ endef
 .venv-bench/.installed: $(SOURCES) constraints/test.txt
 	$(new_environment)
 	@echo "installing unet-rt[cpu,torch,tiff] and the benchmarks' tools (torch is large)"
-	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group bench '.[cpu,torch,train,tiff,zarr,objects,dask]'
+	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group bench '.[cpu,ncnn,torch,train,tiff,zarr,objects,dask]'
 	@touch $@
