@@ -27,7 +27,7 @@ from ..prediction.run import run
 from ..prediction.work import Computation, Work
 from ..tiling.decision import decide
 from ..tiling.grid import TileGrid
-from ..tiling.stitch import blend_weight
+from ..tiling.placement import blend_weight
 
 Array = npt.NDArray[Any]
 
@@ -224,7 +224,7 @@ def tiles_by_hand(engine: Engine, sample: SampleWindow, grid: TileGrid) -> Array
     )
     result = np.zeros((spec.outputs[0].channels, *grid.out_shape(0)), np.float32)
     total = np.zeros(grid.out_shape(0), np.float32)
-    weight = blend_weight(grid.tile_out_shape(0), spec.blend) if grid.blended else None
+    weight = blend_weight(grid.tile_out_shape(0), spec.blend, spec.placement) if grid.blended else None
     for index in grid.rows():
         place = grid.placement(index, 0)
         origins = grid.origins(index) + [a.canvas.before for a in grid.axes]
