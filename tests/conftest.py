@@ -24,6 +24,8 @@ LIBRARIES = {
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt_rtx"),
+    "monai": ("monai",),
+    "nnunet": ("nnunetv2",),
 }
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -219,9 +219,11 @@ def tiles_by_hand(engine: Engine, sample: SampleWindow, grid: TileGrid) -> Array
     spec = engine.spec
     width = [(a.canvas.before, a.canvas.size - a.canvas.before - a.canvas.image) for a in grid.axes]
     how: dict[str, Any] = {"mirror": "reflect", "edge": "edge", "constant": "constant"}
-    canvas = normalize_pixels(
-        np.pad(sample.pixels, [(0, 0), *width], mode=how[spec.contract.border or "mirror"]), sample.numbers
-    )
+    border = spec.contract.border or "mirror"
+    if border == "zero":
+        canvas = np.pad(normalize_pixels(sample.pixels, sample.numbers), [(0, 0), *width])
+    else:
+        canvas = normalize_pixels(np.pad(sample.pixels, [(0, 0), *width], mode=how[border]), sample.numbers)
     result = np.zeros((spec.outputs[0].channels, *grid.out_shape(0)), np.float32)
     total = np.zeros(grid.out_shape(0), np.float32)
     weight = blend_weight(grid.tile_out_shape(0), spec.blend, spec.placement) if grid.blended else None
