@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,21 @@ def slide(
     return (total / weights)[(slice(None), *inside)]
 
 
+def weight_sums(image: Sequence[int], window: Sequence[int], starts: list[list[int]], weight: Array) -> Array:
+    """What the weights over every sample come to, for images that are no smaller than the window."""
+    total = np.zeros(image)
+    for origin in itertools.product(*starts):
+        total[tuple(slice(o, o + w) for o, w in zip(origin, window, strict=True))] += weight
+    return total
+
+
+def covering(window: Sequence[int], starts: list[list[int]]) -> int:
+    """Windows that hold a sample, at most."""
+    return prod(
+        max(sum(a <= b < a + w for a in origins) for b in origins) for origins, w in zip(starts, window, strict=True)
+    )
+
+
 def rounding(values: Array, window: Sequence[int], starts: list[list[int]]) -> float:
     """How far two float32 means of the same ``values`` may lie apart.
 
@@ -109,10 +124,7 @@ def rounding(values: Array, window: Sequence[int], starts: list[list[int]]) -> f
     weights' own errors count twice: an exponent of at most 8 computed in float32 is off by 16 units, the exponential and
     its product with the other axes' by 3 more.
     """
-    covering = 1
-    for origins, w in zip(starts, window, strict=True):
-        covering *= max(sum(a <= b < a + w for a in origins) for b in origins)
-    return float((2 * covering + 19 * len(window)) * np.finfo(np.float32).eps * np.abs(values).max())
+    return float((2 * covering(window, starts) + 19 * len(window)) * np.finfo(np.float32).eps * np.abs(values).max())
 
 
 def pictures(shape: Sequence[int], seed: int = 0) -> tuple[Array, Array]:

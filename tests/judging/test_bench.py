@@ -178,9 +178,9 @@ def test_one_document_whatever_becomes_of_the_picture(
 
 
 @pytest.mark.torch
+@pytest.mark.monai
 @pytest.mark.filterwarnings("ignore")  # MONAI's imports and torch's own deprecations
 def test_monai_leaves_seams(engine_folder: Path, sample_images: list[Array]) -> None:
-    pytest.importorskip("monai")
     names = ("onnxruntime", "monai", "monai-gaussian")
     found = bench(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=1, seconds=1)
     seams = {row.name: row.seam for row in found.rows}

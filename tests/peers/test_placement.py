@@ -56,7 +56,7 @@ def monai(
     return found[0].numpy()
 
 
-def nnunet(network: Any, x: Array, window: tuple[int, ...], share: Fraction, **more: Any) -> Array:
+def nnunet(network: Any, x: Array, window: tuple[int, ...], share: Fraction, classes: int = 3, **more: Any) -> Array:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(
@@ -68,7 +68,7 @@ def nnunet(network: Any, x: Array, window: tuple[int, ...], share: Fraction, **m
     )
     predictor.network = network
     predictor.configuration_manager = SimpleNamespace(patch_size=window)
-    predictor.label_manager = SimpleNamespace(num_segmentation_heads=3)
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=classes)
     predictor.allowed_mirroring_axes = tuple(range(len(window)))
     flat = x.ndim == 3
     found = predictor.predict_sliding_window_return_logits(torch.from_numpy(x[:, None] if flat else x))
@@ -143,6 +143,25 @@ def test_nnunet(engines: dict[int, Engine], blend: Any, share: Fraction, shape: 
     starts, _ = placements.windows_of("nnunet", shape, window, share)
     got = urt.predict(engine, pixels, axes="C" + "ZYX"[-len(shape) :], output="raw")
     check(got, expected, placements.rounding(expected, window, starts))
+
+
+@pytest.mark.nnunet
+@pytest.mark.parametrize(("shape", "window"), [((201, 317), (96, 64)), ((21, 50, 37), (16, 32, 32))])
+def test_nnunet_in_half_precision(engines: dict[int, Engine], shape: Any, window: Any) -> None:
+    """As it is: its sums are float16, so they are off by their own rounding, most where weights are small."""
+    engine = placements.placed(engines[len(shape)], "nnunet", window)
+    pixels, x = placements.pictures(shape)
+    expected = nnunet(Run(engine), x, window, Fraction(1, 2))
+    starts, weight = placements.windows_of("nnunet", shape, window, Fraction(1, 2))
+    got = urt.predict(engine, pixels, axes="C" + "ZYX"[-len(shape) :], output="raw")
+    largest, n = float(np.abs(got).max()), placements.covering(window, starts)
+    # n roundings of both sums and one of their ratio, by half a unit: 2^-11 of a number, or 2^-25 where it is subnormal
+    bound = (2 * n + 1) * largest * 2.0**-11
+    bound = bound + n * (1 + largest) * 2.0**-25 / placements.weight_sums(shape, window, starts, weight)
+    assert (np.abs(got - expected) <= 1.01 * bound).all()  # and the product of such errors
+    runner_up, first = np.sort(got, axis=0)[-2:]
+    different = got.argmax(axis=0) != expected.argmax(axis=0)
+    assert ((first - runner_up) <= 2.02 * bound)[different].all()
 
 
 @pytest.mark.nnunet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from unet_rt.baseline.tiles import blended_spec
 from unet_rt.contract.contract import Contract
 from unet_rt.engine.engine import Engine
 from unet_rt.errors import TileError
-from unet_rt.tiling.field import TileSizes
-from unet_rt.tiling.placement import blend_weight, blended_tiles
+from unet_rt.tiling.field import AxisField, TileSizes
+from unet_rt.tiling.placement import PlacementRule, blend_weight, blended_tiles
 
 pytestmark = [pytest.mark.torch, pytest.mark.onnxruntime]
 
@@ -51,8 +52,10 @@ def test_origins(rule: str, image: int, window: int, data: st.DataObject) -> Non
 
 
 def test_the_origins_that_the_manual_shows() -> None:
-    starts = [blended_tiles(250, 96, 48, TileSizes(1, 0, 1), [], rule).starts for rule in RULES]
-    assert starts == [(0, 48, 96, 144, 154), (0, 38, 77, 116, 154)]
+    fields = [AxisField(16, (0, 0), (0, 0), (0, 0), Fraction(1))]
+    rules = get_args(PlacementRule)
+    starts = [blended_tiles(250, 96, 48, TileSizes(16, 0, 16), fields, rule).starts for rule in rules]
+    assert starts == [(0, 48, 80, 128, 160), (0, 48, 96, 144, 154), (0, 38, 77, 116, 154)]
 
 
 @pytest.mark.parametrize("rule", RULES)

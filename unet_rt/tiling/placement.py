@@ -3,8 +3,8 @@
 Tiles of a network that cannot be exact are part of it, so they lie where its users expect them: by this package's own rule
 (``even``), or as MONAI's ``sliding_window_inference`` (``monai``) or nnU-Net's ``nnUNetPredictor`` (``nnunet``) lay them.
 
-Worked example (one axis): image 250 px, stride 16, tile 96, overlap 48. ``even``: the canvas is 256 px, four tiles at
-multiples of the stride: 0, 48, 112, 160. ``monai`` steps 48 px and moves the last one back: 0, 48, 96, 144, 154.
+Worked example (one axis): image 250 px, stride 16, tile 96, overlap 48. ``even``: the canvas is 256 px, and tiles lie at
+multiples of the stride: 0, 48, 80, 128, 160. ``monai`` steps 48 px and moves the last one back: 0, 48, 96, 144, 154.
 ``nnunet`` takes as many windows and spreads them: 0, 38, 77, 116, 154.
 """
 
