@@ -32,6 +32,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc unet_rt -ty
 	-not -name '*.so' -not -name '*.pyd' -not -name '*.ptx' -not -name '*.pyc' 2>/dev/null)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 TEST := .venv-test/bin
+PEERS := .venv-peers/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 # The build of the test environment is kept between installs, so that only what changed is compiled.
@@ -44,10 +45,10 @@ export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test lint format bench guard site docs wheels clean
+.PHONY: help demo quick test test-peers lint format bench guard site docs wheels clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 demo: .venv-demo/.installed  ## install without torch, build an engine, predict a large image, verify; report in demo-output/
 	$(DEMO)/unet-rt demo --out demo-output $(ARGS)
@@ -64,6 +65,12 @@ debian:
 				|| echo "$(DEBIAN) cannot be installed here; tests that need it are skipped"; \
 		else echo "some tests are skipped without: sudo apt-get install $(DEBIAN)"; fi; \
 	fi
+# What needs MONAI or nnU-Net, and is skipped in the other environment.
+PEER_TESTS := tests/peers tests/models/test_nnunet.py tests/training/test_export.py tests/judging/test_bench.py
+
+test-peers: UNET_RT_REQUIRE := torch,onnxruntime,monai,nnunet
+test-peers: .venv-peers/.installed  ## install beside MONAI and nnU-Net, and compare with them
+	$(PEERS)/pytest --numprocesses=$(PROCESSES) --dist=worksteal -m "monai or nnunet" $(PEER_TESTS) $(ARGS)
 
 # Some of every package: what a change breaks first.
 QUICK := tests/test_house.py tests/test_imports.py tests/system/test_durable.py tests/system/test_json.py tests/contract \
@@ -114,7 +121,7 @@ wheels: .venv-test/.made  ## source distribution, and the wheel for this machine
 	$(TEST)/python -m build --outdir dist
 
 clean:  ## remove environments, builds and caches
-	rm -rf .venv-test .venv-demo .venv-bench build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv-test .venv-peers .venv-demo .venv-bench build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # `--group` needs pip 25.1; an environment starts with whatever pip its Python ships.
 define new_environment
@@ -135,6 +142,12 @@ endef
 .venv-test/.installed: .venv-test/.made $(SOURCES)
 	@echo "installing unet-rt into $(@D)"
 	@$(@D)/bin/pip install -q $(TEST_BUILD) --no-deps --force-reinstall .
+	@touch $@
+
+.venv-peers/.installed: $(SOURCES) constraints/test.txt
+	$(new_environment)
+	@echo "installing unet-rt[cpu,torch,train], MONAI and nnU-Net (torch is large)"
+	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group test --group peers '.[cpu,torch,train,zarr]'
 	@touch $@
 
 # As a user would: nothing kept, nothing but the extra.

@@ -55,9 +55,10 @@ inline bool computes_in_double(DType pixel) {
     return pixel == DType::u32 || pixel == DType::i32 || pixel == DType::f64;
 }
 
-// What the constant border becomes: the value of a pixel, normalised like every other.
+// What the constant border becomes: the value of a pixel, normalised like every other; 0 where the constant is NaN.
 inline float border_value(DType pixel, bool affine, double constant, double low, double high, double offset,
                           double divisor) {
+    if (std::isnan(constant)) return 0.0f;
     if (!affine) return static_cast<float>(constant);
     if (computes_in_double(pixel)) return static_cast<float>(normalised(constant, low, high, offset, divisor));
     return normalised(static_cast<float>(constant), static_cast<float>(low), static_cast<float>(high),

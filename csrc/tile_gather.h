@@ -21,7 +21,7 @@ struct TileGather {
     Array out;                // (N, C, Z, Y, X), float32 or float16
     Border border;
     bool affine;            // false: pixels are converted, nothing else
-    double constant;        // raw pixel value of the constant border, normalised like every other
+    double constant;        // raw pixel value of the constant border, normalised like every other; NaN: 0 in the tile
     const double* offset;   // (C,)
     const double* divisor;  // (C,)
     const double* low;      // (C,), -inf: no clip

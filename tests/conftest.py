@@ -25,6 +25,8 @@ LIBRARIES = {
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt_rtx"),
     "ncnn": ("pnnx",),  # its converter, without which there is nothing to run
+    "monai": ("monai",),
+    "nnunet": ("nnunetv2",),
 }
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -78,9 +78,9 @@ def _installed() -> bool:
 
 
 @pytest.mark.skipif("trace" not in signature(urt.predict).parameters, reason="this predict records no spans")
+@pytest.mark.monai
 @pytest.mark.filterwarnings("ignore")  # MONAI's imports and torch's own deprecations
 def test_the_end_to_end_script_runs(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("monai")
     out = tmp_path / "predict-nuclei.json"
     monkeypatch.setattr(sys, "argv", ["bench_predict"])
     assert load("bench_predict").main(["--quick", "--out", str(out)]) == 0

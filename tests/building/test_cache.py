@@ -43,7 +43,7 @@ def images(sample_images: list[NDArray[np.uint16]]) -> list[NDArray[np.uint16]]:
 
 def request(device: str = "cpu", **changed: Any) -> dict[str, str]:
     """The digests of a build with these options."""
-    options = BuildOptions(urt.Budget(), "auto", "auto", None, "auto", None, "gaussian", 1, True, 10.0)
+    options = BuildOptions(urt.Budget(), "auto", "auto", None, "auto", None, "gaussian", "even", 1, True, 10.0)
     return digest_request(replace(options, **changed), ["onnxruntime"], device)
 
 

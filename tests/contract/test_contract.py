@@ -113,7 +113,7 @@ CONTRACTS = st.builds(
     threshold=st.lists(st.floats(0, 1), max_size=3).map(tuple),
     pixel_size_um=st.lists(NUMBERS, max_size=3).map(tuple),
     trained_tile=st.lists(st.integers(1, 4096), max_size=3).map(tuple),
-    border=st.sampled_from(["mirror", "edge", "constant"]),
+    border=st.sampled_from(["mirror", "edge", "constant", "zero"]),
 )
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 def border_index(start: int, count: int, size: int, border: str) -> NDArray[np.int64]:
     """The image pixels that stand for pixels start, start + 1, ... of an axis of ``size`` pixels; -1: the constant."""
     wanted = np.arange(start, start + count)
-    if border == "constant":
+    if border in ("constant", "zero"):
         return np.where((wanted >= 0) & (wanted < size), wanted, -1)
     if border == "edge":
         return wanted.clip(0, size - 1)
@@ -66,6 +66,8 @@ def tile_gather(
             x = np.minimum(x, column(clip[1], channels, axes, compute))
         x = x - column(0 if offset is None else offset, channels, axes, compute)
         x = x / column(1 if divisor is None else divisor, channels, axes, compute)
+        if border == "zero":
+            x = np.where(outside, compute(0), x)
         with np.errstate(over="ignore"):
             out[n] = x.astype(np.float32)
     return out, non_finite

@@ -178,9 +178,9 @@ def test_one_document_whatever_becomes_of_the_picture(
 
 
 @pytest.mark.torch
+@pytest.mark.monai
 @pytest.mark.filterwarnings("ignore")  # MONAI's imports and torch's own deprecations
 def test_monai_leaves_seams(engine_folder: Path, sample_images: list[Array]) -> None:
-    pytest.importorskip("monai")
     names = ("onnxruntime", "monai", "monai-gaussian")
     found = bench(engine_folder, image=sample_images[0], baselines=names, tile=(192, 192), runs=1, seconds=1)
     seams = {row.name: row.seam for row in found.rows}
@@ -190,6 +190,24 @@ def test_monai_leaves_seams(engine_folder: Path, sample_images: list[Array]) -> 
     assert constant is not None
     assert gaussian is not None
     assert 0 < gaussian < constant < 0.05  # a quarter of overlap; smooth weights hide the worst of it
+
+
+@pytest.mark.torch
+@pytest.mark.monai
+@pytest.mark.filterwarnings("ignore")  # MONAI's imports and torch's own deprecations
+@pytest.mark.parametrize("placement", ["even", "monai"])
+def test_monai_agrees_with_tiles_placed_as_its_own(tmp_path: Path, placement: Any) -> None:
+    """Its row of a network that cannot be exact, over the same library as the engine."""
+    placements = pytest.importorskip("placements")
+    pixels, _ = placements.pictures((201, 165))
+    urt.build(
+        placements.export(2, tmp_path), samples=[pixels], out=tmp_path / "x.urt", contract=placements.CONTRACT, axes="CYX",
+        backend="onnxruntime", precision="fp32", tile=(96, 64), overlap=(24, 16), placement=placement, threads=1,
+    ).close()  # fmt: skip
+    names = ("onnxruntime", "monai-gaussian")
+    found = bench(tmp_path / "x.urt", image=pixels, axes="CYX", baselines=names, runs=1, seconds=1)
+    shares = {row.name: row.label_agreement for row in found.rows}
+    assert (shares["MONAI sliding window (gaussian), ONNX Runtime FP32"] == 1) == (placement == "monai")
 
 
 def test_without_torch_the_rest_is_measured(

@@ -22,7 +22,7 @@ from unet_rt.errors import BackendError, ContractError, ImageError, OutputError,
 from unet_rt.kernels import native
 
 DTYPES = ["uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64", "bool"]
-BORDERS = ["mirror", "edge", "constant"]
+BORDERS = ["mirror", "edge", "constant", "zero"]
 OPS = ["copy", "softmax", "sigmoid", "argmax", "threshold"]
 EXACT_OPS = ["copy", "argmax", "threshold"]
 EPS = 2.0**-24  # half the spacing of float32 relative to 1: the error of one rounded operation
@@ -125,6 +125,15 @@ def test_gather_equals_numpy_pad(border: str, mode: str) -> None:
     padded = np.pad(window, ((0, 0), (30, 25), (40, 33)), mode=mode)  # type: ignore[call-overload]
     out, _ = gathered(window, [[-30, -40]], (62, 84), border=border)
     same(out[0], padded)
+
+
+def test_a_zero_border_is_zero_in_the_tile() -> None:
+    """Whatever the normalisation does to it, clip included, per channel."""
+    window = pixels((2, 5, 6), "uint16")
+    options: dict[str, Any] = {"offset": [500.0, 9000.0], "divisor": [7.0, -3.0], "clip": (600.0, 40000.0)}
+    out, _ = gathered(window, [[-2, -3]], (9, 12), border="zero", **options)
+    inside, _ = gathered(window, [[0, 0]], (5, 6), **options)
+    same(out, np.pad(inside, [(0, 0), (0, 0), (2, 2), (3, 3)]))
 
 
 @given(data=st.data())

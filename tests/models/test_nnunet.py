@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="nnU-Net runs on torch")
-pytest.importorskip("nnunetv2", reason="nnU-Net is not installed; pip install nnunetv2")
 pytest.importorskip("onnxruntime", reason="export checks with onnxruntime; pip install unet-rt[cpu]")
 
 import unet_rt as urt
@@ -29,6 +28,7 @@ from unet_rt.training.samples import prepare
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.onnxruntime,
+    pytest.mark.nnunet,
     # nnU-Net's own: environment variables that are not set, deprecations.
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -127,37 +127,27 @@ def test_the_contract_is_that_of_its_plans(trained: Path, tmp_path: Path, capsys
     assert len(model.graph.output) == 1  # deep supervision is off
 
 
-def test_it_predicts_what_nnunet_predicts(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_predicts_what_nnunet_predicts(trained: Path, tmp_path: Path) -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     m = microscopy((200, 230), seed=2, scene=Scene(radius_px=9, cover=0.3))
-    patch = np.ascontiguousarray(m.image[50:146, 60:156])  # one tile: nothing is blended
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), perform_everything_on_device=False,
                                 allow_tqdm=False)  # fmt: skip
     predictor.initialize_from_trained_model_folder(str(trained.parent), (0,))
     image = m.image[None, None].astype(np.float32)
-    properties = {"spacing": [999.0, 1.0, 1.0]}
-    theirs = predictor.predict_single_npy_array(image, properties, None, None, False)[0]
-    theirs_of_patch = predictor.predict_single_npy_array(patch[None, None].astype("f4"), properties, None, None, False)[
-        0
-    ]
     out = tmp_path / "nn.onnx"
     assert main(["export", str(trained), "--out", str(out)]) == 0
     with urt.build(
-        out, samples=[m.image], out=tmp_path / "nn.urt", backend="onnxruntime", precision="fp32", overlap=(48, 48)
+        out, samples=[m.image], out=tmp_path / "nn.urt", backend="onnxruntime", precision="fp32", placement="nnunet"
     ) as engine:
-        ours = urt.predict(engine, m.image)
-        ours_of_patch = urt.predict(engine, patch)
-    mismatch = float(np.mean(ours != theirs))
-    with capsys.disabled():
-        print(f"nnU-Net and unet-rt differ in {mismatch:.4%} of the labels")
-    assert 0.05 < np.mean(theirs) < 0.6
-    # Labels may turn where both classes are equal to rounding. InstanceNorm makes the tile part of the model, and the
-    # two place their tiles in other steps: the larger image differs where tiles overlap.
-    assert np.mean(ours_of_patch != theirs_of_patch) <= 2 / patch.size
-    assert mismatch < 0.01
-    truth = m.truth > 0
-    assert (ours[truth] == 1).mean() > 0.8
+        for mirrored in (False, True):
+            predictor.use_mirroring = mirrored
+            [theirs] = predictor.predict_single_npy_array(image, {"spacing": [999.0, 1.0, 1.0]}, None, None, False)
+            ours = urt.predict(engine, m.image, tta="flip" if mirrored else "none")
+            assert 0.05 < np.mean(theirs) < 0.6
+            # Labels may turn where both classes are equal to rounding: nnU-Net adds windows up in float16.
+            assert np.mean(ours != theirs) <= 2 / m.image.size
+            assert (ours[m.truth > 0] == 1).mean() > 0.8
 
 
 def test_what_is_no_nnunet_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -179,6 +169,11 @@ def test_what_nnunet_does_not_know_is_named(trained: Path, tmp_path: Path, chang
         (tmp_path / name).write_bytes((trained.parent / name).read_bytes())
     checkpoint = torch.load(trained / "checkpoint_final.pth", weights_only=False)
     torch.save({**checkpoint, **changed}, tmp_path / "fold_0" / "checkpoint_final.pth")
+    if "trainer_name" in changed:
+        try:
+            import torchvision  # noqa: F401 - nnU-Net looks for it in all its trainers, and one of them imports this
+        except RuntimeError as error:
+            pytest.skip(f"torchvision is built for another torch: {error}")
     with pytest.raises(GraphError, match=said):
         open_nnunet(tmp_path)
 

@@ -29,7 +29,7 @@ from unet_rt.baseline.tiles import blended_spec, untiled_spec
 from unet_rt.cli.demo import shipped_model
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.engine.engine import Engine
+from unet_rt.engine.engine import Engine, EngineView
 from unet_rt.images.open import open_image
 from unet_rt.kernels.device import DeviceArray, DeviceMemoryError
 from unet_rt.prediction import bands, compute, rows
@@ -233,6 +233,22 @@ def test_blended(engine_for, network, on_device, eager):
         expected, found = both(cpu, gpu, np.stack([pixels, pixels[::-1]]), axes="TYX", output=output, batch=4)
         assert cpu.spec.grid(pixels.shape).shape[0] > 2 * bands.BANDS
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("placement", ["monai", "nnunet"])
+def test_blended_as_other_tools_do(engine_for, network, on_device, placement):
+    """Their windows, weights and zeros around, per channel, also where the image is smaller than the window."""
+    import networks
+
+    contract = replace(LOGITS, normalization=Normalization("fixed", mean=(3.0, -2.0), std=(2.0, 5.0)))
+    even = engine_for(network(norm="instance", inputs=2), contract, tile=48, blend=True)
+    undeclared = replace(even.spec, contract=replace(even.spec.contract, border=None))
+    cpu = EngineView(even, blended_spec(undeclared, (48, 48), Path("m.onnx"), placement=placement))
+    for shape in ((171, 101), (31, 70), (20, 33)):
+        pixels = np.concatenate([networks.texture((1, 1, *shape), seed=k)[0] for k in range(2)])
+        expected, found = both(cpu, on_device(cpu), pixels, axes="CYX", output="raw", batch=4)
+        np.testing.assert_array_equal(found, expected)
+        assert not np.array_equal(urt.predict(even, pixels, axes="CYX", output="raw"), expected)
 
 
 def test_multilabel_and_binary(engine_for, network, on_device):

@@ -253,11 +253,16 @@ def test_a_halo_is_cut_never_grown():
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.integers(-200, 200), st.integers(1, 300), st.integers(1, 60), st.sampled_from(["mirror", "edge", "constant"]))
+@given(
+    st.integers(-200, 200),
+    st.integers(1, 300),
+    st.integers(1, 60),
+    st.sampled_from(["mirror", "edge", "constant", "zero"]),
+)
 def test_border_window_is_what_numpy_pad_reads(start, length, size, border):
     low, high = border_window(start, start + length, size, border)
     before, after = max(0, -start), max(0, start + length - size)
-    mode = {"mirror": "reflect", "edge": "edge", "constant": "constant"}[border]
+    mode = {"mirror": "reflect", "edge": "edge"}.get(border, "constant")
     padded = np.pad(
         np.arange(size), (before, after), mode=mode, **({"constant_values": -1} if mode == "constant" else {})
     )

@@ -397,10 +397,12 @@ def test_segmentation_models_pytorch(tmp_path: Path) -> None:
     assert [p.key for p in onnx.load(done.path).metadata_props] == [METADATA_KEY]
 
 
+@pytest.mark.monai
 @pytest.mark.filterwarnings("ignore")  # MONAI's own deprecations
 @pytest.mark.parametrize("name", ["UNet", "BasicUNet"])
 def test_monai(tmp_path: Path, name: str) -> None:
-    nets = pytest.importorskip("monai.networks.nets", reason="pip install monai")
+    from monai.networks import nets
+
     torch.manual_seed(0)
     if name == "UNet":
         network = nets.UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(4, 8, 16), strides=(2, 2))

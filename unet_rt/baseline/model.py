@@ -156,7 +156,7 @@ def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contr
     )
     axes = report.inputs[0].axes
     sizes = _size_per_axis(contract.pixel_size_um, sum(axis in "ZYX" for axis in axes))
-    contract = replace(contract, axes=axes, border=contract.border or "mirror", pixel_size_um=sizes)
+    contract = replace(contract, axes=axes, pixel_size_um=sizes)
     return Model(given, graph, report, contract, freed, fixed, tuple(left_out.values()))
 
 

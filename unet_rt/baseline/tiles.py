@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import get_args
 
 from ..engine.spec import EngineSpec
 from ..errors import TileError, size_text
 from ..tiling.axis import covered_px, exact_step
 from ..tiling.grid import TileGrid, cost_ratio, square_tile, tile_grid
-from ..tiling.stitch import Blend
+from ..tiling.placement import TOOLS, Blend, PlacementRule, blended_step, usual_overlap
 from .model import Model
 from .runner import baseline_name
 
@@ -43,14 +44,17 @@ def blended_spec(
     *,
     blend: Blend = "gaussian",
     overlap: Sequence[int] | None = None,
+    placement: PlacementRule = "even",
 ) -> EngineSpec:
     """The spec of a network that cannot be tiled exactly: its tile is the user's, the trained one, or the graph's own.
 
-    Neighbouring tiles share ``overlap`` pixels per axis; None: half a tile, as nnU-Net's and MONAI's users expect, or as
-    much more as it takes to leave no gap between the results of unpadded networks.
+    Neighbouring tiles share ``overlap`` pixels per axis; None: half a tile (a quarter, placed as MONAI does), or as
+    much more as it takes to leave no gap between the results of unpadded networks. Pixels beyond the image are mirrored
+    unless the contract says otherwise, and 0 where tiles are placed as another tool does.
 
     Raises:
-        TileError: No tile is declared anywhere, or the graph does not accept it; an overlap of another number of axes.
+        TileError: No tile is declared anywhere, or the graph does not accept it; an overlap of another number of axes; a
+            placement that the tool it is of has not for such a network.
     """
     fixed = tuple(s.fixed for s in spec.sizes if s.fixed is not None)
     only = fixed if len(fixed) == len(spec.sizes) else ()  # a graph of one size has no other tile, whatever is declared
@@ -68,18 +72,39 @@ def blended_spec(
             raise TileError(f"tile {t} px is not accepted by the graph; use {near}")
     if overlap is None:
         covered = [covered_px(t, [o.field[k] for o in spec.outputs]) for k, t in enumerate(chosen)]
-        overlap = [max(t // 2, t - n) for t, n in zip(chosen, covered, strict=True)]
+        overlap = [max(usual_overlap(t, placement), t - n) for t, n in zip(chosen, covered, strict=True)]
     elif len(overlap) != spec.spatial:
         raise TileError(f"overlap {size_text(overlap)} needs {spec.spatial} numbers, one per spatial axis")
-    return replace(spec, tile=chosen, overlap=tuple(overlap), blend=blend)
+    if placement != "even":
+        _check_placement(spec, placement)
+    contract = replace(spec.contract, border=spec.contract.border or ("mirror" if placement == "even" else "zero"))
+    return replace(spec, contract=contract, tile=chosen, overlap=tuple(overlap), blend=blend, placement=placement)
+
+
+def _check_placement(spec: EngineSpec, placement: PlacementRule) -> None:
+    """TileError where the tool does otherwise with such a network, so that its results would not be met."""
+    tool = TOOLS.get(placement)
+    if tool is None:
+        raise TileError(f"placement {placement!r} is unknown; use {', '.join(get_args(PlacementRule))}")
+    for output in spec.outputs:
+        if any(f.scale != 1 or any(f.shrink) for f in output.field):
+            raise TileError(
+                f"--placement {placement}: output {output.name} has not the size of the image, and {tool}'s placement is "
+                "for networks whose outputs have; leave it away"
+            )
+    border = spec.contract.border
+    if placement == "nnunet" and border not in (None, "zero"):
+        raise TileError(
+            f"--placement nnunet: nnU-Net pads images smaller than its window with 0, and border {border} is declared; "
+            "pass --border zero"
+        )
 
 
 def kept_share(spec: EngineSpec, tile: Sequence[int]) -> float:
     """Kept over computed pixels of inner tiles; 0 where the tile keeps nothing."""
     if spec.overlap is not None:
         steps = [
-            max(s.stride, (t - o) // s.stride * s.stride)
-            for t, o, s in zip(tile, spec.overlap, spec.sizes, strict=True)
+            blended_step(t, o, s.stride, spec.placement) for t, o, s in zip(tile, spec.overlap, spec.sizes, strict=True)
         ]
         return prod(steps) / prod(tile)
     ratio = cost_ratio(tile, spec.sizes, spec.used_outputs())

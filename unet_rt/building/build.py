@@ -37,7 +37,7 @@ from ..engine.load import load
 from ..engine.spec import EngineSpec, Precision
 from ..engine.write import check_target, write_folder
 from ..errors import BackendError, ContractError, EngineError, OutputError
-from ..tiling.stitch import Blend
+from ..tiling.placement import Blend, PlacementRule
 from .cache import Digests, EngineCache, copy_folder, digest_inputs, digest_request, list_differences
 from .candidates import try_candidates
 from .choice import choose
@@ -85,6 +85,7 @@ def build(
     halo: str | int = "auto",
     overlap: Sequence[int] | None = None,
     blend: Blend = "gaussian",
+    placement: PlacementRule = "even",
     threads: int = 0,
     axes: str | None = None,
     channels: Sequence[int] | None = None,
@@ -113,8 +114,9 @@ def build(
         precision: ``auto``, ``fp32``, ``fp16`` (GPUs), ``bf16`` or ``int8`` (with layers in FP32 where the budget needs it).
         tile: Tile in pixels per axis; None: measured (exact networks), trained tile (others).
         halo: ``auto``, ``exact``, ``measured``, or a number of samples.
-        overlap: Pixels shared by blended tiles per axis; default half a tile. Not for exact networks.
+        overlap: Pixels shared by blended tiles per axis; default half a tile (``monai``: a quarter). Not for exact networks.
         blend: Weights of blended tiles.
+        placement: Where blended tiles lie, and whose weights they have: ``even``, or as ``monai`` or ``nnunet`` place them.
         threads: Of backend and kernels; 0: by affinity and quota.
         axes, channels: How samples are to be read.
         keep_exam: Whether a few tiles travel with the engine.
@@ -142,7 +144,18 @@ def build(
     target = Target(folder, overwrite, EngineCache(cache) if cache is not None else None, say)
     scope = _choose_scope(backend, device, precision)
     options = BuildOptions(
-        budget or Budget(), backend, precision, tile, halo, overlap, blend, threads, keep_exam, search_minutes, equal
+        budget or Budget(),
+        backend,
+        precision,
+        tile,
+        halo,
+        overlap,
+        blend,
+        placement,
+        threads,
+        keep_exam,
+        search_minutes,
+        equal,
     )
     digests = digest_request(options, scope.backends, scope.device)
     same = _find_same(target, digests)

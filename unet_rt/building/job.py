@@ -12,7 +12,7 @@ from ..baseline.model import Model
 from ..engine.budget import Budget
 from ..engine.engine import Engine, EngineView
 from ..engine.spec import EngineSpec, Precision
-from ..tiling.stitch import Blend
+from ..tiling.placement import Blend, PlacementRule
 
 # How the time for the search is dealt out: the windows that parity is judged on are chosen so that the verdicts of all
 # candidates take PARITY_SHARE of it; INT8 ends when the second and third share are used up, tiles when nearly all is.
@@ -72,8 +72,9 @@ class BuildOptions:
         precision: ``auto`` or a precision.
         tile: Tile in pixels per axis; None: chosen.
         halo: ``auto``, ``exact``, ``measured``, or a number of samples.
-        overlap: Pixels shared by blended tiles per axis; None: half a tile.
+        overlap: Pixels shared by blended tiles per axis; None: half a tile, of MONAI's placement a quarter.
         blend: Weights of blended tiles.
+        placement: Where blended tiles lie, and whose weights they have.
         threads: Of backend and kernels; 0: by affinity and quota.
         keep_exam: Whether a few tiles travel with the engine.
         search_minutes: Time for the search.
@@ -87,6 +88,7 @@ class BuildOptions:
     halo: str | int
     overlap: Sequence[int] | None
     blend: Blend
+    placement: PlacementRule
     threads: int
     keep_exam: bool
     search_minutes: float

@@ -18,6 +18,7 @@ from ..engine.parity import ImageParity
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, ImageError, ParityError, TileError, size_text
 from ..tiling.grid import TileGrid, square_tile, tile_grid
+from ..tiling.placement import TOOLS
 from .calibration import farthest_value
 from .job import BuildJob
 from .samples import Samples
@@ -79,10 +80,17 @@ def choose_tiling(job: BuildJob, spec: EngineSpec, samples: Samples) -> Tiling:
         ParityError: Tiles of the FP32 graph are not its whole-image result, though it was judged exact.
     """
     options = job.options
-    tile, halo, overlap, blend = options.tile, options.halo, options.overlap, options.blend
+    tile, halo, overlap = options.tile, options.halo, options.overlap
+    blend, placement = options.blend, options.placement
     if job.model.exact:
         if overlap is not None:
             raise TileError("--overlap is for networks that cannot be tiled exactly; this one needs none")
+        if placement != "even":
+            raise TileError(
+                f"--placement {placement} is for networks that cannot be tiled exactly; tiles of this one equal its "
+                "whole-image result, wherever they lie: leave it away"
+            )
+        spec = replace(spec, contract=replace(spec.contract, border=spec.contract.border or "mirror"))
         probe = tuple(tile) if tile is not None else square_tile(spec.sizes, spec.outputs, PROBE_PX)
         _check_tile(spec, probe)
         chosen = _choose_halo(job, replace(spec, tile=probe), samples, halo, fixed_tile=tile is not None)
@@ -90,10 +98,11 @@ def choose_tiling(job: BuildJob, spec: EngineSpec, samples: Samples) -> Tiling:
         reason = job.model.reasons[0]
         if halo != "auto":
             raise TileError(f"--halo {halo}: this network cannot be tiled exactly ({reason}); its tiles are blended")
-        chosen = _Halo(blended_spec(spec, tile, job.model.given, blend=blend, overlap=overlap))
+        chosen = _Halo(blended_spec(spec, tile, job.model.given, blend=blend, overlap=overlap, placement=placement))
         job.remarks.notes.append(
             f"not exact: {reason}; tile {size_text(chosen.spec.tile)} px is part of the model, "
             f"blended ({blend}) with overlap {size_text(chosen.spec.overlap or ())} px"
+            + (f", placed as {TOOLS[placement]} does" if placement in TOOLS else "")
         )
     spec = chosen.spec
     job = job.decide(spec)

@@ -52,6 +52,12 @@ def add_build(verbs: Any) -> None:
     )
     p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
     p.add_argument(
+        "--placement",
+        choices=("even", "monai", "nnunet"),
+        default="even",
+        help="where blended tiles lie, and whose weights they have (default: even)",
+    )
+    p.add_argument(
         "--budget",
         metavar="KEY=VALUE",
         nargs="+",
@@ -95,6 +101,7 @@ def _build(args: argparse.Namespace) -> int:
         halo=args.halo,
         overlap=args.overlap,
         blend=args.blend,
+        placement=args.placement,
         threads=args.threads,
         axes=args.axes,
         channels=read_channels(args),

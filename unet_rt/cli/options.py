@@ -80,7 +80,9 @@ def add_contract(p: argparse.ArgumentParser) -> None:
         "--threshold", metavar="0.5[,..]", help="probability above which a pixel is on, or one per class"
     )
     group.add_argument("--classes", metavar="NAME,..", help="names of the classes, in order")
-    group.add_argument("--border", choices=("mirror", "edge", "constant"), help="how images go on beyond their edges")
+    group.add_argument(
+        "--border", choices=("mirror", "edge", "constant", "zero"), help="how images go on beyond their edges"
+    )
     group.add_argument(
         "--pixel-size", type=parse_lengths, default=(), metavar="UM[,UM]", help="of training, in micrometres"
     )

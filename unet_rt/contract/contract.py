@@ -14,7 +14,7 @@ Method = Literal["none", "scale", "dtype", "minmax", "percentile", "zscore", "fi
 Scope = Literal["image", "channel", "slice"]
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 OutputIs = Literal["logits", "probabilities", "values"]
-Border = Literal["mirror", "edge", "constant"]
+Border = Literal["mirror", "edge", "constant", "zero"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Contract:
         threshold: One number in [0, 1], or one per channel, for binary and multilabel tasks.
         pixel_size_um: Pixel size the network was trained at, per spatial axis, in micrometres.
         trained_tile: Tile size in pixels, per spatial axis, that the network was trained with.
-        border: How pixels beyond the image are made: ``mirror`` (the paper's, and the default), ``edge`` or ``constant``.
+        border: How pixels beyond the image are made: ``mirror`` (the paper's, and the default), ``edge``, ``constant`` (0
+            among the raw pixels) or ``zero`` (0 after normalisation, as convolutions pad).
         heads: What the other outputs mean, where there are several.
     """
 

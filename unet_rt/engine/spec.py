@@ -16,7 +16,7 @@ from ..system.json import OPTIONAL, AtLeast, Count, Reader, Record, Size, from_j
 from ..tiling.axis import canvas
 from ..tiling.field import FieldRecord, OutputField, TileSizes
 from ..tiling.grid import TileGrid, choose_tile, tile_grid, with_halo
-from ..tiling.stitch import Blend
+from ..tiling.placement import Blend, PlacementRule
 from .equality import Equality
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -47,6 +47,7 @@ class EngineSpec(Record):
         tile: The tile chosen by build, in pixels. For exact networks of free size a bound on the tile's area.
         overlap: Pixels shared by neighbouring tiles where tiles are blended (not exact networks), else None.
         blend: Weights of blended tiles.
+        placement: Where blended tiles lie, and whose weights they have.
         precision, backend, device: As built.
         run_batch: Tiles per run at which build measured it fastest; what ``predict`` uses unless told otherwise.
         batches: The batch sizes that its plan takes, ascending; empty: any.
@@ -84,6 +85,7 @@ class EngineSpec(Record):
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
     equal: Equality | None = field(default=None, metadata=OPTIONAL)
+    placement: PlacementRule = field(default="even", metadata=OPTIONAL)
 
     @property
     def exact(self) -> bool:
@@ -180,7 +182,7 @@ class EngineSpec(Record):
                     f"tile {size_text(tile)} px differs from the engine's {size_text(self.tile)}: this network cannot be "
                     "tiled exactly, so its tile is part of the model; build again with --tile"
                 )
-            return tile_grid(image, self.tile, self.sizes, outputs, overlap=self.overlap)
+            return tile_grid(image, self.tile, self.sizes, outputs, overlap=self.overlap, placement=self.placement)
         bound = prod(self.tile) if max_px is None else max_px
         if tile is None and self.halo_limit is not None and bound >= prod(self.tile):
             tile = self.tile  # narrower ones would have more seams than the halo was judged on

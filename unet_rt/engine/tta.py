@@ -31,7 +31,7 @@ class Augmented(EngineView):
         """
         Args:
             engine: The engine.
-            raw: Average the network's own values instead.
+            raw: Average the network's own values instead. So it is where tiles are placed as nnU-Net does.
             output: The one that is predicted: its contract says what values mean.
             how: ``flip`` (2 positions per axis: 4 in 2-D, 8 in 3-D) or ``d4`` (2-D: flips and quarter turns, 8).
 
@@ -60,7 +60,7 @@ class Augmented(EngineView):
         contract = spec.contract_of(output)
         self._activation = (
             None
-            if raw or contract.output_is != "logits" or contract.task in (None, "regression")
+            if raw or spec.placement == "nnunet" or contract.output_is != "logits" or contract.task in (None, "regression")
             else "softmax" if contract.task == "multiclass" else "sigmoid"
         )  # fmt: skip
         if self._activation is not None:

@@ -319,7 +319,12 @@ def _compare_labels(
     """Of every contender agreement with FP32 on the judged window, and what tiling alone changes, where that is known."""
     judged, spec = course.judged, reference.spec
     small = tile_grid(
-        judged.shape, seam_tile(spec, judged.shape), spec.sizes, spec.used_outputs(), overlap=spec.overlap
+        judged.shape,
+        seam_tile(spec, judged.shape),
+        spec.sizes,
+        spec.used_outputs(),
+        overlap=spec.overlap,
+        placement=spec.placement,
     )
     untiled = whole_grid(spec, judged.shape) if spec.runs_whole else small
     wanted = raw_result(reference, judged, untiled, course.threads)
@@ -336,4 +341,5 @@ def _compare_labels(
 
 def _grid_of(spec: EngineSpec, sample: SampleWindow, grid: TileGrid) -> TileGrid:
     """The tiles of an engine with the halo that is its own."""
-    return tile_grid(sample.shape, grid.tile, spec.sizes, spec.used_outputs(), overlap=spec.overlap)
+    outputs = spec.used_outputs()
+    return tile_grid(sample.shape, grid.tile, spec.sizes, outputs, overlap=spec.overlap, placement=spec.placement)

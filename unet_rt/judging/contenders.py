@@ -27,7 +27,7 @@ from ..prediction.run import run
 from ..prediction.work import Computation, Work
 from ..tiling.decision import decide
 from ..tiling.grid import TileGrid
-from ..tiling.stitch import blend_weight
+from ..tiling.placement import blend_weight
 
 Array = npt.NDArray[Any]
 
@@ -219,12 +219,14 @@ def tiles_by_hand(engine: Engine, sample: SampleWindow, grid: TileGrid) -> Array
     spec = engine.spec
     width = [(a.canvas.before, a.canvas.size - a.canvas.before - a.canvas.image) for a in grid.axes]
     how: dict[str, Any] = {"mirror": "reflect", "edge": "edge", "constant": "constant"}
-    canvas = normalize_pixels(
-        np.pad(sample.pixels, [(0, 0), *width], mode=how[spec.contract.border or "mirror"]), sample.numbers
-    )
+    border = spec.contract.border or "mirror"
+    if border == "zero":
+        canvas = np.pad(normalize_pixels(sample.pixels, sample.numbers), [(0, 0), *width])
+    else:
+        canvas = normalize_pixels(np.pad(sample.pixels, [(0, 0), *width], mode=how[border]), sample.numbers)
     result = np.zeros((spec.outputs[0].channels, *grid.out_shape(0)), np.float32)
     total = np.zeros(grid.out_shape(0), np.float32)
-    weight = blend_weight(grid.tile_out_shape(0), spec.blend) if grid.blended else None
+    weight = blend_weight(grid.tile_out_shape(0), spec.blend, spec.placement) if grid.blended else None
     for index in grid.rows():
         place = grid.placement(index, 0)
         origins = grid.origins(index) + [a.canvas.before for a in grid.axes]

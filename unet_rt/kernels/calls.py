@@ -51,7 +51,7 @@ from .arrays import (
 )
 from .request import COPY, Affine, Frame, Operation, Placement, Size
 
-_BORDERS = {"mirror": 0, "edge": 1, "constant": 2}  # as in csrc/geometry.h
+_BORDERS = {"mirror": 0, "edge": 1, "constant": 2, "zero": 2}  # as in csrc/geometry.h
 _OPS = {"copy": 0, "softmax": 1, "sigmoid": 2, "argmax": 3, "threshold": 4}  # as in csrc/tile_stitch.h
 
 
@@ -132,7 +132,8 @@ def _frame_arguments(frame: Frame, window: Any, axes: int) -> tuple[list[int], l
             f"the window of {held} px at {first} is not inside the image of {image} px; "
             "windows hold pixels of the image only, the border rule adds the rest"
         )
-    return image, first, code_of("border", frame.border, _BORDERS, TileError), float(frame.constant)
+    constant = math.nan if frame.border == "zero" else float(frame.constant)  # NaN: 0 in the tile
+    return image, first, code_of("border", frame.border, _BORDERS, TileError), constant
 
 
 def _affine_arguments(affine: Affine | None, channels: int) -> tuple[bool, *tuple[list[float], ...]]:

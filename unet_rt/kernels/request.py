@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Border = Literal["mirror", "edge", "constant"]
+Border = Literal["mirror", "edge", "constant", "zero"]
 Op = Literal["copy", "softmax", "sigmoid", "argmax", "threshold"]
 Size = Sequence[int]
 Ints = NDArray[np.int64]
@@ -22,7 +22,8 @@ class Frame:
     Attributes:
         image_shape: Pixels of the whole image; the border rule applies at its edges. None: the window's.
         window_start: Image pixel of the window's first pixel. None: 0.
-        border: ``mirror`` (NumPy's ``reflect``, repeated as needed), ``edge`` or ``constant``.
+        border: ``mirror`` (NumPy's ``reflect``, repeated as needed), ``edge``, ``constant`` or ``zero``: 0 in the tile,
+            whatever the normalisation.
         constant: Raw pixel value of the constant border; it is normalised like every pixel.
     """
 

@@ -78,7 +78,10 @@ class _Way:
     def begin(self, work: Work, row: int) -> None:
         made = self.computation
         if row == 0 or self._stitcher is None:
-            self._stitcher = BandStitcher(work.grid, made.output, made.decision, made.spec.blend, made.threads)
+            spec = made.spec
+            self._stitcher = BandStitcher(
+                work.grid, made.output, made.decision, spec.blend, spec.placement, made.threads
+            )
         self._stitcher.begin(row)
 
     @property

@@ -10,7 +10,7 @@ from ..kernels import calls
 from ..kernels.memory import DeviceArray
 from ..kernels.request import Placement
 from ..tiling.decision import decision_operation
-from ..tiling.stitch import blend_weight
+from ..tiling.placement import blend_weight
 from .work import Work
 from .workspace import Shared
 
@@ -22,7 +22,7 @@ class Totals:
         self._made, self._device, self._stream = shared.computation, shared.workspace.device, shared.session.stream
         take, output = shared.workspace, self._made.output
         tile = shared.works[0].grid.tile_out_shape(output)
-        weight = blend_weight(tile, self._made.spec.blend)
+        weight = blend_weight(tile, self._made.spec.blend, self._made.spec.placement)
         self._weight = take.empty("weight", tile, np.float32)
         pinned = take.pinned("weight", tile, np.float32)
         pinned[...] = weight

@@ -223,11 +223,11 @@ def aligned_count(canvas: Canvas, tile: int, share: int, ahead: int) -> int:
 def border_window(start: int, stop: int, size: int, border: Border) -> tuple[int, int]:
     """[first, last + 1) of the image pixels that ``[start, stop)`` needs when the border rule fills what lies outside.
 
-    Empty (0, 0) where a constant border needs none.
+    Empty (0, 0) where a constant or zero border needs none.
     """
     if start >= 0 and stop <= size:
         return start, stop
-    if border == "constant":
+    if border in ("constant", "zero"):
         return min(max(start, 0), size), max(min(stop, size), min(max(start, 0), size))
     index = np.arange(start, stop)
     if border == "edge" or size == 1:

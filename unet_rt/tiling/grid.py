@@ -31,18 +31,19 @@ from ..errors import TileError, size_text
 from ..kernels.request import Ints, Placement
 from .axis import (
     AxisTiles,
+    Canvas,
     aligned_count,
     aligned_step,
     aligned_tiles,
     axis_tiles,
     border_window,
     canvas,
-    covered_px,
     exact_step,
     lead,
     smallest_tile,
 )
 from .field import AxisField, OutputField, TileSizes
+from .placement import PlacementRule, blended_tiles
 
 REMEMBERED = 64  # images' sizes, for callers that predict one picture after the other: choosing takes milliseconds
 
@@ -179,6 +180,7 @@ def tile_grid(
     overlap: Sequence[int] | None = None,
     aligned: bool = False,
     least: Sequence[int] | None = None,
+    placement: PlacementRule = "even",
 ) -> TileGrid:
     """The tiles of an image; those of a size seen shortly before are remembered.
 
@@ -187,16 +189,18 @@ def tile_grid(
         tile: Tile size in pixels per axis. Larger than the canvas: taken down to it.
         sizes: Accepted sizes per axis.
         outputs: What the outputs depend on, halos as they are to be used.
-        overlap: Pixels shared by neighbouring tiles at least, per axis, for tiles that are blended (they are spread
-            evenly). None: exact tiles, whose overlap follows from the halo.
+        overlap: Pixels shared by neighbouring tiles at least, per axis, for tiles that are blended. None: exact tiles,
+            whose overlap follows from the halo.
         aligned: Exact tiles own equal stretches of the image (the last ones less).
         least: Pixels per axis that the canvas has at least; None: as many as the image takes.
+        placement: Where blended tiles lie.
 
     Raises:
         TileError: A tile that the graph does not accept or that keeps nothing; an overlap outside [0, tile).
     """
     pixels = (tuple(image), tuple(tile), None if overlap is None else tuple(overlap))
-    return _tile_grid(*pixels, tuple(sizes), tuple(outputs), aligned, None if least is None else tuple(least))
+    whole = None if least is None else tuple(least)
+    return _tile_grid(*pixels, tuple(sizes), tuple(outputs), aligned, whole, placement)
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -208,6 +212,7 @@ def _tile_grid(
     outputs: tuple[OutputField, ...],
     aligned: bool,
     least: tuple[int, ...] | None,
+    placement: PlacementRule,
 ) -> TileGrid:
     if not len(image) == len(tile) == len(sizes):
         raise TileError(
@@ -216,46 +221,34 @@ def _tile_grid(
     axes = []
     for k, (n, t, s) in enumerate(zip(image, tile, sizes, strict=True)):
         fields = [output.field[k] for output in outputs]
-        c = canvas(n, s, fields, 0 if least is None else least[k])
         if not s.accepts(t):
             raise TileError(_not_accepted(t, s))
-        t = min(t, c.size)
         if overlap is not None:
-            if not 0 <= overlap[k] < t:
-                if t < tile[k] and 0 <= overlap[k] < tile[k]:
-                    axes.append(AxisTiles(c, t, (0,)))  # the whole canvas is one tile: nothing to overlap
-                    continue
-                raise TileError(
-                    f"overlap {overlap[k]} px is outside 0 to {tile[k] - 1} px, the tile being {tile[k]} px"
-                )
-            step = max(s.stride, (t - overlap[k]) // s.stride * s.stride)
-            covered = covered_px(t, fields)
-            if step > covered and t < c.size:
-                raise TileError(
-                    f"tiles of {t} px give results for {covered} px each and would lie {step} px apart, with gaps between; "
-                    f"use an overlap of {t - covered} px or more"
-                )
+            axes.append(blended_tiles(n, t, overlap[k], s, fields, placement))
         else:
-            share = aligned_step(t, s.stride, fields) if aligned else exact_step(t, s.stride, fields)
-            if share <= 0:
-                if t < c.size:
-                    halo = max((sum(f.halo) for f in fields), default=0)
-                    hint = (
-                        "build again with --halo measured"
-                        if s.fixed
-                        else f"use {smallest_tile(s, fields, aligned=aligned)} px or more"
-                    )
-                    raise TileError(f"a tile of {t} px keeps nothing: its halo takes {halo} samples; {hint}")
-                share = s.stride
-            if aligned:
-                axes.append(aligned_tiles(c, t, share, s.stride, fields))
-                continue
-            step = share
-        axes.append(axis_tiles(c, t, step, s.stride, evenly=overlap is not None))
+            axes.append(_exact_tiles(canvas(n, s, fields, 0 if least is None else least[k]), t, s, fields, aligned))
     grid = TileGrid(tuple(axes), tuple(outputs), blended=overlap is not None)
     if least is None:
         return grid
     return grid.part((0,) * len(image), image)  # whole tiles may lie behind the image, where nothing is wanted
+
+
+def _exact_tiles(c: Canvas, tile: int, sizes: TileSizes, fields: Sequence[AxisField], aligned: bool) -> AxisTiles:
+    t = min(tile, c.size)
+    share = aligned_step(t, sizes.stride, fields) if aligned else exact_step(t, sizes.stride, fields)
+    if share <= 0:
+        if t < c.size:
+            halo = max((sum(f.halo) for f in fields), default=0)
+            hint = (
+                "build again with --halo measured"
+                if sizes.fixed
+                else f"use {smallest_tile(sizes, fields, aligned=aligned)} px or more"
+            )
+            raise TileError(f"a tile of {t} px keeps nothing: its halo takes {halo} samples; {hint}")
+        share = sizes.stride
+    if aligned:
+        return aligned_tiles(c, t, share, sizes.stride, fields)
+    return axis_tiles(c, t, share, sizes.stride)
 
 
 def _not_accepted(tile: int, sizes: TileSizes) -> str:

@@ -7,7 +7,7 @@ with the image.
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,28 +17,7 @@ from ..kernels import calls
 from ..kernels.request import Ints
 from .decision import Decision, decision_operation
 from .grid import TileGrid
-
-Blend = Literal["gaussian", "constant"]
-
-
-def blend_weight(shape: tuple[int, ...], blend: Blend) -> npt.NDArray[np.float32]:
-    """Weight of every sample of a tile's output, float32, never zero.
-
-    ``gaussian``: sigma = an eighth of the tile per axis, as nnU-Net and MONAI weigh tiles; smallest weights are raised to
-    1e-3 of the largest, so that a corner that one tile alone covers is divided by a sound number.
-
-    Raises:
-        TileError: An unknown ``blend``.
-    """
-    if blend not in get_args(Blend):
-        raise TileError(f"blend {blend!r} is unknown; use {' or '.join(get_args(Blend))}")
-    weight = np.ones(shape, dtype=np.float64)
-    if blend == "gaussian":
-        for k, n in enumerate(shape):
-            profile = np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2)
-            weight *= profile.reshape([-1 if j == k else 1 for j in range(len(shape))])
-        weight = np.maximum(weight, 1e-3 * weight.max())
-    return weight.astype(np.float32)
+from .placement import Blend, PlacementRule, blend_weight
 
 
 def uncovered_error(samples: int, start: int, stop: int) -> TileError:
@@ -52,7 +31,15 @@ class BandStitcher:
     Use per plane and output: for every row, ``begin(k)``, ``add(tiles, index)`` any number of times, ``finish()``.
     """
 
-    def __init__(self, grid: TileGrid, output: int, decision: Decision, blend: Blend = "gaussian", threads: int = 0):
+    def __init__(
+        self,
+        grid: TileGrid,
+        output: int,
+        decision: Decision,
+        blend: Blend = "gaussian",
+        placement: PlacementRule = "even",
+        threads: int = 0,
+    ):
         self._grid, self._output, self._decision, self._threads = grid, output, decision, threads
         self._operation = decision_operation(decision)
         self._width = grid.out_shape(output)[1:]
@@ -61,7 +48,7 @@ class BandStitcher:
         self._band: npt.NDArray[Any] | None = None
         if grid.blended:
             tile = grid.tile_out_shape(output)
-            self._weight = blend_weight(tile, blend)
+            self._weight = blend_weight(tile, blend, placement)
             rows = min(tile[0], grid.out_shape(output)[0])
             channels = grid.outputs[output].channels
             self._total = np.zeros((channels, rows, *self._width), dtype=np.float32)
