@@ -643,6 +643,9 @@ class Planner:
         self.flawed: tuple[int, ...] | None = None  # a tile that gives wrong results
         self.stale_because: str | None = None
 
+    any_tile = False
+    variant = ""
+
     def missing(self, device: str = "cpu") -> None:
         return None
 
