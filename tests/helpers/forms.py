@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def answers(model: onnx.ModelProto | Path, *inputs: Array) -> list[Array]:
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     return [np.asarray(y) for y in session.run(None, dict(zip(names, inputs, strict=True)))]
+
+
+def declare(model: onnx.ModelProto, output_is: str) -> None:
+    """Changes what the metadata say of the output."""
+    for entry in model.metadata_props:
+        if entry.key == "unet_rt.contract":
+            entry.value = json.dumps({**json.loads(entry.value), "output_is": output_is})
 
 
 def give(model: onnx.ModelProto, name: str, dtype: int, dims: Sequence[int | str]) -> onnx.ModelProto:
@@ -71,6 +79,7 @@ def argmax(model: onnx.ModelProto, axis: int, keep: bool, softmax: bool, to: int
     name = model.graph.output[0].name
     if softmax:
         add(model, "Softmax", [name], "probabilities", axis=axis)
+        declare(model, "probabilities")
         name = "probabilities"
     add(model, "ArgMax", [name], "labels", axis=axis, keepdims=int(keep))
     name, dims = "labels", ["n", "oh", "ow"]
@@ -153,7 +162,9 @@ def whole_numbers(model: onnx.ModelProto, dtype: int = TensorProto.UINT8, scale:
         for k, name in enumerate(node.input):
             node.input[k] = "first" if name == "input" else name
     model.graph.node.insert(0, helper.make_node("Cast", ["input"], ["real"], "real", to=TensorProto.FLOAT))
-    model.graph.node.insert(1, helper.make_node("Div", ["real", constant(model, "by", scale, np.float32)], ["first"], "by"))
+    model.graph.node.insert(
+        1, helper.make_node("Div", ["real", constant(model, "by", scale, np.float32)], ["first"], "by")
+    )
     model.graph.input[0].type.tensor_type.elem_type = dtype
     del model.metadata_props[:]
     return model
@@ -176,6 +187,7 @@ def flattened(model: onnx.ModelProto, form: str, side: int | None = None) -> onn
         add(model, "Transpose", ["flat"], "permuted", perm=[0, 2, 1])
         name = "permuted"
     add(model, "Softmax", [name], "softmax", axis=1 if form == "first" else 2)
+    declare(model, "probabilities")
     if side is not None:
         for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
             dim.dim_value = side

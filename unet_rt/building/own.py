@@ -29,7 +29,9 @@ def hold_to_file(job: BuildJob, tiling: Tiling) -> None:
         job.remarks.say(f"holding the widened graph against {model.given.name}")
         images = []
         with closing(own):
-            for sample, values in list(zip(tiling.results.samples, tiling.results.values, strict=True))[:FEWEST_WINDOWS]:
+            for sample, values in list(zip(tiling.results.samples, tiling.results.values, strict=True))[
+                :FEWEST_WINDOWS
+            ]:
                 grid = whole_grid(spec, sample.shape) if spec.runs_whole else spec.grid(sample.shape, spec.tile)
                 found = raw_results(own, sample, grid, job.threads)
                 images += parity_module.compare_outputs(values, found, spec, sample.name)

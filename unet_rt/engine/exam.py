@@ -61,7 +61,9 @@ def check_record(folder: EngineFolder) -> None:
     if not accepted or missed:
         raise EngineError(f"{folder.path}: the recorded parity misses its budget; {way_out}")
     if kind == "synthetic" and folder.spec.precision != record.get("baseline", {}).get("precision", "fp32"):
-        raise EngineError(f"{folder.path}: parity on synthetic tiles is accepted of the baseline's own precision only; {way_out}")
+        raise EngineError(
+            f"{folder.path}: parity on synthetic tiles is accepted of the baseline's own precision only; {way_out}"
+        )
 
 
 def sit_if_elsewhere(engine: Engine, *, made_again: bool = False) -> None:

@@ -58,7 +58,9 @@ def give_images(model: onnx.ModelProto, tensors: Mapping[str, Tensor], fixed: bo
         if value.name in plan.groups:
             _declare(value, plan.groups[value.name], plan.shapes[value.name], fixed)
     del model.graph.value_info[:]
-    return tuple(f"output {name} is an image again, and no list of pixels: its last Reshape is undone" for name in wanted)
+    return tuple(
+        f"output {name} is an image again, and no list of pixels: its last Reshape is undone" for name in wanted
+    )
 
 
 class _Plan:

@@ -67,7 +67,9 @@ def give_values(model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> tuple[
         if channels is None:
             continue
         if node.op_type == "ArgMax":
-            text = f"ArgMax at the end is left to unet-rt: the output is {values}, the {channels} channels it chooses from"
+            text = (
+                f"ArgMax at the end is left to unet-rt: the output is {values}, the {channels} channels it chooses from"
+            )
         else:
             threshold = _one_number(tensors.get(node.input[1]))
             if threshold is None or not _declare_threshold(model, values, threshold, channels):
