@@ -93,11 +93,12 @@ def argmax(model: onnx.ModelProto, axis: int, keep: bool, softmax: bool, to: int
 
 def in_half(model: onnx.ModelProto, ends: bool) -> onnx.ModelProto:
     """All tensors in FP16, as onnxconverter-common writes; ``ends``: the input and the output stay in FP32."""
+    scales = {name for node in model.graph.node if node.op_type == "Resize" for name in node.input[1:]}
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scales:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     for node in model.graph.node:
-        for attribute in node.attribute:
+        for attribute in node.attribute if node.output[0] not in scales else ():
             if attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
                 attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float16)))
     del model.graph.value_info[:]

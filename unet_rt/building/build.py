@@ -180,7 +180,7 @@ def build(
             return load(folder, threads=threads or None)
         _keep(target, digests)
     if report is not None:
-        advice = _advice(paths, folder) if drawn.kind == "synthetic" else ""
+        advice = _advice(paths, folder) if drawn.kind == "synthetic" and not scope.as_given else ""
         report(make_report(outcome, folder, spec, advice))
     return load(folder, threads=threads or None)
 

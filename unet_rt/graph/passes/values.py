@@ -77,18 +77,14 @@ def give_values(model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> tuple[
             text = f"{node.op_type} at the end is left to unet-rt: the output is {values}, its threshold {threshold:g}"
         for k, value in enumerate(model.graph.output):
             if value.name == name:
-                shape = [f"{values}_{axis}" if is_tracked(a) or not axis else n for axis, (a, n) in _dims(tensor)]
+                axes = zip(tensor.axes, tensor.shape, strict=True)
+                shape = [f"{values}_{j}" if is_tracked(axis) or not j else n for j, (axis, n) in enumerate(axes)]
                 model.graph.output[k].CopyFrom(helper.make_tensor_value_info(values, tensor.dtype, shape))
         given = {value.name for value in model.graph.output}
         done.append(text)
     if done:
         keep_outputs(model, given)
     return tuple(done)
-
-
-def _dims(tensor: Tensor) -> list[tuple[int, tuple[tuple[object, ...], int]]]:
-    axes = tensor.axes or ()
-    return [(k, (axis, n)) for k, (axis, n) in enumerate(zip(axes, tensor.shape, strict=True))]
 
 
 def _channels(node: onnx.NodeProto, tensor: Tensor) -> int | None:

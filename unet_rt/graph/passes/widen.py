@@ -21,7 +21,7 @@ def widen(model: onnx.ModelProto) -> int:
     """Rewrites ``model`` in place, its weights inside; returns the number of tensors and types changed (0: none)."""
     from onnx import TensorProto, inliner
 
-    halves = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    halves: set[int] = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
     if model.functions:
         model.CopyFrom(inliner.inline_local_functions(model))
     count = _widen_graph(model.graph, halves)
