@@ -22,7 +22,7 @@ def trained() -> onnx.ModelProto:
     return onnx.load(shipped_model())
 
 
-def images(count: int, side: int = 200) -> list[Array]:
+def images(count: int, side: int = 138) -> list[Array]:
     """Drawn microscopy, uint16, higher than wide."""
     return [microscopy((side + 20, side), seed=60 + k).image for k in range(count)]
 
@@ -120,7 +120,7 @@ class _Pixels:
     """Tiles for a calibration, normalised as the network takes them."""
 
     def __init__(self) -> None:
-        self._left: Iterator[Array] = iter([normalised(image)[:, :, :192, :192] for image in images(3)])
+        self._left: Iterator[Array] = iter([normalised(image)[:, :, :136, :136] for image in images(2)])
 
     def get_next(self) -> dict[str, Array] | None:
         tile = next(self._left, None)
