@@ -80,7 +80,9 @@ def test_tiles_and_the_whole_are_what_the_file_says(form: str, tmp_path: Path) -
     (logits,) = answers(trained(), canvas(SAMPLES[0]))
     truth = 1 / (1 + np.exp(logits[0, 0] - logits[0, 1]))[: share.shape[-2], : share.shape[-1]]
     # Sums of FP32 in another order, rounding to FP16 (2^-11 of logits within 8), 256 levels of INT8
-    np.testing.assert_allclose(share[1], truth, atol={"qdq": 0.3, "qoperator": 0.3}.get(form, 2e-2 if allowed else 1e-5))
+    np.testing.assert_allclose(
+        share[1], truth, atol={"qdq": 0.3, "qoperator": 0.3}.get(form, 2e-2 if allowed else 1e-5)
+    )
     verdict = urt.verify(tmp_path / "x.urt", SAMPLES[:1])
     assert verdict.accepted
     assert verdict.verdict.label_change == 0
@@ -112,8 +114,19 @@ def test_folds_in_fp16_are_averaged_and_quantised_ones_are_not(tmp_path: Path) -
     half, whole = written("fp16", tmp_path), tmp_path / "whole.onnx"
     onnx.save(trained(), whole)
     out = tmp_path / "x.urt"
-    urt.build([half, whole], samples=SAMPLES[:1], out=out, halo="exact", threads=1, backend="onnxruntime", precision="fp32", tile=(144, 136)).close()
-    with pytest.raises(urt.GraphError, match="qdq.onnx is quantised already, and several networks are averaged in FP32"):
+    urt.build(
+        [half, whole],
+        samples=SAMPLES[:1],
+        out=out,
+        halo="exact",
+        threads=1,
+        backend="onnxruntime",
+        precision="fp32",
+        tile=(144, 136),
+    ).close()
+    with pytest.raises(
+        urt.GraphError, match=r"qdq\.onnx is quantised already, and several networks are averaged in FP32"
+    ):
         urt.build([whole, written("qdq", tmp_path)], samples=SAMPLES, out=tmp_path / "y.urt")
 
 
@@ -130,7 +143,9 @@ def test_quantised_files_run_as_given(form: str, tmp_path: Path) -> None:
     assert record["verdict"]["label_change"] == 0
     with urt.load(out) as engine:
         assert urt.predict(engine, SAMPLES[0]).mean() > 0.05
-    with pytest.raises(urt.ContractError, match="runs as given: INT8 in ONNX Runtime on the CPU; leave --precision fp32"):
+    with pytest.raises(
+        urt.ContractError, match="runs as given: INT8 in ONNX Runtime on the CPU; leave --precision fp32"
+    ):
         built(path, tmp_path / "y.urt", precision="fp32")
     with pytest.raises(urt.ContractError, match="leave --backend openvino"):
         built(path, tmp_path / "y.urt", precision="auto", backend="openvino")

@@ -310,7 +310,9 @@ def _array_for(port: Port, array: Array) -> Array:
         way_out = f"pass {port.dtype} values"
         if port.dtype.kind in "iu" and array.size:
             limits = np.iinfo(port.dtype)
-            way_out = f"give grey levels as they are, whole numbers from {limits.min} to {limits.max} (--normalize none)"
+            way_out = (
+                f"give grey levels as they are, whole numbers from {limits.min} to {limits.max} (--normalize none)"
+            )
         raise BackendError(
             f"input {port.name} is {array.dtype} with values that the graph's {port.dtype} cannot hold; {way_out}"
         )

@@ -97,11 +97,11 @@ class ReadOptions:
 
     Attributes:
         axes: Of the images, where files do not say.
-        channels: Those of the image, in the network's order.
+        channels: Those of the image, in the network's order; ``"slices"``: neighbouring slices of a stack.
     """
 
     axes: str | None = None
-    channels: Sequence[int] | None = None
+    channels: Sequence[int] | str | None = None
 
 
 def draw(

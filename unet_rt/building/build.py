@@ -89,7 +89,7 @@ def build(
     placement: PlacementRule = "even",
     threads: int = 0,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int] | str | None = None,
     keep_exam: bool = True,
     overwrite: bool = False,
     cache: str | Path | None = None,

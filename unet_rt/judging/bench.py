@@ -123,7 +123,7 @@ def bench(
     module: Any = None,
     contract: Contract | None = None,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int] | str | None = None,
     tile: Sequence[int] | None = None,
     threads: int = 0,
     runs: int = 5,

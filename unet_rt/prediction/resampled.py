@@ -18,7 +18,9 @@ class Resampled(Source):
     They are rounded for networks that take ``whole`` numbers.
     """
 
-    def __init__(self, source: Source, shape: tuple[int, ...], affines: Affines | OnePlane, whole: bool = False) -> None:
+    def __init__(
+        self, source: Source, shape: tuple[int, ...], affines: Affines | OnePlane, whole: bool = False
+    ) -> None:
         self.__dict__.update(vars(source))
         self._inner, self._affines = source, affines
         self.shape = shape

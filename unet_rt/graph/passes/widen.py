@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .half import RECORD
+
 if TYPE_CHECKING:
     import onnx
 
@@ -27,6 +29,9 @@ def widen(model: onnx.ModelProto) -> int:
     count = _widen_graph(model.graph, halves)
     if count:
         del model.graph.value_info[:]
+        for k in reversed(range(len(model.metadata_props))):
+            if model.metadata_props[k].key == RECORD:  # of what is undone here
+                del model.metadata_props[k]
     return count
 
 
