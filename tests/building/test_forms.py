@@ -181,7 +181,8 @@ def test_one_size_is_freed_whatever_form_the_end_has(tmp_path: Path) -> None:
 def test_networks_of_whole_numbers_normalise_themselves(form: str, dtype: Any, top: int, tmp_path: Path) -> None:
     path = written(form, tmp_path)
     grey = [np.rint(image / image.max() * top).astype(dtype) for image in SAMPLES]
-    for samples, tile in ((None, (512, 512)), (grey, (144, 136))):
+    generated = [(None, (512, 512))] if form == "uint8" else []
+    for samples, tile in (*generated, (grey, (144, 136))):
         report = built(path, tmp_path / "x.urt", samples=samples, tile=tile, precision="fp32", overwrite=True)
         assert report.spec.contract.normalization == Normalization("none")
         assert report.spec.takes_whole_numbers
