@@ -43,6 +43,11 @@ def test_channels_are_the_slices_around(border: Border, count: int) -> None:
                 np.testing.assert_array_equal(found[channel], right)
 
 
+def test_a_border_of_normalised_zeros_is_refused() -> None:
+    with pytest.raises(ContractError, match=r"border zero is 0 after .*use --border mirror, edge or constant"):
+        opened(STACK, 3, "zero")
+
+
 def test_time_points_do_not_mix() -> None:
     image = np.stack([STACK, STACK + 1000])
     with opened(image, 3) as source:

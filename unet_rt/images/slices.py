@@ -66,6 +66,12 @@ class Slices(Source):
     """
 
     def __init__(self, stack: Source, count: int, border: Border) -> None:
+        """ContractError for a border of numbers that pixels have after their normalisation: there are none before it."""
+        if border == "zero":
+            raise ContractError(
+                f"{stack.name}: --channels {SLICES} continues a stack by pixels, and border zero is 0 after their "
+                "normalisation; use --border mirror, edge or constant"
+            )
         self.__dict__.update(vars(stack))
         self.stack = stack
         self.channels = count
