@@ -38,14 +38,15 @@ def built(model: Path, out: Path, **options: Any) -> BuildReport:
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
-@pytest.mark.parametrize("precision", ["auto", "int8"])
-def test_a_graph_of_lower_precision(kind: Any, precision: str, tmp_path: Path) -> None:
+def test_a_graph_of_lower_precision(kind: Any, tmp_path: Path) -> None:
+    """Widened, and lowered again from there; of BF16, that ONNX Runtime does not run, nothing else is there to compare."""
     model = onnx.load(shipped_model())
     half(model, to=kind)
     onnx.save(model, tmp_path / "half.onnx")
-    with pytest.raises(urt.GraphError, match=f"computes in {kind} already.*give the FP32 graph"):
-        built(tmp_path / "half.onnx", tmp_path / "x.urt", precision=precision)
-    assert not (tmp_path / "x.urt").exists()
+    report = built(tmp_path / "half.onnx", tmp_path / "x.urt", precision="int8")
+    (note,) = [text for text in report.notes if f"computes in {kind.upper()}: widened to FP32" in text]
+    assert ("the file itself differs in" if kind == "fp16" else "the file itself was not compared") in note
+    assert report.spec.precision == "int8"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -327,8 +327,13 @@ def _array_for(port: Port, array: Array) -> Array:
     else:
         fits = np.array_equal(cast, array)
     if not fits:
+        way_out = f"pass {port.dtype} values"
+        if port.dtype.kind in "iu" and array.size:
+            limits = np.iinfo(port.dtype)
+            way_out = (
+                f"give grey levels as they are, whole numbers from {limits.min} to {limits.max} (--normalize none)"
+            )
         raise BackendError(
-            f"input {port.name} is {array.dtype} with values that the graph's {port.dtype} cannot hold; "
-            f"pass {port.dtype} values"
+            f"input {port.name} is {array.dtype} with values that the graph's {port.dtype} cannot hold; {way_out}"
         )
     return cast

@@ -25,7 +25,7 @@ from ..errors import ContractError, GraphError
 from ..graph.file import LARGEST
 from ..graph.passes.outputs import keep_outputs
 from ..tiling.grid import square_tile
-from .model import Model, baseline_engine, check_fp32, make_folder, open_model
+from .model import Model, baseline_engine, make_folder, open_model
 from .results import tile_of
 from .samples import draw_generated
 from .tiles import untiled_spec
@@ -47,10 +47,14 @@ def merge(members: Sequence[Model], path: Path) -> None:
 
     Raises:
         ContractError: The members do not agree on what goes in and what comes out; the difference is named.
-        GraphError: Their graphs cannot be one: operator sets differ, or it would pass 2 GB; one computes in less than FP32.
+        GraphError: Their graphs cannot be one: operator sets differ, or it would pass 2 GB; one is quantised.
     """
     for member in members:
-        check_fp32(member.graph, member.given.name)
+        if member.quantised:
+            raise GraphError(
+                f"{member.given.name} is quantised already, and several networks are averaged in FP32; give the FP32 "
+                "graph that it was made from, or build it alone"
+            )
     contracts = [_settle_contract(member) for member in members]
     for member, contract in zip(members[1:], contracts[1:], strict=True):
         _check_contract(members[0], contracts[0], member, contract)
@@ -84,7 +88,7 @@ def _settle_contract(member: Model) -> Contract:
     if contract.task is None or contract.output_is is None:
         spec = untiled_spec(member)
         tile = square_tile(spec.sizes, spec.outputs, LOOK_PX)
-        drawn = draw_generated(contract, member.channels, member.spatial, count=1)[0]
+        drawn = draw_generated(contract, member.input_specs(), member.spatial, count=1)[0]
         engine = baseline_engine(member, spec)
         try:
             sample = engine.run(tile_of(drawn, spec, tile, 0))[0]

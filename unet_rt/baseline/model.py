@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract.contract import Contract
+from ..contract.contract import Contract, Normalization
+from ..contract.words import format_normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec, InputSpec
-from ..errors import ContractError, GraphError
+from ..errors import BackendError, ContractError, GraphError
 from ..images.levels import um_text
 from .runner import baseline_name, baseline_runner
 
@@ -30,13 +31,18 @@ class Model:
 
     Attributes:
         given: The ONNX file as given; a copy with its weights inside where they lay in files beside it.
-        graph: FP32 graph with free spatial sizes and batch where that is provably the same network.
+        graph: FP32 graph (quantised, where the file is) with free spatial sizes and batch where that is provably the same
+            network.
         report: What ``inspect`` says of ``graph``.
         contract: Options over contract file over the model's metadata; task and thresholds not yet resolved.
         freed: What was made free.
         fixed: Why something could not be.
         left_out: Outputs of the file that ``graph`` does not have, each with the reason, in a sentence.
         members: Names of the networks that are averaged, where there are several.
+        rewritten: What of the file was brought to another form, in sentences.
+        precision: What the file computes in. Of ``fp16`` and ``bf16`` the graph is widened to FP32; ``int8`` (quantised
+            by another tool) runs as given.
+        own: The file's own arithmetic, its sizes as free as those of ``graph``, where that was widened.
     """
 
     given: Path
@@ -47,6 +53,14 @@ class Model:
     fixed: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    rewritten: tuple[str, ...] = ()
+    precision: str = "fp32"
+    own: Path | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the file is quantised already: then it is its own baseline."""
+        return self.precision == "int8"
 
     @property
     def exact(self) -> bool:
@@ -85,19 +99,6 @@ class Model:
         return tuple(specs)
 
 
-def check_fp32(graph: Path, name: str) -> None:
-    """Raises GraphError where a network computes in less than FP32: nothing is left to hold parity against."""
-    from ..graph.precision import precision_of
-
-    found = precision_of(graph)
-    if found in ("int8", "fp16", "bf16"):
-        what = "is quantised already" if found == "int8" else f"computes in {found} already"
-        raise GraphError(
-            f"{name} {what}, and parity is held against FP32; "
-            "give the FP32 graph that it was made from, and build lowers its precision"
-        )
-
-
 def open_model(path: str | Path, work: Path, *, options: Contract | None = None, contract: Path | None = None) -> Model:
     """Opens an ONNX file, a bioimage.io package or its ``rdf.yaml``.
 
@@ -114,6 +115,7 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     from ..contract.bioimageio import contract_from_rdf
     from ..contract.metadata import contract_from_metadata
     from ..graph import file as onnx_file
+    from ..graph.given import settle
 
     given, declared = Path(path), Contract()
     if given.suffix.lower() in (".yaml", ".yml", ".zip") or given.is_dir():
@@ -123,12 +125,13 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
     proto = onnx_file.load_model(given)
     if _keeps_weights_beside(proto):
         given = _take_weights_in(proto, given, work)
+    proto, rewritten = settle(proto)
     declared = declared.over(contract_from_metadata({p.key: p.value for p in proto.metadata_props}))
     if contract is not None:
         declared = contract_io.contract_from_file(contract).over(declared)
     if options is not None:
         declared = options.over(declared)
-    return _free_sizes(proto, given, work, declared)
+    return replace(_free_sizes(proto, given, work, declared), rewritten=rewritten)
 
 
 def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contract) -> Model:
@@ -137,6 +140,7 @@ def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contr
 
     from ..graph.free import free_spatial
     from ..graph.passes.outputs import keep_outputs
+    from ..graph.passes.widen import widen
     from ..graph.report import check_images, inspect
 
     as_given = inspect(proto)
@@ -144,7 +148,12 @@ def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contr
     left_out = _left_out(as_given)
     if left_out:
         keep_outputs(proto, {output.name for output in as_given.outputs} - set(left_out))
-    freed_proto, fixed = free_spatial(proto, baseline_runner())
+    own = None
+    if as_given.precision in ("fp16", "bf16"):
+        own = onnx.ModelProto()
+        own.CopyFrom(proto)
+        widen(proto)
+    freed_proto, fixed = free_spatial(proto, baseline_runner(_baseline_of(as_given.precision)))
     graph = work / "graph.onnx"
     onnx.save_model(freed_proto, str(graph))
     report = _of_its_size(inspect(graph), fixed)
@@ -157,7 +166,48 @@ def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contr
     axes = report.inputs[0].axes
     sizes = _size_per_axis(contract.pixel_size_um, sum(axis in "ZYX" for axis in axes))
     contract = replace(contract, axes=axes, pixel_size_um=sizes)
-    return Model(given, graph, report, contract, freed, fixed, tuple(left_out.values()))
+    contract = _settle_whole_numbers(contract, report, given)
+    return Model(
+        given,
+        graph,
+        report,
+        contract,
+        freed,
+        fixed,
+        tuple(left_out.values()),
+        precision=as_given.precision,
+        own=None if own is None else _save_own(own, report, work / "own.onnx"),
+    )
+
+
+def _save_own(own: onnx.ModelProto, report: GraphReport, path: Path) -> Path:
+    """Writes the file's own arithmetic with sizes as free as those of the widened graph that ``report`` is of."""
+    import onnx
+
+    from ..graph.free import free_spatial
+
+    if all(s.fixed is None for s in report.sizes):
+        own, _ = free_spatial(own)  # the widened graph has proven it
+    onnx.save_model(own, str(path))
+    return path
+
+
+def _settle_whole_numbers(contract: Contract, report: GraphReport, given: Path) -> Contract:
+    """The contract of a network that takes whole numbers: grey levels as they are, which it normalises itself.
+
+    Raises:
+        ContractError: Another normalisation is declared.
+    """
+    whole = next((i for i in report.inputs if i.dtype.startswith(("int", "uint"))), None)
+    if whole is None:
+        return contract
+    declared = contract.normalization
+    if declared is not None and declared.method != "none":
+        raise ContractError(
+            f"input {whole.name} of {given.name} takes {whole.dtype}, whole grey levels, which the network normalises "
+            f"itself; normalisation {format_normalization(declared)} would make fractions of them: use --normalize none"
+        )
+    return replace(contract, normalization=declared or Normalization("none"))
 
 
 def _size_per_axis(size_um: tuple[float, ...], spatial: int) -> tuple[float, ...]:
@@ -239,10 +289,39 @@ def _keeps_weights_beside(proto: onnx.ModelProto) -> bool:
     return any(uses_external_data(tensor) for tensor in _get_all_tensors(proto))
 
 
+def _baseline_of(precision: str) -> str:
+    """The backend of the baseline: for quantised files the one that runs them as given, whatever operators they hold."""
+    return "onnxruntime" if precision == "int8" else baseline_name()
+
+
 def baseline_engine(model: Model, spec: EngineSpec, *, threads: int = 0) -> Engine:
-    """The model in FP32 on the CPU: what every engine is compared with. Same contract, halo and overlap as ``spec``."""
+    """The model on the CPU, in FP32 or as it was quantised: what every engine is compared with.
+
+    Same contract, halo and overlap as ``spec``.
+
+    Raises:
+        BackendError: Nothing that runs it is installed.
+    """
     from .. import backends
 
-    name = baseline_name()
+    name = _baseline_of(model.precision)
+    if (missing := backends.get(name).missing()) is not None:
+        raise BackendError(missing)
     session = backends.get(name).load(model.graph, precision="fp32", device="cpu", threads=threads)
     return Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session)
+
+
+def own_engine(model: Model, spec: EngineSpec, *, threads: int = 0) -> Engine | None:
+    """The file's own arithmetic in ONNX Runtime, where the graph was widened; None where it was not.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed, or does not run it.
+    """
+    from .. import backends
+    from ..graph.report import inspect
+
+    if model.own is None:
+        return None
+    session = backends.get("onnxruntime").load(model.own, precision="fp32", device="cpu", threads=threads)
+    batch = inspect(model.own).batch
+    return Engine(replace(spec, backend="onnxruntime", precision="fp32", device="cpu", batch=batch), session)

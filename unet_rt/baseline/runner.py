@@ -13,15 +13,15 @@ from ..errors import BackendError
 FP32_BACKENDS = ("onnxruntime", "openvino")  # in order of preference; they agree to rounding
 
 
-def baseline_runner() -> Any:
-    """A function (model, inputs) -> outputs that runs a graph once with the first baseline that is installed."""
+def baseline_runner(name: str | None = None) -> Any:
+    """A function (model, inputs) -> outputs that runs a graph once: with this backend, or the first baseline installed."""
     import tempfile
 
     import onnx
 
     from .. import backends
 
-    backend = backends.get(baseline_name())
+    backend = backends.get(name or baseline_name())
 
     def run(model: onnx.ModelProto, inputs: Any) -> list[npt.NDArray[Any]]:
         arrays = list(inputs) if isinstance(inputs, list | tuple) else [inputs]

@@ -19,6 +19,7 @@ from ..images.normalize import OnePlane, affine
 from ..kernels.request import Affine
 
 if TYPE_CHECKING:
+    from ..engine.spec import InputSpec
     from ..images.source import Source
 
 
@@ -96,11 +97,11 @@ class ReadOptions:
 
     Attributes:
         axes: Of the images, where files do not say.
-        channels: Those of the image, in the network's order.
+        channels: Those of the image, in the network's order; ``"slices"``: neighbouring slices of a stack.
     """
 
     axes: str | None = None
-    channels: Sequence[int] | None = None
+    channels: Sequence[int] | str | None = None
 
 
 def draw(
@@ -206,12 +207,16 @@ def _choose_window(source: Source, plane: int, max_px: int) -> tuple[tuple[int, 
 
 
 def draw_generated(
-    contract: Contract, channels: int, spatial: int, count: int = 4, side: int = 512
+    contract: Contract, inputs: Sequence[InputSpec], spatial: int, count: int = 4, side: int = 512
 ) -> list[SampleWindow]:
-    """Generated microscopy for builds without samples: enough to compare backends in FP32, no proof of anything else."""
+    """Generated microscopy for builds without samples: enough to compare backends in FP32, no proof of anything else.
+
+    Inputs that take whole numbers get grey levels that they hold.
+    """
     from ..drawing.microscopy import microscopy
 
-    samples = []
+    samples, channels = [], sum(i.channels for i in inputs)
+    highest = min((int(np.iinfo(i.dtype).max) for i in inputs if "int" in i.dtype), default=65535)
     for seed in range(count):
         size = side if spatial == 2 else 96
         layers = []
@@ -219,8 +224,9 @@ def draw_generated(
             picture = microscopy((size, size), seed=seed * 100 + c).image
             layers.append(picture if spatial == 2 else np.stack([np.roll(picture, 2 * z, axis=1) for z in range(size)]))
         pixels = np.stack(layers)
-        if contract.normalization is not None and contract.normalization.method in ("scale", "dtype", "fixed"):
-            pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * 255).astype(np.uint8)
+        scaled = contract.normalization is not None and contract.normalization.method in ("scale", "dtype", "fixed")
+        if scaled or pixels.max() > highest:
+            pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * min(highest, 255)).astype(np.uint8)
         from ..images.open import open_image
         from ..images.reading import Reading
 

@@ -4,7 +4,7 @@ The steps, in their order, each in a module that takes what the steps before it 
 
     samples.py     windows of the samples; some are set aside to calibrate INT8 on; what the outputs mean, and what the
                    network makes of the first window
-    tiling.py      tile, halo or overlap; the baseline's results
+    tiling.py      tile, halo or overlap; the baseline's results; a widened file is held against itself (own.py)
     candidates.py  every backend in every precision: made (engines.py, int8.py), timed and judged (measure.py)
     choice.py      the fastest inside the budget, and its tile
     record.py      spec, record of parity, exam: what goes into the folder
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import backends
-from ..baseline.model import Model, baseline_engine, check_fp32
+from ..baseline.model import Model, baseline_engine
 from ..baseline.samples import ReadOptions
 from ..baseline.tiles import untiled_spec
 from ..contract.contract import Contract
@@ -44,6 +44,7 @@ from .choice import choose
 from .engines import Engines
 from .job import BuildJob, BuildOptions, Deadline, Equal, Remarks, Say, Scope, parity_seconds
 from .measure import Judge
+from .own import hold_to_file
 from .record import Outcome, finish_spec, make_report, write_files
 from .report import BuildReport
 from .samples import Samples, describe_first, read_samples, set_aside, settle_contract
@@ -88,7 +89,7 @@ def build(
     placement: PlacementRule = "even",
     threads: int = 0,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int] | str | None = None,
     keep_exam: bool = True,
     overwrite: bool = False,
     cache: str | Path | None = None,
@@ -161,7 +162,7 @@ def build(
     same = _find_same(target, digests)
     with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as work, ExitStack() as resources:
         opened = _open(paths, Path(work), contract)
-        check_fp32(opened.graph, name)
+        scope = _limit_to_file(scope, opened, backend, device, precision)
         scope = _limit_to_samples(scope, samples, precision)
         remarks = Remarks(say, notes=_notes_on(opened))
         spec = replace(untiled_spec(opened), device=scope.device)
@@ -182,7 +183,7 @@ def build(
             return load(folder, threads=threads or None)
         _keep(target, digests)
     if report is not None:
-        advice = _advice(paths, folder) if drawn.kind == "synthetic" else ""
+        advice = _advice(paths, folder) if drawn.kind == "synthetic" and not scope.as_given else ""
         report(make_report(outcome, folder, spec, advice))
     return load(folder, threads=threads or None)
 
@@ -193,6 +194,7 @@ def _search(job: BuildJob, spec: EngineSpec, samples: Samples, resources: ExitSt
     spec = replace(spec, contract=settle_contract(job, spec, samples))
     tiling = choose_tiling(job.decide(spec), spec, samples)
     job = job.decide(tiling.spec)
+    hold_to_file(job, tiling)
     reached["tiling"] = job.deadline.spent
     sample, raw = tiling.results.samples[0], tiling.results.values[0][0]
     first = describe_first(sample, raw, tiling.spec.contract_of(0), job.remarks)
@@ -214,13 +216,32 @@ def _open(paths: Sequence[Path], work: Path, contract: Contract | str | Path | N
     return open_models(paths, work, options=contract)
 
 
+def _limit_to_file(scope: Scope, model: Model, backend: str, device: str, precision: str) -> Scope:
+    """What can be tried with this file: one that is quantised already runs as given, in ONNX Runtime.
+
+    Raises:
+        ContractError: Something else was asked for.
+    """
+    if not model.quantised:
+        return scope
+    asked = {"--backend": backend, "--precision": precision, "--device": device.partition(":")[0]}
+    given = {"--backend": "onnxruntime", "--precision": "int8", "--device": "cpu"}
+    other = next((option for option in given if asked[option] not in ("auto", given[option])), None)
+    if other is not None:
+        raise ContractError(
+            f"{model.given.name} is quantised already, and runs as given: INT8 in ONNX Runtime on the CPU; leave {other} "
+            f"{asked[other]} away, or give the FP32 graph that it was made from, and build lowers its precision"
+        )
+    return Scope("cpu", ("onnxruntime",), ("int8",), as_given=True)
+
+
 def _limit_to_samples(scope: Scope, samples: Any, precision: str) -> Scope:
     """What can be tried with these samples: without any, FP32 alone.
 
     Raises:
         ContractError: There are none, and another precision was asked for.
     """
-    if samples is not None:
+    if samples is not None or scope.as_given:
         return scope
     if "fp32" not in scope.precisions:
         what = "to calibrate and to prove parity on" if "int8" in scope.precisions else "to prove parity on"
@@ -234,6 +255,9 @@ def _notes_on(model: Model) -> list[str]:
     if model.members:
         what = "value" if model.contract.task == "regression" else "probability"
         notes.append(f"the mean {what} of {len(model.members)} networks: {', '.join(model.members)}")
+    notes += model.rewritten
+    if model.quantised:
+        notes.append("the file is quantised already: it runs as given, and is held against itself")
     notes += [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
     notes += [f"size stays fixed: {why}" for why in model.fixed]
     notes += [f"exact along {limit}; larger images are refused" for limit in model.report.limits]

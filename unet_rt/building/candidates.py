@@ -105,7 +105,7 @@ def _build_all(
         for name in scope.backends:
             job.remarks.say(f"building {name} {precision}")
             try:
-                if precision == "int8":
+                if precision == "int8" and not scope.as_given:
                     check_int8(name, scope.device)
                     quantiser = quantiser or calibrate_model(job, tiling, calibrating)
                     make = int8_maker(job, engines, quantiser, tile, batches, name)

@@ -102,11 +102,15 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Scope:
-    """What is tried: every one of the backends in every one of the precisions, on one device."""
+    """What is tried: every one of the backends in every one of the precisions, on one device.
+
+    ``as_given``: the file's own precision, which nothing here makes.
+    """
 
     device: str
     backends: tuple[str, ...]
     precisions: tuple[Precision, ...]
+    as_given: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..baseline.results import tile_of
-from ..baseline.runner import baseline_name
 from ..baseline.samples import SampleWindow
 from ..engine import exam
 from ..engine import parity as parity_module
@@ -142,8 +141,8 @@ def _describe_parity(outcome: Outcome, spec: EngineSpec, graph: Path) -> dict[st
         "graph_sha256": sha256(graph),
         "model_sha256": sha256(job.model.given),
         "baseline": {
-            "backend": baseline_name(),
-            "precision": "fp32",
+            "backend": job.baseline.spec.backend,
+            "precision": "int8" if job.model.quantised else "fp32",
             "whole": tiling.spec.runs_whole,  # an engine with a plan has fixed sizes, its baseline has not
         },
         "fingerprint": exam.fingerprint(winner.best.backend, winner.engine.session_version, spec.device),

@@ -54,7 +54,7 @@ def read_samples(model: Model, samples: Any, read: ReadOptions, remarks: Remarks
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
     if samples is None:
-        return model, Samples("synthetic", tuple(draw_generated(model.contract, model.channels, model.spatial)))
+        return model, Samples("synthetic", tuple(draw_generated(model.contract, model.input_specs(), model.spatial)))
     images = sample_images(samples)
     if model.contract.normalization is None:
         model = _declare_no_normalization(model, images[0], read)
@@ -101,6 +101,8 @@ def set_aside(samples: Samples, scope: Scope, remarks: Remarks, *, explicit: boo
     Raises:
         ImageError: The samples are too small to be cut in two, and the precision was asked for (``explicit``).
     """
+    if scope.as_given:
+        return samples, scope
     usable = any("int8" in backends.get(name).precisions(scope.device) and name in FORMS for name in scope.backends)
     without = replace(scope, precisions=tuple(p for p in scope.precisions if p != "int8"))
     if "int8" not in scope.precisions or (not usable and not explicit):

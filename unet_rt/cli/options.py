@@ -43,7 +43,11 @@ def add_reading(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options of how images are read; the group, for a verb that has more of them."""
     group = p.add_argument_group("how images are read")
     group.add_argument("--axes", metavar="TCZYX", help="axes of the images, where files do not say")
-    group.add_argument("--channels", metavar="0,2|NAME,..|luma", help="channels in the network's order")
+    group.add_argument(
+        "--channels",
+        metavar="0,2|NAME,..|luma|slices",
+        help="channels in the network's order; slices: neighbouring slices of a stack, for a network that takes those",
+    )
     return group
 
 

@@ -63,6 +63,7 @@ def inspect_text(report: GraphReport) -> str:
             example = s.at_least(500)
             rule = f"{s.remainder} modulo {s.stride} px, from {s.at_least(1)}: {example}, {example + s.stride}, ..."
         lines.append(f"tiles   {letter}: {rule}")
+    lines += _form_lines(report)
     lines += [f"        made free: {what}" for what in report.freed]
     lines += [f"        stays fixed: {why}" for why in report.reasons_fixed]
     images = report.images
@@ -100,6 +101,16 @@ def inspect_text(report: GraphReport) -> str:
         costs.append((size, kept, memory) if exact else (size, memory))
     lines.append(_align(costs))
     return "\n".join(lines)
+
+
+def _form_lines(report: GraphReport) -> list[str]:
+    """What becomes of a file that another tool has given a form of its own."""
+    lines = [f"        rewritten: {what}" for what in report.rewritten]
+    if report.precision == "int8":
+        lines.append("        quantised: build runs it as given, in ONNX Runtime, and holds it against itself")
+    elif report.precision in ("fp16", "bf16"):
+        lines.append(f"        computes in {report.precision}: build widens it to fp32, the baseline")
+    return lines
 
 
 def _layer_table(layers: Sequence[LayerCost]) -> list[str]:
@@ -190,7 +201,7 @@ def build_text(report: BuildReport) -> str:
     on = (
         _count_text(report.samples, "sample window")
         if report.kind == "samples"
-        else "synthetic tiles (a proof for fp32 only)"
+        else f"synthetic tiles (a proof for {spec.precision} only)"
     )
     lines += ["", f"{report.folder}: {spec.backend} {spec.precision}, parity on {on}"]
     if report.advice:

@@ -65,8 +65,10 @@ def check_record(folder: EngineFolder) -> None:
         raise EngineError(f"{folder.path}: the record of parity belongs to another graph; {way_out}")
     if not accepted or missed:
         raise EngineError(f"{folder.path}: the recorded parity misses its budget; {way_out}")
-    if kind == "synthetic" and folder.spec.precision != "fp32":
-        raise EngineError(f"{folder.path}: parity on synthetic tiles is accepted for fp32 only; {way_out}")
+    if kind == "synthetic" and folder.spec.precision != record.get("baseline", {}).get("precision", "fp32"):
+        raise EngineError(
+            f"{folder.path}: parity on synthetic tiles is accepted of the baseline's own precision only; {way_out}"
+        )
 
 
 def sit_if_elsewhere(engine: Engine, *, made_again: bool = False) -> None:

@@ -98,6 +98,11 @@ class EngineSpec(Record):
         return sum(i.channels for i in self.inputs)
 
     @property
+    def takes_whole_numbers(self) -> bool:
+        """Whether an input takes integers: grey levels as they are, which the network normalises itself."""
+        return any(np.dtype(i.dtype).kind in "iu" for i in self.inputs)
+
+    @property
     def spatial(self) -> int:
         return len(self.sizes)
 

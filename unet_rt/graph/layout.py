@@ -20,7 +20,8 @@ def spatial_letters(letters: str) -> str:
 _LAYOUT_FREE = {
     "Cast", "Identity", "Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Clip", "BatchNormalization", "LeakyRelu",
     "Tanh",
-    "InstanceNormalization", "QuantizeLinear", "DequantizeLinear", "Pad", "Dropout", "Neg", "Abs", "Sqrt", "Pow", "Log",
+    "InstanceNormalization", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",
+    "Pad", "Dropout", "Neg", "Abs", "Sqrt", "Pow", "Log",
     "Exp",
 }  # fmt: skip
 _LAYOUT_KNOWN = {

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, GraphError
 
+if TYPE_CHECKING:
+    import onnx
+
 # Layers where the arithmetic is; the type of their weights is the precision of a graph.
 _HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear"})
+QUANTISED = frozenset(
+    {
+        "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QLinearMatMul",
+        "QLinearConv", "QLinearConcat", "QLinearAdd", "QLinearMul", "QGemm", "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+    }
+)  # fmt: skip
 
 
 def _read(model: Path) -> Any:
@@ -26,11 +35,11 @@ def _read(model: Path) -> Any:
         raise GraphError(f"{model} is not an ONNX file ({error}); export it again") from error
 
 
-def precision_of(model: Path) -> str:
+def precision_of(model: Path | onnx.ModelProto) -> str:
     """The lowest arithmetic among a graph's heavy layers: ``int8``, ``fp16``, ``bf16``, ``fp32`` or ``fp64``."""
     from onnx import TensorProto
 
-    graph = _read(model).graph
+    graph = _read(model).graph if isinstance(model, Path) else model.graph
     if any(node.op_type in QUANTISED for node in graph.node):
         return "int8"
     names = {

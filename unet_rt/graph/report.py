@@ -24,7 +24,9 @@ from .analysis import Analysis, analyse, analyse_model
 from .constants import ELEMENT_BYTES
 from .fields import kept_step
 from .file import Graph, load_model
+from .given import settle
 from .layout import spatial_letters
+from .precision import precision_of
 
 COST_TILES = (512, 1024, 2048, 4096)
 
@@ -60,6 +62,8 @@ class GraphReport(Record):
         freed: Fixed dimensions that the analysis shows to be free.
         reasons_fixed: Why the other fixed dimensions are not.
         limits: Why it is exact up to some size only, where it is.
+        rewritten: What of the file was brought to another form, of the same answers, before anything was asked of it.
+        precision: What the file computes in: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp64``.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -74,6 +78,8 @@ class GraphReport(Record):
     freed: tuple[str, ...]
     reasons_fixed: tuple[str, ...]
     limits: tuple[str, ...]
+    rewritten: tuple[str, ...]
+    precision: str
     _analysis: Analysis = field(repr=False, compare=False)
 
     @property
@@ -138,6 +144,7 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
         proto, folder = model, None
     else:
         proto, folder = load_model(model), Path(model).resolve().parent
+    proto, rewritten = settle(proto, folder)
     analysis, _ = analyse_model(proto, folder)
     graph = analysis.given
     outputs = analysis.outputs
@@ -162,6 +169,8 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
         analysis.freed,
         analysis.reasons_fixed,
         analysis.limits,
+        rewritten,
+        precision_of(proto),
         analysis,
     )
 

@@ -123,7 +123,8 @@ def _conv(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     axes, faults = _slid(state, node, first, _windows(node, kernel))
     result = (*(first.axes or ())[:1], plain(out_channels), *axes)
     state.macs(per_group * math.prod(kernel), result)
-    dtype = 6 if node.op == "ConvInteger" else first.dtype
+    zero = x[7] if node.op == "QLinearConv" else None
+    dtype = 6 if node.op == "ConvInteger" else first.dtype if zero is None else zero.dtype
     extra = [t for t in x[8:] if t is not None] if node.op == "FusedConv" else []
     if extra:
         return unknown(state, node, x, "is fused with more than is understood")

@@ -16,7 +16,7 @@ from fractions import Fraction
 import numpy as np
 
 from ..errors import size_text
-from . import constants, file, rules_arithmetic, rules_layout, rules_resize, rules_windows  # noqa: F401 - the rules
+from . import constants, file, rules_arithmetic, rules_layout, rules_quantised, rules_resize, rules_windows  # noqa: F401
 from .file import Constant, Graph, Node
 from .follow import Followed, follow, lost
 from .numbers import LostError, Number
@@ -127,8 +127,8 @@ def _unsaid(state: Walk, node: Node, given: Inputs, understood: Understood, outp
     if all(t is None or t.constant for t in given):
         return outputs
     for k, t in enumerate(given):
-        if t is None or (not t.constant and k in understood.pixels):
-            continue
+        if t is None or (not t.constant and (k in understood.pixels or t.faults)):
+            continue  # what is at fault already says why
         if not t.constant:
             text = f"takes its input {k + 1} from the image"
         elif t.followed is not None and t.followed.lost:

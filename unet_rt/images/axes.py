@@ -264,6 +264,7 @@ def _by_rule(
     raise ContractError(
         f"{name}: no axis of {size_text(shape)} has the {wanted} channels of the network; "
         f"declare the axes with --axes (e.g. --axes {readings[0]}) and choose with --channels"
+        + (", or --channels slices for a network of neighbouring slices" if spatial == 2 and wanted % 2 else "")
     )
 
 
@@ -341,7 +342,7 @@ def _select(
     if wanted is not None and len(picked) != wanted:
         raise ContractError(
             f"{name}: --channels names {len(picked)} channels, the network takes {wanted}; "
-            f"e.g. --channels {_example(picked, wanted)}"
+            + (_grey_text(wanted) if stored == 1 < wanted else f"name as many{_example(stored, wanted)}")
         )
     return ChannelChoice(picked, _picked_text(picked, stored))
 
@@ -369,8 +370,16 @@ def _names_text(names: Sequence[str]) -> str:
     return f" ({', '.join(names)})" if names else ""
 
 
-def _example(picked: Sequence[int], wanted: int) -> str:
-    return ",".join(str(picked[i % len(picked)]) for i in range(wanted)) if picked else "0"
+def _example(stored: int, wanted: int) -> str:
+    return f", e.g. --channels {','.join(map(str, range(wanted)))}" if wanted <= stored else ""
+
+
+def _grey_text(wanted: int) -> str:
+    """What to do with grey for a network of several channels: slices and one grey repeated are for different networks."""
+    slices = "if it takes neighbouring slices of a stack, use --channels slices; " if wanted % 2 else ""
+    return (
+        f"{slices}--channels {','.join('0' * wanted)} gives the same grey for each: right for colours, never for slices"
+    )
 
 
 def _mismatch_text(layout: Layout, name: str, wanted: int, names: Sequence[str]) -> str:
@@ -380,8 +389,8 @@ def _mismatch_text(layout: Layout, name: str, wanted: int, names: Sequence[str])
         f"the network takes {wanted}"
     )
     if stored == 1:
-        return f"{fact}; if the same grey is meant for each, use --channels {','.join('0' * wanted)}"
+        return f"{fact}; {_grey_text(wanted)}"
     if wanted == 1 and stored in (3, 4):
         return f"{fact}; use --channels 0 (or 1, 2) for one of them, or --channels luma for their luminance"
-    ways = f"choose with --channels, e.g. --channels {_example(range(stored), wanted)}"
+    ways = f"choose with --channels{_example(stored, wanted)}"
     return f"{fact}; {ways}, or declare other axes with --axes"

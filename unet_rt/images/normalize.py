@@ -20,6 +20,7 @@ from ..contract.words import CHOICES
 from ..errors import ContractError
 from ..kernels.request import Affine
 from .pixels import Array
+from .slices import Slices
 from .source import Source
 from .statistics import measure, percentiles, value_range
 
@@ -54,6 +55,7 @@ class Affines:
         self._keep = keep
         self._lock = threading.Lock()
         self._planes: dict[int, Affine] = {}
+        self._slices: dict[int | None, tuple[float, float]] = {}
         self.same = normalization.method not in MEASURED or normalization.scope != "slice"
         if self.same:
             self._planes[0] = self._numbers(None)
@@ -70,7 +72,9 @@ class Affines:
     def _numbers(self, plane: int | None) -> Affine:
         how, source = self.normalization, self._source
         count = source.channels
-        if how.method in MEASURED:
+        if how.method in MEASURED and isinstance(source, Slices):
+            numbers = self._numbers_of_slices(source, plane)
+        elif how.method in MEASURED:
             # Scope "image" takes all channels for one.
             groups = [tuple(range(count))] if how.scope == "image" else [(c,) for c in range(count)]
             measured = [_measured_numbers(how, source, group, plane) for group in groups]
@@ -88,6 +92,14 @@ class Affines:
             )
         return Affine(offset, divisor, _clip(how, numbers, source.name))
 
+    def _numbers_of_slices(self, source: Slices, plane: int | None) -> list[tuple[float, float]]:
+        """(offset, divisor) per channel: of the whole stack, or of each slice by itself, wherever it comes as a channel."""
+        planes = [None] * source.channels if plane is None else source.planes_of(plane)
+        for one in (plane if p is None else p for p in planes):
+            if one not in self._slices:
+                self._slices[one] = _measured_numbers(self.normalization, source.stack, (0,), one)
+        return [self._slices[plane if p is None else p] for p in planes]
+
 
 def decide_scope(normalization: Normalization, source: Source) -> Normalization:
     """The normalisation with a scope: where none is declared, a plane of a stack is normalised as it would be alone.
@@ -96,6 +108,8 @@ def decide_scope(normalization: Normalization, source: Source) -> Normalization:
     """
     if normalization.scope is not None:
         return normalization
+    if isinstance(source, Slices):
+        return replace(normalization, scope="channel")  # slices that are seen together are compared
     return replace(normalization, scope="slice" if len(source.shape) == 2 and source.planes > 1 else "channel")
 
 

@@ -23,6 +23,7 @@ from .formats import NPY_MAGIC, SLIDES, SUFFIXES, TIFF_MAGIC, check_magic
 from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
 from .pixels import MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels, is_zarr, pick_level
 from .reading import Reading
+from .slices import ONE_CHANNEL, SLICES, Slices, read_stack
 from .source import BAND_SAMPLES, Source, file_state
 from .views import write_out_palette
 
@@ -118,6 +119,9 @@ def _layout(
     spatial: int,
     wanted: int | None,
 ) -> Layout:
+    if selection == SLICES:
+        shape = stored.pixels.shape
+        return read_stack(shape, name=name, spatial=spatial, found=stored.axes, given=axes, wanted=wanted)
     least = 0
     if selection is not None:
         least = (3 if selection == "luma" else 2) if isinstance(selection, str) else max(selection, default=0) + 1
@@ -166,6 +170,8 @@ def _arrange(
     selection: Sequence[int] | str | None,
     wanted: int | None,
 ) -> Source:
+    if selection == SLICES and wanted is not None:
+        return Slices(Source(name, path, stored, layout, ONE_CHANNEL), wanted, contract.border or "mirror")
     choice = choose_channels(
         layout,
         name=name,

@@ -123,7 +123,7 @@ def bench(
     module: Any = None,
     contract: Contract | None = None,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int] | str | None = None,
     tile: Sequence[int] | None = None,
     threads: int = 0,
     runs: int = 5,
@@ -240,7 +240,7 @@ def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int
 
     if image is None:
         side = round(most_px ** (1 / spec.spatial))
-        return draw_generated(spec.contract, spec.channels, spec.spatial, count=1, side=side)[0]
+        return draw_generated(spec.contract, spec.inputs, spec.spatial, count=1, side=side)[0]
     images = sample_images(image)
     if len(images) > 1:
         raise ImageError(f"{len(images)} images are given, and one is measured on; choose one")

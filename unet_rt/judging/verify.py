@@ -82,7 +82,7 @@ def verify(
     baseline: str | Path | None = None,
     budget: Budget | None = None,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int] | str | None = None,
     count: int = 20,
     tile: Sequence[int] | None = None,
     picture: str | Path | None = None,

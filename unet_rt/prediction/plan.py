@@ -159,7 +159,7 @@ def make_plan(engine: Engine, source: Source, asked: Request, record: Record | N
     return Plan(
         engine,
         source,
-        source if shape is None else Resampled(source, shape, affines),
+        source if shape is None else Resampled(source, shape, affines, spec.takes_whole_numbers),
         blocks,
         output,
         decision,

@@ -77,7 +77,7 @@ def predict(
         output: ``"mask"`` (uint8), ``"probability"`` or ``"raw"`` (float32), ``"instances"`` (uint32: connected components
             of the mask, numbered). None: a mask, or raw for a regression.
         axes: Axes of the image, where they cannot be told from the file.
-        channels: Which channels of the image, in the network's order.
+        channels: Which channels of the image, in the network's order; ``"slices"`` of a stack: those around each plane.
         tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area, and a smaller one
             of the same result where a GPU's memory does not hold it.
         batch: Tiles per run; None: the engine's own number.

@@ -13,12 +13,18 @@ from .work import Array, filled
 
 
 class Resampled(Source):
-    """An image brought to another number of pixels while it is read; its pixels are float32."""
+    """An image brought to another number of pixels while it is read; its pixels are float32.
 
-    def __init__(self, source: Source, shape: tuple[int, ...], affines: Affines | OnePlane) -> None:
+    They are rounded for networks that take ``whole`` numbers.
+    """
+
+    def __init__(
+        self, source: Source, shape: tuple[int, ...], affines: Affines | OnePlane, whole: bool = False
+    ) -> None:
         self.__dict__.update(vars(source))
         self._inner, self._affines = source, affines
         self.shape = shape
+        self._whole = whole
         self.dtype = np.dtype(np.float32)
 
     def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
@@ -29,7 +35,8 @@ class Resampled(Source):
         first = tuple(a for a, _ in ends)
         last = tuple(b for _, b in ends)
         window = filled(*self._inner.read_valid(plane, first, last), self._affines.plane(plane))
-        return resample(window, first, start, stop, *shapes)
+        pixels = resample(window, first, start, stop, *shapes)
+        return np.rint(pixels) if self._whole else pixels
 
     def valid(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
         """Not asked of resampled pixels: those without data are filled before."""
