@@ -249,8 +249,9 @@ def stack() -> Array:
     return np.stack(planes).reshape(2, 3, 90, 74)
 
 
-def test_planes_of_a_stack_share_statistics(nuclei, stack):
-    result = urt.predict(nuclei, stack, axes="TZYX", output="raw")
+def test_planes_of_a_stack_share_statistics_where_that_is_asked_for(nuclei, stack):
+    together = replace(nuclei.spec.contract.normalization, scope="channel")
+    result = urt.predict(nuclei, stack, axes="TZYX", output="raw", normalization=together)
     assert result.shape == (2, 3, 2, 90, 74)
     for t, z in np.ndindex(2, 3):
         np.testing.assert_array_equal(result[t, z], session_run(nuclei, percentile(stack[t, z], over=stack)[None]))
@@ -686,25 +687,29 @@ def test_larger_batches_than_parity_was_judged_with_are_said(engine_folder, samp
 
 
 @pytest.mark.onnxruntime
+@pytest.mark.parametrize("scope", [None, "image"])
 def test_a_plane_of_a_stack_is_predicted_as_it_is_alone(
-    engine_for: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    scope: Any, engine_for: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the scope is left open; the report says over what statistics were taken, and the option changes it."""
+    """Where the scope is left open, or ``image``; the report says over what statistics were taken, an option changes it."""
     first = microscopy((120, 140), seed=4).image
     stack = np.stack([first, np.minimum(first * 3 + 200, 65535).astype(first.dtype)])
-    engine = engine_for(shipped_model(), contract=Contract(normalization=Normalization("zscore")))
+    engine = engine_for(shipped_model(), contract=Contract(normalization=Normalization("zscore", scope=scope)))
     contract = engine.spec.contract
     notes: list[str] = []
     found = urt.predict(engine, stack, output="probability", report=lambda r: notes.extend(r.notes))
     for plane, each in enumerate(stack):
         np.testing.assert_array_equal(found[plane], urt.predict(engine, each, output="probability"))
-    assert "normalisation zscore: statistics of each of 2 planes by itself" in notes
+    means, deviations = ([f"{f(each):.4g}" for each in stack] for f in (np.mean, np.std))
+    numbers = f"mean {' to '.join(means)}, deviation {' to '.join(deviations)}"
+    assert f"normalisation zscore: statistics of each of 2 planes by itself: {numbers}" in notes
     pooled = Normalization("zscore", scope="channel")
     together = urt.predict(
         engine, stack, output="probability", normalization=pooled, report=lambda r: notes.extend(r.notes)
     )
     assert np.abs(together - found).max() > 1e-3
-    assert "normalisation zscore: statistics of all 2 planes together, per channel" in notes
+    numbers = f"mean {stack.mean():.4g}, deviation {stack.std():.4g}"
+    assert f"normalisation zscore: statistics of all of 2 planes together: {numbers}" in notes
     with pytest.raises(urt.ContractError, match="built and proven with normalisation zscore"):
         urt.predict(engine, stack, normalization=Normalization("minmax"))
     declared = replace(contract, normalization=pooled)

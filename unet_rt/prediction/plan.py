@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..contract.contract import Contract
+from ..contract.contract import Contract, Normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, size_text
-from ..images.normalize import Affines, OnePlane, affine
+from ..images.normalize import Affines, OnePlane, affine, statistics_text
 from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import DeviceArray
@@ -101,6 +101,11 @@ class Plan:
     def place(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[start, stop) of a block in samples of the result."""
         return self.samples(block.start), self.samples(block.stop)
+
+    def notes(self, normalization: Normalization | None) -> list[str]:
+        """What is to be said of the numbers that were measured, once the result is computed."""
+        text = statistics_text(normalization, self.image, self.affines.measured) if normalization is not None else ""
+        return [text] if text else []
 
     def samples(self, pixels: Sequence[int]) -> tuple[int, ...]:
         """The first samples at these pixels (or ends of them)."""

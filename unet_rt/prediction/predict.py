@@ -177,6 +177,7 @@ def _at_once(engine: Engine, image: Any, source: Source, asked: Request, observe
         else:
             done = run_blocks(plan, every, store.keep, observer=observer)
         result = finish(plan, store, asked)
+        done.notes += plan.notes(asked.normalization)
     if asked.out is not None:
         clear(asked.out)
     return done, result

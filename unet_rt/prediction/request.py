@@ -13,7 +13,7 @@ from ..engine.spec import EngineSpec
 from ..engine.tta import Augmented, Tta
 from ..errors import ContractError, ImageError, OutputError
 from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
-from ..images.normalize import missing_normalization, scope_text
+from ..images.normalize import missing_normalization
 from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import MemoryContext
@@ -192,7 +192,9 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     if declared is not None:
         if given is None or given == declared:
             return declared
-        if declared.scope is None and replace(given, scope=None) == declared:
+        # Of one channel, ``image`` says nothing but that planes are not taken together; these are for the user to say.
+        open_scope = declared.scope is None or (declared.scope == "image" and source.channels == 1)
+        if open_scope and replace(given, scope=declared.scope) == declared:
             return given
         scope = f", scope {declared.scope}" if declared.scope else ""
         raise ContractError(
@@ -242,9 +244,6 @@ def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
     """What is to be said of a settled request in the report."""
     spec = engine.spec
     notes = _pixel_size_notes(spec.contract, source, resample=asked.resample) + _batch_notes(engine, asked.batch or 1)
-    over = scope_text(asked.normalization, source) if asked.normalization else ""
-    if over:
-        notes.append(over)
     if len(spec.outputs) > 1:
         names = [output.name for output in spec.outputs]
         notes.append(f"output {names[spec.head(asked.head)]} of {', '.join(names)}")
