@@ -23,9 +23,11 @@ from unet_rt import backends
 from unet_rt.baseline.model import open_model
 from unet_rt.baseline.tiles import untiled_spec
 from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.texts import run_text
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
+from unet_rt.errors import PixelRangeWarning
 from unet_rt.images.normalize import affine, normalize_pixels
 from unet_rt.outputs.pictures import COLOURS
 from unet_rt.prediction.report import RunReport
@@ -511,6 +513,33 @@ def test_pixels_outside_the_range_are_counted_once(nuclei, image, tile):
     assert 0.05 < outside < 0.2
     assert found[0].outside_range == pytest.approx(outside, abs=2 / x.size)
     assert found[1].outside_range == pytest.approx(outside, abs=2 / x.size)
+    assert found[0].range_warning == ""
+
+
+@pytest.mark.onnxruntime
+def test_many_pixels_outside_the_range_are_a_warning(nuclei, image, tmp_path):
+    """Also where nobody asks for a report; the text for people begins with it."""
+    with open_image(image, nuclei.spec.contract) as source:
+        x = normalize_pixels(image[None], affine(nuclei.spec.contract.normalization, source).plane(0))
+    low, high = (float(v) for v in np.percentile(x, (15, 90)))
+    engine = Engine(replace(nuclei.spec, options={"input_range": [[low, high]]}), nuclei._session)
+    for out in (None, tmp_path / "mask.tif", tmp_path / "mask.zarr"):
+        with pytest.warns(PixelRangeWarning, match=r"array: 2[345]% of pixels, normalised, lie outside the range seen at build"):
+            urt.predict(engine, image, out=out)
+    found: list[RunReport] = []
+    with pytest.warns(PixelRangeWarning):
+        urt.predict(engine, image[:96, :80], report=found.append)
+    assert run_text(found[0]).startswith("WARNING: array: ")
+
+
+@pytest.mark.onnxruntime
+def test_fractions_for_a_network_of_grey_levels_are_refused(engine_for, image, tmp_path):
+    scaled = Contract(normalization=Normalization("scale", scale=4095), value_range=(60.0, 4000.0))
+    engine = engine_for(shipped_model(), "onnxruntime", scaled)
+    out = tmp_path / "mask.zarr"
+    with pytest.raises(urt.ContractError, match="were divided by 65535, as ToTensor does; multiply them by 65535"):
+        urt.predict(engine, (image / 65535).astype(np.float32), out=out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_overlay_shows_the_mask_on_the_image(nuclei, image, tmp_path):

@@ -194,7 +194,12 @@ def _predict_item(
     tables: Tables | None,
 ) -> RunReport:
     """Predicts one image as the options say, and returns what was done, with what is worth a note."""
+    import warnings
+
+    from ..errors import PixelRangeWarning
     from ..prediction.predict import predict
+
+    warnings.simplefilter("ignore", PixelRangeWarning)  # the text of the report begins with it
 
     reports: list[RunReport] = []
     predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from ..contract.contract import Normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..engine.tta import Tta
+from ..errors import PixelRangeWarning
 from ..images.reading import Reading
 from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
@@ -113,6 +115,9 @@ def predict(
 
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
+
+    Warns:
+        PixelRangeWarning: More than a fifth of the pixels lie outside the range that build saw.
     """
     from ..images.open import where_of
 
@@ -151,6 +156,8 @@ def predict(
         else:
             done, result = _at_once(form, image, source, asked, observer)
         done.notes[:0] = notes_of(asked, form, source)
+    if done.range_warning:
+        warnings.warn(done.range_warning, PixelRangeWarning, stacklevel=2)
     if report is not None:
         report(done)
     return result

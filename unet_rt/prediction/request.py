@@ -16,6 +16,7 @@ from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
 from ..images.normalize import missing_normalization
 from ..images.reading import Reading
 from ..images.source import Source
+from ..images.value_range import check_value_range
 from ..kernels.memory import MemoryContext
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
@@ -141,6 +142,8 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
             f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
         )
     _check_objects(settled, spec, source)
+    if settled.normalization is not None:
+        check_value_range(source, spec.contract.value_range, settled.normalization)
     check_pixel_size(spec.contract, source)
     return settled
 

@@ -43,7 +43,7 @@ class Observer:
     Attributes:
         progress: Called from the caller's thread with (tiles done, tiles in all).
         trace: Receives (stage, start, stop) of everything that is timed.
-        counts: Whether anybody reads what the report counts: labels, pixels outside the range that build saw.
+        counts: Whether anybody reads the labels that the report counts.
     """
 
     progress: Progress | None = None
