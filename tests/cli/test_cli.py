@@ -276,7 +276,10 @@ def test_planes_are_normalised_together_where_that_is_asked_for(
         assert engine.spec.contract.normalization.scope == "image"
     first = sample_images[0][:200, :220]
     tifffile.imwrite("stack.tif", np.stack([first, first // 3]), metadata={"axes": "ZYX"})
-    for options, over in (((), "each of 2 planes by itself"), (("--normalize-scope", "channel"), "all of 2 planes together")):
+    for options, over in (
+        ((), "each of 2 planes by itself"),
+        (("--normalize-scope", "channel"), "all of 2 planes together"),
+    ):
         code, out, err = cli("predict", engine_folder, "stack.tif", "--out", "a.npy", "--overwrite", *options)
         assert code == 0, err
         assert f"normalisation percentile: statistics of {over}: low " in out

@@ -20,11 +20,15 @@ def check(image: np.ndarray, seen: tuple[float, float] | None, normalization: No
         check_value_range(source, seen, normalization)
 
 
-@pytest.mark.parametrize(("seen", "factor"), [((0, 255), 255), ((3, 201), 255), ((80, 4000), 65535), ((0, 65535), 65535)])
+@pytest.mark.parametrize(
+    ("seen", "factor"), [((0, 255), 255), ((3, 201), 255), ((80, 4000), 65535), ((0, 65535), 65535)]
+)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_pixels_divided_by_the_largest_value_are_refused_with_it(seen, factor, dtype) -> None:
     image = (np.minimum(GREY, factor) / factor).astype(dtype)
-    with pytest.raises(urt.ContractError, match=f"were divided by {factor}, as ToTensor does; multiply them by {factor} "):
+    with pytest.raises(
+        urt.ContractError, match=f"were divided by {factor}, as ToTensor does; multiply them by {factor} "
+    ):
         check(image, seen)
 
 

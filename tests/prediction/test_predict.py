@@ -524,7 +524,9 @@ def test_many_pixels_outside_the_range_are_a_warning(nuclei, image, tmp_path):
     low, high = (float(v) for v in np.percentile(x, (15, 90)))
     engine = Engine(replace(nuclei.spec, options={"input_range": [[low, high]]}), nuclei._session)
     for out in (None, tmp_path / "mask.tif", tmp_path / "mask.zarr"):
-        with pytest.warns(PixelRangeWarning, match=r"array: 2[345]% of pixels, normalised, lie outside the range seen at build"):
+        with pytest.warns(
+            PixelRangeWarning, match=r"array: 2[345]% of pixels, normalised, lie outside the range seen at build"
+        ):
             urt.predict(engine, image, out=out)
     found: list[RunReport] = []
     with pytest.warns(PixelRangeWarning):

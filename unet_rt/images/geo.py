@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ImageError
 from .pixels import CACHE_BYTES, Array, Origin, Stored, Window, check_pixels, pick_level
+from .places import place_of
 
 _COLOURS = ("red", "green", "blue", "alpha")
 
@@ -33,13 +34,13 @@ def open_geo(path: Path, name: str, level: int | None = None) -> Stored:
         raise ImageError(f"{name}: not a readable GeoTIFF ({error}); copy it again from its source") from error
     try:
         with _gdal():
-            return _read_geo(dataset, shapes, picked, name)
+            return _read_geo(dataset, path, shapes, picked, name)
     except BaseException:
         dataset.close()
         raise
 
 
-def _read_geo(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: str) -> Stored:
+def _read_geo(dataset: Any, path: Path, shapes: list[tuple[int, int]], picked: int, name: str) -> Stored:
     from rasterio.enums import MaskFlags
 
     if len(set(dataset.dtypes)) > 1:
@@ -61,15 +62,8 @@ def _read_geo(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: st
     elif masked:
         alpha = any(MaskFlags.alpha in band for band in flags)
         notes.append(f"nodata by the {'alpha channel' if alpha else 'mask in the file'}")
-    transform, crs = dataset.transform, dataset.crs
-    tags = {"transform": tuple(transform)[:6], "crs": None if crs is None else crs.to_wkt()}
-    sizes: dict[str, float] = {}
-    if crs is not None and crs.is_projected:
-        metres = float(crs.linear_units_factor[1])
-        sizes = {
-            "X": float(np.hypot(transform.a, transform.d)) * metres * 1e6,
-            "Y": float(np.hypot(transform.b, transform.e)) * metres * 1e6,
-        }
+    tags, sizes, note = place_of(dataset, path)
+    notes += [note] if note else []
     lead = (dataset.count,) if dataset.count > 1 else ()
     names = tuple(dataset.descriptions)
     return Stored(

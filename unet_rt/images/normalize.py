@@ -132,7 +132,9 @@ def statistics_text(normalization: Normalization, source: Source, measured: Sequ
     if not measured:
         return text
     offset, divisor = (np.stack([getattr(m, name) for m in measured]) for name in ("offset", "divisor"))
-    named = {"mean": offset, "deviation": divisor} if how.method == "zscore" else {"low": offset, "high": offset + divisor}
+    named = (
+        {"mean": offset, "deviation": divisor} if how.method == "zscore" else {"low": offset, "high": offset + divisor}
+    )
     return text + ": " + ", ".join(f"{name} {_range_text(values)}" for name, values in named.items())
 
 

@@ -81,7 +81,7 @@ class Origin:
         resolution_unit: 1 none, 2 inch, 3 centimetre.
         tags: Further metadata of that kind: for ImageJ ``unit``, ``spacing``, ``finterval``, ...; for OME
             ``PhysicalSizeZ``, ``TimeIncrement``, ...; for georeferenced images ``crs`` (WKT) and ``transform`` (the six
-            coefficients a to f of column, row -> x, y).
+            coefficients a to f of column, row -> x, y) or ``gcps`` (row, column, x, y, z of ground control points).
     """
 
     kind: str

@@ -89,7 +89,7 @@ def write_instances(plan: Plan, store: Readable, out: Path | None, tables: Table
 def _write_outlines(found: objects_module.Objects, image: Source, ids: Any, path: Path, *, overwrite: bool) -> None:
     """Outlines of the ids in an array or file: in map coordinates where the image has them, else in pixels."""
     place = {}
-    if image.metadata.kind == "geo":
+    if "transform" in image.metadata.tags:
         place = {"transform": image.metadata.tags["transform"], "crs": image.metadata.tags["crs"]}
     with open_image(ids, Contract(), spatial=2) as source:
         outlines.write_geojson(

@@ -247,6 +247,8 @@ def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
     """What is to be said of a settled request in the report."""
     spec = engine.spec
     notes = _pixel_size_notes(spec.contract, source, resample=asked.resample) + _batch_notes(engine, asked.batch or 1)
+    if asked.out is not None and source.metadata.kind == "geo" and asked.out.suffix.lower() not in (".tif", ".tiff"):
+        notes.append(f"the image's place on the earth is not kept in {asked.out.suffix}; --out NAME.tif keeps it")
     if len(spec.outputs) > 1:
         names = [output.name for output in spec.outputs]
         notes.append(f"output {names[spec.head(asked.head)]} of {', '.join(names)}")
