@@ -122,7 +122,7 @@ endef
 	@echo "installing build tools, linters and test tools"
 	@$(@D)/bin/pip install -q --group build --group docs --group lint --group test --group tensorrt --group cuda
 	@echo "installing unet-rt[cpu,torch,tiff,zarr,...] and what it needs (torch is large)"
-	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote,objects,dask]'
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,torch,train,tiff,zarr,geo,slides,remote,objects,dask,nifti,dicom,mrc,hdf5]'
 	@touch $@
 
 .venv-test/.installed: .venv-test/.made $(SOURCES)

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.images import tiff as image_tiff
-from unet_rt.images.open import list_images
+from unet_rt.images.listing import list_images
 from unet_rt.images.source import Source
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ImageError
-from unet_rt.images.open import list_images
+from unet_rt.images.listing import list_images
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
 zarr = pytest.importorskip("zarr", reason="needs zarr")

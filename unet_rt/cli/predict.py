@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ContractError, ImageError, OutputError
 from .options import (
+    add_choices,
     add_overwrite,
     add_reading,
     add_scope,
@@ -68,9 +69,7 @@ def add_predict(verbs: Any) -> None:
     add_overwrite(p)
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
     reading = add_reading(p)
-    reading.add_argument(
-        "--series", metavar="N|NAME", help="of TIFFs that hold several images: number, from 0, or name"
-    )
+    add_choices(reading)
     reading.add_argument(
         "--level",
         metavar="N|UMum",
@@ -133,10 +132,10 @@ class _Item(NamedTuple):
 
 def _predict(args: argparse.Namespace) -> int:
     from ..engine.load import load
-    from ..images.open import list_images
+    from ..images.listing import list_images
     from .texts import run_text
 
-    items = _list_items(args, list_images(args.images))
+    items = _list_items(args, list_images(args.images, lambda text: print(text, file=sys.stderr)))
     results: list[dict[str, Any]] = []
     tables, bad = _tables(args, len(items)), 0
     device = None if args.device == "auto" else args.device
@@ -212,6 +211,7 @@ def _predict_item(
         channels=read_channels(args),
         level=args.level,
         series=args.series,
+        nodata=args.nodata,
         tile=args.tile,
         batch=args.batch,
         threads=args.threads,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,15 @@ from .places import place_of
 _COLOURS = ("red", "green", "blue", "alpha")
 
 
-def open_geo(path: Path, name: str, level: int | None = None) -> Stored:
+def open_by_rasterio(path: Path, name: str, level: int | None, kind: str) -> Stored:
+    """JPEG 2000 or VRT (``kind``), which nothing else here reads."""
+    called = {"jp2": "JPEG 2000", "vrt": "VRT"}[kind]
+    if find_spec("rasterio") is None:
+        raise ImageError(f"{name}: {called} is read by rasterio, which is missing; pip install 'unet-rt[geo]'")
+    return open_geo(path, name, level, called)
+
+
+def open_geo(path: Path, name: str, level: int | None = None, called: str = "GeoTIFF") -> Stored:
     """ImageError for anything that cannot be read exactly as stored. Needs rasterio."""
     import rasterio
     from rasterio.errors import RasterioError
@@ -31,7 +41,7 @@ def open_geo(path: Path, name: str, level: int | None = None) -> Stored:
             dataset = rasterio.open(path, **({"overview_level": picked - 1} if picked else {}))
             shapes[picked] = dataset.shape  # as stored: some writers round down
     except (RasterioError, OSError, ValueError) as error:
-        raise ImageError(f"{name}: not a readable GeoTIFF ({error}); copy it again from its source") from error
+        raise ImageError(f"{name}: not a readable {called} ({error}); copy it again from its source") from error
     try:
         with _gdal():
             return _read_geo(dataset, path, shapes, picked, name)
@@ -64,18 +74,25 @@ def _read_geo(dataset: Any, path: Path, shapes: list[tuple[int, int]], picked: i
         notes.append(f"nodata by the {'alpha channel' if alpha else 'mask in the file'}")
     tags, sizes, note = place_of(dataset, path)
     notes += [note] if note else []
+    # NaN is no data, whether or not the file says so.
+    nan = dtype.kind == "f"
+    nodata = None if dataset.nodata is None else float(dataset.nodata)
+    if nan and nodata is None and not masked:
+        nodata = math.nan
+        notes.append("NaN is nodata")
     lead = (dataset.count,) if dataset.count > 1 else ()
+    placed = "gcps" in tags or tags["crs"] is not None or not dataset.transform.is_identity
     names = tuple(dataset.descriptions)
     return Stored(
         pixels,
         axes,
-        Origin("geo", tags=tags),
+        Origin("geo", tags=tags) if placed else Origin("tiff"),
         names=names if all(names) else (),
         alpha=3 if rgb and dataset.count == 4 else None,
         pixel_size_um=sizes,
         notes=tuple(notes),
         levels=tuple((*lead, *shape) for shape in shapes) if len(shapes) > 1 else (),
-        nodata=None if dataset.nodata is None else float(dataset.nodata),
+        nodata=nodata,
         palette=_palette(dataset, dtype) if colours == ("palette",) else None,
         valid=pixels.valid if masked else None,
     )

@@ -112,6 +112,8 @@ class Source:
         with self._guarded(plane, start, stop):
             if self._valid is not None:
                 mask = self._arrange(self._valid(tuple(window))).view(np.bool_)[0]
+                if self.dtype.kind == "f":
+                    mask = mask & self._holds_data(self._arrange(self._pixels.read(tuple(window))))
             else:
                 mask = self._holds_data(self._arrange(self._pixels.read(tuple(window))))
         return None if bool(mask.all()) else mask
@@ -143,9 +145,19 @@ class Source:
         return self._choice.channels == tuple(range(self._layout.channels))
 
     def _holds_data(self, pixels: Array) -> NDArray[np.bool_]:
-        """(C, *spatial) of all stored channels -> (*spatial): where one of them is not the nodata value."""
+        """(C, *spatial) of all stored channels -> (*spatial): where one of them is not the nodata value.
+
+        NaN is none of the pixels that a network can take: one channel that is wanted and holds it suffices.
+        """
         nodata = self.nodata
-        return np.asarray((~np.isnan(pixels) if nodata != nodata else pixels != nodata).any(axis=0), np.bool_)
+        if nodata is None or nodata == nodata:
+            holds = np.asarray((pixels != nodata).any(axis=0), np.bool_)
+        else:
+            holds = np.ones(pixels.shape[1:], np.bool_)
+        if pixels.dtype.kind == "f":
+            for channel in set(self._choice.channels):
+                holds &= ~np.isnan(pixels[channel])
+        return holds
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells this image from others and from itself after a change, as JSON; None for an array.

@@ -143,7 +143,7 @@ def _pick_series(tif: Any, asked: int | str | None, name: str) -> tuple[Any, lis
     if asked is None:
         fact = f"{name}: holds {len(pictures)} images"
         raise ImageError(
-            f"{fact}: {listed}; choose one with predict's --series N or NAME, or save the one wanted as its own file"
+            f"{fact}: {listed}; choose one with --series N or NAME, or save the one wanted as its own file"
         )
     found = [number for number, s in enumerate(pictures) if asked in (number, str(number))]
     found = found or [number for number, s in enumerate(pictures) if s.name == asked]

@@ -41,9 +41,9 @@ def check_value_range(source: Source, seen: tuple[float, float] | None, normaliz
             return
         factor = next((n for n in _FACTORS if seen[1] <= n), _FACTORS[-1])
         raise ContractError(
-            f"{source.name}: {source.dtype} pixels from 0 to {high:.3g}, and the network takes grey levels from {seen[0]:g} to "
-            f"{seen[1]:g}: they were divided by {factor}, as ToTensor does; multiply them by {factor} (or, where they are "
-            f"grey levels as they are, round them to integers)"
+            f"{source.name}: {source.dtype} pixels from 0 to {high:.3g}, and the network takes grey levels from "
+            f"{seen[0]:g} to {seen[1]:g}: they were divided by {factor}, as ToTensor does; multiply them by {factor} (or, "
+            "where they are grey levels as they are, round them to integers)"
         )
     if source.dtype.name in ("uint8", "uint16") and seen[1] <= 1:
         factor = int(np.iinfo(source.dtype).max)

@@ -59,6 +59,7 @@ def predict(
     tables: Tables | None = None,
     head: str | None = None,
     series: int | str | None = None,
+    nodata: float | None = None,
 ) -> Any:
     """Predicts one image of any size.
 
@@ -106,7 +107,8 @@ def predict(
         restart: Throw away what an interrupted run has left of ``out``.
         tables: Tables of objects to be written as well (``output="instances"``).
         head: Name of the network's output to predict, where it has several; None: the first.
-        series: Of a TIFF that holds several images: its number, from 0, or its name.
+        series: Of a file that holds several images: its number, from 0, or its name.
+        nodata: Value of pixels that hold no data, in place of what the file says; NaN may be one. They get no label.
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
@@ -119,7 +121,7 @@ def predict(
     Warns:
         PixelRangeWarning: More than a fifth of the pixels lie outside the range that build saw.
     """
-    from ..images.open import where_of
+    from ..images.listing import where_of
 
     asked = Request(
         reading=Reading(
@@ -128,6 +130,7 @@ def predict(
             level,
             tuple(pixel_size_um),
             series=series,
+            nodata=nodata,
         ),
         out=None if out is None else Path(out),
         output=output,
