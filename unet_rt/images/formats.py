@@ -48,7 +48,6 @@ _KINDS = (  # (kind, offset, bytes)
     ("nifti", 344, b"ni1\0"),
     ("nifti", 4, b"n+2\0"),
     ("nifti", 4, b"ni2\0"),
-    ("dicom", 128, b"DICM"),
     ("mrc", 208, b"MAP "),
     ("raster", 0, b"BM"),  # two bytes, which others may begin with
 )
@@ -78,6 +77,8 @@ def kind_of(head: bytes, path: Path) -> str | None:
         return "bioio"
     if head[:2] == b"\x1f\x8b" and path.name.lower().endswith(".nii.gz"):
         return "nifti"
+    if head[128:132] == b"DICM" and suffix not in SUFFIXES:
+        return "dicom"  # its first bytes are free, and some look like a TIFF
     return next((kind for kind, at, magic in _KINDS if head[at : at + len(magic)] == magic), None)
 
 

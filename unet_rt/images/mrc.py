@@ -27,7 +27,7 @@ def open_mrc(path: Path, name: str) -> Stored:
             dtype = np.dtype(mrcfile.utils.data_dtype_from_header(header))
             shape = tuple(int(n) for n in mrcfile.utils.data_shape_from_header(header))
             order = [int(header[key]) for key in ("maps", "mapr", "mapc")]  # slowest axis first
-            voxel, stack = opened.voxel_size, opened.is_image_stack()
+            voxel, stack = opened.voxel_size, int(header.ispg) == 0
             sizes = {axis: float(voxel[axis.lower()]) * UM_PER_ANGSTROM for axis in "XYZ"}
             offset = 1024 + int(header.nsymbt)
     except Exception as error:  # headers hold any bytes; whatever the parser raises, the file is at fault
@@ -36,8 +36,7 @@ def open_mrc(path: Path, name: str) -> Stored:
     letters = "".join(" XYZ"[n] for n in order) if sorted(order) == [1, 2, 3] else "ZYX"
     axes = ("T" if len(shape) == 4 else "") + letters
     if stack and letters == "ZYX":
-        axes = axes.replace("Z", "I")  # pictures of one thing after the other
-        del sizes["Z"]
+        axes = "IYX"  # pictures of one thing after the other
     axes = axes[-len(shape) :]
     pixels = MappedPixels(MappedFile(path, name), offset, shape, dtype, name)
     known = {axis: um for axis, um in sizes.items() if um > 0 and axis in axes}
