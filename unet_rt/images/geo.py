@@ -114,19 +114,22 @@ class GeoPixels:
     def __init__(self, dataset: Any, dtype: np.dtype[Any], name: str) -> None:
         self._dataset = dataset
         self._name = name
+        self._most = CACHE_BYTES
+        height, width = dataset.block_shapes[0]
+        self.piece_bytes = height * width * dtype.itemsize * (1 if dataset.interleaving is None else dataset.count)
         self._lead = (dataset.count,) if dataset.count > 1 else ()
         self.shape = (*self._lead, *dataset.shape)
         self.dtype = dtype
 
     def read(self, window: Window) -> Array:
         bands = list(range(*window[0].indices(self._lead[0]))) if self._lead else [0]
-        with self._guarded(), _gdal():
+        with self._guarded(), _gdal(self._most):
             pixels: Array = self._dataset.read([band + 1 for band in bands], window=self._place(window))
         return pixels if self._lead else pixels[0]
 
     def valid(self, window: Window) -> Array:
         """Where at least one band holds data, by nodata value or mask: bool, (1,) Y, X."""
-        with self._guarded(), _gdal():
+        with self._guarded(), _gdal(self._most):
             mask: Array = self._dataset.dataset_mask(window=self._place(window)) > 0
         return mask[None] if self._lead else mask
 
@@ -146,16 +149,20 @@ class GeoPixels:
         ) as error:  # GDAL has its own errors beside rasterio's; whatever it raises, the file is at fault
             raise ImageError(f"{self._name}: cannot be read ({error}); copy it again from its source") from error
 
+    def limit_cache(self, most: int) -> None:
+        """GDAL keeps blocks for all files that are open; it lets go of them at the next read."""
+        self._most = max(most, 2**20)
+
     def close(self) -> None:
         self._dataset.close()
 
 
 @contextlib.contextmanager
-def _gdal() -> Iterator[None]:
+def _gdal(cache_bytes: int = CACHE_BYTES) -> Iterator[None]:
     """GDAL with as much cache as other formats have here, and no warning that a picture lacks a georeference."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
-    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=cache_bytes):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield

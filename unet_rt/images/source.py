@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ..errors import ContractError, ImageError, size_text
 from .arrays import DevicePixels
 from .axes import ChannelChoice, Layout
-from .pixels import Array, Stored
+from .pixels import Array, Pixels, Stored
+from .views import PalettePixels, TurnedPixels
 
 if TYPE_CHECKING:
     from ..kernels.memory import DeviceArray, MemoryContext
@@ -258,6 +259,17 @@ class Source:
         rest = self.shape[1:]
         return self.read(plane, (start, *(0 for _ in rest)), (stop, *rest))
 
+    @property
+    def piece_bytes(self) -> int:
+        """Of the largest piece of the file that decodes only whole; 0 where windows are read as they are."""
+        return int(getattr(_innermost(self._pixels), "piece_bytes", 0))
+
+    def limit_cache(self, most: int) -> None:
+        """Keeps no more than so many bytes of decoded pieces, but the one read last; 0: lets go of all."""
+        pixels: Any = _innermost(self._pixels)
+        if hasattr(pixels, "limit_cache"):
+            pixels.limit_cache(most)
+
     def close(self) -> None:
         self._pixels.close()
 
@@ -271,6 +283,13 @@ class Source:
 
     def __repr__(self) -> str:
         return f"<Source {self.reading}>"
+
+
+def _innermost(pixels: Pixels) -> Pixels:
+    """The pixels as they are stored, below views that turn them or write out a palette."""
+    while isinstance(pixels, TurnedPixels | PalettePixels):
+        pixels = pixels.stored
+    return pixels
 
 
 def _numbers(position: Sequence[int]) -> str:

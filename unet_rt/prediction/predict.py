@@ -19,6 +19,7 @@ from ..errors import PixelRangeWarning
 from ..images.reading import Reading
 from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
+from ..system import limits
 from .compute import run_blocks
 from .files import clear, open_file
 from .finish import check_targets, finish
@@ -101,7 +102,8 @@ def predict(
             class decision.
         tta: Test-time augmentation: mean probabilities over flips (``flip``), or flips and quarter turns (``d4``).
         region: An image of the same size; predictions are wanted where it is not 0.
-        memory_bytes: Bound on the resident memory of this process; None: half of what is free beside it.
+        memory_bytes: Bound on the resident memory of this process, the making of the output included; None: half of what
+            is free beside it.
         shard: (index, count): only every count-th block, from block ``index`` on. Whoever finishes last writes ``out``.
         scheduler: ``local:N`` (processes) or ``tcp://host:port`` of a Dask scheduler that computes the blocks.
         restart: Throw away what an interrupted run has left of ``out``.
@@ -159,6 +161,8 @@ def predict(
         else:
             done, result = _at_once(form, image, source, asked, observer)
         done.notes[:0] = notes_of(asked, form, source)
+    if report is not None:
+        done.peak_rss_bytes = max(done.peak_rss_bytes, limits.peak_rss_bytes())  # its output was made since
     if done.range_warning:
         warnings.warn(done.range_warning, PixelRangeWarning, stacklevel=2)
     if report is not None:

@@ -18,10 +18,13 @@ from ..images.reading import Reading
 from ..images.source import Source
 from ..images.value_range import check_value_range
 from ..kernels.memory import MemoryContext
+from ..system import limits
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
 
+DECODING = 2  # times the bytes of a piece: as it comes out of its library, and as it is kept
+RESULT_SHARE = 0.05  # of the memory that is asked for: larger results are kept on the disk
 MAX_FACTOR = 10  # pixel sizes of image and training farther apart are refused: no network bridges that
 Kind = OutputKind | Literal["instances"]
 
@@ -135,23 +138,29 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
         batch=spec.run_batch if asked.batch is None else asked.batch,
         reading=replace(asked.reading, level=source.level),
         size_um=source.pixel_size_um or (),
-        staged=_staged(asked, source),
+        staged=_staged(asked, source, decision),
     )
     if source.device is not None and (settled.staged or settled.output == "instances" or in_blocks(settled, source)):
         raise ImageError(
             f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
         )
     _check_objects(settled, spec, source)
+    check_pieces(source, asked.memory_bytes)
     if settled.normalization is not None:
         check_value_range(source, spec.contract.value_range, settled.normalization)
     check_pixel_size(spec.contract, source)
     return settled
 
 
-def _staged(asked: Request, source: Source) -> bool:
+def _staged(asked: Request, source: Source, decision: Decision) -> bool:
     if asked.out is None:
         return False
-    large = source.device is None and source.planes * prod(source.shape) >= blocks.LARGE_PX
+    px = source.planes * prod(source.shape)
+    large = px >= blocks.LARGE_PX
+    if asked.memory_bytes is not None:  # a result in memory is part of what is bound
+        held = px * max(1, decision.channels) * decision.dtype.itemsize + (4 * px if asked.output == "instances" else 0)
+        large = large or held > RESULT_SHARE * asked.memory_bytes
+    large = large and source.device is None
     shared = asked.shard is not None or asked.scheduler is not None
     return asked.out.suffix.lower() == ".zarr" or shared or large or stage_folder(asked.out).exists()
 
@@ -228,6 +237,18 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
     tables = asked.tables
     if tables is not None and tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+
+
+def check_pieces(source: Source, memory_bytes: int | None) -> None:
+    """ImageError, before anything is read, where a part of the file that decodes only whole does not fit into memory."""
+    need, free = DECODING * source.piece_bytes, limits.memory_bytes()
+    bound = free if memory_bytes is None else min(free, memory_bytes - limits.rss_bytes())
+    if need > bound:
+        raise ImageError(
+            f"{source.name}: stored in strips, tiles or chunks of {source.piece_bytes / 1e6:,.0f} MB, which decode only "
+            f"whole: that takes about {need / 1e6:,.0f} MB, and {max(0, bound) / 1e6:,.0f} MB are left beside the engine; use more "
+            "--memory, or save the image in tiles"
+        )
 
 
 def check_pixel_size(contract: Contract, source: Source) -> None:
