@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import unet_rt as urt
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
@@ -24,6 +25,7 @@ from unet_rt.outputs.shape import nodata_value
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
 from rasterio.control import GroundControlPoint
+from rasterio.shutil import copy as copy_raster
 
 # rasterio multiplies transforms in a way that the newest affine is about to deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
@@ -291,3 +293,57 @@ def test_without_rasterio_pixels_and_nodata_are_read_and_the_loss_is_said(
         assert "its georeference is not carried over; pip install 'unet-rt[geo]'" in source.reading
         np.testing.assert_array_equal(source.read(0, (80, 100), (220, 340)), pixels[:, 80:220, 100:340])
         np.testing.assert_array_equal(source.valid(0, (80, 100), (220, 340)), pixels[0, 80:220, 100:340] != 0)
+
+
+@pytest.mark.parametrize("kind", ["jp2", "vrt"])
+def test_jpeg_2000_and_vrt_are_read_by_windows(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", fields(3))
+    target = tmp_path / f"b.{kind}"
+    options = {"driver": "JP2OpenJPEG", "QUALITY": "100", "REVERSIBLE": "YES"} if kind == "jp2" else {"driver": "VRT"}
+    copy_raster(path, target, **options)
+    with open_image(target, ANY) as source:
+        assert source.metadata.tags["transform"] == NORTH_UP
+        np.testing.assert_array_equal(source.read(0, (100, 7), (333 - 33, 300)), fields(3)[:, 100:300, 7:300])
+    target.write_bytes(target.read_bytes()[:40])
+    with pytest.raises(ImageError, match=f"not a readable {'JPEG 2000' if kind == 'jp2' else 'VRT'}"):
+        open_image(target, ANY)
+
+
+@pytest.mark.parametrize("declared", [None, -9999.0])
+def test_nan_is_no_data_in_floats_of_maps(declared: float | None, tmp_path: Path) -> None:
+    pixels = fields(2).astype(np.float32)
+    pixels[:, :90, :120] = np.nan if declared is None else declared
+    pixels[0, 200:210, 300:330] = np.nan  # in one band: no network takes it
+    with open_image(write(tmp_path / "a.tif", pixels, nodata=declared), ANY) as source:
+        assert ("NaN is nodata" in source.reading) == (declared is None)
+        valid = source.valid(0, (0, 0), source.shape)
+        expected = np.ones((330, 470), bool)
+        expected[:90, :120] = expected[200:210, 300:330] = False
+        np.testing.assert_array_equal(valid, expected)
+    with open_image(tmp_path / "a.tif", ANY, network_channels=1, channels=(1,)) as source:
+        assert source.valid(0, (200, 300), (210, 330)) is None
+
+
+@pytest.mark.onnxruntime
+def test_what_holds_no_data_gets_no_label(engine_folder: Path, tmp_path: Path) -> None:
+    picture = microscopy((300, 260), seed=1).image.astype(np.float32)
+    expected_gap = np.zeros(picture.shape, bool)
+    expected_gap[:80, :100] = True
+    holed = np.where(expected_gap, np.nan, picture)
+    path = tmp_path / "a.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", height=300, width=260, count=1, dtype="float32", crs="EPSG:32632",
+        transform=rasterio.Affine(*NORTH_UP),
+    ) as dataset:  # fmt: skip
+        dataset.write(holed.astype(np.float32), 1)
+    with urt.load(engine_folder) as engine:
+        urt.predict(engine, path, out=tmp_path / "mask.tif")
+        with rasterio.open(tmp_path / "mask.tif") as mask:
+            found = mask.read(1)
+            assert mask.nodata == 255
+        np.testing.assert_array_equal(found == 255, expected_gap)
+        with pytest.raises(ImageError, match=r"NaN or infinite pixels.*--nodata nan"):
+            urt.predict(engine, holed)
+        np.testing.assert_array_equal(urt.predict(engine, holed, nodata=math.nan), found)
+        filled = np.where(expected_gap, -1, picture)
+        np.testing.assert_array_equal(urt.predict(engine, filled, nodata=-1), found)

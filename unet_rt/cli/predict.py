@@ -275,17 +275,20 @@ def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Pat
     """One output per image: --out itself for one image, files in the folder --out for several."""
     if not args.out:
         raise OutputError("--out is empty; name a file or a folder")
+    from ..images.listing import output_name
+
     out = Path(args.out)
-    suffix = ".tif"
     if out.is_file() and len(images) > 1:
         raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
     zarr = out.suffix.lower() == ".zarr"  # a folder that is one output
     if len(images) == 1 and (zarr or (not out.is_dir() and (out.suffix != "" or out.exists()))):
         _not_the_image(out, images)
         return [out]
-    if zarr or (not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")):
+    if zarr or (
+        not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".nii", ".gz")
+    ):
         raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
-    targets = [out / (Path(image).stem.removesuffix(".ome") + suffix) for image in images]
+    targets = [out / output_name(image) for image in images]
     doubles = {t for t in targets if targets.count(t) > 1}
     if doubles:
         raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
@@ -305,7 +308,8 @@ def _not_the_image(target: Path, images: Sequence[Path | str]) -> None:
 
 
 def _overlay_name(target: Path) -> Path:
-    return target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png")
+    name = target.name.removesuffix(".gz")
+    return target.with_name(name.removesuffix(Path(name).suffix) + ".overlay.png")
 
 
 @contextmanager

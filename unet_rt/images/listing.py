@@ -32,6 +32,18 @@ def where_of(image: str | os.PathLike[str]) -> str:
     return image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
 
 
+def output_name(image: Path | str) -> str:
+    """The name of an image's output in a folder: NIfTI gives NIfTI, any other TIFF."""
+    file, inside = (None, None) if isinstance(image, str) and is_url(image) else split_inside(Path(image))
+    if file is not None and inside is not None:
+        return f"{file.stem}-{inside.strip('/').replace('/', '-')}.tif"
+    name = Path(image).name
+    for suffix in (".nii.gz", ".nii"):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)] + ".nii.gz"
+    return Path(name).stem.removesuffix(".ome") + ".tif"
+
+
 def list_images(paths: Iterable[str | os.PathLike[str]], note: Callable[[str], None] | None = None) -> list[Path | str]:
     """Files, Zarr folders, URLs (as text) and the images in folders (sorted by name), each once.
 

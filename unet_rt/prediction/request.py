@@ -23,6 +23,7 @@ from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
 
+LITTLE = 2**25  # bytes, below which pieces of a file are not what memory lacks
 DECODING = 2  # times the bytes of a piece: as it comes out of its library, and as it is kept
 RESULT_SHARE = 0.05  # of the memory that is asked for: larger results are kept on the disk
 MAX_FACTOR = 10  # pixel sizes of image and training farther apart are refused: no network bridges that
@@ -243,11 +244,11 @@ def check_pieces(source: Source, memory_bytes: int | None) -> None:
     """ImageError, before anything is read, where a part of the file that decodes only whole does not fit into memory."""
     need, free = DECODING * source.piece_bytes, limits.memory_bytes()
     bound = free if memory_bytes is None else min(free, memory_bytes - limits.rss_bytes())
-    if need > bound:
+    if need > max(bound, LITTLE):
+        piece, taken, left = (f"{max(0, n) / 1e6:,.0f} MB" for n in (source.piece_bytes, need, bound))
         raise ImageError(
-            f"{source.name}: stored in strips, tiles or chunks of {source.piece_bytes / 1e6:,.0f} MB, which decode only "
-            f"whole: that takes about {need / 1e6:,.0f} MB, and {max(0, bound) / 1e6:,.0f} MB are left beside the engine; use more "
-            "--memory, or save the image in tiles"
+            f"{source.name}: stored in strips, tiles or chunks of {piece}, which decode only whole: about {taken}, "
+            f"and {left} are left beside the engine; use more --memory, or save the image in tiles"
         )
 
 
