@@ -183,7 +183,6 @@ class Bucket(MemoryFileSystem):
     protocol = "s3"
     store: dict[str, Any] = {}  # noqa: RUF012 - as the base class has it
     pseudo_dirs: list[str] = [""]  # noqa: RUF012
-    cachable = False
 
     def __init__(self, anon: bool = False, **options: Any) -> None:
         super().__init__(**options)

@@ -242,9 +242,12 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
 
 def check_pieces(source: Source, memory_bytes: int | None) -> None:
     """ImageError, before anything is read, where a part of the file that decodes only whole does not fit into memory."""
-    need, free = DECODING * source.piece_bytes, limits.memory_bytes()
+    need = DECODING * source.piece_bytes
+    if need <= LITTLE:
+        return
+    free = limits.memory_bytes()
     bound = free if memory_bytes is None else min(free, memory_bytes - limits.rss_bytes())
-    if need > max(bound, LITTLE):
+    if need > bound:
         piece, taken, left = (f"{max(0, n) / 1e6:,.0f} MB" for n in (source.piece_bytes, need, bound))
         raise ImageError(
             f"{source.name}: stored in strips, tiles or chunks of {piece}, which decode only whole: about {taken}, "
