@@ -35,6 +35,7 @@ TEST := .venv-test/bin
 PEERS := .venv-peers/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
+BIOIO := .venv-bioio/bin
 # The build of the test environment is kept between installs, so that only what changed is compiled.
 KEEP_BUILD := --no-build-isolation --config-settings=build-dir=build/{wheel_tag}
 # With the bodies of the CUDA kernels on host memory, and without any warning.
@@ -45,7 +46,7 @@ export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test test-peers lint format bench guard site docs wheels clean
+.PHONY: help demo quick test test-peers test-bioio lint format bench guard site docs wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -71,6 +72,10 @@ PEER_TESTS := tests/peers tests/models/test_nnunet.py tests/training/test_export
 test-peers: UNET_RT_REQUIRE := torch,onnxruntime,monai,nnunet
 test-peers: .venv-peers/.installed  ## install beside MONAI and nnU-Net, and compare with them
 	$(PEERS)/pytest --numprocesses=$(PROCESSES) --dist=worksteal -m "monai or nnunet" $(PEER_TESTS) $(ARGS)
+
+# Apart from the others, as bioio brings some thirty packages that nothing else here needs.
+test-bioio: .venv-bioio/.installed  ## install with bioio and its readers, and run the tests of microscopes' own files
+	UNET_RT_REQUIRE= $(BIOIO)/pytest tests/images/test_image_bioio.py $(ARGS)
 
 # Some of every package: what a change breaks first.
 QUICK := tests/test_house.py tests/test_imports.py tests/system/test_durable.py tests/system/test_json.py tests/contract \
@@ -121,7 +126,8 @@ wheels: .venv-test/.made  ## source distribution, and the wheel for this machine
 	$(TEST)/python -m build --outdir dist
 
 clean:  ## remove environments, builds and caches
-	rm -rf .venv-test .venv-peers .venv-demo .venv-bench build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv-test .venv-peers .venv-demo .venv-bench .venv-bioio build dist demo-output .mypy_cache .ruff_cache .pytest_cache \
+		.hypothesis
 
 # `--group` needs pip 25.1; an environment starts with whatever pip its Python ships.
 define new_environment
@@ -136,7 +142,7 @@ endef
 	@echo "installing build tools, linters and test tools"
 	@$(@D)/bin/pip install -q --group build --group docs --group lint --group test --group tensorrt --group cuda
 	@echo "installing unet-rt[cpu,ncnn,torch,tiff,zarr,...] and what it needs (torch is large)"
-	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,ncnn,torch,train,tiff,zarr,geo,slides,remote,objects,dask]'
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,ncnn,torch,train,tiff,zarr,geo,slides,remote,objects,dask,nifti,dicom,mrc,hdf5]'
 	@touch $@
 
 .venv-test/.installed: .venv-test/.made $(SOURCES)
@@ -155,6 +161,12 @@ endef
 	$(new_environment)
 	@echo "installing unet-rt[cpu]"
 	@$(@D)/bin/pip install -q --constraint constraints/test.txt '.[cpu]'
+	@touch $@
+
+.venv-bioio/.installed: $(SOURCES)
+	$(new_environment)
+	@echo "installing unet-rt[bioio,czi] and what writes CZI"
+	@$(@D)/bin/pip install -q --group bioio '.[bioio,czi]'
 	@touch $@
 
 .venv-bench/.installed: $(SOURCES) constraints/test.txt

@@ -34,7 +34,7 @@ AT_MODULE_LEVEL = {
 }
 # Never at module level elsewhere: `import unet_rt` pays for NumPy alone.
 LAZY = {"PIL", "imagecodecs", "scipy", "skimage", "tifffile", "tqdm", "yaml", *MAY_IMPORT}
-LAZY |= {"fsspec", "h5py", "openslide", "rasterio", "tiffslide", "zarr"}
+LAZY |= {"bioio", "fsspec", "h5py", "mrcfile", "nibabel", "openslide", "pydicom", "rasterio", "tiffslide", "zarr"}
 
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 # Every other module must load without them, and so without anything that loads them.

@@ -57,6 +57,10 @@ class ParityError(UnetRtError):
     """The measured difference to the baseline is outside the budget."""
 
 
+class PixelRangeWarning(UserWarning):
+    """Many pixels of an image lie outside the range that build saw, so that its result may mean nothing."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library said, short enough to stand in a sentence; the kind of the error where it said nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

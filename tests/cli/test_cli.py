@@ -268,17 +268,21 @@ def test_one_image_of_several_is_predicted_by_its_name(
             np.testing.assert_array_equal(np.load(f"{series}.npy"), urt.predict(engine, second))
 
 
-def test_a_declared_scope_is_not_changed(cli: Callable[..., Outcome], engine_folder: Path, images: Path) -> None:
+def test_planes_are_normalised_together_where_that_is_asked_for(
+    cli: Callable[..., Outcome], engine_folder: Path, sample_images: list[Array]
+) -> None:
+    """An engine of a network that ``train`` made, whose contract says ``image``."""
     with urt.load(engine_folder) as engine:
-        declared = engine.spec.contract.normalization
-    assert declared is not None
-    assert declared.scope is not None
-    other = "slice" if declared.scope != "slice" else "channel"
-    code, _, err = cli("predict", engine_folder, images / "a.tif", "--out", "a.npy", "--normalize-scope", other)
-    assert code != 0
-    assert f"scope {declared.scope}; build it again" in err
-    same = ("--normalize-scope", declared.scope)
-    assert cli("predict", engine_folder, images / "a.tif", "--out", "a.npy", *same)[0] == 0
+        assert engine.spec.contract.normalization.scope == "image"
+    first = sample_images[0][:200, :220]
+    tifffile.imwrite("stack.tif", np.stack([first, first // 3]), metadata={"axes": "ZYX"})
+    for options, over in (
+        ((), "each of 2 planes by itself"),
+        (("--normalize-scope", "channel"), "all of 2 planes together"),
+    ):
+        code, out, err = cli("predict", engine_folder, "stack.tif", "--out", "a.npy", "--overwrite", *options)
+        assert code == 0, err
+        assert f"normalisation percentile: statistics of {over}: low " in out
 
 
 def test_predict_of_a_folder_fills_a_folder(cli: Callable[..., Outcome], engine_folder: Path, images: Path) -> None:

@@ -278,7 +278,7 @@ def test_wrong_options_of_predict(
     ("images", "out", "texts"),
     [
         (["nowhere.png"], "out", ("nowhere.png", "no such file")),
-        (["none"], "out", ("none", "no image", ".png")),
+        (["none"], "out", ("none", "no image", "notes.txt", "PNG")),
         (["a", "b"], "one.tif", ("2 images", "folder")),
         (["a", "b"], "there.tif", ("there.tif is a file", "folder")),
         (["a", "b"], "out", ("several images", "different folders")),

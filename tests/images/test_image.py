@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
 from unet_rt.images import tiff as image_tiff
-from unet_rt.images.open import list_images
+from unet_rt.images.listing import list_images
 from unet_rt.images.source import Source
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -779,10 +779,11 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path, "a folder, not an image"),
         (file("empty.png", b""), "file is empty"),
         (file("text.png", b"<html>404</html>"), r"text \(HTML"),
-        (file("a.h5", b"\x89HDF\r\n\x1a\n"), "h5py"),
+        (file("a.h5", b"\x89HDF\r\n\x1a\n"), "not a readable HDF5"),
         (file("noise.tif", b"II*\0" + bytes(range(200))), "TIFF"),
-        (file("noise.dat", b"abcdefghijkl"), "first bytes"),
-        (tmp_path / "a.npz", r"save the array as \.npy"),
+        (file("noise.dat", b"abcdefghijkl"), r"not an image that is read here \(text\); read are TIFF, .*NIfTI, DICOM"),
+        (file("a.webp", b"RIFF1234WEBP"), "WebP"),
+        (tmp_path / "a.npz", r"save the one wanted as \.npy"),
         (cut(tmp_path / "cut.png", 0.5), "truncated or corrupt"),
         (cut(tmp_path / "cut.jpg", 0.5), "truncated or corrupt"),
         (cut(tmp_path / "cut.tif", 0.5), "TIFF|truncated"),
@@ -859,8 +860,73 @@ def test_folders_are_listed_in_order(tmp_path: Path) -> None:
         "b.png",
         "c.txt",
     ]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "gone.tif").symlink_to(tmp_path / "nowhere.tif")
+    (tmp_path / "a.TIF").with_suffix(".tfw").write_text("1")  # the image's
+    Image.fromarray(GREY).save(tmp_path / "scan.001", "PNG")  # told by its first bytes
+    tifffile.imwrite(tmp_path / "slide.qptiff", GREY)
+    said: list[str] = []
+    assert [Path(p).name for p in list_images([tmp_path], said.append)] == [
+        "a.TIF",
+        "b.png",
+        "scan.001",
+        "slide.qptiff",
+    ]
+    others = "1 file that is no image (c.txt); 1 broken link (gone.tif); 1 folder (raw)"
+    assert said == [f"{tmp_path}: left out: {others}"]
+    with pytest.raises(ImageError, match=r"a link to .*nowhere\.tif, which does not exist"):
+        list_images([tmp_path / "gone.tif"])
+    for k in range(7):
+        (tmp_path / "raw" / f"{k}.txt").write_text("x")
+    with pytest.raises(
+        ImageError, match=r"holds no image: 7 files that are no images \(0\.txt, .*, \.\.\. 2 more\); read are TIFF"
+    ):
+        list_images([tmp_path / "raw"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match="holds no image"):
         list_images([tmp_path / "empty"])
     with pytest.raises(ImageError, match="no such file"):
         list_images([tmp_path / "nothing.png"])
+
+
+def test_a_camera_s_second_picture_is_left_out_and_said(tmp_path: Path) -> None:
+    """MPO: a JPEG with a preview, or the other eye's picture, behind the first."""
+    first, second = Image.fromarray(COLOUR), Image.fromarray(COLOUR[::-1])
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=95)
+    with open_image(tmp_path / "a.jpg", ANY) as source:
+        assert "frame 0 of 2" in source.reading
+        found = np.moveaxis(source.read(0, (0, 0), source.shape), 0, -1)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        np.testing.assert_array_equal(found, np.asarray(opened))
+
+
+@pytest.mark.parametrize(
+    ("file", "format_name", "extra"),
+    [
+        ("a.czi", r"CZI \(Zeiss\)", "czi"),
+        ("a.lif", r"LIF \(Leica\)", "bioio"),
+        ("a.nii", "NIfTI", "nifti"),
+        ("a.nii.gz", "NIfTI", "nifti"),
+        ("a.mrc", "MRC", "mrc"),
+        ("a.dcm", "DICOM", "dicom"),
+        ("a.h5", "HDF5", "hdf5"),
+        ("a.jp2", "JPEG 2000", "geo"),
+    ],
+)
+def test_a_format_whose_library_is_missing_is_named(
+    file: str, format_name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("bioio", "nibabel", "mrcfile", "pydicom", "h5py"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("unet_rt.images.geo.find_spec", lambda name: None)
+    heads = {
+        "a.nii": b"\0" * 344 + b"n+1\0",
+        "a.nii.gz": b"\x1f\x8b" + bytes(600),
+        "a.mrc": b"\0" * 208 + b"MAP " + bytes(900),
+        "a.dcm": b"\0" * 128 + b"DICM",
+        "a.h5": b"\x89HDF\r\n\x1a\n",
+        "a.jp2": b"\x00\x00\x00\x0cjP  \r\n",
+    }
+    (tmp_path / file).write_bytes(heads.get(file, b"ZISRAWFILE"))
+    with pytest.raises(ImageError, match=rf"{file}: {format_name} is read.*missing; pip install 'unet-rt\[{extra}\]'"):
+        open_image(tmp_path / file, ANY)

@@ -10,17 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from flat_image import open_image
 from flat_output import open_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+import unet_rt as urt
 from unet_rt.contract.contract import Contract
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.errors import ImageError
 from unet_rt.outputs.shape import nodata_value
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
+from rasterio.control import GroundControlPoint
+from rasterio.shutil import copy as copy_raster
 
 # rasterio multiplies transforms in a way that the newest affine is about to deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
@@ -182,6 +187,83 @@ def test_outputs_lie_where_the_image_lies(
         np.testing.assert_array_equal(source.read(0, (0, 0), shape), pixels)
 
 
+@pytest.mark.parametrize(
+    ("file", "beside"), [("a.tif", "a.tfw"), ("a.png", "a.pgw"), ("a.jpg", "a.JGW"), ("a.bmp", "a.wld")]
+)
+@pytest.mark.parametrize("projection", [True, False])
+def test_a_world_file_places_a_picture_and_its_output(tmp_path: Path, file: str, beside: str, projection: bool) -> None:
+    pixels = fields()[0]
+    Image.fromarray(pixels).save(tmp_path / file)
+    (tmp_path / beside).write_text("0.5\n0\n0\n-0.5\n500000.25\n5199999.75\n")  # the centre of the first pixel
+    if projection:
+        (tmp_path / "a.prj").write_text(rasterio.crs.CRS.from_epsg(32632).to_wkt(version="WKT1_ESRI"))
+    with open_image(tmp_path / file, ANY) as source:
+        assert f"placed by {beside}" in source.reading
+        assert ("no coordinate system" in source.reading) != projection
+        assert source.pixel_size_um == ((5e5, 5e5) if projection else None)
+        with open_output(tmp_path / "out.tif", (165, 235), dtype="uint8", source=source) as out:
+            out.write(0, (0, 0), pixels[::2, ::2])
+            out.commit()
+    if file == "a.png":  # tags come first
+        (tmp_path / "out.tfw").write_text("9\n0\n0\n-9\n0\n0\n")
+        with open_image(tmp_path / "out.tif", ANY) as source:
+            assert "placed by" not in source.reading
+    with rasterio.open(tmp_path / "out.tif") as found:
+        assert tuple(found.transform)[:6] == pytest.approx((1.0, 0.0, 500_000.0, 0.0, -1.0, 5_200_000.0))
+        assert (found.crs is None) != projection
+        assert found.crs is None or found.crs.to_dict()["zone"] == 32
+
+
+def test_a_world_file_that_cannot_be_used_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = fields()[0]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "a.pgw").write_text("nothing")
+    with pytest.raises(ImageError, match=r"a\.pgw: does not hold the six numbers"):
+        open_image(tmp_path / "a.png", ANY)
+    (tmp_path / "a.pgw").write_text("0.5\n0\n0\n-0.5\n500000.25\n5199999.75\n")
+    (tmp_path / "a.prj").write_text("nothing")
+    with pytest.raises(ImageError, match=r"a\.prj: no coordinate system can be read"):
+        open_image(tmp_path / "a.png", ANY)
+    tifffile.imwrite(tmp_path / "s.tif", np.stack([pixels, pixels]), metadata={"axes": "ZYX"})
+    (tmp_path / "s.tfw").write_text("0.5\n0\n0\n-0.5\n500000.25\n5199999.75\n")
+    with open_image(tmp_path / "s.tif", ANY) as source:
+        assert "s.tfw is not read: it is no single picture's" in source.reading
+    for module in ("geo", "places", "tiff"):
+        monkeypatch.setattr(f"unet_rt.images.{module}.find_spec", lambda name: None, raising=False)
+    tifffile.imwrite(tmp_path / "b.tif", pixels)
+    (tmp_path / "b.tfw").write_text("0.5\n0\n0\n-0.5\n500000.25\n5199999.75\n")
+    for file in ("a.png", "b.tif"):
+        with open_image(tmp_path / file, ANY) as source:
+            assert "is not carried over; pip install 'unet-rt[geo]'" in source.reading
+
+
+def test_ground_control_points_go_on_to_the_output(tmp_path: Path) -> None:
+    pixels = fields()[0]
+    points = [GroundControlPoint(r, c, 5e5 + c / 2 + r / 10, 5.2e6 - r / 2) for r in (0, 100, 330) for c in (0, 470)]
+    with rasterio.open(
+        tmp_path / "a.tif",
+        "w",
+        driver="GTiff",
+        height=330,
+        width=470,
+        count=1,
+        dtype="uint8",
+        gcps=points,
+        crs="EPSG:32632",
+    ) as dataset:
+        dataset.write(pixels, 1)
+    with open_image(tmp_path / "a.tif", ANY) as source:
+        assert "placed by 6 ground control points" in source.reading
+        assert source.pixel_size_um is None
+        with open_output(tmp_path / "out.tif", (165, 235), dtype="uint8", source=source) as out:
+            out.write(0, (0, 0), pixels[::2, ::2])
+            out.commit()
+    with rasterio.open(tmp_path / "out.tif") as found:
+        gcps, crs = found.gcps
+    assert crs.to_epsg() == 32632
+    assert [(p.row, p.col, p.x, p.y) for p in gcps] == [(p.row / 2, p.col / 2, p.x, p.y) for p in points]
+
+
 def test_nodata_values_are_no_labels() -> None:
     assert nodata_value("uint8", (0, 1)) == 255
     assert nodata_value("uint8", (0, 255)) == 254
@@ -211,3 +293,57 @@ def test_without_rasterio_pixels_and_nodata_are_read_and_the_loss_is_said(
         assert "its georeference is not carried over; pip install 'unet-rt[geo]'" in source.reading
         np.testing.assert_array_equal(source.read(0, (80, 100), (220, 340)), pixels[:, 80:220, 100:340])
         np.testing.assert_array_equal(source.valid(0, (80, 100), (220, 340)), pixels[0, 80:220, 100:340] != 0)
+
+
+@pytest.mark.parametrize("kind", ["jp2", "vrt"])
+def test_jpeg_2000_and_vrt_are_read_by_windows(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", fields(3))
+    target = tmp_path / f"b.{kind}"
+    options = {"driver": "JP2OpenJPEG", "QUALITY": "100", "REVERSIBLE": "YES"} if kind == "jp2" else {"driver": "VRT"}
+    copy_raster(path, target, **options)
+    with open_image(target, ANY) as source:
+        assert source.metadata.tags["transform"] == NORTH_UP
+        np.testing.assert_array_equal(source.read(0, (100, 7), (333 - 33, 300)), fields(3)[:, 100:300, 7:300])
+    target.write_bytes(target.read_bytes()[:40])
+    with pytest.raises(ImageError, match=f"not a readable {'JPEG 2000' if kind == 'jp2' else 'VRT'}"):
+        open_image(target, ANY)
+
+
+@pytest.mark.parametrize("declared", [None, -9999.0])
+def test_nan_is_no_data_in_floats_of_maps(declared: float | None, tmp_path: Path) -> None:
+    pixels = fields(2).astype(np.float32)
+    pixels[:, :90, :120] = np.nan if declared is None else declared
+    pixels[0, 200:210, 300:330] = np.nan  # in one band: no network takes it
+    with open_image(write(tmp_path / "a.tif", pixels, nodata=declared), ANY) as source:
+        assert ("NaN is nodata" in source.reading) == (declared is None)
+        valid = source.valid(0, (0, 0), source.shape)
+        expected = np.ones((330, 470), bool)
+        expected[:90, :120] = expected[200:210, 300:330] = False
+        np.testing.assert_array_equal(valid, expected)
+    with open_image(tmp_path / "a.tif", ANY, network_channels=1, channels=(1,)) as source:
+        assert source.valid(0, (200, 300), (210, 330)) is None
+
+
+@pytest.mark.onnxruntime
+def test_what_holds_no_data_gets_no_label(engine_folder: Path, tmp_path: Path) -> None:
+    picture = microscopy((300, 260), seed=1).image.astype(np.float32)
+    expected_gap = np.zeros(picture.shape, bool)
+    expected_gap[:80, :100] = True
+    holed = np.where(expected_gap, np.nan, picture)
+    path = tmp_path / "a.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", height=300, width=260, count=1, dtype="float32", crs="EPSG:32632",
+        transform=rasterio.Affine(*NORTH_UP),
+    ) as dataset:  # fmt: skip
+        dataset.write(holed.astype(np.float32), 1)
+    with urt.load(engine_folder) as engine:
+        urt.predict(engine, path, out=tmp_path / "mask.tif")
+        with rasterio.open(tmp_path / "mask.tif") as mask:
+            found = mask.read(1)
+            assert mask.nodata == 255
+        np.testing.assert_array_equal(found == 255, expected_gap)
+        with pytest.raises(ImageError, match=r"NaN or infinite pixels.*--nodata nan"):
+            urt.predict(engine, holed)
+        np.testing.assert_array_equal(urt.predict(engine, holed, nodata=math.nan), found)
+        filled = np.where(expected_gap, -1, picture)
+        np.testing.assert_array_equal(urt.predict(engine, filled, nodata=-1), found)

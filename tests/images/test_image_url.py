@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ImageError
-from unet_rt.images.open import list_images
+from unet_rt.images.listing import list_images
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
+from fsspec.implementations.memory import MemoryFileSystem
+
 zarr = pytest.importorskip("zarr", reason="needs zarr")
 
 ANY = Contract()
@@ -172,3 +175,68 @@ def test_a_tiff_over_http_is_read_by_ranges(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=r"none\.tif"):
             open_image(f"{address}/none.tif", ANY)
         server.shutdown()
+
+
+class Bucket(MemoryFileSystem):
+    """A store that asks who is there: nobody may read with a name, everybody without one what is public."""
+
+    protocol = "s3"
+    store: dict[str, Any] = {}  # noqa: RUF012 - as the base class has it
+    pseudo_dirs: list[str] = [""]  # noqa: RUF012
+
+    def __init__(self, anon: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.anon = anon
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("s3://", "memory://"))
+
+    def info(self, path: str, **options: Any) -> Any:
+        if not self.anon or "secret" in path:
+            raise PermissionError("Unable to locate credentials")
+        return super().info(path, **options)
+
+    def exists(self, path: str, **options: Any) -> bool:
+        return self.anon and "secret" not in path and super().exists(path, **options)
+
+
+@pytest.fixture
+def buckets() -> Iterator[None]:
+    """``s3://`` is the class above, whether or not its library is installed."""
+    from fsspec.registry import _registry
+
+    before = _registry.get("s3")
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    yield
+    _registry.pop("s3")
+    if before is not None:
+        _registry["s3"] = before
+
+
+@pytest.mark.usefixtures("buckets")
+def test_public_buckets_are_read_without_a_name() -> None:
+    system = Bucket(anon=True)
+    for name in ("public/a.npy", "secret/a.npy"):
+        system.pipe(f"/{name}", FILES["a.npy"])
+    with open_image("s3://public/a.npy", ANY) as source:
+        np.testing.assert_array_equal(source.read(0, (0, 0), (700, 900))[0], PIXELS)
+    with pytest.raises(ImageError, match=r"PermissionError: .*\(anonymous access was tried, too\); check the URL"):
+        open_image("s3://secret/a.npy", ANY)
+    with pytest.raises(ImageError, match=r"no such file \(anonymous access was tried, too\); check the URL"):
+        open_image("s3://public/none.npy", ANY)
+
+
+def test_what_cannot_be_reached_is_not_missing() -> None:
+    pytest.importorskip("aiohttp")
+    with socket.socket() as taken:  # a port that nobody listens on
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(ImageError, match=r"cannot be reached .*; check the network and the address"):
+            open_image(f"http://127.0.0.1:{port}/a.tif", ANY)
+
+
+def test_formats_that_are_read_from_a_disk_are_said(memory: Any) -> None:
+    memory.pipe("/images/a.nii", b"\0" * 344 + b"n+1\0" + bytes(200))
+    with pytest.raises(ImageError, match=r"a\.nii: NIfTI is read from a disk; download it"):
+        open_image("memory://images/a.nii", ANY)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from unet_rt.contract.contract import Contract
 from unet_rt.errors import ContractError, ImageError
-from unet_rt.images.open import list_images
+from unet_rt.images.listing import list_images
 from unet_rt.images.source import Source
 
 zarr = pytest.importorskip("zarr", reason="needs zarr")

@@ -38,7 +38,7 @@ def opened(array: np.ndarray, monkeypatch: pytest.MonkeyPatch | None = None, sam
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("scope", "over"), [("image", None), ("channel", (0, 2, 3)), ("slice", (2, 3))])
+@pytest.mark.parametrize(("scope", "over"), [("image", (1, 2, 3)), ("channel", (0, 2, 3)), ("slice", (2, 3))])
 @pytest.mark.parametrize("clip", [None, (-8.0, 70.0)])
 def test_statistics_are_those_of_numpy(
     dtype: str, scope: Scope, over: Any, clip: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
@@ -54,11 +54,11 @@ def test_statistics_are_those_of_numpy(
     }
     for method, (offset, divisor) in expected.items():
         numbers = affine(Normalization(method, scope=scope, percentiles=(2, 99.8), clip=clip), source)  # type: ignore[arg-type]
-        shape = (2, 3) if scope == "slice" else (3,)
         for plane in range(2):
             found = numbers.plane(plane)
-            wanted = [np.broadcast_to(v, shape) for v in (offset, divisor + 1e-6)]
-            wanted = [v[plane] for v in wanted] if scope == "slice" else wanted
+            wanted = [np.asarray(v) for v in (offset, divisor + 1e-6)]
+            wanted = [v if scope == "channel" else v[plane] for v in wanted]  # a plane is an image
+            wanted = [np.broadcast_to(v, (3,)) for v in wanted]
             # float64 until one rounding to float32: half a unit in the last place, and the order of the sums.
             np.testing.assert_allclose(found.offset, wanted[0], rtol=1.2e-7, atol=1e-12)
             np.testing.assert_allclose(found.divisor, wanted[1], rtol=1.2e-7)
@@ -94,10 +94,12 @@ def test_percentiles_of_any_floats(values: list[float], percent: float, few_px: 
 def test_a_plane_of_a_stack_is_normalised_as_it_is_alone(method: Any) -> None:
     stack = np.stack([pixels_of("uint16")[0], 3 * pixels_of("uint16", seed=6)[1]])
     open_scope = affine(Normalization(method), opened(stack))
+    declared = affine(Normalization(method, scope="image"), opened(stack))  # as train writes it
     for plane in range(2):
-        alone = affine(Normalization(method), opened(stack[plane : plane + 1])).plane(0)
-        assert open_scope.plane(plane).offset.tolist() == alone.offset.tolist()
-        assert open_scope.plane(plane).divisor.tolist() == alone.divisor.tolist()
+        for scope, found in ((None, open_scope), ("image", declared)):
+            alone = affine(Normalization(method, scope=scope), opened(stack[plane : plane + 1])).plane(0)
+            assert found.plane(plane).offset.tolist() == alone.offset.tolist()
+            assert found.plane(plane).divisor.tolist() == alone.divisor.tolist()
     together = affine(Normalization(method, scope="channel"), opened(stack))
     assert together.plane(0).divisor.tolist() == together.plane(1).divisor.tolist() != alone.divisor.tolist()
 
@@ -106,9 +108,10 @@ def test_volumes_of_a_series_keep_their_common_statistics() -> None:
     series = np.stack([pixels_of("uint16")[0], 3 * pixels_of("uint16", seed=6)[1]])[:, None]  # T, C, Z, Y, X
     source = open_image(series, Contract(), Reading("TCZYX"), spatial=3)
     assert source.planes == 2
-    numbers = affine(Normalization("zscore"), source)
-    for plane in range(2):
-        assert numbers.plane(plane).offset[0] == pytest.approx(series.mean(), rel=1e-6)
+    for scope in (None, "image"):
+        numbers = affine(Normalization("zscore", scope=scope), source)  # type: ignore[arg-type]
+        for plane in range(2):
+            assert numbers.plane(plane).offset[0] == pytest.approx(series.mean(), rel=1e-6)
 
 
 def test_the_deviation_survives_a_large_offset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,11 @@ from unet_rt import backends
 from unet_rt.baseline.model import open_model
 from unet_rt.baseline.tiles import untiled_spec
 from unet_rt.cli.demo import shipped_model
+from unet_rt.cli.texts import run_text
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.engine.engine import Engine
+from unet_rt.errors import PixelRangeWarning
 from unet_rt.images.normalize import affine, normalize_pixels
 from unet_rt.outputs.pictures import COLOURS
 from unet_rt.prediction.report import RunReport
@@ -249,8 +251,9 @@ def stack() -> Array:
     return np.stack(planes).reshape(2, 3, 90, 74)
 
 
-def test_planes_of_a_stack_share_statistics(nuclei, stack):
-    result = urt.predict(nuclei, stack, axes="TZYX", output="raw")
+def test_planes_of_a_stack_share_statistics_where_that_is_asked_for(nuclei, stack):
+    together = replace(nuclei.spec.contract.normalization, scope="channel")
+    result = urt.predict(nuclei, stack, axes="TZYX", output="raw", normalization=together)
     assert result.shape == (2, 3, 2, 90, 74)
     for t, z in np.ndindex(2, 3):
         np.testing.assert_array_equal(result[t, z], session_run(nuclei, percentile(stack[t, z], over=stack)[None]))
@@ -510,6 +513,35 @@ def test_pixels_outside_the_range_are_counted_once(nuclei, image, tile):
     assert 0.05 < outside < 0.2
     assert found[0].outside_range == pytest.approx(outside, abs=2 / x.size)
     assert found[1].outside_range == pytest.approx(outside, abs=2 / x.size)
+    assert found[0].range_warning == ""
+
+
+@pytest.mark.onnxruntime
+def test_many_pixels_outside_the_range_are_a_warning(nuclei, image, tmp_path):
+    """Also where nobody asks for a report; the text for people begins with it."""
+    with open_image(image, nuclei.spec.contract) as source:
+        x = normalize_pixels(image[None], affine(nuclei.spec.contract.normalization, source).plane(0))
+    low, high = (float(v) for v in np.percentile(x, (15, 90)))
+    engine = Engine(replace(nuclei.spec, options={"input_range": [[low, high]]}), nuclei._session)
+    for out in (None, tmp_path / "mask.tif", tmp_path / "mask.zarr"):
+        with pytest.warns(
+            PixelRangeWarning, match=r"array: 2[345]% of pixels, normalised, lie outside the range seen at build"
+        ):
+            urt.predict(engine, image, out=out)
+    found: list[RunReport] = []
+    with pytest.warns(PixelRangeWarning):
+        urt.predict(engine, image[:96, :80], report=found.append)
+    assert run_text(found[0]).startswith("WARNING: array: ")
+
+
+@pytest.mark.onnxruntime
+def test_fractions_for_a_network_of_grey_levels_are_refused(engine_for, image, tmp_path):
+    scaled = Contract(normalization=Normalization("scale", scale=4095), value_range=(60.0, 4000.0))
+    engine = engine_for(shipped_model(), "onnxruntime", scaled)
+    out = tmp_path / "mask.zarr"
+    with pytest.raises(urt.ContractError, match="were divided by 65535, as ToTensor does; multiply them by 65535"):
+        urt.predict(engine, (image / 65535).astype(np.float32), out=out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_overlay_shows_the_mask_on_the_image(nuclei, image, tmp_path):
@@ -686,25 +718,29 @@ def test_larger_batches_than_parity_was_judged_with_are_said(engine_folder, samp
 
 
 @pytest.mark.onnxruntime
+@pytest.mark.parametrize("scope", [None, "image"])
 def test_a_plane_of_a_stack_is_predicted_as_it_is_alone(
-    engine_for: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    scope: Any, engine_for: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the scope is left open; the report says over what statistics were taken, and the option changes it."""
+    """Where the scope is left open, or ``image``; the report says over what statistics were taken, an option changes it."""
     first = microscopy((120, 140), seed=4).image
     stack = np.stack([first, np.minimum(first * 3 + 200, 65535).astype(first.dtype)])
-    engine = engine_for(shipped_model(), contract=Contract(normalization=Normalization("zscore")))
+    engine = engine_for(shipped_model(), contract=Contract(normalization=Normalization("zscore", scope=scope)))
     contract = engine.spec.contract
     notes: list[str] = []
     found = urt.predict(engine, stack, output="probability", report=lambda r: notes.extend(r.notes))
     for plane, each in enumerate(stack):
         np.testing.assert_array_equal(found[plane], urt.predict(engine, each, output="probability"))
-    assert "normalisation zscore: statistics of each of 2 planes by itself" in notes
+    means, deviations = ([f"{f(each):.4g}" for each in stack] for f in (np.mean, np.std))
+    numbers = f"mean {' to '.join(means)}, deviation {' to '.join(deviations)}"
+    assert f"normalisation zscore: statistics of each of 2 planes by itself: {numbers}" in notes
     pooled = Normalization("zscore", scope="channel")
     together = urt.predict(
         engine, stack, output="probability", normalization=pooled, report=lambda r: notes.extend(r.notes)
     )
     assert np.abs(together - found).max() > 1e-3
-    assert "normalisation zscore: statistics of all 2 planes together, per channel" in notes
+    numbers = f"mean {stack.mean():.4g}, deviation {stack.std():.4g}"
+    assert f"normalisation zscore: statistics of all of 2 planes together: {numbers}" in notes
     with pytest.raises(urt.ContractError, match="built and proven with normalisation zscore"):
         urt.predict(engine, stack, normalization=Normalization("minmax"))
     declared = replace(contract, normalization=pooled)

@@ -116,7 +116,7 @@ def test_less_memory_means_smaller_tiles_and_then_an_error(engine):
         plan = plan_blocks(spec, Picture((60_000, 50_000), 1, 2), decision, memory_bytes=memory)
         return int(np.prod(plan.grid.tile))
 
-    sizes = [tile_px(m * 10**6) for m in (8, 60, 4000)]
+    sizes = [tile_px(m * 10**6) for m in (30, 100, 4000)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
     with pytest.raises(urt.ContractError, match="--memory"):

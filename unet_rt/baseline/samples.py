@@ -16,7 +16,9 @@ import numpy.typing as npt
 from ..contract.contract import Contract
 from ..errors import ImageError
 from ..images.normalize import OnePlane, affine
+from ..images.reading import Reading
 from ..kernels.request import Affine
+from ..prediction.work import filled
 
 if TYPE_CHECKING:
     from ..engine.spec import InputSpec
@@ -65,7 +67,6 @@ class SampleWindow:
     def source(self, contract: Contract) -> Source:
         """The window as an image of its own; its normalisation remains that of the whole image (``affines``)."""
         from ..images.open import open_image
-        from ..images.reading import Reading
 
         spatial = self.pixels.ndim - 1
         return open_image(
@@ -78,16 +79,16 @@ class SampleWindow:
         )
 
 
-def sample_images(samples: Any) -> list[Any]:
-    """Files of paths and folders; arrays as they are."""
-    from ..images.open import list_images
+def sample_images(samples: Any, note: Callable[[str], None] | None = None) -> list[Any]:
+    """Files of paths and folders; arrays as they are. ``note`` receives a sentence about what else is in a folder."""
+    from ..images.listing import list_images
 
     if isinstance(samples, str | Path):
         samples = [samples]
     if isinstance(samples, np.ndarray) or not isinstance(samples, Sequence):
         samples = [samples]
     if all(isinstance(s, str | Path) for s in samples):
-        return list(list_images(samples))
+        return list(list_images(samples, note))
     return list(samples)
 
 
@@ -98,10 +99,19 @@ class ReadOptions:
     Attributes:
         axes: Of the images, where files do not say.
         channels: Those of the image, in the network's order; ``"slices"``: neighbouring slices of a stack.
+        series: Of files that hold several images: number, from 0, or name.
+        nodata: Value of pixels that hold no data.
     """
 
     axes: str | None = None
     channels: Sequence[int] | str | None = None
+    series: int | str | None = None
+    nodata: float | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """The same as images are opened with."""
+        return Reading(self.axes, self.channels, series=self.series, nodata=self.nodata)
 
 
 def draw(
@@ -125,7 +135,6 @@ def draw(
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
     from ..images.open import open_image
-    from ..images.reading import Reading
 
     if not images:
         raise ImageError("no sample images; pass files or a folder with --samples")
@@ -133,9 +142,7 @@ def draw(
     chosen = [images[round(k * (len(images) - 1) / max(1, last))] for k in range(last + 1)]
     samples, empty = list[SampleWindow](), list[str]()
     for position, image in enumerate(chosen):
-        with open_image(
-            image, contract, Reading(read.axes, read.channels), spatial=spatial, network_channels=network_channels
-        ) as source:
+        with open_image(image, contract, read.reading, spatial=spatial, network_channels=network_channels) as source:
             share = count // len(chosen) + (position < count % len(chosen))
             for sample in _windows_of(source, contract, share, max_px):
                 reason = constant_reason(sample.pixels)
@@ -164,7 +171,9 @@ def _windows_of(source: Source, contract: Contract, count: int, max_px: int) -> 
     numbers = None if normalization is None else affine(normalization, source)
     for plane in planes:
         start, stop = _choose_window(source, plane, max_px)
-        pixels = np.array(source.read(plane, start, stop))
+        known = numbers.plane(plane) if numbers is not None else unscaled(source.channels)
+        # What holds no data is what a prediction makes of it.
+        pixels = np.array(filled(*source.read_valid(plane, start, stop), known))
         name = source.name + (f" plane {plane}" if source.planes > 1 else "")
         if stop != tuple(source.shape) or any(start):
             name += " [" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
@@ -172,7 +181,7 @@ def _windows_of(source: Source, contract: Contract, count: int, max_px: int) -> 
             name,
             source.path,
             pixels,
-            numbers.plane(plane) if numbers is not None else unscaled(source.channels),
+            known,
             start,
             plane,
             tuple(source.shape),
@@ -228,7 +237,6 @@ def draw_generated(
         if scaled or pixels.max() > highest:
             pixels = (pixels.astype(np.float32) / max(1, int(pixels.max())) * min(highest, 255)).astype(np.uint8)
         from ..images.open import open_image
-        from ..images.reading import Reading
 
         with open_image(
             pixels, contract, Reading("C" + "ZYX"[-spatial:]), spatial=spatial, network_channels=channels

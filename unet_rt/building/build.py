@@ -90,6 +90,8 @@ def build(
     threads: int = 0,
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
+    series: int | str | None = None,
+    nodata: float | None = None,
     keep_exam: bool = True,
     overwrite: bool = False,
     cache: str | Path | None = None,
@@ -119,7 +121,7 @@ def build(
         blend: Weights of blended tiles.
         placement: Where blended tiles lie, and whose weights they have: ``even``, or as ``monai`` or ``nnunet`` place them.
         threads: Of backend and kernels; 0: by affinity and quota.
-        axes, channels: How samples are to be read.
+        axes, channels, series, nodata: How samples are to be read.
         keep_exam: Whether a few tiles travel with the engine.
         overwrite: Replace an existing engine, whatever it was built from.
         cache: Folder that keeps engines by everything that decided them (see :mod:`unet_rt.building.cache`).
@@ -167,7 +169,7 @@ def build(
         remarks = Remarks(say, notes=_notes_on(opened))
         spec = replace(untiled_spec(opened), device=scope.device)
         baseline = resources.enter_context(baseline_engine(opened, spec, threads=threads))
-        opened, drawn = read_samples(opened, samples, ReadOptions(axes, channels), remarks)
+        opened, drawn = read_samples(opened, samples, ReadOptions(axes, channels, series, nodata), remarks)
         digests = {**digests, **digest_inputs(opened.given, opened.contract, drawn.judging)}
         if _reuse(target, same, digests):
             return load(folder, threads=threads or None)

@@ -55,7 +55,7 @@ def read_samples(model: Model, samples: Any, read: ReadOptions, remarks: Remarks
     """
     if samples is None:
         return model, Samples("synthetic", tuple(draw_generated(model.contract, model.input_specs(), model.spatial)))
-    images = sample_images(samples)
+    images = sample_images(samples, remarks.notes.append)
     if model.contract.normalization is None:
         model = _declare_no_normalization(model, images[0], read)
         remarks.notes.append("no normalisation is declared and the samples are floating point: used as they are")
@@ -81,12 +81,11 @@ def _declare_no_normalization(model: Model, image: Any, read: ReadOptions) -> Mo
     from ..contract.contract import Normalization
     from ..images.normalize import missing_normalization
     from ..images.open import open_image
-    from ..images.reading import Reading
 
     with open_image(
         image,
         model.contract,
-        Reading(read.axes, read.channels),
+        read.reading,
         spatial=model.spatial,
         network_channels=model.channels,
     ) as source:

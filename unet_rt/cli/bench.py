@@ -66,6 +66,8 @@ def _bench(args: argparse.Namespace) -> int:
         contract=read_contract(args),
         axes=args.axes,
         channels=read_channels(args),
+        series=args.series,
+        nodata=args.nodata,
         tile=args.tile,
         threads=args.threads,
         runs=args.runs,

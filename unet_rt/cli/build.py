@@ -105,6 +105,8 @@ def _build(args: argparse.Namespace) -> int:
         threads=args.threads,
         axes=args.axes,
         channels=read_channels(args),
+        series=args.series,
+        nodata=args.nodata,
         keep_exam=not args.no_exam,
         overwrite=args.overwrite,
         cache=args.cache,

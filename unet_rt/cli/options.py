@@ -51,6 +51,12 @@ def add_reading(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_choices(group: argparse._ArgumentGroup) -> None:
+    """The options of which of a file's images is read, and which of its pixels are none."""
+    group.add_argument("--series", metavar="N|NAME", help="of files that hold several images: number, from 0, or name")
+    group.add_argument("--nodata", type=float, metavar="V", help="value of pixels that hold no data (nan may be one)")
+
+
 def add_scope(group: argparse._ActionsContainer) -> None:
     """The option of what a normalisation's statistics are taken over."""
     group.add_argument(
@@ -60,7 +66,7 @@ def add_scope(group: argparse._ActionsContainer) -> None:
 
 def add_contract(p: argparse.ArgumentParser) -> None:
     """The options of the input contract, and of how images are read."""
-    add_reading(p)
+    add_choices(add_reading(p))
     group = p.add_argument_group(
         "the input contract (options win over --contract, which wins over the model's metadata)"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ContractError, ImageError, OutputError
 from .options import (
+    add_choices,
     add_overwrite,
     add_reading,
     add_scope,
@@ -68,9 +69,7 @@ def add_predict(verbs: Any) -> None:
     add_overwrite(p)
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
     reading = add_reading(p)
-    reading.add_argument(
-        "--series", metavar="N|NAME", help="of TIFFs that hold several images: number, from 0, or name"
-    )
+    add_choices(reading)
     reading.add_argument(
         "--level",
         metavar="N|UMum",
@@ -133,10 +132,10 @@ class _Item(NamedTuple):
 
 def _predict(args: argparse.Namespace) -> int:
     from ..engine.load import load
-    from ..images.open import list_images
+    from ..images.listing import list_images
     from .texts import run_text
 
-    items = _list_items(args, list_images(args.images))
+    items = _list_items(args, list_images(args.images, lambda text: print(text, file=sys.stderr)))
     results: list[dict[str, Any]] = []
     tables, bad = _tables(args, len(items)), 0
     device = None if args.device == "auto" else args.device
@@ -194,7 +193,12 @@ def _predict_item(
     tables: Tables | None,
 ) -> RunReport:
     """Predicts one image as the options say, and returns what was done, with what is worth a note."""
+    import warnings
+
+    from ..errors import PixelRangeWarning
     from ..prediction.predict import predict
+
+    warnings.simplefilter("ignore", PixelRangeWarning)  # the text of the report begins with it
 
     reports: list[RunReport] = []
     predict(
@@ -207,6 +211,7 @@ def _predict_item(
         channels=read_channels(args),
         level=args.level,
         series=args.series,
+        nodata=args.nodata,
         tile=args.tile,
         batch=args.batch,
         threads=args.threads,
@@ -270,17 +275,20 @@ def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Pat
     """One output per image: --out itself for one image, files in the folder --out for several."""
     if not args.out:
         raise OutputError("--out is empty; name a file or a folder")
+    from ..images.listing import output_name
+
     out = Path(args.out)
-    suffix = ".tif"
     if out.is_file() and len(images) > 1:
         raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
     zarr = out.suffix.lower() == ".zarr"  # a folder that is one output
     if len(images) == 1 and (zarr or (not out.is_dir() and (out.suffix != "" or out.exists()))):
         _not_the_image(out, images)
         return [out]
-    if zarr or (not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")):
+    if zarr or (
+        not out.is_dir() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".nii", ".gz")
+    ):
         raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
-    targets = [out / (Path(image).stem.removesuffix(".ome") + suffix) for image in images]
+    targets = [out / output_name(image) for image in images]
     doubles = {t for t in targets if targets.count(t) > 1}
     if doubles:
         raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
@@ -300,7 +308,8 @@ def _not_the_image(target: Path, images: Sequence[Path | str]) -> None:
 
 
 def _overlay_name(target: Path) -> Path:
-    return target.with_name(target.name.removesuffix(target.suffix) + ".overlay.png")
+    name = target.name.removesuffix(".gz")
+    return target.with_name(name.removesuffix(Path(name).suffix) + ".overlay.png")
 
 
 @contextmanager

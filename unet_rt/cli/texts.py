@@ -234,7 +234,9 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
     ]
     if report.class_share:
         lines.append("  " + ", ".join(f"{_class_text(name)} {share:.2%}" for name, share in report.class_share.items()))
-    if report.outside_range:
+    if report.range_warning:
+        lines.insert(0, f"WARNING: {report.range_warning}")
+    elif report.outside_range:
         advice = ": look whether the result is right" if report.outside_range >= OUTSIDE_TOLD else ""
         lines.append(f"  {report.outside_range:.3%} of pixels, normalised, lie outside the range seen at build{advice}")
     lines += [f"  {note}" for note in report.notes]

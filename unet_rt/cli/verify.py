@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from .options import add_reading, add_threads, add_verb, parse_size, read_budget, read_channels
+from .options import add_choices, add_reading, add_threads, add_verb, parse_size, read_budget, read_channels
 from .printing import clear_line, print_json, say, text_stream
 
 
@@ -30,7 +30,7 @@ def add_verify(verbs: Any) -> None:
         help="picture of the worst tile (default: verify-worst.png, and only where the budget is missed)",
     )
     add_threads(p)
-    add_reading(p)
+    add_choices(add_reading(p))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -46,6 +46,8 @@ def _verify(args: argparse.Namespace) -> int:
         budget=read_budget(args),
         axes=args.axes,
         channels=read_channels(args),
+        series=args.series,
+        nodata=args.nodata,
         tile=args.tile,
         picture=args.picture or "verify-worst.png",
         picture_always=args.picture is not None,

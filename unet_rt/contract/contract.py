@@ -26,9 +26,10 @@ class Normalization:
             ``none``: 0 and 1. ``scale``: 0 and ``scale``. ``dtype``: 0 and the largest value of the integer dtype.
             ``minmax``, ``percentile``, ``zscore``: statistics of the whole image, never of a tile.
             ``fixed``: ``mean * scale`` and ``std * scale`` (``imagenet`` is one of these).
-        scope: What a statistic is taken over: ``image`` (all planes and channels together), ``channel`` (per channel,
-            all planes) or ``slice`` (per channel and plane). None: not declared, which is ``slice`` for 2-D networks, to
-            which each plane is an image, and ``channel`` for 3-D ones.
+        scope: What a statistic is taken over: ``image`` (all channels together), ``channel`` (per channel, all planes of a
+            stack together) or ``slice`` (per channel and plane). To a 2-D network each plane of a stack is an image; to a
+            3-D one the volumes of a series are one. None: not declared, which is ``slice`` for 2-D networks and
+            ``channel`` for 3-D ones.
         scale: Divisor in grey levels.
         percentiles: (low, high) in percent.
         mean, std: One number, or one per channel, in units of ``scale``.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,20 @@ import numpy as np
 
 from ..errors import ImageError
 from .pixels import CACHE_BYTES, Array, Origin, Stored, Window, check_pixels, pick_level
+from .places import place_of
 
 _COLOURS = ("red", "green", "blue", "alpha")
 
 
-def open_geo(path: Path, name: str, level: int | None = None) -> Stored:
+def open_by_rasterio(path: Path, name: str, level: int | None, kind: str) -> Stored:
+    """JPEG 2000 or VRT (``kind``), which nothing else here reads."""
+    called = {"jp2": "JPEG 2000", "vrt": "VRT"}[kind]
+    if find_spec("rasterio") is None:
+        raise ImageError(f"{name}: {called} is read by rasterio, which is missing; pip install 'unet-rt[geo]'")
+    return open_geo(path, name, level, called)
+
+
+def open_geo(path: Path, name: str, level: int | None = None, called: str = "GeoTIFF") -> Stored:
     """ImageError for anything that cannot be read exactly as stored. Needs rasterio."""
     import rasterio
     from rasterio.errors import RasterioError
@@ -30,16 +41,16 @@ def open_geo(path: Path, name: str, level: int | None = None) -> Stored:
             dataset = rasterio.open(path, **({"overview_level": picked - 1} if picked else {}))
             shapes[picked] = dataset.shape  # as stored: some writers round down
     except (RasterioError, OSError, ValueError) as error:
-        raise ImageError(f"{name}: not a readable GeoTIFF ({error}); copy it again from its source") from error
+        raise ImageError(f"{name}: not a readable {called} ({error}); copy it again from its source") from error
     try:
         with _gdal():
-            return _read_geo(dataset, shapes, picked, name)
+            return _read_geo(dataset, path, shapes, picked, name)
     except BaseException:
         dataset.close()
         raise
 
 
-def _read_geo(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: str) -> Stored:
+def _read_geo(dataset: Any, path: Path, shapes: list[tuple[int, int]], picked: int, name: str) -> Stored:
     from rasterio.enums import MaskFlags
 
     if len(set(dataset.dtypes)) > 1:
@@ -61,27 +72,27 @@ def _read_geo(dataset: Any, shapes: list[tuple[int, int]], picked: int, name: st
     elif masked:
         alpha = any(MaskFlags.alpha in band for band in flags)
         notes.append(f"nodata by the {'alpha channel' if alpha else 'mask in the file'}")
-    transform, crs = dataset.transform, dataset.crs
-    tags = {"transform": tuple(transform)[:6], "crs": None if crs is None else crs.to_wkt()}
-    sizes: dict[str, float] = {}
-    if crs is not None and crs.is_projected:
-        metres = float(crs.linear_units_factor[1])
-        sizes = {
-            "X": float(np.hypot(transform.a, transform.d)) * metres * 1e6,
-            "Y": float(np.hypot(transform.b, transform.e)) * metres * 1e6,
-        }
+    tags, sizes, note = place_of(dataset, path)
+    notes += [note] if note else []
+    # NaN is no data, whether or not the file says so.
+    nan = dtype.kind == "f"
+    nodata = None if dataset.nodata is None else float(dataset.nodata)
+    if nan and nodata is None and not masked:
+        nodata = math.nan
+        notes.append("NaN is nodata")
     lead = (dataset.count,) if dataset.count > 1 else ()
+    placed = "gcps" in tags or tags["crs"] is not None or not dataset.transform.is_identity
     names = tuple(dataset.descriptions)
     return Stored(
         pixels,
         axes,
-        Origin("geo", tags=tags),
+        Origin("geo", tags=tags) if placed else Origin("tiff"),
         names=names if all(names) else (),
         alpha=3 if rgb and dataset.count == 4 else None,
         pixel_size_um=sizes,
         notes=tuple(notes),
         levels=tuple((*lead, *shape) for shape in shapes) if len(shapes) > 1 else (),
-        nodata=None if dataset.nodata is None else float(dataset.nodata),
+        nodata=nodata,
         palette=_palette(dataset, dtype) if colours == ("palette",) else None,
         valid=pixels.valid if masked else None,
     )
@@ -103,19 +114,22 @@ class GeoPixels:
     def __init__(self, dataset: Any, dtype: np.dtype[Any], name: str) -> None:
         self._dataset = dataset
         self._name = name
+        self._most = CACHE_BYTES
+        height, width = dataset.block_shapes[0]
+        self.piece_bytes = height * width * dtype.itemsize * (1 if dataset.interleaving is None else dataset.count)
         self._lead = (dataset.count,) if dataset.count > 1 else ()
         self.shape = (*self._lead, *dataset.shape)
         self.dtype = dtype
 
     def read(self, window: Window) -> Array:
         bands = list(range(*window[0].indices(self._lead[0]))) if self._lead else [0]
-        with self._guarded(), _gdal():
+        with self._guarded(), _gdal(self._most):
             pixels: Array = self._dataset.read([band + 1 for band in bands], window=self._place(window))
         return pixels if self._lead else pixels[0]
 
     def valid(self, window: Window) -> Array:
         """Where at least one band holds data, by nodata value or mask: bool, (1,) Y, X."""
-        with self._guarded(), _gdal():
+        with self._guarded(), _gdal(self._most):
             mask: Array = self._dataset.dataset_mask(window=self._place(window)) > 0
         return mask[None] if self._lead else mask
 
@@ -135,16 +149,20 @@ class GeoPixels:
         ) as error:  # GDAL has its own errors beside rasterio's; whatever it raises, the file is at fault
             raise ImageError(f"{self._name}: cannot be read ({error}); copy it again from its source") from error
 
+    def limit_cache(self, most: int) -> None:
+        """GDAL keeps blocks for all files that are open; it lets go of them at the next read."""
+        self._most = max(most, 2**20)
+
     def close(self) -> None:
         self._dataset.close()
 
 
 @contextlib.contextmanager
-def _gdal() -> Iterator[None]:
+def _gdal(cache_bytes: int = CACHE_BYTES) -> Iterator[None]:
     """GDAL with as much cache as other formats have here, and no warning that a picture lacks a georeference."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
-    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=cache_bytes):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield

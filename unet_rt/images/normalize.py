@@ -37,12 +37,17 @@ class OnePlane:
     def plane(self, plane: int) -> Affine:
         return self.numbers
 
+    @property
+    def measured(self) -> Sequence[Affine]:
+        """The numbers that are known so far."""
+        return (self.numbers,)
+
 
 Keep = Callable[[int, Callable[[], Affine]], Affine]  # (plane, what measures its numbers) -> these, measured or known
 
 
 class Affines:
-    """The numbers for each plane of an image; computed once, per plane where the scope is ``slice``, or left open in 2-D.
+    """The numbers for each plane of an image; computed once, per plane where :func:`decide_scope` says so.
 
     Attributes:
         same: All planes have the same.
@@ -56,7 +61,7 @@ class Affines:
         self._lock = threading.Lock()
         self._planes: dict[int, Affine] = {}
         self._slices: dict[int | None, tuple[float, float]] = {}
-        self.same = normalization.method not in MEASURED or normalization.scope != "slice"
+        self.same = normalization.method not in MEASURED or not _each_plane(normalization, source)
         if self.same:
             self._planes[0] = self._numbers(None)
 
@@ -68,6 +73,11 @@ class Affines:
                 measure = partial(self._numbers, plane)
                 self._planes[key] = measure() if self._keep is None else self._keep(plane, measure)
             return self._planes[key]
+
+    @property
+    def measured(self) -> Sequence[Affine]:
+        """The numbers that are known so far."""
+        return tuple(self._planes.values())
 
     def _numbers(self, plane: int | None) -> Affine:
         how, source = self.normalization, self._source
@@ -113,17 +123,41 @@ def decide_scope(normalization: Normalization, source: Source) -> Normalization:
     return replace(normalization, scope="slice" if len(source.shape) == 2 and source.planes > 1 else "channel")
 
 
-def scope_text(normalization: Normalization, source: Source) -> str:
-    """What the statistics of a stack's normalisation are taken over, for a report; empty where nothing is to be said."""
+def _each_plane(normalization: Normalization, source: Source) -> bool:
+    """Whether each plane has statistics of its own. To a 2-D network a plane of a stack is an image."""
+    return normalization.scope == "slice" or (
+        normalization.scope == "image"
+        and len(source.shape) == 2
+        and source.planes > 1
+        and not isinstance(source, Slices)  # which are seen together, and compared
+    )
+
+
+def statistics_text(normalization: Normalization, source: Source, measured: Sequence[Affine]) -> str:
+    """What the statistics of a stack's normalisation were taken over, and the range of those ``measured``, for a report.
+
+    Empty where nothing is to be said: of a single plane, or where nothing is measured.
+    """
     if normalization.method not in MEASURED or source.planes == 1:
         return ""
-    scope, what = decide_scope(normalization, source).scope, "planes" if len(source.shape) == 2 else "volumes"
-    over = {
-        "slice": f"each of {source.planes} {what} by itself",
-        "channel": f"all {source.planes} {what} together, per channel",
-        "image": f"all {source.planes} {what} and channels together",
-    }
-    return f"normalisation {normalization.method}: statistics of {over[scope or 'channel']}"
+    how, what = decide_scope(normalization, source), "planes" if len(source.shape) == 2 else "volumes"
+    over = f"{'each' if _each_plane(how, source) else 'all'} of {source.planes} {what} "
+    over += "by itself" if _each_plane(how, source) else "together"
+    if source.channels > 1:
+        over += ", channels together" if how.scope == "image" else ", per channel"
+    text = f"normalisation {how.method}: statistics of {over}"
+    if not measured:
+        return text
+    offset, divisor = (np.stack([getattr(m, name) for m in measured]) for name in ("offset", "divisor"))
+    named = (
+        {"mean": offset, "deviation": divisor} if how.method == "zscore" else {"low": offset, "high": offset + divisor}
+    )
+    return text + ": " + ", ".join(f"{name} {_range_text(values)}" for name, values in named.items())
+
+
+def _range_text(values: Float32) -> str:
+    low, high = f"{values.min():.4g}", f"{values.max():.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def affine(normalization: Normalization, source: Source, keep: Keep | None = None) -> Affines:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from ..contract.contract import Contract
 from ..errors import ContractError, ImageError, size_text
 from .arrays import array_pixels
 from .axes import ChannelChoice, Layout, choose_channels, parse_channels, read_axes
-from .formats import NPY_MAGIC, SLIDES, SUFFIXES, TIFF_MAGIC, check_magic
+from .files import open_path
+from .hdf5 import split_inside
 from .levels import Sizes, fine_enough, level_of_size, level_sizes, parse_level
-from .pixels import MappedFile, MappedPixels, Origin, Pixels, Stored, check_pixels, is_zarr, pick_level
+from .listing import is_url
+from .pixels import Origin, Stored, check_pixels, pick_level
 from .reading import Reading
 from .slices import ONE_CHANNEL, SLICES, Slices, read_stack
-from .source import BAND_SAMPLES, Source, file_state
+from .source import Source, file_state
 from .views import write_out_palette
 
 
@@ -61,6 +63,13 @@ def open_image(
             raise ImageError(f"{name}: the format holds no series; leave --series {reading.series} away")
         if not reading.indices:
             stored = write_out_palette(stored)
+        if reading.nodata is not None:
+            stored = replace(
+                stored,
+                nodata=float(reading.nodata),
+                valid=None,
+                notes=(*stored.notes, f"nodata {reading.nodata:g}, as asked"),
+            )
         check_pixels(stored.pixels.shape, stored.pixels.dtype, name)
         wanted = network_channels if network_channels is not None else (len(contract.channels) or None)
         selection = parse_channels(channels) if isinstance(channels, str) else channels
@@ -94,15 +103,16 @@ def _open_any(
         name = image.rstrip("/").rpartition("/")[2] or image
         stored = open_url(image, name, level, series)
     elif isinstance(image, (str, os.PathLike)):
-        path = Path(image)
+        path, inside = split_inside(Path(image))
         name = path.name or str(path)
-        stored = _open_path(path, name, level, series)
+        stored = open_path(path, name, level, series, inside)
         if not stored.files:
             stored = replace(stored, files=(path,))
         if not stored.fingerprint:
             size, changed = file_state(path, name)
             state = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "level": level or 0}
             state |= {} if series is None else {"series": series}
+            state |= {} if inside is None else {"inside": inside}
             stored = replace(stored, fingerprint=state)
     else:
         name = name or "array"
@@ -214,97 +224,3 @@ def _check_dropped(source: Source, choice: ChannelChoice, alpha: int | None) -> 
                     f"{source.name}: a colour image ({source.axes} {size_text(source._layout.shape)}) for a network "
                     "of 1 channel; use --channels 0 (or 1, 2) for one colour, or --channels luma for their luminance"
                 )
-
-
-def is_url(text: str) -> bool:
-    """Whether a name is a URL (``s3://...``) rather than a path."""
-    scheme, separator, _ = text.partition("://")
-    return bool(separator) and scheme.replace("+", "").replace(":", "").isalnum()
-
-
-def where_of(image: str | os.PathLike[str]) -> str:
-    """A path in full, or a URL: what names an image in another process, too."""
-    return image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
-
-
-def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path | str]:
-    """Files, Zarr folders, URLs (as text) and the images in folders (sorted by name, known suffixes), each once.
-
-    Raises:
-        ImageError: A path does not exist, or a folder holds no image.
-    """
-    found: list[Path | str] = []
-    for given in paths:
-        if isinstance(given, str) and is_url(given):
-            found.append(given)
-            continue
-        path = Path(given)
-        if path.is_dir() and not is_zarr(path):
-            inside = sorted(
-                p
-                for p in path.iterdir()
-                if not p.name.startswith(".")
-                and (is_zarr(p) if p.is_dir() else p.suffix.lower() in SUFFIXES and p.is_file())
-            )
-            if not inside:
-                raise ImageError(
-                    f"{path}: the folder holds no image; Zarr and files ending in {', '.join(SUFFIXES)} are read"
-                )
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise ImageError(f"{path}: no such file or folder; check the path")
-    if not found:
-        raise ImageError("no image given; name files or folders")
-    return list(dict.fromkeys(found))
-
-
-def _open_path(path: Path, name: str, level: int | None, series: int | str | None) -> Stored:
-    try:
-        if path.is_dir():
-            if is_zarr(path):
-                from .zarr import open_zarr
-
-                return open_zarr(path, name, level)
-            raise ImageError(f"{path}: a folder, not an image; name the files, or let list_images find them")
-        with path.open("rb") as stream:
-            head = stream.read(32)
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    if not head:
-        raise ImageError(f"{name}: the file is empty (0 bytes); copy it again from its source")
-    if path.suffix.lower() in SLIDES:
-        from .slide import open_slide
-
-        return open_slide(path, name, level, series)
-    if head[:4] in TIFF_MAGIC:
-        from .tiff import open_tiff
-
-        return open_tiff(path, name, level, series)
-    pick_level(level, 1, name)
-    if head[:6] == NPY_MAGIC:
-        return _open_npy(path, name)
-    check_magic(head, name)
-    from .raster import open_raster
-
-    return open_raster(path, name)
-
-
-def _open_npy(path: Path, name: str) -> Stored:
-    try:
-        with path.open("rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-            offset = stream.tell()
-    except Exception as error:  # the header is Python text: a damaged one raises whatever the tokenizer does
-        raise ImageError(f"{name}: not a readable npy file ({error}); save it again with numpy.save") from error
-    if dtype.hasobject:
-        raise ImageError(f"{name}: holds pickled objects, which are never loaded; save a numeric array with numpy.save")
-    check_pixels(shape, dtype.newbyteorder("="), name)
-    mapped = MappedPixels(MappedFile(path, name), offset, shape, dtype, name, "F" if fortran else "C")
-    return Stored(mapped, None, Origin("array"))
-
-
-__all__ = ["BAND_SAMPLES", "SUFFIXES", "Pixels", "Reading", "Source", "is_url", "list_images", "open_image"]

@@ -71,6 +71,21 @@ class Pixels(Protocol):
     def close(self) -> None: ...
 
 
+class CachedPixels(Protocol):
+    """Pixels that decode by pieces and keep some of them.
+
+    Attributes:
+        piece_bytes: Of the largest piece, which decodes only whole.
+    """
+
+    @property
+    def piece_bytes(self) -> int: ...
+
+    def limit_cache(self, most: int) -> None:
+        """Keeps no more than so many bytes, but the piece read last; 0: lets go of all."""
+        ...
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where pixels come from, as far as an output of the same image may repeat it.
@@ -81,7 +96,7 @@ class Origin:
         resolution_unit: 1 none, 2 inch, 3 centimetre.
         tags: Further metadata of that kind: for ImageJ ``unit``, ``spacing``, ``finterval``, ...; for OME
             ``PhysicalSizeZ``, ``TimeIncrement``, ...; for georeferenced images ``crs`` (WKT) and ``transform`` (the six
-            coefficients a to f of column, row -> x, y).
+            coefficients a to f of column, row -> x, y) or ``gcps`` (row, column, x, y, z of ground control points).
     """
 
     kind: str
@@ -281,7 +296,9 @@ class ChunkedPixels:
             raise ImageError(
                 f"{name}: stored in chunks of {piece / 1e9:.1f} GB, which decode only whole; save it in smaller ones"
             )
+        self.piece_bytes = piece
         self._run = max(1, RUN_BYTES // piece)
+        self._most = CACHE_BYTES
         self._cache: OrderedDict[tuple[int, ...], Array] = OrderedDict()
         self._cached = 0
 
@@ -325,9 +342,15 @@ class ChunkedPixels:
             self._cache[(*index[:-1], index[-1] + i)] = part
             self._cached += part.nbytes
         first = self._cache[index]
-        while self._cached > CACHE_BYTES and len(self._cache) > 1:
+        while self._cached > self._most and len(self._cache) > 1:
             self._cached -= self._cache.popitem(last=False)[1].nbytes
         return first
+
+    def limit_cache(self, most: int) -> None:
+        self._most = most
+        self._run = max(1, min(self._run, most // 4 // self.piece_bytes))
+        while self._cached > most and self._cache:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
 
     def close(self) -> None:
         self._cache.clear()

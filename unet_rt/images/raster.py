@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ImageError
 from .pixels import MAX_WHOLE_PX, Array, ArrayPixels, Origin, Stored
+from .places import add_place
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,12 +33,13 @@ def open_raster(path: Path, name: str) -> Stored:
         with _open(path) as image:
             _check_size(image, path, name)
             frames = int(getattr(image, "n_frames", 1))
-            if frames > 1:
+            if frames > 1 and image.format != "MPO":
                 raise ImageError(f"{name}: holds {frames} frames; save the frame wanted, or a multi-page TIFF")
             if image.format == "PNG" and _png_depth(path) == 16 and image.mode != "I;16" and image.mode != "I":
                 # Pillow would cut these to 8 bits without a word.
-                return _png_16_bit_colour(path, name)
-            return _decode(image, name)
+                return add_place(_png_16_bit_colour(path, name), path, turned=False)
+            turned = int(image.getexif().get(ORIENTATION, 1)) != 1
+            return add_place(_decode(image, name), path, turned=turned)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: cannot be decoded; its header is damaged; copy it again from its source") from error
     except Image.DecompressionBombError as error:
@@ -102,6 +104,8 @@ def _png_16_bit_colour(path: Path, name: str) -> Stored:
 
 def _decode(image: Image.Image, name: str) -> Stored:
     notes = []
+    if (frames := int(getattr(image, "n_frames", 1))) > 1:
+        notes.append(f"frame 0 of {frames}")
     resolution, unit = _resolution(image)
     orientation = int(image.getexif().get(ORIENTATION, 1))
     if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):

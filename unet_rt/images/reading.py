@@ -20,6 +20,7 @@ class Reading:
             all axes.
         wanted_um: Pixel size that the image is to be brought to: without ``level``, the coarsest level is read whose pixels
             are at least as fine.
+        nodata: Value of pixels that hold no data, in place of what the file says; NaN may be one.
         indices: Indices into a palette of a TIFF are the values, as in masks: its colours are for the eye.
     """
 
@@ -29,4 +30,5 @@ class Reading:
     pixel_size_um: Sequence[float] = ()
     wanted_um: Sequence[float] = ()
     indices: bool = False
+    nodata: float | None = None
     series: int | str | None = None

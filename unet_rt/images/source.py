@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ..errors import ContractError, ImageError, size_text
 from .arrays import DevicePixels
 from .axes import ChannelChoice, Layout
-from .pixels import Array, Stored
+from .pixels import Array, Pixels, Stored
+from .views import PalettePixels, TurnedPixels
 
 if TYPE_CHECKING:
     from ..kernels.memory import DeviceArray, MemoryContext
@@ -112,6 +113,8 @@ class Source:
         with self._guarded(plane, start, stop):
             if self._valid is not None:
                 mask = self._arrange(self._valid(tuple(window))).view(np.bool_)[0]
+                if self.dtype.kind == "f":
+                    mask = mask & self._holds_data(self._arrange(self._pixels.read(tuple(window))))
             else:
                 mask = self._holds_data(self._arrange(self._pixels.read(tuple(window))))
         return None if bool(mask.all()) else mask
@@ -143,9 +146,19 @@ class Source:
         return self._choice.channels == tuple(range(self._layout.channels))
 
     def _holds_data(self, pixels: Array) -> NDArray[np.bool_]:
-        """(C, *spatial) of all stored channels -> (*spatial): where one of them is not the nodata value."""
+        """(C, *spatial) of all stored channels -> (*spatial): where one of them is not the nodata value.
+
+        NaN is none of the pixels that a network can take: one channel that is wanted and holds it suffices.
+        """
         nodata = self.nodata
-        return np.asarray((~np.isnan(pixels) if nodata != nodata else pixels != nodata).any(axis=0), np.bool_)
+        if nodata is None or nodata == nodata:
+            holds = np.asarray((pixels != nodata).any(axis=0), np.bool_)
+        else:
+            holds = np.ones(pixels.shape[1:], np.bool_)
+        if pixels.dtype.kind == "f":
+            for channel in set(self._choice.channels):
+                holds &= ~np.isnan(pixels[channel])
+        return holds
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells this image from others and from itself after a change, as JSON; None for an array.
@@ -246,6 +259,17 @@ class Source:
         rest = self.shape[1:]
         return self.read(plane, (start, *(0 for _ in rest)), (stop, *rest))
 
+    @property
+    def piece_bytes(self) -> int:
+        """Of the largest piece of the file that decodes only whole; 0 where windows are read as they are."""
+        return int(getattr(_innermost(self._pixels), "piece_bytes", 0))
+
+    def limit_cache(self, most: int) -> None:
+        """Keeps no more than so many bytes of decoded pieces, but the one read last; 0: lets go of all."""
+        pixels: Any = _innermost(self._pixels)
+        if hasattr(pixels, "limit_cache"):
+            pixels.limit_cache(most)
+
     def close(self) -> None:
         self._pixels.close()
 
@@ -259,6 +283,13 @@ class Source:
 
     def __repr__(self) -> str:
         return f"<Source {self.reading}>"
+
+
+def _innermost(pixels: Pixels) -> Pixels:
+    """The pixels as they are stored, below views that turn them or write out a palette."""
+    while isinstance(pixels, TurnedPixels | PalettePixels):
+        pixels = pixels.stored
+    return pixels
 
 
 def _numbers(position: Sequence[int]) -> str:

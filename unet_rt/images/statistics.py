@@ -205,5 +205,6 @@ def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, chan
     place = (start + row, *rest)
     raise ImageError(
         f"{source.name}: {int(bad.sum())} NaN or infinite pixels in rows {start} to {start + band.shape[1] - 1} of "
-        f"plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num"
+        f"plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num, "
+        "or give pixels that are NaN no label with --nodata nan"
     )

@@ -29,6 +29,7 @@ from .pixels import (
     Stored,
     pick_level,
 )
+from .places import lost_place, world_file
 from .tiff_pages import MappedSeries, SegmentedSeries, truncated_error
 from .views import turn_upright
 
@@ -67,7 +68,7 @@ def open_tiff_bytes(place: TiffBytes, name: str, level: int | None = None, serie
             raise ImageError(f"{name}: not a readable TIFF ({error}); copy it again from its source") from error
         try:
             with quiet():
-                if place.path is not None and _is_geo(tif) and find_spec("rasterio") is not None:
+                if place.path is not None and _is_placed(tif, place.path) and find_spec("rasterio") is not None:
                     from .geo import open_geo
 
                     return open_geo(place.path, name, level)
@@ -98,6 +99,14 @@ def check_whole(tif: Any, size: int, name: str) -> None:
 def _is_geo(tif: Any) -> bool:
     """Whether a TIFF is georeferenced, and nothing else."""
     return bool(tif.pages) and not (tif.is_ome or tif.is_imagej) and any(c in tif.pages[0].tags for c in GEO_TAGS)
+
+
+def _is_placed(tif: Any, path: Path | None) -> bool:
+    """Whether tags or a world file place a TIFF on the earth. A world file is that of one picture."""
+    if _is_geo(tif) or path is None or world_file(path) is None:
+        return _is_geo(tif)
+    pictures = [] if tif.is_ome or tif.is_imagej else _pictures(tif)
+    return len(pictures) == 1 and len(pictures[0].pages) == 1
 
 
 @contextlib.contextmanager
@@ -134,7 +143,7 @@ def _pick_series(tif: Any, asked: int | str | None, name: str) -> tuple[Any, lis
     if asked is None:
         fact = f"{name}: holds {len(pictures)} images"
         raise ImageError(
-            f"{fact}: {listed}; choose one with predict's --series N or NAME, or save the one wanted as its own file"
+            f"{fact}: {listed}; choose one with --series N or NAME, or save the one wanted as its own file"
         )
     found = [number for number, s in enumerate(pictures) if asked in (number, str(number))]
     found = found or [number for number, s in enumerate(pictures) if s.name == asked]
@@ -157,6 +166,12 @@ def _read_tiff(tif: Any, place: TiffBytes, name: str, level: int | None, asked: 
         notes.append(f"level {picked} of {len(levels)}")
     if _is_geo(tif):
         notes.append("its georeference is not carried over; pip install 'unet-rt[geo]' for that")
+    elif place.path is not None and (beside := world_file(place.path)) is not None:
+        notes.append(
+            lost_place(beside)
+            if _is_placed(tif, place.path)
+            else f"{beside.name} is not read: it is no single picture's"
+        )
     _check_photometric(key, name, notes)
     _check_codec(key, name)
     level_shapes = [tuple(int(n) for n in each.shape) for each in levels]

@@ -101,6 +101,8 @@ class SegmentedSeries:
                 f"{name}: stored in pieces of {self._bytes / 1e9:.1f} GB, which decode only whole; save it as a tiled "
                 "TIFF"
             )
+        self.piece_bytes = self._bytes
+        self._most = CACHE_BYTES
         self._cache: OrderedDict[tuple[int, int], Array] = OrderedDict()
         self._cached = 0
         self._decode = key.decode
@@ -158,7 +160,7 @@ class SegmentedSeries:
         pixels = self._decoded(page, index, origin)
         self._cache[page, index] = pixels
         self._cached += pixels.nbytes
-        while self._cached > CACHE_BYTES and len(self._cache) > 1:
+        while self._cached > self._most and len(self._cache) > 1:
             self._cached -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 
@@ -191,6 +193,11 @@ class SegmentedSeries:
         except Exception as error:  # decoders raise what they like on bad bytes; the file is at fault
             raise ImageError(f"{where} is corrupt ({error}); copy the file again from its source") from error
         return decoded if decoded.dtype == self.dtype else decoded.astype(self.dtype)
+
+    def limit_cache(self, most: int) -> None:
+        self._most = most
+        while self._cached > most and self._cache:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
 
     def close(self) -> None:
         self._cache.clear()

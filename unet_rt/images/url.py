@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tempfile
 from dataclasses import replace
@@ -10,8 +11,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..errors import ImageError
-from .formats import NPY_MAGIC, SLIDES, TIFF_MAGIC, check_magic
+from ..errors import ImageError, first_line
+from .formats import HEAD_BYTES, NPY_MAGIC, SLIDES, TIFF_MAGIC, kind_of, unknown_error
 from .pixels import ZARR_METADATA, ArrayPixels, Origin, Stored, check_pixels, pick_level
 from .raster import open_raster
 from .tiff import TiffBytes, open_tiff_bytes
@@ -19,6 +20,17 @@ from .zarr import open_store
 
 MAX_WHOLE_BYTES = 2**30  # of formats that are fetched whole
 BLOCK_BYTES = 2**20  # fetched at a time from a TIFF: some tiles
+_ANONYMOUS: dict[str, dict[str, Any]] = {  # options of the protocols' file systems
+    "s3": {"anon": True},
+    "s3a": {"anon": True},
+    "gs": {"token": "anon"},
+    "gcs": {"token": "anon"},
+    "abfs": {"anon": True},
+    "az": {"anon": True},
+}
+# Names of classes, as the libraries that raise them may be missing: aiohttp's, botocore's, requests' and Python's own.
+_NETWORK = {"ClientConnectionError", "ConnectionError", "EndpointConnectionError", "TimeoutError", "gaierror"}
+_NETWORK_ERRNO = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ETIMEDOUT}
 _STATE = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5", "checksum")
 
 
@@ -28,20 +40,9 @@ def open_url(url: str, name: str, level: int | None = None, series: int | str | 
         import fsspec
     except ImportError as error:
         raise ImageError(f"{url}: URLs are read by fsspec, which is missing; pip install 'unet-rt[remote]'") from error
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-        is_zarr = any(system.exists(f"{path.rstrip('/')}/{file}") for file in ZARR_METADATA)
-        found = {} if is_zarr else system.info(path)
-    except ImportError as error:  # fsspec names the library of the protocol
-        raise ImageError(f"{url}: {error}") from error
-    except FileNotFoundError as error:
-        raise ImageError(f"{url}: no such file; check the URL") from error
-    except Exception as error:  # each protocol has errors of its own: no address, no permission, no network
-        raise ImageError(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); check the URL and access"
-        ) from error
-    if is_zarr:
-        return open_store(_store(url), name, level, url)
+    system, path, found, options = _find(fsspec, url)
+    if not found:
+        return open_store(_store(url, options), name, level, url)
     size = found.get("size")
     if found.get("type") == "directory" or size is None:
         raise ImageError(f"{url}: neither a Zarr nor a file of known size; name one, or download it")
@@ -57,6 +58,9 @@ def open_url(url: str, name: str, level: int | None = None, series: int | str | 
             f"{url}: cannot be read ({type(error).__name__}: {error}); check the URL and access"
         ) from error
     return replace(stored, fingerprint=fingerprint)
+
+
+_CALLED = {"hdf5": "HDF5", "jp2": "JPEG 2000", "nifti": "NIfTI", "dicom": "DICOM", "zip": "a zip archive", "mrc": "MRC"}
 
 
 class _Remote:
@@ -78,14 +82,62 @@ class _Remote:
         return data
 
 
-def _store(url: str) -> Any:
+def _find(fsspec: Any, url: str) -> tuple[Any, str, dict[str, Any], dict[str, Any]]:
+    """(file system, path in it, what it knows of a file, or nothing of a Zarr, options it was opened with).
+
+    Public buckets are asked without a name where asking with one (or with none at hand) fails.
+
+    Raises:
+        ImageError: It is not there, cannot be reached, or may not be read.
+    """
+    anonymous = _ANONYMOUS.get(url.partition("://")[0])
+    try:
+        return _look(fsspec, url, {})
+    except ImportError as error:  # fsspec names the library of the protocol
+        raise ImageError(f"{url}: {error}") from error
+    except Exception as error:  # each protocol has errors of its own: no address, no permission, no network
+        if anonymous is None or _unreachable(error):
+            raise _url_error(url, error) from error
+    try:
+        return _look(fsspec, url, anonymous)
+    except Exception as error:  # as above
+        raise _url_error(url, error, " (anonymous access was tried, too)") from error
+
+
+def _look(fsspec: Any, url: str, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any], dict[str, Any]]:
+    system, path = fsspec.core.url_to_fs(url, **options)
+    if any(system.exists(f"{path.rstrip('/')}/{file}") for file in ZARR_METADATA):
+        return system, path, {}, options
+    return system, path, system.info(path), options
+
+
+def _unreachable(error: BaseException) -> bool:
+    """Whether the network is at fault, not the file: protocols that find nothing say so of both."""
+    chain: BaseException | None = error
+    while chain is not None:
+        names = {kind.__name__ for kind in type(chain).__mro__}
+        if names & _NETWORK or (isinstance(chain, OSError) and chain.errno in _NETWORK_ERRNO):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _url_error(url: str, error: Exception, tried: str = "") -> ImageError:
+    if _unreachable(error):
+        return ImageError(f"{url}: cannot be reached ({first_line(error)}); check the network and the address")
+    if isinstance(error, FileNotFoundError):
+        return ImageError(f"{url}: no such file{tried}; check the URL")
+    return ImageError(f"{url}: cannot be read ({type(error).__name__}: {error}){tried}; check the URL and access")
+
+
+def _store(url: str, options: dict[str, Any]) -> Any:
     from zarr.storage import FsspecStore
 
-    return FsspecStore.from_url(url, read_only=True)
+    return FsspecStore.from_url(url, storage_options=options or None, read_only=True)
 
 
 def _open_file(remote: _Remote, size: int, name: str, level: int | None, series: int | str | None) -> Stored:
-    head = remote.read(min(size, 32))
+    head = remote.read(min(size, HEAD_BYTES))
     if not head:
         raise ImageError(f"{name}: the file is empty (0 bytes); copy it again from its source")
     if head[:4] in TIFF_MAGIC:
@@ -106,7 +158,11 @@ def _open_file(remote: _Remote, size: int, name: str, level: int | None, series:
         native = array.dtype.newbyteorder("=")
         check_pixels(array.shape, native, name)
         return Stored(ArrayPixels(array.astype(native, copy=False)), None, Origin("array"))
-    check_magic(head, name)
+    kind = kind_of(head, Path(name))
+    if kind is None:
+        raise unknown_error(head, name)
+    if kind != "raster":
+        raise ImageError(f"{name}: {_CALLED.get(kind, kind)} is read from a disk; download it")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture"
         path.write_bytes(remote.read())

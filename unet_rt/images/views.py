@@ -13,7 +13,7 @@ class TurnedPixels:
     """Pixels stored in another orientation than they are seen in: 1 to 8, as in TIFF and EXIF."""
 
     def __init__(self, pixels: Pixels, axes: str, orientation: int) -> None:
-        self._pixels = pixels
+        self.stored = pixels
         self._y, self._x = axes.index("Y"), axes.index("X")
         # From the picture as stored: rows and columns change places first, then rows or columns run backwards.
         self._transposed = orientation >= 5
@@ -37,13 +37,13 @@ class TurnedPixels:
                 flip.append(axis)
         if self._transposed:
             parts[self._y], parts[self._x] = parts[self._x], parts[self._y]
-        pixels = self._pixels.read(tuple(parts))
+        pixels = self.stored.read(tuple(parts))
         if self._transposed:
             pixels = pixels.swapaxes(self._y, self._x)
         return np.ascontiguousarray(np.flip(pixels, tuple(flip)))
 
     def close(self) -> None:
-        self._pixels.close()
+        self.stored.close()
 
 
 def turn_upright(stored: Stored, orientation: int) -> Stored:
@@ -75,7 +75,7 @@ class PalettePixels:
 
     def __init__(self, indices: Pixels, values: Array) -> None:
         """``values``: (n,) grey levels or (n, 3) colours, which are one more axis, the last."""
-        self._indices = indices
+        self.stored = indices
         self._values = values
         self._axes = len(indices.shape)
         self.shape = (*indices.shape, *values.shape[1:])
@@ -83,10 +83,10 @@ class PalettePixels:
 
     def read(self, window: Window) -> Array:
         colours = (slice(None), *window[self._axes :])  # a part of the colours, where there are any
-        return np.ascontiguousarray(self._values[colours][self._indices.read(window[: self._axes])])
+        return np.ascontiguousarray(self._values[colours][self.stored.read(window[: self._axes])])
 
     def close(self) -> None:
-        self._indices.close()
+        self.stored.close()
 
 
 def write_out_palette(stored: Stored) -> Stored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,33 @@ def open_store(store: Any, name: str, level: int | None, address: str) -> Stored
     return found.stored(name, (), fingerprint)
 
 
+def open_zip(path: Path, name: str, level: int | None = None) -> Stored:
+    """A zipped Zarr: at the root of the archive, or in the one folder that holds all of it."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ImageError(f"{name}: not a readable zip archive ({error}); copy it again from its source") from error
+    roots = [entry.rpartition("/")[0] for entry in entries if entry.rpartition("/")[2] in ZARR_METADATA]
+    if not roots:
+        npz = bool(entries) and all(entry.endswith(".npy") for entry in entries)
+        what = (
+            "an npz archive of arrays; save the one wanted as .npy"
+            if npz
+            else "a zip archive without a Zarr; unpack it"
+        )
+        raise ImageError(f"{name}: {what}")
+    store: Any = import_zarr(ImageError, name).storage.ZipStore(path, mode="r")
+    try:
+        found = read_node(store, name, level, inside=min(roots, key=len))
+        return found.stored(name, (path,), {}, close=store.close)
+    except BaseException:
+        store.close()
+        raise
+
+
 def import_zarr(error: type[UnetRtError], name: object) -> Any:
     """zarr 3; ``error`` where it is missing or older."""
     way = "pip install --upgrade 'unet-rt[zarr]'"
@@ -68,11 +95,17 @@ class ZarrNode:
         self.levels: list[tuple[int, ...]] = []
         self.level_sizes: list[dict[str, float]] = []  # as ``sizes``
 
-    def stored(self, name: str, files: tuple[Path, ...], fingerprint: Mapping[str, Any]) -> Stored:
+    def stored(
+        self,
+        name: str,
+        files: tuple[Path, ...],
+        fingerprint: Mapping[str, Any],
+        close: Callable[[], None] = lambda: None,
+    ) -> Stored:
         array = self.array
         dtype = np.dtype(array.dtype).newbyteorder("=")
         check_pixels(tuple(array.shape), dtype, name)
-        pixels = ChunkedPixels(array.shape, dtype, array.chunks, name, lambda window: array[window])
+        pixels = ChunkedPixels(array.shape, dtype, array.chunks, name, lambda window: array[window], close)
         return Stored(
             pixels,
             self.axes,
@@ -87,15 +120,15 @@ class ZarrNode:
         )
 
 
-def read_node(place: Any, name: str, level: int | None) -> ZarrNode:
-    """The array that a folder or store means.
+def read_node(place: Any, name: str, level: int | None, inside: str = "") -> ZarrNode:
+    """The array that a folder or store means, or the group ``inside`` of it.
 
     Raises:
         ImageError: zarr is missing, nothing is there that it reads, or several images are.
     """
     zarr = import_zarr(ImageError, name)
     try:
-        found: Any = zarr.open(place, mode="r")
+        found: Any = zarr.open(place, mode="r", **({"path": inside} if inside else {}))
         if isinstance(found, zarr.Array):
             pick_level(level, 1, name)
             return ZarrNode(found, "", {})

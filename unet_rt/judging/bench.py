@@ -124,6 +124,8 @@ def bench(
     contract: Contract | None = None,
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
+    series: int | str | None = None,
+    nodata: float | None = None,
     tile: Sequence[int] | None = None,
     threads: int = 0,
     runs: int = 5,
@@ -139,7 +141,7 @@ def bench(
         baselines: Names out of ``BASELINES``; None: those that are installed.
         module: The network as a ``torch.nn.Module`` in evaluation mode, for eager PyTorch; MONAI runs it, too.
         contract: The input contract, as far as the model does not declare it (ONNX files only).
-        axes, channels: How images are to be read.
+        axes, channels, series, nodata: How images are to be read.
         tile: Tile in pixels per axis; None: chosen by build and for the window.
         threads: Of everybody; 0: by affinity and quota.
         runs: Rounds counted, per interleaved run.
@@ -151,7 +153,7 @@ def bench(
         ContractError: Options that do not belong to an engine, or a contract that is not complete.
         EngineError, GraphError, ImageError, TileError: see their messages.
     """
-    say, read = say or (lambda _: None), ReadOptions(axes, channels)
+    say, read = say or (lambda _: None), ReadOptions(axes, channels, series, nodata)
     wanted, skipped = _choose_baselines(baselines, module)
     path, notes = Path(model), list[str]()
     with ExitStack() as resources:
@@ -236,7 +238,6 @@ def _choose_baselines(baselines: Sequence[str] | None, module: Any) -> tuple[tup
 def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int) -> SampleWindow:
     """The window of an image that is measured on; of a drawn one where there is none."""
     from ..images.open import open_image
-    from ..images.reading import Reading
 
     if image is None:
         side = round(most_px ** (1 / spec.spatial))
@@ -247,7 +248,7 @@ def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int
     with open_image(
         images[0],
         spec.contract,
-        Reading(read.axes, read.channels),
+        read.reading,
         spatial=spec.spatial,
         network_channels=spec.channels,
     ) as source:

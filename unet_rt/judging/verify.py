@@ -83,6 +83,8 @@ def verify(
     budget: Budget | None = None,
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
+    series: int | str | None = None,
+    nodata: float | None = None,
     count: int = 20,
     tile: Sequence[int] | None = None,
     picture: str | Path | None = None,
@@ -100,7 +102,7 @@ def verify(
         head: The output that the labels belong to; None: the first. All outputs are held against the FP32 graph anyway.
         baseline: ONNX file to compare with; None: the engine's own ``model.onnx``.
         budget: What is allowed; None: the budget on record.
-        axes, channels: How images are to be read.
+        axes, channels, series, nodata: How images are to be read.
         count: At most so many windows are compared.
         tile: Tile for the engine; None: smaller than the window, so that seams are part of the comparison.
         picture: Where to draw the window that differs most (PNG); nothing is drawn where nothing differs.
@@ -132,11 +134,11 @@ def verify(
             reference = resources.enter_context(baseline_engine(model, loaded.spec, threads=threads))
             notes = list[str]()
             samples = draw(
-                sample_images(images),
+                sample_images(images, notes.append),
                 loaded.spec.contract,
                 spatial=loaded.spec.spatial,
                 network_channels=loaded.spec.channels,
-                read=ReadOptions(axes, channels),
+                read=ReadOptions(axes, channels, series, nodata),
                 count=count,
                 note=notes.append,
             )

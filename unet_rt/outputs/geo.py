@@ -11,7 +11,7 @@ from ..images.pixels import GEO_TAGS, Origin
 
 
 def geo_tags(origin: Origin, scale: Sequence[float]) -> tuple[tuple[int, int, int, Any, bool], ...]:
-    """Tags for ``tifffile`` with the coordinate system and transform of a georeferenced source.
+    """Tags for ``tifffile`` with the coordinate system and transform, or ground control points, of a georeferenced source.
 
     rasterio encodes them, in a picture of one pixel; the output itself is written as every TIFF is here.
 
@@ -27,16 +27,20 @@ def geo_tags(origin: Origin, scale: Sequence[float]) -> tuple[tuple[int, int, in
     except ImportError as error:
         raise OutputError("GeoTIFF needs rasterio, which is missing; pip install 'unet-rt[geo]'") from error
     import tifffile
+    from rasterio.control import GroundControlPoint
     from rasterio.transform import Affine
 
-    a, b, c, d, e, f = origin.tags["transform"]
     down, across = scale
-    # Both transforms map the corner of the picture to the same place.
-    transform = Affine(a * across, b * down, c, d * across, e * down, f)
+    place: dict[str, Any]
+    if "gcps" in origin.tags:
+        points = origin.tags["gcps"]
+        place = {"gcps": [GroundControlPoint(row / down, column / across, *at) for row, column, *at in points]}
+    else:
+        a, b, c, d, e, f = origin.tags["transform"]
+        # Both transforms map the corner of the picture to the same place.
+        place = {"transform": Affine(a * across, b * down, c, d * across, e * down, f)}
     with rasterio.MemoryFile() as memory:
-        with memory.open(
-            driver="GTiff", width=1, height=1, count=1, dtype="uint8", crs=origin.tags["crs"], transform=transform
-        ):
+        with memory.open(driver="GTiff", width=1, height=1, count=1, dtype="uint8", crs=origin.tags["crs"], **place):
             pass
         encoded = io.BytesIO(memory.read())
     with tifffile.TiffFile(encoded) as tiff:

@@ -20,11 +20,12 @@ from ..errors import OutputError
 from ..images.pixels import Array, Origin
 from ..images.source import Source
 from ..system.durable import Disk, part_path, parts_of, remove_part
+from .nifti import NiftiWriter, is_nifti
 from .plain import NpyWriter, PngWriter
 from .shape import Shape, Writer, size_of
 from .tiff import PackedTiffWriter, PlainTiffWriter, extra_tags, tiff_form
 
-SUFFIXES = (".png", ".tif", ".tiff", ".npy")
+SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".nii", ".nii.gz")
 
 
 @dataclass
@@ -146,7 +147,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         OutputError: The output would fail.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES and not is_nifti(path):
         raise OutputError(f"{path}: suffix {path.suffix!r} is not a format written here; use {', '.join(SUFFIXES)}")
     folder = path.parent
     if path.is_dir():
@@ -179,7 +180,7 @@ def open_output(
     """A file that takes a result band by band, and has its name only when it is whole.
 
     Args:
-        path: ``.png`` (uint8 or uint16, one plane), ``.tif``/``.tiff`` (``.ome.tif`` for OME) or ``.npy``.
+        path: ``.png`` (uint8 or uint16, one plane), ``.tif``/``.tiff`` (``.ome.tif`` for OME), ``.npy`` or ``.nii.gz``.
         shape: What is written; bool becomes uint8.
         source: The image; its pixel size and metadata are carried over.
         overwrite: Whether a file of that name is replaced.
@@ -209,6 +210,11 @@ def open_output(
             writer = PngWriter(target, part, what, origin)
         elif suffix == ".npy":
             writer = NpyWriter(part, what)
+        elif is_nifti(target):
+            scale = (1.0,) * len(what.spatial)
+            if source is not None and len(source.shape) == len(what.spatial):
+                scale = tuple(n / m for n, m in zip(source.shape, what.spatial, strict=True))
+            writer = NiftiWriter(target, part, what, origin, size, scale)
         elif packed:
             writer = PackedTiffWriter(part, what, tiff_form(target, what, origin, size, extra))
         else:

@@ -20,7 +20,8 @@ from ..engine.engine import Engine, LoadOptions
 from ..engine.folder import read_folder
 from ..engine.load import load
 from ..errors import BackendError, ContractError
-from ..images.open import open_image, where_of
+from ..images.listing import where_of
+from ..images.open import open_image
 from ..images.source import Source
 from ..system import facts, limits
 from .compute import run_blocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,41 @@ import numpy as np
 from ..errors import OutputError
 from ..images.zarr import import_zarr
 from ..outputs.shape import Shape
+from ..system import limits
 from ..system.durable import Disk
 from .plan import Plan
+from .store import HELD_BYTES
 
 if TYPE_CHECKING:
     from ..outputs.output import Output
 
 BAND_BYTES = 2**26  # of a result at a time, where an output is made from blocks
+LEAST_ROOM = 2**25  # that is taken for an output, however tight the bound
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the making of an output may hold.
+
+    Attributes:
+        band_bytes: Of a result at a time, where an output is made from blocks.
+        window_px: Of a mask at a time, where objects are sought: each takes some 20 bytes.
+        held_bytes: Of unpacked blocks.
+    """
+
+    band_bytes: int = BAND_BYTES
+    window_px: int = 2**24
+    held_bytes: int = HELD_BYTES
+
+
+def room_of(plan: Plan, memory_bytes: int | None) -> Room:
+    """The room that is left within a bound on this process's memory, once the result is computed."""
+    if memory_bytes is None:
+        return Room()
+    plan.image.limit_cache(0)
+    limits.release_memory()
+    room = max(LEAST_ROOM, memory_bytes - limits.rss_bytes())
+    return Room(min(BAND_BYTES, room // 8), min(Room.window_px, room // 60), min(HELD_BYTES, room // 3))
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import OutputError
 from ..outputs.pictures import OverlayCollector
-from .files import BAND_BYTES, check_target, move_folder, open_file
+from .files import Room, check_target, move_folder, open_file, room_of
 from .plan import Plan
 from .request import Request, Tables
-from .store import ArrayStore, DeviceStore, Readable, RowStore, ZarrStore
+from .store import ArrayStore, DeviceStore, PackedStore, Readable, RowStore, ZarrStore
 from .work import Array
 
 
@@ -38,8 +38,11 @@ def finish(plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request,
         The path written, or the array: planes first, then channels, then space.
     """
     overwrite = again or asked.overwrite
+    room = Room() if isinstance(store, RowStore | DeviceStore) else room_of(plan, asked.memory_bytes)
+    if isinstance(store, PackedStore):
+        store.held_bytes = room.held_bytes
     if asked.overlay is not None:
-        draw_overlay(plan, store, asked.overlay)
+        draw_overlay(plan, store, asked.overlay, room)
     if isinstance(store, RowStore):
         store.sink.commit()
         return asked.out
@@ -48,9 +51,9 @@ def finish(plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request,
         if asked.output == "instances":
             from .instances import write_instances  # SciPy's and the tables' are not every prediction's
 
-            array = write_instances(plan, store, asked.out, asked.tables or Tables(), overwrite=overwrite)
+            array = write_instances(plan, store, asked.out, asked.tables or Tables(), room, overwrite=overwrite)
         elif asked.out is not None:
-            write_output(plan, store, asked.out, overwrite=overwrite)
+            write_output(plan, store, asked.out, room, overwrite=overwrite)
     if asked.out is not None:
         return asked.out
     return None if array is None else array.reshape(*plan.image.plane_shape, *array.shape[1:])
@@ -59,17 +62,17 @@ def finish(plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request,
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
-def bands(store: Readable, plan: Plan) -> Iterator[tuple[int, int, Array]]:
+def bands(store: Readable, plan: Plan, band_bytes: int) -> Iterator[tuple[int, int, Array]]:
     """(plane, first row, band) of the whole result, in order."""
     lead = max(1, plan.decision.channels)
-    rows = max(1, BAND_BYTES // (lead * prod(plan.shape[1:]) * plan.decision.dtype.itemsize))
+    rows = max(1, band_bytes // (lead * prod(plan.shape[1:]) * plan.decision.dtype.itemsize))
     for plane in range(plan.image.planes):
         for start in range(0, plan.shape[0], rows):
             stop = min(start + rows, plan.shape[0])
             yield plane, start, store.window(plane, (start, *(0,) * (len(plan.shape) - 1)), (stop, *plan.shape[1:]))
 
 
-def write_output(plan: Plan, store: Readable, out: Path, *, overwrite: bool) -> None:
+def write_output(plan: Plan, store: Readable, out: Path, room: Room, *, overwrite: bool) -> None:
     """Makes the output: the stage's OME-Zarr itself, or a file from its blocks."""
     if isinstance(store, ZarrStore):
         store.output.finish()
@@ -77,17 +80,17 @@ def write_output(plan: Plan, store: Readable, out: Path, *, overwrite: bool) -> 
         return
     nodata = plan.nodata if plan.image.gaps else None
     with open_file(plan, out, plan.decision.channels, plan.decision.dtype, nodata, overwrite=overwrite) as sink:
-        for plane, start, band in bands(store, plan):
+        for plane, start, band in bands(store, plan, room.band_bytes):
             sink.write(plane, (start,) + (0,) * (len(plan.shape) - 1), band)
         sink.commit()
 
 
-def draw_overlay(plan: Plan, store: Readable | RowStore | DeviceStore, path: Path) -> None:
+def draw_overlay(plan: Plan, store: Readable | RowStore | DeviceStore, path: Path, room: Room) -> None:
     if isinstance(store, RowStore | DeviceStore):
         collector = store.collector  # rows are not kept
     else:
         collector = OverlayCollector(plan.shape, plan.decision.values)
-        for plane, start, band in bands(store, plan):
+        for plane, start, band in bands(store, plan, room.band_bytes):
             if plane:
                 break
             collector(plane, start, band)

@@ -115,15 +115,14 @@ class _Pipeline:
             check_image(work, made.source)
             tally, looked = self.seen.begin(work), 0
             numbers = made.affines.plane(work.plane)
-            wanted = made.spec.input_range if self._counts else None
+            wanted = made.spec.input_range
             levels = None if wanted is None else grey_levels(wanted, numbers)
             for row in range(work.grid.shape[0]):
                 index = work.grid.row(row)
                 start, stop = work.grid.window(index, made.border)
                 with self.clock("read"):
                     window = filled(*made.source.read_valid(work.plane, start, stop), numbers)
-                    if self._counts:
-                        tally.watch(unseen(window, start, work.grid, looked), levels)
+                    tally.watch(unseen(window, start, work.grid, looked), levels)
                     looked = max(looked, stop[0])
                 for first in range(0, len(index), made.batch):
                     part = slice(first, min(first + made.batch, len(index)))

@@ -23,16 +23,16 @@ from ..outputs import tables as tables_module
 from ..outputs.output import Output
 from ..outputs.shape import size_of
 from ..outputs.zarr import ZarrOutput
-from .files import BAND_BYTES, is_zarr, move_folder, numbered_folder, open_file, shape_of
+from .files import Room, is_zarr, move_folder, numbered_folder, open_file, shape_of
 from .plan import Plan
 from .request import Tables
 from .store import Readable
 from .work import Array
 
-WINDOW_PX = 4096  # side of the windows in which objects are sought, about
 
-
-def write_instances(plan: Plan, store: Readable, out: Path | None, tables: Tables, *, overwrite: bool) -> Array:
+def write_instances(
+    plan: Plan, store: Readable, out: Path | None, tables: Tables, room: Room, *, overwrite: bool
+) -> Array:
     """Numbers the objects of a finished mask, plane by plane; writes their image and tables.
 
     Returns:
@@ -40,7 +40,7 @@ def write_instances(plan: Plan, store: Readable, out: Path | None, tables: Table
     """
     image = plan.image
     ids = np.zeros((image.planes, *(plan.shape if out is None else (0,) * len(plan.shape))), np.uint32)
-    window: tuple[int, ...] = (max(1, BAND_BYTES // 8 // prod(plan.shape[1:])), *plan.shape[1:])
+    window: tuple[int, ...] = (max(1, room.window_px // 2 // prod(plan.shape[1:])), *plan.shape[1:])
     with ExitStack() as exits:
         sink: Output | ZarrOutput | None = None
         if out is not None and is_zarr(out):
@@ -48,7 +48,7 @@ def write_instances(plan: Plan, store: Readable, out: Path | None, tables: Table
             shutil.rmtree(folder, ignore_errors=True)
             shape = replace(shape_of(plan), channels=0, dtype=np.dtype(np.uint32))
             sink = ZarrOutput.create(folder, shape, plan.blocks.chunk, image.metadata, size_of(image, plan.shape))
-            side = round(WINDOW_PX ** (2 / len(plan.shape)))
+            side = int(room.window_px ** (1 / len(plan.shape)))
             window = tuple(max(c, side // c * c) for c in sink.chunk)
         elif out is not None:
             sink = exits.enter_context(open_file(plan, out, 0, np.dtype(np.uint32), overwrite=overwrite))
@@ -89,7 +89,7 @@ def write_instances(plan: Plan, store: Readable, out: Path | None, tables: Table
 def _write_outlines(found: objects_module.Objects, image: Source, ids: Any, path: Path, *, overwrite: bool) -> None:
     """Outlines of the ids in an array or file: in map coordinates where the image has them, else in pixels."""
     place = {}
-    if image.metadata.kind == "geo":
+    if "transform" in image.metadata.tags:
         place = {"transform": image.metadata.tags["transform"], "crs": image.metadata.tags["crs"]}
     with open_image(ids, Contract(), spatial=2) as source:
         outlines.write_geojson(

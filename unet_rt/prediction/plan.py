@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..contract.contract import Contract
+from ..contract.contract import Contract, Normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..errors import ContractError, size_text
-from ..images.normalize import Affines, OnePlane, affine
+from ..images.normalize import Affines, OnePlane, affine, statistics_text
+from ..images.pixels import CACHE_BYTES
 from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import DeviceArray
@@ -25,11 +26,13 @@ from ..tiling.decision import Decision, decide
 from ..tiling.grid import TileGrid
 from ..tiling.resample import resampled_shape
 from .blocks import Block, BlockPlan, Picture, plan_blocks, plan_of, whole_planes
-from .request import Request, decision_of, in_blocks
+from .request import DECODING, Request, decision_of, in_blocks
 from .resampled import Resampled
 from .work import Computation
 
 FREE_SHARE = 0.5  # of the memory that is free, where no bound is given
+CACHE_SHARE = 0.2  # of the memory of a result that is made in blocks, for decoded pieces of the image
+LEAST_MEMORY = 2**25  # below this, tiles would be of a few pixels
 MEMORY_SHARE = 0.35  # of the memory that is free, for running one batch of tiles of a result made in one go
 
 
@@ -101,6 +104,11 @@ class Plan:
     def place(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[start, stop) of a block in samples of the result."""
         return self.samples(block.start), self.samples(block.stop)
+
+    def notes(self, normalization: Normalization | None) -> list[str]:
+        """What is to be said of the numbers that were measured, once the result is computed."""
+        text = statistics_text(normalization, self.image, self.affines.measured) if normalization is not None else ""
+        return [text] if text else []
 
     def samples(self, pixels: Sequence[int]) -> tuple[int, ...]:
         """The first samples at these pixels (or ends of them)."""
@@ -194,18 +202,37 @@ def _blocks(
 ) -> BlockPlan:
     """Blocks within the memory that is asked for, or free."""
     free, bound = limits.memory_bytes(), asked.memory_bytes
+    memory = (int(FREE_SHARE * free) if bound is None else bound - limits.rss_bytes()) // asked.processes
+    memory -= _keep_pieces(source, memory)
+    if memory < LEAST_MEMORY:
+        taken = f"{limits.rss_bytes() / 1e6:,.0f} MB are taken by the process with its engine"
+        raise ContractError(
+            f"too little memory to predict {source.name} in: {taken}, {max(0, memory) // 10**6} MB are left for tiles "
+            f"and blocks; use {'a larger --memory' if bound is not None else 'a machine with more memory that is free'}"
+        )
     on_device = _device_bytes(engine)
     if on_device is not None and not engine.spec.tiles:  # a plan's tiles are not sized, but tried
-        free = min(free, on_device)
+        memory = min(memory, int(FREE_SHARE * on_device) if bound is None else memory)
     return plan_blocks(
         engine.spec,
         Picture(tuple(source.shape), source.planes, source.channels * source.dtype.itemsize, shape),
         decision,
-        memory_bytes=(int(FREE_SHARE * free) if bound is None else bound - limits.rss_bytes()) // asked.processes,
+        memory_bytes=memory,
         tile=asked.tile,
         batch=asked.batch or 1,
         output=engine.spec.head(asked.head),
     )
+
+
+def _keep_pieces(source: Source, memory: int) -> int:
+    """Limits what of the image is kept decoded to its share of the memory.
+
+    Returns:
+        Bytes that a piece takes beyond this share, as it decodes only whole.
+    """
+    share = max(0, int(CACHE_SHARE * memory))
+    source.limit_cache(min(CACHE_BYTES, share))
+    return max(0, DECODING * source.piece_bytes - share)
 
 
 def _device_bytes(engine: Engine) -> int | None:

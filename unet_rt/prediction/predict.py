@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -14,9 +15,11 @@ from ..contract.contract import Normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..engine.tta import Tta
+from ..errors import PixelRangeWarning
 from ..images.reading import Reading
 from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
+from ..system import limits
 from .compute import run_blocks
 from .files import clear, open_file
 from .finish import check_targets, finish
@@ -57,6 +60,7 @@ def predict(
     tables: Tables | None = None,
     head: str | None = None,
     series: int | str | None = None,
+    nodata: float | None = None,
 ) -> Any:
     """Predicts one image of any size.
 
@@ -98,13 +102,15 @@ def predict(
             class decision.
         tta: Test-time augmentation: mean probabilities over flips (``flip``), or flips and quarter turns (``d4``).
         region: An image of the same size; predictions are wanted where it is not 0.
-        memory_bytes: Bound on the resident memory of this process; None: half of what is free beside it.
+        memory_bytes: Bound on the resident memory of this process, the making of the output included; None: half of what
+            is free beside it.
         shard: (index, count): only every count-th block, from block ``index`` on. Whoever finishes last writes ``out``.
         scheduler: ``local:N`` (processes) or ``tcp://host:port`` of a Dask scheduler that computes the blocks.
         restart: Throw away what an interrupted run has left of ``out``.
         tables: Tables of objects to be written as well (``output="instances"``).
         head: Name of the network's output to predict, where it has several; None: the first.
-        series: Of a TIFF that holds several images: its number, from 0, or its name.
+        series: Of a file that holds several images: its number, from 0, or its name.
+        nodata: Value of pixels that hold no data, in place of what the file says; NaN may be one. They get no label.
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
@@ -113,8 +119,11 @@ def predict(
 
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
+
+    Warns:
+        PixelRangeWarning: More than a fifth of the pixels lie outside the range that build saw.
     """
-    from ..images.open import where_of
+    from ..images.listing import where_of
 
     asked = Request(
         reading=Reading(
@@ -123,6 +132,7 @@ def predict(
             level,
             tuple(pixel_size_um),
             series=series,
+            nodata=nodata,
         ),
         out=None if out is None else Path(out),
         output=output,
@@ -152,6 +162,10 @@ def predict(
             done, result = _at_once(form, image, source, asked, observer)
         done.notes[:0] = notes_of(asked, form, source)
     if report is not None:
+        done.peak_rss_bytes = max(done.peak_rss_bytes, limits.peak_rss_bytes())  # its output was made since
+    if done.range_warning:
+        warnings.warn(done.range_warning, PixelRangeWarning, stacklevel=2)
+    if report is not None:
         report(done)
     return result
 
@@ -177,6 +191,7 @@ def _at_once(engine: Engine, image: Any, source: Source, asked: Request, observe
         else:
             done = run_blocks(plan, every, store.keep, observer=observer)
         result = finish(plan, store, asked)
+        done.notes += plan.notes(asked.normalization)
     if asked.out is not None:
         clear(asked.out)
     return done, result

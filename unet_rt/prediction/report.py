@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..engine.spec import EngineSpec
 
 
+OUTSIDE_LOUD = 0.2  # share of pixels outside the range seen at build from which on a result may mean nothing
+
+
 @dataclass
 class RunReport(Record):
     """What one prediction did.
@@ -60,6 +63,16 @@ class RunReport(Record):
     @property
     def mpx_per_s(self) -> float:
         return self.mpx / self.seconds if self.seconds else 0.0
+
+    @property
+    def range_warning(self) -> str:
+        """What is to be said before the result where many pixels are unlike those of build; else empty."""
+        if self.outside_range is None or self.outside_range <= OUTSIDE_LOUD:
+            return ""
+        return (
+            f"{self.image}: {self.outside_range:.0%} of pixels, normalised, lie outside the range seen at build: the result "
+            "may mean nothing; check bit depth, --normalize and --channels"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "mpx_per_s": self.mpx_per_s}

@@ -13,14 +13,19 @@ from ..engine.spec import EngineSpec
 from ..engine.tta import Augmented, Tta
 from ..errors import ContractError, ImageError, OutputError
 from ..images.levels import PIXEL_SIZE_TOLERANCE, um_text
-from ..images.normalize import missing_normalization, scope_text
+from ..images.normalize import missing_normalization
 from ..images.reading import Reading
 from ..images.source import Source
+from ..images.value_range import check_value_range
 from ..kernels.memory import MemoryContext
+from ..system import limits
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
 
+LITTLE = 2**25  # bytes, below which pieces of a file are not what memory lacks
+DECODING = 2  # times the bytes of a piece: as it comes out of its library, and as it is kept
+RESULT_SHARE = 0.05  # of the memory that is asked for: larger results are kept on the disk
 MAX_FACTOR = 10  # pixel sizes of image and training farther apart are refused: no network bridges that
 Kind = OutputKind | Literal["instances"]
 
@@ -134,21 +139,29 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
         batch=spec.run_batch if asked.batch is None else asked.batch,
         reading=replace(asked.reading, level=source.level),
         size_um=source.pixel_size_um or (),
-        staged=_staged(asked, source),
+        staged=_staged(asked, source, decision),
     )
     if source.device is not None and (settled.staged or settled.output == "instances" or in_blocks(settled, source)):
         raise ImageError(
             f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
         )
     _check_objects(settled, spec, source)
+    check_pieces(source, asked.memory_bytes)
+    if settled.normalization is not None:
+        check_value_range(source, spec.contract.value_range, settled.normalization)
     check_pixel_size(spec.contract, source)
     return settled
 
 
-def _staged(asked: Request, source: Source) -> bool:
+def _staged(asked: Request, source: Source, decision: Decision) -> bool:
     if asked.out is None:
         return False
-    large = source.device is None and source.planes * prod(source.shape) >= blocks.LARGE_PX
+    px = source.planes * prod(source.shape)
+    large = px >= blocks.LARGE_PX
+    if asked.memory_bytes is not None:  # a result in memory is part of what is bound
+        held = px * max(1, decision.channels) * decision.dtype.itemsize + (4 * px if asked.output == "instances" else 0)
+        large = large or held > RESULT_SHARE * asked.memory_bytes
+    large = large and source.device is None
     shared = asked.shard is not None or asked.scheduler is not None
     return asked.out.suffix.lower() == ".zarr" or shared or large or stage_folder(asked.out).exists()
 
@@ -192,7 +205,9 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     if declared is not None:
         if given is None or given == declared:
             return declared
-        if declared.scope is None and replace(given, scope=None) == declared:
+        # Of one channel, ``image`` says nothing but that planes are not taken together; these are for the user to say.
+        open_scope = declared.scope is None or (declared.scope == "image" and source.channels == 1)
+        if open_scope and replace(given, scope=declared.scope) == declared:
             return given
         scope = f", scope {declared.scope}" if declared.scope else ""
         raise ContractError(
@@ -225,6 +240,21 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
         raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
 
 
+def check_pieces(source: Source, memory_bytes: int | None) -> None:
+    """ImageError, before anything is read, where a part of the file that decodes only whole does not fit into memory."""
+    need = DECODING * source.piece_bytes
+    if need <= LITTLE:
+        return
+    free = limits.memory_bytes()
+    bound = free if memory_bytes is None else min(free, memory_bytes - limits.rss_bytes())
+    if need > bound:
+        piece, taken, left = (f"{max(0, n) / 1e6:,.0f} MB" for n in (source.piece_bytes, need, bound))
+        raise ImageError(
+            f"{source.name}: stored in strips, tiles or chunks of {piece}, which decode only whole: about {taken}, "
+            f"and {left} are left beside the engine; use more --memory, or save the image in tiles"
+        )
+
+
 def check_pixel_size(contract: Contract, source: Source) -> None:
     """ContractError where the pixel sizes of image and training are so far apart that one of them is not true."""
     wanted, size = contract.pixel_size_um, source.pixel_size_um
@@ -242,9 +272,8 @@ def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
     """What is to be said of a settled request in the report."""
     spec = engine.spec
     notes = _pixel_size_notes(spec.contract, source, resample=asked.resample) + _batch_notes(engine, asked.batch or 1)
-    over = scope_text(asked.normalization, source) if asked.normalization else ""
-    if over:
-        notes.append(over)
+    if asked.out is not None and source.metadata.kind == "geo" and asked.out.suffix.lower() not in (".tif", ".tiff"):
+        notes.append(f"the image's place on the earth is not kept in {asked.out.suffix}; --out NAME.tif keeps it")
     if len(spec.outputs) > 1:
         names = [output.name for output in spec.outputs]
         notes.append(f"output {names[spec.head(asked.head)]} of {', '.join(names)}")

@@ -69,6 +69,7 @@ def predict_staged(
             stage, plan = begin(engine, source, asked, out, create=partial(check_targets, asked))
             state = _state(stage, plan, asked, out)
             report = _compute_missing(state, compute, observer)
+            report.notes += plan.notes(asked.normalization)
             left = _add_all(report, state, shared=count > 1 or compute is not None)
             if left:
                 every = len(plan.blocks)

@@ -55,6 +55,7 @@ class PackedStore:
     def __init__(self, folder: Path, cuts: Sequence[Sequence[int]]) -> None:
         """``cuts``: per axis, samples of the result where blocks begin, and its end."""
         self._folder, self._cuts = folder, cuts
+        self.held_bytes = HELD_BYTES
         self._shape = tuple(len(c) - 1 for c in cuts)
         self._held: OrderedDict[int, Array] = OrderedDict()  # the ones read last
         folder.mkdir(exist_ok=True)
@@ -108,7 +109,7 @@ class PackedStore:
                 f"{path}: a finished block cannot be read back ({error}); use --restart to begin anew"
             ) from error
         self._held[number] = values
-        while len(self._held) > 1 and sum(v.nbytes for v in self._held.values()) > HELD_BYTES:
+        while len(self._held) > 1 and sum(v.nbytes for v in self._held.values()) > self.held_bytes:
             self._held.popitem(last=False)
         return values
 

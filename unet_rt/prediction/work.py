@@ -43,7 +43,7 @@ class Observer:
     Attributes:
         progress: Called from the caller's thread with (tiles done, tiles in all).
         trace: Receives (stage, start, stop) of everything that is timed.
-        counts: Whether anybody reads what the report counts: labels, pixels outside the range that build saw.
+        counts: Whether anybody reads the labels that the report counts.
     """
 
     progress: Progress | None = None
@@ -217,7 +217,7 @@ def check_finite(bad: int, source: Source, plane: int, rows: tuple[int, int]) ->
     if bad:
         raise ImageError(
             f"{source.name}: NaN or infinite pixels in plane {plane}, rows {rows[0]} to {rows[1]} ({bad} read); a network "
-            "spreads them over its whole reach: replace them first"
+            "spreads them over its whole reach: replace them first, or give pixels that are NaN no label with --nodata nan"
         )
 
 
