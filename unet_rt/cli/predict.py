@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..errors import ContractError, ImageError, OutputError
 from .options import (
@@ -28,6 +28,7 @@ from .printing import Bar, print_json, text_stream
 if TYPE_CHECKING:
     from ..contract.contract import Normalization
     from ..engine.engine import Engine
+    from ..outputs.split import How
     from ..prediction.report import RunReport
     from ..prediction.request import Tables
 
@@ -117,6 +118,12 @@ def _add_large(p: argparse.ArgumentParser) -> None:
 def _add_objects(p: argparse.ArgumentParser) -> None:
     """What is wanted of objects."""
     group = p.add_argument_group("objects (--output instances)")
+    group.add_argument(
+        "--split",
+        choices=("none", "watershed", "border"),
+        default="none",
+        help="how objects that touch are told apart: by depth (or the network's output distance), by its class border",
+    )
     group.add_argument("--min-size", type=int, default=1, metavar="N", help="leave out objects of fewer pixels")
     group.add_argument("--objects", metavar="CSV", help="table of all objects")
     group.add_argument("--areas", metavar="CSV", help="table of what each class covers")
@@ -256,14 +263,18 @@ def _tables(args: argparse.Namespace, images: int) -> Tables | None:
     """What is wanted of objects; None where nothing is."""
     from ..prediction.request import Tables
 
-    paths = {name: getattr(args, name) for name in ("objects", "areas", "geojson") if getattr(args, name)}
-    if not paths and args.min_size == 1:
+    paths = {name: Path(getattr(args, name)) for name in ("objects", "areas", "geojson") if getattr(args, name)}
+    if not paths and args.min_size == 1 and args.split == "none":
         return None
     if args.output != "instances":
-        raise ContractError("--min-size, --objects, --areas and --geojson are about objects; use --output instances")
+        raise ContractError(
+            "--split, --min-size, --objects, --areas and --geojson are about objects; use --output instances"
+        )
     if paths and images > 1:
         raise OutputError(f"{images} images do not go into one table; predict them one by one")
-    return Tables(args.min_size, **{name: Path(path) for name, path in paths.items()})
+    return Tables(
+        args.min_size, paths.get("objects"), paths.get("areas"), paths.get("geojson"), cast("How", args.split)
+    )
 
 
 def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Path]:

@@ -41,6 +41,7 @@ class Source:
         pixel_size_um: Micrometres per pixel along the spatial axes; None where not known for all of them.
         metadata: Where the pixels come from, for the output.
         gaps: Whether pixels may hold no data; see :meth:`valid`.
+        channel_names: Of all stored channels, by metadata; their numbers where these name none.
         levels: Spatial shapes of all levels of a pyramid, finest first; empty where there is one level.
         level: The level that is read.
         nodata: The value of pixels that hold no data, None where none is declared; see :meth:`valid`.
@@ -60,6 +61,8 @@ class Source:
         self.plane_shape = layout.plane_shape
         self.plane_axes = layout.plane_axes
         self.metadata = stored.origin
+        named = len(stored.names) == layout.channels and len(set(stored.names)) == layout.channels
+        self.channel_names = tuple(stored.names) if named else tuple(map(str, range(layout.channels)))
         self.levels = tuple(tuple(shape[i] for i in layout.spatial) for shape in stored.levels)
         self.level = stored.level
         self.nodata = stored.nodata
@@ -146,6 +149,14 @@ class Source:
         """(C, *spatial) of all stored channels -> (*spatial): where one of them is not the nodata value."""
         nodata = self.nodata
         return np.asarray((~np.isnan(pixels) if nodata != nodata else pixels != nodata).any(axis=0), np.bool_)
+
+    def read_stored(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
+        """As :meth:`read`, but all stored channels, whatever the network gets: (stored, *spatial)."""
+        window = self._window(plane, start, stop)
+        if self._layout.channel is not None:
+            window[self._layout.channel] = slice(0, self._layout.channels)
+        with self._guarded(plane, start, stop):
+            return self._arrange(self._pixels.read(tuple(window)))
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells this image from others and from itself after a change, as JSON; None for an array.

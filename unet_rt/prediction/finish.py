@@ -11,6 +11,7 @@ from ..errors import OutputError
 from ..outputs.pictures import OverlayCollector
 from .files import BAND_BYTES, check_target, move_folder, open_file
 from .plan import Plan
+from .report import RunReport
 from .request import Request, Tables
 from .store import ArrayStore, DeviceStore, Readable, RowStore, ZarrStore
 from .work import Array
@@ -26,12 +27,15 @@ def check_targets(asked: Request) -> None:
             raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
 
 
-def finish(plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request, *, again: bool = False) -> Any:
+def finish(
+    plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request, report: RunReport, *, again: bool = False
+) -> Any:
     """Makes what was asked for of a computed result.
 
     Args:
         plan, asked: The result.
         store: Where it is.
+        report: Receives what was found of objects.
         again: Whether an earlier run may have made the output already.
 
     Returns:
@@ -48,7 +52,7 @@ def finish(plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request,
         if asked.output == "instances":
             from .instances import write_instances  # SciPy's and the tables' are not every prediction's
 
-            array = write_instances(plan, store, asked.out, asked.tables or Tables(), overwrite=overwrite)
+            array, report.found = write_instances(plan, store, asked, overwrite=overwrite)
         elif asked.out is not None:
             write_output(plan, store, asked.out, overwrite=overwrite)
     if asked.out is not None:

@@ -17,6 +17,7 @@ from ..images.normalize import missing_normalization, scope_text
 from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import MemoryContext
+from ..outputs.split import How
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
@@ -33,13 +34,21 @@ class Tables:
         min_size: Objects of fewer pixels (voxels) are left out.
         objects: CSV of all objects.
         areas: CSV of what each class covers.
-        geojson: Outlines as GeoJSON polygons, for slide viewers; 2-D images of one plane.
+        geojson: Outlines as GeoJSON polygons, for slide viewers and maps; not of volumes.
+        split: How objects that touch are told apart: ``none``; ``watershed``, from the network's output ``distance``
+            where it has one, else from the places farthest from the edge; ``border``, by the class of that name.
     """
 
     min_size: int = 1
     objects: Path | None = None
     areas: Path | None = None
     geojson: Path | None = None
+    split: How = "none"
+
+    @property
+    def measured(self) -> bool:
+        """Whether the image's channels are to be measured."""
+        return self.objects is not None or self.geojson is not None
 
 
 @dataclass(frozen=True)
@@ -217,12 +226,22 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
         raise ContractError(
             "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.objects)"
         )
-    from ..outputs import objects
+    from ..outputs import split, windows
 
-    objects.morphology()
-    tables = asked.tables
-    if tables is not None and tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
-        raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+    windows.morphology()
+    tables = asked.tables or Tables()
+    if tables.geojson is not None and len(source.shape) != 2:
+        raise ContractError("GeoJSON holds outlines of 2-D pictures, and this is a volume; leave --geojson away")
+    if asked.out is not None and asked.out.suffix.lower() == ".png" and (len(source.shape) != 2 or source.planes != 1):
+        raise OutputError(f"{asked.out}: PNG holds one plane, and the image has more; name it {asked.out.stem}.tif")
+    if tables.split == "none":
+        return
+    split.morphology()
+    contract = spec.contract_of(spec.head(asked.head))
+    if tables.split == "border":
+        split.border_label(dict(enumerate(contract.classes)))
+    elif asked.tta != "none" and spec.distance_of(spec.head(asked.head)) is not None:
+        raise ContractError("--tta averages one output, and this network's objects are split by another; leave it away")
 
 
 def check_pixel_size(contract: Contract, source: Source) -> None:

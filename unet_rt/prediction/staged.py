@@ -74,7 +74,7 @@ def predict_staged(
                 every = len(plan.blocks)
                 report.notes.append(f"shard {index}/{count} is done; {left} of {every} blocks are left to other shards")
             elif left == 0:
-                stage.finish(partial(_finish, state, asked, out))
+                stage.finish(partial(_finish, state, asked, out, report))
             if left is not None:
                 clear(out)
             return report
@@ -168,11 +168,11 @@ def _add_all(report: RunReport, state: _State, *, shared: bool) -> int | None:
     return left
 
 
-def _finish(state: _State, asked: Request, out: Path) -> None:
+def _finish(state: _State, asked: Request, out: Path, report: RunReport) -> None:
     """Makes the output; its parts that killed processes have left go first. Nobody else is at them."""
     if state.store is not None:
         remove_parts(out)
-        finish(state.plan, state.store, asked, again=state.complete)
+        finish(state.plan, state.store, asked, report, again=state.complete)
 
 
 def identity(engine: Engine, source: Source, asked: Request) -> dict[str, Any]:
