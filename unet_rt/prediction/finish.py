@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..outputs.labels import check_outside
 from ..outputs.pictures import OverlayCollector
 from .files import BAND_BYTES, check_target, move_folder, open_file
 from .plan import Plan
@@ -22,7 +23,11 @@ def check_targets(asked: Request) -> None:
     if asked.out is not None:
         check_target(asked.out, overwrite=asked.overwrite)
     tables = asked.tables or Tables()
+    if asked.overlay is not None:
+        check_outside(asked.overlay)
     for path in (tables.objects, tables.areas, tables.geojson):
+        if path is not None:
+            check_outside(path)
         if path is not None and path.exists() and not asked.overwrite:
             raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
 

@@ -17,6 +17,7 @@ import numpy as np
 from ..engine.parity import class_name
 from ..errors import OutputError
 from ..images.source import Source
+from ..outputs.labels import is_zarr_output, label_place
 from ..outputs.objects import SPOOL_BYTES, Numbered, Sought, Unit, find_objects
 from ..outputs.outlines import Outlined, write_geojson
 from ..outputs.output import Output
@@ -26,7 +27,7 @@ from ..outputs.tables import PlaneObjects, Summary, write_class_areas, write_tab
 from ..outputs.zarr import ZarrOutput
 from ..system import limits
 from .distance import ReadPlane, distances
-from .files import BAND_BYTES, is_zarr, move_folder, numbered_folder, open_file, shape_of
+from .files import BAND_BYTES, move_folder, numbered_folder, open_file, shape_of
 from .plan import FREE_SHARE, Plan
 from .request import Request, Tables
 from .stage import stage_folder
@@ -111,7 +112,7 @@ def _room(asked: Request) -> int:
 def _window(plan: Plan, out: Path | None, room: int) -> tuple[int, ...]:
     """What is looked at at a time: whole chunks of an OME-Zarr, rows of anything else."""
     px = max(LEAST_PX, room // LABEL_BYTES)
-    if out is not None and is_zarr(out):
+    if out is not None and is_zarr_output(out):
         chunk = plan.blocks.chunk
         side = min(px, WINDOW_PX**2) ** (1 / len(plan.shape))
         return tuple(int(max(c, side // c * c)) for c in chunk)
@@ -130,14 +131,15 @@ def _labels(plan: Plan, store: Readable, plane: int, start: Sequence[int], stop:
 def _open_sink(plan: Plan, out: Path, most: int, exits: ExitStack, *, overwrite: bool) -> Output | ZarrOutput:
     """The image of ids: of 16 bits where they fit, which more programs read."""
     dtype = np.dtype(np.uint16 if most <= np.iinfo(np.uint16).max else np.uint32)
-    if not is_zarr(out):
+    if not is_zarr_output(out):
         if out.suffix.lower() == ".png" and dtype != np.uint16:
             raise OutputError(f"{out}: PNG holds ids up to 65,535, and there are {most:,}; name it {out.stem}.tif")
         return exits.enter_context(open_file(plan, out, 0, dtype, overwrite=overwrite))
     folder = numbered_folder(out)
     shutil.rmtree(folder, ignore_errors=True)
     shape = replace(shape_of(plan), channels=0, dtype=dtype)
-    return ZarrOutput.create(folder, shape, plan.blocks.chunk, plan.image.metadata, size_of(plan.image, plan.shape))
+    size = size_of(plan.image, plan.shape)
+    return ZarrOutput.create(folder, shape, plan.blocks.chunk, plan.image.metadata, size, over=label_place(out))
 
 
 def _write(plan: Plan, sink: Sink, plane: int, found: Numbered, *, means: bool) -> PlaneObjects:

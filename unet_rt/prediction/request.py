@@ -17,6 +17,7 @@ from ..images.normalize import missing_normalization, scope_text
 from ..images.reading import Reading
 from ..images.source import Source
 from ..kernels.memory import MemoryContext
+from ..outputs.labels import is_zarr_output, label_place
 from ..outputs.split import How
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
@@ -150,6 +151,8 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
             f"{source.name} lies on a GPU, where images are predicted as they are; copy it to the host (image.cpu())"
         )
     _check_objects(settled, spec, source)
+    if out is not None and label_place(out) is not None:
+        _check_labels(settled, decision, source, out)
     check_pixel_size(spec.contract, source)
     return settled
 
@@ -159,7 +162,7 @@ def _staged(asked: Request, source: Source) -> bool:
         return False
     large = source.device is None and source.planes * prod(source.shape) >= blocks.LARGE_PX
     shared = asked.shard is not None or asked.scheduler is not None
-    return asked.out.suffix.lower() == ".zarr" or shared or large or stage_folder(asked.out).exists()
+    return is_zarr_output(asked.out) or shared or large or stage_folder(asked.out).exists()
 
 
 def in_blocks(asked: Request, source: Source) -> bool:
@@ -212,6 +215,16 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     if source.dtype.kind in "iu":
         raise missing_normalization(source)
     return Normalization("none")
+
+
+def _check_labels(asked: Request, decision: Decision, source: Source, out: Path) -> None:
+    """OutputError for what cannot be labels inside an image's Zarr."""
+    if asked.output not in ("mask", "instances") or decision.channels:
+        raise OutputError(
+            f"{out}: labels are one whole number per pixel; use --output mask or instances, or another --out"
+        )
+    if source.level:
+        raise OutputError(f"{out}: labels lie over the finest level of their image; leave --level away")
 
 
 def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
