@@ -281,7 +281,7 @@ def test_wrong_options_of_predict(
         (["none"], "out", ("none", "no image", ".png")),
         (["a", "b"], "one.tif", ("2 images", "folder")),
         (["a", "b"], "there.tif", ("there.tif is a file", "folder")),
-        (["a", "b"], "out", ("several images", "different folders")),
+        (["a", "b"], "out", ("a/x.npy and b/x.npy", "out/x.tif", "different folders")),
         (["none/notes.txt"], "out", ("notes.txt", "not an image")),
     ],
 )
