@@ -200,6 +200,7 @@ def test_an_image_that_changed_is_predicted_again(
     command = ("predict", exact_folder, images, "--out", "ids", "--channels", "0")
     code, _, err = cli(*command)
     assert code == 2
+    assert "error: images/b.png: " in err
     assert "1 of 3 images were not predicted; the same command tries them again" in err
     (images / "b.png").write_bytes(good)
     pixels = tifffile.imread(images / "a.tif")

@@ -191,12 +191,12 @@ def _predict_items(
             if len(items) == 1:
                 raise
             # One bad image of many costs nobody the others.
-            print(f"error: {item.image}: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             results.append({"image": str(item.image), "error": str(error)})
             failed.append(item)
             continue
         if left.run is not None:
-            left.run.end(item.image, item.target, done.image, done.found)
+            left.run.end(item.image, item.target, item.name, done.found)
         reports.append((item, done))
         results.append({**done.to_json(), "out": str(item.target)})
         print(run_text(done, item.target if item.target.exists() else None), file=text_stream(args))

@@ -29,7 +29,7 @@ class Source:
     """An opened image: ``planes`` pictures (or volumes) of ``channels`` channels and the same spatial shape.
 
     Attributes:
-        name: For messages: the file's name, or ``"array"``.
+        name: The file's name, or ``"array"``.
         path: The file or Zarr folder, None for arrays and URLs.
         axes: Axes as stored, e.g. ``"TCZYX"``.
         shape: (Y, X) or (Z, Y, X).
@@ -51,7 +51,7 @@ class Source:
     """
 
     def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: ChannelChoice) -> None:
-        self.name = name
+        self.name = name = name if path is None else path.name or str(path)
         self.path = path
         self.axes = layout.axes
         self.shape = layout.space

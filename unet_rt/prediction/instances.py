@@ -60,7 +60,7 @@ def write_instances(plan: Plan, store: Readable, asked: Request, *, overwrite: b
             move_folder(sink.folder, out, overwrite=overwrite)
         elif isinstance(sink, Output):
             sink.commit()
-        name = plan.image.name
+        name = Path(plan.image.name).name
         if tables.objects is not None:
             write_table(tables.objects, name, planes, overwrite=overwrite)
         if tables.areas is not None:

@@ -114,8 +114,6 @@ def predict(
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
     """
-    from ..images.open import where_of
-
     asked = Request(
         reading=Reading(
             axes,
@@ -134,7 +132,7 @@ def predict(
         overlay=None if overlay is None else Path(overlay),
         overwrite=overwrite,
         resample=resample,
-        region=None if region is None else where_of(region),
+        region=None if region is None else str(region),
         memory_bytes=memory_bytes,
         shard=shard,
         scheduler=scheduler,

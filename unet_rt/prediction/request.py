@@ -60,7 +60,7 @@ class Request:
     in use in the place of what was left open.
 
     Attributes:
-        region: Path or URL of an image: predictions are wanted where it is not 0.
+        region: Path or URL of an image, as given: predictions are wanted where it is not 0.
         processes: How many share this machine's memory and threads.
         size_um: Pixel size of the image that is read; empty where not known.
         staged: The result is made block by block in a stage beside the output.
@@ -108,7 +108,11 @@ class Request:
 def engine_form(engine: Engine, asked: Request) -> Engine:
     """The engine in the form that runs tiles: itself, or over several positions of each."""
     output = engine.spec.head(asked.head)
-    return engine if asked.tta == "none" else Augmented(engine, asked.tta, raw=asked.output == "raw", output=output)
+    if asked.tta == "none":
+        return engine
+    if asked.tables is not None and asked.tables.split == "watershed" and engine.spec.distance_of(output) is not None:
+        raise ContractError("--tta averages one output, and this network's objects are split by another; leave it away")
+    return Augmented(engine, asked.tta, raw=asked.output == "raw", output=output)
 
 
 def decision_of(asked: Request, spec: EngineSpec) -> Decision:
@@ -253,8 +257,6 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
     contract = spec.contract_of(spec.head(asked.head))
     if tables.split == "border":
         split.border_label(dict(enumerate(contract.classes)))
-    elif asked.tta != "none" and spec.distance_of(spec.head(asked.head)) is not None:
-        raise ContractError("--tta averages one output, and this network's objects are split by another; leave it away")
 
 
 def check_pixel_size(contract: Contract, source: Source) -> None:
