@@ -241,7 +241,7 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
         raise ContractError("--output instances numbers objects from 1 on; leave --mask-values away")
     if spec.contract_of(spec.head(asked.head)).task == "multilabel":
         raise ContractError(
-            "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.objects)"
+            "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.label_mask)"
         )
     from ..outputs import split, windows
 
