@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from ome_zarr_models import open_ome_zarr
+from skimage import measure
 
 import unet_rt as urt
 from unet_rt.drawing.microscopy import microscopy
@@ -106,6 +107,21 @@ def test_labels_are_those_of_their_image(engine, pixels, tmp_path, zarr_format: 
     listed = json.loads((image / "labels" / (".zattrs" if zarr_format == 2 else "zarr.json")).read_text())
     listed = listed if zarr_format == 2 else listed["attributes"]["ome"]
     assert listed["labels"] == ["nuclei", "cells"]
+
+
+def test_outlines_of_a_coarser_level_are_in_pixels_of_the_finest(engine, pixels, tmp_path):
+    image = write_image(tmp_path / "image.zarr", pixels[:1], 3)
+    tables = urt.Tables(geojson=tmp_path / "coarse.geojson")
+    ids = urt.predict(engine, image, channels=(1,), level=1, output="instances", tables=tables)
+    assert ids.shape == (1, *SIZES[1])
+    features = json.loads((tmp_path / "coarse.geojson").read_text())["features"]
+    assert len(features) == ids.max()
+    for feature, region in zip(features, measure.regionprops(ids[0]), strict=True):
+        parts = feature["geometry"]["coordinates"]
+        parts = [parts] if feature["geometry"]["type"] == "Polygon" else parts
+        corners = np.concatenate([part[0] for part in parts])
+        box = [*corners.min(axis=0)[::-1], *corners.max(axis=0)[::-1]]
+        assert box == [2 * n for n in region.bbox]
 
 
 def test_what_would_lie_inside_a_zarr_is_refused(engine, pixels, tmp_path):

@@ -196,7 +196,7 @@ def _predict_items(
             failed.append(item)
             continue
         if left.run is not None:
-            left.run.end(item.image, item.target, item.name, done.found)
+            left.run.end(item.image, item.target, Path(done.image).name, done.found)
         reports.append((item, done))
         results.append({**done.to_json(), "out": str(item.target)})
         print(run_text(done, item.target if item.target.exists() else None), file=text_stream(args))

@@ -178,8 +178,10 @@ def _unit(image: Source) -> Unit:
 def _write_outlines(
     plan: Plan, found: Sequence[Numbered], planes: Sequence[PlaneObjects], path: Path, *, overwrite: bool
 ) -> None:
-    """Outlines: in map coordinates where the image has them, else in pixels."""
-    image, place = plan.image, dict[str, Any]()
+    """Outlines: in map coordinates where the image has them, else in pixels of the finest level, as viewers count."""
+    image = plan.image
+    down, across = (n / m for n, m in zip(image.levels[0] if image.levels else image.shape, plan.shape, strict=True))
+    place: dict[str, Any] = {"transform": (across, 0.0, 0.0, 0.0, down, 0.0)}
     if image.metadata.kind == "geo":
         from ..outputs.geo import crs_name, scaled_transform
 
