@@ -260,6 +260,12 @@ def test_a_newer_minor_schema_is_read(engine_folder: Path, pixels: Array, here: 
         (["--out", "x.tif", "--channels", "3"], ("channel 3", "--channels")),
         (["--out", "x.tif", "--axes", "ZYX"], ("ZYX", "3 axes")),
         (["--out", "x.tif", "--axes", "QQ"], ("QQ", "ZYX")),
+        (["--out", "x.tif", "--mask", "small.npy"], ("unet-rt: small.npy: the region", "draw it on the image")),
+        (
+            ["--out", "x.png", "--output", "instances", "--split", "border"],
+            ("class called border", "--split watershed"),
+        ),
+        (["--out", "x.tif", "--split", "watershed"], ("--split", "--output instances")),
         ([], ("--out", "--help")),
     ],
 )
@@ -267,6 +273,7 @@ def test_wrong_options_of_predict(
     options: Sequence[str], texts: Sequence[str], engine_folder: Path, pixels: Array, refused: Callable[..., str]
 ) -> None:
     np.save("image.npy", pixels)
+    np.save("small.npy", pixels[:9, :9])
     Path("link.npy").symlink_to("image.npy")
     Path("there.tif").write_bytes(b"kept")
     Path("mask").write_bytes(b"kept")
@@ -281,8 +288,8 @@ def test_wrong_options_of_predict(
         (["none"], "out", ("none", "no image", "notes.txt", "PNG")),
         (["a", "b"], "one.tif", ("2 images", "folder")),
         (["a", "b"], "there.tif", ("there.tif is a file", "folder")),
-        (["a", "b"], "out", ("several images", "different folders")),
-        (["none/notes.txt"], "out", ("notes.txt", "not an image")),
+        (["a", "b"], "out", ("a/x.npy and b/x.npy", "out/x.tif", "different folders")),
+        (["none/notes.txt"], "out", ("unet-rt: none/notes.txt: ", "not an image")),
     ],
 )
 def test_wrong_images_and_folders(

@@ -188,7 +188,7 @@ def test_groups_of_several_images_are_errors_that_name_them(tmp_path: Path) -> N
     group = zarr.open_group(tmp_path / "g.zarr", mode="w")
     for name in ("raw", "label"):
         group.create_array(name, data=STACK[0, 0, 0])
-    with pytest.raises(ImageError, match=r"several images; name one, e\.g\. g\.zarr/label, g\.zarr/raw"):
+    with pytest.raises(ImageError, match=r"several images; name one, e\.g\. .*g\.zarr/label, .*g\.zarr/raw"):
         open_image(tmp_path / "g.zarr", ANY)
     with open_image(tmp_path / "g.zarr" / "raw", ANY) as source:
         assert source.shape == (40, 51)
@@ -214,7 +214,7 @@ def test_an_image_inside_a_group_is_found(tmp_path: Path) -> None:
         assert source.shape == (40, 51)
         assert source.pixel_size_um == (0.25, 0.125)
     write_ome(folder / "1", STACK[0, 0], "zyx", "0.4")
-    with pytest.raises(ImageError, match=r"several images; name one, e\.g\. b\.zarr/0, b\.zarr/1"):
+    with pytest.raises(ImageError, match=r"several images; name one, e\.g\. .*b\.zarr/0, .*b\.zarr/1"):
         open_image(folder, ANY, network_channels=1)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from skimage import measure
 
 from unet_rt import ContractError, ImageError, OutputError
 from unet_rt.drawing.microscopy import microscopy
-from unet_rt.outputs import objects
-from unet_rt.outputs.objects import Objects, find_objects, label_mask
-from unet_rt.outputs.tables import write_class_areas, write_table
+from unet_rt.outputs import windows
+from unet_rt.outputs.objects import Objects, Sought, find_objects, label_mask
+from unet_rt.outputs.split import Split
+from unet_rt.outputs.tables import PlaneObjects, Summary, unite_tables, write_class_areas, write_summary, write_table
 
 EPS = np.finfo(np.float64).eps
 
@@ -31,13 +34,15 @@ def windowed(mask: np.ndarray, window: Sequence[int], **options: Any) -> tuple[n
     def read(start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         return mask[tuple(map(slice, start, stop))]
 
-    def write(start: Sequence[int], block: np.ndarray) -> None:
-        starts.append(tuple(start))
-        ids[tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
-
-    found = find_objects(read, mask.shape, window=window, write=write, **options)
+    with tempfile.SpooledTemporaryFile(100) as spool:  # what is kept of parts goes to the disk at once
+        how = options.pop("split", None)
+        split = None if how is None else Split(how, spool, **options.pop("by", {}))
+        found = find_objects(read, mask.shape, Sought(split=split, **options), window=window)
+        for start, block in found.windows():
+            starts.append(tuple(start))
+            ids[tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
     assert starts == sorted(set(starts))
-    return ids, found
+    return ids, found.objects
 
 
 def in_raster_order(ids: np.ndarray) -> np.ndarray:
@@ -172,7 +177,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_the_table_is_read_back_as_it_was_measured(tmp_path: Path):
     mask = (microscopy((300, 400), seed=11).truth > 0).astype(np.uint8)
     _, found = label_mask(mask, min_size=30, pixel_size_um=(0.5, 0.25), class_names={1: "nucleus, stained"})
-    write_table(tmp_path / "objects.csv", [found])
+    write_table(tmp_path / "objects.csv", "a.tif", [PlaneObjects(found)])
     table = rows(tmp_path / "objects.csv")
     assert [int(row["id"]) for row in table] == found.ids.tolist()
     assert len(table) > 5
@@ -188,11 +193,13 @@ def test_the_table_is_read_back_as_it_was_measured(tmp_path: Path):
 
 def test_planes_and_classes_are_summed_up(tmp_path: Path):
     first, second = np.array([[1, 0, 2], [1, 0, 2]], np.uint8), np.array([[0, 0, 1]], np.uint8)
-    planes = [label_mask(plane, class_names={1: "cell", 2: "vessel"})[1] for plane in (first, second)]
-    write_table(tmp_path / "objects.csv", planes)
-    assert [(row["plane"], row["id"]) for row in rows(tmp_path / "objects.csv")] == [("0", "1"), ("0", "2"), ("1", "1")]
-    write_class_areas(tmp_path / "classes.csv", planes)
-    found = [tuple(row.values()) for row in rows(tmp_path / "classes.csv")]
+    found = [label_mask(plane, class_names={1: "cell", 2: "vessel"})[1] for plane in (first, second)]
+    planes = [PlaneObjects(one, plane=k, t=3 + k) for k, one in enumerate(found)]
+    write_table(tmp_path / "objects.csv", "a.tif", planes)
+    places = [tuple(row[name] for name in ("image", "t", "z", "plane", "id")) for row in rows(tmp_path / "objects.csv")]
+    assert places == [("a.tif", "3", "", "0", "1"), ("a.tif", "3", "", "0", "2"), ("a.tif", "4", "", "1", "1")]
+    write_class_areas(tmp_path / "classes.csv", "a.tif", planes)
+    found = [tuple(row.values())[3:] for row in rows(tmp_path / "classes.csv")]
     third = str(1 / 3)
     assert found == [
         ("0", "1", "cell", "1", "2", third),
@@ -204,29 +211,71 @@ def test_planes_and_classes_are_summed_up(tmp_path: Path):
 
 def test_a_volume_has_volumes(tmp_path: Path):
     found = label_mask(np.ones((2, 3, 4), bool), pixel_size_um=(2, 1, 1))[1]
-    write_table(tmp_path / "objects.csv", [found])
+    write_table(tmp_path / "objects.csv", "a.tif", [PlaneObjects(found)])
     (row,) = rows(tmp_path / "objects.csv")
     assert (row["volume_px"], row["volume_um3"], row["centroid_z"], row["stop_x"]) == ("24", "48.0", "0.5", "4")
+
+
+def test_areas_have_the_unit_of_their_kind(tmp_path: Path):
+    field = np.zeros((4, 5), np.uint8)
+    field[1:3, 1:4] = 1
+    for unit, size, area in (("um", 0.5, 1.5), ("m", 2e6, 24.0), ("mm", 500.0, 1.5)):
+        found = replace(label_mask(field, pixel_size_um=(size, size))[1], unit=unit)
+        planes = [PlaneObjects(found)]
+        write_table(tmp_path / "objects.csv", "a.tif", planes, overwrite=True)
+        (row,) = rows(tmp_path / "objects.csv")
+        assert float(row[f"area_{unit}2"]) == pytest.approx(area, rel=1e-12)
+        assert Summary.of(planes).median_area == pytest.approx(area, rel=1e-12)
+        assert Summary.of(planes).unit == f"{unit}2"
+
+
+def test_images_of_a_folder_have_one_table(tmp_path: Path):
+    field = np.zeros((5, 6), np.uint8)
+    field[1:3, 1:4] = field[4, 5] = 1
+    _, plain = label_mask(field)
+    _, sized = label_mask(field, pixel_size_um=(1, 1), min_size=2)
+    measured = replace(sized, channels=("DAPI",), means=np.array([[2.5]]))
+    none = PlaneObjects(label_mask(field * 0)[1])
+    images = {"a.tif": [PlaneObjects(plain)], "b.tif": [PlaneObjects(measured, z=2)], "c.tif": [none]}
+    for name, planes in images.items():
+        write_table(tmp_path / name, name, planes)
+    unite_tables(tmp_path / "all.csv", [tmp_path / name for name in images])
+    table = rows(tmp_path / "all.csv")
+    found = [(row["image"], row["id"], row["z"], row["area_px"], row["area_um2"], row["mean_DAPI"]) for row in table]
+    one, two, three = (
+        ("a.tif", "1", "", "6", "", ""),
+        ("a.tif", "2", "", "1", "", ""),
+        ("b.tif", "1", "2", "6", "6.0", "2.5"),
+    )
+    assert found == [one, two, three]
+    unite_tables(tmp_path / "all.csv", [tmp_path / "b.tif"], kept=["a.tif"], overwrite=True)
+    assert rows(tmp_path / "all.csv") == table
+    write_summary(tmp_path / "summary.csv", {name: Summary.of(planes) for name, planes in images.items()})
+    assert [tuple(row.values()) for row in rows(tmp_path / "summary.csv")] == [
+        ("a.tif", "2", str(7 / 30), "3.5", ""),
+        ("b.tif", "1", str(6 / 30), "6.0", "6.0"),
+        ("c.tif", "0", "0.0", "", ""),
+    ]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch):
     _, found = label_mask(np.eye(3, dtype=np.uint8))
     path = tmp_path / "objects.csv"
-    write_table(path, [found])
+    write_table(path, "a.tif", [PlaneObjects(found)])
     before = path.read_bytes()
     with pytest.raises(OutputError, match="exists already"):
-        write_table(path, [found])
+        write_table(path, "a.tif", [PlaneObjects(found)])
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OutputError, match="No space left"):
-        write_table(path, [found], overwrite=True)
+        write_table(path, "a.tif", [PlaneObjects(found)], overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OutputError, match="missing"):
-        write_table(tmp_path / "missing" / "objects.csv", [found])
+        write_table(tmp_path / "missing" / "objects.csv", "a.tif", [PlaneObjects(found)])
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
@@ -253,11 +302,12 @@ def test_what_makes_no_sense_is_refused(mask, options, error, text):
 def test_a_mask_that_changes_while_it_is_read_is_refused():
     mask = np.eye(8, dtype=np.uint8)
 
-    def write(start: Sequence[int], block: np.ndarray) -> None:
-        mask[:] = 0
-
+    found = find_objects(lambda start, stop: mask[tuple(map(slice, start, stop))], mask.shape, window=(4, 4))
+    left = found.windows()
+    next(left)
+    mask[:] = 0
     with pytest.raises(ImageError, match=r"changed while it was read.*\[0:4, 4:8\]|\[4:8, 4:8\]"):
-        find_objects(lambda start, stop: mask[tuple(map(slice, start, stop))], mask.shape, window=(4, 4), write=write)
+        list(left)
 
 
 def test_a_reader_that_gives_other_pixels_than_asked_for_is_refused():
@@ -267,6 +317,6 @@ def test_a_reader_that_gives_other_pixels_than_asked_for_is_refused():
 
 @pytest.mark.parametrize("shape", [(100_000, 100_000), (40, 3_000_000), (1000, 2000, 3000), (5, 5)])
 def test_default_windows_are_bounded(shape):
-    window = objects.window_for(shape)
-    assert np.prod(window) <= objects.WINDOW_PX
-    assert np.prod(window) >= min(np.prod(shape), objects.WINDOW_PX // 2)
+    window = windows.window_for(shape)
+    assert np.prod(window) <= windows.WINDOW_PX
+    assert np.prod(window) >= min(np.prod(shape), windows.WINDOW_PX // 2)

@@ -17,7 +17,7 @@ from skimage import measure
 from unet_rt import ContractError, ImageError, OutputError
 from unet_rt.drawing.microscopy import microscopy
 from unet_rt.outputs.objects import Objects, label_mask
-from unet_rt.outputs.outlines import outlines, write_geojson
+from unet_rt.outputs.outlines import Outlined, outlines, write_geojson
 
 
 def reader(ids: np.ndarray) -> Any:
@@ -83,7 +83,7 @@ def test_a_drawn_micrograph(tmp_path: Path, window: tuple[int, int]):
         (truth > 0).astype(np.uint8), min_size=20, pixel_size_um=(0.5, 0.5), class_names={1: "nucleus"}
     )
     path = tmp_path / "objects.geojson"
-    write_geojson(path, found, reader(ids), window=window)
+    write_geojson(path, [Outlined(found, reader(ids))], window=window)
     collection = json.loads(path.read_text(encoding="utf-8"))
     assert collection["type"] == "FeatureCollection"
     assert "crs" not in collection
@@ -105,7 +105,7 @@ def test_the_file_does_not_depend_on_windows(tmp_path: Path, shared: Path):
     mask = (np.asarray(Image.open(file)) == 0).astype(np.uint8)  # membranes: one net with hundreds of holes
     ids, found = label_mask(mask)
     for name, window in (("whole", None), ("cut", (100, 130))):
-        write_geojson(tmp_path / name, found, reader(ids), window=window)
+        write_geojson(tmp_path / name, [Outlined(found, reader(ids))], window=window)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "cut").read_bytes()
     largest = int(np.argmax(found.area_px))
     geometry = json.loads((tmp_path / "cut").read_text())["features"][largest]["geometry"]
@@ -120,7 +120,9 @@ def test_maps_have_coordinates_of_their_own(tmp_path: Path):
     mask[1, 1] = 0
     ids, found = label_mask(mask)
     north_up = (10.0, 0.0, 500_000.0, 0.0, -10.0, 4_000_000.0)
-    write_geojson(tmp_path / "map", found, reader(ids), transform=north_up, crs="urn:ogc:def:crs:EPSG::32633")
+    write_geojson(
+        tmp_path / "map", [Outlined(found, reader(ids))], transform=north_up, crs="urn:ogc:def:crs:EPSG::32633"
+    )
     collection = json.loads((tmp_path / "map").read_text())
     assert collection["crs"] == {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32633"}}
     outer, hole = collection["features"][0]["geometry"]["coordinates"]
@@ -133,7 +135,7 @@ def test_maps_have_coordinates_of_their_own(tmp_path: Path):
 
 def test_nothing_found_is_an_empty_collection(tmp_path: Path):
     ids, found = label_mask(np.zeros((5, 5), np.uint8))
-    write_geojson(tmp_path / "none", found, reader(ids))
+    write_geojson(tmp_path / "none", [Outlined(found, reader(ids))])
     assert json.loads((tmp_path / "none").read_text()) == {"type": "FeatureCollection", "features": []}
 
 
@@ -141,7 +143,7 @@ def test_drafts_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """They are as large as the file, and the folder for temporary files may be small."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
     ids, found = label_mask(microscopy((64, 64), seed=2).truth > 0)
-    write_geojson(tmp_path / "found.geojson", found, reader(ids))
+    write_geojson(tmp_path / "found.geojson", [Outlined(found, reader(ids))])
     assert [path.name for path in tmp_path.iterdir()] == ["found.geojson"]
 
 
@@ -149,14 +151,14 @@ def test_refusals(tmp_path: Path):
     ids, found = label_mask(np.eye(4, dtype=np.uint8), connectivity="face")
     path = tmp_path / "objects.geojson"
     with pytest.raises(ImageError, match=r"object 2.*another mask"):
-        write_geojson(path, found, reader(np.where(ids == 2, 0, ids)))
+        write_geojson(path, [Outlined(found, reader(np.where(ids == 2, 0, ids)))])
     with pytest.raises(ImageError, match=r"hold 9.*4 objects"):
-        write_geojson(path, found, reader(ids + 5))
+        write_geojson(path, [Outlined(found, reader(ids + 5))])
     with pytest.raises(ContractError, match="maps the plane to a line"):
-        write_geojson(path, found, reader(ids), transform=(1, 0, 0, 2, 0, 0))
+        write_geojson(path, [Outlined(found, reader(ids))], transform=(1, 0, 0, 2, 0, 0))
     with pytest.raises(ContractError, match="3 axes; use a table"):
-        write_geojson(path, label_mask(np.ones((2, 2, 2), bool))[1], reader(ids))
+        write_geojson(path, [Outlined(label_mask(np.ones((2, 2, 2), bool))[1], reader(ids))])
     assert not list(tmp_path.iterdir())
-    write_geojson(path, found, reader(ids))
+    write_geojson(path, [Outlined(found, reader(ids))])
     with pytest.raises(OutputError, match="exists already"):
-        write_geojson(path, found, reader(ids))
+        write_geojson(path, [Outlined(found, reader(ids))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -571,7 +572,7 @@ def test_instances_are_numbered_across_blocks(engine, stored, whole, small_block
     sizes = [r.area for r in regionprops(expected)]
     features = json.loads((tmp_path / "objects.geojson").read_text())["features"]
     assert [f["properties"]["measurements"]["area px"] for f in features] == sizes
-    assert [int(line.split(",")[3]) for line in lines[1:]] == sizes
+    assert [int(row["area_px"]) for row in csv.DictReader(lines)] == sizes
     few = urt.predict(engine, stored, output="instances", tile=TILE, tables=request.Tables(min_size=60))
     assert few.max() == sum(s >= 60 for s in sizes)
     urt.predict(engine, stored, out=tmp_path / "ids.tif", tile=TILE, output="instances")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ContractError, ImageError, OutputError
+from ..outputs.labels import is_zarr_output
+from .folder import Item, Left, advice_text, finish_tables, left_of, say_kept, tables_of
 from .options import (
     add_choices,
     add_overwrite,
@@ -29,6 +31,7 @@ from .printing import Bar, print_json, text_stream
 if TYPE_CHECKING:
     from ..contract.contract import Normalization
     from ..engine.engine import Engine
+    from ..outputs.split import How
     from ..prediction.report import RunReport
     from ..prediction.request import Tables
 
@@ -67,6 +70,7 @@ def add_predict(verbs: Any) -> None:
     p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
     p.add_argument("--overlay", action="store_true", help="also draw the mask over the image (NAME.overlay.png)")
     add_overwrite(p)
+    p.add_argument("--skip-existing", action="store_true", help="leave out images whose output is there")
     p.add_argument("--accept-unverified", action="store_true", help="run an engine whose parity is not proven here")
     reading = add_reading(p)
     add_choices(reading)
@@ -116,31 +120,29 @@ def _add_large(p: argparse.ArgumentParser) -> None:
 def _add_objects(p: argparse.ArgumentParser) -> None:
     """What is wanted of objects."""
     group = p.add_argument_group("objects (--output instances)")
+    group.add_argument(
+        "--split",
+        choices=("none", "watershed", "border"),
+        default="none",
+        help="how objects that touch are told apart: by depth (or the network's output distance), by its class border",
+    )
     group.add_argument("--min-size", type=int, default=1, metavar="N", help="leave out objects of fewer pixels")
-    group.add_argument("--objects", metavar="CSV", help="table of all objects")
+    group.add_argument("--objects", metavar="CSV", help="table of all objects of all images")
     group.add_argument("--areas", metavar="CSV", help="table of what each class covers")
-    group.add_argument("--geojson", metavar="JSON", help="outlines as polygons, for slide viewers")
-
-
-class _Item(NamedTuple):
-    """One image, and where its outputs go."""
-
-    image: Path | str
-    target: Path
-    overlay: Path | None
+    group.add_argument(
+        "--geojson", metavar="FILE|DIR", help="outlines as polygons, a file per image, for QuPath and maps"
+    )
 
 
 def _predict(args: argparse.Namespace) -> int:
     from ..engine.load import load
     from ..images.listing import list_images
-    from .texts import run_text
 
     items = _list_items(args, list_images(args.images, lambda text: print(text, file=sys.stderr)))
-    results: list[dict[str, Any]] = []
-    tables, bad = _tables(args, len(items)), 0
+    tables = _tables(args, len(items))
     device = None if args.device == "auto" else args.device
     with (
-        ExitStack() as folders,
+        left_of(args, items) as left,
         load(
             args.engine, device=device, threads=args.threads or None, accept_unverified=args.accept_unverified
         ) as engine,
@@ -148,25 +150,66 @@ def _predict(args: argparse.Namespace) -> int:
         if args.accept_unverified:
             print(f"WARNING: {args.engine} runs unverified, as asked", file=sys.stderr)
         normalization = _normalization(args, engine)
-        folders.enter_context(_folder_of(args, [item.target for item in items]))
-        for item in items:
-            try:
-                done = _predict_item(args, engine, item, normalization, tables)
-            except (ImageError, ContractError) as error:
-                if len(items) == 1:
-                    raise
-                # One bad image of many costs nobody the others.
-                print(f"error: {item.image}: {error}", file=sys.stderr)
-                results.append({"image": str(item.image), "error": str(error)})
-                bad += 1
-                continue
-            results.append({**done.to_json(), "out": str(item.target)})
-            print(run_text(done, item.target if item.target.exists() else None), file=text_stream(args))
+        try:
+            with _folders_of(args, items):
+                bad = _predict_items(args, engine, items, left, normalization, tables)
+        except BaseException:
+            say_kept(args, left, items)
+            raise
+        if left.run is not None and not bad:
+            left.run.close()
+    return 2 if bad else 0
+
+
+def _predict_items(
+    args: argparse.Namespace,
+    engine: Engine,
+    items: Sequence[Item],
+    left: Left,
+    normalization: Normalization | None,
+    tables: Tables | None,
+) -> int:
+    """Predicts what is left, says what was done, and returns how many images could not be predicted."""
+    from .texts import OUTSIDE_TOLD, run_text
+
+    results: list[dict[str, Any]] = []
+    reports: list[tuple[Item, RunReport]] = []
+    failed: list[Item] = []
+    for state, there in (("done by an earlier run", left.done), ("skipped", left.skipped)):
+        for item in there:
+            results.append({"image": item.name, "out": str(item.target), "state": state})
+        if there:
+            print(f"{len(there)} of {len(items)} images: {state}", file=text_stream(args))
+    for item in left.items:
+        try:
+            own = left.run is not None and left.run.begun(item.target)
+            if left.run is not None:
+                left.run.begin(item.target)
+            done = _predict_item(args, engine, item, normalization, tables_of(tables, item, left.run), own=own)
+        except (ImageError, ContractError) as error:
+            if len(items) == 1:
+                raise
+            # One bad image of many costs nobody the others.
+            print(f"error: {error}", file=sys.stderr)
+            results.append({"image": str(item.image), "error": str(error)})
+            failed.append(item)
+            continue
+        if left.run is not None:
+            left.run.end(item.image, item.target, Path(done.image).name, done.found)
+        reports.append((item, done))
+        results.append({**done.to_json(), "out": str(item.target)})
+        print(run_text(done, item.target if item.target.exists() else None), file=text_stream(args))
+    finish_tables(args, left, [item for item in items if item not in failed])
+    if advice := advice_text(reports, OUTSIDE_TOLD):
+        print(advice, file=text_stream(args))
     if args.json:
         print_json(results)
-    if bad:
-        print(f"{bad} of {len(items)} images were not predicted", file=sys.stderr)
-    return 2 if bad else 0
+    if failed:
+        print(
+            f"{len(failed)} of {len(items)} images were not predicted; the same command tries them again",
+            file=sys.stderr,
+        )
+    return len(failed)
 
 
 def _normalization(args: argparse.Namespace, engine: Engine) -> Normalization | None:
@@ -188,11 +231,16 @@ def _normalization(args: argparse.Namespace, engine: Engine) -> Normalization | 
 def _predict_item(
     args: argparse.Namespace,
     engine: Engine,
-    item: _Item,
+    item: Item,
     normalization: Normalization | None,
     tables: Tables | None,
+    *,
+    own: bool,
 ) -> RunReport:
-    """Predicts one image as the options say, and returns what was done, with what is worth a note."""
+    """Predicts one image as the options say, and returns what was done, with what is worth a note.
+
+    ``own``: what lies at its outputs was left by an earlier run of the same command.
+    """
     import warnings
 
     from ..errors import PixelRangeWarning
@@ -218,7 +266,7 @@ def _predict_item(
         mask_values=args.mask_values,
         normalization=normalization,
         overlay=item.overlay,
-        overwrite=args.overwrite,
+        overwrite=args.overwrite or own,
         progress=Bar(Path(item.image).name),
         report=reports.append,
         pixel_size_um=args.pixel_size,
@@ -239,36 +287,46 @@ def _predict_item(
     return done
 
 
-def _list_items(args: argparse.Namespace, images: Sequence[Path | str]) -> list[_Item]:
-    """The images, each with its outputs.
-
-    Raises:
-        OutputError: One exists, and is not to be replaced.
-    """
-    from ..prediction.stage import stage_folder
-
-    items = [
-        _Item(image, target, _overlay_name(target) if args.overlay else None)
-        for image, target in zip(images, _targets(args, images), strict=True)
+def _list_items(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Item]:
+    """The images, each with its outputs."""
+    targets = _targets(args, images)
+    outlines = _outlines(args, targets)
+    return [
+        Item(image, target, _overlay_name(target) if args.overlay else None, geojson)
+        for image, target, geojson in zip(images, targets, outlines, strict=True)
     ]
-    for item in items if not args.overwrite else []:
-        if item.overlay is not None and item.overlay.exists() and not stage_folder(item.target).exists():
-            raise OutputError(f"{item.overlay} exists; pass --overwrite to replace it, or choose another --out")
-    return items
+
+
+def _outlines(args: argparse.Namespace, targets: Sequence[Path]) -> list[Path | None]:
+    """One GeoJSON per image: the file that is named, or files in the folder that is."""
+    if not args.geojson:
+        return [None] * len(targets)
+    place = Path(args.geojson)
+    if place.suffix.lower() in (".json", ".geojson"):
+        if len(targets) > 1:
+            raise OutputError(
+                f"{len(targets)} images do not go into one GeoJSON, {place}; name a folder with --geojson"
+            )
+        return [place]
+    return [place / f"{_stem(target)}.geojson" for target in targets]
 
 
 def _tables(args: argparse.Namespace, images: int) -> Tables | None:
     """What is wanted of objects; None where nothing is."""
     from ..prediction.request import Tables
 
-    paths = {name: getattr(args, name) for name in ("objects", "areas", "geojson") if getattr(args, name)}
-    if not paths and args.min_size == 1:
+    paths = {name: Path(getattr(args, name)) for name in ("objects", "areas", "geojson") if getattr(args, name)}
+    if not paths and args.min_size == 1 and args.split == "none":
         return None
     if args.output != "instances":
-        raise ContractError("--min-size, --objects, --areas and --geojson are about objects; use --output instances")
-    if paths and images > 1:
-        raise OutputError(f"{images} images do not go into one table; predict them one by one")
-    return Tables(args.min_size, **{name: Path(path) for name, path in paths.items()})
+        raise ContractError(
+            "--split, --min-size, --objects, --areas and --geojson are about objects; use --output instances"
+        )
+    if images > 1 and args.shard is not None and ("objects" in paths or "areas" in paths):
+        raise OutputError("shards of several images make no table of all; predict the images one by one")
+    return Tables(
+        args.min_size, paths.get("objects"), paths.get("areas"), paths.get("geojson"), cast("How", args.split)
+    )
 
 
 def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Path]:
@@ -280,7 +338,7 @@ def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Pat
     out = Path(args.out)
     if out.is_file() and len(images) > 1:
         raise OutputError(f"{out} is a file, and {len(images)} images need a folder; choose another --out")
-    zarr = out.suffix.lower() == ".zarr"  # a folder that is one output
+    zarr = is_zarr_output(out)  # a folder that is one output
     if len(images) == 1 and (zarr or (not out.is_dir() and (out.suffix != "" or out.exists()))):
         _not_the_image(out, images)
         return [out]
@@ -289,15 +347,14 @@ def _targets(args: argparse.Namespace, images: Sequence[Path | str]) -> list[Pat
     ):
         raise OutputError(f"{len(images)} images need a folder, and {out} is named like a file; choose another --out")
     targets = [out / output_name(image) for image in images]
-    doubles = {t for t in targets if targets.count(t) > 1}
-    if doubles:
-        raise OutputError(f"several images would be written to {min(doubles)}; predict them into different folders")
-    for target in targets:
+    first: dict[Path, Path | str] = {}
+    for image, target in zip(images, targets, strict=True):
+        if target in first:
+            raise OutputError(
+                f"{first[target]} and {image} would both be written to {target}; predict them into different folders"
+            )
+        first[target] = image
         _not_the_image(target, images)
-    if not args.overwrite:
-        existing = [t for t in targets if t.exists()]
-        if existing:
-            raise OutputError(f"{existing[0]} exists; pass --overwrite to replace it")
     return targets
 
 
@@ -307,24 +364,31 @@ def _not_the_image(target: Path, images: Sequence[Path | str]) -> None:
         raise OutputError(f"{target} is an image to be predicted, which an output never replaces; choose another --out")
 
 
-def _overlay_name(target: Path) -> Path:
+def _stem(target: Path) -> str:
     name = target.name.removesuffix(".gz")
-    return target.with_name(name.removesuffix(Path(name).suffix) + ".overlay.png")
+    return name.removesuffix(Path(name).suffix)
+
+
+def _overlay_name(target: Path) -> Path:
+    return target.with_name(f"{_stem(target)}.overlay.png")
 
 
 @contextmanager
-def _folder_of(args: argparse.Namespace, targets: Sequence[Path]) -> Iterator[None]:
-    """Makes the folder --out where outputs go into one, and removes it again where nothing came of it."""
-    folder = Path(args.out)
-    if targets[0].parent != folder or folder.is_dir():
-        yield
-        return
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be created ({error.strerror}); choose another --out") from error
+def _folders_of(args: argparse.Namespace, items: Sequence[Item]) -> Iterator[None]:
+    """Makes the folders that outputs go into, and removes them again where nothing came of it."""
+    folders = {Path(args.out)} if items[0].target.parent == Path(args.out) else set()
+    folders |= {
+        item.geojson.parent for item in items if item.geojson is not None and item.geojson != Path(args.geojson)
+    }
+    made = [folder for folder in sorted(folders) if not folder.is_dir()]
+    for folder in made:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be created ({error.strerror}); choose another --out") from error
     try:
         yield
     finally:
-        with suppress(OSError):  # it holds outputs that are whole
-            folder.rmdir()
+        for folder in reversed(made):
+            with suppress(OSError):  # it holds outputs that are whole
+                folder.rmdir()

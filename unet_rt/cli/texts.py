@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from ..graph.report import GraphReport
     from ..judging.bench import BenchReport
     from ..judging.verify import VerifyReport
+    from ..outputs.tables import Summary
     from ..prediction.report import RunReport
     from ..system.timing import Timing
 
 
-OUTSIDE_TOLD = 1e-3  # share of pixels outside the range seen at build from which on the result is worth a look
+OUTSIDE_TOLD = 0.05  # share of pixels outside the range seen at build from which on the result is worth a look
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
@@ -237,12 +238,22 @@ def run_text(report: RunReport, target: Path | None = None) -> str:
     if report.range_warning:
         lines.insert(0, f"WARNING: {report.range_warning}")
     elif report.outside_range:
-        advice = ": look whether the result is right" if report.outside_range >= OUTSIDE_TOLD else ""
-        lines.append(f"  {report.outside_range:.3%} of pixels, normalised, lie outside the range seen at build{advice}")
+        lines.append(f"  {report.outside_range:.3%} of pixels, normalised, lie outside the range seen at build")
     lines += [f"  {note}" for note in report.notes]
     if target is not None:
         lines.append(f"  -> {target}")
+    if report.found is not None:
+        lines.append("  " + _found_text(report.found))
     return "\n".join(lines)
+
+
+def _found_text(found: Summary) -> str:
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    median = "" if found.median_px is None else f", median {number(found.median_px)} px"
+    size = "" if found.median_area is None else f" ({number(found.median_area)} {found.unit})"
+    return f"{_count_text(found.objects, 'object')}{median}{size}"
 
 
 def verify_text(report: VerifyReport) -> str:

@@ -147,6 +147,15 @@ class EngineSpec(Record):
             raise ContractError(f"the engine has no output {name!r}; its outputs are {', '.join(names)}")
         return 0 if name is None else names.index(name)
 
+    def distance_of(self, output: int) -> int | None:
+        """The output that holds distances over the samples of ``output``: called ``distance``, values of one channel."""
+        for k, one in enumerate(self.outputs):
+            said = self.contract_of(k)
+            if k != output and one.name.lower() == "distance" and one.channels == 1:
+                same = [f.scale for f in one.field] == [f.scale for f in self.outputs[output].field]
+                return k if same and said.task in (None, "regression") else None
+        return None
+
     def used_outputs(self) -> tuple[OutputField, ...]:
         """The outputs with the halo in use."""
         if self.halo_limit is None:

@@ -59,6 +59,11 @@ class Layout:
         return 1 if self.channel is None else self.shape[self.channel]
 
     @property
+    def channel_letter(self) -> str:
+        """``C``, or ``S`` where the channels are the colours of one picture; empty without a channel axis."""
+        return "" if self.channel is None else self.axes[self.channel]
+
+    @property
     def plane_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[i] for i in self.planes)
 
@@ -295,7 +300,7 @@ def choose_channels(
         return _select(layout, name, wanted, selection, names)
     if wanted is None:
         wanted = stored if alpha is None else stored - 1
-    if not names and layout.channel is not None and layout.axes[layout.channel] == "S" and stored in (3, 4):
+    if not names and layout.channel_letter == "S" and stored in (3, 4):
         names = ("red", "green", "blue", "alpha")[:stored]
     by_name = {channel_name.lower(): index for index, channel_name in enumerate(names)}
     if len(wanted_names) == wanted and len(by_name) == len(names) and all(n.lower() in by_name for n in wanted_names):
@@ -305,14 +310,12 @@ def choose_channels(
             text = f"{_picked_text(picked, stored)} by name ({', '.join(wanted_names)})"
             return ChannelChoice(picked, text, check="opaque" if dropped else "")
     if wanted == stored and (alpha is None or wanted > 2):
-        return ChannelChoice(
-            tuple(range(stored)), _count_text(stored) + ("" if alpha is None else ", alpha among them")
-        )
+        text = _count_text(stored) + ("" if alpha is None else ", alpha among them")
+        return ChannelChoice(tuple(range(stored)), text)
     colours = tuple(i for i in range(stored) if i != alpha)
     if alpha is not None and wanted == len(colours):
         return ChannelChoice(colours, f"{_count_text(wanted)}, opaque alpha dropped", check="opaque")
-    colour = layout.channel is not None and (layout.axes[layout.channel] == "S" or len(colours) == 3)
-    if wanted == 1 and colour and len(colours) == 3:
+    if wanted == 1 and len(colours) == 3:
         # Grey saved as colour is common; that the colours are equal is checked on every pixel.
         return ChannelChoice((0,), "equal colours taken as one channel", check="equal")
     raise ContractError(_mismatch_text(layout, name, wanted, names))
@@ -391,6 +394,7 @@ def _mismatch_text(layout: Layout, name: str, wanted: int, names: Sequence[str])
     if stored == 1:
         return f"{fact}; {_grey_text(wanted)}"
     if wanted == 1 and stored in (3, 4):
-        return f"{fact}; use --channels 0 (or 1, 2) for one of them, or --channels luma for their luminance"
+        luma = ", or --channels luma for their luminance" if layout.channel_letter == "S" else ""
+        return f"{fact}; use --channels 0 (or 1, 2) for one of them{luma}"
     ways = f"choose with --channels{_example(stored, wanted)}"
     return f"{fact}; {ways}, or declare other axes with --axes"

@@ -39,7 +39,7 @@ def open_image(
     network_channels: int | None = None,
     name: str | None = None,
 ) -> Source:
-    """An image with the channels that a network takes, to be read by windows.
+    """An image with the channels that a network takes, to be read by windows. Errors name the path as it was given.
 
     Args:
         image: A path, a URL (``s3://...``, ``https://...``), a NumPy array, anything with DLPack (on the CPU),
@@ -104,7 +104,7 @@ def _open_any(
         stored = open_url(image, name, level, series)
     elif isinstance(image, (str, os.PathLike)):
         path, inside = split_inside(Path(image))
-        name = path.name or str(path)
+        name = str(image)
         stored = open_path(path, name, level, series, inside)
         if not stored.files:
             stored = replace(stored, files=(path,))
@@ -220,7 +220,14 @@ def _check_dropped(source: Source, choice: ChannelChoice, alpha: int | None) -> 
         if "equal" in choice.check:
             colours = [i for i in range(stored) if i != alpha]
             if any(not np.array_equal(band[colours[0]], band[i]) for i in colours[1:]):
+                layout = source._layout
+                shape, one = f"{source.axes} {size_text(layout.shape)}", "--channels 0 (or 1, 2)"
+                if layout.channel_letter == "S":
+                    raise ContractError(
+                        f"{source.name}: a colour image ({shape}) for a network of 1 channel; use {one} for one colour, or "
+                        "--channels luma for their luminance"
+                    )
                 raise ContractError(
-                    f"{source.name}: a colour image ({source.axes} {size_text(source._layout.shape)}) for a network "
-                    "of 1 channel; use --channels 0 (or 1, 2) for one colour, or --channels luma for their luminance"
+                    f"{source.name}: {len(colours)} channels ({shape}; {', '.join(source.channel_names)}) for a network of "
+                    f"1; use {one} for one of them"
                 )

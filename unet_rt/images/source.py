@@ -30,7 +30,7 @@ class Source:
     """An opened image: ``planes`` pictures (or volumes) of ``channels`` channels and the same spatial shape.
 
     Attributes:
-        name: For messages: the file's name, or ``"array"``.
+        name: The file's name, or ``"array"``.
         path: The file or Zarr folder, None for arrays and URLs.
         axes: Axes as stored, e.g. ``"TCZYX"``.
         shape: (Y, X) or (Z, Y, X).
@@ -42,6 +42,7 @@ class Source:
         pixel_size_um: Micrometres per pixel along the spatial axes; None where not known for all of them.
         metadata: Where the pixels come from, for the output.
         gaps: Whether pixels may hold no data; see :meth:`valid`.
+        channel_names: Of all stored channels, by metadata; their numbers where these name none.
         levels: Spatial shapes of all levels of a pyramid, finest first; empty where there is one level.
         level: The level that is read.
         nodata: The value of pixels that hold no data, None where none is declared; see :meth:`valid`.
@@ -51,7 +52,7 @@ class Source:
     """
 
     def __init__(self, name: str, path: Path | None, stored: Stored, layout: Layout, choice: ChannelChoice) -> None:
-        self.name = name
+        self.name = name = name if path is None else path.name or str(path)
         self.path = path
         self.axes = layout.axes
         self.shape = layout.space
@@ -61,6 +62,8 @@ class Source:
         self.plane_shape = layout.plane_shape
         self.plane_axes = layout.plane_axes
         self.metadata = stored.origin
+        named = len(stored.names) == layout.channels and len(set(stored.names)) == layout.channels
+        self.channel_names = tuple(stored.names) if named else tuple(map(str, range(layout.channels)))
         self.levels = tuple(tuple(shape[i] for i in layout.spatial) for shape in stored.levels)
         self.level = stored.level
         self.nodata = stored.nodata
@@ -159,6 +162,14 @@ class Source:
             for channel in set(self._choice.channels):
                 holds &= ~np.isnan(pixels[channel])
         return holds
+
+    def read_stored(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
+        """As :meth:`read`, but all stored channels, whatever the network gets: (stored, *spatial)."""
+        window = self._window(plane, start, stop)
+        if self._layout.channel is not None:
+            window[self._layout.channel] = slice(0, self._layout.channels)
+        with self._guarded(plane, start, stop):
+            return self._arrange(self._pixels.read(tuple(window)))
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells this image from others and from itself after a change, as JSON; None for an array.

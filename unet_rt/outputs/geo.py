@@ -30,15 +30,12 @@ def geo_tags(origin: Origin, scale: Sequence[float]) -> tuple[tuple[int, int, in
     from rasterio.control import GroundControlPoint
     from rasterio.transform import Affine
 
-    down, across = scale
     place: dict[str, Any]
     if "gcps" in origin.tags:
-        points = origin.tags["gcps"]
+        points, (down, across) = origin.tags["gcps"], scale
         place = {"gcps": [GroundControlPoint(row / down, column / across, *at) for row, column, *at in points]}
     else:
-        a, b, c, d, e, f = origin.tags["transform"]
-        # Both transforms map the corner of the picture to the same place.
-        place = {"transform": Affine(a * across, b * down, c, d * across, e * down, f)}
+        place = {"transform": Affine(*scaled_transform(origin, scale))}
     with rasterio.MemoryFile() as memory:
         with memory.open(driver="GTiff", width=1, height=1, count=1, dtype="uint8", crs=origin.tags["crs"], **place):
             pass
@@ -46,3 +43,24 @@ def geo_tags(origin: Origin, scale: Sequence[float]) -> tuple[tuple[int, int, in
     with tifffile.TiffFile(encoded) as tiff:
         tags = [tag for tag in tiff.pages.first.tags if tag.code in GEO_TAGS]
         return tuple((tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags)
+
+
+def crs_name(wkt: str) -> str:
+    """What GeoJSON calls a coordinate system: a URN where it has an EPSG number, else its own text (WKT).
+
+    Longitude and latitude on WGS 84, in this order, are OGC's CRS84, as GDAL writes it.
+    """
+    import rasterio
+
+    code = rasterio.crs.CRS.from_wkt(wkt).to_epsg()
+    if code is None:
+        return wkt
+    return "urn:ogc:def:crs:OGC:1.3:CRS84" if code == 4326 else f"urn:ogc:def:crs:EPSG::{code}"
+
+
+def scaled_transform(origin: Origin, scale: Sequence[float]) -> tuple[float, float, float, float, float, float]:
+    """The six coefficients of a source's transform for an output with ``scale`` pixels of it per sample, along Y and X."""
+    a, b, c, d, e, f = origin.tags["transform"]
+    down, across = scale
+    # Both transforms map the corner of the picture to the same place.
+    return a * across, b * down, c, d * across, e * down, f

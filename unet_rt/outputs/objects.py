@@ -11,21 +11,26 @@ alone, never on the windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, prod
-from typing import Any
+from math import prod
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ContractError, ImageError, size_text
 from .pieces import Array, Connectivity, Ints, Pieces, Seams, box_of, measure_pieces, unite
+from .split import How, Parts, Split, border_label
+from .windows import Labeller, Read, Windows, morphology, window_for, window_text
 
-Read = Callable[[Sequence[int], Sequence[int]], Array]  # (start, stop) -> the pixels of that window
-Write = Callable[[Sequence[int], Array], None]  # (start, ids of a window)
+Ids = npt.NDArray[np.uint32]
+Unit = Literal["um", "mm", "m"]
 
-WINDOW_PX = 2**22  # of a window where none is given: 4 MB of labels, about 80 MB with what is made of them
+UNIT_PER_UM = {"um": 1.0, "mm": 1e-3, "m": 1e-6}
+
+SPOOL_BYTES = 2**26  # of parts of objects, beyond which they lie on the disk
 MOST_PIECES = 2**31 - 1  # SciPy's graphs count nodes in 32 bits
 
 
@@ -41,6 +46,9 @@ class Objects:
         start, stop: (N, axes) int64: bounding box, ``stop`` excluded.
         pixel_size_um: Micrometres per pixel of each axis; empty where unknown.
         class_names: Names of labels, as far as they have any.
+        unit: Of the areas in files: micrometres, millimetres (scanners) or metres (maps).
+        channels: Names of the image's channels, where their pixels were looked at.
+        means: (N, channels) float64: mean pixel of each object in each of them.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +59,9 @@ class Objects:
     stop: Ints
     pixel_size_um: tuple[float, ...] = ()
     class_names: Mapping[int, str] = field(default_factory=dict)
+    unit: Unit = "um"
+    channels: tuple[str, ...] = ()
+    means: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __len__(self) -> int:
         return len(self.label)
@@ -71,9 +82,38 @@ class Objects:
         """(N,) areas in square (volumes in cubic) micrometres; None where the pixel size is unknown."""
         return np.multiply(self.area_px, prod(self.pixel_size_um), dtype=np.float64) if self.pixel_size_um else None
 
+    @property
+    def pixel_area(self) -> float | None:
+        """Of one pixel (voxel) in :attr:`unit`, squared (cubed); None where the pixel size is unknown."""
+        per_um = UNIT_PER_UM[self.unit] ** len(self.shape)
+        return prod(self.pixel_size_um) * per_um if self.pixel_size_um else None
+
+    @property
+    def area_unit(self) -> str:
+        """``um2``, ``m2``, ``mm3``, ...: of :attr:`pixel_area`."""
+        return f"{self.unit}{len(self.shape)}"
+
     def class_name(self, label: int) -> str:
         """The name of a label; its number where it has none."""
         return self.class_names.get(label, str(label))
+
+
+@dataclass(frozen=True)
+class Sought:
+    """Which objects of a mask are wanted.
+
+    Attributes:
+        min_size: Objects of fewer pixels (voxels) than this are left out. It applies to whole objects, once they are split.
+        classes: The labels whose pixels are objects; None: all but 0.
+        connectivity: ``full``: pixels that touch by a corner belong together, the convention of scikit-image, ImageJ
+            and CellProfiler; ``face``: only those that share an edge (a face, in volumes) do.
+        split: How objects that touch are told apart; None: they are one.
+    """
+
+    min_size: int = 1
+    classes: tuple[int, ...] | None = None
+    connectivity: Connectivity = "full"
+    split: Split | None = None
 
 
 def label_mask(
@@ -84,93 +124,138 @@ def label_mask(
     connectivity: Connectivity = "full",
     pixel_size_um: Sequence[float] = (),
     class_names: Mapping[int, str] | None = None,
+    split: How = "none",
 ) -> tuple[npt.NDArray[np.uint32], Objects]:
-    """(ids, objects) of a mask in memory (or mapped): (Y, X) or (Z, Y, X). See :func:`find_objects`."""
+    """(ids, objects) of a mask in memory (or mapped): (Y, X) or (Z, Y, X).
+
+    Args:
+        mask: Labels: integers or bool, 0 is background.
+        min_size, classes, connectivity: See :class:`Sought`.
+        pixel_size_um: Micrometres per pixel of each axis, where known.
+        class_names: Names of labels.
+        split: How objects that touch are told apart: ``none``, ``watershed`` (from the places farthest from the edge) or
+            ``border`` (by the class of that name in ``class_names``).
+
+    Raises:
+        ContractError: An option makes no sense, or SciPy or scikit-image is missing.
+        ImageError: The mask holds no labels, or falls into more pieces than can be counted.
+    """
     mask = np.asarray(mask)
     ids = np.empty(mask.shape, np.uint32)
+    names = dict(class_names or {})
 
     def read(start: Sequence[int], stop: Sequence[int]) -> Array:
         return mask[box_of(start, stop)]
 
-    def write(start: Sequence[int], block: Array) -> None:
-        ids[box_of(start, [a + n for a, n in zip(start, block.shape, strict=True)])] = block
+    with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+        how = None
+        if split != "none":
+            border = border_label(names) if split == "border" else 0
+            how = Split(split, spool, border, sampling=tuple(pixel_size_um))
+        sought = Sought(min_size, None if classes is None else tuple(classes), connectivity, how)
+        found = find_objects(read, mask.shape, sought, pixel_size_um=pixel_size_um)
+        for start, block in found.windows():
+            ids[box_of(start, [a + n for a, n in zip(start, block.shape, strict=True)])] = block
+    return ids, replace(found.objects, class_names=names)
 
-    found = find_objects(
-        read,
-        mask.shape,
-        write=write,
-        min_size=min_size,
-        classes=classes,
-        connectivity=connectivity,
-        pixel_size_um=pixel_size_um,
-    )
-    return ids, replace(found, class_names=dict(class_names or {}))
+
+class Numbered:
+    """Objects that were found, and the ids of all pixels.
+
+    Attributes:
+        objects: What was found.
+    """
+
+    def __init__(
+        self, objects: Objects, labeller: Labeller, windows: Windows, final: Ids, parts: _PartIds | None
+    ) -> None:
+        self.objects = objects
+        self._labeller, self._windows, self._final, self._parts = labeller, windows, final, parts
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Size of a window."""
+        return self._windows.window
+
+    def windows(self) -> Iterator[tuple[tuple[int, ...], Ids]]:
+        """(start, ids) of every window, in raster order, background included. The mask is read once more.
+
+        Raises:
+            ImageError: It has changed.
+        """
+        for place in np.ndindex(*self._windows.counts):
+            start, stop = self._windows.corners(place)
+            yield start, self.read(start, stop)
+
+    def read(self, start: Sequence[int], stop: Sequence[int]) -> Ids:
+        """The ids of one window. ImageError where the mask has changed."""
+        local, labels = self._labeller(start, stop)
+        own = self._windows.numbers[tuple(a // w for a, w in zip(start, self.window, strict=True))]
+        if len(labels) != len(own):
+            raise ImageError(
+                f"the mask changed while it was read: its window {window_text(start, stop)} has {len(labels)} pieces "
+                f"now, {len(own)} before; try again when nothing writes to it"
+            )
+        ids: Ids = np.concatenate([np.zeros(1, np.uint32), self._final[own.start : own.stop]])[local]
+        if self._parts is not None:
+            self._parts.kept.paste(start, ids, self._parts.ids)
+        return ids
+
+
+@dataclass(frozen=True)
+class _PartIds:
+    """The parts of objects that were split, and the id of each."""
+
+    kept: Parts
+    ids: Ids
 
 
 def find_objects(
     read: Read,
     shape: Sequence[int],
+    sought: Sought | None = None,
     *,
     window: Sequence[int] | None = None,
-    write: Write | None = None,
-    min_size: int = 1,
-    classes: Sequence[int] | None = None,
-    connectivity: Connectivity = "full",
     pixel_size_um: Sequence[float] = (),
-) -> Objects:
+) -> Numbered:
     """The connected components of a mask that is read by windows, class by class, one row per object.
 
     Args:
-        read: ``read(start, stop)`` gives the labels of a window: integers or bool, 0 is background. It is called twice
-            for every window (once without ``write``), and has to give the same both times.
+        read: ``read(start, stop)`` gives the labels of a window: integers or bool, 0 is background. It has to give the same
+            whenever it is called.
         shape: Of the mask, (Y, X) or (Z, Y, X).
+        sought: Which objects are wanted; None: all, unsplit.
         window: Size of a window: what is read, and written, at a time. Multiples of the stored chunks read each chunk
             once per pass. It never changes the result.
-        write: Receives ``(start, ids)`` for every window, in raster order, background included; ids are uint32.
-        min_size: Objects of fewer pixels (voxels) than this are left out. It applies to whole objects.
-        classes: The labels whose pixels are objects; None: all but 0.
-        connectivity: ``full``: pixels that touch by a corner belong together, the convention of scikit-image, ImageJ
-            and CellProfiler; ``face``: only those that share an edge (a face, in volumes) do.
         pixel_size_um: Micrometres per pixel of each axis, where known.
 
     Raises:
-        ContractError: An option makes no sense, or SciPy is missing.
-        ImageError: The mask holds no labels, changes while it is read, or falls into more pieces than can be counted.
+        ContractError: An option makes no sense, or a library is missing.
+        ImageError: The mask holds no labels, changes while it is read, falls into more pieces than can be counted, or
+            holds an object that is too large to be split.
     """
+    sought = sought or Sought()
     shape = tuple(int(n) for n in shape)
     window = window_for(shape) if window is None else tuple(min(int(w), n) for w, n in zip(window, shape, strict=True))
-    _check_options(shape, window, min_size, classes, connectivity, pixel_size_um)
-    labeller = _Labeller(read, None if classes is None else tuple(classes), connectivity, len(shape))
-
-    # Pieces meet across a cross-section of the mask, which is smallest along its longest axis.
-    order = sorted(range(len(shape)), key=lambda k: -shape[k])
-    seams = Seams([shape[k] for k in order], connectivity)
-    pieces: list[Pieces] = []
-    numbers: dict[tuple[int, ...], range] = {}  # of a window's pieces among all
-    total = 0
-    for index in np.ndindex(*(ceil(shape[k] / window[k]) for k in order)):
-        place = tuple(index[order.index(k)] for k in range(len(shape)))
-        start, stop = _corners(place, window, shape)
-        local, labels = labeller(start, stop)
-        numbers[place] = range(total, total + len(labels))
-        total += len(labels)
-        if total > MOST_PIECES:
-            raise ImageError(f"the mask falls into more than {MOST_PIECES:,} pieces: it is noise; raise the threshold")
-        pieces.append(measure_pieces(local, labels, start, shape))
-        seams.add(index, [start[k] for k in order], local.transpose(order), numbers[place].start)
-    found, final = unite(Pieces.concatenated(pieces, len(shape)), seams.touching(), min_size)
-    if write is not None:
-        for place in np.ndindex(*(ceil(n / w) for n, w in zip(shape, window, strict=True))):
-            start, stop = _corners(place, window, shape)
-            local, labels = labeller(start, stop)
-            own = numbers[place]
-            if len(labels) != len(own):
-                raise ImageError(
-                    f"the mask changed while it was read: its window {_text(start, stop)} has {len(labels)} pieces now, "
-                    f"{len(own)} before; try again when nothing writes to it"
-                )
-            write(start, np.concatenate([np.zeros(1, np.uint32), final[own.start : own.stop]])[local])
-    return Objects(
+    _check_options(shape, window, sought, pixel_size_um)
+    merged = sought.split is not None and sought.split.merges
+    labeller = Labeller(read, len(shape), sought.classes, sought.connectivity, merged=merged)
+    parts = None if sought.split is None else Parts(sought.split, shape, labeller.structure)
+    windows = Windows(shape, window)
+    whole, group = _components(windows, labeller, sought.connectivity, parts)
+    rows, split = whole, Pieces.empty(np.zeros(0, np.int64), len(shape))
+    if parts is not None:
+        rows, split = _split_rest(whole, group, labeller, parts)
+    every = Pieces.concatenated([rows, split], len(shape))
+    order = np.argsort(every.first, kind="stable")
+    order = order[(every.area[order] >= sought.min_size) & (every.label[order] > 0)]
+    ids = np.zeros(len(every.label), np.uint32)
+    ids[order] = np.arange(1, len(order) + 1)
+    found = every.take(order)
+    objects = Objects(
         shape,
         found.label,
         found.area,
@@ -179,98 +264,79 @@ def find_objects(
         found.high + 1,
         tuple(float(s) for s in pixel_size_um),
     )
+    pasted = None if parts is None else _PartIds(parts, ids[len(rows.label) :])
+    return Numbered(objects, labeller, windows, ids[: len(rows.label)][group], pasted)
 
 
-def window_for(shape: Sequence[int]) -> tuple[int, ...]:
-    """A window of at most ``WINDOW_PX`` pixels: all of the short axes, equal parts of the long ones."""
-    window, room = [0] * len(shape), WINDOW_PX
-    for left, k in zip(range(len(shape), 0, -1), sorted(range(len(shape)), key=lambda k: shape[k]), strict=True):
-        window[k] = max(1, min(shape[k], int(room ** (1 / left))))
-        room //= window[k]
-    return tuple(window)
+def _components(
+    windows: Windows, labeller: Labeller, connectivity: Connectivity, parts: Parts | None
+) -> tuple[Pieces, Ints]:
+    """(whole objects, the row of every piece); what lies within one window is split on the way, by its piece's number."""
+    shape = windows.shape
+    # Pieces meet across a cross-section of the mask, which is smallest along its longest axis.
+    order = sorted(range(len(shape)), key=lambda k: -shape[k])
+    seams = Seams([shape[k] for k in order], connectivity)
+    pieces: list[Pieces] = []
+    total = 0
+    for index in np.ndindex(*(windows.counts[k] for k in order)):
+        place = tuple(index[order.index(k)] for k in range(len(shape)))
+        start, stop = windows.corners(place)
+        local, labels = labeller(start, stop)
+        windows.numbers[place] = range(total, total + len(labels))
+        if parts is not None:
+            _split_inner(place, windows, local, labeller, parts)
+        total += len(labels)
+        if total > MOST_PIECES:
+            raise ImageError(f"the mask falls into more than {MOST_PIECES:,} pieces: it is noise; raise the threshold")
+        pieces.append(measure_pieces(local, labels, start, shape))
+        seams.add(index, [start[k] for k in order], local.transpose(order), windows.numbers[place].start)
+    return unite(Pieces.concatenated(pieces, len(shape)), seams.touching())
+
+
+def _split_inner(
+    place: tuple[int, ...], windows: Windows, local: npt.NDArray[np.int32], labeller: Labeller, parts: Parts
+) -> None:
+    """Splits the pieces of a window, just labelled, that are whole objects."""
+    start, first = windows.corners(place)[0], windows.numbers[place].start
+    for k, box in enumerate(morphology().find_objects(local)):
+        low = [a + part.start for a, part in zip(start, box, strict=True)]
+        high = [a + part.stop for a, part in zip(start, box, strict=True)]
+        if windows.holds(place, low, high):
+            parts.add(first + k, low, local[box] == k + 1, labeller.block[box])
+
+
+def _split_rest(whole: Pieces, group: Ints, labeller: Labeller, parts: Parts) -> tuple[Pieces, Pieces]:
+    """(objects with what each is made of, 0 where its parts stand for it; the parts): splits what no window held whole."""
+    label = whole.label.copy()
+    done = np.zeros(len(label), bool)
+    for piece, made_of in parts.labels.items():
+        label[group[piece]], done[group[piece]] = made_of, True
+    for row in np.flatnonzero(~done).tolist():
+        low, high = whole.low[row].tolist(), (whole.high[row] + 1).tolist()
+        parts.check_room(low, high)
+        local, _ = labeller(low, high)
+        first = np.unravel_index(int(whole.first[row]), parts.shape)
+        at = tuple(int(f) - a for f, a in zip(first, low, strict=True))
+        parts.add(-1, low, local == local[at], labeller.block)
+        label[row] = parts.labels.pop(-1)
+    return replace(whole, label=label), parts.pieces()
 
 
 def _check_options(
-    shape: tuple[int, ...],
-    window: tuple[int, ...],
-    min_size: int,
-    classes: Sequence[int] | None,
-    connectivity: str,
-    pixel_size_um: Sequence[float],
+    shape: tuple[int, ...], window: tuple[int, ...], sought: Sought, pixel_size_um: Sequence[float]
 ) -> None:
+    classes = sought.classes
     if not 2 <= len(shape) <= 3 or min(shape) < 1:
         raise ImageError(f"a mask of shape {size_text(shape)} has no objects; give (Y, X) or (Z, Y, X)")
     if min(window) < 1:
         raise ContractError(f"a window of {size_text(window)} px reads nothing; use 1 or more along each axis")
-    if min_size < 1:
-        raise ContractError(f"min_size {min_size} px must be 1 or more; 1 keeps every object")
+    if sought.min_size < 1:
+        raise ContractError(f"min_size {sought.min_size} px must be 1 or more; 1 keeps every object")
     if classes is not None and (not len(classes) or min(classes) < 1 or len(set(classes)) != len(classes)):
         raise ContractError(f"classes {list(classes)} must be different labels above 0, which is background")
-    if connectivity not in ("full", "face"):
-        raise ContractError(f"connectivity {connectivity!r} is unknown; use full (corners touch) or face (they do not)")
+    if sought.connectivity not in ("full", "face"):
+        raise ContractError(
+            f"connectivity {sought.connectivity!r} is unknown; use full (corners touch) or face (they do not)"
+        )
     if len(pixel_size_um) not in (0, len(shape)) or not all(s > 0 for s in pixel_size_um):
         raise ContractError(f"pixel_size_um {list(pixel_size_um)} must be {len(shape)} numbers above 0, one per axis")
-
-
-# Windows ------------------------------------------------------------------------------------------------------------
-
-
-def _corners(
-    place: tuple[int, ...], window: tuple[int, ...], shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    start = tuple(i * w for i, w in zip(place, window, strict=True))
-    return start, tuple(min(a + w, n) for a, w, n in zip(start, window, shape, strict=True))
-
-
-def _text(start: Sequence[int], stop: Sequence[int]) -> str:
-    return "[" + ", ".join(f"{a}:{b}" for a, b in zip(start, stop, strict=True)) + "]"
-
-
-def read_window(read: Read, start: Sequence[int], stop: Sequence[int]) -> Array:
-    """The pixels of a window, or ImageError where they are no labels or not as many as asked for."""
-    block = np.asarray(read(start, stop))
-    expected = tuple(b - a for a, b in zip(start, stop, strict=True))
-    if block.shape != expected:
-        raise ImageError(f"reading the window {_text(start, stop)} gave {block.shape} pixels, not {expected}")
-    if block.dtype.kind not in "iub":
-        raise ImageError(
-            f"the mask holds {block.dtype} pixels, objects need labels (bool, integers); threshold it first"
-        )
-    return block
-
-
-def morphology() -> Any:
-    """SciPy's image module; ContractError where it is missing."""
-    try:
-        from scipy import ndimage
-    except ModuleNotFoundError as error:
-        raise ContractError("finding objects needs scipy, which is missing; pip install 'unet-rt[objects]'") from error
-    return ndimage
-
-
-class _Labeller:
-    """Labels one window: the same pixels always get the same numbers."""
-
-    def __init__(self, read: Read, classes: tuple[int, ...] | None, connectivity: Connectivity, axes: int):
-        ndimage = morphology()
-        self._read, self._classes, self._label = read, classes, ndimage.label
-        self._structure = ndimage.generate_binary_structure(axes, axes if connectivity == "full" else 1)
-
-    def __call__(self, start: Sequence[int], stop: Sequence[int]) -> tuple[npt.NDArray[np.int32], Ints]:
-        """(pieces of the window numbered from 1, 0 elsewhere; the label that each is made of)."""
-        block = read_window(self._read, start, stop)
-        present = np.unique(block).tolist()
-        if min(present) < 0:
-            raise ImageError(f"the mask holds {min(present)} in its window {_text(start, stop)}; labels are 0 or more")
-        local = np.zeros(block.shape, np.int32)
-        labels: list[int] = []
-        for value in present:
-            if value == 0 or (self._classes is not None and value not in self._classes):
-                continue
-            of_class, count = self._label(block == value, self._structure, output=np.int32)
-            np.add(local, of_class + len(labels), out=local, where=of_class > 0)
-            labels += [int(value)] * count
-        return local, np.array(labels, np.int64)
-
-
-# Pieces -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from math import ceil, prod
+from dataclasses import dataclass
+from math import ceil, isfinite
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,8 +24,9 @@ import numpy.typing as npt
 
 from ..errors import ContractError, ImageError
 from ..system.durable import open_whole
-from .objects import Objects, Read, read_window, window_for
+from .objects import Objects
 from .pieces import Array, Ints
+from .windows import Read, read_window, window_for
 
 Edges = npt.NDArray[np.int32]
 Ring = list[tuple[int, int]]  # corners (y, x) of a closed line, the first not repeated
@@ -37,10 +39,24 @@ STEP = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
 COLOURS = ((230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (132, 145, 180), (240, 190, 40))
 
 
+@dataclass(frozen=True)
+class Outlined:
+    """The objects of one picture that are drawn as polygons.
+
+    Attributes:
+        found: The objects, as :func:`unet_rt.outputs.objects.find_objects` returned them; of a (Y, X) mask.
+        read: ``read(start, stop)`` gives the ids that were written, of a window.
+        plane: (z, t) of a picture of a stack; None: the image has one.
+    """
+
+    found: Objects
+    read: Read
+    plane: tuple[int, int] | None = None
+
+
 def write_geojson(
     path: str | os.PathLike[str],
-    found: Objects,
-    read: Read,
+    pictures: Sequence[Outlined],
     *,
     window: Sequence[int] | None = None,
     transform: Sequence[float] = PIXELS,
@@ -50,12 +66,12 @@ def write_geojson(
     """Writes a FeatureCollection with one feature per object, in the order of ids, as QuPath imports it.
 
     The properties of a feature are ``objectType`` (``detection``), ``name`` (the id), ``classification`` (name and
-    colour), ``measurements`` (area, centroid) and ``id``, ``label``, ``touches_edge``.
+    colour), ``measurements`` (area, centroid) and ``id``, ``label``, ``touches_edge``; the geometry of a stack's object
+    has QuPath's ``plane``.
 
     Args:
         path: The file; it appears whole or not at all.
-        found: The objects, as :func:`unet_rt.outputs.objects.find_objects` returned them; of a (Y, X) mask.
-        read: ``read(start, stop)`` gives the ids that were written, of a window.
+        pictures: One, or the planes of a stack.
         window: Size of a window; it never changes the result.
         transform: (a, b, c, d, e, f) of ``x' = a x + b y + c``, ``y' = d x + e y + f`` from pixels to the coordinates
             written, as rasterio orders them. Pixel (0, 0) covers 0 to 1 along both axes.
@@ -65,13 +81,12 @@ def write_geojson(
 
     Raises:
         ContractError: The objects are those of a volume, or the transformation is no plane's.
-        ImageError: The ids that are read are not those of ``found``.
+        ImageError: The ids that are read are not those of the objects.
         OutputError: The file exists already, or cannot be written.
     """
-    if len(found.shape) != 2:
-        raise ContractError(
-            f"GeoJSON holds outlines in a plane, these objects have {len(found.shape)} axes; use a table"
-        )
+    for picture in pictures:
+        if (axes := len(picture.found.shape)) != 2:
+            raise ContractError(f"GeoJSON holds outlines in a plane, these objects have {axes} axes; use a table")
     a, b, c, d, e, f = (float(v) for v in transform)
     turn = a * e - b * d
     if not (np.isfinite([a, b, c, d, e, f]).all() and turn):
@@ -86,13 +101,15 @@ def write_geojson(
         return mapped if turn > 0 else mapped[::-1]  # outer rings turn the same way in every coordinate system
 
     # Objects end in an order that depends on the windows; features are put in the order of ids when all are there.
-    spans = np.zeros((len(found), 2), np.int64)
+    begins = np.cumsum([0, *(len(picture.found) for picture in pictures)])
+    spans = np.zeros((begins[-1], 2), np.int64)
     with open_whole(path, overwrite=overwrite) as stream, tempfile.TemporaryFile(dir=Path(path).parent) as drafts:
-        for number, polygons in outlines(found, read, window=window):
-            text = json.dumps(_feature(found, number, [[place(ring) for ring in rings] for rings in polygons]))
-            data = text.encode()
-            spans[number - 1] = drafts.tell(), len(data)
-            drafts.write(data)
+        for picture, begin in zip(pictures, begins.tolist(), strict=False):
+            for number, polygons in outlines(picture.found, picture.read, window=window):
+                text = json.dumps(_feature(picture, number, [[place(ring) for ring in rings] for rings in polygons]))
+                data = text.encode()
+                spans[begin + number - 1] = drafts.tell(), len(data)
+                drafts.write(data)
         _assemble(stream, drafts, spans, crs)
 
 
@@ -105,20 +122,24 @@ def _assemble(stream: IO[str], drafts: IO[bytes], spans: Ints, crs: str | None) 
     stream.write("\n]}\n")
 
 
-def _feature(found: Objects, number: int, polygons: list[Any]) -> dict[str, Any]:
-    k = number - 1
+def _feature(picture: Outlined, number: int, polygons: list[Any]) -> dict[str, Any]:
+    found, k = picture.found, number - 1
     touches_edge = any(found.start[k] == 0) or any(found.stop[k] == found.shape)
     label = int(found.label[k])
     y, x = found.centroid[k].tolist()
     measurements = {"area px": int(found.area_px[k]), "centroid x px": x, "centroid y px": y}
-    if found.pixel_size_um:
-        measurements["area um2"] = measurements["area px"] * prod(found.pixel_size_um)
+    if found.pixel_area is not None:
+        measurements[f"area {found.area_unit}"] = measurements["area px"] * found.pixel_area
+    means = found.means[k].tolist() if found.channels else []  # of pixels without a number there is none
+    measurements |= {f"mean {name}": m for name, m in zip(found.channels, means, strict=False) if isfinite(m)}
     single = len(polygons) == 1
+    plane = {} if picture.plane is None else {"plane": {"c": -1, "z": picture.plane[0], "t": picture.plane[1]}}
     return {
         "type": "Feature",
         "geometry": {
             "type": "Polygon" if single else "MultiPolygon",
             "coordinates": polygons[0] if single else polygons,
+            **plane,
         },
         "properties": {
             "objectType": "detection",

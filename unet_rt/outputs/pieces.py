@@ -88,8 +88,8 @@ def measure_pieces(local: npt.NDArray[np.int32], labels: Ints, start: Sequence[i
     return measured
 
 
-def unite(pieces: Pieces, touching: Ints, min_size: int) -> tuple[Pieces, npt.NDArray[np.uint32]]:
-    """(objects in the order of their ids, the id of every piece: 0 where its object is too small)."""
+def unite(pieces: Pieces, touching: Ints) -> tuple[Pieces, Ints]:
+    """(whole objects in the order of their first pixels, the row among them of every piece)."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -101,10 +101,9 @@ def unite(pieces: Pieces, touching: Ints, min_size: int) -> tuple[Pieces, npt.ND
     objects = Pieces.empty(label, pieces.low.shape[1])
     objects.add(group, pieces)
     order = np.argsort(objects.first)
-    order = order[objects.area[order] >= min_size]
-    ids = np.zeros(len(label), np.uint32)
-    ids[order] = np.arange(1, len(order) + 1)
-    return objects.take(order), ids[group]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return objects.take(order), place[group]
 
 
 class Seams:

@@ -1,4 +1,5 @@
-"""OME-Zarr 0.5 (zarr 3), written block by block in any order, by any number of processes.
+"""OME-Zarr 0.5 (zarr 3; labels in 0.4 and zarr 2 where their image is), written block by block in any order, by any
+number of processes.
 
 The folder holds the image at full size in the array ``0`` and, once it is finished, a pyramid of halved copies in
 ``1``, ``2``, ... Every chunk is one file, replaced as a whole; chunks of zeros are left out, as zarr has it, unless the
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError
-from ..images.pixels import Array, Origin
+from ..images.pixels import ZARR_METADATA, Array, Origin
 from ..system.durable import Disk
+from .labels import LabelPlace, image_levels
 from .shape import Shape, ome_axes
 from .zarr_metadata import (
     NO_DATA,
@@ -62,6 +64,7 @@ class ZarrOutput:
         *,
         names: Mapping[int, str] | None = None,
         highest: float | None = None,
+        over: LabelPlace | None = None,
     ) -> ZarrOutput:
         """Lays out the image, all of its samples 0.
 
@@ -73,6 +76,7 @@ class ZarrOutput:
             pixel_size_um: Micrometres per sample along the spatial axes, None if not known.
             names: Of a label image: what its values mean, by value. Of channels: what they are, by index; they are named
                 where ``highest`` is given.
+            over: Of a label image: the image that it is to lie over, whose version and levels it gets.
             highest: Largest value that a channel may have, the smallest being 0: OME-Zarr names no channel without.
 
         Raises:
@@ -88,30 +92,35 @@ class ZarrOutput:
         known = plane_sizes(origin)
         sizes = {letter.lower(): known[letter] for letter in shape.plane_axes if letter in known}
         sizes |= spatial_sizes(pixel_size_um)
-        ours = {
+        ours: dict[str, Any] = {
             "plane_shape": shape.plane_shape,
             "plane_axes": shape.plane_axes,
             "channels": shape.channels,
             "spatial": len(shape.spatial),
         }
+        stored = [letters[i] for i in order]
+        sides = [shape.full[i] for i in order]
+        levels = None if over is None else image_levels(over, stored, sides)
+        version = "0.5" if over is None else over.version
+        if levels is not None:
+            ours["levels"] = [levels.shape(k, stored) for k in range(len(levels.shapes))]
+            ours["datasets"] = levels.datasets(stored)
         about: dict[str, Any] = {}
         if shape.channels == 0 and shape.dtype.kind in "iu":
-            about["image-label"] = label_metadata(names or {})
+            about["image-label"] = label_metadata(names or {}, None if over is None else version)
         elif shape.channels and names and highest is not None:
             about["omero"] = {"channels": [channel_metadata(k, names[k], highest) for k in range(shape.channels)]}
         with _guard(folder):
             if folder.exists() and any(folder.iterdir()):
                 raise OutputError(f"{folder}: is there already and is not empty; choose another name")
+            ome = zarr_metadata(stored, sizes, [1], about, version=version)
             group = zarr.create_group(
                 folder,
-                zarr_format=3,
-                attributes={"ome": zarr_metadata([letters[i] for i in order], sizes, [1], about), OURS: ours},
+                zarr_format=3 if over is None else over.zarr_format,
+                attributes={**({"ome": ome} if version == "0.5" else ome), OURS: ours},
             )
-            _create_level(
-                group, 0, [shape.full[i] for i in order], [chunks[i] for i in order], shape.dtype,
-                [letters[i] for i in order],
-            )  # fmt: skip
-            Disk().sync_tree(folder.rglob("zarr.json"), folder)
+            _create_level(group, 0, sides, [chunks[i] for i in order], shape.dtype, stored)
+            Disk().sync_tree(_metadata_files(folder), folder)
         return cls.open(folder)
 
     @classmethod
@@ -125,10 +134,10 @@ class ZarrOutput:
 
         zarr = import_zarr(OutputError, folder)
         try:
-            group = zarr.open_group(folder, mode="r+", zarr_format=3, use_consolidated=False)
+            group = zarr.open_group(folder, mode="r+", use_consolidated=False)
             array = group["0"]
             ours = group.attrs[OURS]
-            stored = tuple(array.metadata.dimension_names)
+            stored = tuple(axis["name"] for axis in _ome(group)["multiscales"][0]["axes"])
             plane_axes, channels = str(ours["plane_axes"]), int(ours["channels"])
             axes = plane_axes + ("C" if channels else "") + "ZYX"[-int(ours["spatial"]) :]
             letters = ome_axes(axes).lower()
@@ -204,31 +213,31 @@ class ZarrOutput:
         zarr = import_zarr(OutputError, self.folder)
         stored = [self._letters[i] for i in _order(self._letters)]
         with _guard(self.folder):
-            group = zarr.open_group(self.folder, mode="r+", zarr_format=3, use_consolidated=False)
-            level, factors, below = 0, [1], self._array
-            written: list[Path] = []
-            while max(n for n, letter in zip(below.shape, stored, strict=True) if letter in "yx") > MAX_TOP_PX:
-                level += 1
-                folders = self.folder / str(level - 1), self.folder / str(level)
-                halved = [2 if letter in "yx" else 1 for letter in stored]
-                shape = [-(-n // f) for n, f in zip(below.shape, halved, strict=True)]
+            group = zarr.open_group(self.folder, mode="r+", use_consolidated=False)
+            ours, ome = group.attrs[OURS], _ome(group)
+            shapes = ours.get("levels") or _halved_shapes(self._array.shape, stored)
+            below, written = self._array, list[Path]()
+            for level, shape in enumerate(shapes[1:], start=1):
                 chunks = [min(c, n) for c, n in zip(self._array.chunks, shape, strict=True)]
                 array = _create_level(group, level, shape, chunks, self.shape.dtype, stored)
-                written += _halve(below, array, halved, *folders)
-                factors.append(2**level)
+                written += _reduce(below, array, self.folder / str(level - 1), self.folder / str(level))
                 below = array
-            sizes = sizes_in(group.attrs["ome"], stored)
-            about = {key: value for key, value in group.attrs["ome"].items() if key in ("image-label", "omero")}
-            ome = zarr_metadata(stored, sizes, factors, about, self.shape.dtype.kind)
-            group.attrs["ome"] = ome
-            with warnings.catch_warnings():
-                # zarr warns that consolidated metadata are not in the specification of zarr 3; readers may ignore them.
-                warnings.simplefilter("ignore")
-                zarr.consolidate_metadata(group.store)
+            about = {key: value for key, value in ome.items() if key in ("image-label", "omero")}
+            made = zarr_metadata(
+                stored, sizes_in(ome, stored), [2**level for level in range(len(shapes))], about, self.shape.dtype.kind,
+                version="0.5" if "ome" in group.attrs else "0.4",
+            )  # fmt: skip
+            if "datasets" in ours:
+                made["multiscales"][0]["datasets"] = ours["datasets"]
+            group.attrs.update({"ome": made} if "ome" in group.attrs else made)
+            if "levels" not in ours:  # labels are found by way of their image
+                with warnings.catch_warnings():
+                    # zarr warns that consolidated metadata are not in the specification of zarr 3; readers may ignore them.
+                    warnings.simplefilter("ignore")
+                    zarr.consolidate_metadata(group.store)
             for path in self.folder.rglob("*.partial"):  # of writers that were killed
                 path.unlink()
-            written += [self.folder / "zarr.json", *self.folder.glob("*/zarr.json")]
-            Disk().sync_tree(written, self.folder)
+            Disk().sync_tree([*written, *_metadata_files(self.folder)], self.folder)
 
     def _check(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> None:
         inside = all(0 <= a <= b <= n for a, b, n in zip(start, stop, self.shape.spatial, strict=True))
@@ -270,34 +279,64 @@ def _order(letters: str) -> list[int]:
     return sorted(range(len(letters)), key=lambda i: "tczyx".index(letters[i]))
 
 
+def _ome(group: Any) -> Any:
+    """What OME-Zarr says of a group: 0.5 in a part of its attributes, 0.4 among them."""
+    return group.attrs.get("ome", group.attrs)
+
+
+def _metadata_files(folder: Path) -> list[Path]:
+    return [file for name in ZARR_METADATA for file in (folder / name, *folder.glob(f"*/{name}")) if file.is_file()]
+
+
+def _halved_shapes(shape: Sequence[int], names: Sequence[str]) -> list[Sequence[int]]:
+    """The levels of a pyramid whose Y and X are halved down to a thumbnail."""
+    shapes = [shape]
+    while max(n for n, name in zip(shapes[-1], names, strict=True) if name in "yx") > MAX_TOP_PX:
+        shapes.append([-(-n // 2) if name in "yx" else n for n, name in zip(shapes[-1], names, strict=True)])
+    return shapes
+
+
 def _create_level(
     group: Any, level: int, shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype[Any], names: Sequence[str]
 ) -> Any:
+    old = group.metadata.zarr_format == 2
+    if old:
+        from numcodecs import Blosc
+
+        # What zarr 2 took by itself: every reader of that time knows it.
+        form = {"chunk_key_encoding": {"name": "v2", "separator": "/"}, "compressors": Blosc()}
+    else:
+        form = {"dimension_names": list(names)}
     return group.create_array(
         str(level),
         shape=tuple(shape),
         chunks=tuple(chunks),
         dtype=dtype,
         fill_value=0,
-        dimension_names=list(names),
         config={"write_empty_chunks": dtype.kind == "f"},
         overwrite=level > 0,  # a pyramid that was interrupted is built anew
+        **form,
     )
 
 
 def _chunks(level: Path, array: Any, window: Sequence[slice]) -> Iterator[Path]:
     """Files of the chunks that a window touches, whether they are there or not."""
     ranges = [range(part.start // c, -(-part.stop // c)) for part, c in zip(window, array.chunks, strict=True)]
+    under = level if array.metadata.zarr_format == 2 else level / "c"
     for index in itertools.product(*ranges):
-        yield level.joinpath("c", *map(str, index))
+        yield under.joinpath(*map(str, index))
 
 
-def _halve(fine: Any, coarse: Any, factors: Sequence[int], below: Path, level: Path) -> list[Path]:
-    """Fills ``coarse`` chunk by chunk from the windows of ``fine`` that it halves; the files of its chunks."""
+def _reduce(fine: Any, coarse: Any, below: Path, level: Path) -> list[Path]:
+    """Fills ``coarse`` chunk by chunk from the windows of ``fine`` that it makes smaller; the files of its chunks."""
+    factors = [max(1, round(n / m)) for n, m in zip(fine.shape, coarse.shape, strict=True)]
     written = []
     for index in itertools.product(*(range(0, n, c) for n, c in zip(coarse.shape, coarse.chunks, strict=True))):
         stop = [min(i + c, n) for i, c, n in zip(index, coarse.chunks, coarse.shape, strict=True)]
-        source = [slice(a * f, min(b * f, n)) for a, b, f, n in zip(index, stop, factors, fine.shape, strict=True)]
+        # Where sizes are no multiples, the last samples are repeated.
+        source = [
+            slice(min(a * f, n - 1), min(b * f, n)) for a, b, f, n in zip(index, stop, factors, fine.shape, strict=True)
+        ]
         target = tuple(slice(a, b) for a, b in zip(index, stop, strict=True))
         if not any(path.exists() for path in _chunks(below, fine, source)):
             continue  # zeros, as what is missing in `coarse`
@@ -307,7 +346,8 @@ def _halve(fine: Any, coarse: Any, factors: Sequence[int], below: Path, level: P
                 pixels = _means(pixels, axis) if factor == 2 else pixels
         else:
             pixels = pixels[tuple(slice(None, None, f) for f in factors)]
-        coarse[target] = pixels
+        missing = [(0, b - a - n) for a, b, n in zip(index, stop, pixels.shape, strict=True)]
+        coarse[target] = np.pad(pixels, missing, "edge") if any(n for _, n in missing) else pixels
         written += [path for path in _chunks(level, coarse, target) if path.exists()]
     return written
 

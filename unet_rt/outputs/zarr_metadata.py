@@ -24,8 +24,10 @@ def zarr_metadata(
     factors: Sequence[int],
     about: Mapping[str, Any],
     kind: str = "",
+    *,
+    version: str = VERSION,
 ) -> dict[str, Any]:
-    """The ``ome`` attribute.
+    """The ``ome`` attribute of 0.5; of 0.4, what stands in its place among the attributes.
 
     Args:
         letters: Stored axes.
@@ -33,6 +35,7 @@ def zarr_metadata(
         factors: Down-sampling of Y and X per level.
         about: What else it holds: ``image-label`` or ``omero``.
         kind: Of the dtype.
+        version: Of OME-Zarr.
     """
     axes = []
     for letter in letters:
@@ -52,16 +55,24 @@ def zarr_metadata(
     multiscale: dict[str, Any] = {"axes": axes, "datasets": datasets}
     if len(factors) > 1:
         multiscale["type"] = "mean" if kind == "f" else "nearest"
-    return {"version": VERSION, "multiscales": [multiscale], **about}
+    if version == VERSION:
+        return {"version": version, "multiscales": [multiscale], **about}
+    return {"multiscales": [{"version": version, **multiscale}], **about}
 
 
-def label_metadata(names: Mapping[int, str]) -> dict[str, Any]:
-    """``image-label``: a colour and a class per value. Value 0 and what holds no data are transparent."""
+def label_metadata(names: Mapping[int, str], inside: str | None = None) -> dict[str, Any]:
+    """``image-label``: a colour and a class per value. Value 0 and what holds no data are transparent.
+
+    ``inside``: the version of OME-Zarr of the image in which the labels lie; None: they lie by themselves.
+    """
+    about: dict[str, Any] = {} if inside is None else {"source": {"image": "../../"}}
+    if inside is not None and inside != VERSION:
+        about["version"] = inside
     if not names:
-        return {}
+        return about
     seen = [value for value in names if value and names[value] != NO_DATA]
     colours = {value: [*_colour(k), 255] for k, value in enumerate(seen)}
-    return {
+    return about | {
         "colors": [{"label-value": value, "rgba": colours.get(value, [0, 0, 0, 0])} for value in names],
         "properties": [{"label-value": value, "class": name} for value, name in names.items()],
     }

@@ -76,7 +76,9 @@ def delegate(engine: Engine, image: Any, asked: Request, out: Path) -> tuple[Req
         threads=asked.threads or (max(1, limits.threads() // count) if count > 1 else 0),
     )
     folder = str(engine.folder.path.resolve())
-    job = Job(folder, engine.options, where_of(image), replace(asked, restart=False), str(out.resolve()), uuid4().hex)
+    region = None if asked.region is None else where_of(asked.region)
+    theirs = replace(asked, restart=False, region=region)
+    job = Job(folder, engine.options, where_of(image), theirs, str(out.resolve()), uuid4().hex)
     return asked, lambda plan, numbers, progress: compute(scheduler, job, plan, numbers, progress)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import OutputError
 from ..images.zarr import import_zarr
+from ..outputs.labels import check_outside, hidden_base, is_zarr_output, label_place, register
 from ..outputs.shape import Shape
 from ..system import limits
 from ..system.durable import Disk
@@ -51,7 +52,8 @@ def room_of(plan: Plan, memory_bytes: int | None) -> Room:
 
 def check_target(out: Path, *, overwrite: bool) -> None:
     """OutputError for what can be known of an output before any work."""
-    if not is_zarr(out):
+    check_outside(out)
+    if not is_zarr_output(out):
         from ..outputs.output import check_output
 
         check_output(out, overwrite=overwrite)
@@ -59,12 +61,8 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     import_zarr(OutputError, out)
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
-    if not out.parent.is_dir():
+    if label_place(out) is None and not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist; create it, or choose another with --out")
-
-
-def is_zarr(out: Path) -> bool:
-    return out.suffix.lower() == ".zarr"
 
 
 def shape_of(plan: Plan) -> Shape:
@@ -95,19 +93,25 @@ def move_folder(folder: Path, out: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{out}: exists already; use --overwrite to replace it, or choose another name")
         shutil.rmtree(_aside(out), ignore_errors=True)
         out.rename(_aside(out))
-    disk, before = Disk(), folder.parent
+    disk, before, place = Disk(), folder.parent, label_place(out)
+    if place is not None:
+        out.parent.mkdir(exist_ok=True)
     disk.replace(folder, out)
     disk.sync_folder(out.parent)
     disk.sync_folder(before)
+    if place is not None:
+        register(place)
 
 
 def _aside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.before")
+    base = hidden_base(out)
+    return base.with_name(f".{base.name}.before")
 
 
 def numbered_folder(out: Path) -> Path:
     """Where an OME-Zarr of ids is written until it is whole."""
-    return out.with_name(f".{out.name}.instances")
+    base = hidden_base(out)
+    return base.with_name(f".{base.name}.instances")
 
 
 def clear(out: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..outputs.labels import check_outside
 from ..outputs.pictures import OverlayCollector
 from .files import Room, check_target, move_folder, open_file, room_of
 from .plan import Plan
+from .report import RunReport
 from .request import Request, Tables
 from .store import ArrayStore, DeviceStore, PackedStore, Readable, RowStore, ZarrStore
 from .work import Array
@@ -21,17 +23,24 @@ def check_targets(asked: Request) -> None:
     if asked.out is not None:
         check_target(asked.out, overwrite=asked.overwrite)
     tables = asked.tables or Tables()
+    if asked.overlay is not None:
+        check_outside(asked.overlay)
     for path in (tables.objects, tables.areas, tables.geojson):
+        if path is not None:
+            check_outside(path)
         if path is not None and path.exists() and not asked.overwrite:
             raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
 
 
-def finish(plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request, *, again: bool = False) -> Any:
+def finish(
+    plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request, report: RunReport, *, again: bool = False
+) -> Any:
     """Makes what was asked for of a computed result.
 
     Args:
         plan, asked: The result.
         store: Where it is.
+        report: Receives what was found of objects.
         again: Whether an earlier run may have made the output already.
 
     Returns:
@@ -51,7 +60,7 @@ def finish(plan: Plan, store: Readable | RowStore | DeviceStore, asked: Request,
         if asked.output == "instances":
             from .instances import write_instances  # SciPy's and the tables' are not every prediction's
 
-            array = write_instances(plan, store, asked.out, asked.tables or Tables(), room, overwrite=overwrite)
+            array, report.found = write_instances(plan, store, asked, room, overwrite=overwrite)
         elif asked.out is not None:
             write_output(plan, store, asked.out, room, overwrite=overwrite)
     if asked.out is not None:

@@ -78,8 +78,8 @@ def predict(
         engine: From :func:`unet_rt.load`.
         image: NumPy or DLPack array (``(Y, X)``, ``(C, Y, X)``, ``(Y, X, C)``, ``(Z, Y, X)``, ...), a path or a URL.
         out: File to write (``.tif``, ``.png``, ``.npy``, ``.zarr``); None: an array is returned.
-        output: ``"mask"`` (uint8), ``"probability"`` or ``"raw"`` (float32), ``"instances"`` (uint32: connected components
-            of the mask, numbered). None: a mask, or raw for a regression.
+        output: ``"mask"`` (uint8), ``"probability"`` or ``"raw"`` (float32), ``"instances"`` (connected components
+            of the mask, numbered: uint32, in files uint16 where the ids fit). None: a mask, or raw for a regression.
         axes: Axes of the image, where they cannot be told from the file.
         channels: Which channels of the image, in the network's order; ``"slices"`` of a stack: those around each plane.
         tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area, and a smaller one
@@ -123,8 +123,6 @@ def predict(
     Warns:
         PixelRangeWarning: More than a fifth of the pixels lie outside the range that build saw.
     """
-    from ..images.listing import where_of
-
     asked = Request(
         reading=Reading(
             axes,
@@ -144,7 +142,7 @@ def predict(
         overlay=None if overlay is None else Path(overlay),
         overwrite=overwrite,
         resample=resample,
-        region=None if region is None else where_of(region),
+        region=None if region is None else str(region),
         memory_bytes=memory_bytes,
         shard=shard,
         scheduler=scheduler,
@@ -190,7 +188,7 @@ def _at_once(engine: Engine, image: Any, source: Source, asked: Request, observe
             done = run_blocks(plan, every, None, rows=store.write_rows, target=target, observer=observer)
         else:
             done = run_blocks(plan, every, store.keep, observer=observer)
-        result = finish(plan, store, asked)
+        result = finish(plan, store, asked, done)
         done.notes += plan.notes(asked.normalization)
     if asked.out is not None:
         clear(asked.out)

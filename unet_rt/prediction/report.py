@@ -18,6 +18,7 @@ from .work import Computation, StageClock, Tally, Work
 if TYPE_CHECKING:
     from ..contract.contract import Contract
     from ..engine.spec import EngineSpec
+    from ..outputs.tables import Summary
 
 
 OUTSIDE_LOUD = 0.2  # share of pixels outside the range seen at build from which on a result may mean nothing
@@ -40,6 +41,7 @@ class RunReport(Record):
         class_share: Share of pixels per label (masks only); for a multi-label task per class, which may overlap.
         outside_range: Share of pixels that lie outside the range seen at build as the network gets them, normalised:
             grey levels say little where an image is normalised by its own statistics. None where build saw no samples.
+        found: Of numbered objects: how many, and how large.
         notes: What else is worth saying.
     """
 
@@ -58,6 +60,7 @@ class RunReport(Record):
     peak_rss_bytes: int = 0
     class_share: dict[str, float] = field(default_factory=dict)
     outside_range: float | None = None
+    found: Summary | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -18,6 +18,8 @@ from ..images.reading import Reading
 from ..images.source import Source
 from ..images.value_range import check_value_range
 from ..kernels.memory import MemoryContext
+from ..outputs.labels import is_zarr_output, label_place
+from ..outputs.split import How
 from ..system import limits
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
@@ -38,13 +40,21 @@ class Tables:
         min_size: Objects of fewer pixels (voxels) are left out.
         objects: CSV of all objects.
         areas: CSV of what each class covers.
-        geojson: Outlines as GeoJSON polygons, for slide viewers; 2-D images of one plane.
+        geojson: Outlines as GeoJSON polygons, for slide viewers and maps; not of volumes.
+        split: How objects that touch are told apart: ``none``; ``watershed``, from the network's output ``distance``
+            where it has one, else from the places farthest from the edge; ``border``, by the class of that name.
     """
 
     min_size: int = 1
     objects: Path | None = None
     areas: Path | None = None
     geojson: Path | None = None
+    split: How = "none"
+
+    @property
+    def measured(self) -> bool:
+        """Whether the image's channels are to be measured."""
+        return self.objects is not None or self.geojson is not None
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Request:
     in use in the place of what was left open.
 
     Attributes:
-        region: Path or URL of an image: predictions are wanted where it is not 0.
+        region: Path or URL of an image, as given: predictions are wanted where it is not 0.
         processes: How many share this machine's memory and threads.
         size_um: Pixel size of the image that is read; empty where not known.
         staged: The result is made block by block in a stage beside the output.
@@ -103,7 +113,11 @@ class Request:
 def engine_form(engine: Engine, asked: Request) -> Engine:
     """The engine in the form that runs tiles: itself, or over several positions of each."""
     output = engine.spec.head(asked.head)
-    return engine if asked.tta == "none" else Augmented(engine, asked.tta, raw=asked.output == "raw", output=output)
+    if asked.tta == "none":
+        return engine
+    if asked.tables is not None and asked.tables.split == "watershed" and engine.spec.distance_of(output) is not None:
+        raise ContractError("--tta averages one output, and this network's objects are split by another; leave it away")
+    return Augmented(engine, asked.tta, raw=asked.output == "raw", output=output)
 
 
 def decision_of(asked: Request, spec: EngineSpec) -> Decision:
@@ -149,6 +163,8 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
     check_pieces(source, asked.memory_bytes)
     if settled.normalization is not None:
         check_value_range(source, spec.contract.value_range, settled.normalization)
+    if out is not None and label_place(out) is not None:
+        _check_labels(settled, decision, source, out)
     check_pixel_size(spec.contract, source)
     return settled
 
@@ -163,7 +179,7 @@ def _staged(asked: Request, source: Source, decision: Decision) -> bool:
         large = large or held > RESULT_SHARE * asked.memory_bytes
     large = large and source.device is None
     shared = asked.shard is not None or asked.scheduler is not None
-    return asked.out.suffix.lower() == ".zarr" or shared or large or stage_folder(asked.out).exists()
+    return is_zarr_output(asked.out) or shared or large or stage_folder(asked.out).exists()
 
 
 def in_blocks(asked: Request, source: Source) -> bool:
@@ -220,6 +236,16 @@ def normalization_of(spec: EngineSpec, source: Source, given: Normalization | No
     return Normalization("none")
 
 
+def _check_labels(asked: Request, decision: Decision, source: Source, out: Path) -> None:
+    """OutputError for what cannot be labels inside an image's Zarr."""
+    if asked.output not in ("mask", "instances") or decision.channels:
+        raise OutputError(
+            f"{out}: labels are one whole number per pixel; use --output mask or instances, or another --out"
+        )
+    if source.level:
+        raise OutputError(f"{out}: labels lie over the finest level of their image; leave --level away")
+
+
 def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
     """Raises now what would otherwise be said of objects after all the work."""
     if asked.output != "instances":
@@ -230,14 +256,22 @@ def _check_objects(asked: Request, spec: EngineSpec, source: Source) -> None:
         raise ContractError("--output instances numbers objects from 1 on; leave --mask-values away")
     if spec.contract_of(spec.head(asked.head)).task == "multilabel":
         raise ContractError(
-            "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.objects)"
+            "objects of a multi-label task overlap; predict its masks, and label each (unet_rt.label_mask)"
         )
-    from ..outputs import objects
+    from ..outputs import split, windows
 
-    objects.morphology()
-    tables = asked.tables
-    if tables is not None and tables.geojson is not None and (len(source.shape) != 2 or source.planes != 1):
-        raise ContractError("GeoJSON holds outlines of one 2-D picture; leave --geojson away")
+    windows.morphology()
+    tables = asked.tables or Tables()
+    if tables.geojson is not None and len(source.shape) != 2:
+        raise ContractError("GeoJSON holds outlines of 2-D pictures, and this is a volume; leave --geojson away")
+    if asked.out is not None and asked.out.suffix.lower() == ".png" and (len(source.shape) != 2 or source.planes != 1):
+        raise OutputError(f"{asked.out}: PNG holds one plane, and the image has more; name it {asked.out.stem}.tif")
+    if tables.split == "none":
+        return
+    split.morphology()
+    contract = spec.contract_of(spec.head(asked.head))
+    if tables.split == "border":
+        split.border_label(dict(enumerate(contract.classes)))
 
 
 def check_pieces(source: Source, memory_bytes: int | None) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError
+from ..outputs.labels import hidden_base
 from ..system.durable import Disk, locked
 from .blocks import Block
 from .store import BlockStore
@@ -33,7 +34,8 @@ FORMAT = 2
 
 
 def stage_folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.stage")
+    base = hidden_base(out)
+    return base.with_name(f".{base.name}.stage")
 
 
 class Stage:

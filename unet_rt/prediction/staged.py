@@ -23,13 +23,14 @@ from ..errors import ContractError, OutputError
 from ..images.open import open_image
 from ..images.reading import Reading
 from ..images.source import Source
+from ..outputs.labels import is_zarr_output, label_place
 from ..outputs.output import remove_parts
 from ..outputs.shape import size_of
 from ..outputs.zarr import ZarrOutput
 from ..outputs.zarr_metadata import NO_DATA
 from ..system.durable import locked
 from .compute import run_blocks
-from .files import clear, is_zarr, shape_of
+from .files import clear, shape_of
 from .finish import check_targets, finish
 from .plan import Plan, Record, make_plan, numbers_json
 from .report import RunReport, class_share, label_names
@@ -75,7 +76,7 @@ def predict_staged(
                 every = len(plan.blocks)
                 report.notes.append(f"shard {index}/{count} is done; {left} of {every} blocks are left to other shards")
             elif left == 0:
-                stage.finish(partial(_finish, state, asked, out))
+                stage.finish(partial(_finish, state, asked, out, report))
             if left is not None:
                 clear(out)
             return report
@@ -114,7 +115,7 @@ def _state(stage: Stage, plan: Plan, asked: Request, out: Path) -> _State:
     except FileNotFoundError as error:
         raise stage.gone() from error
     complete = len(there) == len(plan.blocks)
-    moved = is_zarr(out) and asked.output != "instances" and complete and not stage.data.exists()
+    moved = is_zarr_output(out) and asked.output != "instances" and complete and not stage.data.exists()
     if moved and not out.exists():
         raise OutputError(f"{stage.folder} is what is left of {out}, which has gone; use --restart to begin anew")
     if refused is not None and not complete:
@@ -169,11 +170,11 @@ def _add_all(report: RunReport, state: _State, *, shared: bool) -> int | None:
     return left
 
 
-def _finish(state: _State, asked: Request, out: Path) -> None:
+def _finish(state: _State, asked: Request, out: Path, report: RunReport) -> None:
     """Makes the output; its parts that killed processes have left go first. Nobody else is at them."""
     if state.store is not None:
         remove_parts(out)
-        finish(state.plan, state.store, asked, again=state.complete)
+        finish(state.plan, state.store, asked, report, again=state.complete)
 
 
 def identity(engine: Engine, source: Source, asked: Request) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def open_store(stage: Stage, plan: Plan, out: Path, *, marks: bool = True) -> Bl
     """Where the blocks of a stage are kept: as its output wants them. Made where there are no ``marks`` yet."""
     if marks and not stage.data.exists():
         raise OutputError(f"{stage.folder} has marks of finished blocks and no data; use --restart to begin anew")
-    if not is_zarr(out):
+    if not is_zarr_output(out):
         return PackedStore(stage.data, plan.cuts)
     if not stage.data.exists():
         with locked(stage.folder / "start.lock"):
@@ -258,7 +259,7 @@ def open_store(stage: Stage, plan: Plan, out: Path, *, marks: bool = True) -> Bl
                 shutil.rmtree(started, ignore_errors=True)
                 ZarrOutput.create(
                     started, shape_of(plan), plan.blocks.chunk, plan.image.metadata, size_of(plan.image, plan.shape),
-                    **_meaning(plan),
+                    over=label_place(out), **_meaning(plan),
                 )  # fmt: skip
                 stage.rename(started, stage.data)
     return ZarrStore(ZarrOutput.open(stage.data), plan.place)

@@ -73,6 +73,10 @@ class PackedStore:
             raise
         return [path]
 
+    def holds(self, number: int) -> bool:
+        """Whether a block was written."""
+        return self._path(number).exists()
+
     def window(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
         ranges = [
             [k for k, (a, b) in enumerate(pairwise(cuts)) if a < high and b > low]
