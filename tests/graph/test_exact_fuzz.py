@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 from drawn_networks import draw_network
@@ -39,11 +39,6 @@ def arrangements(report: GraphReport) -> Iterator[tuple[list[int], list[int]]]:
             yield tile, bound
 
 
-def tolerance(report: GraphReport, canvas: Sequence[int]) -> float:
-    """Sums in another order, and float32 coordinates where a resize is no power of two."""
-    return 1e-5 + (max(canvas) * 2.0**-18 if report.outputs[0].note else 0.0)
-
-
 def verdict(seed: int) -> str:
     """``exact``, ``not exact`` or ``kept`` (nothing of it can be tested); raises where exact is not true."""
     model, traits = draw_network(seed)
@@ -54,7 +49,7 @@ def verdict(seed: int) -> str:
     session, tested = tiles_and_whole.session_of(model), 0
     for tile, canvas in arrangements(report):
         error = tiles_and_whole.largest_difference(report, session, tile, canvas)
-        assert error <= tolerance(report, canvas), (
+        assert error <= report.rounding(canvas), (
             f"seed {seed} ({traits}): tiles of {tile} px differ by {error:.2g} on a canvas of {canvas} px, and it is "
             f"called exact: {report.sizes}"
         )

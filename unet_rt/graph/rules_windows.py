@@ -146,6 +146,7 @@ def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         )
         return [Tensor((*(first.axes or ())[:2], *(plain(1) for _ in shape)), first.dtype, faults=fault)]
     axes, faults = _slid(state, node, first, w, bool(node.attributes.get("ceil_mode", 0)))
+    state.sums += 0 if node.op == "MaxPool" else math.prod(w.kernel)
     result = (*(first.axes or ())[:2], *axes)
     outputs = [Tensor(result, first.dtype, faults=faults)]
     if len(node.outputs) > 1 and node.outputs[1]:

@@ -355,7 +355,8 @@ class Search:
 
 
 def _rounding_of(state: Walk, outputs: Sequence[Tensor]) -> Rounding:
-    alone = sum(1.0 for node in state.order if not all(state.tensors[o].constant for o in node.outputs if o))
+    # A product, a bias or a function rounds a whole value, and twice as much of the square as an addition does on average.
+    alone = sum(2.0 for node in state.order if not all(state.tensors[o].constant for o in node.outputs if o))
     return Rounding(state.sums + alone, max((len(t.notes) for t in outputs), default=0))
 
 

@@ -116,7 +116,7 @@ class Walk:
         broken: Why the graph cannot run at this size (empty if it can).
         dropped: Samples per spatial axis behind the last window of some pooling or convolution.
         density: Multiply-accumulates per input pixel, in the limit of a large image.
-        sums: Roundings of float32 in the sums of all layers (see :mod:`unet_rt.graph.rounding`).
+        sums: Additions per sample of all layers (see :mod:`unet_rt.graph.rounding`).
         order: The nodes as walked, with subgraphs inlined.
     """
 
@@ -152,7 +152,7 @@ class Walk:
     def macs(self, per_sample: float, axes: Sequence[Axis]) -> None:
         """Count ``per_sample`` multiply-accumulates for every element of ``axes``."""
         count = float(per_sample)
-        self.sums += 2 * math.sqrt(per_sample)
+        self.sums += per_sample
         followed: set[int] = set()
         for axis in axes:
             for part in axis:
