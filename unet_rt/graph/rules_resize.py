@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
 from . import line as lines
 from .file import Node
 from .line import Line, Sampling
-from .numbers import Number
+from .numbers import Follower, Number, plain_number
 from .tensor import (
     CannotRun,
     Inputs,
@@ -27,6 +28,11 @@ from .tensor import (
     unknown,
     value_of,
 )
+
+# Samples along an axis, for which what float32 makes of sizes and positions is looked through; no image has more.
+_LONGEST = 1 << 22
+# A bound from here on is none to speak of.
+_SPOKEN_OF = 1 << 20
 
 # ---------------------------------------------------------------------------------------------------------- resize
 
@@ -50,6 +56,7 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     notes: list[str] = []
     wanted = [] if sizes is None or x[3] is None or x[3].followed is None else numbers_of(x[3])
     meant: dict[int, Fraction] = {}
+    follower = state.follower(node)
     for number, k in zip(wanted, axes, strict=False):
         if policy != "stretch" or _proportion(number, state.length(result[k])) is None:
             texts.append("resizes by a factor that changes with the size of the image")
@@ -78,7 +85,12 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             continue
         if sizes is not None and x[3].followed is None:  # type: ignore[union-attr]
             texts.append(f"resizes to {size} samples whatever the size of the image")
+        length = state.length(result[k])
+        if sizes is None and scales is not None:
+            texts += _sizes_held(follower, length, n, scales[i], factor)
         moved, fault, note = _resize_line(node, line, size, factor)
+        if a.get("mode", "nearest") == "nearest" and (most := _positions_held(factor)) < _SPOKEN_OF:
+            follower.holds(plain_number(most) - length)
         result[k] = (moved,)
         texts += fault
         notes += note
@@ -88,8 +100,43 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             first.dtype,
             faults=frozenset(state.remark(node, t) for t in texts),
             notes=frozenset(state.remark(node, t) for t in notes),
+            bounds=frozenset(follower.bounds),
         )
     ]
+
+
+def _sizes_held(follower: Follower, length: Number, n: int, scale: float, factor: Fraction) -> list[str]:
+    """Why ``scale`` in float32 gives other sizes than ``factor``; finds up to where it does not.
+
+    0.7 in float32 is below 7/10, and in some products with a size so is what is rounded down: a sample less.
+    """
+    if Fraction(float(np.float32(scale))) == factor:
+        return []
+    wrong = _wrong_sizes(scale, factor, n % factor.denominator)
+    if n in wrong:
+        return [f"resizes by a factor of {factor}, which float32 rounds: {n} samples give one less"]
+    below, above = wrong[wrong < n], wrong[wrong > n]
+    if len(below):
+        follower.holds(length - plain_number(int(below[-1]) + 1))
+    if len(above):
+        follower.holds(plain_number(int(above[0]) - 1) - length)
+    return []
+
+
+@lru_cache(maxsize=64)
+def _wrong_sizes(scale: float, factor: Fraction, residue: int) -> lines.Integers:
+    """Sizes of this residue modulo the denominator of ``factor`` that float32 does not take to the size they are due."""
+    sizes = np.arange(residue, _LONGEST, factor.denominator, dtype=np.int64)
+    made = np.floor(np.float32(scale) * sizes.astype(np.float32)).astype(np.int64)
+    return sizes[made != sizes * factor.numerator // factor.denominator]
+
+
+def _positions_held(factor: Fraction) -> int:
+    """Samples up to which float32 cannot move a position past the border between two neighbours, unless it lies on it."""
+    if _is_power_of_two(factor.numerator) and _is_power_of_two(factor.denominator):
+        return _LONGEST  # float32 holds every position
+    # Borders lie at whole or half samples, positions at multiples of half the denominator of the step between them.
+    return int(Fraction(2**23, 2 * factor.numerator))
 
 
 def _proportion(number: Number, length: Number) -> Fraction | None:
