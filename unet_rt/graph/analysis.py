@@ -13,6 +13,7 @@ from ..tiling.field import OutputField, TileSizes
 from .file import Graph, read_graph, restrict
 from .layout import input_axes, layout, spatial_letters
 from .passes.free_crops import free_crops
+from .passes.free_sizes import free_sizes
 from .rounding import NO_ROUNDING, Rounding
 from .sizes import Search
 from .tensor import Walk
@@ -54,16 +55,18 @@ class Analysis:
 def analyse_model(
     model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None
 ) -> tuple[Analysis, onnx.ModelProto]:
-    """The analysis of a model, and the model it is of: that given, or a copy whose crops were counted from the far edge.
+    """The analysis of a model, and the model it is of: that given, or a copy whose nodes follow the size of the image.
 
-    The copy is taken where it is exact and the model, whose crops hold the size of its export, is not.
+    The copy is taken where it is exact and the model, whose nodes hold the size of its export, is not.
     """
     analysis = analyse(read_graph(model, folder))
     if all(size is None for size in analysis.declared) or all(output.exact for output in analysis.outputs):
         return analysis, model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    if not free_crops(copy):
+    sizes = [size or tile.at_least(64) for size, tile in zip(analysis.declared, analysis.sizes, strict=True)]
+    tensors = {} if model.functions else analysis.walk(sizes, analysis.batch or 1).tensors
+    if not free_sizes(copy, tensors) + free_crops(copy):
         return analysis, model
     candidate = analyse(read_graph(copy, folder))
     return (candidate, copy) if all(output.exact for output in candidate.outputs) else (analysis, model)
