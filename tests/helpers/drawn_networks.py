@@ -235,8 +235,8 @@ class Drawing:
         kind = self.pick(
             "pad and crop", "pad", "crop", "crop by size", "crop of parity", "factor above", "if above", "cut above",
             "resize up to", "pad above", "count of blocks", "zoom", "bias of size", "bias of image", "by size", "first row",
-            "shuffle", "equal", "factor", "split", "mean of channels", "channels last", "small", "difference", "blocks of size",
-            "flat", "normed", "gathered",
+            "shuffle", "equal", "factor", "split", "mean of channels", "channels last", "small", "difference",
+            "blocks of size", "flat", "normed", "gathered",
         )  # fmt: skip
         self.say(kind)
         h = self.size(x, Y)
@@ -311,10 +311,17 @@ class Drawing:
             self.say(f"by {factor}")
             more = {"coordinate_transformation_mode": self.pick("half_pixel", "asymmetric", "align_corners")}
             return self.node(
-                "Resize", x, "", self.const([1, 1, factor, factor], np.float32), mode=self.pick("linear", "nearest"), **more
+                "Resize",
+                x,
+                "",
+                self.const([1, 1, factor, factor], np.float32),
+                mode=self.pick("linear", "nearest"),
+                **more,
             )
         if kind == "split":
-            first = self.pick(self.const([3]), self.node("Div", h, self.const([2])), self.node("Sub", h, self.const([4])))
+            first = self.pick(
+                self.const([3]), self.node("Div", h, self.const([2])), self.node("Sub", h, self.const([4]))
+            )
             parts = self.node("Concat", first, self.node("Sub", h, first), axis=0)
             upper, lower = self.name("upper"), self.name("lower")
             self.nodes.append(helper.make_node("Split", [x, parts], [upper, lower], axis=Y, name=f"n_{upper}"))
@@ -325,7 +332,9 @@ class Drawing:
         if kind == "channels last":
             last = self.node("Transpose", x, perm=[0, 2, 3, 1])
             w = self.const(self.weights(channels, channels), np.float32)
-            return self.node("Transpose", self.node("Softmax", self.node("MatMul", last, w), axis=-1), perm=[0, 3, 1, 2])
+            return self.node(
+                "Transpose", self.node("Softmax", self.node("MatMul", last, w), axis=-1), perm=[0, 3, 1, 2]
+            )
         if kind == "small":
             return self.node("Mul", x, self.const([1e-5], np.float32))
         if kind == "difference":
@@ -346,7 +355,9 @@ class Drawing:
             more = [] if op == "InstanceNormalization" else [ones, ones]
             return self.node(op, x, ones, ones, *more)
         if kind == "gathered":
-            steps = self.node("Range", self.const(0), self.node("Squeeze", h, self.const([0])), self.const(self.pick(1, 2)))
+            steps = self.node(
+                "Range", self.const(0), self.node("Squeeze", h, self.const([0])), self.const(self.pick(1, 2))
+            )
             return self.node("Gather", x, steps, axis=Y)
         assert kind == "shuffle"
         deep = self.node("SpaceToDepth", x, blocksize=2)

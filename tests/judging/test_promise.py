@@ -90,8 +90,9 @@ def test_build_and_verify_find_what_the_analysis_believed(
     monkeypatch.setattr(tiling, "_hold_promise", lambda job, spec, results: None)
     generous = urt.Budget(error=10.0)
     urt.build(model, samples=[image], out=tmp_path / "m.urt", budget=generous, **QUICK).close()
-    report = verify(tmp_path / "m.urt", [image], budget=generous)
-    for report in (report, verify(tmp_path / "m.urt", budget=generous)):  # without images by the tiles of the exam
+    by_images = verify(tmp_path / "m.urt", [image], budget=generous)
+    by_exam = verify(tmp_path / "m.urt", budget=generous)
+    for report in (by_images, by_exam):
         assert not report.accepted
         assert "please report it" in report.verdict.reasons[0]
 

@@ -47,6 +47,11 @@ class Analysis:
     limits: tuple[str, ...] = ()
     rounding: Rounding = NO_ROUNDING
 
+    @property
+    def exported(self) -> tuple[int, ...]:
+        """The size that was exported at, per spatial axis, and one to try where none is declared."""
+        return tuple(size or tile.at_least(64) for size, tile in zip(self.declared, self.sizes, strict=True))
+
     def walk(self, sizes: Sequence[int], batch: int = 1) -> Walk:
         given = input_axes(self.graph, self.letters, self.channels, tuple(sizes), batch)
         return walk(self.graph, given, tuple(sizes), self.global_pools)
@@ -64,8 +69,7 @@ def analyse_model(
         return analysis, model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    sizes = [size or tile.at_least(64) for size, tile in zip(analysis.declared, analysis.sizes, strict=True)]
-    tensors = {} if model.functions else analysis.walk(sizes, analysis.batch or 1).tensors
+    tensors = {} if model.functions else analysis.walk(analysis.exported, analysis.batch or 1).tensors
     if not free_sizes(copy, tensors) + free_crops(copy):
         return analysis, model
     candidate = analyse(read_graph(copy, folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Rounding:
 
     def bound(self, canvas: Sequence[int]) -> float:
         """Largest difference of a sample to the same sample in another tile, relative to the output's largest value."""
-        summed = _DEVIATIONS * _SAFETY * self.sums**0.5
+        summed = _DEVIATIONS * _SAFETY * math.sqrt(self.sums)
         return _HALF_ULP * (summed + _POSITION * self.coordinates * max(canvas))
 
 

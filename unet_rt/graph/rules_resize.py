@@ -128,7 +128,8 @@ def _wrong_sizes(scale: float, factor: Fraction, residue: int) -> lines.Integers
     """Sizes of this residue modulo the denominator of ``factor`` that float32 does not take to the size they are due."""
     sizes = np.arange(residue, _LONGEST, factor.denominator, dtype=np.int64)
     made = np.floor(np.float32(scale) * sizes.astype(np.float32)).astype(np.int64)
-    return sizes[made != sizes * factor.numerator // factor.denominator]
+    wrong: lines.Integers = sizes[made != sizes * factor.numerator // factor.denominator]
+    return wrong
 
 
 def _positions_held(factor: Fraction) -> int:

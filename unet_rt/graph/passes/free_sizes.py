@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -142,7 +142,7 @@ class _Rewrite:
         return []
 
     def _nodes(
-        self, node: onnx.NodeProto, x: str, op: str, attributes: Mapping[str, object], order: Sequence[int]
+        self, node: onnx.NodeProto, x: str, op: str, attributes: Mapping[str, Any], order: Sequence[int]
     ) -> list[onnx.NodeProto]:
         from onnx import helper
 
@@ -164,7 +164,7 @@ def _keeps_its_size(ratio: Fraction) -> bool:
     return ratio.denominator == 1 or (ratio.numerator == 1 and ratio.denominator & (ratio.denominator - 1) == 0)
 
 
-Found = tuple[str, dict[str, object], list[int]]
+Found = tuple[str, dict[str, Any], list[int]]
 
 
 def _deepened(x: Shape, apart: Shape, perm: Sequence[int], y: Shape) -> Found | None:
@@ -181,7 +181,10 @@ def _deepened(x: Shape, apart: Shape, perm: Sequence[int], y: Shape) -> Found | 
 
 def _spread(x: Shape, apart: Shape, perm: Sequence[int], y: Shape) -> Found | None:
     """(N, C r r, H, W) by (N, C, r, r, H, W) to (N, C, H r, W r), or by (N, r, r, C, H, W)."""
-    modes = {(0, 1, 4, 2, 5, 3): ("CRD", 1, 2, 3), (0, 3, 4, 1, 5, 2): ("DCR", 3, 1, 2)}
+    modes: dict[Shape, tuple[str, int, int, int]] = {
+        (0, 1, 4, 2, 5, 3): ("CRD", 1, 2, 3),
+        (0, 3, 4, 1, 5, 2): ("DCR", 3, 1, 2),
+    }
     if len(apart) != 6 or tuple(perm) not in modes:
         return None
     mode, c, i, j = modes[tuple(perm)]
