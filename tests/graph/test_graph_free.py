@@ -136,7 +136,7 @@ def test_a_baked_size_is_reported_with_the_field_it_has_at_that_size(monkeypatch
     f = report.outputs[0].field[0]
     assert (f.shrink, f.stride, f.out_size(76)) == ((20, 20), 4, 36)
     assert "76x76 px only" in report.outputs[0].reasons[0]
-    assert report.cost[512]["tile"] == 76
+    assert report.cost[512]["tile"] == (76, 76)
 
 
 def test_numbers_overrule_the_analysis(monkeypatch: pytest.MonkeyPatch) -> None:

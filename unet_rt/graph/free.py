@@ -21,6 +21,7 @@ from ..errors import UnetRtError, first_line
 from ..tiling.field import OutputField
 from .analysis import Analysis, analyse_model
 from .file import Value
+from .layout import free_export
 
 Array = NDArray[Any]
 Run = Callable[[onnx.ModelProto, Sequence[Array]], Sequence[Array]]
@@ -63,7 +64,7 @@ def free_spatial(model: onnx.ModelProto, run: Run | None = None) -> tuple[onnx.M
         freed = _declare_free(source, analysis, spatial)
         why = "" if run is None else _differs(model, source, freed, analysis, spatial, run)
         if why:
-            reasons += [f"{axis} is fixed: {why}" for axis in spatial]
+            reasons += [f"{axis} is fixed: {why}; {free_export(analysis.letters)}" for axis in spatial]
         else:
             result = freed
     if analysis.batch is not None:

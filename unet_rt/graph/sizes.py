@@ -11,9 +11,9 @@ import numpy as np
 
 from ..errors import size_text
 from ..tiling.field import OutputField
-from .fields import axis_field, field_lines, halo_of, shrink_of
+from .fields import as_measured, axis_field, field_lines, gives_whole_samples, halo_of, shrink_of
 from .file import Graph, Value
-from .layout import SPATIAL, input_axes
+from .layout import SPATIAL, free_export, input_axes
 from .line import Line
 from .numbers import Bound
 from .rounding import NO_ROUNDING, Rounding
@@ -244,11 +244,26 @@ class Search:
         self.density, self.rounding = only.density, _rounding_of(only, self.tensors(only))
         for k, value in enumerate(self.graph.outputs):
             why = larger.broken[0] if larger.broken else self._disagreement([only, larger], k)
-            why = f"runs at {size_text(declared)} px only: {why}" if why else ""
+            why = why or self._fraction(only, k)
+            why = f"runs at {size_text(declared)} px only: {why}; {free_export(self.letters)}" if why else ""
             output = self._output(value, [only], k, "", True)
             self.outputs.append(
                 replace(output, exact=False, reasons=(why, *output.reasons), note="") if why else output
             )
+        lines = [line for tensor in self.tensors(only) for line in tensor.lines()]
+        for axis in {line.source for line in lines if not gives_whole_samples(line, declared[line.source])}:
+            scales = [o.field[axis].scale for o in self.outputs if len(o.field) == len(declared)]
+            stride = math.lcm(*(scale.denominator for scale in scales))
+            self.strides = (*self.strides[:axis], stride, *self.strides[axis + 1 :])
+        self.remainders = tuple(n % s for n, s in zip(declared, self.strides, strict=True))
+
+    def _fraction(self, state: Walk, k: int) -> str:
+        """A sentence if the size that was walked at is no whole number of samples of output ``k``."""
+        for line in self.tensors(state)[k].lines():
+            size = state.sizes[line.source]
+            if not gives_whole_samples(line, size):
+                return f"{size} px x {line.scale} is no whole number of samples, and the network makes {line.size} of it"
+        return ""
 
     def _has_core(self, line: Line) -> bool:
         before, after = halo_of(line)
@@ -316,7 +331,9 @@ class Search:
             reasons.append(disagreement)
         reasons = reasons or self._unheld(tensor.bounds, states)
         letters = self._output_letters(tensor, value)
-        found = field_lines(tensor)
+        found = [
+            line if self.lawful else as_measured(line, states[0].sizes[line.source]) for line in field_lines(tensor)
+        ]
         if not found or len(found) != len(tensor.lines()):
             reasons = reasons or [f"output '{value.name}' has no spatial axes of its own"]
         elif not reasons and not ready:
