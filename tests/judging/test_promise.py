@@ -61,7 +61,7 @@ def padded_in_front(d: Drawing) -> str:
 @pytest.fixture
 def believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An analysis that takes what it cannot follow for harmless: what a defect would do."""
-    monkeypatch.setattr(sizes, "_lengthened", lambda strides, bounds: tuple(strides))
+    monkeypatch.setattr(sizes, "lengthened", lambda strides, bounds: tuple(strides))
     monkeypatch.setattr(sizes.Search, "_unheld", lambda self, bounds, states: [])
     monkeypatch.setattr(sizes.Search, "exact_up_to", lambda self: [None] * len(self.declared))
 

@@ -15,13 +15,11 @@ from .fields import as_measured, axis_field, field_lines, gives_whole_samples, h
 from .file import Graph, Value
 from .layout import SPATIAL, free_export, input_axes
 from .line import Line
-from .numbers import Bound
+from .numbers import MAX_STRIDE, Bound, lengthened
 from .rounding import NO_ROUNDING, Rounding
 from .tensor import Tensor, Walk, is_tracked, sole_line
 from .walk import walk
 
-# Down-sampling beyond this is no network for images but a size baked into the graph.
-_MAX_STRIDE = 2048
 _MAX_SIZE = 8192
 # Remainders tried: networks for images take one of the first, and each try is a walk.
 _MAX_REMAINDERS = 128
@@ -91,9 +89,9 @@ class Search:
             tensors = start.tensors.values()
         for line in (line for t in tensors for line in t.lines()):
             found[line.source] = math.lcm(found[line.source], line.stride)
-        found = [s if s <= _MAX_STRIDE else 1 for s in found]
+        found = [s if s <= MAX_STRIDE else 1 for s in found]
         known = [math.lcm(s, m) for s, m in zip(found, self.moduli or (1,) * len(found), strict=True)]
-        return _lengthened(known, _bounds_of(tensors))
+        return lengthened(known, _bounds_of(tensors))
 
     def _unheld(self, bounds: Iterable[Bound], states: Sequence[Walk]) -> list[str]:
         """Why what the walks tell holds for too few sizes."""
@@ -226,7 +224,7 @@ class Search:
                 break
             extra -= ready
             size *= 2
-        self.moduli = _lengthened(self.strides, _bounds_of(t for s in states for t in self.tensors(s)))
+        self.moduli = lengthened(self.strides, _bounds_of(t for s in states for t in self.tensors(s)))
         if self.lawful and self.moduli != self.strides:
             self.find_sizes()
             self.find_fields()
@@ -262,7 +260,9 @@ class Search:
         for line in self.tensors(state)[k].lines():
             size = state.sizes[line.source]
             if not gives_whole_samples(line, size):
-                return f"{size} px x {line.scale} is no whole number of samples, and the network makes {line.size} of it"
+                return (
+                    f"{size} px x {line.scale} is no whole number of samples, and the network makes {line.size} of it"
+                )
         return ""
 
     def _has_core(self, line: Line) -> bool:
@@ -379,15 +379,6 @@ def _rounding_of(state: Walk, outputs: Sequence[Tensor]) -> Rounding:
 
 def _bounds_of(tensors: Iterable[Tensor]) -> set[Bound]:
     return set[Bound]().union(*(t.bounds for t in tensors))
-
-
-def _lengthened(strides: Sequence[int], bounds: Iterable[Bound]) -> tuple[int, ...]:
-    """``strides`` that keep the residues at which numbers of the graph stay what they are, as far as they are strides."""
-    result = list(strides)
-    for bound in bounds:
-        both = math.lcm(result[bound.axis], bound.modulus)
-        result[bound.axis] = both if both <= _MAX_STRIDE else result[bound.axis]
-    return tuple(result)
 
 
 def _smallest(top: int, holds: Any) -> int:
