@@ -194,3 +194,22 @@ def test_operators_of_unknown_domains_are_not_taken_for_element_wise() -> None:
     assert "Blur 'b' is not an operator whose dependence is known" in one(report).reasons[0]
     with pytest.raises(GraphError, match=r"is not an image .*Blur"):
         check_images(report)
+
+
+def test_an_output_of_another_size_is_said_by_build_and_predict(tmp_path: Path) -> None:
+    import unet_rt as urt
+    from unet_rt.contract.contract import Contract, Normalization
+
+    encoder = torch.nn.Sequential(mainstream.Block(1, 4, 2), torch.nn.Conv2d(4, 1, 1))
+    path, said, done = tmp_path / "m.onnx", list[str](), list[Any]()
+    onnx.save(fixed(encoder, 64), str(path))
+    contract = Contract(task="regression", output_is="values", normalization=Normalization("none"))
+    more: Any = {"backend": "onnxruntime", "precision": "fp32", "threads": 1, "contract": contract}
+    image = networks.texture((1, 1, 96, 80))[0, 0]
+    with urt.build(
+        path, samples=[image], out=tmp_path / "m.urt", report=lambda report: said.extend(report.notes), **more
+    ) as engine:
+        assert urt.predict(engine, image, output="raw", report=done.append).shape == (1, 48, 40)
+    text = "has 1/2 x 1/2 samples per pixel: its results are written at that size, not the image's"
+    assert any(text in note for note in said)
+    assert any(text in note for note in done[0].notes)

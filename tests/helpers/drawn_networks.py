@@ -48,6 +48,18 @@ class Drawing:
         self.nodes.append(helper.make_node(op, list(inputs), [out], name=f"n_{out}", **attributes))
         return out
 
+    def model(self, y: str) -> onnx.ModelProto:
+        """What was drawn, with ``y`` for its result."""
+        self.nodes.append(helper.make_node("Identity", [y], ["y"]))
+        graph = helper.make_graph(
+            self.nodes,
+            "drawn",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, "h", "w"])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(v, k) for k, v in self.constants.items()],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
     # -- numbers
 
     def size(self, x: str, axis: int) -> str:
@@ -374,12 +386,4 @@ def draw_network(seed: int) -> tuple[onnx.ModelProto, str]:
     x = d.padded(x, channels, 2, depth) if d.chance(0.45) else d.unet(x, channels, 2, depth)
     if d.chance(0.35):
         x = d.twisted(x, 2)
-    d.nodes.append(helper.make_node("Identity", [x], ["y"]))
-    graph = helper.make_graph(
-        d.nodes,
-        "drawn",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, "h", "w"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(v, k) for k, v in d.constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), ", ".join(d.traits)
+    return d.model(x), ", ".join(d.traits)
