@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
@@ -62,9 +63,7 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             texts.append("resizes by a factor that changes with the size of the image")
             meant[k] = _factor_meant(number, state.length(result[k]))
     if sizes is not None and policy != "stretch":
-        ratios = [s / axis_size(result[k]) for k, s in zip(axes, sizes, strict=True)]
-        ratio = min(ratios) if policy == "not_larger" else max(ratios)
-        sizes = [round(ratio * axis_size(result[k])) for k in axes]
+        sizes = _in_proportion(sizes, [axis_size(result[k]) for k in axes], policy)
     for i, k in enumerate(axes):
         n = axis_size(result[k])
         if sizes is not None:
@@ -73,6 +72,7 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             # As the backends do: the scale and the product in float32.
             size = int(np.floor(np.float32(scales[i]) * np.float32(n)))
             factor = _fraction(scales[i])
+            texts += _sizes_held(follower, state.length(result[k]), n, scales[i], factor)
         if size < 1:
             raise CannotRun(f"leaves {size} samples")
         if size == n and factor == 1:
@@ -85,12 +85,9 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             continue
         if sizes is not None and x[3].followed is None:  # type: ignore[union-attr]
             texts.append(f"resizes to {size} samples whatever the size of the image")
-        length = state.length(result[k])
-        if sizes is None and scales is not None:
-            texts += _sizes_held(follower, length, n, scales[i], factor)
-        moved, fault, note = _resize_line(node, line, size, factor)
         if a.get("mode", "nearest") == "nearest" and (most := _positions_held(factor)) < _SPOKEN_OF:
-            follower.holds(plain_number(most) - length)
+            follower.holds(plain_number(most) - state.length(result[k]))
+        moved, fault, note = _resize_line(node, line, size, factor)
         result[k] = (moved,)
         texts += fault
         notes += note
@@ -103,6 +100,13 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             bounds=frozenset(follower.bounds),
         )
     ]
+
+
+def _in_proportion(sizes: Sequence[int], given: Sequence[int], policy: str) -> list[int]:
+    """The sizes nearest to ``sizes`` in the proportion of ``given``: none larger, or none smaller."""
+    ratios = [size / n for n, size in zip(given, sizes, strict=True)]
+    ratio = min(ratios) if policy == "not_larger" else max(ratios)
+    return [round(ratio * n) for n in given]
 
 
 def _sizes_held(follower: Follower, length: Number, n: int, scale: float, factor: Fraction) -> list[str]:
