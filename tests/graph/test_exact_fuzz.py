@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 from drawn_networks import Drawing, draw_network
 
+from unet_rt.graph.analysis import analyse, analyse_model
+from unet_rt.graph.file import read_graph
+from unet_rt.graph.free import free_spatial
 from unet_rt.graph.report import GraphReport, inspect
 
 pytest.importorskip("onnxruntime")
@@ -88,3 +92,42 @@ def test_exact_is_true_of_drawn_networks() -> None:
         model, traits = draw_network(seed)
         found.append(verdict(model, f"seed {seed} ({traits})"))
     assert found.count("exact") >= EXACT_SHARE * len(found), {word: found.count(word) for word in set(found)}
+
+
+def baked(model: onnx.ModelProto, size: Sequence[int]) -> onnx.ModelProto:
+    """The model as exporters write it at one size: what it computes from its size is a constant."""
+    tensors = analyse(read_graph(model)).walk(size).tensors
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for dim, n in zip(result.graph.input[0].type.tensor_type.shape.dim, (1, 2, *size), strict=True):
+        dim.dim_value = n
+    del result.graph.node[:]
+    for node in model.graph.node:
+        known = [(name, tensors[name].value if name in tensors else None) for name in node.output]
+        if all(isinstance(value, np.ndarray) for _, value in known):
+            result.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(v), name) for name, v in known)
+        else:
+            result.graph.node.append(node)
+    return result
+
+
+@pytest.mark.onnxruntime
+def test_what_is_freed_of_drawn_networks_is_exact() -> None:
+    """Exported at one size, and called exact by what is rewritten: the same bits there, and tiles equal the whole."""
+    freed = rewritten = 0
+    for seed in range(FIRST, FIRST + COUNT // 3):
+        model, traits = draw_network(seed)
+        size = (96, 72) if seed % 2 else (64, 128)
+        fixed = baked(model, size)
+        analysis, source = analyse_model(fixed)
+        if not all(o.exact for o in analysis.outputs) or any(s.fixed is not None for s in analysis.sizes):
+            continue
+        free = free_spatial(fixed)[0]
+        freed += free is not fixed
+        rewritten += source is not fixed
+        image = {"x": np.random.default_rng(seed).normal(size=(1, 2, *size)).astype(np.float32)}
+        a, b = (tiles_and_whole.session_of(one).run(None, image)[0] for one in (fixed, free))
+        assert np.array_equal(a, b), f"seed {seed} ({traits}): freed, it is another network at {size} px"
+        verdict(free, f"seed {seed} ({traits}), freed from {size} px")
+    assert freed >= EXACT_SHARE / 2 * (COUNT // 3)
+    assert rewritten or COUNT < 100
