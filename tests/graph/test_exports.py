@@ -129,6 +129,19 @@ def test_a_network_fixed_to_a_rectangle_is_inspected(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.count("64x96 px  ") == 1
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_adaptive_pool_keeps_its_size(parts: int) -> None:
+    """Freed, its kernel would be that of the export: another network than the one that was exported."""
+
+    def pyramid(x: Any) -> Any:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(x, parts)
+        return x + torch.nn.functional.interpolate(pooled, size=x.shape[2:])
+
+    report = inspect(fixed(networks.Layers(pyramid), 32))
+    assert (one(report).exact, {s.fixed for s in report.sizes}) == (False, {32})
+    assert any(" pools over " in reason for reason in one(report).reasons), one(report).reasons
+
+
 # ------------------------------------------------------------------------------------------------------------- refused
 
 

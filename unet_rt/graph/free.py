@@ -173,7 +173,9 @@ def _differs_in_space(
     """
     names = _axes(analysis)
     tile = analysis.exported
-    canvas = [t.at_least(2 * n) if a in axes else n for a, n, t in zip(names, tile, analysis.sizes, strict=True)]
+    canvas = [
+        t.at_most(t.at_least(2 * n)) if a in axes else n for a, n, t in zip(names, tile, analysis.sizes, strict=True)
+    ]
     images = _inputs(analysis, {"N": analysis.batch or 1, **dict(zip(names, canvas, strict=True))}, 0)
     whole = run(freed, images)
     compared = [0] * len(whole)
