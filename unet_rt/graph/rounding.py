@@ -29,7 +29,7 @@ class Rounding:
 
     Measured: processors add up in many short sums side by side, so that two libraries on one network (those that ship, and
     U-Nets of up to 30,000 additions) stayed within 1/23 of the bound, and the tiles of thousands of drawn networks within
-    1/10, but for differences of values that are equal to 1 %: these reached 1/7.
+    1/10, but for differences of values that are equal to 1 %: these reached 1/4.
 
     Attributes:
         sums: Additions and other roundings per sample, of all layers together.
