@@ -103,7 +103,8 @@ def _search(
     """
     search = Search(graph, letters, channels, declared, batch)
     search.find_sizes()
-    if not search.lawful and None not in declared:
+    fixed = tuple(n for n in declared if n is not None)
+    if not search.lawful and len(fixed) == len(declared) and not search.at(fixed).broken:
         free = Search(graph, letters, channels, (None,) * len(declared), batch, search.global_pools)
         free.find_sizes()
         if free.lawful:
