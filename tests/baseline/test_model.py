@@ -64,19 +64,35 @@ def test_weights_beyond_what_one_file_holds(tmp_path, sample_images, monkeypatch
         urt.inspect(shipped_model())
 
 
-def test_a_size_that_nothing_proves_free_is_part_of_the_model(tmp_path, sample_images):
-    """At 48 px the halo of 53 leaves no core, so that no other size can be held against the original."""
+def fixed_to(side: int, path: Path) -> Path:
+    """The shipped network as if it had been exported at ``side`` x ``side`` px."""
     proto = onnx.load(shipped_model())
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim[2:]:
-            dim.dim_value = 48
-    onnx.save_model(proto, tmp_path / "fixed.onnx")
-    options = {"backend": "onnxruntime", "precision": "fp32", "threads": 1, "samples": [sample_images[0][:90, :100]]}
-    with pytest.raises(urt.TileError, match=r"its halo leaves nothing of 48x48 px.*free sizes.*its tiles are blended"):
-        urt.build(tmp_path / "fixed.onnx", out=tmp_path / "x.urt", halo="measured", **options)
-    with urt.build(tmp_path / "fixed.onnx", out=tmp_path / "x.urt", **options) as engine:
+            dim.dim_value = side
+    onnx.save_model(proto, path)
+    return path
+
+
+def test_a_size_that_leaves_no_core_is_proven_free_beyond_it(tmp_path, sample_images, exact_folder):
+    """At 48 px the halo of 53 leaves nothing that another size could be held against: tiles that keep something are."""
+    path, image = fixed_to(48, tmp_path / "fixed.onnx"), sample_images[0][:90, :100]
+    assert urt.inspect(path).exact  # and build says the same
+    with build(path, tmp_path / "x.urt", sample_images) as engine, urt.load(exact_folder) as plain:
+        assert engine.spec.free_size
+        np.testing.assert_array_equal(urt.predict(engine, image), urt.predict(plain, image))
+
+
+def test_a_size_that_the_numbers_do_not_bear_out_is_part_of_the_model(tmp_path, sample_images, monkeypatch):
+    monkeypatch.setattr("unet_rt.graph.free._differs_beyond", lambda *_: "its tiles are not the whole")
+    path, image = fixed_to(48, tmp_path / "fixed.onnx"), sample_images[0][:90, :100]
+    options = {"backend": "onnxruntime", "precision": "fp32", "threads": 1, "samples": [image]}
+    said = r"its tiles are not the whole; for other sizes export it .*dynamic_axes=.*its tiles are blended"
+    with pytest.raises(urt.TileError, match=said):
+        urt.build(path, out=tmp_path / "x.urt", halo="measured", **options)
+    with urt.build(path, out=tmp_path / "x.urt", **options) as engine:
         assert (engine.spec.tile, engine.spec.overlap, engine.spec.free_size) == ((48, 48), (24, 24), False)
-        assert urt.predict(engine, sample_images[0][:90, :100]).shape == (90, 100)
+        assert urt.predict(engine, image).shape == (90, 100)
 
 
 def test_a_graph_without_batch_axis_is_built_and_run(tmp_path, sample_images, exact_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -270,3 +271,33 @@ def test_pads_to_a_multiple_inside_a_network(mode: str, dynamo: bool) -> None:
     part = session.run(None, {name: np.ascontiguousarray(border[..., 64:224, 128:320])})[0]
     error = np.abs(part[..., 46:, 46:] - whole[..., 64 + 46 : 224, 128 + 46 : 320]).max()
     assert error < 1e-5 * np.abs(whole).max()
+
+
+# --------------------------------------------------------------------------------------- sizes and positions in float32
+
+
+def scaled(factor: float, mode: str) -> onnx.ModelProto:
+    more = {"mode": mode, "coordinate_transformation_mode": "half_pixel"}
+    return single(
+        [node("Resize", ["x", "", "s"], ["y"], **more), node("Identity", ["y"], ["z"])],
+        {"s": floats(1, 1, factor, factor)},
+    )
+
+
+@pytest.mark.onnxruntime
+def test_a_factor_that_float32_rounds_down_holds_up_to_the_first_size_it_shortens() -> None:
+    model = scaled(1.3, "linear")
+    report, session = inspect(model), session_of(model)
+    assert (one(report).exact, one(report).field[0].scale) == (True, Fraction(13, 10))
+    bound = report.exact_up_to[0]
+    assert bound == 329
+    made = {n: session.run(None, {"x": np.zeros((1, 2, n, 10), np.float32)})[0].shape[2] for n in (320, 330)}
+    assert made == {320: 416, 330: 428}  # 429 would be due
+    assert inspect(scaled(1.5, "linear")).exact_up_to == (None, None)
+    assert inspect(scaled(0.7, "linear")).exact_up_to == (None, None)
+
+
+def test_neighbours_are_picked_right_as_far_as_float32_tells_positions_apart() -> None:
+    assert inspect(scaled(257 / 256, "nearest")).exact_up_to == (16320, 16320)
+    assert inspect(scaled(3, "nearest")).exact_up_to == (None, None)
+    assert inspect(scaled(257 / 256, "linear")).exact_up_to == (None, None)

@@ -48,6 +48,18 @@ class Drawing:
         self.nodes.append(helper.make_node(op, list(inputs), [out], name=f"n_{out}", **attributes))
         return out
 
+    def model(self, y: str) -> onnx.ModelProto:
+        """What was drawn, with ``y`` for its result."""
+        self.nodes.append(helper.make_node("Identity", [y], ["y"]))
+        graph = helper.make_graph(
+            self.nodes,
+            "drawn",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, "h", "w"])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(v, k) for k, v in self.constants.items()],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
     # -- numbers
 
     def size(self, x: str, axis: int) -> str:
@@ -107,7 +119,18 @@ class Drawing:
         return self.node(self.pick("Relu", "Sigmoid", "LeakyRelu"), y)
 
     def down(self, x: str, channels: int, stride: int) -> str:
-        how = self.pick("MaxPool", "AveragePool", "Conv", "padded", "ceil")
+        how = self.pick("MaxPool", "AveragePool", "Conv", "padded", "ceil", "slices", "resize", "unshuffle")
+        if how == "slices":
+            self.say("every other sample")
+            starts = self.const([self.pick(0, 0, 1), 0])
+            return self.node("Slice", x, starts, self.const([2**31] * 2), self.const([Y, X]), self.const([stride] * 2))
+        if how == "resize":
+            self.say("resized down")
+            scales = self.const([1, 1, 1 / stride, 1 / stride], np.float32)
+            return self.node("Resize", x, "", scales, mode=self.pick("linear", "nearest"), nearest_mode="floor")
+        if how == "unshuffle":
+            w = self.const(self.weights(channels, channels * stride**2, 1, 1), np.float32)
+            return self.node("Conv", self.node("SpaceToDepth", x, blocksize=stride), w, kernel_shape=[1, 1])
         if how == "Conv":
             k = self.pick(stride, stride + 1)
             w = self.const(self.weights(channels, channels, k, k), np.float32)
@@ -123,7 +146,23 @@ class Drawing:
         return self.node("AveragePool" if how == "AveragePool" else "MaxPool", x, **more)
 
     def up(self, x: str, channels: int, stride: int, skip: str) -> str:
-        how = self.pick("transposed", "nearest", "linear", "size", "size", "size linear")
+        how = self.pick("transposed", "nearest", "linear", "size", "size", "size linear", "shuffle", "transposed 3")
+        if how == "shuffle":
+            w = self.const(self.weights(channels * stride**2, channels, 1, 1), np.float32)
+            deep = self.node("Conv", x, w, kernel_shape=[1, 1])
+            if self.chance(0.5):
+                return self.node("DepthToSpace", deep, blocksize=stride, mode=self.pick("DCR", "CRD"))
+            self.say("shuffle by reshape")
+            n, b = self.size(deep, 0), self.const([stride])
+            h, width = self.size(deep, Y), self.size(deep, X)
+            apart = self.node("Concat", n, self.const([channels]), b, b, h, width, axis=0)
+            moved = self.node("Transpose", self.node("Reshape", deep, apart), perm=[0, 1, 4, 2, 5, 3])
+            sizes = [self.node("Mul", size, b) for size in (h, width)]
+            return self.node("Reshape", moved, self.node("Concat", n, self.const([channels]), *sizes, axis=0))
+        if how == "transposed 3":
+            w = self.const(self.weights(channels, channels, 3, 3), np.float32)
+            more = {"kernel_shape": [3, 3], "strides": [stride] * 2, "pads": [1, 1, 1, 1]}
+            return self.node("ConvTranspose", x, w, output_padding=[self.pick(stride - 1, 0)] * 2, **more)
         if how == "transposed":
             w = self.const(self.weights(channels, channels, stride, stride), np.float32)
             return self.node("ConvTranspose", x, w, kernel_shape=[stride] * 2, strides=[stride] * 2)
@@ -138,8 +177,20 @@ class Drawing:
         return self.node("Resize", x, "", "", sizes, **more)
 
     def join(self, a: str, b: str) -> str:
-        """Both, where need be the skip ``b`` cut to the size of ``a``."""
-        how = self.pick("plain", "plain", "plain", "cut", "centre")
+        """Both, where need be the skip ``b`` cut to the size of ``a``, or ``a`` padded to that of ``b``."""
+        how = self.pick("plain", "plain", "plain", "cut", "centre", "pad", "sum")
+        if how == "pad":
+            self.say("padded to the skip")
+            before, after = [], []
+            for axis in (Y, X):
+                lack = self.node("Sub", self.size(b, axis), self.size(a, axis))
+                before.append(self.node("Div", lack, self.const([2])))
+                after.append(self.node("Sub", lack, before[-1]))
+            zeros = self.const([0, 0])
+            a = self.node("Pad", a, self.node("Concat", zeros, *before, zeros, *after, axis=0))
+        if how == "sum":
+            self.say("skip added and kept")
+            b = self.node(self.pick("Add", "Sub", "Mul", "Max"), a, b)
         if how == "cut":
             self.say("skip cut to size")
             ends = self.node("Concat", self.size(a, Y), self.size(a, X), axis=0)
@@ -196,7 +247,8 @@ class Drawing:
         kind = self.pick(
             "pad and crop", "pad", "crop", "crop by size", "crop of parity", "factor above", "if above", "cut above",
             "resize up to", "pad above", "count of blocks", "zoom", "bias of size", "bias of image", "by size", "first row",
-            "shuffle", "equal",
+            "shuffle", "equal", "factor", "split", "mean of channels", "channels last", "small", "difference",
+            "blocks of size", "flat", "normed", "gathered",
         )  # fmt: skip
         self.say(kind)
         h = self.size(x, Y)
@@ -266,6 +318,59 @@ class Drawing:
             row = self.node("Slice", x, self.const([0]), self.const([1]), self.const([Y]))
             flat = self.node("Squeeze", row, self.const([Y]))
             return self.node("Add", x, self.node("Unsqueeze", flat, self.const([Y])))
+        if kind == "factor":
+            factor = self.pick(1.5, 3, 1.3, 0.7, 2 / 3, 1.25, 0.5)
+            self.say(f"by {factor}")
+            more = {"coordinate_transformation_mode": self.pick("half_pixel", "asymmetric", "align_corners")}
+            return self.node(
+                "Resize",
+                x,
+                "",
+                self.const([1, 1, factor, factor], np.float32),
+                mode=self.pick("linear", "nearest"),
+                **more,
+            )
+        if kind == "split":
+            first = self.pick(
+                self.const([3]), self.node("Div", h, self.const([2])), self.node("Sub", h, self.const([4]))
+            )
+            parts = self.node("Concat", first, self.node("Sub", h, first), axis=0)
+            upper, lower = self.name("upper"), self.name("lower")
+            self.nodes.append(helper.make_node("Split", [x, parts], [upper, lower], axis=Y, name=f"n_{upper}"))
+            return self.pick(upper, lower)
+        if kind == "mean of channels":
+            mean = self.node("ReduceMean", x, self.const([self.pick(1, 1, 1, Y)]), keepdims=1)
+            return self.node("Sub", x, mean)
+        if kind == "channels last":
+            last = self.node("Transpose", x, perm=[0, 2, 3, 1])
+            w = self.const(self.weights(channels, channels), np.float32)
+            return self.node(
+                "Transpose", self.node("Softmax", self.node("MatMul", last, w), axis=-1), perm=[0, 3, 1, 2]
+            )
+        if kind == "small":
+            return self.node("Mul", x, self.const([1e-5], np.float32))
+        if kind == "difference":
+            w = self.const(self.weights(channels, channels, 3, 3) * 1e-2, np.float32)
+            return self.node("Sub", x, self.node("Add", x, self.node("Conv", x, w, pads=[1, 1, 1, 1])))
+        if kind == "blocks of size":
+            side = self.pick(4, 8)
+            whole = self.node("Mul", self.node("Div", h, self.const([side])), self.const([side]))
+            return self.node("Slice", x, self.const([0]), whole, self.const([Y]))
+        if kind == "flat":
+            shape = self.node("Shape", x)
+            flat = self.node("Reshape", x, self.const([0, 0, -1]))
+            w = self.const(self.weights(channels, channels), np.float32)
+            return self.node("Reshape", self.node("MatMul", w, flat), shape)
+        if kind == "normed":
+            ones = self.const([1] * channels, np.float32)
+            op = self.pick("InstanceNormalization", "BatchNormalization", "BatchNormalization")
+            more = [] if op == "InstanceNormalization" else [ones, ones]
+            return self.node(op, x, ones, ones, *more)
+        if kind == "gathered":
+            steps = self.node(
+                "Range", self.const(0), self.node("Squeeze", h, self.const([0])), self.const(self.pick(1, 2))
+            )
+            return self.node("Gather", x, steps, axis=Y)
         assert kind == "shuffle"
         deep = self.node("SpaceToDepth", x, blocksize=2)
         return self.node("DepthToSpace", deep, blocksize=2)
@@ -281,12 +386,4 @@ def draw_network(seed: int) -> tuple[onnx.ModelProto, str]:
     x = d.padded(x, channels, 2, depth) if d.chance(0.45) else d.unet(x, channels, 2, depth)
     if d.chance(0.35):
         x = d.twisted(x, 2)
-    d.nodes.append(helper.make_node("Identity", [x], ["y"]))
-    graph = helper.make_graph(
-        d.nodes,
-        "drawn",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, "h", "w"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(v, k) for k, v in d.constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), ", ".join(d.traits)
+    return d.model(x), ", ".join(d.traits)

@@ -318,7 +318,7 @@ def build(spec: UNetSpec, seed: int = 0) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter prints and warns about its own deprecations."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -364,7 +364,7 @@ def export(
         if free_batch:
             axes[name][0] = "n"
     buffer = io.BytesIO()
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         if dynamo:
             dynamic: Any = None
             if free or free_batch:

@@ -22,7 +22,7 @@ def session_of(model: onnx.ModelProto) -> Any:
 
 
 def largest_difference(report: GraphReport, session: Any, tile: Sequence[int], canvas: Sequence[int]) -> float:
-    """Of tiles at the corners and within to the whole, relative to the largest value."""
+    """Of tiles at the corners and within to the whole, relative to the largest value of each channel."""
     rng = np.random.default_rng(tile[0] * canvas[1])
     image = rng.normal(0, 1, (1, 2, *canvas)).astype(np.float32)
     whole = session.run(None, {"x": image})[0]
@@ -44,5 +44,6 @@ def largest_difference(report: GraphReport, session: Any, tile: Sequence[int], c
             inner.append(slice(start, stop))
             outer.append(slice(start + shift, stop + shift))
         a, b = part[(..., *inner)], whole[(..., *outer)]
-        worst = max(worst, float(np.abs(a - b).max() / max(1.0, np.abs(b).max())))
+        largest = np.maximum(np.abs(whole).max(axis=(0, 2, 3), keepdims=True), np.finfo(np.float32).tiny)
+        worst = max(worst, float((np.abs(a - b) / largest).max()))
     return worst

@@ -61,7 +61,7 @@ def padded_in_front(d: Drawing) -> str:
 @pytest.fixture
 def believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An analysis that takes what it cannot follow for harmless: what a defect would do."""
-    monkeypatch.setattr(sizes, "_lengthened", lambda strides, bounds: tuple(strides))
+    monkeypatch.setattr(sizes, "lengthened", lambda strides, bounds: tuple(strides))
     monkeypatch.setattr(sizes.Search, "_unheld", lambda self, bounds, states: [])
     monkeypatch.setattr(sizes.Search, "exact_up_to", lambda self: [None] * len(self.declared))
 
@@ -90,15 +90,33 @@ def test_build_and_verify_find_what_the_analysis_believed(
     monkeypatch.setattr(tiling, "_hold_promise", lambda job, spec, results: None)
     generous = urt.Budget(error=10.0)
     urt.build(model, samples=[image], out=tmp_path / "m.urt", budget=generous, **QUICK).close()
-    report = verify(tmp_path / "m.urt", [image], budget=generous)
-    assert not report.accepted
-    assert "please report it" in report.verdict.reasons[0]
+    by_images = verify(tmp_path / "m.urt", [image], budget=generous)
+    by_exam = verify(tmp_path / "m.urt", budget=generous)
+    for report in (by_images, by_exam):
+        assert not report.accepted
+        assert "please report it" in report.verdict.reasons[0]
 
 
 def test_what_is_exact_passes(tmp_path: Path, image: np.ndarray) -> None:
     model = network(tmp_path / "m.onnx", padded_in_front)
     urt.build(model, samples=[image], out=tmp_path / "m.urt", **QUICK).close()
     assert verify(tmp_path / "m.urt", [image]).accepted
+    assert verify(tmp_path / "m.urt").accepted
+
+
+def small_seams(d: Drawing) -> str:
+    """Values of some 1e-4, and a seam of a hundredth of that in images of more than 100 px."""
+    h = d.node("Shape", "x", start=2, end=3)
+    above = d.node("Greater", h, d.const([100]))
+    factor = d.node("Where", above, d.const([1.01e-4], np.float32), d.const([1e-4], np.float32))
+    return d.node("Mul", blurred(d), factor)
+
+
+@pytest.mark.usefixtures("believed")
+def test_outputs_of_a_small_range_are_held_to_their_own(tmp_path: Path, image: np.ndarray) -> None:
+    model = network(tmp_path / "m.onnx", small_seams)
+    with pytest.raises(ParityError, match="was judged exact, and is not"):
+        urt.build(model, samples=[image], out=tmp_path / "m.urt", budget=urt.Budget(error=10.0), **QUICK)
 
 
 def test_an_image_above_the_bound_is_refused(

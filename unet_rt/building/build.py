@@ -262,6 +262,7 @@ def _notes_on(model: Model) -> list[str]:
         notes.append("the file is quantised already: it runs as given, and is held against itself")
     notes += [f"{what} made free: the graph allows any accepted size there" for what in model.freed]
     notes += [f"size stays fixed: {why}" for why in model.fixed]
+    notes += [text for output in model.report.outputs if (text := output.scale_text)]
     notes += [f"exact along {limit}; larger images are refused" for limit in model.report.limits]
     return [*notes, *model.left_out]
 

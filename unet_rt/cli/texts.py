@@ -88,19 +88,15 @@ def inspect_text(report: GraphReport) -> str:
         if o.note:
             lines.append(f"    {o.note}")
     exact = report.exact
-    lines.append(
-        "cost of exactness (computed over kept pixels of inner square tiles)" if exact else "memory of square tiles"
-    )
+    lines.append("cost of exactness (computed over kept pixels of inner tiles)" if exact else "memory of tiles")
     costs: list[tuple[str, ...]] = []
-    for wanted, entry in report.cost.items():
+    for entry in report.cost.values():
         ratio, tile = entry["ratio"], entry["tile"]
-        memory = ""
-        if tile is not None:
-            memory = f"{_size_text(report.activation_bytes([tile] * len(report.sizes)))} of activations"
-        size = size_text([tile if tile is not None else wanted] * len(report.sizes)) + " px"
+        memory = f"{_size_text(report.activation_bytes(tile))} of activations"
+        size = size_text(tile) + " px"
         kept = "keeps nothing" if ratio is None else f"{ratio:.2f}"
         costs.append((size, kept, memory) if exact else (size, memory))
-    lines.append(_align(costs))
+    lines.append(_align(list(dict.fromkeys(costs))))
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from ..tiling.field import OutputField, TileSizes
 from .file import Graph, read_graph, restrict
 from .layout import input_axes, layout, spatial_letters
 from .passes.free_crops import free_crops
+from .passes.free_sizes import free_sizes
 from .rounding import NO_ROUNDING, Rounding
 from .sizes import Search
 from .tensor import Walk
@@ -46,6 +47,11 @@ class Analysis:
     limits: tuple[str, ...] = ()
     rounding: Rounding = NO_ROUNDING
 
+    @property
+    def exported(self) -> tuple[int, ...]:
+        """The size that was exported at, per spatial axis, and one to try where none is declared."""
+        return tuple(size or tile.at_least(64) for size, tile in zip(self.declared, self.sizes, strict=True))
+
     def walk(self, sizes: Sequence[int], batch: int = 1) -> Walk:
         given = input_axes(self.graph, self.letters, self.channels, tuple(sizes), batch)
         return walk(self.graph, given, tuple(sizes), self.global_pools)
@@ -54,16 +60,17 @@ class Analysis:
 def analyse_model(
     model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None
 ) -> tuple[Analysis, onnx.ModelProto]:
-    """The analysis of a model, and the model it is of: that given, or a copy whose crops were counted from the far edge.
+    """The analysis of a model, and the model it is of: that given, or a copy whose nodes follow the size of the image.
 
-    The copy is taken where it is exact and the model, whose crops hold the size of its export, is not.
+    The copy is taken where it is exact and the model, whose nodes hold the size of its export, is not.
     """
     analysis = analyse(read_graph(model, folder))
     if all(size is None for size in analysis.declared) or all(output.exact for output in analysis.outputs):
         return analysis, model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    if not free_crops(copy):
+    tensors = {} if model.functions else analysis.walk(analysis.exported, analysis.batch or 1).tensors
+    if not free_sizes(copy, tensors) + free_crops(copy):
         return analysis, model
     candidate = analyse(read_graph(copy, folder))
     return (candidate, copy) if all(output.exact for output in candidate.outputs) else (analysis, model)
@@ -83,6 +90,31 @@ def analyse(graph: Graph) -> Analysis:
     return replace(_analyse(restrict(graph, images)), given=graph, others=others)
 
 
+def _search(
+    graph: Graph,
+    letters: Mapping[str, str],
+    channels: Mapping[str, int],
+    declared: tuple[int | None, ...],
+    batch: int,
+) -> Search:
+    """The sizes and fields of a graph; for all sizes where the declared one alone is not as others are.
+
+    An encoder makes 17 samples of 65 px, and a quarter of all multiples of 4.
+    """
+    search = Search(graph, letters, channels, declared, batch)
+    search.find_sizes()
+    fixed = tuple(n for n in declared if n is not None)
+    if not search.lawful and len(fixed) == len(declared) and not search.at(fixed).broken:
+        free = Search(graph, letters, channels, (None,) * len(declared), batch, search.global_pools)
+        free.find_sizes()
+        if free.lawful:
+            free.find_fields()
+            if all(o.exact for o in free.outputs):
+                return free
+    search.find_fields()
+    return search
+
+
 def _analyse(graph: Graph) -> Analysis:
     letters, channels = {}, {}
     for value in graph.inputs:
@@ -95,9 +127,7 @@ def _analyse(graph: Graph) -> Analysis:
     dims = dict(zip(letters[image.name], image.shape or (None,) * len(letters[image.name]), strict=True))
     declared = tuple(dims[a] for a in axes)
     batch = dims.get("N")
-    search = Search(graph, letters, channels, declared, batch or 1)
-    search.find_sizes()
-    search.find_fields()
+    search = _search(graph, letters, channels, declared, batch or 1)
     sizes = tuple(
         TileSizes(s, r, m) for s, r, m in zip(search.strides, search.remainders, search.minimum(), strict=True)
     )
@@ -112,7 +142,7 @@ def _analyse(graph: Graph) -> Analysis:
     for k, (axis, size) in enumerate(zip(axes, declared, strict=True)):
         if size is None:
             continue
-        if all(o.exact for o in outputs) and sizes[k].accepts(size):
+        if all(o.exact for o in outputs) and (sizes[k].accepts(size) or search.declared != declared):
             freed.append(f"{axis} ({size} px)")
             continue
         why = at_fault[0] if at_fault else f"{size} px is not among the sizes that the graph runs at"

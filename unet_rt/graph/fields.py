@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -31,6 +32,22 @@ def shrink_of(line: Line, size: int) -> Pair:
     at = line.place * line.scale - Fraction(1, 2)
     before = min(range(min(0, total), max(0, total) + 1), key=lambda n: (abs(n - at), abs(2 * n - total)))
     return before, total - before
+
+
+def gives_whole_samples(line: Line, size: int) -> bool:
+    """Whether ``size`` pixels give a whole number of samples by the line's scale."""
+    return (size * line.scale).denominator == 1
+
+
+def as_measured(line: Line, size: int) -> Line:
+    """``line`` at ``size`` px, the only size there is, by the scale that its samples have where its own gives none.
+
+    65 px, 33, 17, and back by Resize to 33 and 65: the scale is 1, not what strides and ratios make of it.
+    """
+    if gives_whole_samples(line, size):
+        return line
+    scale = Fraction(line.size, size)
+    return replace(line, scale=scale, place=1 / scale / 2, stride=scale.denominator)
 
 
 def axis_field(line: Line, size: int) -> AxisField:

@@ -32,6 +32,8 @@ _FOREIGN = (
     (b"MM\x00*", "a TIFF image"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself (git lfs pull)"),
 )
+# Operators that ONNX Runtime puts in place of others for the processor that it runs on.
+_OPTIMISED = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
 LARGEST = 2**31 - 1  # bytes of a protobuf message
 _EXPORT = "give the .onnx file of the network (torch.onnx.export writes one)"
 
@@ -185,6 +187,12 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
     nodes: Any = graph.node
     if model.functions:
         nodes = _inline(model).graph.node
+    for node in nodes:
+        if node.domain in _OPTIMISED:
+            raise GraphError(
+                f"{node.op_type} '{node.name}' is of the domain {node.domain}: ONNX Runtime saved this file after it had "
+                "optimised it for one processor; give the original file, as it was exported"
+            )
     inputs = tuple(_value(v) for v in graph.input if v.name not in constants)
     outputs = tuple(_value(v) for v in graph.output)
     if not inputs or not outputs:

@@ -3,11 +3,13 @@
 Exporters write the size of their example image into the graph. Often nothing but the declaration is fixed; sometimes a
 baked ``interpolate(size=...)`` or pooling kernel survives and silently computes something else at other sizes. So the
 declaration goes only if the walks at three sizes agree, and, where a backend is at hand, if the freed graph on a larger
-canvas gives the same numbers. Crops of unpadded networks are first counted from the far edge (``passes/free_crops``).
+canvas gives the same numbers. Baked sizes are first written so that they follow the image, where that can be
+(``passes/free_sizes``, ``passes/free_crops``); what was written so must give the same bits at the size of the export.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,16 +17,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ..errors import UnetRtError, first_line, size_text
+from ..errors import UnetRtError, first_line
 from ..tiling.field import OutputField
 from .analysis import Analysis, analyse_model
 from .file import Value
+from .layout import free_export
 
 Array = NDArray[Any]
 Run = Callable[[onnx.ModelProto, Sequence[Array]], Sequence[Array]]
 
-# Another tile means another order of float32 sums inside a backend, nothing more.
-TOLERANCE = 1e-4
 _INPUT_DTYPES = {
     2: np.uint8,
     3: np.int8,
@@ -61,9 +62,9 @@ def free_spatial(model: onnx.ModelProto, run: Run | None = None) -> tuple[onnx.M
     result = model
     if spatial:
         freed = _declare_free(source, analysis, spatial)
-        why = "" if run is None else _differs_in_space(model, freed, analysis, spatial, run)
+        why = "" if run is None else _differs(model, source, freed, analysis, spatial, run)
         if why:
-            reasons += [f"{axis} is fixed: {why}" for axis in spatial]
+            reasons += [f"{axis} is fixed: {why}; {free_export(analysis.letters)}" for axis in spatial]
         else:
             result = freed
     if analysis.batch is not None:
@@ -106,8 +107,7 @@ def _declare_free(model: onnx.ModelProto, analysis: Analysis, axes: Sequence[str
 def _batch_is_bound(analysis: Analysis) -> str:
     """Why the graph does not run at twice its batch size; empty if it does."""
     batch = analysis.batch or 1
-    sizes = [size or tile.at_least(64) for size, tile in zip(analysis.declared, analysis.sizes, strict=True)]
-    state = analysis.walk(sizes, 2 * batch)
+    state = analysis.walk(analysis.exported, 2 * batch)
     if state.broken:
         return f"with {2 * batch} rows, {state.broken[0]}"
     for output in analysis.outputs:
@@ -142,41 +142,101 @@ def _inputs(analysis: Analysis, sizes: dict[str, int], seed: int) -> list[Array]
     return result
 
 
+def _differs(
+    model: onnx.ModelProto,
+    source: onnx.ModelProto,
+    freed: onnx.ModelProto,
+    analysis: Analysis,
+    axes: Sequence[str],
+    run: Run,
+) -> str:
+    """Why the freed graph is not the original, as far as numbers can tell; empty if it is."""
+    tile = analysis.exported
+    if source is not model:
+        images = _inputs(analysis, {"N": analysis.batch or 1, **dict(zip(_axes(analysis), tile, strict=True))}, 0)
+        for output, a, b in zip(analysis.outputs, run(model, images), run(source, images), strict=True):
+            if not np.array_equal(a, b, equal_nan=np.issubdtype(a.dtype, np.floating)):
+                return f"written so that its sizes follow the image, output '{output.name}' has other bits at {tile} px"
+    try:
+        why, proven = "", False
+        if all(sizes.accepts(n) for sizes, n in zip(analysis.sizes, tile, strict=True)):
+            why, proven = _differs_in_space(model, freed, analysis, axes, run)
+        return why or ("" if proven else _differs_beyond(model, freed, analysis, axes, run))
+    except (UnetRtError, RuntimeError, ValueError) as error:
+        return f"the graph does not run at other sizes: {first_line(error)}"
+
+
 def _differs_in_space(
     model: onnx.ModelProto, freed: onnx.ModelProto, analysis: Analysis, axes: Sequence[str], run: Run
-) -> str:
-    """Why the freed graph on a canvas of twice the size is not the original at its own size; empty if it is."""
+) -> tuple[str, bool]:
+    """Why the freed graph on a canvas of twice the size is not the original at its own size; empty if it is.
+
+    And whether something of every output was compared: halos as large as the tile leave nothing.
+    """
     names = _axes(analysis)
-    tile = [size or t.at_least(64) for size, t in zip(analysis.declared, analysis.sizes, strict=True)]
-    canvas = [t.at_least(2 * n) if a in axes else n for a, n, t in zip(names, tile, analysis.sizes, strict=True)]
-    batch = analysis.batch or 1
-    images = _inputs(analysis, {"N": batch, **dict(zip(names, canvas, strict=True))}, 0)
-    try:
-        whole = run(freed, images)
-    except (UnetRtError, RuntimeError, ValueError) as error:
-        return f"the graph does not run at {canvas} px: {first_line(error)}"
-    compared = 0
+    tile = analysis.exported
+    canvas = [
+        t.at_most(t.at_least(2 * n)) if a in axes else n for a, n, t in zip(names, tile, analysis.sizes, strict=True)
+    ]
+    images = _inputs(analysis, {"N": analysis.batch or 1, **dict(zip(names, canvas, strict=True))}, 0)
+    whole = run(freed, images)
+    compared = [0] * len(whole)
     for where in ("low", "middle", "high"):
         origin = []
         for n, c, t in zip(tile, canvas, analysis.sizes, strict=True):
             middle = (c - n) // 2 // t.stride * t.stride
             origin.append({"low": 0, "middle": middle, "high": c - n}[where])
-        cut = [
-            image[_window(analysis.letters[v.name], names, origin, tile)]
-            for image, v in zip(images, analysis.graph.inputs, strict=True)
-        ]
-        given = run(model, cut)
-        for output, small, large in zip(analysis.outputs, given, whole, strict=True):
+        given = run(model, _cut(analysis, images, origin, tile))
+        for k, (output, small, large) in enumerate(zip(analysis.outputs, given, whole, strict=True)):
             a, b = _cores(output, names, small, large, origin, tile, canvas)
-            compared += a.size
-            if why := _unequal(a, b):
-                return f"at {canvas} px output '{output.name}' {why}"
-    if compared:
-        return ""
-    return (
-        f"its halo leaves nothing of {size_text(tile)} px that could prove other sizes to be the same network; "
-        "export it with free sizes (dynamic axes)"
-    )
+            compared[k] += a.size
+            if why := _unequal(a, b, analysis.rounding.bound(canvas)):
+                return f"at {canvas} px output '{output.name}' {why}", False
+    return "", all(compared)
+
+
+def _differs_beyond(
+    model: onnx.ModelProto, freed: onnx.ModelProto, analysis: Analysis, axes: Sequence[str], run: Run
+) -> str:
+    """Why a freed graph is not the original, where that is no tile of it that keeps anything; empty if it is.
+
+    It is the original at its own size, and along each axis tiles that are large enough to keep something are the whole: the
+    walks have shown of every node that no size is baked into it, and this shows that they are right.
+    """
+    names, tile = _axes(analysis), analysis.exported
+    images = _inputs(analysis, {"N": analysis.batch or 1, **dict(zip(names, tile, strict=True))}, 0)
+    for output, a, b in zip(analysis.outputs, run(model, images), run(freed, images), strict=True):
+        if why := _unequal(a, b, analysis.rounding.bound(tile)):
+            return f"at {tile} px output '{output.name}' {why}"
+    for k, sizes in ((names.index(a), analysis.sizes[names.index(a)]) for a in axes):
+        edges = max(
+            math.ceil((sum(o.field[k].halo) + sum(o.field[k].shrink)) / o.field[k].scale) for o in analysis.outputs
+        )
+        long, canvas = list(tile), list(tile)
+        long[k] = sizes.at_least(edges + 2 * sizes.stride)
+        canvas[k] = long[k] + 3 * sizes.stride
+        if not sizes.accepts(canvas[k]):
+            return f"its halo leaves nothing of tiles up to {sizes.at_most(canvas[k])} px that could prove other sizes"
+        images = _inputs(analysis, {"N": analysis.batch or 1, **dict(zip(names, canvas, strict=True))}, 0)
+        whole = run(freed, images)
+        for place in (0, canvas[k] - long[k]):
+            origin = [place if axis == k else 0 for axis in range(len(names))]
+            given = run(freed, _cut(analysis, images, origin, long))
+            for output, small, large in zip(analysis.outputs, given, whole, strict=True):
+                a, b = _cores(output, names, small, large, origin, long, canvas)
+                why = _unequal(a, b, analysis.rounding.bound(canvas)) if a.size else "keeps nothing of a tile"
+                if why:
+                    return f"at {canvas} px output '{output.name}' {why}"
+    return ""
+
+
+def _cut(analysis: Analysis, images: Sequence[Array], origin: Sequence[int], tile: Sequence[int]) -> list[Array]:
+    """A tile of every input."""
+    names = _axes(analysis)
+    return [
+        np.ascontiguousarray(image[_window(analysis.letters[v.name], names, origin, tile)])
+        for image, v in zip(images, analysis.graph.inputs, strict=True)
+    ]
 
 
 def _window(letters: str, names: str, origin: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
@@ -208,7 +268,7 @@ def _cores(
     return small[tuple(inner)], large[tuple(outer)]
 
 
-def _unequal(a: Array, b: Array) -> str:
+def _unequal(a: Array, b: Array, rounding: float) -> str:
     if a.shape != b.shape:
         return f"has the shape {list(b.shape)} where {list(a.shape)} is due"
     if not a.size:
@@ -216,7 +276,7 @@ def _unequal(a: Array, b: Array) -> str:
     if np.issubdtype(a.dtype, np.integer) or a.dtype == np.bool_:
         share = float((a != b).mean())
         return f"differs in {share:.2%} of its labels" if share > 1e-3 else ""
-    bound = TOLERANCE * max(float(np.abs(a).max()), 1e-6)
+    bound = rounding * max(float(np.abs(a).max()), float(np.finfo(np.float32).tiny))
     error = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
     return f"differs by {error:.3g} (allowed: {bound:.3g})" if not error <= bound else ""
 
@@ -224,7 +284,7 @@ def _unequal(a: Array, b: Array) -> str:
 def _differs_in_batch(model: onnx.ModelProto, freed: onnx.ModelProto, analysis: Analysis, run: Run) -> str:
     """Why two different rows at once are not each row alone; empty if they are."""
     names, batch = _axes(analysis), analysis.batch or 1
-    tile = [size or t.at_least(64) for size, t in zip(analysis.declared, analysis.sizes, strict=True)]
+    tile = analysis.exported
     sizes = {"N": 1, **dict(zip(names, tile, strict=True))}
     rows = [_inputs(analysis, sizes, seed) for seed in (0, 1000)]
     axis = [letters.find("N") for letters in analysis.letters.values()]
@@ -239,9 +299,6 @@ def _differs_in_batch(model: onnx.ModelProto, freed: onnx.ModelProto, analysis: 
         for output, one, two in zip(analysis.outputs, alone, together, strict=True):
             if two.shape[0] != 2:
                 return f"output '{output.name}' gives {two.shape[0]} rows for 2"
-            if why := _unequal(one[:1], two[r : r + 1]):
+            if why := _unequal(one[:1], two[r : r + 1], analysis.rounding.bound(tile)):
                 return f"beside another row, output '{output.name}' {why}"
     return ""
-
-
-__all__ = ["TOLERANCE", "free_spatial"]

@@ -121,6 +121,17 @@ def _guess_letters(shape: Sequence[int | None]) -> tuple[str, int]:
     return ("YX", 1) if rank == 2 and not any(few) else ("?" * rank, 1)
 
 
+def free_export(letters: Mapping[str, str]) -> str:
+    """What to do about baked sizes, with the line of code: for inputs of these axes."""
+    names = {"Z": "depth", "Y": "height", "X": "width"}
+    axes = {name: {k: names[a] for k, a in enumerate(own) if a in names} for name, own in letters.items()}
+    given = {name: own for name, own in axes.items() if own}
+    return (
+        "for other sizes export it with free ones (dynamic axes): torch.onnx.export(model, image, "
+        f'"free.onnx", input_names={list(letters)}, dynamic_axes={given})'
+    )
+
+
 def input_axes(
     graph: Graph, letters: Mapping[str, str], channels: Mapping[str, int], sizes: tuple[int, ...], batch: int
 ) -> dict[str, tuple[Axis, ...]]:

@@ -21,6 +21,8 @@ Remark = tuple[int, str]
 # Axes that are multiplied with each other; () belongs to the constant.
 Monomial = tuple[int, ...]
 
+# Down-sampling beyond this is no network for images but a size baked into the graph.
+MAX_STRIDE = 2048
 MAX_MODULUS = 2048
 _MAX_DEGREE = 3
 # Sizes from here on are no image's, and bounds there none to speak of.
@@ -49,6 +51,15 @@ class Bound:
     modulus: int = 1
     low: int = 1
     high: int | None = None
+
+
+def lengthened(strides: Sequence[int], bounds: Iterable[Bound]) -> tuple[int, ...]:
+    """``strides`` that keep the residues at which numbers of the graph stay what they are, as far as they are strides."""
+    result = list(strides)
+    for bound in bounds:
+        both = math.lcm(result[bound.axis], bound.modulus)
+        result[bound.axis] = both if both <= MAX_STRIDE else result[bound.axis]
+    return tuple(result)
 
 
 @dataclass(frozen=True)

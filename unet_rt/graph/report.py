@@ -56,7 +56,8 @@ class GraphReport(Record):
         batch: Fixed batch size, None where it is free.
         parameters: Number of trained weights.
         flops_per_pixel: Twice the multiply-accumulates per pixel of the first output, for a large tile without halo.
-        cost: Square tile -> the accepted tile at most that large, and computed over kept pixels (None: keeps nothing).
+        cost: Square tile -> the accepted tile at most that large, per axis, and computed over kept pixels (None: keeps
+            nothing).
         final_ops: Last operator before each output that computes something.
         metadata: The file's ``metadata_props``.
         freed: Fixed dimensions that the analysis shows to be free.
@@ -120,15 +121,14 @@ class GraphReport(Record):
 
     def to_json(self) -> dict[str, Any]:
         cost = {
-            str(tile): {**entry, "activation_bytes": self.activation_bytes([entry["tile"]] * len(self.sizes))}
-            if self._squares(entry["tile"])
-            else dict(entry)
+            str(tile): {
+                **entry,
+                "tile": list(entry["tile"]),
+                **({"activation_bytes": self.activation_bytes(entry["tile"])} if len(self.sizes) < 3 else {}),
+            }
             for tile, entry in self.cost.items()
         }
         return {**super().to_json(), "cost": cost, "exact": self.exact, "exact_up_to": list(self.exact_up_to)}
-
-    def _squares(self, tile: int | None) -> bool:
-        return tile is not None and len(self.sizes) < 3
 
 
 def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
@@ -176,13 +176,25 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto) -> GraphReport:
 
 
 def check_images(report: GraphReport) -> None:
-    """GraphError where an input is no image, or no output follows every spatial axis of the inputs."""
+    """GraphError where a network is not one from images to images, as it is to be used.
+
+    An input is no image, there are fewer axes than an image has, it was exported in training mode, or no output follows
+    every spatial axis of the inputs.
+    """
     for value in report.inputs:
         if not spatial_letters(value.axes):
             raise GraphError(
                 f"input {value.name} {list(value.shape)} is not an image, and pixels are all that a network is given here; "
                 "make it a constant of the graph and export again"
             )
+    if len(report.sizes) < 2:
+        raise GraphError(
+            f"input {report.inputs[0].name} ({report.inputs[0].axes}) has one spatial axis; 2 (images) and 3 (volumes) are "
+            "supported: give signals to ONNX Runtime as they are, or export the network with kernels of 1 x n"
+        )
+    analysis = report._analysis
+    if trained := analysis.walk(analysis.exported, analysis.batch or 1).trained:
+        raise GraphError(f"{trained[0]}; call model.eval() before exporting")
     if not report.images:
         output = report.outputs[0]
         why = "; ".join(output.reasons) or "it has other axes than the input"
@@ -205,7 +217,7 @@ def _cost(outputs: Sequence[OutputField], sizes: Sequence[TileSizes], tile: int)
     too_small = any(n > tile and s.fixed is None for n, s in zip(accepted, sizes, strict=True))
     if ratio == math.inf or too_small or not any(o.field for o in outputs):
         ratio = None
-    return {"tile": max(accepted), "ratio": ratio}
+    return {"tile": tuple(accepted), "ratio": ratio}
 
 
 def _peak_bytes(analysis: Analysis, tile: Sequence[int], batch: int) -> int:

@@ -45,7 +45,9 @@ def _dropout(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     training = value_of(x[2]) if len(x) > 2 else None
     first = first_input(x)
     if len(x) > 2 and x[2] is not None and (training is None or bool(training)):
-        return unknown(state, node, x, "drops at random: the network was exported in training mode")
+        text = "drops at random: the network was exported in training mode"
+        state.trained.append(f"{node} {text}")
+        return unknown(state, node, x, text)
     return [Tensor(first.axes, first.dtype), Tensor(first.axes, 9)][: len(node.outputs)]
 
 
@@ -97,6 +99,7 @@ def _batch_norm(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     texts = []
     if node.attributes.get("training_mode", 0) or len([o for o in node.outputs if o]) > 1:
         texts.append("takes its statistics from the batch: the network was exported in training mode")
+        state.trained.append(f"{node} {texts[0]}")
     return [Tensor(first.axes, first.dtype, faults=frozenset(state.remark(node, t) for t in texts))]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
 from . import line as lines
 from .file import Node
 from .line import Line, Sampling
-from .numbers import Number
+from .numbers import Follower, Number, plain_number
 from .tensor import (
     CannotRun,
     Inputs,
@@ -27,6 +29,11 @@ from .tensor import (
     unknown,
     value_of,
 )
+
+# Samples along an axis, for which what float32 makes of sizes and positions is looked through; no image has more.
+_LONGEST = 1 << 22
+# A bound from here on is none to speak of.
+_SPOKEN_OF = 1 << 20
 
 # ---------------------------------------------------------------------------------------------------------- resize
 
@@ -50,14 +57,13 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     notes: list[str] = []
     wanted = [] if sizes is None or x[3] is None or x[3].followed is None else numbers_of(x[3])
     meant: dict[int, Fraction] = {}
+    follower = state.follower(node)
     for number, k in zip(wanted, axes, strict=False):
         if policy != "stretch" or _proportion(number, state.length(result[k])) is None:
             texts.append("resizes by a factor that changes with the size of the image")
             meant[k] = _factor_meant(number, state.length(result[k]))
     if sizes is not None and policy != "stretch":
-        ratios = [s / axis_size(result[k]) for k, s in zip(axes, sizes, strict=True)]
-        ratio = min(ratios) if policy == "not_larger" else max(ratios)
-        sizes = [round(ratio * axis_size(result[k])) for k in axes]
+        sizes = _in_proportion(sizes, [axis_size(result[k]) for k in axes], policy)
     for i, k in enumerate(axes):
         n = axis_size(result[k])
         if sizes is not None:
@@ -66,6 +72,7 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             # As the backends do: the scale and the product in float32.
             size = int(np.floor(np.float32(scales[i]) * np.float32(n)))
             factor = _fraction(scales[i])
+            texts += _sizes_held(follower, state.length(result[k]), n, scales[i], factor)
         if size < 1:
             raise CannotRun(f"leaves {size} samples")
         if size == n and factor == 1:
@@ -78,6 +85,8 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             continue
         if sizes is not None and x[3].followed is None:  # type: ignore[union-attr]
             texts.append(f"resizes to {size} samples whatever the size of the image")
+        if a.get("mode", "nearest") == "nearest" and (most := _positions_held(factor)) < _SPOKEN_OF:
+            follower.holds(plain_number(most) - state.length(result[k]))
         moved, fault, note = _resize_line(node, line, size, factor)
         result[k] = (moved,)
         texts += fault
@@ -88,8 +97,51 @@ def _resize(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
             first.dtype,
             faults=frozenset(state.remark(node, t) for t in texts),
             notes=frozenset(state.remark(node, t) for t in notes),
+            bounds=frozenset(follower.bounds),
         )
     ]
+
+
+def _in_proportion(sizes: Sequence[int], given: Sequence[int], policy: str) -> list[int]:
+    """The sizes nearest to ``sizes`` in the proportion of ``given``: none larger, or none smaller."""
+    ratios = [size / n for n, size in zip(given, sizes, strict=True)]
+    ratio = min(ratios) if policy == "not_larger" else max(ratios)
+    return [round(ratio * n) for n in given]
+
+
+def _sizes_held(follower: Follower, length: Number, n: int, scale: float, factor: Fraction) -> list[str]:
+    """Why ``scale`` in float32 gives other sizes than ``factor``; finds up to where it does not.
+
+    0.7 in float32 is below 7/10, and in some products with a size so is what is rounded down: a sample less.
+    """
+    if Fraction(float(np.float32(scale))) == factor:
+        return []
+    wrong = _wrong_sizes(scale, factor, n % factor.denominator)
+    if n in wrong:
+        return [f"resizes by a factor of {factor}, which float32 rounds: {n} samples give one less"]
+    below, above = wrong[wrong < n], wrong[wrong > n]
+    if len(below):
+        follower.holds(length - plain_number(int(below[-1]) + 1))
+    if len(above):
+        follower.holds(plain_number(int(above[0]) - 1) - length)
+    return []
+
+
+@lru_cache(maxsize=64)
+def _wrong_sizes(scale: float, factor: Fraction, residue: int) -> lines.Integers:
+    """Sizes of this residue modulo the denominator of ``factor`` that float32 does not take to the size they are due."""
+    sizes = np.arange(residue, _LONGEST, factor.denominator, dtype=np.int64)
+    made = np.floor(np.float32(scale) * sizes.astype(np.float32)).astype(np.int64)
+    wrong: lines.Integers = sizes[made != sizes * factor.numerator // factor.denominator]
+    return wrong
+
+
+def _positions_held(factor: Fraction) -> int:
+    """Samples up to which float32 cannot move a position past the border between two neighbours, unless it lies on it."""
+    if _is_power_of_two(factor.numerator) and _is_power_of_two(factor.denominator):
+        return _LONGEST  # float32 holds every position
+    # Borders lie at whole or half samples, positions at multiples of half the denominator of the step between them.
+    return int(Fraction(2**23, 2 * factor.numerator))
 
 
 def _proportion(number: Number, length: Number) -> Fraction | None:

@@ -39,6 +39,10 @@ def _global_pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------------------- windows
 
 
+# Average pools to at most so many parts per axis, of so many samples or more, are taken for adaptive ones.
+_PARTS, _PART = 8, 3
+
+
 @dataclass(frozen=True)
 class _Windows:
     kernel: tuple[int, ...]
@@ -131,21 +135,33 @@ def _conv(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     return [Tensor(result, dtype, faults=faults)]
 
 
+def _is_adaptive(op: str, spans: Sequence[int], w: _Windows, shape: Sequence[int]) -> bool:
+    """Whether a pool looks like one to a number of parts, exported at one size: one part, or a few large ones."""
+    if any((*w.before, *w.after)):
+        return False
+    if all(k == n > 1 for k, n in zip(spans, shape, strict=True)):
+        return True
+    parts = all(
+        k == s >= _PART and n % k == 0 and n <= _PARTS * k for k, s, n in zip(spans, w.strides, shape, strict=True)
+    )
+    return op == "AveragePool" and parts
+
+
 @rule("MaxPool", "AveragePool", "LpPool")
 def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first = first_input(x)
     w = _windows(node, node.attributes["kernel_shape"])
     shape = first.shape[2:]
     spans = [(k - 1) * d + 1 for k, d in zip(w.kernel, w.dilations, strict=True)]
-    whole = all(k == n > 1 for k, n in zip(spans, shape, strict=True)) and not any(w.before) and not any(w.after)
-    if whole:
+    if _is_adaptive(node.op, spans, w, shape):
         state.whole_pools.add(node.name)
     if node.name in state.global_pools:
-        fault = frozenset(
-            {state.remark(node, f"pools over the whole image: its kernel {size_text(w.kernel)} is a baked size")}
-        )
-        return [Tensor((*(first.axes or ())[:2], *(plain(1) for _ in shape)), first.dtype, faults=fault)]
+        bins = [n // k for n, k in zip(shape, spans, strict=True)]
+        of = "the whole image" if max(bins) == 1 else f"{size_text(bins)} parts of the image"
+        fault = frozenset({state.remark(node, f"pools over {of}: its kernel {size_text(w.kernel)} is a baked size")})
+        return [Tensor((*(first.axes or ())[:2], *(plain(max(n, 1)) for n in bins)), first.dtype, faults=fault)]
     axes, faults = _slid(state, node, first, w, bool(node.attributes.get("ceil_mode", 0)))
+    state.sums += 0 if node.op == "MaxPool" else math.prod(w.kernel)
     result = (*(first.axes or ())[:2], *axes)
     outputs = [Tensor(result, first.dtype, faults=faults)]
     if len(node.outputs) > 1 and node.outputs[1]:

@@ -11,17 +11,15 @@ import numpy as np
 
 from ..errors import size_text
 from ..tiling.field import OutputField
-from .fields import axis_field, field_lines, halo_of, shrink_of
+from .fields import as_measured, axis_field, field_lines, gives_whole_samples, halo_of, shrink_of
 from .file import Graph, Value
-from .layout import SPATIAL, input_axes
+from .layout import SPATIAL, free_export, input_axes
 from .line import Line
-from .numbers import Bound
+from .numbers import MAX_STRIDE, Bound, lengthened
 from .rounding import NO_ROUNDING, Rounding
 from .tensor import Tensor, Walk, is_tracked, sole_line
 from .walk import walk
 
-# Down-sampling beyond this is no network for images but a size baked into the graph.
-_MAX_STRIDE = 2048
 _MAX_SIZE = 8192
 # Remainders tried: networks for images take one of the first, and each try is a walk.
 _MAX_REMAINDERS = 128
@@ -91,9 +89,9 @@ class Search:
             tensors = start.tensors.values()
         for line in (line for t in tensors for line in t.lines()):
             found[line.source] = math.lcm(found[line.source], line.stride)
-        found = [s if s <= _MAX_STRIDE else 1 for s in found]
+        found = [s if s <= MAX_STRIDE else 1 for s in found]
         known = [math.lcm(s, m) for s, m in zip(found, self.moduli or (1,) * len(found), strict=True)]
-        return _lengthened(known, _bounds_of(tensors))
+        return lengthened(known, _bounds_of(tensors))
 
     def _unheld(self, bounds: Iterable[Bound], states: Sequence[Walk]) -> list[str]:
         """Why what the walks tell holds for too few sizes."""
@@ -226,7 +224,7 @@ class Search:
                 break
             extra -= ready
             size *= 2
-        self.moduli = _lengthened(self.strides, _bounds_of(t for s in states for t in self.tensors(s)))
+        self.moduli = lengthened(self.strides, _bounds_of(t for s in states for t in self.tensors(s)))
         if self.lawful and self.moduli != self.strides:
             self.find_sizes()
             self.find_fields()
@@ -244,11 +242,28 @@ class Search:
         self.density, self.rounding = only.density, _rounding_of(only, self.tensors(only))
         for k, value in enumerate(self.graph.outputs):
             why = larger.broken[0] if larger.broken else self._disagreement([only, larger], k)
-            why = f"runs at {size_text(declared)} px only: {why}" if why else ""
+            why = why or self._fraction(only, k)
+            why = f"runs at {size_text(declared)} px only: {why}; {free_export(self.letters)}" if why else ""
             output = self._output(value, [only], k, "", True)
             self.outputs.append(
                 replace(output, exact=False, reasons=(why, *output.reasons), note="") if why else output
             )
+        lines = [line for tensor in self.tensors(only) for line in tensor.lines()]
+        for axis in {line.source for line in lines if not gives_whole_samples(line, declared[line.source])}:
+            scales = [o.field[axis].scale for o in self.outputs if len(o.field) == len(declared)]
+            stride = math.lcm(*(scale.denominator for scale in scales))
+            self.strides = (*self.strides[:axis], stride, *self.strides[axis + 1 :])
+        self.remainders = tuple(n % s for n, s in zip(declared, self.strides, strict=True))
+
+    def _fraction(self, state: Walk, k: int) -> str:
+        """A sentence if the size that was walked at is no whole number of samples of output ``k``."""
+        for line in self.tensors(state)[k].lines():
+            size = state.sizes[line.source]
+            if not gives_whole_samples(line, size):
+                return (
+                    f"{size} px x {line.scale} is no whole number of samples, and the network makes {line.size} of it"
+                )
+        return ""
 
     def _has_core(self, line: Line) -> bool:
         before, after = halo_of(line)
@@ -316,7 +331,9 @@ class Search:
             reasons.append(disagreement)
         reasons = reasons or self._unheld(tensor.bounds, states)
         letters = self._output_letters(tensor, value)
-        found = field_lines(tensor)
+        found = [
+            line if self.lawful else as_measured(line, states[0].sizes[line.source]) for line in field_lines(tensor)
+        ]
         if not found or len(found) != len(tensor.lines()):
             reasons = reasons or [f"output '{value.name}' has no spatial axes of its own"]
         elif not reasons and not ready:
@@ -355,21 +372,13 @@ class Search:
 
 
 def _rounding_of(state: Walk, outputs: Sequence[Tensor]) -> Rounding:
-    alone = sum(1.0 for node in state.order if not all(state.tensors[o].constant for o in node.outputs if o))
+    # A product, a bias or a function rounds a whole value, and twice as much of the square as an addition does on average.
+    alone = sum(2.0 for node in state.order if not all(state.tensors[o].constant for o in node.outputs if o))
     return Rounding(state.sums + alone, max((len(t.notes) for t in outputs), default=0))
 
 
 def _bounds_of(tensors: Iterable[Tensor]) -> set[Bound]:
     return set[Bound]().union(*(t.bounds for t in tensors))
-
-
-def _lengthened(strides: Sequence[int], bounds: Iterable[Bound]) -> tuple[int, ...]:
-    """``strides`` that keep the residues at which numbers of the graph stay what they are, as far as they are strides."""
-    result = list(strides)
-    for bound in bounds:
-        both = math.lcm(result[bound.axis], bound.modulus)
-        result[bound.axis] = both if both <= _MAX_STRIDE else result[bound.axis]
-    return tuple(result)
 
 
 def _smallest(top: int, holds: Any) -> int:

@@ -116,7 +116,8 @@ class Walk:
         broken: Why the graph cannot run at this size (empty if it can).
         dropped: Samples per spatial axis behind the last window of some pooling or convolution.
         density: Multiply-accumulates per input pixel, in the limit of a large image.
-        sums: Roundings of float32 in the sums of all layers (see :mod:`unet_rt.graph.rounding`).
+        sums: Additions per sample of all layers (see :mod:`unet_rt.graph.rounding`).
+        trained: Nodes that do what they do in training alone, in sentences.
         order: The nodes as walked, with subgraphs inlined.
     """
 
@@ -128,6 +129,7 @@ class Walk:
     dropped: dict[int, int] = field(default_factory=dict)
     density: float = 0.0
     sums: float = 0.0
+    trained: list[str] = field(default_factory=list)
     order: list[Node] = field(default_factory=list)
     whole_pools: set[str] = field(default_factory=set)
 
@@ -152,7 +154,7 @@ class Walk:
     def macs(self, per_sample: float, axes: Sequence[Axis]) -> None:
         """Count ``per_sample`` multiply-accumulates for every element of ``axes``."""
         count = float(per_sample)
-        self.sums += 2 * math.sqrt(per_sample)
+        self.sums += per_sample
         followed: set[int] = set()
         for axis in axes:
             for part in axis:
@@ -257,8 +259,6 @@ def unknown(state: Walk, node: Node, given: Inputs, text: str) -> list[Tensor]:
     for known_shape in inferred:
         if known_shape is not None:
             outputs.append(Tensor(_like(base, known_shape[1]), known_shape[0], faults=fault))
-        elif base is not None and node.domain:  # of another domain: most likely element-wise
-            outputs.append(Tensor(base.axes, base.dtype, faults=fault))
         else:
             outputs.append(Tensor(None, faults=fault))
     return outputs

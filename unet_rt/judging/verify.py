@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..baseline.model import Model, baseline_engine, open_model
-from ..baseline.promise import broken_promise
+from ..baseline.promise import broken_exam, broken_promise
 from ..baseline.results import raw_results
 from ..baseline.samples import ReadOptions, SampleWindow, draw, sample_images
 from ..baseline.tiles import judged_tile, whole_grid
@@ -126,7 +126,7 @@ def verify(
         if images is None:
             if labels is not None:
                 raise ImageError("labels without images; pass --images as well")
-            return _verify_exam(loaded, folder, allowed)
+            return _verify_exam(loaded, folder, allowed, threads)
         with tempfile.TemporaryDirectory(prefix="unet-rt-verify-") as work, ExitStack() as resources:
             source = Path(baseline) if baseline is not None else folder.file("model")
             model = open_model(source, Path(work), options=loaded.spec.contract)
@@ -225,12 +225,16 @@ def _check_baseline(model: Model, spec: EngineSpec, path: Path) -> None:
         )
 
 
-def _verify_exam(engine: Engine, folder: EngineFolder, budget: Budget) -> VerifyReport:
-    """What the tiles that travel with the engine say."""
+def _verify_exam(engine: Engine, folder: EngineFolder, budget: Budget, threads: int) -> VerifyReport:
+    """What the tiles that travel with the engine say of it, and the first of them of the graph it was made from."""
     tiles = folder.exam()
     if tiles is None:
         raise EngineError(f"{folder.path} carries no exam; pass images with --images")
     verdict = parity_module.judge(exam.sit(engine, tiles).images, budget)
+    with tempfile.TemporaryDirectory(prefix="unet-rt-verify-") as work:
+        broken = broken_exam(folder.file("model"), engine.spec, tiles["input"][0], Path(work), threads)
+    if broken:
+        verdict = replace(verdict, accepted=False, reasons=(broken, *verdict.reasons))
     return VerifyReport(folder.path, "exam", verdict, budget)
 
 

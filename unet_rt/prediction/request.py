@@ -311,6 +311,8 @@ def notes_of(asked: Request, engine: Engine, source: Source) -> list[str]:
     if len(spec.outputs) > 1:
         names = [output.name for output in spec.outputs]
         notes.append(f"output {names[spec.head(asked.head)]} of {', '.join(names)}")
+    if scaled := spec.outputs[spec.head(asked.head)].scale_text:
+        notes.append(scaled)
     return notes
 
 

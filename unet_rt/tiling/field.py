@@ -109,6 +109,16 @@ class OutputField:
     reasons: tuple[str, ...] = ()
     note: str = ""
 
+    @property
+    def scale_text(self) -> str:
+        """A sentence where results have another size than the image, "" where they have the image's."""
+        if all(f.scale == 1 for f in self.field):
+            return ""
+        scales = " x ".join(str(f.scale) for f in self.field)
+        return (
+            f"output {self.name} has {scales} samples per pixel: its results are written at that size, not the image's"
+        )
+
     def to_json(self) -> dict[str, Any]:
         f = self.field
 
