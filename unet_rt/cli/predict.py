@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ContractError, ImageError, OutputError
 from .options import (
+    SIZE,
     add_overwrite,
     add_reading,
     add_scope,
@@ -23,7 +24,7 @@ from .options import (
     parse_size,
     read_channels,
 )
-from .printing import Bar, print_json, text_stream
+from .printing import Bar, Narrator, print_json, text_stream
 
 if TYPE_CHECKING:
     from ..contract.contract import Normalization
@@ -58,9 +59,10 @@ def add_predict(verbs: Any) -> None:
         metavar="0,255",
         help="value of every label in a mask, default 0,1,..",
     )
+    p.add_argument("--classes", metavar="NAME,..", help="names of the classes, in order, for tables and reports")
     p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
     add_scope(p)
-    p.add_argument("--tile", type=parse_size, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
+    p.add_argument("--tile", type=parse_size, metavar=SIZE, help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
     add_threads(p)
     p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
@@ -142,6 +144,7 @@ def _predict(args: argparse.Namespace) -> int:
     device = None if args.device == "auto" else args.device
     with (
         ExitStack() as folders,
+        Narrator() as narrator,
         load(
             args.engine, device=device, threads=args.threads or None, accept_unverified=args.accept_unverified
         ) as engine,
@@ -152,7 +155,7 @@ def _predict(args: argparse.Namespace) -> int:
         folders.enter_context(_folder_of(args, [item.target for item in items]))
         for item in items:
             try:
-                done = _predict_item(args, engine, item, normalization, tables)
+                done = _predict_item(args, engine, item, normalization, tables, Bar(Path(item.image).name, narrator))
             except (ImageError, ContractError) as error:
                 if len(items) == 1:
                     raise
@@ -192,6 +195,7 @@ def _predict_item(
     item: _Item,
     normalization: Normalization | None,
     tables: Tables | None,
+    progress: Bar,
 ) -> RunReport:
     """Predicts one image as the options say, and returns what was done, with what is worth a note."""
     from ..prediction.predict import predict
@@ -203,6 +207,7 @@ def _predict_item(
         out=item.target,
         output=args.output,
         head=args.head,
+        classes=tuple(args.classes.split(",")) if args.classes else (),
         axes=args.axes,
         channels=read_channels(args),
         level=args.level,
@@ -214,7 +219,7 @@ def _predict_item(
         normalization=normalization,
         overlay=item.overlay,
         overwrite=args.overwrite,
-        progress=Bar(Path(item.image).name),
+        progress=progress,
         report=reports.append,
         pixel_size_um=args.pixel_size,
         resample=args.resample,
