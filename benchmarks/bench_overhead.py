@@ -3,7 +3,7 @@
     python benchmarks/bench_overhead.py [--net nuclei|paper] [--tile 512] [--seconds 60] [--out FILE]
 
 The same tile and threads for both, FP32 engines of ONNX Runtime and OpenVINO. One interleaved run, every other round
-backwards. The ratio is the median over rounds, with a 95 % interval by bootstrap. Exit status 1 where the whole interval
+backwards. The ratio is the median over rounds, with its 95 % interval. Exit status 1 where the whole interval
 lies above 1.03.
 
 ``own graph``: the library on the graph that the engine runs; ``given graph``: on the user's ONNX file, as the user would

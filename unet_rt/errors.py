@@ -17,6 +17,18 @@ class ContractError(UnetRtError):
     """The input contract (axes, channels, normalisation, task, ...) is missing, ambiguous or contradicted."""
 
 
+class IncompleteContractError(ContractError):
+    """What decides the result is said nowhere: all of it, before anything is computed.
+
+    Attributes:
+        options: Of the command line, those that would say it.
+    """
+
+    def __init__(self, message: str, options: Iterable[str]) -> None:
+        super().__init__(message)
+        self.options = tuple(options)
+
+
 class GraphError(UnetRtError):
     """The ONNX graph cannot be read, or cannot do what was asked of it."""
 

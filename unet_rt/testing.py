@@ -3,8 +3,8 @@
 Example:
     from unet_rt.testing import assert_parity
 
-    def test_engine_keeps_its_promise():
-        assert_parity("nuclei.urt", images="tests/images")
+    def test_masks_are_those_of_the_release():
+        assert_parity("nuclei.urt", images="tests/images", baseline="released.onnx")
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ from .judging.verify import VerifyReport, verify
 
 
 def assert_parity(
-    engine: str | Path, images: Any = None, *, budget: Budget | None = None, **options: Any
+    engine: str | Path,
+    images: Any = None,
+    *,
+    baseline: str | Path | None = None,
+    budget: Budget | None = None,
+    **options: Any,
 ) -> VerifyReport:
     """Raises AssertionError, with every bound that was missed, where an engine is outside its budget.
 
     Args:
         engine: Engine folder.
         images: Files, folders or arrays; None: the engine's own exam.
+        baseline: ONNX file whose masks are to be kept, such as that of the last release; None: the engine's own, which
+            notices another machine and no other network.
         budget: What is allowed; None: the budget on record.
         **options: As for :func:`unet_rt.verify`.
     """
-    report = verify(engine, images, budget=budget, **options)
+    report = verify(engine, images, baseline=baseline, budget=budget, **options)
     if not report.accepted:
         raise AssertionError(f"{engine} is outside its budget: " + "; ".join(report.verdict.reasons))
     return report

@@ -384,13 +384,15 @@ def instance(network) -> Path:
 
 def test_an_inexact_network_needs_a_tile(instance, textures, tmp_path):
     options = {"samples": textures, "contract": LOGITS}
-    refused(urt.TileError, r"cannot be tiled exactly \(.*InstanceNorm.*--tile HxW", instance, tmp_path, **options)
+    refused(urt.ContractError, r"cannot be tiled exactly \(.*InstanceNorm.*--tile HxW", instance, tmp_path, **options)
     for halo in ("exact", "measured", 16):
         refused(urt.TileError, "cannot be tiled exactly", instance, tmp_path, halo=halo, tile=(64, 64), **options)
     refused(urt.TileError, "is not accepted", instance, tmp_path, tile=(63, 64), **options)
     refused(urt.TileError, "overlap 64 px", instance, tmp_path, tile=(64, 64), overlap=(64, 0), **options)
-    refused(urt.TileError, "2 numbers", instance, tmp_path, tile=(64,), **options)
-    refused(urt.TileError, "overlap 16 needs 2 numbers", instance, tmp_path, tile=(64, 64), overlap=(16,), **options)
+    refused(urt.TileError, "2 numbers", instance, tmp_path, tile=(64, 64, 64), **options)
+    refused(
+        urt.TileError, "overlap 16x16x16 needs 2 numbers", instance, tmp_path, tile=64, overlap=(16, 16, 16), **options
+    )
 
 
 def test_the_mismatch_of_an_inexact_network_is_that_of_its_worst_output(instance, textures, tmp_path):
@@ -952,7 +954,9 @@ def test_without_samples_a_task_may_stay_open(network, tmp_path, monkeypatch, ca
     out, err = capsys.readouterr()
     assert "--task binary or --task regression; until then predict gives the values themselves (--output raw)" in err
     assert "task left open" in out
-    assert out.splitlines()[-1].endswith("--task YOUR_TASK --samples YOUR_IMAGES --overwrite")
+    assert out.splitlines()[-1].endswith(
+        "--samples YOUR_IMAGES --overwrite --normalize YOUR_NORMALIZE --task YOUR_TASK"
+    )
     with urt.load("x.urt") as engine:
         assert engine.spec.contract.task is None
         assert engine.folder.parity["verdict"]["label_change"] is None

@@ -247,7 +247,7 @@ def test_every_argument_of_build_is_in_the_key(monkeypatch: pytest.MonkeyPatch, 
     recorded = {option.name for option in fields(seen[0])}
     by_content = {"model", "contract", "samples", "axes", "channels"}  # hashed as what they are, or select
     machine_side = {"device"}
-    elsewhere = {"out", "overwrite", "cache", "say", "report"}  # say where and how, not what
+    elsewhere = {"out", "overwrite", "cache", "say", "tell", "report"}  # say where and how, not what
     assert set(inspect.signature(urt.build).parameters) == recorded | by_content | machine_side | elsewhere
 
 

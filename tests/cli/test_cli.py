@@ -27,7 +27,7 @@ import unet_rt as urt
 from unet_rt.building import job as build_job
 from unet_rt.cli.demo import shipped_model
 from unet_rt.cli.main import main, make_parser
-from unet_rt.cli.printing import Bar
+from unet_rt.cli.printing import Bar, Narrator
 from unet_rt.outputs.pictures import COLOURS
 
 pytestmark = pytest.mark.onnxruntime
@@ -499,7 +499,7 @@ def test_bars_of_long_predictions_show_time_left(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bar = Bar("large.tif")
+    bar = Bar("large.tif", Narrator())
     for done in range(5):
         bar(done, 8)
         now[0] += 3

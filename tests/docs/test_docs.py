@@ -200,6 +200,34 @@ def test_the_blocks_of_a_page_run(page: Path, workshop: Path, tmp_path: Path, mo
             run_console(block, folder)
 
 
+@pytest.mark.onnxruntime
+def test_the_page_on_ci_notices_another_network(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it promises first: an engine built from a network of other masks fails the test that the page shows."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    folder = tmp_path / "page"
+    shutil.copytree(workshop, folder)
+    monkeypatch.chdir(folder)
+    file, python, console = all_blocks(ROOT / "docs" / "how-to" / "ci.md")[:3]
+    (folder / file.directives["file"]).write_text(file.text, encoding="utf-8")
+    run_python(python, {})
+    model = onnx.load("model.onnx")
+    last = next(node for node in reversed(model.graph.node) if node.op_type == "Conv")
+    bias = next(t for t in model.graph.initializer if t.name == last.input[2])
+    moved = numpy_helper.to_array(bias) + np.array([0.5, -0.5], np.float32)  # fewer pixels are nuclei
+    bias.CopyFrom(numpy_helper.from_array(moved, bias.name))
+    onnx.save(model, "anew.onnx")
+    options = {"backend": "onnxruntime", "precision": "fp32", "tile": (256, 256), "halo": "exact", "overwrite": True}
+    unet_rt.build("anew.onnx", samples="images", out="model.urt", **options).close()
+    with pytest.raises(AssertionError, match="exit 1"):
+        run_console(console, folder)
+    assert unet_rt.verify("model.urt", "images").accepted  # against its own model nothing is wrong
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_blocks_have_a_language_and_compile(page: Path) -> None:
     for block in all_blocks(page):

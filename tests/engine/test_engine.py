@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -479,3 +482,52 @@ def test_replacing_an_engine_deletes_only_what_it_named(folder):
     write_folder(folder, opened.spec, {**files, "parity": parity}, overwrite=True)
     assert (folder / "model-notes.txt").read_text() == "mine"
     assert not opened.file("parity").exists()
+
+
+FORK = """
+import os, pickle, sys, threading, time
+import numpy as np
+import unet_rt as urt
+image = np.load("image.npy")
+engine = urt.load(sys.argv[1], threads=2)
+wanted = urt.predict(engine, image)
+try:
+    pickle.dumps(engine)
+except TypeError as error:
+    assert "load it in each process" in str(error)
+child = os.fork()
+if not child:
+    try:
+        urt.predict(engine, image)
+    except urt.BackendError as error:
+        assert "load the engine in each process, after the fork" in str(error)
+        engine = urt.load(sys.argv[1], threads=2)  # and the parent's is freed here, whose threads are not here
+        os._exit(0 if np.array_equal(urt.predict(engine, image), wanted) else 3)
+    os._exit(4)
+end = time.monotonic() + 60
+while not (done := os.waitpid(child, os.WNOHANG))[0]:
+    if time.monotonic() > end:
+        os.kill(child, 9)
+        sys.exit("the child hangs")
+    time.sleep(0.05)
+assert np.array_equal(urt.predict(engine, image), wanted)
+sys.exit(done[1] >> 8)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
+def test_an_engine_stays_in_the_process_that_loaded_it(
+    engine_folder: Path, sample_images: list[Any], tmp_path: Path
+) -> None:
+    """A forked child is told so, and may load its own; nothing is pickled. Neither the child nor its end may hang."""
+    np.save(tmp_path / "image.npy", sample_images[0])
+    paths = os.pathsep.join(str(Path(part).resolve()) for part in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(engine_folder)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

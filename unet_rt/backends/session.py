@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard
+from weakref import WeakSet
 
 import numpy as np
 
@@ -175,6 +177,14 @@ def takes_many(session: Session) -> TypeGuard[ManySession]:
     return hasattr(session, "run_many")
 
 
+# Sessions of this process, and in a forked child those of its parent: a library that is freed there waits for its threads,
+# which are not there, so that a child keeps what it cannot free.
+_OPEN: WeakSet[SessionBase] = WeakSet()
+_OF_PARENT: list[SessionBase] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _OF_PARENT.extend(_OPEN))
+
+
 class SessionBase(ABC):
     """What the sessions of all backends do alike: what they say of themselves, one run at a time, closing."""
 
@@ -183,8 +193,9 @@ class SessionBase(ABC):
     def __init__(self, precision: str, device: str, threads: int) -> None:
         self._precision, self._device, self._threads = precision, device, thread_count(threads)
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
         self._at_close: list[Callable[[], None]] = []
+        _OPEN.add(self)
 
     @property
     def precision(self) -> str:
@@ -205,6 +216,7 @@ class SessionBase(ABC):
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for ``inputs``, both in graph order; the caller owns what is returned."""
+        self._require_process()  # before the lock, which another thread may have held when the process was forked
         with self._lock:
             self._require_open()
             return self._run(inputs)
@@ -221,11 +233,20 @@ class SessionBase(ABC):
         if self._closed:
             raise BackendError(f"this {self.title} session is closed; load it again")
 
+    def _require_process(self) -> None:
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"this {self.title} session was loaded before the process was forked, and its threads are not in this one; "
+                "load the engine in each process, after the fork"
+            )
+
     def at_close(self, release: Callable[[], None]) -> None:
         """Calls ``release`` when the session is closed, before its own memory and threads go."""
         self._at_close.append(release)
 
     def close(self) -> None:
+        if os.getpid() != self._process:
+            return  # it is the parent's: its threads cannot be ended here
         with self._lock:
             if not self._closed:
                 self._closed = True

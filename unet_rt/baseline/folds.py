@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -29,6 +29,9 @@ from .model import Model, baseline_engine, make_folder, open_model
 from .results import tile_of
 from .samples import draw_generated
 from .tiles import untiled_spec
+
+if TYPE_CHECKING:
+    from .model import Look
 
 MEMBERS_KEY = "ensemble.members"  # metadata: JSON list of name and SHA-256 of every member
 SOFTMAX_OPSET = 13  # before it, Softmax flattens the axes behind its own
@@ -244,17 +247,23 @@ def _rename_inputs(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 def open_models(
-    paths: Sequence[Path], work: Path, *, options: Contract | None = None, contract: Path | None = None
+    paths: Sequence[Path],
+    work: Path,
+    *,
+    options: Contract | None = None,
+    contract: Path | None = None,
+    look: Look | None = None,
 ) -> Model:
     """Opens one network, or several (the folds of a cross-validation) as the mean of what they say.
 
-    Arguments and errors are those of :func:`open_model`; networks that do not agree are a ContractError or GraphError.
+    Arguments and errors are those of :func:`open_model` (``look`` is at the first network); networks that do not agree are
+    a ContractError or GraphError.
     """
     if len(paths) == 1:
-        return open_model(paths[0], work, options=options, contract=contract)
+        return open_model(paths[0], work, options=options, contract=contract, look=look)
 
     members = [
-        open_model(path, make_folder(work / f"member{k}"), options=options, contract=contract)
+        open_model(path, make_folder(work / f"member{k}"), options=options, contract=contract, look=None if k else look)
         for k, path in enumerate(paths)
     ]
     merged = work / "ensemble.onnx"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..graph.report import GraphReport
 
+    Look = Callable[[GraphReport, Contract], None]  # at a model and what is declared of it, before anything is run
 
 LABEL_OPS = (  # last operators whose results are decisions already
     "ArgMax", "ArgMin", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Xor", "Not",
@@ -99,7 +101,14 @@ class Model:
         return tuple(specs)
 
 
-def open_model(path: str | Path, work: Path, *, options: Contract | None = None, contract: Path | None = None) -> Model:
+def open_model(
+    path: str | Path,
+    work: Path,
+    *,
+    options: Contract | None = None,
+    contract: Path | None = None,
+    look: Look | None = None,
+) -> Model:
     """Opens an ONNX file, a bioimage.io package or its ``rdf.yaml``.
 
     Args:
@@ -107,6 +116,8 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         work: Folder for the freed graph (it lives as long as the model is used).
         options: What the user says of the input; wins over everything else.
         contract: JSON file of the contract; wins over the model's metadata.
+        look: Is given the report of the file with the outputs that are predicted, and what is declared of them, before
+            anything is run; what it raises is raised here.
 
     Raises:
         GraphError, ContractError: see their messages.
@@ -131,10 +142,10 @@ def open_model(path: str | Path, work: Path, *, options: Contract | None = None,
         declared = contract_io.contract_from_file(contract).over(declared)
     if options is not None:
         declared = options.over(declared)
-    return replace(_free_sizes(proto, given, work, declared), rewritten=rewritten)
+    return replace(_free_sizes(proto, given, work, declared, look), rewritten=rewritten)
 
 
-def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contract) -> Model:
+def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contract, look: Look | None) -> Model:
     """The model with the outputs that can be predicted, and sizes free where that is provably the same network."""
     import onnx
 
@@ -148,6 +159,9 @@ def _free_sizes(proto: onnx.ModelProto, given: Path, work: Path, contract: Contr
     left_out = _left_out(as_given)
     if left_out:
         keep_outputs(proto, {output.name for output in as_given.outputs} - set(left_out))
+    if look is not None:
+        seen = inspect(proto) if left_out else as_given
+        look(seen, _settle_whole_numbers(contract, seen, given))
     own = None
     if as_given.precision in ("fp16", "bf16"):
         own = onnx.ModelProto()

@@ -37,6 +37,7 @@ from ..engine.load import load
 from ..engine.spec import EngineSpec, Precision
 from ..engine.write import check_target, write_folder
 from ..errors import BackendError, ContractError, EngineError, OutputError
+from ..tiling.axis import per_axis
 from ..tiling.placement import Blend, PlacementRule
 from .cache import Digests, EngineCache, copy_folder, digest_inputs, digest_request, list_differences
 from .candidates import try_candidates
@@ -44,6 +45,7 @@ from .choice import choose
 from .engines import Engines
 from .job import BuildJob, BuildOptions, Deadline, Equal, Remarks, Say, Scope, parity_seconds
 from .measure import Judge
+from .missing import Inquiry
 from .own import hold_to_file
 from .record import Outcome, finish_spec, make_report, write_files
 from .report import BuildReport
@@ -82,9 +84,9 @@ def build(
     backend: str = "auto",
     device: str = "auto",
     precision: str = "auto",
-    tile: Sequence[int] | None = None,
+    tile: int | Sequence[int] | None = None,
     halo: str | int = "auto",
-    overlap: Sequence[int] | None = None,
+    overlap: int | Sequence[int] | None = None,
     blend: Blend = "gaussian",
     placement: PlacementRule = "even",
     threads: int = 0,
@@ -98,6 +100,7 @@ def build(
     search_minutes: float = SEARCH_MINUTES,
     equal: Equal = "rounding",
     say: Say | None = None,
+    tell: Say | None = None,
     report: Callable[[BuildReport], None] | None = None,
 ) -> Engine:
     """Builds an engine folder and returns the loaded engine.
@@ -115,9 +118,10 @@ def build(
         backend: ``auto`` or a backend's name.
         device: ``auto``, ``cpu``, ``cuda:N`` or ``vulkan:N``.
         precision: ``auto``, ``fp32``, ``fp16`` (GPUs), ``bf16`` or ``int8`` (with layers in FP32 where the budget needs it).
-        tile: Tile in pixels per axis; None: measured (exact networks), trained tile (others).
+        tile: Tile in pixels per axis, a number for all axes; None: measured (exact networks), trained tile (others).
         halo: ``auto``, ``exact``, ``measured``, or a number of samples.
-        overlap: Pixels shared by blended tiles per axis; default half a tile (``monai``: a quarter). Not for exact networks.
+        overlap: Pixels shared by blended tiles per axis, a number for all axes; default half a tile (``monai``: a quarter).
+            Not for exact networks.
         blend: Weights of blended tiles.
         placement: Where blended tiles lie, and whose weights they have: ``even``, or as ``monai`` or ``nnunet`` place them.
         threads: Of backend and kernels; 0: by affinity and quota.
@@ -125,20 +129,23 @@ def build(
         keep_exam: Whether a few tiles travel with the engine.
         overwrite: Replace an existing engine, whatever it was built from.
         cache: Folder that keeps engines by everything that decided them (see :mod:`unet_rt.building.cache`).
-        search_minutes: Time for the search; what there is no time for is said in the report. At least one verdict per
-            candidate is reached in any case.
+        search_minutes: Time for the search; what there is no time for is said in the report. One candidate is measured and
+            judged in any case, and others are not begun when the time for them is up.
         equal: ``bits``: only engines whose tiles equal the whole image to the bit; ``rounding``: up to the order of sums.
         say: Receives progress in sentences.
+        tell: Receives sentences that are worth keeping as soon as they are known: every candidate as it is measured, and
+            what the contract leaves open where there are no samples.
         report: Receives the :class:`BuildReport`; not called where nothing was built.
 
     Raises:
         ParityError: No candidate is inside the budget.
+        IncompleteContractError: The contract lacks what decides the result: all of it, before any image is read in full.
         GraphError, ContractError, TileError, ImageError, BackendError, OutputError: see their messages.
     """
     deadline = Deadline(time.monotonic(), 60 * search_minutes)
     if not 0 < search_minutes < float("inf"):
         raise ContractError(f"search_minutes={search_minutes} is not a time; pass minutes above 0")
-    say = _add_time(say or log.info, deadline)
+    say, tell = _add_time(say or log.info, deadline), _add_time(tell or log.info, deadline)
     paths = [Path(model)] if isinstance(model, str | Path) else [Path(one) for one in model]
     if not paths:
         raise ContractError("no model is given; pass an ONNX file, or several of them")
@@ -146,6 +153,7 @@ def build(
     folder = Path(out) if out is not None else Path(name).with_suffix(".urt")
     target = Target(folder, overwrite, EngineCache(cache) if cache is not None else None, say)
     scope = _choose_scope(backend, device, precision)
+    tile, overlap = (None if size is None else per_axis(size, 1) for size in (tile, overlap))
     options = BuildOptions(
         budget or Budget(),
         backend,
@@ -163,20 +171,21 @@ def build(
     digests = digest_request(options, scope.backends, scope.device)
     same = _find_same(target, digests)
     with tempfile.TemporaryDirectory(prefix="unet-rt-build-") as work, ExitStack() as resources:
-        opened = _open(paths, Path(work), contract)
+        remarks, read = Remarks(say, tell), ReadOptions(axes, channels, series, nodata)
+        opened = _open(paths, Path(work), contract, Inquiry(name, samples, read, tile, remarks))
         scope = _limit_to_file(scope, opened, backend, device, precision)
         scope = _limit_to_samples(scope, samples, precision)
-        remarks = Remarks(say, notes=_notes_on(opened))
+        remarks.notes.extend(_notes_on(opened))
         spec = replace(untiled_spec(opened), device=scope.device)
         baseline = resources.enter_context(baseline_engine(opened, spec, threads=threads))
-        opened, drawn = read_samples(opened, samples, ReadOptions(axes, channels, series, nodata), remarks)
+        opened, drawn = read_samples(opened, samples, read, remarks)
         digests = {**digests, **digest_inputs(opened.given, opened.contract, drawn.judging)}
         if _reuse(target, same, digests):
             return load(folder, threads=threads or None)
 
         drawn, scope = set_aside(drawn, scope, remarks, explicit=precision != "auto")
         seconds = parity_seconds(deadline, scope)
-        job = BuildJob(opened, baseline, Path(work), options, scope, deadline, seconds, remarks)
+        job = BuildJob(opened, baseline, Path(work), options.along(opened.spatial), scope, deadline, seconds, remarks)
         outcome = _search(job, spec, drawn, resources)
         spec = finish_spec(outcome, digests)
         files = write_files(outcome, spec)
@@ -209,13 +218,13 @@ def _search(job: BuildJob, spec: EngineSpec, samples: Samples, resources: ExitSt
     return Outcome(job, samples, first, tiling, trials, winner, judge, engines, reached)
 
 
-def _open(paths: Sequence[Path], work: Path, contract: Contract | str | Path | None) -> Model:
+def _open(paths: Sequence[Path], work: Path, contract: Contract | str | Path | None, look: Inquiry) -> Model:
     """The model of one file or of several, under the contract that was passed."""
     from ..baseline.folds import open_models
 
     if isinstance(contract, str | Path):
-        return open_models(paths, work, contract=Path(contract))
-    return open_models(paths, work, options=contract)
+        return open_models(paths, work, contract=Path(contract), look=look)
+    return open_models(paths, work, options=contract, look=look)
 
 
 def _limit_to_file(scope: Scope, model: Model, backend: str, device: str, precision: str) -> Scope:
@@ -274,8 +283,8 @@ def _advice(paths: Sequence[Path], folder: Path) -> str:
 
 
 def _add_time(say: Say, deadline: Deadline) -> Say:
-    """Progress beside the time that it took and may take."""
-    return lambda text: say(f"{deadline.spent:.0f} of {deadline.seconds:.0f} s: {text}")
+    """Sentences beside the time that was used and that is left."""
+    return lambda text: say(f"{deadline.spent:.0f} s, {max(0.0, deadline.left()):.0f} s left: {text}")
 
 
 # --- the engine that is there already -------------------------------------------------------------------------------

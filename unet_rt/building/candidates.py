@@ -14,11 +14,14 @@ from ..engine.parity import Verdict
 from ..errors import BackendError, GraphError, ImageError, TileError, size_text
 from .engines import Engines, batches_to_try
 from .int8 import calibrate_model, check_int8, int8_maker, make_mixtures, return_layers
-from .job import BuildJob
+from .job import INT8_ENDS, INT8_RUNS, BuildJob
 from .measure import Judge, add_timing, estimate_seconds, interleaved_times
 from .quantiser import Mixture, Quantiser
 from .report import Candidate, CandidateKey
 from .tiling import Tiling
+
+TIMED_S = 30.0  # of timing all candidates at one tile, at most
+TIMED_SHARE = 0.3  # of what is left of the search, at most
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ def _build_all(
     quantiser: Quantiser | None = None
     for precision in scope.precisions:
         for name in scope.backends:
+            late = job.deadline.left(INT8_ENDS) < INT8_RUNS * tiling.results.seconds
+            if floats and (late if precision == "int8" else job.deadline.left() < 0):
+                job.remarks.left_out.append(f"{name} {precision} was not tried")
+                continue
             job.remarks.say(f"building {name} {precision}")
             try:
                 if precision == "int8" and not scope.as_given:
@@ -117,6 +124,7 @@ def _build_all(
                 if alone and (isinstance(error, ImageError) or (job.options.explicit and len(scope.backends) == 1)):
                     raise
                 failed.append(Candidate(name, precision, tile, note=str(error)))
+                job.remarks.tell(failed[-1].sentence)
     return _Built(floats, mixtures, tuple(failed), quantiser)
 
 
@@ -136,23 +144,24 @@ def _measure_all(
     x = tile_of(sample, tiling.spec, tile, job.threads)
     say(f"measuring {len(engines)} candidates at tile {size_text(tile)}")
     runs = [(key, batch) for key in engines for batch in batches]
-    times = interleaved_times([(engines[key], tile, n) for key, n in runs], sample, job.threads)
-    timings, verdicts = dict(zip(runs, times, strict=True)), dict[CandidateKey, Verdict]()
+    seconds = min(TIMED_S, TIMED_SHARE * max(0.0, job.deadline.left()))
+    times = interleaved_times([(engines[key], tile, n) for key, n in runs], sample, job.threads, seconds=seconds)
+    timings, candidates = dict(zip(runs, times, strict=True)), list[Candidate]()
     for key, engine in engines.items():
+        verdict: Verdict | None = None
         ran = [n for n in batches if not isinstance(timings[key, n], BackendError)]
-        if not ran:
-            continue
-        say(f"parity of {' '.join(key).rstrip()}")
-        try:
-            verdicts[key] = judge.same_rows(engine, x, known.get(key) or judge.verdict(engine), ran, key)
-        except BackendError as error:
-            for n in ran:
-                timings[key, n] = error
-    candidates = list[Candidate]()
-    for (key, batch), timing in timings.items():
-        candidate = Candidate(key[0], key[1], tile, batch, variant=key[2])
-        if isinstance(timing, BackendError):
-            candidates.append(replace(candidate, note=str(timing)))
-        else:
-            candidates.append(add_timing(candidate, tile, timing, verdicts[key], tiling.spec))
+        if ran:
+            say(f"parity of {' '.join(key).rstrip()}")
+            try:
+                verdict = judge.same_rows(engine, x, known.get(key) or judge.verdict(engine), ran, key)
+            except BackendError as error:
+                timings |= {(key, n): error for n in ran}
+        for n in batches:
+            candidate, timing = Candidate(key[0], key[1], tile, n, variant=key[2]), timings[key, n]
+            if isinstance(timing, BackendError):
+                candidate = replace(candidate, note=str(timing))
+            else:
+                candidate = add_timing(candidate, tile, timing, verdict, tiling.spec)
+            candidates.append(candidate)
+            job.remarks.tell(candidate.sentence)
     return candidates

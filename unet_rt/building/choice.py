@@ -185,13 +185,25 @@ def _refuse_all(job: BuildJob, tiling: Tiling, candidates: Sequence[Candidate]) 
     nearest = min(tried, key=lambda c: _budget_share(c, job.budget))
     wider = _widen(nearest.verdict, job.budget.of(nearest.precision)) if nearest.verdict else ""
     ways = [f"allow more with --budget {wider}"] if wider else []
-    ways += ["use --halo exact"] if tiling.spec.halo_limit is not None else []
+    ways += ["use --halo exact"] if _seams_miss(job, tiling, tried) else []
     ways += ["pass --precision fp32"] if all(c.precision != "fp32" for c in tried) else []
     ways = ways or ["use another --backend"]  # rows of a batch that differ are no matter of budgets
     left_out, warnings = job.remarks.left_out, job.remarks.warnings
     late = f" (no time was left for: {'; '.join(left_out)})" if left_out else ""
     doubts = f"; but look at this first: {'; '.join(warnings)}" if warnings else ""
     return ParityError(f"no candidate is inside the budget: {reasons}{late}; {', or '.join(ways)}{doubts}")
+
+
+def _seams_miss(job: BuildJob, tiling: Tiling, tried: Sequence[Candidate]) -> bool:
+    """Whether the halo is not exact and may be what misses the budget: its seams alone do, or FP32 does, too."""
+    limit = tiling.spec.halo_limit
+    if limit is None:
+        return False
+    seam = tiling.seams.get(limit, 0.0)
+    bound = min(
+        job.budget.of(c.precision).labels if tiling.spec.contract.has_labels else job.budget.error for c in tried
+    )
+    return seam > bound or any(c.precision == "fp32" for c in tried)
 
 
 def _widen(verdict: Verdict, budget: Budget) -> str:
@@ -252,6 +264,7 @@ def _choose_tile(job: BuildJob, tiling: Tiling, first: Winner, engines: Engines,
             continue
         tried.append((add_timing(replace(best, batch=batch), larger, timing, verdict, tiling.spec), other))
         candidates.append(tried[-1][0])
+        job.remarks.tell(tried[-1][0].sentence)
         bytes_per_px = max(bytes_per_px, timing.peak_bytes / prod(larger) / batch)
     tried = [(c, e) for c, e in tried if c.verdict is not None and c.verdict.accepted]
     fastest, chosen = max(tried, key=lambda pair: pair[0].kept_mpx_per_s or 0.0)

@@ -12,6 +12,7 @@ from ..baseline.model import Model
 from ..engine.budget import Budget
 from ..engine.engine import Engine, EngineView
 from ..engine.spec import EngineSpec, Precision
+from ..tiling.axis import per_axis
 from ..tiling.placement import Blend, PlacementRule
 
 # How the time for the search is dealt out: the windows that parity is judged on are chosen so that the verdicts of all
@@ -26,6 +27,10 @@ INT8_RUNS = 2.0  # that INT8 costs per backend, in runs of the baseline: plain, 
 
 Equal = Literal["bits", "rounding"]
 Say = Callable[[str], None]
+
+
+def _keep_silent(text: str) -> None:
+    """Where nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,14 @@ class Remarks:
 
     Attributes:
         say: Receives progress in sentences, at once.
+        tell: Receives sentences that are worth keeping, at once: candidates as they are measured, what is missing.
         notes: Decisions, for the report.
         warnings: What should be looked at, for the report.
         left_out: What there was no time for.
     """
 
     say: Say
+    tell: Say = _keep_silent
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -93,6 +100,11 @@ class BuildOptions:
     keep_exam: bool
     search_minutes: float
     equal: Equal = "rounding"
+
+    def along(self, spatial: int) -> BuildOptions:
+        """The options with tile and overlap along each axis of a network, for which one number may stand."""
+        tile, overlap = (size if size is None else per_axis(size, spatial) for size in (self.tile, self.overlap))
+        return replace(self, tile=tile, overlap=overlap)
 
     @property
     def explicit(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec, Precision
+from ..errors import size_text
 from ..system.json import Record
 from .quantiser import LayerCost
 
@@ -44,6 +45,20 @@ class Candidate(Record):
         """Backend, precision and variant, for messages."""
         variant = f" ({self.variant})" if self.variant else ""
         return f"{self.backend} {self.precision}{variant}"
+
+    @property
+    def sentence(self) -> str:
+        """What was measured of it, or why nothing was."""
+        if self.verdict is None or self.latency_ms is None:
+            return f"{self.title}: not tried: {self.note}"
+        runs = f"{self.batch} tiles" if self.batch > 1 else "a tile"
+        change = [] if self.verdict.label_change is None else [f"{self.verdict.label_change:.4%} of labels change"]
+        change += [] if self.verdict.error is None else [f"largest error {self.verdict.error:.1e} of the range"]
+        where = "inside the budget" if self.verdict.accepted else "outside the budget"
+        return (
+            f"{self.title}: {self.latency_ms:.3g} ms for {runs} of {size_text(self.tile)} px, "
+            f"{self.kept_mpx_per_s or 0:.3g} kept Mpx/s; {', '.join([*change, where])}"
+        )
 
 
 @dataclass(frozen=True)

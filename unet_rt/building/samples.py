@@ -12,7 +12,7 @@ from .. import backends
 from ..baseline.model import Model
 from ..baseline.results import tile_of
 from ..baseline.samples import ReadOptions, SampleWindow, draw, draw_generated, sample_images
-from ..contract.contract import Contract
+from ..contract.contract import Contract, Normalization
 from ..engine import parity as parity_module
 from ..engine.spec import EngineSpec
 from ..errors import ImageError
@@ -50,14 +50,13 @@ def read_samples(model: Model, samples: Any, read: ReadOptions, remarks: Remarks
     """Windows of the user's images, or generated ones where there are none; and the model, its normalisation settled.
 
     Raises:
-        ContractError: Integer pixels, and nothing says how they are normalised.
         ImageError: No image, none that proves anything, or NaN among the pixels.
     """
     if samples is None:
         return model, Samples("synthetic", tuple(draw_generated(model.contract, model.input_specs(), model.spatial)))
     images = sample_images(samples, remarks.notes.append)
     if model.contract.normalization is None:
-        model = _declare_no_normalization(model, images[0], read)
+        model = replace(model, contract=replace(model.contract, normalization=Normalization("none")))
         remarks.notes.append("no normalisation is declared and the samples are floating point: used as they are")
     windows = draw(
         images,
@@ -74,24 +73,6 @@ def read_samples(model: Model, samples: Any, read: ReadOptions, remarks: Remarks
         remarks.notes.append(f"parity rests on {len(images)} image(s); three or more prove more")
     remarks.say(f"samples: {len(windows)} windows; {windows[0].reading}")
     return model, Samples("samples", tuple(windows), (), (min(lows), max(highs)), input_range)
-
-
-def _declare_no_normalization(model: Model, image: Any, read: ReadOptions) -> Model:
-    """The model for pixels as they are, which only floating point ones can be taken for."""
-    from ..contract.contract import Normalization
-    from ..images.normalize import missing_normalization
-    from ..images.open import open_image
-
-    with open_image(
-        image,
-        model.contract,
-        read.reading,
-        spatial=model.spatial,
-        network_channels=model.channels,
-    ) as source:
-        if source.dtype.kind in "iu":
-            raise missing_normalization(source)
-    return replace(model, contract=replace(model.contract, normalization=Normalization("none")))
 
 
 def set_aside(samples: Samples, scope: Scope, remarks: Remarks, *, explicit: bool) -> tuple[Samples, Scope]:

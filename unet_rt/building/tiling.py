@@ -39,10 +39,12 @@ class BaselineResults:
     Attributes:
         samples: The windows that there was time for; the first is always among them.
         values: Of each window, every output (K, *spatial), float32.
+        seconds: That it took.
     """
 
     samples: tuple[SampleWindow, ...]
     values: tuple[list[Array], ...]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,14 @@ def judging_results(job: BuildJob, spec: EngineSpec, samples: Samples) -> Baseli
     """The baseline on the windows that parity is judged on."""
     windows = _farthest_first(samples.judging)
     least = FEWEST_WINDOWS if samples.kind == "samples" else 1
-    values = list[list[Array]]()
+    values, spent = list[list[Array]](), 0.0
     for k, (done, spent) in enumerate(_run_baseline(job, spec, windows), start=1):
         values.append(done)
         job.remarks.say(f"baseline {k}/{len(windows)}: {windows[k - 1].name}")
         if k >= least and spent * (k + 1) / k > job.parity_seconds and k < len(windows):
             job.remarks.left_out.append(f"parity is judged on {k} of {len(windows)} sample windows")
             break
-    return BaselineResults(windows[: len(values)], tuple(values))
+    return BaselineResults(windows[: len(values)], tuple(values), spent)
 
 
 def calibrating_results(job: BuildJob, spec: EngineSpec, windows: Sequence[SampleWindow]) -> BaselineResults:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import IncompleteContractError
 from .options import (
+    SIZE,
     add_contract,
     add_overwrite,
     add_threads,
     add_verb,
+    complete_command,
+    completed,
     parse_size,
     read_budget,
     read_channels,
     read_contract,
 )
-from .printing import clear_line, print_json, say, text_stream
+from .printing import Narrator, print_json, text_stream
 
 if TYPE_CHECKING:
     from ..building.report import BuildReport
@@ -40,7 +42,9 @@ def add_build(verbs: Any) -> None:
     p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt or ncnn")
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda[:N] or vulkan[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
-    p.add_argument("--tile", type=parse_size, metavar="HxW", help="tile size in pixels, or auto")
+    p.add_argument(
+        "--tile", type=parse_size, metavar=SIZE, help="tile size in pixels, one number for all axes, or auto"
+    )
     p.add_argument(
         "--halo",
         default="auto",
@@ -48,7 +52,7 @@ def add_build(verbs: Any) -> None:
         help="samples discarded at inner tile edges (default: exact, unless that costs too much)",
     )
     p.add_argument(
-        "--overlap", type=parse_size, metavar="HxW", help="overlap of blended tiles, for networks that are not exact"
+        "--overlap", type=parse_size, metavar=SIZE, help="overlap of blended tiles, for networks that are not exact"
     )
     p.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of blended tiles")
     p.add_argument(
@@ -88,35 +92,39 @@ def _build(args: argparse.Namespace) -> int:
     from .texts import build_text
 
     reports: list[BuildReport] = []
-    engine = build(
-        args.model,
-        samples=args.samples,
-        out=args.out,
-        budget=read_budget(args),
-        contract=read_contract(args),
-        backend=args.backend,
-        device=args.device,
-        precision=args.precision,
-        tile=args.tile,
-        halo=args.halo,
-        overlap=args.overlap,
-        blend=args.blend,
-        placement=args.placement,
-        threads=args.threads,
-        axes=args.axes,
-        channels=read_channels(args),
-        series=args.series,
-        nodata=args.nodata,
-        keep_exam=not args.no_exam,
-        overwrite=args.overwrite,
-        cache=args.cache,
-        equal=args.equal,
-        search_minutes=SEARCH_MINUTES if args.search_minutes is None else args.search_minutes,
-        say=say(args),
-        report=reports.append,
-    )
+    try:
+        with Narrator() as narrator:
+            engine = build(
+                args.model,
+                samples=args.samples,
+                out=args.out,
+                budget=read_budget(args),
+                contract=read_contract(args),
+                backend=args.backend,
+                device=args.device,
+                precision=args.precision,
+                tile=args.tile,
+                halo=args.halo,
+                overlap=args.overlap,
+                blend=args.blend,
+                placement=args.placement,
+                threads=args.threads,
+                axes=args.axes,
+                channels=read_channels(args),
+                series=args.series,
+                nodata=args.nodata,
+                keep_exam=not args.no_exam,
+                overwrite=args.overwrite,
+                cache=args.cache,
+                equal=args.equal,
+                search_minutes=SEARCH_MINUTES if args.search_minutes is None else args.search_minutes,
+                say=narrator.say,
+                tell=narrator.tell,
+                report=reports.append,
+            )
+    except IncompleteContractError as error:
+        raise complete_command(error, args.argv) from error
     engine.close()
-    clear_line()
     if not reports:
         folder = "" if engine.folder is None else str(engine.folder.path)
         if args.json:
@@ -129,10 +137,9 @@ def _build(args: argparse.Namespace) -> int:
         return 0
     done = reports[0]
     if done.advice:
-        argv = args.argv if done.spec.contract.task else [*args.argv, "--task", "YOUR_TASK"]
         from dataclasses import replace
 
-        done = replace(done, advice=_with_samples(argv, done.folder))
+        done = replace(done, advice=_with_samples(args.argv, done))
     print(build_text(done), file=text_stream(args))
     for warning in done.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -141,9 +148,11 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_samples(argv: Sequence[str], folder: Path) -> str:
+def _with_samples(argv: Sequence[str], done: BuildReport) -> str:
     """The command that was given, once more, with samples: every other option decides the result as well."""
-    kept = [part for part in argv if part not in ("--json", "--debug", "--overwrite")]
-    if not any(part == "--out" or part.startswith("--out=") for part in kept):
-        kept += ["--out", str(folder)]
-    return shlex.join(["unet-rt", *kept, "--samples", "YOUR_IMAGES", "--overwrite"])
+    out = [] if any(part == "--out" or part.startswith("--out=") for part in argv) else ["--out", str(done.folder)]
+    contract = done.spec.contract
+    missing = [] if contract.normalization else ["--normalize"]
+    missing += [] if contract.task else ["--task"]
+    kept = [part for part in argv if part != "--overwrite"]
+    return completed([*kept, *out, "--samples", "YOUR_IMAGES", "--overwrite"], missing)

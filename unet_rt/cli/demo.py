@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import GraphError, OutputError
 from .options import add_verb, parse_side
-from .printing import Bar, print_json, text_stream
+from .printing import Bar, Narrator, print_json, text_stream
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -35,12 +35,13 @@ def add_demo(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
-    result = demo(
-        Path(args.out),
-        size=args.size,
-        say=lambda text: print(text, file=text_stream(args), flush=True),
-        progress=Bar("demo"),
-    )
+    with Narrator() as narrator:
+        result = demo(
+            Path(args.out),
+            size=args.size,
+            say=lambda text: print(text, file=text_stream(args), flush=True),
+            progress=Bar("demo", narrator),
+        )
     if args.json:
         print_json(result)
     print(

@@ -9,9 +9,10 @@ from typing import Any
 from ..errors import OutputError
 from .options import (
     add_contract,
+    add_module,
     add_overwrite,
     add_verb,
-    open_checkpoint,
+    checkpoint_opener,
     parse_numbers,
     read_contract,
     require_torch,
@@ -24,9 +25,7 @@ def add_export(verbs: Any) -> None:
     p = add_verb(verbs, "export", _export, "write a trained network as ONNX, checked", "CHECKPOINT --out MODEL.onnx ")
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="from unet-rt train; a state dict; nnU-Net's .../fold_0")
     p.add_argument("--out", metavar="MODEL.onnx", required=True, help="the ONNX file")
-    p.add_argument("--architecture", metavar="NAME=VALUE,..|FILE", help="of a state dict: network=UNet,width=64,..")
-    p.add_argument("--module", metavar="PACKAGE:FUNCTION", help="of a state dict: your function that makes the module")
-    p.add_argument("--arguments", metavar="JSON", help="of that function, e.g. '{\"classes\": 3}'")
+    add_module(p)
     p.add_argument(
         "--sizes", type=parse_numbers, metavar="256,320", help="sizes at which graph and module are compared"
     )
@@ -47,7 +46,7 @@ def _export(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise OutputError(f"{out} exists; pass --overwrite to replace it, or choose another --out")
-    opened = open_checkpoint(args)
+    opened = checkpoint_opener(args)()
     contract = read_contract(args).over(opened.contract)
     done = export(
         opened.module,

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -37,6 +38,7 @@ from .verify import add_verify
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
+    program = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # file names of any script, on terminals of one
         if isinstance(stream, io.TextIOWrapper):
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     args.argv = argv
+    if program and not args.debug:
+        _silence_libraries()
     try:
         with _terminable():
             code = int(args.run(args) or 0)
@@ -71,6 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, error, 2)
     except Exception as error:  # a defect of ours: say so in one line, and how to see more
         return _fail(args, error, 2, "internal error, please report it with the output of --debug: ")
+
+
+def _silence_libraries() -> None:
+    """Keeps warnings and logs of other libraries from people who cannot act on them; ours go to stderr."""
+    import logging
+
+    if not sys.warnoptions:  # nor PYTHONWARNINGS: who asks for them gets them
+        warnings.simplefilter("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())
+    ours = logging.StreamHandler()
+    ours.setFormatter(logging.Formatter("unet-rt: %(message)s"))
+    logging.getLogger("unet_rt").addHandler(ours)
 
 
 def _drop_stdout() -> None:

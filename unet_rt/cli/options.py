@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BackendError, ContractError
+from ..errors import BackendError, ContractError, IncompleteContractError
 
 if TYPE_CHECKING:
+    from functools import partial
+
     from ..contract.contract import Contract
     from ..engine.budget import Budget
     from ..models.state import Opened
@@ -27,6 +30,17 @@ def add_verb(
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     parser.set_defaults(run=run)
     return parser
+
+
+def add_module(p: argparse.ArgumentParser) -> None:
+    """The options of how a state dict becomes a module; :func:`checkpoint_opener` reads them."""
+    p.add_argument("--architecture", metavar="NAME=VALUE,..|FILE", help="of a state dict: network=UNet,width=64,..")
+    p.add_argument(
+        "--module",
+        metavar="FILE.py:NAME|MODULE:NAME",
+        help="of a state dict: your class or function that makes the module",
+    )
+    p.add_argument("--arguments", metavar="JSON", help="of that class or function, e.g. '{\"classes\": 3}'")
 
 
 def add_threads(p: argparse.ArgumentParser) -> None:
@@ -99,16 +113,19 @@ def add_contract(p: argparse.ArgumentParser) -> None:
 
 
 def parse_size(text: str) -> tuple[int, ...] | None:
-    """Pixels per axis, of 512x512; None for auto."""
+    """Pixels per axis, of 512x512, or one number for all axes; None for auto."""
     if text == "auto":
         return None
     try:
         shape = tuple(int(part) for part in text.lower().replace(",", "x").split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512x512") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512, 512x384 or 32x256x256") from None
     if any(n < 1 for n in shape):
         raise argparse.ArgumentTypeError(f"{text!r}: sizes are 1 or more")
     return shape
+
+
+SIZE = "N|HxW|DxHxW"  # how sizes are written: one number for all axes, or one for each
 
 
 def parse_side(text: str) -> int:
@@ -228,10 +245,32 @@ def read_budget(args: argparse.Namespace) -> Budget | None:
     return Budget(**values)
 
 
-def open_checkpoint(args: argparse.Namespace) -> Opened:
-    """The module of --checkpoint, as --architecture, --module and --arguments say."""
-    import json
+def completed(argv: Sequence[str], options: Sequence[str]) -> str:
+    """The command that was given, to be typed again with these options and the user's words for them."""
+    kept = [part for part in argv if part not in ("--json", "--debug")]
+    said = [word for option in options for word in (option, f"YOUR_{option.strip('-').upper()}")]
+    return shlex.join(["unet-rt", *kept, *said])
 
+
+def complete_command(error: IncompleteContractError, argv: Sequence[str]) -> IncompleteContractError:
+    """The error with the command that answers all of it."""
+    return IncompleteContractError(f"{error}; then: {completed(argv, error.options)}", error.options)
+
+
+def checkpoint_opener(args: argparse.Namespace) -> partial[Opened]:
+    """What opens the checkpoint, as --architecture, --module and --arguments say; in any process."""
+    import json
+    from functools import partial
+
+    path = Path(args.checkpoint)
+    if path.suffix == ".py":
+        given = args.argv.index(args.checkpoint) if args.checkpoint in args.argv else len(args.argv)
+        argv = [*args.argv[:given], "YOUR_WEIGHTS.pt", *args.argv[given + 1 :]]
+        argv += [] if args.module else ["--module", f"{path}:{_module_name(path)}"]
+        raise ContractError(
+            f"{path} is the code of a network, and a checkpoint holds its weights, from "
+            f"torch.save(module.state_dict(), ...); name both: {completed(argv, [])}"
+        )
     require_torch("runs the module", "torch")
     from ..models.source import open_module
 
@@ -241,7 +280,20 @@ def open_checkpoint(args: argparse.Namespace) -> Opened:
         raise ContractError(
             f"--arguments {args.arguments!r} is not JSON ({error}); use e.g. '{{\"classes\": 3}}'"
         ) from error
-    return open_module(Path(args.checkpoint), architecture=args.architecture, factory=args.module, arguments=arguments)
+    return partial(open_module, path, architecture=args.architecture, factory=args.module, arguments=arguments)
+
+
+def _module_name(path: Path) -> str:
+    """The network that a Python file seems to define: its last class that is a Module; nothing is executed."""
+    import ast
+
+    try:
+        nodes = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return "NAME"
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    networks = [c.name for c in classes if any(ast.unparse(base).endswith("Module") for base in c.bases)]
+    return networks[-1] if networks else "NAME"
 
 
 def require_torch(what: str, extra: str) -> None:

@@ -13,6 +13,7 @@ from ..errors import ContractError, ImageError, OutputError
 from ..outputs.labels import is_zarr_output
 from .folder import Item, Left, advice_text, finish_tables, left_of, say_kept, tables_of
 from .options import (
+    SIZE,
     add_choices,
     add_overwrite,
     add_reading,
@@ -26,7 +27,7 @@ from .options import (
     parse_size,
     read_channels,
 )
-from .printing import Bar, print_json, text_stream
+from .printing import Bar, Narrator, print_json, text_stream
 
 if TYPE_CHECKING:
     from ..contract.contract import Normalization
@@ -62,9 +63,10 @@ def add_predict(verbs: Any) -> None:
         metavar="0,255",
         help="value of every label in a mask, default 0,1,..",
     )
+    p.add_argument("--classes", metavar="NAME,..", help="names of the classes, in order, for tables and reports")
     p.add_argument("--normalize", metavar="HOW", help="for engines whose contract declares none")
     add_scope(p)
-    p.add_argument("--tile", type=parse_size, metavar="HxW", help="tile size in pixels (default: chosen for the image)")
+    p.add_argument("--tile", type=parse_size, metavar=SIZE, help="tile size in pixels (default: chosen for the image)")
     p.add_argument("--batch", type=int, metavar="N", help="tiles per run; default: as build found fastest")
     add_threads(p)
     p.add_argument("--device", metavar="NAME", help="another GPU than the engine was built for: cuda:N")
@@ -143,6 +145,7 @@ def _predict(args: argparse.Namespace) -> int:
     device = None if args.device == "auto" else args.device
     with (
         left_of(args, items) as left,
+        Narrator() as narrator,
         load(
             args.engine, device=device, threads=args.threads or None, accept_unverified=args.accept_unverified
         ) as engine,
@@ -152,7 +155,7 @@ def _predict(args: argparse.Namespace) -> int:
         normalization = _normalization(args, engine)
         try:
             with _folders_of(args, items):
-                bad = _predict_items(args, engine, items, left, normalization, tables)
+                bad = _predict_items(args, engine, items, left, normalization, tables, narrator)
         except BaseException:
             say_kept(args, left, items)
             raise
@@ -168,6 +171,7 @@ def _predict_items(
     left: Left,
     normalization: Normalization | None,
     tables: Tables | None,
+    narrator: Narrator,
 ) -> int:
     """Predicts what is left, says what was done, and returns how many images could not be predicted."""
     from .texts import OUTSIDE_TOLD, run_text
@@ -185,7 +189,8 @@ def _predict_items(
             own = left.run is not None and left.run.begun(item.target)
             if left.run is not None:
                 left.run.begin(item.target)
-            done = _predict_item(args, engine, item, normalization, tables_of(tables, item, left.run), own=own)
+            bar = Bar(Path(item.image).name, narrator)
+            done = _predict_item(args, engine, item, normalization, tables_of(tables, item, left.run), bar, own=own)
         except (ImageError, ContractError) as error:
             if len(items) == 1:
                 raise
@@ -234,6 +239,7 @@ def _predict_item(
     item: Item,
     normalization: Normalization | None,
     tables: Tables | None,
+    progress: Bar,
     *,
     own: bool,
 ) -> RunReport:
@@ -255,6 +261,7 @@ def _predict_item(
         out=item.target,
         output=args.output,
         head=args.head,
+        classes=tuple(args.classes.split(",")) if args.classes else (),
         axes=args.axes,
         channels=read_channels(args),
         level=args.level,
@@ -267,7 +274,7 @@ def _predict_item(
         normalization=normalization,
         overlay=item.overlay,
         overwrite=args.overwrite or own,
-        progress=Bar(Path(item.image).name),
+        progress=progress,
         report=reports.append,
         pixel_size_um=args.pixel_size,
         resample=args.resample,

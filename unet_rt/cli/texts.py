@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..system.timing import Timing
 
 
+CERTAIN_ROUNDS = 6  # whose range holds the median with 95 %
 OUTSIDE_TOLD = 0.05  # share of pixels outside the range seen at build from which on the result is worth a look
 
 
@@ -323,11 +324,13 @@ def bench_text(report: BenchReport) -> str:
                 f"{r.speed.median:.2f} ({r.speed.low:.2f} to {r.speed.high:.2f})",
             )
         )
+    rounds = min(r.window.runs for r in report.rows)
     tiles = f"{_count_text(report.tiles, 'tile')} of {size_text(report.tile)} px"
     lines = [
         f"{report.model} on {report.image}: {size_text(report.shape)} px, {tiles}, {_count_text(report.threads, 'thread')}",
         _align(rows),
-        f"  medians (fastest to slowest) of interleaved runs; speed: {report.baseline} = 1, with its 95 % interval",
+        f"  medians (fastest to slowest) of {_count_text(rounds, 'round')} in turn; speed: {report.baseline} = 1, with "
+        + ("its 95 % interval" if rounds >= CERTAIN_ROUNDS else "the range of the rounds: too few for a 95 % interval"),
     ]
     lines += [f"  not run: {name}: {why}" for name, why in report.skipped.items()]
     return "\n".join([*lines, *(f"  {note}" for note in report.notes)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from .options import (
@@ -16,7 +17,7 @@ from .options import (
     read_channels,
     require_torch,
 )
-from .printing import TrainingBar, clear_line, print_json, text_stream
+from .printing import Narrator, TrainingBar, clear_line, print_json, text_stream
 
 if TYPE_CHECKING:
     from ..training.options import Options
@@ -71,7 +72,6 @@ def _train(args: argparse.Namespace) -> int:
     from ..training.trainer import Progress as Validated
 
     options = _training_request(args)
-    bar = TrainingBar()
 
     def report(now: Validated) -> None:
         clear_line()
@@ -82,7 +82,7 @@ def _train(args: argparse.Namespace) -> int:
             flush=True,
         )
 
-    try:
+    with Narrator() as narrator, closing(TrainingBar(narrator)) as bar:
         result = fit(
             args.data,
             args.out,
@@ -93,8 +93,6 @@ def _train(args: argparse.Namespace) -> int:
             report=report,
             progress=bar,
         )
-    finally:
-        bar.close()
     if args.json:
         print_json(result.to_json())
     print(

@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from .options import add_choices, add_reading, add_threads, add_verb, parse_size, read_budget, read_channels
-from .printing import clear_line, print_json, say, text_stream
+from .options import SIZE, add_choices, add_reading, add_threads, add_verb, parse_size, read_budget, read_channels
+from .printing import Narrator, print_json, text_stream
 
 
 def add_verify(verbs: Any) -> None:
@@ -22,7 +22,7 @@ def add_verify(verbs: Any) -> None:
         "--budget", metavar="KEY=VALUE", nargs="+", default=[], help="what may differ (default: as at build)"
     )
     p.add_argument(
-        "--tile", type=parse_size, metavar="HxW", help="tile of the engine (default: small, so that seams show)"
+        "--tile", type=parse_size, metavar=SIZE, help="tile of the engine (default: small, so that seams show)"
     )
     p.add_argument(
         "--picture",
@@ -37,24 +37,24 @@ def _verify(args: argparse.Namespace) -> int:
     from ..judging.verify import verify
     from .texts import verify_text
 
-    report = verify(
-        args.engine,
-        args.images,
-        labels=args.labels,
-        head=args.head,
-        baseline=args.baseline,
-        budget=read_budget(args),
-        axes=args.axes,
-        channels=read_channels(args),
-        series=args.series,
-        nodata=args.nodata,
-        tile=args.tile,
-        picture=args.picture or "verify-worst.png",
-        picture_always=args.picture is not None,
-        threads=args.threads,
-        say=say(args),
-    )
-    clear_line()
+    with Narrator() as narrator:
+        report = verify(
+            args.engine,
+            args.images,
+            labels=args.labels,
+            head=args.head,
+            baseline=args.baseline,
+            budget=read_budget(args),
+            axes=args.axes,
+            channels=read_channels(args),
+            series=args.series,
+            nodata=args.nodata,
+            tile=args.tile,
+            picture=args.picture or "verify-worst.png",
+            picture_always=args.picture is not None,
+            threads=args.threads,
+            say=narrator.say,
+        )
     if args.json:
         print_json(report.to_json())
     print(verify_text(report), file=text_stream(args))

@@ -25,6 +25,37 @@ class AmbiguousTaskError(ContractError):
     """An output can be read in two ways, which the message names."""
 
 
+def undecided_task(contract: Contract, outputs: Sequence[tuple[str, int, str]]) -> str | None:
+    """Why no values could tell what the first output of a network means; None where they tell, or it is declared.
+
+    Args:
+        contract: As declared.
+        outputs: (name, channels, last operator) of every output.
+
+    Raises:
+        ContractError: What is declared contradicts the network, whatever its values.
+    """
+    first = first_contract(contract, [name for name, _, _ in outputs])
+    name, channels, final_op = outputs[0]
+    shares, logits = np.zeros((2, 1, channels, 1), np.float32)
+    shares[:, 0], logits[:, 0] = 1, -5  # probabilities that add up to one; anything
+    errors = list[ContractError]()
+    for sample in (shares, np.full((1, channels, 1), 0.7, np.float32), logits):
+        try:
+            resolve_task(first, channels, final_op, sample)
+        except ContractError as error:
+            errors.append(error)
+        else:
+            return None
+    if not isinstance(errors[0], AmbiguousTaskError):
+        raise errors[0]
+    try:
+        resolve_task(first, channels, final_op)
+    except AmbiguousTaskError as error:
+        return f"output {name}: {error}" if len(outputs) > 1 else str(error)
+    return str(errors[0])
+
+
 def resolve_task(
     contract: Contract,
     channels: int,
@@ -74,7 +105,7 @@ def resolve_task(
     task = contract.task or _task(contract, channels, final_op, sample)
     output_is = contract.output_is or _output_is(task, final_op, sample)
     _check_task(task, output_is, channels, final_op)
-    _check_classes(contract.classes, task, channels)
+    check_classes(contract.classes, task, channels)
     return replace(contract, task=task, output_is=output_is, threshold=_threshold(contract.threshold, task, channels))
 
 
@@ -96,7 +127,8 @@ def _threshold(declared: tuple[float, ...], task: Task, channels: int) -> tuple[
     return threshold
 
 
-def _check_classes(names: tuple[str, ...], task: Task, channels: int) -> None:
+def check_classes(names: tuple[str, ...], task: Task | None, channels: int) -> None:
+    """ContractError where names of classes do not fit the channels of an output, or one is there twice."""
     allowed = (1, 2) if task == "binary" else (channels,)
     if names and len(names) not in allowed:
         raise ContractError(

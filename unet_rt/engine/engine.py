@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +143,17 @@ class Engine:
 
     def close(self) -> None:
         self._session.close()
+
+    def under(self, spec: EngineSpec) -> Engine:
+        """The same session under another spec; who opened this engine closes it."""
+        return Engine(spec, self._session, self.folder, self.options)
+
+    def __reduce__(self) -> NoReturn:
+        """Engines stay in their process."""
+        where = "its folder" if self.folder is None else str(self.folder.path)
+        raise TypeError(
+            f"an engine holds a running library and is not pickled; send {where}, and load it in each process"
+        )
 
     def __enter__(self) -> Engine:
         return self

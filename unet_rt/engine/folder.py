@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -84,9 +85,7 @@ def _spec_text(folder: Path) -> str:
     if folder.name.startswith(".") and folder.name.endswith(PART):
         raise EngineError(f"{folder} was being written when its process ended; build the engine again")
     if folder.is_file():
-        raise EngineError(
-            f"{folder} is a file, and an engine is a folder; if unet-rt pack made it: unet-rt unpack {folder}"
-        )
+        raise EngineError(_way_to_engine(folder))
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -94,6 +93,20 @@ def _spec_text(folder: Path) -> str:
         raise EngineError(f"{folder} {what}; make one with: unet-rt build model.onnx --out {folder}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"{path} cannot be read ({error}); build the engine again") from error
+
+
+def _way_to_engine(file: Path) -> str:
+    """What becomes an engine of a file that was taken for one, by its suffix."""
+    quoted, graph = shlex.quote(str(file)), shlex.quote(str(file.with_suffix(".onnx")))
+    build = f"unet-rt build {graph} --samples YOUR_IMAGES --out {shlex.quote(str(file.with_suffix('.urt')))}"
+    if file.suffix.lower() == ".onnx":
+        return f"{file} is an ONNX file, and what runs is the engine that is built from it: {build}"
+    if file.suffix.lower() in (".pt", ".pth", ".ckpt", ".py"):
+        return (
+            f"{file} is of PyTorch, and what runs is an engine, a folder; export the network, then build: unet-rt export "
+            f"{quoted} --out {graph}, {build}"
+        )
+    return f"{file} is a file, and an engine is a folder; if unet-rt pack made it: unet-rt unpack {quoted}"
 
 
 def check_folder(folder: Path, text: str, *, called: Path | None = None) -> EngineFolder:

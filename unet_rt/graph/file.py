@@ -35,7 +35,7 @@ _FOREIGN = (
 # Operators that ONNX Runtime puts in place of others for the processor that it runs on.
 _OPTIMISED = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
 LARGEST = 2**31 - 1  # bytes of a protobuf message
-_EXPORT = "give the .onnx file of the network (torch.onnx.export writes one)"
+_EXPORT = "give the .onnx file of the network (unet-rt export or torch.onnx.export writes one)"
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,8 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
             f"{path} has {path.stat().st_size:,} bytes, and one ONNX file holds {LARGEST:,}; it cannot be whole: export "
             "the network with its weights beside the graph (external data)"
         )
+    if path.suffix == ".py":
+        raise GraphError(f"{path} is Python code, not an ONNX graph; {_EXPORT}")
     for magic, what in _FOREIGN:
         if head.startswith(magic):
             raise GraphError(f"{path} is {what}, not an ONNX graph; {_EXPORT}")

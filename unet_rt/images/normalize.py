@@ -22,7 +22,7 @@ from ..kernels.request import Affine
 from .pixels import Array
 from .slices import Slices
 from .source import Source
-from .statistics import measure, percentiles, value_range
+from .statistics import measure, percentiles
 
 Float32 = NDArray[np.float32]
 MEASURED = ("minmax", "percentile", "zscore")  # methods whose numbers are statistics
@@ -263,9 +263,14 @@ def grey_levels(seen: Sequence[tuple[float, float]], numbers: Affine) -> NDArray
 
 
 def missing_normalization(source: Source) -> ContractError:
-    """The refusal of integer pixels with no normalisation declared anywhere: their range, and the choices."""
-    low, high = value_range(source)
+    """The refusal of integer pixels with no normalisation declared anywhere: their range, and the choices.
+
+    The range is that of the middle of the image: the refusal does not wait until all of it is read.
+    """
+    plane, start, stop = source.middle_band()
+    pixels = source.read_band(plane, start, stop)
+    where = "" if source.planes == 1 and stop - start == source.shape[0] else " in its middle"
     return ContractError(
-        f"no normalisation is declared, and {source.name} holds {source.dtype} pixels from {low:g} to {high:g}: "
-        f"nothing says what the network was trained on. Declare it with --normalize: {CHOICES}"
+        f"no normalisation is declared, and {source.name} holds {source.dtype} pixels from {pixels.min():g} to "
+        f"{pixels.max():g}{where}: nothing says what the network was trained on. Declare it with --normalize: {CHOICES}"
     )

@@ -83,7 +83,7 @@ def open_image(
         if picked == stored.level:
             if size_um:
                 stored = replace(stored, pixel_size_um=dict(zip("ZYX"[-spatial:], sizes[picked], strict=True)))
-            return _arrange(name, path, stored, layout, contract, selection, wanted)
+            return _arrange(name, path, stored, layout, contract, replace(reading, channels=selection), wanted)
     except BaseException:
         stored.pixels.close()
         raise
@@ -177,28 +177,28 @@ def _arrange(
     stored: Stored,
     layout: Layout,
     contract: Contract,
-    selection: Sequence[int] | str | None,
+    reading: Reading,
     wanted: int | None,
 ) -> Source:
-    if selection == SLICES and wanted is not None:
+    if reading.channels == SLICES and wanted is not None:
         return Slices(Source(name, path, stored, layout, ONE_CHANNEL), wanted, contract.border or "mirror")
     choice = choose_channels(
         layout,
         name=name,
         wanted=wanted,
-        selection=selection,
+        selection=reading.channels,
         names=stored.names if len(stored.names) == layout.channels else (),
         wanted_names=contract.channels,
         alpha=stored.alpha if layout.channel is not None else None,
     )
     source = Source(name, path, stored, layout, choice)
     if choice.check:
-        _check_dropped(source, choice, stored.alpha)
+        _check_dropped(source, choice, stored.alpha, glance=reading.glance)
     return source
 
 
-def _check_dropped(source: Source, choice: ChannelChoice, alpha: int | None) -> None:
-    """ContractError if a channel that is dropped by rule carries something."""
+def _check_dropped(source: Source, choice: ChannelChoice, alpha: int | None, *, glance: bool) -> None:
+    """ContractError if a channel that is dropped by rule carries something; ``glance``: in the middle of the image."""
     stored = source._layout.channels
     integer = source.dtype.kind in "iu"
     opaque: float = float(np.iinfo(source.dtype).max) if integer else 1.0
@@ -209,7 +209,7 @@ def _check_dropped(source: Source, choice: ChannelChoice, alpha: int | None) -> 
         source._layout,
         ChannelChoice(tuple(range(stored)), ""),
     )
-    for plane, start, stop in whole.bands():
+    for plane, start, stop in [whole.middle_band()] if glance else whole.bands():
         band = whole.read_band(plane, start, stop)
         if alpha is not None and not bool((band[alpha] == opaque).all()):
             raise ContractError(

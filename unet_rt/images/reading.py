@@ -21,6 +21,8 @@ class Reading:
         wanted_um: Pixel size that the image is to be brought to: without ``level``, the coarsest level is read whose pixels
             are at least as fine.
         nodata: Value of pixels that hold no data, in place of what the file says; NaN may be one.
+        glance: Channels that a rule drops (alpha, equal colours) are looked at in one band of the image, not in all of it:
+            enough to ask what is missing before anything is read.
         indices: Indices into a palette of a TIFF are the values, as in masks: its colours are for the eye.
     """
 
@@ -29,6 +31,7 @@ class Reading:
     level: int | str | None = None
     pixel_size_um: Sequence[float] = ()
     wanted_um: Sequence[float] = ()
+    glance: bool = False
     indices: bool = False
     nodata: float | None = None
     series: int | str | None = None

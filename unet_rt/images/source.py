@@ -265,6 +265,12 @@ class Source:
             for start in range(0, self.shape[0], rows):
                 yield plane, start, min(start + rows, self.shape[0])
 
+    def middle_band(self, samples: int = BAND_SAMPLES) -> tuple[int, int, int]:
+        """The band in the middle of the middle plane: what a look at the image takes, however large that is."""
+        rows = max(1, samples // max(1, math.prod(self.shape[1:]) * self.channels))
+        start = max(0, (self.shape[0] - rows) // 2)
+        return self.planes // 2, start, min(start + rows, self.shape[0])
+
     def read_band(self, plane: int, start: int, stop: int) -> Array:
         """Rows [start, stop) of the first spatial axis, all of the others: (C, rows, ...)."""
         rest = self.shape[1:]

@@ -1,8 +1,9 @@
 """A user's own network on a user's own image: engines beside the libraries used directly. A judge: it never prints.
 
-Everybody gets the same pixels (a window of the image, in memory, with the whole image's statistics), the same tile and
-the same threads. Two things are timed, each in one interleaved run: a tile (float32 array to float32 array), and the
-window from its pixels to its labels. Baselines tile by hand, as a script would, or with MONAI's sliding window.
+Everybody has a process of its own and gets the same pixels (a window of the image, in memory, with the whole image's
+statistics), the same tile and the same threads. Two things are timed, each in rounds of all in turn: a tile (float32 array
+to float32 array), and the window from its pixels to its labels. Baselines tile by hand, as a script would, or with MONAI's
+sliding window.
 
 Label agreement is that with FP32 on the whole of a smaller window, where the network allows it; the seam error is what
 tiling alone changes: each contender in tiles against itself untiled.
@@ -12,9 +13,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from ..contract.contract import Contract
 from ..engine import parity as parity_module
 from ..engine.engine import Engine
 from ..engine.folder import read_folder
-from ..engine.load import load
 from ..engine.parity import ImageParity
 from ..engine.spec import EngineSpec
 from ..errors import BackendError, ContractError, ImageError
@@ -36,17 +35,13 @@ from ..prediction.plan import image_grid
 from ..prediction.request import normalization_of
 from ..system import facts, limits, timing
 from ..system.json import Record
+from ..tiling.axis import per_axis
 from ..tiling.grid import TileGrid, square_tile, tile_grid
-from .contenders import (
-    BASELINES,
-    Contender,
-    EngineOptions,
-    baseline_contenders,
-    build_engines,
-    engine_contender,
-    why_missing,
-)
+from .contenders import BASELINES, EngineOptions, Entry, baseline_entries, build_engines, why_missing
+from .process import ContenderProcess, Task
+from .rounds import take_rounds
 
+RUNS = 7  # rounds counted: from six on their range is a 95 % interval
 UNNAMED_TILE_PX = 512 * 512  # tile area where the user names none
 TIMED_PX = 2048 * 2048  # pixels of the window that is timed
 JUDGED_PX = 1024 * 1024  # pixels of the window that labels are compared on
@@ -68,6 +63,7 @@ class BenchRow:
         seam: Share of labels (regression: largest error over the range) that tiling alone changes; None where the
             network has no whole-image result.
         speed: How many times as fast as the first baseline it is, end to end.
+        waited: Share of its time in which it wanted a processor that other work had, in the window; None where not known.
     """
 
     name: str
@@ -79,6 +75,7 @@ class BenchRow:
     relative_error: float
     seam: float | None
     speed: timing.Ratio
+    waited: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,9 +123,9 @@ def bench(
     channels: Sequence[int] | str | None = None,
     series: int | str | None = None,
     nodata: float | None = None,
-    tile: Sequence[int] | None = None,
+    tile: int | Sequence[int] | None = None,
     threads: int = 0,
-    runs: int = 5,
+    runs: int = RUNS,
     seconds: float = 120.0,
     say: Say | None = None,
 ) -> BenchReport:
@@ -139,13 +136,14 @@ def bench(
         image: A path or an array; None: drawn microscopy, on which speeds are sound and agreement proves little.
         samples: Images to build lower precisions from (ONNX files only); None: FP32 engines alone.
         baselines: Names out of ``BASELINES``; None: those that are installed.
-        module: The network as a ``torch.nn.Module`` in evaluation mode, for eager PyTorch; MONAI runs it, too.
+        module: The network as a ``torch.nn.Module`` in evaluation mode, for eager PyTorch; MONAI runs it, too. It runs in a
+            process of its own, which imports its class; a function without arguments that makes it does as well.
         contract: The input contract, as far as the model does not declare it (ONNX files only).
         axes, channels, series, nodata: How images are to be read.
-        tile: Tile in pixels per axis; None: chosen by build and for the window.
+        tile: Tile in pixels per axis, a number for all axes; None: chosen by build and for the window.
         threads: Of everybody; 0: by affinity and quota.
-        runs: Rounds counted, per interleaved run.
-        seconds: For each of the two interleaved runs.
+        runs: Rounds counted, of each of the two timings.
+        seconds: For each of the two timings, rounds that are taken again included.
         say: Receives progress in sentences.
 
     Raises:
@@ -156,6 +154,7 @@ def bench(
     say, read = say or (lambda _: None), ReadOptions(axes, channels, series, nodata)
     wanted, skipped = _choose_baselines(baselines, module)
     path, notes = Path(model), list[str]()
+    size = None if tile is None else per_axis(tile, 1)
     with ExitStack() as resources:
         work = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="unet-rt-bench-")))
         if (path / "spec.json").exists() or (not path.exists() and path.suffix == ".urt"):
@@ -164,34 +163,35 @@ def bench(
                     f"{path} is an engine, which has its contract and is built already; samples, normalisation and task "
                     "are for ONNX files"
                 )
-            engine = load(path, threads=threads or None)
-            engines = {f"unet-rt {engine.spec.backend} {engine.spec.precision}": engine}
-            resources.enter_context(engine)
-            opened = open_model(read_folder(path).file("model"), work, options=engine.spec.contract)
+            folder = read_folder(path)
+            title = f"unet-rt {folder.spec.backend} {folder.spec.precision}"
+            engines = [Entry(title, folder.spec, threads, path)]
+            opened = open_model(folder.file("model"), work, options=folder.spec.contract)
         else:
             opened = open_model(path, work, options=contract)
-            if tile is None and opened.exact:
-                tile = square_tile(opened.report.sizes, opened.report.outputs, UNNAMED_TILE_PX)
-            engines, unbuilt = build_engines(path, EngineOptions(samples, contract, read, tile, threads), work, say)
+            if size is None and opened.exact:
+                size = square_tile(opened.report.sizes, opened.report.outputs, UNNAMED_TILE_PX)
+            engines, unbuilt = build_engines(path, EngineOptions(samples, contract, read, size, threads), work, say)
             skipped |= unbuilt
-            for engine in engines.values():
-                resources.enter_context(engine)
             if samples is None:
                 notes.append("engines in FP32 alone: lower precisions are built from images, --samples IMAGES")
-        spec = next(iter(engines.values())).spec
+        spec = engines[0].spec
         timed, judged = (_choose_window(spec, image, read, most) for most in (TIMED_PX, JUDGED_PX))
         if image is None:
             notes.append(NO_IMAGE)
         names = [name for name in wanted if name not in skipped]
         if spec.device != "cpu" and names:
             notes.append("baselines run on the CPU")
-        contenders = [engine_contender(title, engine, threads) for title, engine in engines.items()]
+        others, unfit = baseline_entries(names, opened.graph, spec, module, threads)
         reference = resources.enter_context(baseline_engine(opened, spec, threads=threads))
-        others, unfit = baseline_contenders(names, opened, spec, module, threads, resources)
         with timed.source(spec.contract) as source:
-            grid = image_grid(spec, source, tile=tile)
+            grid = image_grid(spec, source, tile=None if size is None else per_axis(size, spec.spatial))
+        contenders = [resources.enter_context(closing(ContenderProcess(entry))) for entry in (*engines, *others)]
+        for contender in contenders:
+            say(f"loading {contender.name}")
+            contender.open()
         course = _Course(timed, judged, grid, runs, seconds, threads, say)
-        report = _measure(str(model), [*contenders, *others], reference, course)
+        report = _measure(str(model), contenders, reference, course)
         return replace(report, skipped=skipped | unfit, notes=(*notes, *report.notes))
 
 
@@ -204,7 +204,7 @@ class _Course:
         judged: The window that labels are compared on.
         grid: Tiles of the timed window.
         runs: Rounds counted.
-        seconds: For each of the two interleaved runs.
+        seconds: For each of the two timings.
         threads: Of everybody; 0: by affinity and quota.
         say: Receives progress in sentences.
     """
@@ -265,23 +265,24 @@ def _choose_window(spec: EngineSpec, image: Any, read: ReadOptions, most_px: int
     return window
 
 
-def _measure(model: str, contenders: Sequence[Contender], reference: Engine, course: _Course) -> BenchReport:
+def _measure(model: str, contenders: Sequence[ContenderProcess], reference: Engine, course: _Course) -> BenchReport:
     """Memory, times and agreement of every contender."""
     timed, grid, say = course.timed, course.grid, course.say
-    grids = [_grid_of(c.spec, timed, grid) for c in contenders]
-    peaks = list[int]()
-    for contender, own in zip(contenders, grids, strict=True):  # first of all: later runs find memory allocated
-        say(f"memory of {contender.name}")
-        with timing.MemoryWatch() as watch:
-            contender.labels(timed, own)
-        peaks.append(watch.grown)
-    say(f"timing a tile of {len(contenders)} contenders")
+    untiled, small = _judged_grids(reference.spec, course.judged)
     x = tile_of(timed, reference.spec, grid.tile, course.threads)
-    per_tile = timing.interleave([partial(c.run, x) for c in contenders], runs=course.runs, seconds=course.seconds)
+    peaks = list[int]()
+    for contender in contenders:  # first of all: later runs find memory allocated
+        say(f"memory of {contender.name}")
+        own, judged = (_grid_of(contender.spec, w, g) for w, g in ((timed, grid), (course.judged, small)))
+        whole = untiled if contender.spec.runs_whole else None
+        contender.prepare(Task(x, timed, course.judged, own, judged, whole))
+        peaks.append(contender.first_run())
+    say(f"timing a tile of {len(contenders)} contenders")
+    tiles = take_rounds([c.run_tile for c in contenders], runs=course.runs, seconds=course.seconds)
     say(f"timing {timed.name}")
-    calls = [partial(c.labels, timed, own) for c, own in zip(contenders, grids, strict=True)]
-    per_window = timing.interleave(calls, runs=course.runs, seconds=course.seconds, warm_up=0)
+    windows = take_rounds([c.run_window for c in contenders], runs=course.runs, seconds=course.seconds, warm_up=0)
     agreements = _compare_labels(contenders, reference, course)
+    names = [c.name for c in contenders]
     first = next((k for k, c in enumerate(contenders) if not c.is_engine), 0)
     rows = [
         BenchRow(
@@ -293,10 +294,11 @@ def _measure(model: str, contenders: Sequence[Contender], reference: Engine, cou
             None if found.label_change is None else 1 - found.label_change,
             found.relative,
             seam,
-            timing.ratio(per_window[first], window),
+            timing.ratio(windows.timings[first], window),
+            waited,
         )
-        for contender, tile, window, peak, (found, seam) in zip(
-            contenders, per_tile, per_window, peaks, agreements, strict=True
+        for contender, tile, window, waited, peak, (found, seam) in zip(
+            contenders, tiles.timings, windows.timings, windows.waited, peaks, agreements, strict=True
         )
     ]
     no_whole = "FP32 runs the same tiles: this network or graph has no whole-image result"
@@ -310,15 +312,16 @@ def _measure(model: str, contenders: Sequence[Contender], reference: Engine, cou
         contenders[first].name,
         tuple(sorted(rows, key=lambda row: row.mpx_per_s)),
         {},
-        () if reference.spec.runs_whole else (no_whole,),
+        (
+            *(() if reference.spec.runs_whole else (no_whole,)),
+            *tiles.notes(names, "tile"),
+            *windows.notes(names, "window"),
+        ),
     )
 
 
-def _compare_labels(
-    contenders: Sequence[Contender], reference: Engine, course: _Course
-) -> list[tuple[ImageParity, float | None]]:
-    """Of every contender agreement with FP32 on the judged window, and what tiling alone changes, where that is known."""
-    judged, spec = course.judged, reference.spec
+def _judged_grids(spec: EngineSpec, judged: SampleWindow) -> tuple[TileGrid, TileGrid]:
+    """The judged window in one tile, as far as the network allows it, and in tiles small enough to have seams."""
     small = tile_grid(
         judged.shape,
         seam_tile(spec, judged.shape),
@@ -327,15 +330,22 @@ def _compare_labels(
         overlap=spec.overlap,
         placement=spec.placement,
     )
-    untiled = whole_grid(spec, judged.shape) if spec.runs_whole else small
-    wanted = raw_result(reference, judged, untiled, course.threads)
+    return (whole_grid(spec, judged.shape) if spec.runs_whole else small), small
+
+
+def _compare_labels(
+    contenders: Sequence[ContenderProcess], reference: Engine, course: _Course
+) -> list[tuple[ImageParity, float | None]]:
+    """Of every contender agreement with FP32 on the judged window, and what tiling alone changes, where that is known."""
+    judged, spec = course.judged, reference.spec
+    wanted = raw_result(reference, judged, _judged_grids(spec, judged)[0], course.threads)
     agreements = list[tuple[ImageParity, float | None]]()
     for contender in contenders:
         course.say(f"labels of {contender.name}")
-        got = contender.tiled(judged, _grid_of(contender.spec, judged, small))
+        got = contender.values(untiled=False)
         found, seam = parity_module.compare(wanted, got, spec.contract, judged.name), None
-        if spec.runs_whole:
-            seam = parity_module.compare(contender.tiled(judged, untiled), got, spec.contract, judged.name).changed
+        if contender.spec.runs_whole:
+            seam = parity_module.compare(contender.values(untiled=True), got, spec.contract, judged.name).changed
         agreements.append((found, seam))
     return agreements
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import backends
-from ..baseline.model import Model
 from ..baseline.results import raw_result
 from ..baseline.samples import ReadOptions, SampleWindow
 from ..building.job import Say
@@ -38,6 +37,36 @@ BASELINES = (*LIBRARIES, *MONAI)
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a process needs to open one that is measured; it can be pickled.
+
+    Attributes:
+        title: Its name in the table.
+        spec: Of an engine, or of the library: contract, halo and overlap.
+        threads: Of everybody.
+        folder: The engine; None: a library used directly.
+        library: Of ``LIBRARIES``, where it is none.
+        graph: The graph that it runs.
+        module: For eager PyTorch: the module, or a function without arguments that makes it.
+        monai: Mode of MONAI's sliding window over the library; None: tiles by hand.
+    """
+
+    title: str
+    spec: EngineSpec
+    threads: int
+    folder: Path | None = None
+    library: str = ""
+    graph: Path | None = None
+    module: Any = None
+    monai: str | None = None
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether it is an engine of unet-rt."""
+        return self.folder is not None
+
+
+@dataclass(frozen=True)
 class Contender:
     """One that is measured: an engine, or a library used directly.
 
@@ -49,7 +78,6 @@ class Contender:
     run: Callable[[Array], Array]
     labels: Callable[[SampleWindow, TileGrid], Array]
     tiled: Callable[[SampleWindow, TileGrid], Array]
-    is_engine: bool = False
 
 
 def why_missing(name: str, module: Any) -> str | None:
@@ -89,15 +117,15 @@ class EngineOptions:
     threads: int
 
 
-def build_engines(path: Path, options: EngineOptions, work: Path, say: Say) -> tuple[dict[str, Engine], dict[str, str]]:
-    """One engine per backend and precision of an ONNX file, by title; and of those that there are none of, why.
+def build_engines(path: Path, options: EngineOptions, work: Path, say: Say) -> tuple[list[Entry], dict[str, str]]:
+    """One engine per backend and precision of an ONNX file; and of those that there are none of, why, by title.
 
     Raises:
         The error of the first, where none could be built.
     """
     from ..building.build import build
 
-    engines, skipped = dict[str, Engine](), dict[str, str]()
+    engines, skipped = list[Entry](), dict[str, str]()
     failed: list[BackendError | ParityError] = []
     precisions = ("fp32", "bf16", "int8") if options.samples is not None else ("fp32",)
     for name, precision in product(backends.require("cpu"), precisions):
@@ -107,10 +135,11 @@ def build_engines(path: Path, options: EngineOptions, work: Path, say: Say) -> t
             skipped[title] = f"{name} has no {precision} on this CPU"
             continue
         try:
-            engines[title] = build(
+            folder = work / f"{name}-{precision}.urt"
+            with build(
                 path,
                 samples=options.samples,
-                out=work / f"{name}-{precision}.urt",
+                out=folder,
                 contract=options.contract,
                 backend=name,
                 device="cpu",
@@ -120,7 +149,8 @@ def build_engines(path: Path, options: EngineOptions, work: Path, say: Say) -> t
                 axes=options.read.axes,
                 channels=options.read.channels,
                 say=say,
-            )
+            ) as engine:
+                engines.append(Entry(title, engine.spec, options.threads, folder))
         except (BackendError, ParityError) as error:
             skipped[title] = str(error)
             failed.append(error.with_traceback(None))  # whose frames would keep all that the build held
@@ -152,39 +182,27 @@ def engine_contender(name: str, engine: Engine, threads: int) -> Contender:
     def tiled(sample: SampleWindow, grid: TileGrid) -> Array:
         return raw_result(engine, sample, grid, threads)
 
-    return Contender(name, engine.spec, lambda x: engine.run(x)[0], labels, tiled, is_engine=True)
+    return Contender(name, engine.spec, lambda x: engine.run(x)[0], labels, tiled)
 
 
-def baseline_contenders(
-    names: Sequence[str], model: Model, spec: EngineSpec, module: Any, threads: int, resources: ExitStack
-) -> tuple[list[Contender], dict[str, str]]:
+def baseline_entries(
+    names: Sequence[str], graph: Path, spec: EngineSpec, module: Any, threads: int
+) -> tuple[list[Entry], dict[str, str]]:
     """The libraries used directly, eager PyTorch first, where it is: its speed is 1; and why others are not run.
 
     Args:
         names: Out of :data:`BASELINES`.
-        model: The graph that they run.
+        graph: What they run.
         spec: Of an engine of it: its contract, halo and overlap.
-        module: The network for eager PyTorch; None: none.
+        module: The network for eager PyTorch, or a function that makes it; None: none.
         threads: Of everybody.
-        resources: Closes what is opened.
     """
-    from ..backends import eager, openvino
-    from ..backends.onnxruntime import cpu as onnxruntime
-    from ..backends.session import FunctionSession, SessionBase
-
-    def engine(name: str) -> Engine:
-        """With a session of its own, so that the memory it takes is its contender's."""
-        if name == "eager" and module is not None:
-            session: SessionBase = eager.load(module, threads=threads)
-        else:
-            bare = onnxruntime.bare if name == "onnxruntime" else openvino.bare
-            session = FunctionSession(bare(model.graph, threads), LIBRARIES[name], threads)
-        return resources.enter_context(Engine(replace(spec, backend=name, precision="fp32", device="cpu"), session))
-
+    spec = replace(spec, precision="fp32", device="cpu")
     libraries = [name for name in LIBRARIES if name in names]
     libraries.sort(key=lambda name: name != "eager")
-    contenders = [
-        _by_hand(LIBRARIES[name] + (" FP32" if name == "eager" else " FP32, bare"), engine(name)) for name in libraries
+    entries = [
+        Entry(LIBRARIES[n] + (" FP32" if n == "eager" else " FP32, bare"), spec, threads, None, n, graph, module)
+        for n in libraries
     ]
     skipped = dict[str, str]()
     for name in (n for n in MONAI if n in names):
@@ -193,10 +211,37 @@ def baseline_contenders(
         elif not libraries:
             skipped[name] = "it needs a network to run; name one of eager, onnxruntime, openvino beside it"
         else:
-            over = libraries[0]
-            title = f"MONAI sliding window ({MONAI[name]}), {LIBRARIES[over]} FP32"
-            contenders.append(_monai(title, MONAI[name], engine(over), module if over == "eager" else None))
-    return contenders, skipped
+            title = f"MONAI sliding window ({MONAI[name]}), {LIBRARIES[libraries[0]]} FP32"
+            entries.append(replace(entries[0], title=title, monai=MONAI[name]))
+    return entries, skipped
+
+
+def open_contender(entry: Entry, resources: ExitStack) -> Contender:
+    """Loads what is measured; ``resources`` close it.
+
+    Raises:
+        UnetRtError: It cannot be loaded, as its message says.
+    """
+    if entry.folder is not None:
+        from ..engine.load import load
+
+        opened = resources.enter_context(load(entry.folder, threads=entry.threads or None))
+        return engine_contender(entry.title, opened, entry.threads)
+    from ..backends import eager, openvino
+    from ..backends.onnxruntime import cpu as onnxruntime
+    from ..backends.session import FunctionSession, SessionBase
+
+    module = None
+    if entry.library == "eager":
+        module = entry.module if hasattr(entry.module, "state_dict") else entry.module()
+        session: SessionBase = eager.load(module, threads=entry.threads)
+    else:
+        bare = onnxruntime.bare if entry.library == "onnxruntime" else openvino.bare
+        session = FunctionSession(bare(Path(entry.graph or ""), entry.threads), LIBRARIES[entry.library], entry.threads)
+    engine = resources.enter_context(Engine(replace(entry.spec, backend=entry.library), session))
+    if entry.monai is not None:
+        return _monai(entry.title, entry.monai, engine, module)
+    return _by_hand(entry.title, engine)
 
 
 def _by_hand(name: str, engine: Engine, tiled: Callable[[SampleWindow, TileGrid], Array] | None = None) -> Contender:

@@ -30,6 +30,7 @@ from ..errors import ContractError, EngineError, GraphError, ImageError, OutputE
 from ..images.normalize import normalize_pixels
 from ..outputs import pictures
 from ..system.json import Record
+from ..tiling.axis import per_axis
 from ..tiling.grid import TileGrid
 from .truth import Array, Truth, average_truths, compare_to_labels
 
@@ -86,7 +87,7 @@ def verify(
     series: int | str | None = None,
     nodata: float | None = None,
     count: int = 20,
-    tile: Sequence[int] | None = None,
+    tile: int | Sequence[int] | None = None,
     picture: str | Path | None = None,
     picture_always: bool = True,
     threads: int = 0,
@@ -104,7 +105,8 @@ def verify(
         budget: What is allowed; None: the budget on record.
         axes, channels, series, nodata: How images are to be read.
         count: At most so many windows are compared.
-        tile: Tile for the engine; None: smaller than the window, so that seams are part of the comparison.
+        tile: Tile for the engine, a number for all axes; None: smaller than the window, so that seams are part of the
+            comparison.
         picture: Where to draw the window that differs most (PNG); nothing is drawn where nothing differs.
         picture_always: Draw it although the engine is inside its budget.
         threads: Of backend and kernels.
@@ -124,6 +126,10 @@ def verify(
         if head is not None and labels is None:
             raise ContractError("head says which output labels belong to, and there are none; pass --labels as well")
         if images is None:
+            if baseline is not None:
+                raise ImageError(
+                    "a baseline without images: an engine's exam holds its own answers; pass --images as well"
+                )
             if labels is not None:
                 raise ImageError("labels without images; pass --images as well")
             return _verify_exam(loaded, folder, allowed, threads)
@@ -142,6 +148,7 @@ def verify(
                 count=count,
                 note=notes.append,
             )
+            tile = None if tile is None else per_axis(tile, loaded.spec.spatial)
             pair = _Pair(loaded, reference, model, chosen, allowed, tile, threads, own_graph=baseline is None)
             target = _Picture(Path(picture) if picture else None, picture_always)
             report = _verify_images(pair, samples, labels, target, say)

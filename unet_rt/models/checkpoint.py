@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    except pickle.UnpicklingError as error:  # whose advice is to execute it
+        raise TrainingError(
+            f"{path} holds more than weights (a whole module, or other objects of Python), and nothing in it is executed; "
+            "where you trust it, save the weights alone: torch.save(torch.load(..., weights_only=False).state_dict(), ...)"
+        ) from error
     except Exception as error:  # unpickling foreign bytes raises anything
         raise TrainingError(
             f"{path} cannot be loaded as weights alone ({first_line(error)}); nothing in it is executed. Save a state dict "

@@ -7,15 +7,19 @@ Files are loaded as weights alone: nothing in them is executed. A user's own fun
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from ..contract.contract import Contract
-from ..errors import ContractError, GraphError
+from ..errors import ContractError, GraphError, first_line
 from .architecture import network_of
 from .state import Opened, load_state
 
@@ -32,7 +36,8 @@ def open_module(
     Args:
         path: A checkpoint of ``unet-rt train``, a file with a state dict, or a ``fold_N`` folder of nnU-Net.
         architecture: One of this package's for a plain state dict: JSON, a JSON file, or ``network=UNet,width=32``.
-        factory: ``package.module:function``, which makes the module, for a plain state dict of any other.
+        factory: ``package.module:function`` or ``file.py:function``, which makes the module, for a plain state dict of any
+            other.
         arguments: Of ``factory``.
 
     Raises:
@@ -54,7 +59,7 @@ def open_module(
             return Opened(network, contract)
         raise GraphError(
             f"{path} holds weights without their architecture; name it: --architecture network=UNet,width=64 for a "
-            "network of this package, --module package.module:function for your own"
+            "network of this package, --module my_networks.py:UNet for your own"
         )
     module: nn.Module
     if architecture is not None:
@@ -99,16 +104,55 @@ def _value(text: str) -> Any:
 
 
 def _call_factory(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
-    where, colon, name = factory.partition(":")
-    if not colon:
-        raise ContractError(f"module {factory!r} is not package.module:function; e.g. my_networks:make_unet")
-    try:
-        make: Any = importlib.import_module(where)
-        for part in name.split("."):
-            make = getattr(make, part)
-    except (ImportError, AttributeError) as error:
-        raise ContractError(f"{factory} cannot be imported ({error}); check the name and the Python path") from error
-    made = make(**arguments)
+    """What ``package.module:function`` or ``file.py:function`` makes; modules are found in the working directory, too."""
+    where, colon, name = factory.rpartition(":")
+    if not (colon and where and name):
+        raise ContractError(f"module {factory!r} is not MODULE:NAME; e.g. my_networks:make_unet or my_networks.py:UNet")
+    path = Path(where) if where.endswith(".py") else None
+    if path is not None and not path.is_file():
+        raise ContractError(f"{path} does not exist; check the path of --module")
+    with _importable(Path.cwd() if path is None else path.resolve().parent):
+        try:
+            make: Any = importlib.import_module(where) if path is None else _run_file(path)
+            for part in name.split("."):
+                make = getattr(make, part)
+        except AttributeError as error:
+            raise ContractError(f"{where} has no {name}; check the name after the colon") from error
+        except ModuleNotFoundError as error:
+            raise ContractError(
+                f"{factory} cannot be imported ({error}); run it where the file is, or name the file: my_networks.py:{name}"
+            ) from error
+        except Exception as error:  # a user's code raises anything
+            raise ContractError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+        try:
+            made = make(**arguments)
+        except Exception as error:  # as above
+            raise ContractError(
+                f"{factory} fails when it is called ({type(error).__name__}: {first_line(error)}); pass what it takes with "
+                "--arguments, e.g. '{\"classes\": 3}'"
+            ) from error
     if not isinstance(made, nn.Module):
         raise ContractError(f"{factory} returns {type(made).__name__}, not a torch.nn.Module; name what makes one")
     return made
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Modules of a folder can be imported meanwhile, as they can by a script that lies in it."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's code took it away itself
+            sys.path.remove(str(folder))
+
+
+def _run_file(path: Path) -> ModuleType:
+    """The module of a file; under a name of its own, so that a ``torch.py`` does not take the place of another."""
+    name = f"{path.stem} of unet_rt --module"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module

@@ -131,13 +131,17 @@ def _draw(pen: Any, shape: Line | Box | Ring | Text) -> None:
 
 @dataclass(frozen=True)
 class Axes:
-    """What a chart's axes are: their texts, which of them are logarithmic (to base 2), whether the ordinate begins at 0."""
+    """What a chart's axes are: their texts, which are logarithmic (to base 2), whether the ordinate begins at 0.
+
+    ``most`` is where the ordinate ends, of values that cannot be larger, such as shares.
+    """
 
     title: str
     x_label: str
     log_x: bool = False
     log_y: bool = False
     zero: bool = False
+    most: float | None = None
 
 
 def lines(axes: Axes, series: Mapping[str, Sequence[Point]], marks: Mapping[str, Point] | None = None) -> Sheet:
@@ -211,6 +215,7 @@ def _frame(sheet: Sheet, axes: Axes, points: Sequence[Point], right: float, at: 
     across, up = SIZE[0] - LEFT - right, SIZE[1] - TOP - BOTTOM
     x_low, x_high = _span([x for x, _ in points], log=axes.log_x)
     y_low, y_high = _span([y for _, y in points] + [0.0] * axes.zero, log=axes.log_y)
+    y_high = y_high if axes.most is None else axes.most
 
     def place(x: float, y: float) -> Point:
         x, y = math.log2(x) if axes.log_x else x, math.log2(y) if axes.log_y else y

@@ -15,11 +15,12 @@ from ..contract.contract import Normalization
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..engine.tta import Tta
-from ..errors import PixelRangeWarning
+from ..errors import OutputError, PixelRangeWarning
 from ..images.reading import Reading
 from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
 from ..system import limits
+from ..tiling.axis import per_axis
 from .compute import run_blocks
 from .files import clear, open_file
 from .finish import check_targets, finish
@@ -31,14 +32,14 @@ from .work import Observer, Progress, Spans
 
 
 def predict(
-    engine: Engine,
+    engine: Engine | str | Path,
     image: Any,
     *,
     out: str | Path | None = None,
     output: Kind | None = None,
     axes: str | None = None,
     channels: Sequence[int] | str | None = None,
-    tile: Sequence[int] | None = None,
+    tile: int | Sequence[int] | None = None,
     batch: int | None = None,
     threads: int = 0,
     mask_values: Sequence[int] = (),
@@ -61,8 +62,9 @@ def predict(
     head: str | None = None,
     series: int | str | None = None,
     nodata: float | None = None,
+    classes: Sequence[str] = (),
 ) -> Any:
-    """Predicts one image of any size.
+    """Predicts an image of any size, or several of them.
 
     An image on the engine's GPU (PyTorch, CuPy, or anything with ``__cuda_array_interface__``) stays there: its pixels
     are read after what its library's current stream holds (PyTorch's, CuPy's), and the result lies on the same device,
@@ -75,15 +77,16 @@ def predict(
     stopped, and the result is the same bit for bit.
 
     Args:
-        engine: From :func:`unet_rt.load`.
-        image: NumPy or DLPack array (``(Y, X)``, ``(C, Y, X)``, ``(Y, X, C)``, ``(Z, Y, X)``, ...), a path or a URL.
+        engine: From :func:`unet_rt.load`; or an engine folder, which is loaded for this call.
+        image: NumPy or DLPack array (``(Y, X)``, ``(C, Y, X)``, ``(Y, X, C)``, ``(Z, Y, X)``, ...), a path or a URL; or a
+            list of these, without ``out``.
         out: File to write (``.tif``, ``.png``, ``.npy``, ``.zarr``); None: an array is returned.
         output: ``"mask"`` (uint8), ``"probability"`` or ``"raw"`` (float32), ``"instances"`` (connected components
             of the mask, numbered: uint32, in files uint16 where the ids fit). None: a mask, or raw for a regression.
         axes: Axes of the image, where they cannot be told from the file.
         channels: Which channels of the image, in the network's order; ``"slices"`` of a stack: those around each plane.
-        tile: Tile size in pixels per axis; None: chosen for this image within the engine's tile area, and a smaller one
-            of the same result where a GPU's memory does not hold it.
+        tile: Tile size in pixels per axis, a number for all axes; None: chosen for this image within the engine's tile
+            area, and a smaller one of the same result where a GPU's memory does not hold it.
         batch: Tiles per run; None: the engine's own number.
         threads: Threads of the kernels; 0: as many as affinity and quota allow.
         mask_values: Value of every label in a mask, e.g. ``(0, 255)``.
@@ -111,11 +114,12 @@ def predict(
         head: Name of the network's output to predict, where it has several; None: the first.
         series: Of a file that holds several images: its number, from 0, or its name.
         nodata: Value of pixels that hold no data, in place of what the file says; NaN may be one. They get no label.
+        classes: Names of the classes in tables and reports, where the contract has none, or others.
 
     Returns:
         The path written, or an array: planes of a stack first, then channels where the output has them, then space:
         ``(Y, X)`` for the mask of a 2-D image, ``(K, Y, X)`` for its probabilities. A NumPy array; for an image on the
-        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.kernels.memory.DeviceArray`.
+        GPU a PyTorch tensor where it is one, else a :class:`unet_rt.kernels.memory.DeviceArray`. Of a list a list.
 
     Raises:
         ImageError, ContractError, TileError, OutputError, BackendError: see their messages.
@@ -135,7 +139,7 @@ def predict(
         out=None if out is None else Path(out),
         output=output,
         mask_values=tuple(mask_values),
-        tile=None if tile is None else tuple(tile),
+        tile=None if tile is None else per_axis(tile, 1),
         batch=batch,
         threads=threads,
         normalization=normalization,
@@ -150,8 +154,28 @@ def predict(
         tables=tables,
         tta=tta,
         head=head,
+        classes=tuple(classes),
     )
-    form, observer = engine_form(engine, asked), Observer(progress, trace, counts=report is not None)
+    observer = Observer(progress, trace, counts=report is not None)
+    if isinstance(engine, Engine):
+        return _predict_any(engine, image, asked, observer, report)
+    from ..engine.load import load
+
+    with load(engine, threads=threads or None) as opened:
+        return _predict_any(opened, image, asked, observer, report)
+
+
+def _predict_any(
+    engine: Engine, image: Any, asked: Request, observer: Observer, report: Callable[[RunReport], None] | None
+) -> Any:
+    """The result of an image, or a list of those of several."""
+    if isinstance(image, list | tuple):
+        if asked.out is not None or asked.overlay is not None or asked.tables is not None:
+            raise OutputError(
+                f"{len(image)} images do not go into one file; call predict for each, with an out of its own"
+            )
+        return [_predict_any(engine, one, asked, observer, report) for one in image]
+    form = engine_form(engine, asked)
     with _opened(image, form.spec, asked) as source:
         asked = settle(asked, form, source)
         if asked.staged:

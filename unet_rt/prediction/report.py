@@ -156,8 +156,9 @@ def class_share(tally: Tally, decision: Decision, contract: Contract) -> dict[st
 def label_names(decision: Decision, contract: Contract) -> dict[int, str]:
     """What each value of a mask of one channel means; where several classes share a value, the first of them."""
     names: dict[int, str] = {}
+    sides = ("off", *contract.classes)[-2:] if contract.classes else ("off", "on")  # of the threshold of one channel
     for k, value in enumerate(decision.values):
-        names.setdefault(value, class_name(contract, k) if decision.op == "argmax" else ("off", "on")[k])
+        names.setdefault(value, class_name(contract, k) if decision.op == "argmax" else sides[k])
     return names
 
 

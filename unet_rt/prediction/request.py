@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..contract.contract import Contract, Normalization
+from ..contract.task import check_classes
 from ..engine.engine import Engine
 from ..engine.spec import EngineSpec
 from ..engine.tta import Augmented, Tta
@@ -21,6 +22,7 @@ from ..kernels.memory import MemoryContext
 from ..outputs.labels import is_zarr_output, label_place
 from ..outputs.split import How
 from ..system import limits
+from ..tiling.axis import per_axis
 from ..tiling.decision import Decision, OutputKind, decide, default_output
 from . import blocks
 from .stage import stage_folder
@@ -90,6 +92,7 @@ class Request:
     tables: Tables | None = None
     tta: Tta = "none"
     head: str | None = None
+    classes: tuple[str, ...] = ()
     processes: int = 1
     size_um: tuple[float, ...] = ()
     staged: bool = False
@@ -111,13 +114,25 @@ class Request:
 
 
 def engine_form(engine: Engine, asked: Request) -> Engine:
-    """The engine in the form that runs tiles: itself, or over several positions of each."""
+    """The engine in the form that runs tiles: itself, or over several positions of each; its classes named as asked."""
     output = engine.spec.head(asked.head)
+    if asked.classes:
+        engine = engine.under(_name_classes(engine.spec, output, asked.classes))
     if asked.tta == "none":
         return engine
     if asked.tables is not None and asked.tables.split == "watershed" and engine.spec.distance_of(output) is not None:
         raise ContractError("--tta averages one output, and this network's objects are split by another; leave it away")
     return Augmented(engine, asked.tta, raw=asked.output == "raw", output=output)
+
+
+def _name_classes(spec: EngineSpec, output: int, names: tuple[str, ...]) -> EngineSpec:
+    """The spec with other names of the classes of one output."""
+    contract, name = spec.contract, spec.outputs[output].name
+    check_classes(names, spec.contract_of(output).task, spec.outputs[output].channels)
+    if output == 0:
+        return replace(spec, contract=replace(contract, classes=names))
+    heads = tuple(replace(head, classes=names) if head.name == name else head for head in contract.heads)
+    return replace(spec, contract=replace(contract, heads=heads))
 
 
 def decision_of(asked: Request, spec: EngineSpec) -> Decision:
@@ -148,6 +163,7 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
         _check_device(engine, spec.head(asked.head), source, source.device)
     settled = replace(
         asked,
+        tile=None if asked.tile is None else per_axis(asked.tile, spec.spatial),
         output=asked.output or default_output(spec.contract_of(spec.head(asked.head))),
         normalization=normalization_of(spec, source, asked.normalization),
         batch=spec.run_batch if asked.batch is None else asked.batch,

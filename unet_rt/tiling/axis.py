@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, lcm
 
@@ -11,6 +11,12 @@ import numpy as np
 from ..contract.contract import Border
 from ..errors import TileError
 from .field import AxisField, OutputField, TileSizes
+
+
+def per_axis(size: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    """A size along every axis: one number stands for all of them."""
+    numbers = tuple(size) if isinstance(size, Iterable) else (size,)
+    return numbers * spatial if len(numbers) == 1 else numbers
 
 
 @dataclass(frozen=True)
