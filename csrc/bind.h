@@ -200,8 +200,10 @@ inline void count(const py::array& values, py::array_t<int64_t, py::array::c_sty
     unet_rt_histogram_call call{};
     call.size = sizeof call;
     // In one axis: C order is all that matters.
-    call.values = unet_rt_array{const_cast<void*>(values.data()), dtype_of(values), 1, {values.size()}, {values.itemsize()}};
-    if (!(values.flags() & py::array::c_style) || counts.size() != int64_t{1} << (8 * std::min<py::ssize_t>(values.itemsize(), 2)))
+    call.values =
+        unet_rt_array{const_cast<void*>(values.data()), dtype_of(values), 1, {values.size()}, {values.itemsize()}};
+    if (!(values.flags() & py::array::c_style) ||
+        counts.size() != int64_t{1} << (8 * std::min<py::ssize_t>(values.itemsize(), 2)))
         throw std::invalid_argument("unsupported array: call through unet_rt.kernels, which checks arguments");
     call.counts = counts.mutable_data();
     call.threads = threads;

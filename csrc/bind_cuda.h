@@ -1,5 +1,5 @@
-// From Python arguments to the CUDA calls of unet_rt.h. unet_rt/kernels has checked dtypes, shapes and ranges before, and
-// describes each array as (pointer, dtype, shape, strides in bytes), dtype by its place in unet_rt_dtype.
+// From Python arguments to the CUDA calls of unet_rt.h. unet_rt/kernels has checked dtypes, shapes and ranges before,
+// and describes each array as (pointer, dtype, shape, strides in bytes), dtype by its place in unet_rt_dtype.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -200,9 +200,8 @@ inline void define(py::module_& m) {
         const char* const reason = unet_rt_cuda_missing();
         return std::string(reason == nullptr ? "" : reason);
     });
-    m.def("graph_begin", [](uint64_t stream) {
-        run([&](unet_rt_error* error) { unet_rt_private_graph_begin(stream, error); });
-    });
+    m.def("graph_begin",
+          [](uint64_t stream) { run([&](unet_rt_error* error) { unet_rt_private_graph_begin(stream, error); }); });
     m.def("graph_end", [](uint64_t stream) {
         uint64_t graph = 0;
         run([&](unet_rt_error* error) { unet_rt_private_graph_end(stream, &graph, error); });
@@ -211,9 +210,8 @@ inline void define(py::module_& m) {
     m.def("graph_launch", [](uint64_t graph, uint64_t stream) {
         run([&](unet_rt_error* error) { unet_rt_private_graph_launch(graph, stream, error); });
     });
-    m.def("graph_destroy", [](uint64_t graph) {
-        run([&](unet_rt_error* error) { unet_rt_private_graph_destroy(graph, error); });
-    });
+    m.def("graph_destroy",
+          [](uint64_t graph) { run([&](unet_rt_error* error) { unet_rt_private_graph_destroy(graph, error); }); });
 }
 
 }  // namespace unet_rt::cuda

@@ -95,9 +95,9 @@ void check_frame(const unet_rt_gather_call& call, TileGather& to, int axes) {
     if (call.window_start != nullptr) three("window_start", call.window_start, axes, 0, to.window_start);
     for (int axis = 0; axis < 3; ++axis)
         if (to.window_start[axis] < 0 || to.window_start[axis] > to.image_shape[axis] - held[axis])
-            refuse(UNET_RT_BAD_SHAPE, "the window of " + row_text(held, axes) + " px at " + row_text(to.window_start, axes) +
-                                          " is not inside the image of " + row_text(to.image_shape, axes) +
-                                          " px; the border rule adds the rest");
+            refuse(UNET_RT_BAD_SHAPE, "the window of " + row_text(held, axes) + " px at " +
+                                          row_text(to.window_start, axes) + " is not inside the image of " +
+                                          row_text(to.image_shape, axes) + " px; the border rule adds the rest");
     if (call.border < UNET_RT_MIRROR || call.border > UNET_RT_CONSTANT)
         refuse(UNET_RT_BAD_CALL, "border is " + std::to_string(call.border) + "; give one of unet_rt_border");
     to.border = static_cast<Border>(call.border);
@@ -108,9 +108,9 @@ void check_affine(const Gather& gather, int64_t channels) {
     for (size_t c = 0; c < static_cast<size_t>(channels); ++c) {
         const double offset = gather.offset[c], divisor = std::abs(gather.divisor[c]);
         if (!(std::abs(offset) <= kLargest) || !(divisor >= kSmallest && divisor <= kLargest))
-            refuse(UNET_RT_BAD_NUMBER, "offset " + std::to_string(offset) + " and divisor " +
-                                           std::to_string(gather.divisor[c]) +
-                                           " do not normalise; give float32 numbers, the divisor neither 0 nor subnormal");
+            refuse(UNET_RT_BAD_NUMBER,
+                   "offset " + std::to_string(offset) + " and divisor " + std::to_string(gather.divisor[c]) +
+                       " do not normalise; give float32 numbers, the divisor neither 0 nor subnormal");
         if (!(gather.low[c] <= gather.high[c]))
             refuse(UNET_RT_BAD_NUMBER, "the clip's lower bound " + std::to_string(gather.low[c]) +
                                            " is above its upper bound " + std::to_string(gather.high[c]));
@@ -120,7 +120,8 @@ void check_affine(const Gather& gather, int64_t channels) {
 void check_coordinates(const char* name, const Table& table) {
     for (const int64_t value : table.rows)
         if (value < -kFarthest || value > kFarthest)
-            refuse(UNET_RT_BAD_PLACE, std::string(name) + " holds " + std::to_string(value) + "; it must stay within 2^48");
+            refuse(UNET_RT_BAD_PLACE,
+                   std::string(name) + " holds " + std::to_string(value) + "; it must stay within 2^48");
 }
 
 void check_inside(const char* name, const Table& start, const Table& extent, const int64_t* whole, int axes) {
@@ -256,7 +257,8 @@ Gather::Gather(const unet_rt_gather_call* asked) {
     check_frame(*asked, call, axes);
     starts = table_of("starts", asked->starts, call.out.shape[0], axes, 0, asked->tables_on_device != 0);
     check_coordinates("starts", starts);
-    if ((asked->offset == nullptr) != (asked->divisor == nullptr) || (asked->low == nullptr) != (asked->high == nullptr))
+    if ((asked->offset == nullptr) != (asked->divisor == nullptr) ||
+        (asked->low == nullptr) != (asked->high == nullptr))
         refuse(UNET_RT_BAD_CALL, "offset and divisor belong together, and so do low and high");
     if (asked->offset == nullptr && asked->low != nullptr)
         refuse(UNET_RT_BAD_CALL, "low and high without offset and divisor; give 0 and 1 for these");
@@ -308,7 +310,8 @@ Blend::Blend(const unet_rt_blend_call* asked) {
     if (asked->weight.axes != axes || !std::equal(call.weight.shape, call.weight.shape + 3, call.tiles.shape + 2))
         refuse(UNET_RT_BAD_SHAPE, "weight is " + shape_text(asked->weight) + ", tiles are " + shape_text(asked->tiles) +
                                       "; a weight has the tile's spatial shape");
-    if (asked->total.axes != axes + 1 || asked->weight_total.axes != axes || call.total.shape[0] != call.tiles.shape[1] ||
+    if (asked->total.axes != axes + 1 || asked->weight_total.axes != axes ||
+        call.total.shape[0] != call.tiles.shape[1] ||
         !std::equal(call.weight_total.shape, call.weight_total.shape + 3, call.total.shape + 1))
         refuse(UNET_RT_BAD_SHAPE, "total is " + shape_text(asked->total) + " and weight_total " +
                                       shape_text(asked->weight_total) + "; tiles of " + shape_text(asked->tiles) +
@@ -362,20 +365,22 @@ CropConcat concat_of(const unet_rt_concat_call* asked) {
         refuse(UNET_RT_BAD_DTYPE, "skip, up and out have different dtypes; give all three the same");
     const int axes = asked->up.axes - 2;
     const int64_t *skip = call.skip.shape, *up = call.up.shape, *out = call.out.shape;
-    if (asked->skip.axes != asked->up.axes || asked->out.axes != asked->up.axes || skip[0] != up[0] || out[0] != up[0] ||
-        out[1] != skip[1] + up[1] || !std::equal(out + 2, out + 5, up + 2))
+    if (asked->skip.axes != asked->up.axes || asked->out.axes != asked->up.axes || skip[0] != up[0] ||
+        out[0] != up[0] || out[1] != skip[1] + up[1] || !std::equal(out + 2, out + 5, up + 2))
         refuse(UNET_RT_BAD_SHAPE, "skip " + shape_text(asked->skip) + " and up " + shape_text(asked->up) +
                                       " do not concatenate into out " + shape_text(asked->out));
     for (int axis = 0; axis < 3; ++axis) {
         const int64_t room = skip[2 + axis] - up[2 + axis];
         if (room < 0)
-            refuse(UNET_RT_BAD_SHAPE, "skip " + shape_text(asked->skip) + " is smaller than up " + shape_text(asked->up));
+            refuse(UNET_RT_BAD_SHAPE,
+                   "skip " + shape_text(asked->skip) + " is smaller than up " + shape_text(asked->up));
         call.offset[axis] = centre_offset(skip[2 + axis], up[2 + axis]);
     }
     if (asked->offset != nullptr) three("offset", asked->offset, axes, 0, call.offset);
     for (int axis = 0; axis < 3; ++axis)
         if (call.offset[axis] < 0 || call.offset[axis] > skip[2 + axis] - up[2 + axis])
-            refuse(UNET_RT_BAD_PLACE, "offset " + row_text(call.offset, axes) + " leaves skip " + shape_text(asked->skip));
+            refuse(UNET_RT_BAD_PLACE,
+                   "offset " + row_text(call.offset, axes) + " leaves skip " + shape_text(asked->skip));
     require_distinct("out", call.out);
     require_apart("out", call.out, "skip", call.skip);
     require_apart("out", call.out, "up", call.up);
@@ -386,7 +391,8 @@ Histogram histogram_of(const unet_rt_histogram_call* asked) {
     require_call(asked, "unet_rt_histogram_call");
     const unet_rt_array& values = asked->values;
     if (values.dtype != UNET_RT_U8 && values.dtype != UNET_RT_U16)
-        refuse(UNET_RT_BAD_DTYPE, "values have dtype " + std::to_string(values.dtype) + "; they are to be uint8 or uint16");
+        refuse(UNET_RT_BAD_DTYPE,
+               "values have dtype " + std::to_string(values.dtype) + "; they are to be uint8 or uint16");
     const int bytes = values.dtype == UNET_RT_U8 ? 1 : 2;
     if (values.axes < 0 || values.axes > kMaxAxes)
         refuse(UNET_RT_BAD_SHAPE, "values have " + std::to_string(values.axes) + " axes; 0 to 5 are taken");
@@ -410,8 +416,7 @@ Histogram histogram_of(const unet_rt_histogram_call* asked) {
 }
 
 void require_host(int32_t tables_on_device) {
-    if (tables_on_device != 0)
-        refuse(UNET_RT_BAD_CALL, "tables_on_device is set for arrays on the host; leave it 0");
+    if (tables_on_device != 0) refuse(UNET_RT_BAD_CALL, "tables_on_device is set for arrays on the host; leave it 0");
 }
 
 int threads_of(int32_t threads) {

@@ -82,8 +82,8 @@ int spatial_axes(const char* name, const unet_rt_array& array, int lead) {
 
 Array view_of(const char* name, const unet_rt_array& array, int lead) {
     if (array.dtype < UNET_RT_U8 || array.dtype > UNET_RT_F64)
-        refuse(UNET_RT_BAD_DTYPE, std::string(name) + " has dtype " + std::to_string(array.dtype) +
-                                      "; give one of unet_rt_dtype");
+        refuse(UNET_RT_BAD_DTYPE,
+               std::string(name) + " has dtype " + std::to_string(array.dtype) + "; give one of unet_rt_dtype");
     const int spatial = spatial_axes(name, array, lead);
     Array view;
     view.data = static_cast<char*>(array.data);
@@ -111,7 +111,8 @@ Array view_of(const char* name, const unet_rt_array& array, int lead) {
         reach += std::abs(stride) * (size - 1);
         (stride < 0 ? below : above) += static_cast<uint64_t>(std::abs(stride) * (size - 1));
     }
-    if (view.data == nullptr) refuse(UNET_RT_BAD_CALL, std::string(name) + " is " + shape_text(array) + " at a null pointer");
+    if (view.data == nullptr)
+        refuse(UNET_RT_BAD_CALL, std::string(name) + " is " + shape_text(array) + " at a null pointer");
     const uint64_t address = reinterpret_cast<uintptr_t>(view.data);
     if (below > address || above > UINTPTR_MAX - address)
         refuse(UNET_RT_BAD_SHAPE, std::string(name) + " is " + shape_text(array) + " with strides that leave memory");

@@ -49,5 +49,8 @@ int32_t unet_rt_crop_concat(const unet_rt_concat_call* call, unet_rt_error* erro
 }
 
 int32_t unet_rt_histogram(const unet_rt_histogram_call* call, unet_rt_error* error) {
-    return c::guarded(error, [&] { histogram(c::histogram_of(call), c::threads_of(call->threads)); });
+    return c::guarded(error, [&] {
+        const Histogram counting = c::histogram_of(call);
+        histogram(counting, c::threads_of(call->threads));
+    });
 }

@@ -102,7 +102,8 @@ def _backend(name: str, devices: list[str]) -> dict[str, Any]:
     from ..system import facts
 
     backend = backends.get(name)
-    versions = (facts.package_version(package) for package in facts.DISTRIBUTIONS[name])
+    outside = [facts.package_of(entry) for entry in facts.backend_entry_points() if entry.name == name]
+    versions = (facts.package_version(package) for package in facts.DISTRIBUTIONS.get(name, outside))
     missing: dict[str, str | None] = {}
     precisions: dict[str, list[str]] = {}
     for device in devices:

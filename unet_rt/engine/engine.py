@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError
+from ..errors import BackendError, size_text
 from .folder import EngineFolder
 from .spec import EngineSpec
 
 if TYPE_CHECKING:
     from ..backends.session import DeviceSession, Session
+    from ..tiling.field import OutputField
 
 
 log = logging.getLogger("unet_rt")
@@ -139,7 +140,21 @@ class Engine:
             raise BackendError(
                 f"the engine returned {len(outputs)} outputs, and its spec names {len(self.spec.outputs)}; build it again"
             )
+        for y, output in zip(outputs, self.spec.outputs, strict=True):
+            self._check_shape(y, output, batch.shape)
         return [_from_axes(y, o.axes) for y, o in zip(outputs, self.spec.outputs, strict=True)]
+
+    def _check_shape(self, y: npt.NDArray[Any], output: OutputField, given: tuple[int, ...]) -> None:
+        """BackendError where a library returned an output of another shape than the graph's; sizes that it accepts only."""
+        if not all(sizes.accepts(n) for sizes, n in zip(self.spec.sizes, given[2:], strict=True)):
+            return
+        spatial = iter([field.out_size(n) for field, n in zip(output.field, given[2:], strict=True)])
+        wanted = tuple({"N": given[0], "C": output.channels}.get(axis) or next(spatial) for axis in output.axes)
+        if y.shape != wanted:
+            raise BackendError(
+                f"{self.spec.backend} returned {output.name} as {size_text(y.shape)} for tiles of {size_text(given)}, "
+                f"the graph has {size_text(wanted)}; use another --backend"
+            )
 
     def close(self) -> None:
         self._session.close()

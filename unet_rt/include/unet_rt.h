@@ -1,16 +1,17 @@
 /* unet-rt's kernels for C, C++ and whatever calls C: tiles out of images, network outputs to their places.
  *
- * The functions of this header are what unet_rt.kernels runs in Python, with the same bits for every tile, thread count,
- * alignment and machine. Each fills arrays of the caller's, keeps nothing, and may be called from several threads.
+ * The functions of this header are what unet_rt.kernels runs in Python, with the same bits for every tile, thread
+ * count, alignment and machine. Each fills arrays of the caller's, keeps nothing, and may be called from several
+ * threads.
  *
  *   unet_rt_array image = unet_rt_array_of(pixels, UNET_RT_U8, 3, (int64_t[]){1, height, width});
  *   unet_rt_gather_call call = {.size = sizeof call, .window = image, .out = tiles, .starts = starts};
  *   unet_rt_error error;
  *   if (unet_rt_gather(&call, NULL, &error)) fprintf(stderr, "%s\n", error.text);
  *
- * Arguments are checked before anything is written: shapes, dtypes, strides, coordinates, overlap. A call that is refused
- * returns a code and says in words why; it writes nothing. What cannot be checked is that the memory behind a pointer is
- * there.
+ * Arguments are checked before anything is written: shapes, dtypes, strides, coordinates, overlap. A call that is
+ * refused returns a code and says in words why; it writes nothing. What cannot be checked is that the memory behind a
+ * pointer is there.
  *
  * Compatibility: within one UNET_RT_INTERFACE nothing is taken away and nothing changes its meaning. Structs of calls
  * may get further fields at their ends, whose zeros mean what was before; `size` says how much of it the caller knows.
@@ -46,19 +47,20 @@ UNET_RT_API int32_t unet_rt_interface(void);
 /* The library's version, e.g. "0.1.0". */
 UNET_RT_API const char* unet_rt_version(void);
 
-/* ------------------------------------------------------------------------------------------------------------- errors */
+/* ------------------------------------------------------------------------------------------------------------- errors
+ */
 
 enum {
     UNET_RT_OK = 0,
-    UNET_RT_BAD_CALL = 1,     /* a null pointer, a struct of unknown size, an unknown code, misaligned tables */
-    UNET_RT_BAD_DTYPE = 2,    /* an array has a dtype that the function does not take */
-    UNET_RT_BAD_SHAPE = 3,    /* shapes do not fit each other, or strides reach beyond what can be addressed */
-    UNET_RT_BAD_PLACE = 4,    /* a part leaves its tile, its output or its window */
-    UNET_RT_BAD_NUMBER = 5,   /* a normalisation, threshold or value that cannot be applied */
-    UNET_RT_OVERLAP = 6,      /* an output shares memory with another array or with itself, or parts share a place */
+    UNET_RT_BAD_CALL = 1,   /* a null pointer, a struct of unknown size, an unknown code, misaligned tables */
+    UNET_RT_BAD_DTYPE = 2,  /* an array has a dtype that the function does not take */
+    UNET_RT_BAD_SHAPE = 3,  /* shapes do not fit each other, or strides reach beyond what can be addressed */
+    UNET_RT_BAD_PLACE = 4,  /* a part leaves its tile, its output or its window */
+    UNET_RT_BAD_NUMBER = 5, /* a normalisation, threshold or value that cannot be applied */
+    UNET_RT_OVERLAP = 6,    /* an output shares memory with another array or with itself, or parts share a place */
     UNET_RT_NO_MEMORY = 7,
-    UNET_RT_NO_DEVICE = 8,    /* CUDA: none is there, arrays lie elsewhere, or a launch failed */
-    UNET_RT_INTERNAL = 9      /* a mistake of this library's */
+    UNET_RT_NO_DEVICE = 8, /* CUDA: none is there, arrays lie elsewhere, or a launch failed */
+    UNET_RT_INTERNAL = 9   /* a mistake of this library's */
 };
 
 /* Why a call was refused, for people. Every function takes one, or NULL. */
@@ -67,7 +69,8 @@ typedef struct unet_rt_error {
     char text[508];
 } unet_rt_error;
 
-/* ------------------------------------------------------------------------------------------------------------- arrays */
+/* ------------------------------------------------------------------------------------------------------------- arrays
+ */
 
 typedef enum unet_rt_dtype {
     UNET_RT_U8 = 0, /* booleans, too */
@@ -109,7 +112,8 @@ static inline unet_rt_array unet_rt_array_of(void* data, int32_t dtype, int32_t 
     return array;
 }
 
-/* -------------------------------------------------------------------------------------------------------------- calls */
+/* -------------------------------------------------------------------------------------------------------------- calls
+ */
 
 typedef enum unet_rt_border {
     UNET_RT_MIRROR = 0, /* as often as it takes, the edge pixel once: 2 1 | 0 1 2 | 1 0 */
@@ -127,8 +131,8 @@ typedef enum unet_rt_op {
 
 /* In every struct: `size` is its sizeof. `threads` is the most threads to use, 0: as many as the process may run on.
  * `tables_on_device` is for the CUDA functions: tables (N, D) are then int64 arrays on the device, which nobody can
- * check before the kernel runs: a pixel outside the window becomes the nearest that it holds, a part outside its tile or
- * its output is left out. */
+ * check before the kernel runs: a pixel outside the window becomes the nearest that it holds, a part outside its tile
+ * or its output is left out. */
 
 /* out[n, c, t] = (clip(image[c, border(starts[n] + t)], low[c], high[c]) - offset[c]) / divisor[c], in float32 (from
  * 32-bit integers and float64 in float64, rounded once). */
@@ -202,7 +206,8 @@ typedef struct unet_rt_finish_call {
     int32_t threads;
 } unet_rt_finish_call;
 
-/* *uncovered, where not NULL: samples without weight. They are NaN, the first class, or the value below the threshold. */
+/* *uncovered, where not NULL: samples without weight. They are NaN, the first class, or the value below the threshold.
+ */
 UNET_RT_API int32_t unet_rt_blend_finish(const unet_rt_finish_call* call, int64_t* uncovered, unet_rt_error* error);
 
 /* The skip connection of a U-Net: out[n, c] = skip[n, c, offset ...] for c < C1, out[n, C1 + c] = up[n, c]. */
@@ -229,12 +234,13 @@ typedef struct unet_rt_histogram_call {
 
 UNET_RT_API int32_t unet_rt_histogram(const unet_rt_histogram_call* call, unet_rt_error* error);
 
-/* --------------------------------------------------------------------------------------------------------------- CUDA */
+/* --------------------------------------------------------------------------------------------------------------- CUDA
+ */
 
-/* In the library unet_rt_cuda, where it was built (the CMake target unet_rt::cuda exists then). The same calls for arrays
- * on one CUDA device, enqueued on `stream` (a cudaStream_t; NULL: the default one): nothing is allocated there or waited
- * for, and the arrays must stay until the kernel has run. Tables on the host travel in the launch. Counters are uint64 on
- * the device, added to once the kernel has run, or NULL. `threads` means nothing. */
+/* In the library unet_rt_cuda, where it was built (the CMake target unet_rt::cuda exists then). The same calls for
+ * arrays on one CUDA device, enqueued on `stream` (a cudaStream_t; NULL: the default one): nothing is allocated there
+ * or waited for, and the arrays must stay until the kernel has run. Tables on the host travel in the launch. Counters
+ * are uint64 on the device, added to once the kernel has run, or NULL. `threads` means nothing. */
 
 /* NULL where kernels can run, else why not, in words that stay valid until the calling thread asks again. */
 UNET_RT_API const char* unet_rt_cuda_missing(void);
