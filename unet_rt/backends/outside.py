@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -97,9 +96,13 @@ class OutsideBackend:
         """None if usable on ``device``; else why not. A package that is broken is one that cannot be used."""
         try:
             said = self.call("say whether it is usable", lambda: self._module.missing(device))
+            if said is None:
+                self.precisions(device)
+            elif not isinstance(said, str):
+                raise self.wrong(f"says {said!r} when asked what is missing")
         except BackendError as error:
             return str(error)
-        return said if said is None or isinstance(said, str) else str(self.wrong(f"says {said!r} when asked what is missing"))
+        return said
 
     def precisions(self, device: str = "cpu") -> tuple[str, ...]:
         """Precisions that it says it computes in."""
@@ -172,7 +175,6 @@ class OutsideSession(SessionBase):
         super().__init__(precision, device, threads)
         self.title = backend.name
         self._backend, self._session = backend, session
-        self._returned: list[weakref.ref[Any]] = []
         said = {name: getattr(session, name, None) for name in ("precision", "device", "version")}
         wrong = [name for name, value in said.items() if not isinstance(value, str)]
         wrong += [name for name in ("run", "close") if not callable(getattr(session, name, None))]
@@ -199,11 +201,7 @@ class OutsideSession(SessionBase):
         for y in outputs:
             if y.dtype not in (np.dtype("f2"), np.dtype("f4")):
                 raise self._backend.wrong(f"returned an output of {y.dtype}, not float32 or float16")
-        before = [array for ref in self._returned if (array := ref()) is not None]
-        if any(np.may_share_memory(y, other) for y in outputs for other in (*before, *inputs)):
-            raise self._backend.wrong("returned memory that is not the caller's: an input, or an earlier output")
-        self._returned = [weakref.ref(y) for y in outputs]
-        return list(outputs)
+        return [y.copy() for y in outputs]  # one may be a buffer of its own, filled anew by the next run
 
     def _release(self) -> None:
         self._backend.call("close its session", self._session.close)
