@@ -24,7 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, whose defaults are no engine and nothing to do."""
     group = parser.getgroup("unet-rt", "parity of an engine, one test per image")
     group.addoption("--unet-rt-engine", metavar="DIR", help="engine folder to hold against its baseline")
-    group.addoption("--unet-rt-baseline", metavar="MODEL", help="ONNX file or engine folder (default: the engine's own)")
+    group.addoption(
+        "--unet-rt-baseline", metavar="MODEL", help="ONNX file or engine folder (default: the engine's own)"
+    )
     group.addoption("--unet-rt-images", metavar="PATH", nargs="+", help="files or folders (default: the engine's exam)")
     group.addoption("--unet-rt-budget", metavar="KEY=VALUE", nargs="+", help="what may differ (default: as at build)")
 
@@ -77,7 +79,9 @@ def _tests(session: pytest.Session, images: list[Any]) -> list[pytest.Item]:
                 )
                 if report.picture is not None:
                     folder.mkdir(exist_ok=True)
-                    report = replace(report, picture=shutil.move(report.picture, folder / f"{self.path.stem}.png"))
+                    place = folder / f"{self.path.stem}.png"
+                    shutil.move(report.picture, place)
+                    report = replace(report, picture=place)
             if report.picture is not None:
                 self.user_properties.append(("picture", str(report.picture)))
                 self.add_report_section("call", "stdout", f"[[ATTACHMENT|{report.picture}]]")
@@ -86,7 +90,9 @@ def _tests(session: pytest.Session, images: list[Any]) -> list[pytest.Item]:
 
         def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
             error = excinfo.value
-            return str(error) if isinstance(error, AssertionError | UnetRtError) else super().repr_failure(excinfo, style)
+            return (
+                str(error) if isinstance(error, AssertionError | UnetRtError) else super().repr_failure(excinfo, style)
+            )
 
         def reportinfo(self) -> tuple[Path, None, str]:
             return self.path, None, f"unet-rt: {self.name}"
@@ -94,7 +100,9 @@ def _tests(session: pytest.Session, images: list[Any]) -> list[pytest.Item]:
     def test(image: Any) -> pytest.Item:
         path = Path(config.getoption("--unet-rt-engine") if image is None else image)
         name = "exam" if image is None else path.name
-        made: pytest.Item = ParityTest.from_parent(session, name=name, path=path, image=image, nodeid=f"unet-rt::{name}")
+        made: pytest.Item = ParityTest.from_parent(
+            session, name=name, path=path, image=image, nodeid=f"unet-rt::{name}"
+        )
         return made
 
     return [test(image) for image in found]

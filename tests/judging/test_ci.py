@@ -27,7 +27,10 @@ from unet_rt.judging.verify import verify
 
 pytestmark = pytest.mark.onnxruntime
 ACTION = Path(__file__).parents[2] / "action.yml"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(urt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(Path(urt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ci")
     (root / "images").mkdir()
     for seed in range(2):
-        Image.fromarray(microscopy((224, 256), seed=seed, dtype=np.uint8).image).save(root / "images" / f"cells-{seed}.png")
+        Image.fromarray(microscopy((224, 256), seed=seed, dtype=np.uint8).image).save(
+            root / "images" / f"cells-{seed}.png"
+        )
     built: Any = {"precision": "fp32", "backend": "onnxruntime", "device": "cpu", "tile": (128, 128), "threads": 1}
     urt.build(shipped_model(), samples=root / "images", out=root / "model.urt", **built).close()
     shutil.copyfile(shipped_model(), root / "same.onnx")
@@ -56,14 +61,18 @@ def picture_width(path: Path) -> int:
 
 def run_verify(place: Path, out: Path, *more: str) -> int:
     files = ["--junit", str(out / "v.xml"), "--markdown", str(out / "v.md"), "--picture", str(out / "worst.png")]
-    return main(["verify", str(place / "model.urt"), "--images", str(place / "images"), "--threads", "1", *files, *more])
+    return main(
+        ["verify", str(place / "model.urt"), "--images", str(place / "images"), "--threads", "1", *files, *more]
+    )
 
 
 def test_a_model_that_changed_is_a_failure_with_a_picture(place: Path, tmp_path: Path, capsys: Any) -> None:
     assert run_verify(place, tmp_path, "--baseline", str(place / "changed.onnx")) == 1
     suite = ElementTree.parse(tmp_path / "v.xml").getroot()[0]
     failed = {case.get("name") for case in suite if case.find("failure") is not None}
-    assert {case.get("name") for case in suite} == {"cells-0.png", "cells-1.png", "all images inside the budget"} == failed
+    assert (
+        {case.get("name") for case in suite} == {"cells-0.png", "cells-1.png", "all images inside the budget"} == failed
+    )
     assert (suite.get("tests"), suite.get("failures")) == ("3", "3")
     attached = re.search(r"\[\[ATTACHMENT\|(.*)\]\]", suite[-1].findtext("system-out") or "")
     assert attached is not None
@@ -137,9 +146,7 @@ def test_pytest_says_what_is_wrong_with_the_options(place: Path, tmp_path: Path)
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the action's steps are bash")
 @pytest.mark.parametrize(("baseline", "code"), [("changed.onnx", 1), ("same.onnx", 0)])
-def test_the_action_s_steps_give_a_verdict_and_a_summary(
-    place: Path, tmp_path: Path, baseline: str, code: int
-) -> None:
+def test_the_action_s_steps_give_a_verdict_and_a_summary(place: Path, tmp_path: Path, baseline: str, code: int) -> None:
     """As GitHub runs them: inputs by the environment, outputs by files."""
     steps = [step for step in yaml.safe_load(ACTION.read_text(encoding="utf-8"))["runs"]["steps"] if "run" in step]
     inputs = {
@@ -147,7 +154,10 @@ def test_the_action_s_steps_give_a_verdict_and_a_summary(
         "images": place / "images", "budget": "label_change=1e-3 dice=0.99", "speed": "",
     }  # fmt: skip
     values = {f"${{{{ inputs.{name} }}}}": str(value) for name, value in inputs.items()}
-    values |= {"${{ github.action_path }}": str(ACTION.parent), "${{ steps.keep.outputs.artifact-url }}": "https://x/artifact"}
+    values |= {
+        "${{ github.action_path }}": str(ACTION.parent),
+        "${{ steps.keep.outputs.artifact-url }}": "https://x/artifact",
+    }
     files = {name: str(tmp_path / name.lower()) for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     codes = []
     for step in steps:

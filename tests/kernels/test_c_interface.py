@@ -25,7 +25,13 @@ Pointer, Int, Long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
 class Array(ctypes.Structure):
-    _fields_: ClassVar[Any] = [("data", Pointer), ("dtype", Int), ("axes", Int), ("shape", Long * 5), ("stride", Long * 5)]
+    _fields_: ClassVar[Any] = [
+        ("data", Pointer),
+        ("dtype", Int),
+        ("axes", Int),
+        ("shape", Long * 5),
+        ("stride", Long * 5),
+    ]
 
 
 class Error(ctypes.Structure):
@@ -95,7 +101,11 @@ def good(name: str) -> dict[str, Any]:
     """The arguments of a call that is right, on arrays of its own."""
     rng = np.random.default_rng(0)
     tiles, total = rng.normal(size=(2, 3, 8, 9)).astype("f4"), rng.normal(size=(3, 20, 20)).astype("f4")
-    places = {"source_start": table((1, 1), (0, 2)), "target_start": table((0, 0), (9, 9)), "extent": table((7, 6), (5, 7))}
+    places = {
+        "source_start": table((1, 1), (0, 2)),
+        "target_start": table((0, 0), (9, 9)),
+        "extent": table((7, 6), (5, 7)),
+    }
     ones = np.ones((20, 20), "f4")
     return {
         "gather": {
@@ -113,7 +123,14 @@ def good(name: str) -> dict[str, Any]:
     }[name]  # fmt: skip
 
 
-WRITTEN = {"gather": "out", "stitch": "out", "blend": "total", "blend_finish": "out", "crop_concat": "out", "histogram": "counts"}
+WRITTEN = {
+    "gather": "out",
+    "stitch": "out",
+    "blend": "total",
+    "blend_finish": "out",
+    "crop_concat": "out",
+    "histogram": "counts",
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -239,7 +256,9 @@ def test_channels_of_one_image_share_no_memory(library: ctypes.CDLL) -> None:
     """Interleaved with its output, or beside it in the same rows: told from memory that is shared."""
     image = np.zeros((40, 50, 2), "f4")
     image[..., 0] = np.arange(2000).reshape(40, 50)
-    assert run(library, "gather", window=image[None, ..., 0], out=image[None, None, ..., 1], starts=table((0, 0)))[0] == OK
+    assert (
+        run(library, "gather", window=image[None, ..., 0], out=image[None, None, ..., 1], starts=table((0, 0)))[0] == OK
+    )
     np.testing.assert_array_equal(image[..., 1], image[..., 0])
     halves = np.zeros((40, 100), "f4")
     halves[:, :50] = image[..., 0]

@@ -89,20 +89,20 @@ class OutsideBackend:
             return function()
         except UnetRtError:
             raise
-        except Exception as error:  # noqa: BLE001 - code of others may raise anything
+        except Exception as error:
             raise self.wrong(f"cannot {action} ({type(error).__name__}: {error})") from error
 
     def missing(self, device: str = "cpu") -> str | None:
         """None if usable on ``device``; else why not. A package that is broken is one that cannot be used."""
         try:
-            said = self.call("say whether it is usable", lambda: self._module.missing(device))
+            said: Any = self.call("say whether it is usable", lambda: self._module.missing(device))
             if said is None:
                 self.precisions(device)
             elif not isinstance(said, str):
                 raise self.wrong(f"says {said!r} when asked what is missing")
         except BackendError as error:
             return str(error)
-        return said
+        return said if said is None else str(said)
 
     def precisions(self, device: str = "cpu") -> tuple[str, ...]:
         """Precisions that it says it computes in."""

@@ -37,7 +37,9 @@ def add_verify(verbs: Any) -> None:
         help="most times as long as ONNX Runtime alone takes for a tile (default: not measured)",
     )
     p.add_argument("--junit", metavar="XML", help="the verdict as a JUnit file, a case per image")
-    p.add_argument("--markdown", metavar="MD", help="the verdict as a Markdown file, with the picture of the worst tile")
+    p.add_argument(
+        "--markdown", metavar="MD", help="the verdict as a Markdown file, with the picture of the worst tile"
+    )
     add_threads(p)
     add_reading(p)
 

@@ -45,7 +45,9 @@ def write_markdown(report: VerifyReport, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     verdict = report.verdict
-    lines = [f"## {'✅' if report.accepted else '❌'} {report.engine} is {'inside' if report.accepted else 'outside'} its budget"]
+    lines = [
+        f"## {'✅' if report.accepted else '❌'} {report.engine} is {'inside' if report.accepted else 'outside'} its budget"
+    ]
     lines += ["", *(f"- {reason}" for reason in verdict.reasons)]
     if report.speed is not None:
         lines.append(f"- {report.speed.sentence}")

@@ -65,7 +65,9 @@ def measure_speed(engine: Engine, model: Model, sample: SampleWindow, bound: flo
         ContractError: A bound that is not above 0.
     """
     if not bound > 0:
-        raise ContractError(f"speed {bound:g} is no ratio; give how many times as long as ONNX Runtime it may take, e.g. 0.8")
+        raise ContractError(
+            f"speed {bound:g} is no ratio; give how many times as long as ONNX Runtime it may take, e.g. 0.8"
+        )
     from ..backends.onnxruntime import cpu as onnxruntime
 
     spec = replace(engine.spec, backend="onnxruntime", precision="fp32", device="cpu", settings=None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from unet_rt.backends.session import Array, BackendSettings, Session, SessionBase
 from unet_rt.errors import BackendError
 
