@@ -43,7 +43,7 @@ with urt.load(sys.argv[2]) as engine:
     mask = urt.predict(engine, samples[0])
 verified = urt.verify(sys.argv[2], list(samples[:1]))
 print(json.dumps({
-    "names": backends.names(), 
+    "names": backends.names(),
     "row": [c.backend for c in reports[0].candidates],
     "backend": engine.spec.backend, "version": engine.session_version, "accepted": verified.accepted,
     "set": float((mask > 0).mean()),

@@ -20,6 +20,7 @@ MARGIN_S = 12.0  # kept back for collecting and writing
 LEAST_S = 5.0  # what a section is begun for
 AGAIN_S = 40.0
 TRIES = 3
+GRACE_S = 10.0  # beyond its limit, which a section keeps by itself
 
 Results = dict[str, Any]
 
@@ -58,44 +59,45 @@ class Runner:
             if min(most, self.left - MARGIN_S) < LEAST_S:
                 results[name] = {"ended": f"not begun: {max(0.0, self.left):.0f} s were left of {self.seconds:.0f}"}
                 continue
-            notes: list[str] = []
+            notes: list[str] = ["interrupted"]
             try:
-                self._try(name, most, notes)
-            except BaseException:
-                results[name] = self.collect(name, [*notes, "interrupted"])
+                notes = self._try(name, most)
+                results[name] = self.collect(name, notes)
+                self.write(results)
+            except BaseException:  # while the section ran, or while its figures were written
+                results[name] = self.collect(name, notes)
+                results.update({other: {"ended": "not begun: interrupted"} for other in limits if other not in results})
                 self.write(results)
                 raise
-            results[name] = self.collect(name, notes)
-            self.write(results)
         return results
 
-    def _try(self, name: str, most: float, notes: list[str]) -> None:
-        """A section, again without what ended it."""
-        without: list[str] = []
+    def _try(self, name: str, most: float) -> list[str]:
+        """Runs a section, again without what ended it; what there is to say of how it ended."""
+        without, notes = list[str](), list[str]()
         for _ in range(TRIES):
             if without and self.left < AGAIN_S:
-                return
+                return notes
             code, note = self._child(name, min(most, self.left - MARGIN_S), without)
             if code == 0 or note:
-                notes += [note] if note else []
-                return
+                return [*notes, note] if note else notes
             found = self.collect(name, ())
             doing = str(found.get("doing", ""))
             why = "; ".join(f["why"][:300] for f in found.get("failed", [])[-1:])
             notes.append(f"ended with {code} in: {doing}; {why}")
             guilty = next((word for word in self.suspects if word in doing and word not in without), None)
             if guilty is None:
-                return
+                return notes
             without.append(guilty)
             notes.append(f"run again without {guilty}")
+        return notes
 
     def _child(self, name: str, limit: float, without: Sequence[str]) -> tuple[int, str]:
         """A section in a process of its own: (return code, what there is to say about it)."""
         with _ending(subprocess.Popen(self.command(name, limit, without), start_new_session=True)) as process:
             try:
-                return process.wait(timeout=limit + 10), ""
+                return process.wait(timeout=limit + GRACE_S), ""
             except subprocess.TimeoutExpired:
-                return -1, f"stopped after {limit + 10:.0f} s"
+                return -1, f"stopped after {limit + GRACE_S:.0f} s"
 
     def collect(self, name: str, notes: Sequence[str]) -> dict[str, Any]:
         """What a section has written, and what there is to say of how it ended."""
