@@ -33,7 +33,7 @@ def proof_text(report: Report) -> str:
         lines.append(f"  {row['name']:<44} {times:<36} {row['ms_per_tile']:9.1f} ms")
     for name, section in report["sections"].items():
         for failed in section.get("failed", []):
-            lines.append(f"  not run: {failed['what']}: {failed['why'].splitlines()[0][:200]}")
+            lines.append(f"  no result: {failed['what']}: {failed['why'].splitlines()[0][:200]}")
         if "ended" in section:
             lines.append(f"  {name}: {section['ended']}")
     bad = disagreements(report)
