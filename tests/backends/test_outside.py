@@ -38,7 +38,8 @@ from unet_rt import backends
 samples = np.load(sys.argv[1])
 options = {"tile": (128, 128), "precision": "fp32", "threads": 1, "device": "cpu"}
 reports = []
-urt.build(urt.shipped_model(), samples=list(samples), out=sys.argv[2], backend="own-kernel", report=reports.append, **options)
+model, images = urt.shipped_model(), list(samples)
+urt.build(model, samples=images, out=sys.argv[2], backend="own-kernel", report=reports.append, **options)
 with urt.load(sys.argv[2]) as engine:
     mask = urt.predict(engine, samples[0])
 verified = urt.verify(sys.argv[2], list(samples[:1]))

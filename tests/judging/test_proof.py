@@ -1,4 +1,4 @@
-"""The proof of a machine: every section is heard, whatever becomes of the others; what was found survives an interruption."""
+"""The proof of a machine: each section is heard whatever becomes of the others, and what was found survives."""
 
 from __future__ import annotations
 
