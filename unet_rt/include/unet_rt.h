@@ -147,8 +147,8 @@ typedef struct unet_rt_gather_call {
     const double* divisor;       /* (C,), normal float32 numbers, not 0 */
     const double* low;           /* (C,), -INFINITY: no bound; NULL with high: no clip */
     const double* high;          /* (C,) */
-    double constant;             /* raw pixel value of the constant border; normalised like every pixel */
-    int32_t border;              /* unet_rt_border */
+    double constant; /* raw pixel value of the constant border, normalised like every pixel; NaN: 0 in the tile */
+    int32_t border;  /* unet_rt_border */
     int32_t threads;
     int32_t tables_on_device;
     int32_t reserved; /* 0 */
