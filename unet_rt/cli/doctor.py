@@ -22,7 +22,7 @@ def add_doctor(verbs: Any) -> None:
         help="in at most ten minutes: kernels, engines of every backend and precision here, their parity and speed",
     )
     p.add_argument("--out", metavar="JSON", help="of --prove: the report, to keep and to send")
-    p.add_argument("--device", default="auto", metavar="NAME", help="of --prove: auto, cpu or cuda[:N]")
+    p.add_argument("--device", default="auto", metavar="NAME", help="of --prove: auto, cpu, cuda[:N] or vulkan[:N]")
     p.add_argument("--only", metavar="SECTION", nargs="+", default=[], help="of --prove: these sections alone")
     p.add_argument("--seconds", type=float, default=590.0, metavar="S", help="of --prove: for everything")
     p.add_argument("--section", nargs=4, help=argparse.SUPPRESS)  # a process of --prove

@@ -52,7 +52,7 @@ def prove(
     """Runs all sections, each in a process of its own, and returns the report, which ``out`` holds after each of them.
 
     Args:
-        device: ``"cpu"`` or ``"cuda:N"``.
+        device: ``"cpu"``, ``"cuda:N"`` or ``"vulkan:N"``.
         machine: What there is to say of the machine.
         out: Where the report is written, after every section: an interruption leaves what was found until then.
         seconds: For everything; what there is no time for says so.
@@ -128,6 +128,8 @@ def _missing(name: str, device: str) -> str | None:
     if name == "kernels":
         return kernels_missing(device)
     if name == "eager":
+        if not device.startswith(("cpu", "cuda")):
+            return f"PyTorch has no {device}"
         return backends.get("eager").missing(device)
     return backends.get(name.partition("-")[2]).missing(device)
 
