@@ -80,6 +80,16 @@ class OutsideBackend:
             self._loaded = found
         return self._loaded
 
+    @property
+    def any_tile(self) -> bool:
+        """Whether its graphs run at any tile; where it does not tell, they do."""
+        return bool(getattr(self._module, "any_tile", True))
+
+    @property
+    def variant(self) -> str:
+        """What tells its arithmetic from others', for tables; "" where it does not tell."""
+        return str(getattr(self._module, "variant", ""))
+
     def wrong(self, what: str) -> BackendError:
         return BackendError(f"backend {self.name} of {self._package} {what}; ask who made it, or use another --backend")
 

@@ -120,7 +120,8 @@ class Engine:
         if not takes_many(self._session):
             return None
         rows = self._session.run_many([self.graph_inputs(batch[k : k + 1]) for k in range(len(batch))])
-        return [np.concatenate(outputs) for outputs in zip(*map(self._outputs_of, rows), strict=True)]
+        one = (1, *batch.shape[1:])
+        return [np.concatenate(outputs) for outputs in zip(*(self._outputs_of(row, one) for row in rows), strict=True)]
 
     def graph_inputs(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """(N, C, *tile) as the graph's own inputs: channels dealt out, axes in its order, C-contiguous."""
@@ -132,16 +133,17 @@ class Engine:
         return inputs
 
     def _run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
-        return self._outputs_of(self._session.run(self.graph_inputs(batch)))  # it casts, and refuses to cut values
+        outputs = self._session.run(self.graph_inputs(batch))  # it casts, and refuses to cut values
+        return self._outputs_of(outputs, batch.shape)
 
-    def _outputs_of(self, outputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
-        """What a session returned as (N, K, *tile_out), float32."""
+    def _outputs_of(self, outputs: list[npt.NDArray[Any]], given: tuple[int, ...]) -> list[npt.NDArray[np.float32]]:
+        """What a session returned for tiles of a shape (N, C, *tile) as (N, K, *tile_out), float32."""
         if len(outputs) != len(self.spec.outputs):
             raise BackendError(
                 f"the engine returned {len(outputs)} outputs, and its spec names {len(self.spec.outputs)}; build it again"
             )
         for y, output in zip(outputs, self.spec.outputs, strict=True):
-            self._check_shape(y, output, batch.shape)
+            self._check_shape(y, output, given)
         return [_from_axes(y, o.axes) for y, o in zip(outputs, self.spec.outputs, strict=True)]
 
     def _check_shape(self, y: npt.NDArray[Any], output: OutputField, given: tuple[int, ...]) -> None:
