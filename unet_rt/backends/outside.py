@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def outside_backend(name: str) -> Backend:
     entries = tuple(entry for entry in facts.backend_entry_points() if entry.name == name)
     if not entries:
         raise BackendError(f"no installed package offers a backend {name!r}")
-    return OutsideBackend(name, entries)
+    return cast(Backend, OutsideBackend(name, entries))
 
 
 class OutsideBackend:
