@@ -30,7 +30,7 @@ export ORT_DISABLE_TELEMETRY = 1
 
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc unet_rt -type f \
 	-not -name '*.so' -not -name '*.pyd' -not -name '*.ptx' -not -name '*.pyc' 2>/dev/null)
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CPP := $(shell find csrc unet_rt/include examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 TEST := .venv-test/bin
 PEERS := .venv-peers/bin
 DEMO := .venv-demo/bin
@@ -120,10 +120,13 @@ guard: .venv-bench/.installed  ## has anything become slower? instructions of th
 	$(BENCH)/python benchmarks/guard_kernels.py
 	$(BENCH)/python benchmarks/bench_overhead.py --out build/overhead.json $(ARGS)
 
-wheels: export CUDAARCHS := # every architecture that the compiler knows
-wheels: .venv-test/.made  ## source distribution, and the wheel for this machine, in dist/
+# UNET_RT_CUDA=ON makes one with the CUDA kernels, for every architecture that the compiler knows.
+wheels: export CUDAARCHS :=
+wheels: export UNET_RT_CUDA ?= OFF
+wheels: .venv-test/.made  ## source distribution, and the wheel for this machine's processor, in dist/; both checked
 	$(TEST)/pip install -q --group wheels
 	$(TEST)/python -m build --outdir dist
+	$(TEST)/twine check --strict dist/*
 
 clean:  ## remove environments, builds and caches
 	rm -rf .venv-test .venv-peers .venv-demo .venv-bench .venv-bioio build dist demo-output .mypy_cache .ruff_cache .pytest_cache \

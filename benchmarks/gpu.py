@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--only SECTION,...] [--skip SECTION,...] [--seconds 560] [--out FILE]
     python benchmarks/gpu.py --dry-run            # all of its logic on the CPU, at tiny sizes; the figures mean nothing
 
-Every section runs in a process of its own with a time limit, and writes what it has after every step: a crash, an
-illegal access or a hang of one costs the others nothing. One JSON at the end (sections that could not run say why), and
-tables. What the sections do is in ``gpu_sections/``, the method in ``benchmarks/README.md``.
+These are further sections of ``unet-rt doctor --prove``, run by its runner: each in a process of its own with a time
+limit, writing what it has after every step. One JSON at the end (sections that could not run say why), and tables. What the
+sections do is in ``gpu_sections/``, the method in ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +37,7 @@ from gpu_sections.section import NETS, DeviceLost, Section
 from gpu_sections.text import tables
 
 from unet_rt import backends
+from unet_rt.judging.proof.run import Runner
 from unet_rt.system import facts
 
 # OpenVINO has no CUDA devices. The last one was refused by one of the cards at hand: it may not keep the others waiting.
@@ -102,67 +100,23 @@ def run_section(section: Section) -> None:
         section.say(f"ends after {section.figures['seconds']} s")
 
 
-def child(args: argparse.Namespace, name: str, limit: float, without: Sequence[str]) -> tuple[int, str]:
-    """Runs a section in a process of its own: (return code, what the parent has to say about it)."""
-    command = [sys.executable, "-u", str(Path(__file__).resolve()), "--section", name, "--work", str(args.work)]
-    command += ["--limit", str(limit), "--batches", args.batches, "--rounds", str(args.rounds)]
-    command += ["--nets", args.nets, "--without", ",".join(without)] + (["--dry-run"] if args.dry_run else [])
-    # of its own group: what it started (compilers, autotuners) ends with it
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        return process.wait(timeout=limit + 10), ""
-    except subprocess.TimeoutExpired:
-        return -1, f"stopped after {limit + 10:.0f} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def collect(args: argparse.Namespace, name: str, notes: Sequence[str]) -> dict[str, Any]:
-    path = args.work / f"section-{name}.json"
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if notes:
-        figures["ended"] = "; ".join(notes)
-    return figures
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All sections asked for, each within what is left of the time; the JSON is written after each."""
     chosen = [name for name in SECTIONS if not args.only or any(_meant(name, w) for w in args.only.split(","))]
     chosen = [name for name in chosen if not any(_meant(name, w) for w in args.skip.split(",") if w)]
-    begun = time.time()
+
+    def command(name: str, limit: float, without: Sequence[str]) -> list[str]:
+        started = [sys.executable, "-u", str(Path(__file__).resolve()), "--section", name, "--work", str(args.work)]
+        started += ["--limit", str(limit), "--batches", args.batches, "--rounds", str(args.rounds)]
+        return [*started, "--nets", args.nets, "--without", ",".join(without), *["--dry-run"] * args.dry_run]
+
+    runner = Runner(command, args.work, args.seconds, functools.partial(write, args), SUSPECTS)
+    if not args.in_process:
+        return runner.run({name: SECTIONS[name][1] for name in chosen})
     results: dict[str, Any] = {}
     for name in chosen:
-        left = args.seconds - (time.time() - begun)
-        limit = min(SECTIONS[name][1], left - 12)
-        if limit < 5:
-            results[name] = {"ended": f"not begun: {left:.0f} s were left of {args.seconds}"}
-            continue
-        notes: list[str] = []
-        if args.in_process:
-            run_section(_section(args, name, limit, ()))
-        else:
-            without: list[str] = []
-            for _ in range(3):
-                left = args.seconds - (time.time() - begun)
-                if without and left < 40:
-                    break
-                code, note = child(args, name, min(limit, left - 12), without)
-                if code == 0 or note:
-                    notes += [note] if note else []
-                    break
-                found = collect(args, name, ())
-                doing = str(found.get("doing", ""))
-                notes.append(
-                    f"ended with {code} in: {doing}; " + "; ".join(f["why"][:300] for f in found.get("failed", [])[-1:])
-                )
-                guilty = next((word for word in SUSPECTS if word in doing and word not in without), None)
-                if guilty is None:
-                    break
-                without.append(guilty)
-                notes.append(f"run again without {guilty}")
-        results[name] = collect(args, name, notes)
+        run_section(_section(args, name, min(SECTIONS[name][1], runner.left), ()))
+        results[name] = runner.collect(name, ())
         write(args, results)
     return results
 
@@ -173,10 +127,8 @@ def _meant(name: str, word: str) -> bool:
 
 def _section(args: argparse.Namespace, name: str, limit: float, without: Sequence[str]) -> Section:
     batches = (1, 2) if args.dry_run else tuple(int(b) for b in args.batches.split(","))
-    deadline = time.time() + limit
-    return Section(
-        name, args.dry_run, args.work, deadline, tuple(without), batches, args.rounds, tuple(args.nets.split(","))
-    )
+    more = {"without": tuple(without), "batches": batches, "rounds": args.rounds, "nets": tuple(args.nets.split(","))}
+    return Section.open(name, args.dry_run, args.work, time.time() + limit, **more)
 
 
 def write(args: argparse.Namespace, results: dict[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 #include <pybind11/functional.h>
 
 #include "bind_cuda.h"
+#include "c_cuda.cpp"
 #include "crop_concat.cu"
 #include "tile_gather.cu"
 #include "tile_stitch.cu"

@@ -176,4 +176,10 @@ def test_the_wheel_holds_what_it_should(installed: importlib.metadata.Distributi
     info = f"unet_rt-{installed.version}.dist-info/"
     others = {name for name in names - inside if not name.startswith(info)}
     assert {Path(name).stem for name in others} == {"unet-rt"}
-    assert not {name for name in inside if name.endswith((".cpp", ".h", ".cu")) or "test" in Path(name).parts}
+    assert {name for name in inside if name.endswith((".cpp", ".h", ".cu"))} == {"unet_rt/include/unet_rt.h"}
+    libraries = {"unet_rt/libunet_rt.so", "unet_rt/libunet_rt.dylib", "unet_rt/unet_rt.dll"}
+    assert len(inside & libraries) == 1
+    assert {name for name in inside if name.startswith("unet_rt/cmake/")} == {
+        f"unet_rt/cmake/unet_rt-config{part}.cmake" for part in ("", "-version")
+    }
+    assert not {name for name in inside if "test" in Path(name).parts}

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .graph.report import inspect
     from .judging.bench import bench
     from .judging.verify import VerifyReport, verify
+    from .kernels.interface import get_cmake_dir, get_include
     from .outputs.objects import label_mask
     from .prediction.predict import predict
     from .prediction.report import RunReport
@@ -68,6 +69,8 @@ __all__ = [
     "build",
     "contract_from_smp",
     "export",
+    "get_cmake_dir",
+    "get_include",
     "inspect",
     "label_mask",
     "load",
@@ -90,6 +93,8 @@ _MODULE = {
     "build": "building.build",
     "contract_from_smp": "contract.smp",
     "export": "training.export",
+    "get_cmake_dir": "kernels.interface",
+    "get_include": "kernels.interface",
     "inspect": "graph.report",
     "label_mask": "outputs.objects",
     "load": "engine.load",

@@ -229,7 +229,7 @@ def test_a_table_outlives_the_first_contender(gpu: ModuleType, tmp_path: Path, f
 
         return part("timing").Contender(name, call, lambda: last[0], "fp32")
 
-    section = part("section").Section("nuclei", True, tmp_path, time.time() + 60)
+    section = part("section").Section.open("nuclei", True, tmp_path, time.time() + 60)
     contenders = [made(name) for name in ("eager FP32", "other", "third")]
     net = part("pixels").network("nuclei", True)
     part("engines").report_contenders(section, "nuclei", net, 64, 1, contenders, 5.0)

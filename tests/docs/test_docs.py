@@ -38,13 +38,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 DIRECTIVE = re.compile(r"<!-- (not run|exit status|file): (.+?) -->\s*")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-DATA = {"text", "json", "toml", "yaml"}
+DATA = {"text", "json", "toml", "yaml", "c", "cmake"}  # looked at, not run
 MATCH = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 UNET_RT = [sys.executable, "-c", "import sys; from unet_rt.cli.main import main; sys.exit(main())"]
 # Searches compare at a smaller tile and try one larger one; the build at the top of README.md measures as any user's.
 SEARCH = {"PROBE_PX": 320**2, "TILE_AREAS": (1024**2,)}
 SMALL = f"from importlib import import_module; vars(import_module('{build_tiling.__name__}')).update({SEARCH}); "
-COMMANDS = {"unet-rt": UNET_RT, "python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}
+# By its entry point where the package is installed; a source tree on the path has none.
+PLUGIN = ["-p", "unet_rt.pytest_plugin"]
+COMMANDS = {"unet-rt": UNET_RT, "python": [sys.executable], "pytest": [sys.executable, "-m", "pytest", *PLUGIN]}
 
 
 @dataclass(frozen=True)

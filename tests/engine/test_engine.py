@@ -393,9 +393,8 @@ def test_a_fixed_batch_is_padded_and_trimmed(engine_folder):
     from dataclasses import replace
 
     spec = read_folder(engine_folder).spec
-    spec = replace(
-        spec, batch=3, outputs=spec.outputs * 2, inputs=(InputSpec("a", "NCYX", 1), InputSpec("b", "NCYX", 2))
-    )
+    outputs = (replace(spec.outputs[0], channels=3),) * 2
+    spec = replace(spec, batch=3, outputs=outputs, inputs=(InputSpec("a", "NCYX", 1), InputSpec("b", "NCYX", 2)))
     session = Doubler()
     x = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
     for out in Engine(spec, session).run(x):

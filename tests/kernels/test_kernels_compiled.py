@@ -6,7 +6,6 @@ its array's bounds and for races. What interpretation would make take minutes is
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -23,6 +22,8 @@ import test_kernels_cuda as cuda
 from device_kernels import DeviceKernels, WatchedMemory, device_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import unet_rt
 
 SLOW = {
     "test_stitch_geometry", "test_gather_geometry", "test_exp_is_accurate_over_its_whole_range", "test_gather_layouts",
@@ -153,9 +154,10 @@ def test_machine_code_takes_no_bits_for_numbers() -> None:
     That byte was to be stored alone (ptxas 13.0; on an H200 such results lost it), while no kernel converts float16 to
     integers.
     """
-    module = importlib.util.find_spec("unet_rt._cuda")
-    if module is None or module.origin is None:
-        pytest.skip("unet_rt._cuda is not built")
+    found = [*Path(unet_rt.__file__).parent.glob("*unet_rt_cuda.*")]
+    library = next((path for path in found if path.suffix in (".so", ".dll")), None)
+    if library is None:
+        pytest.skip("the library of the CUDA kernels is not built")
     folder = next(
         (Path(p) / "nvidia" / "cu13" / "bin" for p in sys.path if (Path(p) / "nvidia/cu13/bin/nvdisasm").is_file()),
         None,
@@ -165,7 +167,7 @@ def test_machine_code_takes_no_bits_for_numbers() -> None:
         pytest.skip("there is no cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
     search = os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])
     code = subprocess.run(
-        [tool, "-sass", module.origin], env={**os.environ, "PATH": search}, capture_output=True, text=True, check=True
+        [tool, "-sass", str(library)], env={**os.environ, "PATH": search}, capture_output=True, text=True, check=True
     ).stdout
     assert code.count("Function : ") > 40
     assert not re.findall(r"F2I[A-Z0-9.]*\.F16", code)

@@ -316,12 +316,13 @@ def test_the_module_loads_without_a_driver() -> None:
     if module.missing():
         with pytest.raises(BackendError, match=r"driver|device"):
             module.crop_concat(
-                (0, 7, (1, 1, 2), (8, 8, 4)), (0, 7, (1, 1, 2), (8, 8, 4)), (0, 7, (1, 2, 2), (16, 8, 4)), [0], 0
+                (64, 7, (1, 1, 2), (8, 8, 4)), (128, 7, (1, 1, 2), (8, 8, 4)), (192, 7, (1, 2, 2), (16, 8, 4)), [0], 0
             )
         with pytest.raises(BackendError, match=r"driver|device"):
             module.graph_begin(0)
     # Nor without the toolkit: the runtime is linked into it, so that it names no library of it.
-    assert b"libcudart.so" not in Path(module.__file__).read_bytes()
+    for path in Path(module.__file__).parent.glob("*_cuda.*so"):
+        assert b"libcudart.so" not in path.read_bytes(), path
 
 
 def test_every_launch_is_checked() -> None:

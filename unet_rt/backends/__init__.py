@@ -1,7 +1,7 @@
 """The libraries that run graphs, one each: ``onnxruntime``, ``openvino``, ``tensorrt``, ``ncnn``, ``eager``.
 
-Every module has the three functions of :class:`unet_rt.backends.session.Backend`; none of the libraries is imported
-before one of them is called.
+Every module has the functions of :class:`unet_rt.backends.session.Backend`; none of the libraries is imported before one
+of them is called. Other packages may offer more (:mod:`unet_rt.backends.outside`).
 """
 
 from __future__ import annotations
@@ -41,18 +41,24 @@ _ENGINES = ("onnxruntime", "openvino", "tensorrt", "ncnn")
 
 
 def names() -> tuple[str, ...]:
-    """Backends that an engine can be built for, in order of preference."""
-    return _ENGINES
+    """Backends that an engine can be built for, in order of preference; those of other packages last."""
+    from .outside import outside_names
+
+    return (*_ENGINES, *outside_names(frozenset(_MODULES)))
 
 
 def get(name: str) -> Backend:
-    """Module of a backend.
+    """Module of a backend, or what another package offers as one.
 
     Raises:
         BackendError: No backend of this name.
     """
     if name not in _MODULES:
-        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(_MODULES)}")
+        from .outside import outside_backend
+
+        if name not in names():
+            raise BackendError(f"there is no backend {name!r}; choose one of {', '.join((*names(), 'eager'))}")
+        return outside_backend(name)
     return cast(Backend, importlib.import_module(_MODULES[name], __name__))
 
 
@@ -62,7 +68,7 @@ def usable(device: str = "cpu") -> list[str]:
     Raises:
         BackendError: An installation that is broken.
     """
-    return [name for name in _ENGINES if get(name).missing(device) is None]
+    return [name for name in names() if get(name).missing(device) is None]
 
 
 def require(device: str = "cpu") -> list[str]:
@@ -82,7 +88,7 @@ def advice(device: str = "cpu") -> str:
     driver = facts.cuda().missing
     if device.startswith("cuda") and driver is not None:
         return f"{device} was asked: {driver}; install the driver, or use --device cpu"
-    reasons = "; ".join(f"{name}: {get(name).missing(device)}" for name in _ENGINES)
+    reasons = "; ".join(f"{name}: {get(name).missing(device)}" for name in names())
     line = 'pip install "unet-rt[gpu]"' if device.startswith("cuda") else install_line()
     return f"no backend runs on {device} here ({reasons}). To install one: {line}"
 

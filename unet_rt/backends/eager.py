@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import BackendError, size_text
 from ..system import facts
-from .session import Array, BackendSettings, SessionBase
+from .session import Array, BackendSettings, SessionBase, thread_count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -193,3 +193,44 @@ def _tensors(found: Any) -> list[Any]:
     if not isinstance(found, Sequence):
         return [found]
     return [tensor for part in found for tensor in _tensors(part)]
+
+
+def variants(module: nn.Module, x: Array, device: str, threads: int = 0) -> dict[str, Callable[[], Any]]:
+    """Ways to run a module in PyTorch that people compare with, as functions that return when the run has ended.
+
+    Args:
+        module: In evaluation mode, FP32, on the CPU; copies of it run.
+        x: (N, C, *tile) float32.
+        device: ``"cpu"`` or ``"cuda:N"``.
+        threads: Of PyTorch on the CPU; 0: by affinity and quota.
+    """
+    import copy
+
+    torch = _import()
+    torch.set_num_threads(thread_count(threads))
+    gpu = device != "cpu"
+    half = torch.float16 if gpu else torch.bfloat16
+    there = torch.from_numpy(x).to(device)
+    plain = copy.deepcopy(module).to(device)
+    last: Any = copy.deepcopy(module)
+    last = last.to(device, memory_format=torch.channels_last)
+    there_last = there.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else there
+    compiled = torch.compile(copy.deepcopy(module).to(device))
+
+    def run(network: Any, tile: Any, cast: bool = False) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.inference_mode(), torch.autocast("cuda" if gpu else "cpu", dtype=half, enabled=cast):
+                y = network(tile)
+                if gpu:
+                    torch.cuda.synchronize()
+                return y
+
+        return call
+
+    name = "FP16" if gpu else "BF16"
+    return {
+        "eager FP32": run(plain, there),
+        "eager FP32, channels_last": run(last, there_last),
+        f"eager, channels_last, autocast {name}": run(last, there_last, cast=True),
+        "torch.compile FP32": run(compiled, there),
+    }

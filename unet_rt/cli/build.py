@@ -39,7 +39,12 @@ def add_build(verbs: Any) -> None:
     )
     p.add_argument("--samples", metavar="PATH", nargs="+", help="images like those the network will see")
     p.add_argument("--out", metavar="DIR", help="the engine folder (default: MODEL.urt; ensemble.urt for several)")
-    p.add_argument("--backend", default="auto", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt or ncnn")
+    p.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="auto, onnxruntime, openvino, tensorrt, ncnn; more by packages",
+    )
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda[:N] or vulkan[:N]")
     p.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, fp16, bf16 or int8")
     p.add_argument(

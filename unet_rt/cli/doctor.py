@@ -3,26 +3,72 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..errors import UnetRtError
 from .options import add_verb
-from .printing import print_json
+from .printing import print_json, text_stream
 
 
 def add_doctor(verbs: Any) -> None:
     """The verb and its options, for the parser of the command line."""
-    add_verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
+    p = add_verb(verbs, "doctor", _doctor, "backends, versions, devices, CPU features")
+    p.add_argument(
+        "--prove",
+        action="store_true",
+        help="in at most ten minutes: kernels, engines of every backend and precision here, their parity and speed",
+    )
+    p.add_argument("--out", metavar="JSON", help="of --prove: the report, to keep and to send")
+    p.add_argument("--device", default="auto", metavar="NAME", help="of --prove: auto, cpu, cuda[:N] or vulkan[:N]")
+    p.add_argument("--only", metavar="SECTION", nargs="+", default=[], help="of --prove: these sections alone")
+    p.add_argument("--seconds", type=float, default=590.0, metavar="S", help="of --prove: for everything")
+    p.add_argument("--section", nargs=4, help=argparse.SUPPRESS)  # a process of --prove
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.section:
+        return _run_section(*args.section)
+    if args.prove:
+        return _prove(args)
     report = collect()
     if args.json:
         print_json(report)
     else:
         print(format(report))
     return 0
+
+
+def _run_section(name: str, device: str, work: str, limit: str) -> int:
+    """A section of a proof, in a process of its own."""
+    from ..judging.proof.prove import run_section
+
+    return run_section(
+        name, device, Path(work), float(limit), lambda text: print(f"[{name}] {text}", file=sys.stderr, flush=True)
+    )
+
+
+def _prove(args: argparse.Namespace) -> int:
+    """Everything that this machine can show of itself; 1 where something disagrees."""
+    from ..judging.proof.prove import prove
+    from .proof import disagreements, proof_text
+
+    report = prove(
+        args.device,
+        collect(),
+        out=Path(args.out) if args.out else None,
+        seconds=args.seconds,
+        only=args.only,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if args.json:
+        print_json(report)
+    print(proof_text(report), file=text_stream(args))
+    if args.out:
+        print(f"{args.out} holds the report; docs/install.md says where to send it", file=text_stream(args))
+    return 1 if disagreements(report) else 0
 
 
 def collect() -> dict[str, Any]:
@@ -102,7 +148,8 @@ def _backend(name: str, devices: list[str]) -> dict[str, Any]:
     from ..system import facts
 
     backend = backends.get(name)
-    versions = (facts.package_version(package) for package in facts.DISTRIBUTIONS[name])
+    outside = [facts.package_of(entry) for entry in facts.backend_entry_points() if entry.name == name]
+    versions = (facts.package_version(package) for package in facts.DISTRIBUTIONS.get(name, outside))
     missing: dict[str, str | None] = {}
     precisions: dict[str, list[str]] = {}
     for device in devices:

@@ -228,21 +228,9 @@ def read_contract(args: argparse.Namespace) -> Contract:
 
 def read_budget(args: argparse.Namespace) -> Budget | None:
     """The budget of --budget KEY=VALUE; None where it is not passed."""
-    from ..engine.budget import Budget
+    from ..engine.budget import parse_budget
 
-    if not args.budget:
-        return None
-    values: dict[str, Any] = {}
-    for part in args.budget:
-        key, _, text = part.partition("=")
-        try:
-            values[key] = int(text) if key == "class_px" else float(text)
-        except ValueError:
-            raise ContractError(f"--budget {part!r} is not KEY=NUMBER; pass e.g. --budget label_change=1e-3") from None
-    known = set(Budget.__dataclass_fields__)
-    if set(values) - known:
-        raise ContractError(f"--budget knows {', '.join(sorted(known))}, not {', '.join(sorted(set(values) - known))}")
-    return Budget(**values)
+    return parse_budget(args.budget)
 
 
 def completed(argv: Sequence[str], options: Sequence[str]) -> str:

@@ -258,7 +258,7 @@ def verify_text(report: VerifyReport) -> str:
     v = report.verdict
     heads = len({image.head for image in v.images})
     on = "its exam" if report.kind == "exam" else _count_text(len(v.images) // max(1, heads), "window")
-    lines = [f"{report.engine} on {on}: {'inside' if report.accepted else 'OUTSIDE'} the budget"]
+    lines = [f"{report.engine} on {on}: {'inside' if v.accepted else 'OUTSIDE'} the budget"]
     if v.label_change is not None:
         dice = (
             f"lowest Dice {v.dice:.4f} (budget {report.budget.dice})"
@@ -296,6 +296,8 @@ def verify_text(report: VerifyReport) -> str:
             f"largest drop on an image {t.drop:.4f} (budget {report.budget.truth:g})"
         )
     lines += [f"  {line}" for line in (*v.reasons, *report.notes)]
+    if report.speed is not None:
+        lines.append(f"  {report.speed.sentence}")
     if report.picture is not None:
         lines.append(f"  worst tile: {report.picture}")
     return "\n".join(lines)

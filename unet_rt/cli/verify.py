@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from .options import SIZE, add_choices, add_reading, add_threads, add_verb, parse_size, read_budget, read_channels
@@ -17,7 +18,7 @@ def add_verify(verbs: Any) -> None:
     p.add_argument("--images", metavar="PATH", nargs="+", help="images to compare on (default: the engine's exam)")
     p.add_argument("--labels", metavar="PATH", nargs="+", help="masks of the same file names")
     p.add_argument("--head", metavar="NAME", help="the output that labels belong to, of several (default: the first)")
-    p.add_argument("--baseline", metavar="MODEL.onnx", help="another FP32 graph to compare with")
+    p.add_argument("--baseline", metavar="MODEL", help="another FP32 graph to compare with, or an engine's")
     p.add_argument(
         "--budget", metavar="KEY=VALUE", nargs="+", default=[], help="what may differ (default: as at build)"
     )
@@ -29,11 +30,22 @@ def add_verify(verbs: Any) -> None:
         metavar="PNG",
         help="picture of the worst tile (default: verify-worst.png, and only where the budget is missed)",
     )
+    p.add_argument(
+        "--speed",
+        type=float,
+        metavar="RATIO",
+        help="most times as long as ONNX Runtime alone takes for a tile (default: not measured)",
+    )
+    p.add_argument("--junit", metavar="XML", help="the verdict as a JUnit file, a case per image")
+    p.add_argument(
+        "--markdown", metavar="MD", help="the verdict as a Markdown file, with the picture of the worst tile"
+    )
     add_threads(p)
     add_choices(add_reading(p))
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from ..judging.files import write_junit, write_markdown
     from ..judging.verify import verify
     from .texts import verify_text
 
@@ -52,9 +64,14 @@ def _verify(args: argparse.Namespace) -> int:
             tile=args.tile,
             picture=args.picture or "verify-worst.png",
             picture_always=args.picture is not None,
+            speed=args.speed,
             threads=args.threads,
             say=narrator.say,
         )
+    if args.junit:
+        write_junit(report, Path(args.junit))
+    if args.markdown:
+        write_markdown(report, Path(args.markdown))
     if args.json:
         print_json(report.to_json())
     print(verify_text(report), file=text_stream(args))

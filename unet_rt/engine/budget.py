@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import ContractError
 from ..system.json import Record
@@ -75,3 +77,24 @@ class Budget(Record):
     def labels(self) -> float:
         """``label_change`` with its default."""
         return LABEL_CHANGE if self.label_change is None else self.label_change
+
+
+def parse_budget(parts: Sequence[str]) -> Budget | None:
+    """The budget of words like ``label_change=1e-3``; None where there are none.
+
+    Raises:
+        ContractError: A word that is none, or a number outside its bounds.
+    """
+    if not parts:
+        return None
+    values: dict[str, Any] = {}
+    for part in parts:
+        key, _, text = part.partition("=")
+        try:
+            values[key] = int(text) if key == "class_px" else float(text)
+        except ValueError:
+            raise ContractError(f"--budget {part!r} is not KEY=NUMBER; pass e.g. --budget label_change=1e-3") from None
+    known = set(Budget.__dataclass_fields__)
+    if set(values) - known:
+        raise ContractError(f"--budget knows {', '.join(sorted(known))}, not {', '.join(sorted(set(values) - known))}")
+    return Budget(**values)

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError
+from ..errors import BackendError, size_text
 from .folder import EngineFolder
 from .spec import EngineSpec
 
 if TYPE_CHECKING:
     from ..backends.session import DeviceSession, Session
+    from ..tiling.field import OutputField
 
 
 log = logging.getLogger("unet_rt")
@@ -119,7 +120,8 @@ class Engine:
         if not takes_many(self._session):
             return None
         rows = self._session.run_many([self.graph_inputs(batch[k : k + 1]) for k in range(len(batch))])
-        return [np.concatenate(outputs) for outputs in zip(*map(self._outputs_of, rows), strict=True)]
+        one = (1, *batch.shape[1:])
+        return [np.concatenate(outputs) for outputs in zip(*(self._outputs_of(row, one) for row in rows), strict=True)]
 
     def graph_inputs(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """(N, C, *tile) as the graph's own inputs: channels dealt out, axes in its order, C-contiguous."""
@@ -131,15 +133,30 @@ class Engine:
         return inputs
 
     def _run(self, batch: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
-        return self._outputs_of(self._session.run(self.graph_inputs(batch)))  # it casts, and refuses to cut values
+        outputs = self._session.run(self.graph_inputs(batch))  # it casts, and refuses to cut values
+        return self._outputs_of(outputs, batch.shape)
 
-    def _outputs_of(self, outputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
-        """What a session returned as (N, K, *tile_out), float32."""
+    def _outputs_of(self, outputs: list[npt.NDArray[Any]], given: tuple[int, ...]) -> list[npt.NDArray[np.float32]]:
+        """What a session returned for tiles of a shape (N, C, *tile) as (N, K, *tile_out), float32."""
         if len(outputs) != len(self.spec.outputs):
             raise BackendError(
                 f"the engine returned {len(outputs)} outputs, and its spec names {len(self.spec.outputs)}; build it again"
             )
+        for y, output in zip(outputs, self.spec.outputs, strict=True):
+            self._check_shape(y, output, given)
         return [_from_axes(y, o.axes) for y, o in zip(outputs, self.spec.outputs, strict=True)]
+
+    def _check_shape(self, y: npt.NDArray[Any], output: OutputField, given: tuple[int, ...]) -> None:
+        """BackendError where a library returned an output of another shape than the graph's; sizes that it accepts only."""
+        if not all(sizes.accepts(n) for sizes, n in zip(self.spec.sizes, given[2:], strict=True)):
+            return
+        spatial = iter([field.out_size(n) for field, n in zip(output.field, given[2:], strict=True)])
+        wanted = tuple({"N": given[0], "C": output.channels}.get(axis) or next(spatial) for axis in output.axes)
+        if y.shape != wanted:
+            raise BackendError(
+                f"{self.spec.backend} returned {output.name} as {size_text(y.shape)} for tiles of {size_text(given)}, "
+                f"the graph has {size_text(wanted)}; use another --backend"
+            )
 
     def close(self) -> None:
         self._session.close()

@@ -22,7 +22,7 @@ from ..engine import exam
 from ..engine import parity as parity_module
 from ..engine.budget import Budget
 from ..engine.engine import Engine
-from ..engine.folder import EngineFolder
+from ..engine.folder import EngineFolder, read_folder
 from ..engine.load import load
 from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec
@@ -32,6 +32,7 @@ from ..outputs import pictures
 from ..system.json import Record
 from ..tiling.axis import per_axis
 from ..tiling.grid import TileGrid
+from .speed import Speed, measure_speed
 from .truth import Array, Truth, average_truths, compare_to_labels
 
 PROMISE_WINDOWS = 3  # windows on which the FP32 graph itself is held to what was judged of it
@@ -52,6 +53,7 @@ class VerifyReport(Record):
             any size: what growing the image to an accepted size does, apart from tiling; None where it does not apply.
         truth: Agreement with labels, where they were given.
         picture: The worst tile, where something differed.
+        speed: Beside the bare library, where a bound was given.
     """
 
     engine: Path
@@ -63,11 +65,12 @@ class VerifyReport(Record):
     truth: Truth | None = None
     picture: Path | None = None
     notes: tuple[str, ...] = field(default=())
+    speed: Speed | None = None
 
     @property
     def accepted(self) -> bool:
-        """Whether the engine is inside its budget."""
-        return self.verdict.accepted
+        """Whether the engine is inside its budget, and as fast as it has to be."""
+        return self.verdict.accepted and (self.speed is None or self.speed.accepted)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -90,6 +93,7 @@ def verify(
     tile: int | Sequence[int] | None = None,
     picture: str | Path | None = None,
     picture_always: bool = True,
+    speed: float | None = None,
     threads: int = 0,
     say: Say | None = None,
 ) -> VerifyReport:
@@ -101,7 +105,8 @@ def verify(
         labels: Masks, files of the same names as the images (or a folder of them): the number of the class per pixel,
             anything but 0 for the foreground of a binary output, a channel per class for a multi-label one.
         head: The output that the labels belong to; None: the first. All outputs are held against the FP32 graph anyway.
-        baseline: ONNX file to compare with; None: the engine's own ``model.onnx``.
+        baseline: ONNX file to compare with, or an engine folder, whose FP32 graph is taken (that of the last release); None:
+            the engine's own ``model.onnx``.
         budget: What is allowed; None: the budget on record.
         axes, channels, series, nodata: How images are to be read.
         count: At most so many windows are compared.
@@ -109,6 +114,8 @@ def verify(
             comparison.
         picture: Where to draw the window that differs most (PNG); nothing is drawn where nothing differs.
         picture_always: Draw it although the engine is inside its budget.
+        speed: How many times as long as ONNX Runtime alone, on the FP32 graph and in the same run, the engine may take for
+            a tile; None: not measured.
         threads: Of backend and kernels.
         say: Receives progress in sentences.
 
@@ -132,9 +139,11 @@ def verify(
                 )
             if labels is not None:
                 raise ImageError("labels without images; pass --images as well")
+            if speed is not None:
+                raise ImageError("speed is measured on a tile of an image; pass --images as well")
             return _verify_exam(loaded, folder, allowed, threads)
         with tempfile.TemporaryDirectory(prefix="unet-rt-verify-") as work, ExitStack() as resources:
-            source = Path(baseline) if baseline is not None else folder.file("model")
+            source = folder.file("model") if baseline is None else _baseline_graph(Path(baseline))
             model = open_model(source, Path(work), options=loaded.spec.contract)
             _check_baseline(model, loaded.spec, source)
             reference = resources.enter_context(baseline_engine(model, loaded.spec, threads=threads))
@@ -152,7 +161,8 @@ def verify(
             pair = _Pair(loaded, reference, model, chosen, allowed, tile, threads, own_graph=baseline is None)
             target = _Picture(Path(picture) if picture else None, picture_always)
             report = _verify_images(pair, samples, labels, target, say)
-            return replace(report, notes=(*report.notes, *notes))
+            beside = None if speed is None else measure_speed(loaded, model, samples[0], speed, threads)
+            return replace(report, notes=(*report.notes, *notes), speed=beside)
 
 
 @dataclass(frozen=True)
@@ -219,6 +229,11 @@ class _Difference:
     wanted: Array
     got: Array
     contract: Contract
+
+
+def _baseline_graph(path: Path) -> Path:
+    """The FP32 graph to compare with: a file, or that of an engine."""
+    return read_folder(path).file("model") if path.is_dir() else path
 
 
 def _check_baseline(model: Model, spec: EngineSpec, path: Path) -> None:

@@ -14,9 +14,12 @@ import platform
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .limits import command, memory_bytes, physical_bytes, read_text, threads
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # Features that decide which convolution kernels the backends use, by the names of /proc/cpuinfo on x86-64.
 _X86_FEATURES = frozenset(
@@ -187,6 +190,18 @@ def package_version(distribution: str) -> str | None:
         return None
 
 
+def backend_entry_points() -> tuple[EntryPoint, ...]:
+    """Where installed packages offer backends of their own: the entry points of the group ``unet_rt.backends``."""
+    import importlib.metadata
+
+    return tuple(importlib.metadata.entry_points(group="unet_rt.backends"))
+
+
+def package_of(entry: EntryPoint) -> str:
+    """The distribution that an entry point comes with."""
+    return entry.value if entry.dist is None else entry.dist.name
+
+
 def package_folder(distribution: str) -> Path | None:
     """Folder into which a distribution was installed, None if it is not installed."""
     import importlib.metadata
@@ -199,7 +214,8 @@ def package_folder(distribution: str) -> Path | None:
 
 def describe() -> dict[str, Any]:
     """This machine as records name it (JSON values): two records are comparable where these agree."""
-    versions = {name: package_version(name) for name in _PACKAGES}
+    outside = {package_of(entry) for entry in backend_entry_points()}
+    versions = {name: package_version(name) for name in (*_PACKAGES, *sorted(outside - {*_PACKAGES}))}
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,

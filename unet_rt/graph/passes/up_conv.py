@@ -44,6 +44,7 @@ def up_conv(model: onnx.ModelProto) -> int:
             nodes.append(node)
             continue
         name, size = f"{node.output[0]}/up_conv", kernel
+        title = node.name or node.output[0]  # names are optional, and no two nodes may share one
         w = numpy_helper.to_array(weights[node.input[1]])  # (C, O, s, s)
         flat = w.transpose(1, 2, 3, 0).reshape(-1, w.shape[0], 1, 1)  # (O s s, C, 1, 1)
         made = [numpy_helper.from_array(np.ascontiguousarray(flat), f"{name}/weight")]
@@ -52,9 +53,9 @@ def up_conv(model: onnx.ModelProto) -> int:
             made.append(numpy_helper.from_array(np.repeat(bias, size * size), f"{name}/bias"))
         model.graph.initializer.extend(made)
         inputs = [node.input[0], *(t.name for t in made)]
-        nodes.append(helper.make_node("Conv", inputs, [name], name=f"{node.name}/conv", kernel_shape=[1, 1]))
+        nodes.append(helper.make_node("Conv", inputs, [name], name=f"{title}/conv", kernel_shape=[1, 1]))
         shuffle = helper.make_node(
-            "DepthToSpace", [name], [node.output[0]], name=f"{node.name}/shuffle", blocksize=size, mode="CRD"
+            "DepthToSpace", [name], [node.output[0]], name=f"{title}/shuffle", blocksize=size, mode="CRD"
         )
         nodes.append(shuffle)
         replaced.update(node.input[1:])
