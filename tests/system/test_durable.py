@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from unet_rt.errors import OutputError
-from unet_rt.system.durable import Disk, locked, open_whole, part_path, parts_of
+from unet_rt.system.durable import Disk, locked, open_whole, part_path, parts_of, remove_dead_parts, remove_part
 
 
 def test_who_waited_for_a_lock_holds_it(tmp_path: Path) -> None:
@@ -105,6 +108,37 @@ def test_processes_of_the_same_number_do_not_meet(tmp_path: Path, monkeypatch: p
     assert len(set(names)) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["mark"]
     assert len({part_path(tmp_path / "a.tif") for _ in range(3)}) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody can tell there who lives")
+def test_what_a_killed_process_left_goes_with_the_next_writer(tmp_path: Path) -> None:
+    """And what one that lives is writing stays, in this process and in another."""
+    program = (
+        "import sys; from pathlib import Path; from unet_rt.system.durable import part_path\n"
+        "part = part_path(Path(sys.argv[1])); part.write_bytes(b'half'); print(part, flush=True); sys.stdin.read()"
+    )
+    path = tmp_path / "a"
+    with ExitStack() as running:
+        writers = [
+            running.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+            for _ in range(2)
+        ]
+        dead, living = (Path(writer.stdout.readline().strip()) for writer in writers if writer.stdout)
+        writers[0].kill()
+        writers[0].wait()
+        ours = part_path(path)
+        assert set(parts_of(path)) == {dead, living, ours}
+        Disk().write_whole(path, b"whole")
+        assert set(parts_of(path)) == {living, ours}
+        remove_part(ours)
+        writers[1].kill()
+        writers[1].wait()
+        remove_dead_parts(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_file_is_synced_before_it_has_its_name_and_its_name_after(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
         target.parent.mkdir(parents=True, exist_ok=True)
         with Disk().writing(target) as part:
             with (
-                part.open("xb") as stream,  # whose mode follows the umask: an exam may be confidential
+                part.open("wb") as stream,  # whose mode follows the umask: an exam may be confidential
                 tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
             ):
                 for name in names:

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import OutputError
 from ..images.pixels import Array, Origin
 from ..images.source import Source
-from ..system.durable import Disk, part_path, parts_of, remove_part
+from ..system.durable import Disk, part_path, parts_of, remove_dead_parts, remove_part
 from .nifti import NiftiWriter, is_nifti
 from .plain import NpyWriter, PngWriter
 from .shape import Shape, Writer, size_of
@@ -156,16 +156,18 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         raise OutputError(f"{path}: the folder {folder} does not exist; create it, or choose another with --out")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; use --overwrite to replace it, or choose another name")
-    probe = part_path(path)
+    remove_dead_parts(path)
+    remove_part(_new_part(path))
+    return path
+
+
+def _new_part(path: Path) -> Path:
     try:
-        with probe.open("xb"):
-            pass
-        remove_part(probe)
+        return part_path(path)
     except OSError as error:
         raise OutputError(
             f"{path}: the folder cannot be written to ({error.strerror or error}); choose another with --out"
         ) from error
-    return path
 
 
 def open_output(
@@ -192,7 +194,6 @@ def open_output(
     """
     target = check_output(path, overwrite=overwrite)
     what = replace(shape, dtype=np.dtype("uint8")) if shape.dtype == np.bool_ else shape
-    part = part_path(target)
     suffix = target.suffix.lower()
     packed = suffix in (".tif", ".tiff") and what.dtype.kind in "iu"
     free = shutil.disk_usage(target.parent).free
@@ -204,6 +205,7 @@ def open_output(
     size = tuple(pixel_size_um) if pixel_size_um is not None else size_of(source, shape.spatial)
     origin = source.metadata if source is not None else Origin("array")
     writer: Writer
+    part = _new_part(target)
     try:
         extra = extra_tags(source, what, nodata) if suffix in (".tif", ".tiff") else ()
         if suffix == ".png":

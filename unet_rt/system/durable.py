@@ -18,26 +18,55 @@ from ..errors import OutputError
 _NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP)  # of file systems that sync no folders: names are theirs to keep
 # What systems say of a lock that another process holds.
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of file systems that have none
 
 PART = ".part"  # suffix of files and folders that are being written
 
-_unfinished: set[Path] = set()  # what this process may be writing at this moment
+# What this process may be writing at this moment, and what holds it: a lock that ends with the process. -1: nothing does.
+_unfinished: dict[Path, int] = {}
 
 
 def part_path(path: Path) -> Path:
-    """A hidden name beside ``path`` to write it under: what lies there in the end goes by a rename or :func:`remove_part`.
+    """An empty hidden file beside ``path`` to write it under: it goes by a rename or :func:`remove_part` in the end.
 
-    Another one for every call: processes of several machines or containers may share a number and a folder.
+    Another one for every call: processes of several machines or containers may share a number and a folder. It is locked
+    until then, so that others can tell it from what a killed process has left.
+
+    Raises:
+        OSError: There can be no file.
     """
-    part = path.parent / f".{path.name}.{os.urandom(16).hex()}{PART}"
-    _unfinished.add(part)
-    return part
+    while True:
+        part = path.parent / f".{path.name}.{os.urandom(16).hex()}{PART}"
+        _unfinished[part] = -1
+        try:
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except BaseException:
+            _unfinished.pop(part, None)
+            raise
+        if sys.platform == "win32":  # what is open has to stay there under its name
+            os.close(handle)
+            return part
+        _unfinished[part] = handle
+        try:
+            _lock(handle, wait=True)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        if _named(handle, part):  # else another process removed it before it was locked
+            return part
+        _let_go(part)
 
 
 def remove_part(part: Path) -> None:
     """Removes what was written under a name of :func:`part_path`, if anything was."""
     part.unlink(missing_ok=True)
-    _unfinished.discard(part)
+    _let_go(part)
+
+
+def _let_go(part: Path) -> None:
+    handle = _unfinished.pop(part, -1)
+    if handle >= 0:
+        os.close(handle)
 
 
 def remove_unfinished() -> None:
@@ -50,7 +79,7 @@ def remove_unfinished() -> None:
     for part in list(_unfinished):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
-            _unfinished.discard(part)
+            _let_go(part)
         else:
             remove_part(part)
 
@@ -60,6 +89,15 @@ def parts_of(path: Path) -> Iterator[Path]:
     import glob  # which predictions of arrays do not need
 
     return path.parent.glob(f".{glob.escape(path.name)}.*{PART}")
+
+
+def remove_dead_parts(path: Path) -> None:
+    """Removes what killed processes have left of writing ``path``. On Windows nobody can tell: it stays."""
+    for part in parts_of(path):
+        with _held(part) as alone:
+            if alone:
+                with suppress(OSError):  # another process has just done so, or the folder is another user's
+                    part.unlink()
 
 
 class Disk:
@@ -87,7 +125,7 @@ class Disk:
 
     def replace(self, old: Path, new: Path) -> None:
         os.replace(old, new)
-        _unfinished.discard(old)
+        _let_go(old)
 
     # --- built from these ---------------------------------------------------------------------------------------------
 
@@ -98,7 +136,11 @@ class Disk:
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Path]:
-        """A name to write a file under, which becomes durable as ``path`` when the block ends well, and else is removed."""
+        """A name to write a file under, which becomes durable as ``path`` when the block ends well, and else is removed.
+
+        What killed processes have left of writing ``path`` goes first.
+        """
+        remove_dead_parts(path)
         part = part_path(path)
         try:
             yield part
@@ -129,7 +171,8 @@ def staging_folder(folder: Path) -> Iterator[Path]:
             with _held(left) as alone:
                 if alone:
                     shutil.rmtree(left, ignore_errors=True)
-        staging = part_path(folder)
+        staging = folder.parent / f".{folder.name}.{os.urandom(16).hex()}{PART}"
+        _unfinished[staging] = -1
         staging.mkdir()  # with the mode that the umask gives to folders: it becomes the folder's
         held.enter_context(_held(staging))
         ours = held.pop_all()
@@ -138,27 +181,25 @@ def staging_folder(folder: Path) -> Iterator[Path]:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            _unfinished.discard(staging)
+            _let_go(staging)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Holds a folder for as long as this process lives; whether nobody else does. On Windows nobody can tell."""
+def _held(path: Path) -> Iterator[bool]:
+    """Holds a file or folder for as long as this process lives; whether nobody else does. On Windows nobody can tell."""
     if sys.platform == "win32":
         yield False
         return
-    import fcntl
-
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:  # it was put into place at this moment, or belongs to another user
         yield False
         return
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
+            _lock(handle, wait=False)
+            alone = _named(handle, path)
+        except OSError:  # held, or a file system without locks
             alone = False
         yield alone
     finally:
