@@ -27,7 +27,7 @@ COPIED = {".md", ".svg", ".png", ""}  # "": LICENSE
 
 def verbs() -> str:
     """Every verb of the command line, with all options, as Markdown."""
-    from unet_rt.cli.main import make_parser
+    from unet_rt.cli.parser import make_parser
 
     (choices,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return "\n\n".join(_verb(name, parser) for name, parser in choices.choices.items())

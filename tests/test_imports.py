@@ -46,6 +46,7 @@ LIGHT = [
 # What `unet-rt predict` runs is among these.
 IMAGE_LINE = (
     "cli/main.py",
+    "cli/parser.py",
     "cli/predict.py",
     "engine/engine.py",
     "images/open.py",

@@ -26,7 +26,8 @@ from unet_rt.building import cache
 from unet_rt.building.cache import EngineCache, cache_key, copy_folder, digest_inputs, digest_request, list_differences
 from unet_rt.building.job import BuildOptions
 from unet_rt.cli.demo import shipped_model
-from unet_rt.cli.main import main, make_parser
+from unet_rt.cli.main import main
+from unet_rt.cli.parser import make_parser
 from unet_rt.contract.contract import Contract, Normalization
 from unet_rt.engine.folder import read_folder
 from unet_rt.system import facts as machine

@@ -26,7 +26,8 @@ from PIL import Image
 import unet_rt as urt
 from unet_rt.building import job as build_job
 from unet_rt.cli.demo import shipped_model
-from unet_rt.cli.main import main, make_parser
+from unet_rt.cli.main import main
+from unet_rt.cli.parser import make_parser
 from unet_rt.cli.printing import Bar, Narrator
 from unet_rt.outputs.pictures import COLOURS
 
@@ -612,3 +613,64 @@ def test_one_bad_image_of_a_folder_is_named_and_the_others_stay(
     assert [Path(r["image"]).name for r in reports] == ["a.tif", "b.npy", "c.png"]
     assert ["error" in r for r in reports] == [False, True, False]
     assert sorted(p.name for p in Path("masks").iterdir()) == ["a.tif", "c.tif"]
+
+
+# --- signals during the start, streams that are closed or full ---------------------------------------------------------
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("error", ["", "raise ImportError('broken')", "raise RuntimeError"])
+def test_a_signal_that_a_library_made_an_error_of_is_still_a_signal(number: int, error: str) -> None:
+    """While a backend is imported, the interruption comes back as whatever the library raises."""
+    program = (
+        "import os, sys, importlib.util\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name != 'onnx': return None\n"
+        f"        try: os.kill(os.getpid(), {int(number)})\n"
+        f"        except BaseException: {error or 'raise'}\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from unet_rt.cli.main import main\n"
+        f"sys.exit(main(['inspect', {str(shipped_model())!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert done.returncode == 128 + number
+    assert done.stderr.count("\n") == 1
+    assert "no half-written output is left" in done.stderr
+
+
+@POSIX
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_may_be_closed(closed: tuple[int, ...], engine_folder: Path, images: Path) -> None:
+    """The file that is opened next must not get the number of stderr, into which libraries print."""
+
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    for argv, code in ((["predict", engine_folder, images / "a.tif", "--out", "mask.png"], 0), (["inspect", "no"], 2)):
+        done = subprocess.run(
+            command(*argv), env=environment(), capture_output=True, text=True, check=False, preexec_fn=close
+        )
+        assert done.returncode == code, done.stderr
+    assert np.asarray(Image.open("mask.png")).shape == (300, 260)
+
+
+@POSIX
+def test_nobody_needs_to_hear_an_error(engine_folder: Path, images: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with full.open("wb") as no_room, os.fdopen(writer, "wb") as no_reader:
+        for stream in (no_room, no_reader):
+            for argv, code in ((["inspect", shipped_model(), "--json"], 0), (["inspect", "no"], 2)):
+                done = subprocess.run(
+                    command(*argv), env=environment(), stdout=subprocess.PIPE, stderr=stream, text=True, check=False
+                )
+                assert done.returncode == code

@@ -40,8 +40,8 @@ def part_path(path: Path) -> Path:
         _unfinished[part] = -1
         try:
             handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except BaseException:
-            _unfinished.pop(part, None)
+        except OSError:
+            _unfinished.pop(part)
             raise
         if sys.platform == "win32":  # what is open has to stay there under its name
             os.close(handle)
