@@ -12,6 +12,7 @@ from ..errors import GraphError
 from ..tiling.field import OutputField, TileSizes
 from .file import Graph, read_graph, restrict
 from .layout import input_axes, layout, spatial_letters
+from .line import LONGEST
 from .passes.free_crops import free_crops
 from .passes.free_sizes import free_sizes
 from .rounding import NO_ROUNDING, Rounding
@@ -126,6 +127,9 @@ def _analyse(graph: Graph) -> Analysis:
     axes = spatial_letters(letters[image.name])
     dims = dict(zip(letters[image.name], image.shape or (None,) * len(letters[image.name]), strict=True))
     declared = tuple(dims[a] for a in axes)
+    for axis, size in zip(axes, declared, strict=True):
+        if size is not None and size > LONGEST:
+            raise GraphError(f"input {image.name} declares {size} px along {axis}, beyond any image; export it again")
     batch = dims.get("N")
     search = _search(graph, letters, channels, declared, batch or 1)
     sizes = tuple(

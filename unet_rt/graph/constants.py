@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -92,6 +93,8 @@ def evaluate_node(op: str, attributes: Mapping[str, Any], inputs: Sequence[Array
     """Value of a node whose inputs are all known; None where ``op`` is not one of these."""
     x = inputs[0] if inputs else None
     a = attributes
+    if _elements(op, a, inputs) > MAX_ELEMENTS:
+        return None
     if op in _BINARY and len(inputs) == 2:
         p, q = inputs
         return None if p is None or q is None else np.asarray(_BINARY[op](p, q))
@@ -136,6 +139,19 @@ def evaluate_node(op: str, attributes: Mapping[str, Any], inputs: Sequence[Array
         axes = axes_of(a, inputs, 1)
         return np.asarray(_REDUCE[op](x, axis=axes, keepdims=bool(a.get("keepdims", 1))), dtype=x.dtype)
     return None
+
+
+def _elements(op: str, a: Mapping[str, Any], inputs: Sequence[Array | None]) -> int:
+    """Elements that a result is computed of where those may be many more than the inputs', else 0."""
+    known = [v for v in inputs if v is not None]
+    if op in _BINARY or op in ("Min", "Max", "Where", "Mod"):
+        return math.prod(np.broadcast_shapes(*(v.shape for v in known)))
+    if op == "Range":
+        start, limit, delta = (v.item() for v in known)
+        return int((limit - start) / delta)
+    if op == "Gather" and len(known) == 2 and known[0].size:
+        return known[0].size // known[0].shape[a.get("axis", 0)] * known[1].size
+    return 0
 
 
 def _squeeze(op: str, x: Array, axes: tuple[int, ...] | None) -> Array:

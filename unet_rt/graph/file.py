@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +20,7 @@ import onnx.numpy_helper
 import onnx.shape_inference
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
-from ..errors import GraphError
+from ..errors import GraphError, first_line
 from .constants import ELEMENT_BYTES, MAX_ELEMENTS, Array
 
 # What people hand over by mistake, by its first bytes.
@@ -34,7 +37,10 @@ _FOREIGN = (
 )
 # Operators that ONNX Runtime puts in place of others for the processor that it runs on.
 _OPTIMISED = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
+_TYPES = frozenset(onnx.TensorProto.DataType.values())
 LARGEST = 2**31 - 1  # bytes of a protobuf message
+# Nodes that functions may make: so many, and so many for each that is stored.
+_FREE_NODES, _PER_NODE = 1024, 16
 _EXPORT = "give the .onnx file of the network (unet-rt export or torch.onnx.export writes one)"
 
 
@@ -49,7 +55,7 @@ class Constant:
 
     @property
     def elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def value(self) -> Array | None:
         """The array, or None where it is too large to matter or not stored with the graph."""
@@ -165,8 +171,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
 def stored_bytes(model: onnx.ModelProto) -> int:
     """Bytes of the model in one file, with the weights that lie beside it."""
     beside = (t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
-    weights = (int(np.prod(t.dims, dtype=np.int64)) * ELEMENT_BYTES.get(t.data_type, 1) for t in beside)
-    return int(model.ByteSize()) + int(sum(weights))
+    return int(model.ByteSize()) + sum(math.prod(t.dims) * ELEMENT_BYTES.get(t.data_type, 1) for t in beside)
 
 
 def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None) -> Graph:
@@ -186,6 +191,12 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
     for sparse in graph.sparse_initializer:
         t = sparse.values
         constants[t.name] = Constant(tuple(sparse.dims), t.data_type, t, None)
+    for name, dtype, dims in (
+        *((v.name, v.type.tensor_type.elem_type, ()) for v in (*graph.input, *graph.output)),
+        *((c.proto.name, c.dtype, c.shape) for c in constants.values()),
+    ):
+        if dtype not in _TYPES or min(dims, default=0) < 0:
+            raise GraphError(f"{name!r} has type {dtype} and shape {list(dims)}, which ONNX has not; export it again")
     nodes: Any = graph.node
     if model.functions:
         nodes = _inline(model).graph.node
@@ -233,8 +244,38 @@ def subgraph_nodes(proto: onnx.GraphProto, known: set[str]) -> tuple[Node, ...]:
     return tuple(_sort(proto.node, known | {t.name for t in proto.initializer}))
 
 
+def _inlined_nodes(model: onnx.ModelProto) -> int:
+    """Nodes that the model has without functions. GraphError where a function calls itself."""
+    functions = {(f.domain, f.name): f for f in model.functions}
+    counts: dict[tuple[str, str], int | None] = {}  # None: being counted
+
+    def count(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            total += 1 + sum(count(g.node) for a in node.attribute for g in [a.g, *a.graphs] if a.type in (5, 10))
+            key = (node.domain, node.op_type)
+            if key in functions:
+                if key not in counts:
+                    counts[key] = None
+                    counts[key] = count(functions[key].node)
+                inner = counts[key]
+                if inner is None:
+                    raise GraphError(f"function {node.op_type!r} calls itself; the graph is damaged: export it again")
+                total += inner
+        return total
+
+    return count(model.graph.node)
+
+
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model without functions and without the bytes of its weights."""
+    stored = len(model.graph.node) + sum(len(f.node) for f in model.functions)
+    try:
+        count = _inlined_nodes(model)
+    except RecursionError:
+        raise GraphError(f"its functions call each other more deeply than is followed; {_EXPORT}") from None
+    if count > _FREE_NODES + _PER_NODE * stored:
+        raise GraphError(f"its functions make {count} nodes of the {stored} in the file, beyond any network; {_EXPORT}")
     skeleton = onnx.ModelProto()
     skeleton.ir_version = model.ir_version
     skeleton.opset_import.extend(model.opset_import)
@@ -248,7 +289,10 @@ def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
         declared = onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
         if all(v.name != t.name for v in g.input):
             g.input.append(declared)
-    return onnx.inliner.inline_local_functions(skeleton)
+    try:
+        return onnx.inliner.inline_local_functions(skeleton)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        raise GraphError(f"its functions cannot be put into place: {first_line(error)}; export the network again") from error
 
 
 def _value(proto: onnx.ValueInfoProto) -> Value:
@@ -271,24 +315,31 @@ def _uses(proto: onnx.NodeProto) -> Iterator[str]:
 
 
 def _sort(nodes: Any, known: set[str]) -> Iterator[Node]:
-    known = set(known)
-    waiting = list(enumerate(nodes))
-    while waiting:
-        later = []
-        for index, proto in waiting:
-            if any(name not in known for name in _uses(proto)):
-                later.append((index, proto))
-                continue
-            known.update(proto.output)
-            yield _node(index, proto)
-        if len(later) == len(waiting):
-            index, proto = later[0]
-            missing = next(name for name in _uses(proto) if name not in known)
-            raise GraphError(
-                f"node {proto.op_type} '{proto.name or index}' uses {missing!r}, which nothing produces; "
-                "the graph is damaged: export it again"
-            )
-        waiting = later
+    """Nodes in an order in which each comes after those that it uses: the given one wherever that is possible."""
+    known, protos = set(known), list(nodes)
+    lacking = [set[str]() for _ in protos]
+    users = defaultdict[str, list[int]](list)
+    for index, proto in enumerate(protos):
+        lacking[index].update(name for name in _uses(proto) if name not in known)
+        for name in lacking[index]:
+            users[name].append(index)
+    ready = [index for index, names in enumerate(lacking) if not names]  # ascending: a heap
+    done = set[int]()
+    while ready:
+        index = heapq.heappop(ready)
+        done.add(index)
+        yield _node(index, protos[index])
+        for name in protos[index].output:
+            for user in users.pop(name, ()):
+                lacking[user].discard(name)
+                if not lacking[user]:
+                    heapq.heappush(ready, user)
+    if len(done) < len(protos):
+        index = next(k for k in range(len(protos)) if k not in done)
+        raise GraphError(
+            f"node {protos[index].op_type} '{protos[index].name or index}' uses {min(lacking[index])!r}, which nothing "
+            "produces; the graph is damaged: export it again"
+        )
 
 
 def _node(index: int, proto: onnx.NodeProto) -> Node:

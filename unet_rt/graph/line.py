@@ -1,6 +1,7 @@
 """Samples along one tensor axis: which input pixels each depends on, and whether a tile edge touches it.
 
-Pure geometry of windows, resizing and padding over concrete sizes. No ONNX, no pixels; everything costs O(samples).
+Pure geometry of windows, resizing and padding over concrete sizes. No ONNX, no pixels. Everything costs O(samples), and
+windows of many taps O(samples x log taps): numbers in a file may be large.
 """
 
 from __future__ import annotations
@@ -19,6 +20,22 @@ Booleans = NDArray[np.bool_]
 # A tap: for every output sample the index of one input sample (may lie outside), where it exists, and where its weight
 # is not zero. A zero weight leaves the value alone, yet 0 x NaN is NaN: it counts as dependence and not as a touch.
 Tap = tuple[Integers, Booleans | None, Booleans | None]
+
+
+# Samples along an axis: walks are over some thousand pixels, and networks enlarge them a few times.
+LONGEST = 1 << 19
+FEW = 16  # taps that are combined one after the other
+
+
+class TooLongError(ValueError):
+    """An axis of more samples than those of any image that a graph is walked at."""
+
+
+def _samples(size: int) -> Integers:
+    """0, 1, 2, ... below ``size``."""
+    if size > LONGEST:
+        raise TooLongError(f"gives {size} samples along an axis, beyond any image")
+    return np.arange(size, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,7 @@ class Line:
 
 def input_line(source: int, size: int) -> Line:
     """The line of the input itself: each pixel depends on itself."""
-    pixels = np.arange(size, dtype=np.int64)
+    pixels = _samples(size)
     none = np.zeros(size, dtype=np.bool_)
     return Line(source, pixels, pixels, none, none, Fraction(1), Fraction(1, 2), 1)
 
@@ -93,6 +110,18 @@ def combine(
             touched_low, touched_high = touched_low | tl, touched_high | th
     if low is None or high is None or touched_low is None or touched_high is None:
         raise ValueError("a sample needs at least one tap")
+    return _made(line, low, high, touched_low, touched_high, scale, place)
+
+
+def _made(
+    line: Line,
+    low: Integers,
+    high: Integers,
+    touched_low: Booleans,
+    touched_high: Booleans,
+    scale: Fraction,
+    place: Fraction,
+) -> Line:
     empty = low > high
     if empty.any():  # a transposed convolution with gaps: the value is the bias alone
         at = np.floor((np.arange(len(low)) + 0.5) / float(scale) + float(place) - 0.5 / float(scale)).astype(np.int64)
@@ -102,12 +131,51 @@ def combine(
     return Line(line.source, low, high, touched_low, touched_high, scale, place, stride)
 
 
+def _combine_runs(
+    line: Line, first: Integers, count: Integers, step: int, scale: Fraction, place: Fraction
+) -> Line:
+    """As :func:`combine`, for ``count`` taps per sample, one every ``step`` samples of ``line`` from ``first`` on.
+
+    Taps outside count once: all of them are the nearest sample. Those inside are a range of the samples of one residue
+    modulo ``step``, and the least of a range is that of two overlapping ones whose lengths are a power of two.
+    """
+    n, big = line.size, np.iinfo(np.int64).max
+    values = np.stack([line.low, -line.high, -1 * line.touched_low, -1 * line.touched_high])
+    skipped = np.maximum(0, -(first // step))
+    inside = np.maximum(0, np.minimum(count, (n - 1 - first) // step + 1) - skipped)
+    start = np.where(inside > 0, first + skipped * step, 0)
+    apart = min(step, n)
+    rows = -(-n // apart)
+    table = np.full((4, rows * apart), big)
+    table[:, :n] = values
+    table = table.reshape(4, rows, apart).transpose(0, 2, 1).reshape(4, -1)
+    at = start % apart * rows + start // apart
+    found = np.full((4, len(first)), big)
+    length, longest = 1, int(inside.max(initial=0))
+    while length <= longest:
+        chosen = np.flatnonzero((inside >= length) & (inside < 2 * length))
+        left = at[chosen]
+        found[:, chosen] = np.minimum(table[:, left], table[:, left + inside[chosen] - length])
+        table = np.minimum(table[:, :-length], table[:, length:])
+        length *= 2
+    for sample, touched, outside in ((0, 2, first < 0), (n - 1, 3, first + (count - 1) * step >= n)):
+        outside &= count > 0
+        edge = values[:, sample : sample + 1].copy()
+        edge[touched] = -1
+        found = np.where(outside, np.minimum(found, edge), found)
+    none = found[0] == big
+    found[2:, none] = 0
+    high = np.where(none, -big, -found[1])
+    return _made(line, found[0], high, found[2] < 0, found[3] < 0, scale, place)
+
+
 def window(line: Line, kernel: int, stride: int, dilation: int, pad: int, size: int) -> Line:
     """``size`` windows of ``kernel`` taps; window 0 starts ``pad`` samples before the line."""
-    start = np.arange(size, dtype=np.int64) * stride - pad
+    start = _samples(size) * stride - pad
     place = line.place + (Fraction((kernel - 1) * dilation, 2) - pad) / line.scale
-    taps: Iterable[Tap] = ((start + t * dilation, None, None) for t in range(kernel))
-    return combine(line, taps, line.scale / stride, place)
+    if kernel > FEW:
+        return _combine_runs(line, start, np.full(size, kernel), dilation, line.scale / stride, place)
+    return combine(line, ((start + t * dilation, None, None) for t in range(kernel)), line.scale / stride, place)
 
 
 def unreached(line: Line, kernel: int, stride: int, dilation: int, pad: int, size: int) -> int:
@@ -119,26 +187,29 @@ def unreached(line: Line, kernel: int, stride: int, dilation: int, pad: int, siz
 
 def transposed_window(line: Line, kernel: int, stride: int, dilation: int, pad: int, size: int) -> Line:
     """Transposed convolution: tap ``t`` brings input ``i`` to sample ``j`` where j = i * stride - pad + t * dilation."""
-    j = np.arange(size, dtype=np.int64) + pad
-
-    def taps() -> Iterable[Tap]:
-        for t in range(kernel):
-            at = j - t * dilation
-            yield at // stride, at % stride == 0, None
-
+    j = _samples(size) + pad
     place = line.place + (pad - Fraction((kernel - 1) * dilation, 2)) / stride / line.scale
-    return combine(line, taps(), line.scale * stride, place)
+    if kernel <= FEW:
+        at = (j - t * dilation for t in range(kernel))
+        return combine(line, ((a // stride, a % stride == 0, None) for a in at), line.scale * stride, place)
+    common = math.gcd(stride, dilation)
+    cycle = stride // common  # taps that meet an input are so far apart
+    tap = j // common * pow(dilation // common, -1, cycle) % cycle  # the first of them
+    count = np.where((j % common == 0) & (tap < kernel), (kernel - 1 - tap) // cycle + 1, 0)
+    step = dilation // common
+    first = (j - tap * dilation) // stride - (count - 1) * step
+    return _combine_runs(line, first, count, step, line.scale * stride, place)
 
 
 def take(line: Line, start: int, step: int, size: int) -> Line:
     """Every ``step``-th sample from ``start``; indices outside belong to nobody and must not occur."""
-    index = np.arange(size, dtype=np.int64) * step + start
+    index = _samples(size) * step + start
     return combine(line, [(index, None, None)], line.scale / step, line.place + start / line.scale)
 
 
 def repeat(line: Line, times: int) -> Line:
     """Each sample ``times`` times in a row (nearest up-sampling, pixel shuffle)."""
-    index = np.arange(line.size * times, dtype=np.int64) // times
+    index = _samples(line.size * times) // times
     place = line.place + (Fraction(1, 2 * times) - Fraction(1, 2)) / line.scale
     return combine(line, [(index, None, None)], line.scale * times, place)
 
@@ -154,7 +225,7 @@ def mirror_index(index: Integers, size: int) -> Integers:
 
 def pad(line: Line, before: int, after: int, mode: str) -> Line:
     """Padding by ``before`` and ``after`` samples; negative crops."""
-    index = np.arange(-before, line.size + after, dtype=np.int64)
+    index = _samples(before + line.size + after) - before
     outside = mirror_index if mode == "reflect" else None
     return combine(line, [(index, None, None)], line.scale, line.place - before / line.scale, outside)
 
@@ -172,8 +243,7 @@ class Sampling:
     def at(self, size: int) -> tuple[Integers, Integers, int]:
         """Floor and remainder of each position as integers, and the denominator of the remainder."""
         d = math.lcm(self.slope.denominator, self.intercept.denominator)
-        x = np.arange(size, dtype=np.int64)
-        n = x * int(self.slope * d) + int(self.intercept * d)
+        n = _samples(size) * int(self.slope * d) + int(self.intercept * d)
         return n // d, n % d, d
 
 
@@ -208,15 +278,11 @@ def interpolate(line: Line, sampling: Sampling, size: int, mode: str, antialias:
     half = 1 if mode == "linear" else 2
     if antialias and sampling.slope > 1:
         support = half * sampling.slope
-        reach = math.ceil(support) + 1
-
-        def wide() -> Iterable[Tap]:
-            for t in range(-reach, reach + 1):
-                # |floor + t - position| < support, in units of 1/d
-                inside = np.abs(t * d - rest) * support.denominator < support.numerator * d
-                yield floor + t, inside, inside
-
-        return combine(line, wide(), scale, place)
+        # |floor + t - position| < support, in units of 1 / (d * support.denominator)
+        unit, edge = d * support.denominator, support.numerator * d
+        place_in = rest * support.denominator
+        least, most = (place_in - edge) // unit + 1, -((-place_in - edge) // unit) - 1
+        return _combine_runs(line, floor + least, most - least + 1, 1, scale, place)
     on = rest == 0
 
     def taps() -> Iterable[Tap]:

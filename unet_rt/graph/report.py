@@ -197,7 +197,8 @@ def check_images(report: GraphReport) -> None:
         raise GraphError(f"{trained[0]}; call model.eval() before exporting")
     if not report.images:
         output = report.outputs[0]
-        why = "; ".join(output.reasons) or "it has other axes than the input"
+        more = [f"{len(output.reasons) - 3} more"] if len(output.reasons) > 3 else []
+        why = "; ".join([*output.reasons[:3], *more]) or "it has other axes than the input"
         raise GraphError(f"output {output.name} is not an image ({why}); export a network from images to images")
 
 

@@ -41,6 +41,7 @@ def _global_pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 
 # Average pools to at most so many parts per axis, of so many samples or more, are taken for adaptive ones.
 _PARTS, _PART = 8, 3
+_LARGEST = 1 << 24  # of a kernel, stride, dilation or pad: more pixels than any image has along an axis
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,24 @@ class _Windows:
 
 def _windows(node: Node, kernel: Sequence[int]) -> _Windows:
     n, a = len(kernel), node.attributes
-    pads = [int(p) for p in a.get("pads", [0] * (2 * n))]
+    pads = _numbers("pads", a.get("pads", [0] * (2 * n)), -_LARGEST)
     return _Windows(
-        tuple(int(k) for k in kernel),
-        tuple(int(s) for s in a.get("strides", [1] * n)),
-        tuple(int(d) for d in a.get("dilations", [1] * n)),
-        tuple(pads[:n]),
-        tuple(pads[n:]),
+        _numbers("kernel", kernel, 1),
+        _numbers("strides", a.get("strides", [1] * n), 1),
+        _numbers("dilations", a.get("dilations", [1] * n), 1),
+        pads[:n],
+        pads[n:],
         str(a.get("auto_pad", "NOTSET")),
     )
+
+
+def _numbers(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
+    """Numbers of a window that some image could have."""
+    found = tuple(int(v) for v in values)
+    for value in found:
+        if not least <= value <= _LARGEST:
+            raise lines.TooLongError(f"has {name} of {value}, beyond any image")
+    return found
 
 
 def _window_size(n: int, kernel: int, stride: int, before: int, after: int, auto: str, ceil: bool) -> tuple[int, int]:
@@ -174,8 +184,8 @@ def _pool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
 @rule("MaxUnpool", pixels=(0, 1), numbers=(2,))
 def _unpool(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     first, indices = first_input(x), x[1]
-    kernel = tuple(int(k) for k in node.attributes["kernel_shape"])
-    strides = tuple(int(s) for s in node.attributes.get("strides", [1] * len(kernel)))
+    kernel = _numbers("kernel", node.attributes["kernel_shape"], 1)
+    strides = _numbers("strides", node.attributes.get("strides", [1] * len(kernel)), 1)
     if indices is None or indices.pooled != kernel or strides != kernel or len(x) > 2:
         return unknown(state, node, x, "puts values where another node says")
     result = [*(first.axes or ())[:2]]
@@ -197,7 +207,7 @@ def _conv_transpose(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
     if first.shape[1] != in_channels:
         raise CannotRun(f"has weights for {in_channels} channels and an input of {first.shape[1]}")
     w = _windows(node, kernel)
-    extra = [int(p) for p in a.get("output_padding", [0] * len(kernel))]
+    extra = _numbers("output_padding", a.get("output_padding", [0] * len(kernel)), 0)
     target = [int(n) for n in a["output_shape"]][-len(kernel) :] if "output_shape" in a else None
     axes: list[Axis] = []
     texts: list[str] = []
@@ -237,7 +247,7 @@ def _pad(state: Walk, node: Node, x: Inputs) -> list[Tensor]:
         given = value_of(x[1]) if len(x) > 1 else None
     if given is None:
         return unknown(state, node, x, "pads by what is in the image")
-    pads = [int(p) for p in given]
+    pads = _numbers("pads", given, -_LARGEST)
     axes = range(first.rank)
     if len(x) > 3 and x[3] is not None:
         chosen = value_of(x[3])

@@ -23,6 +23,8 @@ from .walk import walk
 _MAX_SIZE = 8192
 # Remainders tried: networks for images take one of the first, and each try is a walk.
 _MAX_REMAINDERS = 128
+# Work of all walks (samples along axes; a node is as many as _NODE) after which no more sizes are tried.
+_MOST_WORK, _NODE = 1 << 26, 256
 # A network that is another one below this many pixels (or four strides) is not called exact above.
 _MAX_LOW = 256
 
@@ -47,10 +49,13 @@ class Search:
     bounds: list[Bound] = field(default_factory=list)
     outputs: list[OutputField] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    work: int = 0
 
     def at(self, sizes: Sequence[int], strict: bool = False) -> Walk:
         given = input_axes(self.graph, self.letters, self.channels, tuple(sizes), self.batch)
-        return walk(self.graph, given, tuple(sizes), self.global_pools, strict)
+        state = walk(self.graph, given, tuple(sizes), self.global_pools, strict)
+        self.work += state.work + _NODE * len(self.graph.nodes)
+        return state
 
     def tensors(self, state: Walk) -> list[Tensor]:
         return [state.tensors[o.name] for o in self.graph.outputs]
@@ -111,6 +116,8 @@ class Search:
         fallback: tuple[int, ...] | None = None
         candidates = range(min(max(self.strides), _MAX_REMAINDERS)) if None in self.declared else range(1)
         for r in candidates:
+            if self.work > _MOST_WORK:
+                break
             self.remainders = tuple(
                 (r if n is None else n) % s for n, s in zip(self.declared, self.strides, strict=True)
             )
@@ -170,7 +177,7 @@ class Search:
             need = max(math.ceil((sum(f[axis].halo) + sum(f[axis].shrink) + 1) / f[axis].scale) for f in fields)
             kept[axis] += max(0, -(-(need - kept[axis]) // stride)) * stride
         least = list(kept)
-        while max(kept) <= _MAX_SIZE and fields and not (state := self.at(kept, strict=True)).broken:
+        while max(kept) <= _MAX_SIZE and fields and self.work <= _MOST_WORK and not (state := self.at(kept, strict=True)).broken:
             mixed = set()
             for tensor, output in zip(self.tensors(state), self.outputs, strict=True):
                 for line, f in zip(field_lines(tensor), output.field, strict=False):

@@ -119,6 +119,7 @@ class Walk:
         sums: Additions per sample of all layers (see :mod:`unet_rt.graph.rounding`).
         trained: Nodes that do what they do in training alone, in sentences.
         order: The nodes as walked, with subgraphs inlined.
+        work: Samples along the axes of all tensors so far, and what nodes cost that no rule covers.
     """
 
     graph: Graph
@@ -132,6 +133,12 @@ class Walk:
     trained: list[str] = field(default_factory=list)
     order: list[Node] = field(default_factory=list)
     whole_pools: set[str] = field(default_factory=set)
+    work: int = 0
+
+    @property
+    def endless(self) -> bool:
+        """Whether tensors are larger than those of any network of so many nodes."""
+        return self.work > max(_FREE_WORK, _WORK * len(self.graph.nodes) * sum(self.sizes))
 
     def remark(self, node: Node, text: str) -> Remark:
         return node.index, f"{node} {text}"
@@ -167,6 +174,9 @@ class Walk:
         if len(followed) == len(self.sizes):
             self.density += count
 
+
+# Samples along axes that a walk may hold: per node, _WORK times those of the image; a few large tensors are free.
+_WORK, _FREE_WORK = 2, 1 << 21
 
 Inputs = list["Tensor | None"]
 Rule = Callable[[Walk, Node, Inputs], "list[Tensor]"]
@@ -290,7 +300,7 @@ def _rescale(axis: Axis, size: int) -> Axis:
     if axis_size(axis) == size:
         return axis
     line = sole_line(axis)
-    if line is None or size < 2:
+    if line is None or size < 2 or size > lines.LONGEST:
         return plain(size)
     if size % line.size == 0:
         return (lines.repeat(line, size // line.size),)

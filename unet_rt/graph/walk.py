@@ -19,6 +19,7 @@ from ..errors import size_text
 from . import constants, file, rules_arithmetic, rules_layout, rules_quantised, rules_resize, rules_windows  # noqa: F401
 from .file import Constant, Graph, Node
 from .follow import Followed, follow, lost
+from .line import TooLongError
 from .numbers import LostError, Number
 from .tensor import (
     RULES,
@@ -35,6 +36,9 @@ from .tensor import (
     unknown,
     value_of,
 )
+
+
+_UNKNOWN = 1 << 12  # work of asking ONNX for a shape
 
 
 def walk(
@@ -76,6 +80,7 @@ def _step(state: Walk, node: Node) -> None:
         return
     given: Inputs = [state.tensors.get(name) if name else None for name in node.inputs]
     outputs = _outputs(state, node, given)
+    state.work += sum(part.size for out in outputs for part in out.lines())
     constant = all(t is None or t.constant for t in given) and node.op not in _RANDOM
     missing = [Tensor(None, faults=frozenset({state.remark(node, "has an output that is not understood")}))]
     for name, out in zip(node.outputs, [*outputs, *missing * len(node.outputs)], strict=False):
@@ -107,16 +112,22 @@ def _outputs(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
         return [folded]
     understood = RULES.get(node.op) if node.domain in ("", "com.microsoft") else None
     try:
+        if state.endless:
+            raise TooLongError("is one of more and larger tensors than any network for images has")
         if understood is None:
+            state.work += _UNKNOWN
             return unknown(state, node, given, "is not an operator whose dependence is known")
         if any(t is not None and t.axes is None for t in given):
             return [Tensor(None) for _ in node.outputs]
         return _unsaid(state, node, given, understood, understood.apply(state, node, given))
     except CannotRun as reason:
         state.broken.append(f"{node} {reason}")
+    except TooLongError as reason:
+        state.broken.append(f"{node} {reason}")
+        return unknown(state, node, given, str(reason))
     except LostError as reason:
         return unknown(state, node, given, str(reason))
-    except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, ArithmeticError) as error:
         # A malformed node must end as "not exact", never as a crash of whoever asked.
         state.broken.append(f"{node} cannot be read: {error}")
     return unknown(state, node, given, f"does not run at {size_text(state.sizes)}")
@@ -183,7 +194,7 @@ def _fold(state: Walk, node: Node, given: Inputs) -> Tensor | None:
     try:
         with np.errstate(all="ignore"):  # numbers that a graph makes are its own; what divides by 0 is not followed
             result = constants.evaluate_node(node.op, attributes, arrays)
-    except (ValueError, IndexError, KeyError, TypeError, ZeroDivisionError):
+    except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, MemoryError):
         return None
     if result is None or all(t is None or t.followed is None for t in given):
         return None if result is None else constant_tensor(result)
