@@ -165,7 +165,7 @@ def nodes_in_reverse_order() -> onnx.ModelProto:
     return model_of(nodes[::-1])
 
 
-@graph(2, "397 more")
+@graph(2, "398 more")
 def four_hundred_unknown_nodes() -> onnx.ModelProto:
     names = ["x", *(f"t{k}" for k in range(400)), "y"]
     return model_of([node("Foo", a, b) for a, b in zip(names, names[1:], strict=False)])

@@ -30,6 +30,7 @@ def import_all() -> None:
     import tifffile
     import zarr
 
+    import exactness
     import unet_rt.cli.parser
     import unet_rt.engine.archive
     import unet_rt.engine.load
@@ -51,6 +52,8 @@ def peak_mb() -> float:
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
     """One command line in this process: what it answered."""
+    import exactness
+
     from unet_rt.cli.main import main
 
     folder = Path(request["folder"])
@@ -65,7 +68,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         pass
     start = time.monotonic()
     try:
-        code: int | None = main(request["argv"])
+        code: int | None = exactness.main(request["argv"][1]) if request["argv"][0] == "exactness" else main(request["argv"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

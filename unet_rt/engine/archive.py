@@ -14,6 +14,8 @@ import hashlib
 import json
 import shutil
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,31 +100,44 @@ def unpack(
             if found != expected.strip().lower():
                 raise EngineError(f"{path} has SHA-256 {found}, not {expected}; it is another engine, or was changed")
             stream.seek(0)
-        try:
-            with tarfile.open(fileobj=stream, mode="r:") as members:
-                return place_folder(folder, lambda staging: _extract(path, members, staging), overwrite=overwrite)
-        except tarfile.TarError as error:
-            raise EngineError(f"{path} is not an archive of an engine ({error}); make one with unet-rt pack") from error
+        with _no_archive(path):
+            members = tarfile.open(fileobj=stream, mode="r:")
+        with members:
+            return place_folder(folder, lambda staging: _extract(path, members, staging), overwrite=overwrite)
+
+
+@contextmanager
+def _no_archive(path: Path) -> Iterator[None]:
+    """EngineError for what tarfile raises: its own errors, and any other of numbers that are none."""
+    try:
+        yield
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise EngineError(f"{path} is not an archive of an engine ({error}); make one with unet-rt pack") from error
+
+
+def _next(path: Path, members: tarfile.TarFile) -> tarfile.TarInfo | None:
+    with _no_archive(path):
+        return members.next()
 
 
 def _extract(path: Path, members: tarfile.TarFile, staging: Path) -> None:
     """Writes the files of an engine into ``staging``; anything else among the members is an EngineError."""
-    first = members.next()
+    first = _next(path, members)
     if first is None or first.name != SPEC or not _plain(first) or first.size > LARGEST_SPEC:
         raise EngineError(f"{path} does not begin with a {SPEC}; make an archive with unet-rt pack")
-    _write(members, first, staging)
+    _write(path, members, first, staging)
     try:
         text = (staging / SPEC).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise EngineError(f"{path}: its {SPEC} is damaged ({error}); pack the engine again") from error
     wanted = _sizes(path, text)
-    while (member := members.next()) is not None:
+    while (member := _next(path, members)) is not None:
         size = wanted.pop(member.name, None)
         if size is None or not _plain(member):
             raise EngineError(f"{path} holds {member.name!r}, which is none of its engine's files; do not trust it")
         if member.size != size:
             raise EngineError(f"{path}: {member.name} has {member.size} bytes, its spec says {size}; pack it again")
-        _write(members, member, staging)
+        _write(path, members, member, staging)
     if wanted:
         raise EngineError(f"{path} lacks {min(wanted)}; copy the archive again, or pack the engine again")
     check_folder(staging, text, called=path)
@@ -133,12 +148,13 @@ def _plain(member: tarfile.TarInfo) -> bool:
     return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
 
 
-def _write(members: tarfile.TarFile, member: tarfile.TarInfo, staging: Path) -> None:
-    content = members.extractfile(member)
-    if content is None:
-        raise EngineError(f"{member.name} is no file; make the archive with unet-rt pack")
-    with content, (staging / member.name).open("xb") as file:
-        shutil.copyfileobj(content, file)
+def _write(path: Path, members: tarfile.TarFile, member: tarfile.TarInfo, staging: Path) -> None:
+    with _no_archive(path):
+        content = members.extractfile(member)
+        if content is None:
+            raise EngineError(f"{member.name} is no file; make the archive with unet-rt pack")
+        with content, (staging / member.name).open("xb") as file:
+            shutil.copyfileobj(content, file)
 
 
 def _sizes(path: Path, text: str) -> dict[str, int]:

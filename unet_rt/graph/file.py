@@ -37,6 +37,7 @@ _FOREIGN = (
 )
 # Operators that ONNX Runtime puts in place of others for the processor that it runs on.
 _OPTIMISED = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
+_NO_NUMBERS = (onnx.TensorProto.STRING, onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
 _TYPES = frozenset(onnx.TensorProto.DataType.values())
 LARGEST = 2**31 - 1  # bytes of a protobuf message
 # Nodes that functions may make: so many, and so many for each that is stored.
@@ -59,7 +60,7 @@ class Constant:
 
     def value(self) -> Array | None:
         """The array, or None where it is too large to matter or not stored with the graph."""
-        if self.elements > MAX_ELEMENTS:
+        if self.elements > MAX_ELEMENTS or self.dtype in _NO_NUMBERS:
             return None
         proto = self.proto
         if proto.data_location == onnx.TensorProto.EXTERNAL:
@@ -349,6 +350,8 @@ def _node(index: int, proto: onnx.NodeProto) -> Node:
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
         attributes[a.name] = value
+    if not all(isinstance(text, str) for text in (proto.op_type, proto.domain, proto.name, *proto.input, *proto.output)):
+        raise GraphError(f"node {index} has a name that is no text; the graph is damaged: export it again")
     domain = "" if proto.domain == "ai.onnx" else proto.domain
     name = proto.name or (proto.output[0] if proto.output else str(index))
     return Node(index, proto.op_type, domain, name, tuple(proto.input), tuple(proto.output), attributes, proto)
@@ -378,9 +381,9 @@ def infer_shapes(
     graph = onnx.helper.make_graph([node.proto], "node", values, outputs, initializer=tensors)
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     model = onnx.helper.make_model(graph, opset_imports=imports)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    try:  # without following numbers from node to node, which takes as long as the numbers are large
+        inferred = onnx.shape_inference.infer_shapes(model)
+    except Exception:  # noqa: BLE001 - its C++ raises what it likes on bad graphs; what it does not know is not known
         return nothing
     found: dict[str, tuple[int, tuple[int, ...]]] = {}
     for v in [*inferred.graph.output, *inferred.graph.value_info]:

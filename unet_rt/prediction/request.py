@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from fractions import Fraction
+from math import inf, prod
+from numbers import Integral
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any, Literal
 
 from ..contract.contract import Contract, Normalization
@@ -31,6 +35,8 @@ LITTLE = 2**25  # bytes, below which pieces of a file are not what memory lacks
 DECODING = 2  # times the bytes of a piece: as it comes out of its library, and as it is kept
 RESULT_SHARE = 0.05  # of the memory that is asked for: larger results are kept on the disk
 MAX_FACTOR = 10  # pixel sizes of image and training farther apart are refused: no network bridges that
+# How many times smaller than its values a file is at most: Deflate's bound. Chunks of a Zarr that hold nothing are no file.
+_MOST_PACKED = {".npy": 1, ".tif": 1032, ".tiff": 1032}
 Kind = OutputKind | Literal["instances"]
 
 
@@ -104,6 +110,9 @@ class Request:
             raise ContractError(f"shard {shard[0]}/{shard[1]} is not one of 0/{shard[1]} to {shard[1] - 1}/{shard[1]}")
         if (shard is not None or self.scheduler is not None) and self.out is None:
             raise ContractError("shards and schedulers share a file or folder; give --out")
+        for name, values in (("tile", self.tile or ()), ("batch", (self.batch or 1,)), ("threads", (self.threads,))):
+            if not all(isinstance(value, Integral) for value in values):
+                raise ContractError(f"{name} is {getattr(self, name)}; use whole numbers")
         if self.batch is not None and self.batch < 1:
             raise ContractError(f"a batch of {self.batch} tiles cannot be run; use 1 or more")
 
@@ -181,8 +190,22 @@ def settle(asked: Request, engine: Engine, source: Source) -> Request:
         check_value_range(source, spec.contract.value_range, settled.normalization)
     if out is not None and label_place(out) is not None:
         _check_labels(settled, decision, source, out)
+    if out is not None and out.parent.is_dir():
+        _check_room(out, decision, [f.scale for f in spec.outputs[spec.head(asked.head)].field], source)
     check_pixel_size(spec.contract, source)
     return settled
+
+
+def _check_room(out: Path, decision: Decision, scales: Sequence[Fraction], source: Source) -> None:
+    """OutputError where the disk cannot hold the result, however well it packs: before a large image is planned."""
+    values = source.planes * prod(source.shape) * float(prod(scales)) * max(1, decision.channels)
+    least = values * decision.dtype.itemsize / _MOST_PACKED.get(out.suffix.lower(), inf)
+    free = disk_usage(out.parent).free
+    if least > free:
+        raise OutputError(
+            f"{out}: needs {least / 1e9:.2f} GB at least, {free / 1e9:.2f} GB are free in {out.parent}; free some space or "
+            "choose another folder with --out"
+        )
 
 
 def _staged(asked: Request, source: Source, decision: Decision) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, lcm
@@ -11,6 +12,9 @@ import numpy as np
 from ..contract.contract import Border
 from ..errors import TileError
 from .field import AxisField, OutputField, TileSizes
+
+
+LONGEST = 1 << 24  # pixels of an image along an axis; the largest slides have 2^18, and float32 counts no further
 
 
 def per_axis(size: int | Sequence[int], spatial: int) -> tuple[int, ...]:
@@ -35,8 +39,8 @@ def canvas(image: int, sizes: TileSizes, fields: Sequence[AxisField], least: int
     "the whole-image result" means. Fixed-size graphs need a canvas of at least their size, congruent to it modulo the
     stride. With tiles of two sizes that is the larger one, ``least``, whichever is in use.
     """
-    if image < 1:
-        raise TileError(f"an image axis of {image} px cannot be tiled; it needs at least 1 px")
+    if not 1 <= image <= LONGEST:
+        raise TileError(f"an image axis of {image} px cannot be tiled; images have 1 to {LONGEST} px along an axis")
     before = _before(fields)
     need = max(before + ceil((ceil(image * f.scale) + f.shrink[1]) / f.scale) for f in fields)
     need = max(need, before + image, least)
@@ -181,11 +185,16 @@ class AxisTiles:
 
     def part(self, start: int, stop: int, fields: Sequence[AxisField], *, blended: bool) -> AxisTiles:
         """The tiles that hold results for the image pixels [start, stop): those that own some, or all that cover some."""
-        boxed = replace(self, box=(start, stop))
+        # Two tiles away nothing of a tile is wanted, whatever halos and shrinks are: only few tiles are looked at.
+        near = slice(
+            bisect_left(self.starts, start - 2 * self.tile),
+            bisect_right(self.starts, stop + self.canvas.before + 2 * self.tile),
+        )
+        boxed = replace(self, starts=self.starts[near], ends=self.ends[near], box=(start, stop))
         held = [boxed.covered(f) if blended else boxed.owned(f) for f in fields]
-        kept = [k for k in range(len(self.starts)) if any(table[k][2] for table in held)]
+        kept = [k for k in range(len(boxed.starts)) if any(table[k][2] for table in held)]
         return replace(
-            boxed, starts=tuple(self.starts[k] for k in kept), ends=tuple(self.ends[k] for k in kept if self.ends)
+            boxed, starts=tuple(boxed.starts[k] for k in kept), ends=tuple(boxed.ends[k] for k in kept if self.ends)
         )
 
 
@@ -213,8 +222,9 @@ def axis_tiles(canvas: Canvas, tile: int, step: int, stride: int, *, evenly: boo
 def aligned_tiles(canvas: Canvas, tile: int, share: int, stride: int, fields: Sequence[AxisField]) -> AxisTiles:
     """Tiles along an axis that own equal stretches of ``share`` pixels of the image each."""
     last = _last_start(canvas, tile, stride)
-    count = aligned_count(canvas, tile, share, lead(stride, fields))
-    starts = [min(max(0, k * share - lead(stride, fields)), last) for k in range(count)]
+    ahead = lead(stride, fields)
+    count = aligned_count(canvas, tile, share, ahead)
+    starts = [min(max(0, k * share - ahead), last) for k in range(count)]
     ends = [*(k * share for k in range(1, count)), canvas.image]
     return AxisTiles(canvas, tile, tuple(starts), tuple(ends))
 

@@ -296,6 +296,7 @@ def _choose_tile(
     aligned: bool,
 ) -> tuple[int, ...]:
     kept = aligned_step if aligned else exact_step
+    least = [1 if s.fixed is None else s.fixed for s in sizes]
     options = []  # per axis: (tile, tiles along the axis)
     for k, (n, s) in enumerate(zip(image, sizes, strict=True)):
         fields = [output.field[k] for output in outputs]
@@ -308,7 +309,9 @@ def _choose_tile(
         ahead = lead(s.stride, fields) if aligned else 0
         gain = kept(first, s.stride, fields) - first  # a stride more of tile keeps a stride more
         best = {1: c.size}  # number of tiles -> smallest tile that does with it
-        for t in range(c.size - s.stride, first - 1, -s.stride):
+        # Longer ones are never within the bound, and a long image has many of them.
+        longest = max(first, min(c.size - s.stride, max_px // (prod(least) // least[k])))
+        for t in range(longest - (longest - c.size) % s.stride, first - 1, -s.stride):
             if t + gain <= 0:
                 break
             count = aligned_count(c, t, t + gain, ahead) if aligned else 1 + -(-(c.size - t) // (t + gain))

@@ -24,7 +24,10 @@ def free_crops(model: onnx.ModelProto) -> int:
     """Rewrites ``model`` in place; returns the number of nodes rewritten (0 when called again)."""
     from onnx import numpy_helper, shape_inference
 
-    inferred = shape_inference.infer_shapes(model).graph
+    try:
+        inferred = shape_inference.infer_shapes(model).graph
+    except Exception:  # noqa: BLE001 - its C++ raises what it likes on bad graphs, which nothing can be read from
+        return 0
     sizes = {v.name: _shape(v) for v in (*inferred.input, *inferred.value_info, *inferred.output)}
     constants = {t.name: t for t in model.graph.initializer if t.dims == [] or len(t.dims) == 1}
     for node in model.graph.node:
