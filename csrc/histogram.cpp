@@ -14,19 +14,25 @@ constexpr int64_t kBlock = int64_t{1} << 16;    // values counted at a time
 constexpr int64_t kLongest = int64_t{1} << 30;  // values after which 32-bit counts are handed over
 
 // Equal neighbours, the rule in images, would wait for each other's count in one table.
+// Values may lie at any address: those of a mapped file do.
 template <class Value, int kTables>
-void count(const Value* values, int64_t size, uint32_t* tables) {
+void count(const char* values, int64_t size, uint32_t* tables) {
     constexpr int64_t kValues = int64_t{1} << (8 * sizeof(Value));
+    const auto at = [values](int64_t i) {
+        Value value;
+        std::memcpy(&value, values + i * static_cast<int64_t>(sizeof(Value)), sizeof(Value));
+        return value;
+    };
     int64_t i = 0;
     for (; i + kTables <= size; i += kTables)
-        for (int k = 0; k < kTables; ++k) ++tables[k * kValues + values[i + k]];
-    for (; i < size; ++i) ++tables[values[i]];
+        for (int k = 0; k < kTables; ++k) ++tables[k * kValues + at(i + k)];
+    for (; i < size; ++i) ++tables[at(i)];
 }
 
 template <class Value, int kTables>
 void run(const Histogram& call, int threads) {
     constexpr int64_t kValues = int64_t{1} << (8 * sizeof(Value));
-    const auto* const values = static_cast<const Value*>(call.values);
+    const auto* const values = static_cast<const char*>(call.values);
     const int workers = worker_count(call.size / 2, threads);
     std::vector<uint32_t> tables(static_cast<size_t>(workers * kTables * kValues));
     std::vector<int64_t> seen(static_cast<size_t>(workers));
@@ -44,7 +50,8 @@ void run(const Histogram& call, int threads) {
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * kBlock;
             const int64_t size = std::min(kBlock, call.size - first);
-            count<Value, kTables>(values + first, size, tables.data() + worker * kTables * kValues);
+            const char* const block_values = values + first * static_cast<int64_t>(sizeof(Value));
+            count<Value, kTables>(block_values, size, tables.data() + worker * kTables * kValues);
             seen[static_cast<size_t>(worker)] += size;
             if (seen[static_cast<size_t>(worker)] >= kLongest) hand_over(worker);
         }

@@ -46,8 +46,10 @@ template <>
 struct Pixel<double> {
     using Compute = double;
     static UNET_RT_HD double value(double x) { return x; }
+    // As float32: from half a unit above its largest number on, values round to infinity.
     static UNET_RT_HD uint64_t non_finite(double x) {
-        return (bits_as<uint64_t>(x) & 0x7ff0000000000000u) == 0x7ff0000000000000u ? 1 : 0;
+        constexpr double kInfinite = 3.4028235677973366e38;
+        return x < kInfinite && x > -kInfinite ? 0 : 1;
     }
 };
 

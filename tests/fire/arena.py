@@ -55,7 +55,12 @@ class Arena:
 
     def __enter__(self) -> Arena:
         self.temporary.mkdir()
-        environment = {**os.environ, "TMPDIR": str(self.temporary), "ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "TMPDIR": str(self.temporary),
+            "ORT_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         self._log = (self.folder / "server.err").open("wb")
         self._server = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("server.py"))],

@@ -39,4 +39,3 @@ def main(path: str) -> int:
             print(f"tiles of {tile} px on {canvas} px differ by {error:.2g}")
             return 1
     return 0
-

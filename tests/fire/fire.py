@@ -69,7 +69,10 @@ class Fire:
             return ["predict", self.engine, "i.zarr", "--out", "out.npy"], "out.npy"
         if kind == "spec":
             write_engine(folder / "e.urt", draw, self.engine)
-            verbs: list[list[object]] = [["predict", "e.urt", self.image, "--out", "out.npy"], ["pack", "e.urt", "--out", "out.npy"]]
+            verbs: list[list[object]] = [
+                ["predict", "e.urt", self.image, "--out", "out.npy"],
+                ["pack", "e.urt", "--out", "out.npy"],
+            ]
             return draw.choice(verbs), "out.npy"
         (folder / "a.urt.tar").write_bytes(archive(draw, self.packed))
         return ["unpack", "a.urt.tar"], "a.urt"
@@ -108,7 +111,9 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after")
-    parser.add_argument("--commands", type=int, default=0, help="of them, also run as commands of their own: one in so many")
+    parser.add_argument(
+        "--commands", type=int, default=0, help="of them, also run as commands of their own: one in so many"
+    )
     parser.add_argument("--record", type=Path, help="JSON to write")
     parser.add_argument("--engine", type=Path, help="an engine of the shipped network (default: it is built)")
     parser.add_argument("--show", nargs=2, metavar=("KIND", "SEED"))
@@ -147,12 +152,16 @@ def main() -> int:
     if args.record:
         write(args.record, counts, failures, start, slowest, largest)
     done = sum(sum(v for k, v in c.items() if k != "commands") for c in counts.values())
-    print(f"{done} files in {time.monotonic() - start:.0f} s: {len(failures)} failures; {slowest:.1f} s, {largest:.0f} MB at most")
+    print(
+        f"{done} files in {time.monotonic() - start:.0f} s: {len(failures)} failures; {slowest:.1f} s, {largest:.0f} MB at most"
+    )
     return 1 if failures else 0
 
 
 def write(path: Path, counts: Any, failures: Any, start: float, slowest: float, largest: float) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     record = {
         "date": date.today().isoformat(), "commit": commit, "seconds": round(time.monotonic() - start),
         "slowest_s": round(slowest, 2), "largest_mb": round(largest), "by_exit_code": counts, "failures": failures,

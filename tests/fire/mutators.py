@@ -16,7 +16,27 @@ from typing import Any
 
 import numpy as np
 
-NUMBERS = (0, 1, -1, 2, 3, 7, 16, 255, 1000, 10_001, 65_536, 10**6, 10**9, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, -(2**63))
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    16,
+    255,
+    1000,
+    10_001,
+    65_536,
+    10**6,
+    10**9,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**63 - 1,
+    -(2**63),
+)
 FLOATS = (0.0, -1.0, 0.5, 1e-5, 1e5, 1e30, float("inf"), float("-inf"), float("nan"))
 
 
@@ -77,7 +97,9 @@ def mutate_json(document: Any, draw: random.Random) -> Any:
         elif what == 2 and isinstance(holder[key], list) and holder[key]:
             holder[key] = holder[key] * draw.choice((0, 2, 3))
         elif what == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
-            holder[key] = draw.choice((-holder[key], holder[key] + 1, holder[key] * 10**6, float(holder[key]), *NUMBERS))
+            holder[key] = draw.choice(
+                (-holder[key], holder[key] + 1, holder[key] * 10**6, float(holder[key]), *NUMBERS)
+            )
         else:
             holder[key] = strange(draw)
     return found
@@ -87,7 +109,23 @@ def strange(draw: random.Random) -> Any:
     deep: Any = 0
     for _ in range(draw.choice((3, 400))):
         deep = [deep]
-    choices = (None, True, False, "", "x", "nan", "\u0000", "../secret.bin", "1/0", {}, [], [None], {"a": 1}, [[1], [2]], deep)
+    choices = (
+        None,
+        True,
+        False,
+        "",
+        "x",
+        "nan",
+        "\u0000",
+        "../secret.bin",
+        "1/0",
+        {},
+        [],
+        [None],
+        {"a": 1},
+        [[1], [2]],
+        deep,
+    )
     return draw.choice((*choices, *NUMBERS, *FLOATS))
 
 
@@ -132,12 +170,16 @@ def onnx_structure(draw: random.Random) -> bytes:
             else:
                 a.type = draw.choice((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10))
         elif what == 4:
-            node.op_type = draw.choice([*{n.op_type for n in graph.node}, "Foo", "", "Loop", "Scan", "Unsqueeze", "Split", "Einsum"])
+            node.op_type = draw.choice(
+                [*{n.op_type for n in graph.node}, "Foo", "", "Loop", "Scan", "Unsqueeze", "Split", "Einsum"]
+            )
         elif what == 5:
             node.domain = draw.choice(("com.microsoft", "nowhere", "ai.onnx", "ai.onnx.ml"))
         elif what == 6 and node.input:
             k = draw.randrange(len(node.input))
-            node.input[k] = draw.choice(["", *(n for m in graph.node for n in m.output), *(t.name for t in graph.initializer)])
+            node.input[k] = draw.choice(
+                ["", *(n for m in graph.node for n in m.output), *(t.name for t in graph.initializer)]
+            )
         elif what == 7 and node.input:
             del node.input[draw.randrange(len(node.input)) :]
         elif what == 8 and graph.initializer:
@@ -239,7 +281,9 @@ def png(draw: random.Random) -> bytes:
 
 def npy(draw: random.Random) -> bytes:
     image = pixels()
-    array = draw.choice((image, image.astype(">f8"), np.asfortranarray(image), image.astype(np.float16), image[None], image > 9))
+    array = draw.choice(
+        (image, image.astype(">f8"), np.asfortranarray(image), image.astype(np.float16), image[None], image > 9)
+    )
     stream = io.BytesIO()
     np.save(stream, array)
     if draw.random() < 0.5:
@@ -268,10 +312,15 @@ def write_zarr(folder: Path, draw: random.Random) -> None:
         group = zarr.create_group(folder, zarr_format=version)
         array = group.create_array("0", shape=image.shape, dtype=image.dtype, chunks=(48, 48))
         array[:] = image
-        axes = [{"name": "y", "type": "space", "unit": "micrometer"}, {"name": "x", "type": "space", "unit": "micrometer"}]
+        axes = [
+            {"name": "y", "type": "space", "unit": "micrometer"},
+            {"name": "x", "type": "space", "unit": "micrometer"},
+        ]
         scale = {"coordinateTransformations": [{"type": "scale", "scale": [0.5, 0.5]}]}
         multiscales = [{"version": "0.4", "axes": axes, "datasets": [{"path": "0", **scale}]}]
-        group.attrs.update({"ome": {"version": "0.5", "multiscales": multiscales}} if version == 3 else {"multiscales": multiscales})
+        group.attrs.update(
+            {"ome": {"version": "0.5", "multiscales": multiscales}} if version == 3 else {"multiscales": multiscales}
+        )
     metadata = sorted(p for p in folder.rglob("*") if p.name in names)
     others = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in names)
     what = draw.randrange(8)
@@ -325,16 +374,33 @@ def archive(draw: random.Random, packed: bytes) -> bytes:
             if k == victim:
                 what = draw.randrange(8)
                 if what == 0:
-                    member.name = draw.choice(("../secret.bin", "/tmp/x", "a/b", "..", "", "x" * 300, "spec.json", "a\\b", "c:d"))
+                    member.name = draw.choice(
+                        ("../secret.bin", "/tmp/x", "a/b", "..", "", "x" * 300, "spec.json", "a\\b", "c:d")
+                    )
                 elif what == 1:
-                    member.type = draw.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE))
+                    member.type = draw.choice(
+                        (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE)
+                    )
                     member.linkname = "../secret.bin"
                 elif what == 2:
                     content = mutate_bytes(content, draw, 4000)
                     member.size = len(content)
                 elif what == 3:
-                    key = draw.choice(("size", "mtime", "path", "GNU.sparse.size", "GNU.sparse.map", "GNU.sparse.major", "hdrcharset", "uid"))
-                    member.pax_headers = {key: draw.choice(("x", "-1", "1e99", "nan", "0", "99999999999", "\u0000", "inf"))}
+                    key = draw.choice(
+                        (
+                            "size",
+                            "mtime",
+                            "path",
+                            "GNU.sparse.size",
+                            "GNU.sparse.map",
+                            "GNU.sparse.major",
+                            "hdrcharset",
+                            "uid",
+                        )
+                    )
+                    member.pax_headers = {
+                        key: draw.choice(("x", "-1", "1e99", "nan", "0", "99999999999", "\u0000", "inf"))
+                    }
                 elif what == 4:
                     continue
                 elif what == 5:
@@ -346,7 +412,9 @@ def archive(draw: random.Random, packed: bytes) -> bytes:
                         content = b"[" * 100_000
                     member.size = len(content)
                 else:
-                    member.mode, member.mtime, member.uid = draw.choice(((0, 0, 0), (0o7777, -1, 2**40), (0o644, 2**40, 1)))
+                    member.mode, member.mtime, member.uid = draw.choice(
+                        ((0, 0, 0), (0o7777, -1, 2**40), (0o644, 2**40, 1))
+                    )
             try:
                 made.addfile(member, io.BytesIO(content) if member.isreg() else None)
             except (ValueError, OSError, tarfile.TarError):

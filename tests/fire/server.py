@@ -23,24 +23,6 @@ ADDRESS_SPACE = 6 << 30
 
 def import_all() -> None:
     """What children would import each for itself."""
-    import numpy
-    import onnx
-    import onnxruntime
-    import PIL.Image
-    import tifffile
-    import zarr
-
-    import exactness
-    import unet_rt.cli.parser
-    import unet_rt.engine.archive
-    import unet_rt.engine.load
-    import unet_rt.graph.report
-    import unet_rt.images.open
-    import unet_rt.images.raster
-    import unet_rt.images.tiff
-    import unet_rt.images.zarr
-    import unet_rt.outputs.output
-    import unet_rt.prediction.predict
 
 
 def peak_mb() -> float:
@@ -68,7 +50,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         pass
     start = time.monotonic()
     try:
-        code: int | None = exactness.main(request["argv"][1]) if request["argv"][0] == "exactness" else main(request["argv"])
+        code: int | None = (
+            exactness.main(request["argv"][1]) if request["argv"][0] == "exactness" else main(request["argv"])
+        )
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -701,9 +701,7 @@ def test_arrays_of_any_library_are_read_without_a_copy(kind: Callable[[np.ndarra
 
 
 def test_arrays_that_are_no_images_are_refused() -> None:
-    masked = np.ma.masked_less(FLOAT, 0)
     cases = {
-        "masked": masked,
         "dtype complex64": FLOAT.astype(np.complex64),
         "dtype int64.*astype": GREY.astype(np.int64),
         "dtype object": np.array([[None, 1], [2, 3]], object),
@@ -718,6 +716,28 @@ def test_arrays_that_are_no_images_are_refused() -> None:
         assert source.shape == FLOAT.shape
     with open_image(GREY > 9, ANY) as source:
         assert source.dtype == np.uint8
+
+
+def test_masked_pixels_hold_no_data() -> None:
+    masked = np.ma.masked_less(FLOAT, FLOAT.mean())
+    with open_image(masked, ANY) as source:
+        assert source.gaps
+        valid = source.valid(0, (3, 4), (10, 20))
+        assert valid is not None
+        np.testing.assert_array_equal(valid, ~masked.mask[3:10, 4:20])
+        np.testing.assert_array_equal(source.read(0, (3, 4), (10, 20))[0], FLOAT[3:10, 4:20])
+    colours = np.ma.array(np.stack([GREY] * 3, -1))
+    colours[2, 3, 1] = np.ma.masked  # in one channel: what it is worth there nobody knows
+    with open_image(colours, ANY, axes="YXC") as source:
+        found = source.valid(0, (0, 0), GREY.shape)
+        assert found is not None
+        assert np.argwhere(~found).tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("name", ["a\0.tif", Path("a\0.npy")])
+def test_names_that_no_file_has_are_refused(name: str | Path) -> None:
+    with pytest.raises(ImageError, match="a character that no file name has"):
+        open_image(name, ANY)
 
 
 def test_windows_outside_the_image_are_refused() -> None:

@@ -36,7 +36,8 @@ from ..engine.folder import EngineFolder, FileKind, read_folder
 from ..engine.load import load
 from ..engine.spec import EngineSpec, Precision
 from ..engine.write import check_target, write_folder
-from ..errors import BackendError, ContractError, EngineError, OutputError
+from ..errors import BackendError, ContractError, EngineError, GraphError, OutputError
+from ..system.names import path_of
 from ..tiling.axis import per_axis
 from ..tiling.placement import Blend, PlacementRule
 from .cache import Digests, EngineCache, copy_folder, digest_inputs, digest_request, list_differences
@@ -146,11 +147,11 @@ def build(
     if not 0 < search_minutes < float("inf"):
         raise ContractError(f"search_minutes={search_minutes} is not a time; pass minutes above 0")
     say, tell = _add_time(say or log.info, deadline), _add_time(tell or log.info, deadline)
-    paths = [Path(model)] if isinstance(model, str | Path) else [Path(one) for one in model]
+    paths = [path_of(one, GraphError) for one in ([model] if isinstance(model, str | Path) else model)]
     if not paths:
         raise ContractError("no model is given; pass an ONNX file, or several of them")
     name = paths[0].name if len(paths) == 1 else "ensemble.onnx"
-    folder = Path(out) if out is not None else Path(name).with_suffix(".urt")
+    folder = path_of(out, OutputError) if out is not None else Path(name).with_suffix(".urt")
     target = Target(folder, overwrite, EngineCache(cache) if cache is not None else None, say)
     scope = _choose_scope(backend, device, precision)
     tile, overlap = (None if size is None else per_axis(size, 1) for size in (tile, overlap))

@@ -83,6 +83,7 @@ def _fail(argv: list[str], error: BaseException, signals: Signals) -> int:
         traceback.print_exception(error)
     clear_line()
     kind, text, code = _described(error, signals)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # of a file: no terminal is to obey it
     print(f"unet-rt: {text}", file=sys.stderr)
     try:
         if "--json" in argv:

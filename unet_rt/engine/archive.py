@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import EngineError, OutputError
 from ..system.durable import Disk
+from ..system.names import path_of
 from .folder import EngineFolder, check_folder, read_folder, sha256
 from .write import place_folder
 
@@ -43,7 +44,7 @@ def pack(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str
         EngineError: Not an engine, or a damaged one.
         OutputError: ``out`` exists or cannot be written.
     """
-    opened, target = read_folder(folder), Path(out)
+    opened, target = read_folder(folder), path_of(out, OutputError)
     if target.is_dir():
         raise OutputError(f"{target} is a folder, and an archive is a file; choose another --out")
     if target.exists() and not overwrite:
@@ -86,8 +87,8 @@ def unpack(
         EngineError: Not an archive of an engine, another one than expected, or one that was changed.
         OutputError: ``out`` exists or cannot be written.
     """
-    path = Path(archive)
-    folder = Path(out) if out is not None else Path(path.stem)
+    path = path_of(archive, EngineError)
+    folder = path_of(out, OutputError) if out is not None else Path(path.stem)
     if out is None and path.suffix != ".tar":
         raise OutputError(f"{path.name} does not end in .tar, so its folder has no name; pass --out DIR")
     try:
@@ -101,7 +102,7 @@ def unpack(
                 raise EngineError(f"{path} has SHA-256 {found}, not {expected}; it is another engine, or was changed")
             stream.seek(0)
         with _no_archive(path):
-            members = tarfile.open(fileobj=stream, mode="r:")
+            members = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115 - closed below
         with members:
             return place_folder(folder, lambda staging: _extract(path, members, staging), overwrite=overwrite)
 

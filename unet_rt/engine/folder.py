@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ..errors import EngineError
 from ..system.durable import PART
 from ..system.json import Record, Size, from_json
+from ..system.names import path_of
 from .spec import EngineSpec, read_spec
 
 SCHEMA = (1, 0)  # (major, minor): a reader accepts its own major and any minor
@@ -69,7 +70,7 @@ def read_folder(folder: str | Path) -> EngineFolder:
     Raises:
         EngineError: Not an engine, a newer schema, or files that are missing or not those that were written.
     """
-    folder = Path(folder)
+    folder = path_of(folder, EngineError)
     while True:
         text = _spec_text(folder)
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 from ..system import facts
@@ -70,6 +71,20 @@ def load(
         engine.close()
         raise
     return engine
+
+
+def _by_path(engine: Engine) -> tuple[Any, ...]:
+    """Another process loads the same folder anew: what a library has in memory does not travel."""
+    if engine.folder is None:
+        raise EngineError("an engine that lies in no folder cannot go to another process; build it with out=")
+    return _load_again, (str(engine.folder.path.resolve()), engine.options)
+
+
+def _load_again(folder: str, options: LoadOptions) -> Engine:
+    return load(folder, device=options.device, accept_unverified=options.accept_unverified)
+
+
+copyreg.pickle(Engine, _by_path)
 
 
 def _session(opened: EngineFolder, spec: EngineSpec, threads: int) -> tuple[Session, bool]:

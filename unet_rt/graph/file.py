@@ -17,7 +17,6 @@ import onnx.external_data_helper
 import onnx.helper
 import onnx.inliner
 import onnx.numpy_helper
-import onnx.shape_inference
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
 from ..errors import GraphError, first_line
@@ -97,7 +96,8 @@ class Node:
     proto: onnx.NodeProto = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.op} '{self.name}'"
+        op, name = (text if text.isprintable() else repr(text)[1:-1] for text in (self.op, self.name))
+        return f"{op} '{name}'"
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = N
                 f"{node.op_type} '{node.name}' is of the domain {node.domain}: ONNX Runtime saved this file after it had "
                 "optimised it for one processor; give the original file, as it was exported"
             )
-    inputs = tuple(_value(v) for v in graph.input if v.name not in constants)
-    outputs = tuple(_value(v) for v in graph.output)
+    inputs = tuple(declared(v) for v in graph.input if v.name not in constants)
+    outputs = tuple(declared(v) for v in graph.output)
     if not inputs or not outputs:
         raise GraphError(f"the graph has {len(inputs)} inputs and {len(outputs)} outputs; {_EXPORT}")
     known = {v.name for v in inputs} | set(constants)
@@ -293,10 +293,13 @@ def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return onnx.inliner.inline_local_functions(skeleton)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
-        raise GraphError(f"its functions cannot be put into place: {first_line(error)}; export the network again") from error
+        raise GraphError(
+            f"its functions cannot be put into place: {first_line(error)}; export the network again"
+        ) from error
 
 
-def _value(proto: onnx.ValueInfoProto) -> Value:
+def declared(proto: onnx.ValueInfoProto) -> Value:
+    """A graph input or output as the file declares it."""
     tensor = proto.type.tensor_type
     if not tensor.HasField("shape"):
         return Value(proto.name, None, tensor.elem_type)
@@ -346,51 +349,17 @@ def _sort(nodes: Any, known: set[str]) -> Iterator[Node]:
 def _node(index: int, proto: onnx.NodeProto) -> Node:
     attributes: dict[str, Any] = {}
     for a in proto.attribute:
-        value = onnx.helper.get_attribute_value(a)
+        value = onnx.helper.get_attributedeclared(a)
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
         attributes[a.name] = value
-    if not all(isinstance(text, str) for text in (proto.op_type, proto.domain, proto.name, *proto.input, *proto.output)):
+    if not all(
+        isinstance(text, str) for text in (proto.op_type, proto.domain, proto.name, *proto.input, *proto.output)
+    ):
         raise GraphError(f"node {index} has a name that is no text; the graph is damaged: export it again")
     domain = "" if proto.domain == "ai.onnx" else proto.domain
     name = proto.name or (proto.output[0] if proto.output else str(index))
     return Node(index, proto.op_type, domain, name, tuple(proto.input), tuple(proto.output), attributes, proto)
-
-
-def infer_shapes(
-    node: Node, inputs: list[tuple[int, tuple[int, ...], Array | None] | None], opsets: Mapping[str, int]
-) -> list[tuple[int, tuple[int, ...]] | None]:
-    """(dtype, shape) of a node's outputs by ONNX's own rule; None where it does not know.
-
-    Args:
-        node: The node.
-        inputs: Per input its dtype, shape and (small constants) its value; None where absent.
-        opsets: Versions by domain.
-    """
-    nothing: list[tuple[int, tuple[int, ...]] | None] = [None] * len(node.outputs)
-    values, tensors = [], []
-    for name, given in zip(node.inputs, inputs, strict=True):
-        if not name or given is None:
-            continue
-        dtype, shape, array = given
-        if array is not None:
-            tensors.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(shape), name))
-        else:
-            values.append(onnx.helper.make_tensor_value_info(name, dtype, shape))
-    outputs = [onnx.ValueInfoProto(name=name) for name in node.outputs if name]
-    graph = onnx.helper.make_graph([node.proto], "node", values, outputs, initializer=tensors)
-    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-    model = onnx.helper.make_model(graph, opset_imports=imports)
-    try:  # without following numbers from node to node, which takes as long as the numbers are large
-        inferred = onnx.shape_inference.infer_shapes(model)
-    except Exception:  # noqa: BLE001 - its C++ raises what it likes on bad graphs; what it does not know is not known
-        return nothing
-    found: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for v in [*inferred.graph.output, *inferred.graph.value_info]:
-        declared = _value(v)
-        if declared.shape is not None and all(d is not None for d in declared.shape):
-            found[v.name] = (declared.dtype, tuple(d for d in declared.shape if d is not None))
-    return [found.get(name) for name in node.outputs]
 
 
 def constant_attribute(node: Node) -> Array | None:

@@ -131,9 +131,7 @@ def _made(
     return Line(line.source, low, high, touched_low, touched_high, scale, place, stride)
 
 
-def _combine_runs(
-    line: Line, first: Integers, count: Integers, step: int, scale: Fraction, place: Fraction
-) -> Line:
+def _combine_runs(line: Line, first: Integers, count: Integers, step: int, scale: Fraction, place: Fraction) -> Line:
     """As :func:`combine`, for ``count`` taps per sample, one every ``step`` samples of ``line`` from ``first`` on.
 
     Taps outside count once: all of them are the nearest sample. Those inside are a range of the samples of one residue

@@ -177,7 +177,9 @@ class Search:
             need = max(math.ceil((sum(f[axis].halo) + sum(f[axis].shrink) + 1) / f[axis].scale) for f in fields)
             kept[axis] += max(0, -(-(need - kept[axis]) // stride)) * stride
         least = list(kept)
-        while max(kept) <= _MAX_SIZE and fields and self.work <= _MOST_WORK and not (state := self.at(kept, strict=True)).broken:
+        while max(kept) <= _MAX_SIZE and fields and self.work <= _MOST_WORK:
+            if (state := self.at(kept, strict=True)).broken:
+                break
             mixed = set()
             for tensor, output in zip(self.tensors(state), self.outputs, strict=True):
                 for line, f in zip(field_lines(tensor), output.field, strict=False):

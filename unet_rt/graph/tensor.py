@@ -9,11 +9,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from . import constants, file
+from . import constants
 from . import line as lines
 from .constants import Array
 from .file import Constant, Graph, Node
 from .follow import Followed, plain_numbers
+from .infer import infer_shapes
 from .line import Line
 from .numbers import Bound, Follower, LostError, Number, Remark, size_number
 
@@ -261,7 +262,7 @@ def unknown(state: Walk, node: Node, given: Inputs, text: str) -> list[Tensor]:
     described = [None if t is None or t.axes is None else (t.dtype, t.shape, _small(t)) for t in given]
     inferred: list[tuple[int, tuple[int, ...]] | None] = [None] * len(node.outputs)
     if all(d is not None or t is None for d, t in zip(described, given, strict=True)):
-        inferred = file.infer_shapes(node, described, state.graph.opsets)
+        inferred = infer_shapes(node, described, state.graph.opsets)
     base = next((t for t in given if t is not None and t.axes is not None and t.lines()), None)
     if base is None:
         base = next((t for t in given if t is not None and t.axes is not None and not t.constant), None)

@@ -37,7 +37,6 @@ from .tensor import (
     value_of,
 )
 
-
 _UNKNOWN = 1 << 12  # work of asking ONNX for a shape
 
 
@@ -103,23 +102,8 @@ _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLi
 
 
 def _outputs(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
-    if node.op == "Constant" and not node.domain:
-        return [_constant_node(node)]
-    if node.op in ("Shape", "Size") and not node.domain and given[0] is not None and given[0].axes is not None:
-        return [_shape_of(state, node, given[0])]
-    folded = _fold(state, node, given)
-    if folded is not None:
-        return [folded]
-    understood = RULES.get(node.op) if node.domain in ("", "com.microsoft") else None
     try:
-        if state.endless:
-            raise TooLongError("is one of more and larger tensors than any network for images has")
-        if understood is None:
-            state.work += _UNKNOWN
-            return unknown(state, node, given, "is not an operator whose dependence is known")
-        if any(t is not None and t.axes is None for t in given):
-            return [Tensor(None) for _ in node.outputs]
-        return _unsaid(state, node, given, understood, understood.apply(state, node, given))
+        return _understood(state, node, given)
     except CannotRun as reason:
         state.broken.append(f"{node} {reason}")
     except TooLongError as reason:
@@ -131,6 +115,25 @@ def _outputs(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
         # A malformed node must end as "not exact", never as a crash of whoever asked.
         state.broken.append(f"{node} cannot be read: {error}")
     return unknown(state, node, given, f"does not run at {size_text(state.sizes)}")
+
+
+def _understood(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
+    if node.op == "Constant" and not node.domain:
+        return [_constant_node(node)]
+    if node.op in ("Shape", "Size") and not node.domain and given[0] is not None and given[0].axes is not None:
+        return [_shape_of(state, node, given[0])]
+    folded = _fold(state, node, given)
+    if folded is not None:
+        return [folded]
+    understood = RULES.get(node.op) if node.domain in ("", "com.microsoft") else None
+    if state.endless:
+        raise TooLongError("is one of more and larger tensors than any network for images has")
+    if understood is None:
+        state.work += _UNKNOWN
+        return unknown(state, node, given, "is not an operator whose dependence is known")
+    if any(t is not None and t.axes is None for t in given):
+        return [Tensor(None) for _ in node.outputs]
+    return _unsaid(state, node, given, understood, understood.apply(state, node, given))
 
 
 def _unsaid(state: Walk, node: Node, given: Inputs, understood: Understood, outputs: list[Tensor]) -> list[Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import BackendError, ImageError
-from .pixels import Array, ArrayPixels, LazyPixels, Pixels, check_pixels
+from .pixels import Array, ArrayPixels, LazyPixels, Pixels, Window, check_pixels
 
 if TYPE_CHECKING:
     from ..kernels.memory import DeviceArray
@@ -57,15 +58,18 @@ def array_pixels(image: Any, name: str) -> Pixels:
     return ArrayPixels(_as_array(image, name))
 
 
+def unmasked(image: Any) -> Callable[[Window], Array] | None:
+    """Where a masked array holds data, by windows; None for other arrays, and where nothing is masked."""
+    if not isinstance(image, np.ma.MaskedArray) or not np.ma.is_masked(image):
+        return None
+    mask = np.ma.getmaskarray(image)
+    return lambda window: ~mask[window]
+
+
 def _as_array(image: Any, name: str) -> Array:
     """Any array on the CPU as a NumPy array, without copying where possible."""
     if isinstance(image, np.ma.MaskedArray):
-        if np.ma.is_masked(image):
-            raise ImageError(
-                f"{name}: {int(np.ma.getmaskarray(image).sum())} pixels are masked; say what they are worth, e.g. "
-                "image.filled(0)"
-            )
-        image = image.data
+        image = image.data  # the mask is :func:`unmasked`
     if isinstance(image, np.ndarray):
         array: Array = np.asarray(image)
     elif hasattr(image, "__dlpack__"):

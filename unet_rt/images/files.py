@@ -78,6 +78,8 @@ def open_npy(path: Path, name: str) -> Stored:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(stream)
             offset = stream.tell()
+            if not all(type(n) is int for n in shape):
+                raise ValueError(f"its shape is {shape}")
     except Exception as error:  # the header is Python text: a damaged one raises whatever the tokenizer does
         raise ImageError(f"{name}: not a readable npy file ({error}); save it again with numpy.save") from error
     if dtype.hasobject:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ImageError
+from ..system.names import path_of
 from .dicom import is_dicom_folder
 from .formats import HEAD_BYTES, READ, SUFFIXES, kind_of
 from .hdf5 import split_inside
@@ -29,7 +30,7 @@ def is_url(text: str) -> bool:
 
 def where_of(image: str | os.PathLike[str]) -> str:
     """A path in full, or a URL: what names an image in another process, too."""
-    return image if isinstance(image, str) and is_url(image) else str(Path(image).resolve())
+    return image if isinstance(image, str) and is_url(image) else str(path_of(image, ImageError).resolve())
 
 
 def output_name(image: Path | str) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..contract.contract import Contract
 from ..errors import ContractError, ImageError, size_text
-from .arrays import array_pixels
+from ..system.names import path_of
+from .arrays import array_pixels, unmasked
 from .axes import ChannelChoice, Layout, choose_channels, parse_channels, read_axes
 from .files import open_path
 from .hdf5 import split_inside
@@ -103,7 +104,7 @@ def _open_any(
         name = image.rstrip("/").rpartition("/")[2] or image
         stored = open_url(image, name, level, series)
     elif isinstance(image, (str, os.PathLike)):
-        path, inside = split_inside(Path(image))
+        path, inside = split_inside(path_of(image, ImageError))
         name = str(image)
         stored = open_path(path, name, level, series, inside)
         if not stored.files:
@@ -117,7 +118,7 @@ def _open_any(
     else:
         name = name or "array"
         pick_level(level, 1, name)
-        stored = Stored(array_pixels(image, name), None, Origin("array"))
+        stored = Stored(array_pixels(image, name), None, Origin("array"), valid=unmasked(image))
     return name, path, replace(stored, level=level or 0)
 
 

@@ -198,13 +198,14 @@ def _refuse_empty(source: Source, count: int) -> None:
 def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, channels: Sequence[int]) -> None:
     if band.dtype.kind != "f":
         return
-    bad = ~np.isfinite(band)
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(band.astype(np.float32, copy=False))  # as which they are computed with
     if not bad.any():
         return
     channel, row, *rest = (int(i) for i in np.argwhere(bad)[0])
     place = (start + row, *rest)
     raise ImageError(
-        f"{source.name}: {int(bad.sum())} NaN or infinite pixels in rows {start} to {start + band.shape[1] - 1} of "
-        f"plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num, "
+        f"{source.name}: {int(bad.sum())} NaN or infinite pixels (as float32) in rows {start} to "
+        f"{start + band.shape[1] - 1} of plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num, "
         "or give pixels that are NaN no label with --nodata nan"
     )

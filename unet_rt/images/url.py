@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import math
+import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -18,6 +21,7 @@ from .raster import open_raster
 from .tiff import TiffBytes, open_tiff_bytes
 from .zarr import open_store
 
+TIMEOUT = "UNET_RT_URL_TIMEOUT"  # environment variable: seconds without a byte
 MAX_WHOLE_BYTES = 2**30  # of formats that are fetched whole
 BLOCK_BYTES = 2**20  # fetched at a time from a TIFF: some tiles
 _ANONYMOUS: dict[str, dict[str, Any]] = {  # options of the protocols' file systems
@@ -54,13 +58,70 @@ def open_url(url: str, name: str, level: int | None = None, series: int | str | 
     except ImageError:
         raise
     except Exception as error:  # as above, in the middle of reading
-        raise ImageError(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); check the URL and access"
-        ) from error
+        raise ImageError(f"{url}: {_reason(error)}") from error
     return replace(stored, fingerprint=fingerprint)
 
 
 _CALLED = {"hdf5": "HDF5", "jp2": "JPEG 2000", "nifti": "NIfTI", "dicom": "DICOM", "zip": "a zip archive", "mrc": "MRC"}
+def _seconds() -> float:
+    """How long a server may send nothing."""
+    given = os.environ.get(TIMEOUT, "30")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ImageError(f"{TIMEOUT} is {given!r}; set it to seconds, e.g. 30")
+    return seconds
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What fsspec passes on to the library of the protocol, whose own time-outs are minutes."""
+    seconds, protocol = _seconds(), url.partition("://")[0]
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        return {
+            "client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)}
+        }
+    if protocol == "s3":
+        return {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
+    return {}
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What an error was raised from, the nearest first."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        yield cause
+        error = cause
+
+
+def _status(error: BaseException) -> int | None:
+    """What an HTTP server answered, where that is why."""
+    found = (getattr(cause, "status", None) for cause in (error, *_causes(error)))
+    return next((status for status in found if isinstance(status, int) and status >= 400), None)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a server does not give what is asked for, and what to do; empty where it does, or is not what fails."""
+    chain = [error, *_causes(error)]
+    kinds = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
+    if "TooManyRedirects" in kinds:
+        return "the server redirects in a loop; check the URL"
+    if "NonHttpUrlRedirectClientError" in kinds or "NonHttpUrlClientError" in kinds:
+        return "the server redirects to an address of another kind, which is not followed; check the URL"
+    if "BadHttpMessage" in kinds:
+        return "the server does not speak HTTP; check the URL"
+    if "TimeoutError" in kinds:
+        return f"cannot be reached (nothing came for {_seconds():g} s); try again, or allow more seconds by {TIMEOUT}"
+    if "ConnectionRefusedError" in kinds:
+        return "cannot be reached (the connection is refused); check the network and the address"
+    status = _status(error)
+    if status is not None and status != 404 and any(getattr(cause, "message", None) is not None for cause in chain):
+        return f"the server answers {status}; check the URL and access, or try again"
+    return ""
+
+
 
 
 class _Remote:
@@ -105,10 +166,22 @@ def _find(fsspec: Any, url: str) -> tuple[Any, str, dict[str, Any], dict[str, An
 
 
 def _look(fsspec: Any, url: str, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any], dict[str, Any]]:
+    options = _options(url) | options
     system, path = fsspec.core.url_to_fs(url, **options)
-    if any(system.exists(f"{path.rstrip('/')}/{file}") for file in ZARR_METADATA):
+    if any(_exists(system, f"{path.rstrip('/')}/{file}") for file in ZARR_METADATA):
         return system, path, {}, options
     return system, path, system.info(path), options
+
+
+def _exists(system: Any, path: str) -> bool:
+    """Whether a file is there. Raises where nobody answers."""
+    try:
+        system.info(path)
+    except FileNotFoundError as error:
+        if _unreachable(error):
+            raise
+        return False
+    return True
 
 
 def _unreachable(error: BaseException) -> bool:
@@ -123,6 +196,8 @@ def _unreachable(error: BaseException) -> bool:
 
 
 def _url_error(url: str, error: Exception, tried: str = "") -> ImageError:
+    if reason := _reason(error):
+        return ImageError(f"{url}: {reason}")
     if _unreachable(error):
         return ImageError(f"{url}: cannot be reached ({first_line(error)}); check the network and the address")
     if isinstance(error, FileNotFoundError):

@@ -20,6 +20,7 @@ from ..images.reading import Reading
 from ..images.source import Source
 from ..outputs.pictures import OverlayCollector
 from ..system import limits
+from ..system.names import path_of
 from ..tiling.axis import per_axis
 from .compute import run_blocks
 from .files import clear, open_file
@@ -136,14 +137,14 @@ def predict(
             series=series,
             nodata=nodata,
         ),
-        out=None if out is None else Path(out),
+        out=None if out is None else path_of(out, OutputError),
         output=output,
         mask_values=tuple(mask_values),
         tile=None if tile is None else per_axis(tile, 1),
         batch=batch,
         threads=threads,
         normalization=normalization,
-        overlay=None if overlay is None else Path(overlay),
+        overlay=None if overlay is None else path_of(overlay, OutputError),
         overwrite=overwrite,
         resample=resample,
         region=None if region is None else str(region),

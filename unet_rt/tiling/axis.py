@@ -13,7 +13,6 @@ from ..contract.contract import Border
 from ..errors import TileError
 from .field import AxisField, OutputField, TileSizes
 
-
 LONGEST = 1 << 24  # pixels of an image along an axis; the largest slides have 2^18, and float32 counts no further
 
 
@@ -94,9 +93,9 @@ def covered_px(tile: int, fields: Sequence[AxisField]) -> int:
 def smallest_tile(sizes: TileSizes, fields: Sequence[AxisField], *, aligned: bool = False) -> int:
     """Smallest accepted tile size along one axis that keeps at least one stride of samples."""
     tile, kept = sizes.at_least(1), aligned_step if aligned else exact_step
-    if sizes.fixed is None:
-        while kept(tile, sizes.stride, fields) <= 0:
-            tile += sizes.stride
+    least = kept(tile, sizes.stride, fields)  # a multiple of the stride; each stride more of tile keeps one more
+    if sizes.fixed is None and least <= 0:
+        tile += sizes.stride - least
     return tile
 
 
