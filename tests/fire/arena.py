@@ -1,7 +1,7 @@
 """Command lines run under watch: what they answered, took and left behind, and whether that is as promised.
 
-The promise (docs/reliability.md): whatever the files hold, a command ends with 0, 1 or 2, says why in one line, takes bounded
-time and memory, leaves nothing behind, and reads nothing that it was not given.
+The promise (docs/reliability.md): whatever the files hold, a command ends with 0, 1 or 2, says why in one line, takes
+bounded time and memory, leaves nothing behind, and reads nothing that it was not given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-SECONDS = 10.0  # that a command on a small file may take here; the machine may be busy
+SECONDS = 5.0  # of the processor that a command on a small file may take
 PEAK_MB = 700.0  # with all libraries in it; 500 beside them
 PER_CHILD = 64  # requests, then a new one
 
@@ -30,7 +30,7 @@ class Outcome:
         code: Its exit code; None: it was killed, or raised.
         out, err: What it printed.
         left: Files that are there afterwards and were not before.
-        seconds, peak_mb: What it took.
+        seconds, peak_mb: What it took, of the processor and of memory.
         death: How it died, where it did.
     """
 

@@ -12,7 +12,6 @@ import onnx
 import tiles_and_whole
 from test_exact_fuzz import arrangements, tolerance
 
-from unet_rt.errors import UnetRtError
 from unet_rt.graph.report import inspect
 
 
@@ -22,8 +21,8 @@ def main(path: str) -> int:
     try:
         report = inspect(path)
         session = tiles_and_whole.session_of(model)
-    except (UnetRtError, Exception):
-        return 0  # no library runs it
+    except Exception:  # noqa: BLE001 - no library runs it
+        return 0
     if not report.exact or len(report.inputs) != 1 or len(report.outputs) != 1:
         return 0
     for tile, canvas in arrangements(report):
@@ -33,7 +32,7 @@ def main(path: str) -> int:
         except AssertionError:
             print(f"sizes of tiles of {tile} px on {canvas} px differ")
             return 1
-        except Exception:
+        except Exception:  # noqa: BLE001 - nor at this size
             return 0
         if error > tolerance(report, canvas):
             print(f"tiles of {tile} px on {canvas} px differ by {error:.2g}")

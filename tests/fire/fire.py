@@ -88,10 +88,10 @@ class Fire:
                 json.loads(outcome.out)
             except ValueError:
                 faults.append("stdout is no JSON")
-        if not faults and outcome.code == 0 and kind == "onnx-structure":
-            if "exact: tiles equal" in outcome.out or '"exact": true' in outcome.out:
-                exact = self.arena.run(["exactness", "m.onnx"], seconds=60)
-                faults += [f"called exact: {exact.out.strip()}{exact.death}"] if exact.code else []
+        said_exact = outcome.code == 0 and ("exact: tiles equal" in outcome.out or '"exact": true' in outcome.out)
+        if not faults and kind == "onnx-structure" and said_exact:
+            exact = self.arena.run(["exactness", "m.onnx"], seconds=60)
+            faults += [f"called exact: {exact.out.strip()}{exact.death}"] if exact.code else []
         return (outcome, faults) if fresh or not faults else self.run(kind, seed, fresh=True)
 
 
@@ -152,18 +152,19 @@ def main() -> int:
     if args.record:
         write(args.record, counts, failures, start, slowest, largest)
     done = sum(sum(v for k, v in c.items() if k != "commands") for c in counts.values())
-    print(
-        f"{done} files in {time.monotonic() - start:.0f} s: {len(failures)} failures; {slowest:.1f} s, {largest:.0f} MB at most"
-    )
+    print(f"{done} files in {time.monotonic() - start:.0f} s: {len(failures)} failures")
+    print(f"at most {slowest:.1f} s of the processor and {largest:.0f} MB for one")
     return 1 if failures else 0
 
 
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def write(path: Path, counts: Any, failures: Any, start: float, slowest: float, largest: float) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     record = {
-        "date": date.today().isoformat(), "commit": commit, "seconds": round(time.monotonic() - start),
+        "date": date.today().isoformat(), "commit": commit(), "seconds": round(time.monotonic() - start),
         "slowest_s": round(slowest, 2), "largest_mb": round(largest), "by_exit_code": counts, "failures": failures,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def pads_of_a_billion() -> onnx.ModelProto:
 @graph(2, "beyond any image")
 def a_hundred_upsamplings() -> onnx.ModelProto:
     names = ["x", *(f"t{k}" for k in range(99)), "y"]
-    nodes = [node("Resize", f"{a}  s", b) for a, b in zip(names, names[1:], strict=False)]
+    nodes = [node("Resize", f"{a}  s", b) for a, b in pairwise(names)]
     return model_of(nodes, {"s": np.float32([1, 1, 2, 2])})
 
 
@@ -107,7 +108,7 @@ def a_hundred_upsamplings() -> onnx.ModelProto:
 def many_wide_tensors() -> onnx.ModelProto:
     names = ["a", *(f"t{k}" for k in range(300)), "y"]
     nodes = [node("Resize", "x  s", "a")]
-    nodes += [node("Conv", f"{a} w", b, pads=[1] * 4) for a, b in zip(names, names[1:], strict=False)]
+    nodes += [node("Conv", f"{a} w", b, pads=[1] * 4) for a, b in pairwise(names)]
     return model_of(nodes, {"s": np.float32([1, 1, 200, 200])})
 
 
@@ -161,14 +162,14 @@ def a_function_of_an_unknown_domain() -> onnx.ModelProto:
 @graph(0)
 def nodes_in_reverse_order() -> onnx.ModelProto:
     names = ["x", *(f"t{k}" for k in range(400)), "y"]
-    nodes = [node("Relu", a, b) for a, b in zip(names, names[1:], strict=False)]
+    nodes = [node("Relu", a, b) for a, b in pairwise(names)]
     return model_of(nodes[::-1])
 
 
 @graph(2, "398 more")
 def four_hundred_unknown_nodes() -> onnx.ModelProto:
     names = ["x", *(f"t{k}" for k in range(400)), "y"]
-    return model_of([node("Foo", a, b) for a, b in zip(names, names[1:], strict=False)])
+    return model_of([node("Foo", a, b) for a, b in pairwise(names)])
 
 
 @graph(0, "Unsqueeze")

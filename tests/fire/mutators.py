@@ -1,4 +1,4 @@
-"""Hostile files, drawn by seed: good ones of every kind, and what becomes of them. A file is a function of its seed alone."""
+"""Hostile files, drawn by seed: good ones of every kind, changed. A file is a function of its kind and seed alone."""
 
 from __future__ import annotations
 
@@ -291,7 +291,8 @@ def npy(draw: random.Random) -> bytes:
     shape = list(array.shape)
     shape[draw.randrange(len(shape))] = draw.choice(("True", "None", "'a'", "1.5", "[1]", *NUMBERS))
     descr = draw.choice((repr(array.dtype.str), "'<c16'", "'|O'", "'<M8[s]'", "'<U3'", "[('a', '<u2')]", "'<f2'", "3"))
-    header = f"{{'descr': {descr}, 'fortran_order': {draw.choice(('True', 'False', '1'))}, 'shape': ({', '.join(map(str, shape))},), }}"
+    order, sizes = draw.choice(("True", "False", "1")), ", ".join(map(str, shape))
+    header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': ({sizes},), }}"
     header = header.ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + array.tobytes()
 

@@ -349,7 +349,7 @@ def _sort(nodes: Any, known: set[str]) -> Iterator[Node]:
 def _node(index: int, proto: onnx.NodeProto) -> Node:
     attributes: dict[str, Any] = {}
     for a in proto.attribute:
-        value = onnx.helper.get_attributedeclared(a)
+        value = onnx.helper.get_attribute_value(a)
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
         attributes[a.name] = value
