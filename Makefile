@@ -46,7 +46,7 @@ export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test test-peers test-bioio lint format bench guard site docs wheels clean
+.PHONY: help demo quick test test-peers test-bioio fire soak sanitize lint format bench guard site docs wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -86,6 +86,29 @@ QUICK := tests/test_house.py tests/test_imports.py tests/system/test_durable.py 
 
 quick: .venv-test/.installed  ## a picked set of tests over all packages, in two minutes
 	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal $(QUICK) $(ARGS)
+
+# Two cores send about ten files and one kill a second. ARGS="--engine DIR" spares the build of an engine.
+FIRE := env PYTHONSAFEPATH= $(TEST)/python tests/fire
+fire: .venv-test/.installed  ## hostile files, kills and wants by the thousand; records in build/
+	$(FIRE)/fire.py --mutants 100000 --commands 50 --record build/fire.json $(ARGS)
+	$(FIRE)/faults.py --kills 1000 --record build/faults.json $(ARGS)
+
+soak: .venv-test/.installed  ## one hour of predictions: is memory flat, are descriptors and threads? plot in build/
+	$(FIRE)/soak.py --minutes 60 --record build/soak.json --plot build/soak.svg $(ARGS)
+
+# The sanitizers' libraries come before everything else that the interpreter loads.
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+FOUND := -DPython_EXECUTABLE=$(abspath $(TEST))/python
+sanitize: .venv-test/.made  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	cmake --preset asan $(FOUND) -Dpybind11_DIR=$$($(TEST)/python -m pybind11 --cmakedir)
+	cmake --build build/asan --target _cpu
+	@rm -rf build/sanitized && mkdir -p build/sanitized && cp -r unet_rt tests pyproject.toml build/sanitized/
+	@cp build/asan/_cpu*.so build/sanitized/unet_rt/
+	cd build/sanitized && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH= PYTHONPATH=. \
+		$(abspath $(TEST))/python -m pytest -q tests/kernels/test_kernels.py
+	cmake --preset tsan $(FOUND) -Dpybind11_DIR=$$($(TEST)/python -m pybind11 --cmakedir)
+	cmake --build build/tsan --target threads
+	build/tsan/threads
 
 lint: .venv-test/.made  ## ruff, mypy, import-linter, clang-format, codespell
 	$(TEST)/ruff check .

@@ -59,6 +59,7 @@ class Arena:
             **os.environ,
             "TMPDIR": str(self.temporary),
             "ORT_DISABLE_TELEMETRY": "1",
+            "UNET_RT_URL_TIMEOUT": "1",
             "OMP_NUM_THREADS": "1",
         }
         self._log = (self.folder / "server.err").open("wb")

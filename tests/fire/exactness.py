@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in ("helpers", "graph", "..")]
+sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in ("helpers", "graph")]
 
 import numpy as np
 import onnx

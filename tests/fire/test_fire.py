@@ -93,11 +93,11 @@ def test_killed_and_interrupted_writers(engine_folder: Path, tmp_path: Path) -> 
     import subprocess
 
     script = Path(__file__).with_name("faults.py")
-    command = [sys.executable, str(script), "--engine", str(engine_folder), "--only", "kills", "--kills", "20"]
+    command = [sys.executable, str(script), "--engine", str(engine_folder), "--only", "kills", "--kills", "10"]
     record = tmp_path / "faults.json"
     done = subprocess.run([*command, "--record", str(record)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(json.loads(record.read_text())["tried"].get(f"SIG{s}", 0) for s in ("KILL", "TERM", "INT")) >= 20
+    assert sum(json.loads(record.read_text())["tried"].get(f"SIG{s}", 0) for s in ("KILL", "TERM", "INT")) >= 10
 
 
 # --- what no file says ------------------------------------------------------------------------------------------------
@@ -137,9 +137,9 @@ def test_what_no_disk_holds_is_refused_before_it_is_planned(attack: object) -> N
     folder = place.clear()
     zarr.create_array(folder / "i.zarr", shape=(10**7, 10**7), dtype="u2", chunks=(512, 512), zarr_format=2)
     path = folder / "i.zarr" / ".zarray"
-    for side, said in ((10**7, "needs 100000.00 GB"), (10**9, "an image axis of 1000000000 px cannot be tiled")):
+    for side, out, said in ((10**7, "m.npy", "needs 100000.00 GB"), (10**9, "m.zarr", "1000000000 px cannot be tiled")):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": [side, side]}))
-        outcome = place.run(["predict", attack.engine, "i.zarr", "--out", "m.npy"])
+        outcome = place.run(["predict", attack.engine, "i.zarr", "--out", out])
         assert place.faults(outcome, seconds=2.0) == []
         assert said in outcome.err
 
@@ -172,15 +172,20 @@ class Hostile(BaseHTTPRequestHandler):
         pass
 
 
-def test_servers_that_do_not_answer_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_do_not_answer_are_told_apart(attack: object) -> None:
     pytest.importorskip("aiohttp")
-    from unet_rt.contract.contract import Contract
-    from unet_rt.images.open import open_image
-
-    monkeypatch.setenv("UNET_RT_URL_TIMEOUT", "0.5")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = attack.arena
+
+    def said_of(what: str) -> str:
+        place.clear()
+        url = f"http://127.0.0.1:{server.server_port}/{what}/a.tif"
+        outcome = place.run(["predict", attack.engine, url, "--out", "m.npy"])
+        assert (outcome.code, place.faults(outcome)) == (2, []), outcome.err
+        return str(outcome.err)
+
     try:
         for what, said in (
             ("404", "no such file"),
@@ -189,20 +194,14 @@ def test_servers_that_do_not_answer_are_told_apart(monkeypatch: pytest.MonkeyPat
             ("loop", "redirects in a loop"),
             ("file", "to an address of another kind"),
             ("garbage", "does not speak HTTP"),
-            ("stall", "sent nothing for 0.5 s"),
+            ("stall", "sent nothing for 1 s"),
         ):
-            with pytest.raises(ImageError, match=said) as caught:
-                open_image(f"http://127.0.0.1:{server.server_port}/{what}/a.tif", Contract())
-            assert str(caught.value).isprintable()
+            assert said in said_of(what)
     finally:
         Hostile.waiting.set()
         server.shutdown()
         server.server_close()
-    with pytest.raises(ImageError, match="the connection is refused"):
-        open_image(f"http://127.0.0.1:{server.server_port}/a.tif", Contract())
-    monkeypatch.setenv("UNET_RT_URL_TIMEOUT", "soon")
-    with pytest.raises(ImageError, match="set it to seconds"):
-        open_image("http://127.0.0.1:1/a.tif", Contract())
+    assert "the connection is refused" in said_of("nobody")
 
 
 def test_seeds_are_the_same_everywhere() -> None:

@@ -150,7 +150,7 @@ def _elements(op: str, a: Mapping[str, Any], inputs: Sequence[Array | None]) -> 
         start, limit, delta = (v.item() for v in known)
         return int((limit - start) / delta)
     if op == "Gather" and len(known) == 2 and known[0].size:
-        return known[0].size // known[0].shape[a.get("axis", 0)] * known[1].size
+        return int(known[0].size // known[0].shape[a.get("axis", 0)] * known[1].size)
     return 0
 
 

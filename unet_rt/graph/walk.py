@@ -37,6 +37,8 @@ from .tensor import (
     value_of,
 )
 
+# What reading a malformed node raises: it must end as "not exact", never as a crash of whoever asked.
+_MALFORMED = (ValueError, IndexError, KeyError, TypeError, ArithmeticError)
 _UNKNOWN = 1 << 12  # work of asking ONNX for a shape
 
 
@@ -75,7 +77,12 @@ def _constant(constant: Constant) -> Tensor:
 
 def _step(state: Walk, node: Node) -> None:
     if node.op == "If" and not node.domain:
-        _branch(state, node)
+        try:
+            _branch(state, node)
+        except _MALFORMED as error:
+            state.broken.append(f"{node} cannot be read: {error}")
+            fault = frozenset({state.remark(node, f"does not run at {size_text(state.sizes)}")})
+            state.tensors |= {name: Tensor(None, faults=fault) for name in node.outputs}
         return
     given: Inputs = [state.tensors.get(name) if name else None for name in node.inputs]
     outputs = _outputs(state, node, given)
@@ -111,8 +118,7 @@ def _outputs(state: Walk, node: Node, given: Inputs) -> list[Tensor]:
         return unknown(state, node, given, str(reason))
     except LostError as reason:
         return unknown(state, node, given, str(reason))
-    except (ValueError, IndexError, KeyError, TypeError, ArithmeticError) as error:
-        # A malformed node must end as "not exact", never as a crash of whoever asked.
+    except _MALFORMED as error:
         state.broken.append(f"{node} cannot be read: {error}")
     return unknown(state, node, given, f"does not run at {size_text(state.sizes)}")
 

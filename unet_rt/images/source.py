@@ -115,7 +115,7 @@ class Source:
             window[self._layout.channel] = slice(0, self._layout.channels)
         with self._guarded(plane, start, stop):
             if self._valid is not None:
-                mask = self._arrange(self._valid(tuple(window))).view(np.bool_).all(axis=0)
+                mask = np.asarray(self._arrange(self._valid(tuple(window))).view(np.bool_).all(axis=0), np.bool_)
                 if self.dtype.kind == "f":
                     mask = mask & self._holds_data(self._arrange(self._pixels.read(tuple(window))))
             else:
