@@ -20,6 +20,7 @@ from typing import Any
 
 LARGEST_FILE = 256 << 20  # bytes
 ADDRESS_SPACE = 6 << 30
+ERRORS = open(os.dup(2), "w")  # noqa: SIM115 - for what goes wrong in children, whose stderr is that of a case
 WAIT = 6  # times the processor time allowed: other processes may be at work
 
 
@@ -101,6 +102,9 @@ class Child:
             os.close(theirs[0])
             try:
                 child(here[0], theirs[1])
+            except BaseException:  # noqa: BLE001 - it is a process of its own
+                traceback.print_exc(file=ERRORS)
+                ERRORS.flush()
             finally:
                 os._exit(99)
         os.close(here[0])

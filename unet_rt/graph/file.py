@@ -172,7 +172,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
 def stored_bytes(model: onnx.ModelProto) -> int:
     """Bytes of the model in one file, with the weights that lie beside it."""
     beside = (t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
-    return int(model.ByteSize() + sum(math.prod(t.dims) * ELEMENT_BYTES.get(t.data_type, 1) for t in beside)
+    return int(model.ByteSize() + sum(math.prod(t.dims) * ELEMENT_BYTES.get(t.data_type, 1) for t in beside))
 
 
 def read_graph(model: onnx.ModelProto, folder: str | os.PathLike[str] | None = None) -> Graph:
