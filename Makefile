@@ -87,7 +87,7 @@ QUICK := tests/test_house.py tests/test_imports.py tests/system/test_durable.py 
 quick: .venv-test/.installed  ## a picked set of tests over all packages, in two minutes
 	$(TEST)/pytest --numprocesses=$(PROCESSES) --dist=worksteal $(QUICK) $(ARGS)
 
-# Two cores send about ten files and one kill a second. ARGS="--engine DIR" spares the build of an engine.
+# ARGS="--engine DIR" spares the build of an engine. Some hours on two cores.
 FIRE := env PYTHONSAFEPATH= $(TEST)/python tests/fire
 fire: .venv-test/.installed  ## hostile files, kills and wants by the thousand; records in build/
 	$(FIRE)/fire.py --mutants 100000 --commands 50 --record build/fire.json $(ARGS)

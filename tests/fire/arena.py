@@ -76,6 +76,7 @@ class Arena:
         if self._server.stdin is not None:
             self._server.stdin.close()
         self._server.wait(30)
+        self._lines.close()
         self._log.close()
 
     @property

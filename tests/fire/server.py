@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]
+
 LARGEST_FILE = 256 << 20  # bytes
 ADDRESS_SPACE = 6 << 30
 ERRORS = open(os.dup(2), "w")  # noqa: SIM115 - for what goes wrong in children, whose stderr is that of a case
@@ -25,9 +27,9 @@ WAIT = 6  # times the processor time allowed: other processes may be at work
 
 
 # What children would import each for itself.
-MODULES = """numpy onnx onnx.shape_inference onnxruntime PIL.Image tifffile zarr exactness unet_rt.cli.main unet_rt.cli.parser
-unet_rt.engine.archive unet_rt.engine.load unet_rt.graph.report unet_rt.images.open unet_rt.images.raster unet_rt.images.tiff
-unet_rt.images.zarr unet_rt.outputs.output unet_rt.outputs.zarr unet_rt.prediction.predict"""
+MODULES = """numpy onnx onnx.shape_inference onnxruntime PIL.Image tifffile zarr exactness unet_rt.cli.main
+unet_rt.cli.parser unet_rt.engine.archive unet_rt.engine.load unet_rt.graph.report unet_rt.images.open unet_rt.images.raster
+unet_rt.images.tiff unet_rt.images.zarr unet_rt.outputs.output unet_rt.outputs.zarr unet_rt.prediction.predict"""
 
 
 def import_all() -> None:

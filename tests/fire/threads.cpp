@@ -1,5 +1,5 @@
-// The kernels' threads in a program of their own, for ThreadSanitizer: several calls at once, each with several threads,
-// and the results of one thread as the truth. Exit code 0: they agree.
+// The kernels' threads in a program of their own, for ThreadSanitizer: several calls at once, each with several
+// threads, and the results of one thread as the truth. Exit code 0: they agree.
 #include <cstdio>
 #include <cstring>
 #include <thread>
