@@ -217,12 +217,14 @@ class Faults:
 
     dead_parts = False
 
-    def kills(self, count: int, draw: random.Random) -> None:
-        while sum(self.counts[s.name] for s in CODES) < count:
+    def kills(self, count: int, draw: random.Random, until: float) -> None:
+        while sum(self.counts[s.name] for s in CODES) < count and time.monotonic() < until:
             job = draw.choice(self.jobs)
             self.dead_parts = False
             for _ in range(3):
                 self.kill(job, draw, real=draw.random() < 0.1)
+                if any((self.folder / name).exists() for name in job.leaves):
+                    break  # another run would be refused
             self.again(job)
 
     def wants(self) -> None:
@@ -307,6 +309,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no more kills after")
     parser.add_argument("--engine", type=Path, help="an engine of the shipped network (default: it is built)")
     parser.add_argument("--record", type=Path, help="JSON to write")
     parser.add_argument("--only", choices=("kills", "others"))
@@ -320,7 +323,7 @@ def main() -> int:
             faults.two_writers()
             faults.changing_inputs()
         if args.only != "others":
-            faults.kills(args.kills, random.Random(args.seed))
+            faults.kills(args.kills, random.Random(args.seed), start + args.seconds)
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "seconds": round(time.monotonic() - start), "seed": args.seed,
         "tried": dict(faults.counts), "failures": faults.failures,
