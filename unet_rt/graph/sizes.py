@@ -23,8 +23,7 @@ from .walk import walk
 _MAX_SIZE = 8192
 # Remainders tried: networks for images take one of the first, and each try is a walk.
 _MAX_REMAINDERS = 128
-# Work of all walks (samples along axes; a node is as many as _NODE) after which no more sizes are tried.
-_MOST_WORK, _NODE = 1 << 26, 256
+_MOST_WORK, _NODE = 1 << 26, 256  # samples along axes, as which a node counts, walked in all before trying sizes ends
 # A network that is another one below this many pixels (or four strides) is not called exact above.
 _MAX_LOW = 256
 
@@ -177,15 +176,13 @@ class Search:
             need = max(math.ceil((sum(f[axis].halo) + sum(f[axis].shrink) + 1) / f[axis].scale) for f in fields)
             kept[axis] += max(0, -(-(need - kept[axis]) // stride)) * stride
         least = list(kept)
-        while max(kept) <= _MAX_SIZE and fields and self.work <= _MOST_WORK:
-            if (state := self.at(kept, strict=True)).broken:
-                break
+        while max(kept) <= _MAX_SIZE and fields and not (state := self.at(kept, strict=True)).broken:
             mixed = set()
             for tensor, output in zip(self.tensors(state), self.outputs, strict=True):
                 for line, f in zip(field_lines(tensor), output.field, strict=False):
                     before, after = halo_of(line)
                     mixed |= {line.source} if before > f.halo[0] or after > f.halo[1] else set()
-            if not mixed:
+            if not mixed or self.work > _MOST_WORK:
                 break
             for axis in mixed:
                 kept[axis] += self.strides[axis]

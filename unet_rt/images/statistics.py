@@ -206,6 +206,6 @@ def _refuse_non_finite(source: Source, band: Array, plane: int, start: int, chan
     place = (start + row, *rest)
     raise ImageError(
         f"{source.name}: {int(bad.sum())} NaN or infinite pixels (as float32) in rows {start} to "
-        f"{start + band.shape[1] - 1} of plane {plane}, the first in channel {channels[channel]} at {place}; replace them, e.g. with numpy.nan_to_num, "
-        "or give pixels that are NaN no label with --nodata nan"
+        f"{start + band.shape[1] - 1} of plane {plane}, the first in channel {channels[channel]} at {place}; replace "
+        "them, e.g. with numpy.nan_to_num, or give pixels that are NaN no label with --nodata nan"
     )

@@ -63,6 +63,8 @@ def open_url(url: str, name: str, level: int | None = None, series: int | str | 
 
 
 _CALLED = {"hdf5": "HDF5", "jp2": "JPEG 2000", "nifti": "NIfTI", "dicom": "DICOM", "zip": "a zip archive", "mrc": "MRC"}
+
+
 def _seconds() -> float:
     """How long a server may send nothing."""
     given = os.environ.get(TIMEOUT, "30")
@@ -120,8 +122,6 @@ def _reason(error: BaseException) -> str:
     if status is not None and status != 404 and any(getattr(cause, "message", None) is not None for cause in chain):
         return f"the server answers {status}; check the URL and access, or try again"
     return ""
-
-
 
 
 class _Remote:

@@ -217,7 +217,8 @@ def check_finite(bad: int, source: Source, plane: int, rows: tuple[int, int]) ->
     if bad:
         raise ImageError(
             f"{source.name}: NaN or infinite pixels (as float32) in plane {plane}, rows {rows[0]} to {rows[1]} ({bad} "
-            "read); a network spreads them over its whole reach: replace them first, or give pixels that are NaN no label with --nodata nan"
+            "read); a network spreads them over its whole reach: replace them first, or give pixels that are NaN no label "
+            "with --nodata nan"
         )
 
 
