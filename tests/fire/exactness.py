@@ -10,7 +10,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in ("helpers", "g
 import numpy as np
 import onnx
 import tiles_and_whole
-from test_exact_fuzz import arrangements, tolerance
+from test_exact_fuzz import arrangements
 
 from unet_rt.graph.report import inspect
 
@@ -34,7 +34,7 @@ def main(path: str) -> int:
             return 1
         except Exception:  # noqa: BLE001 - nor at this size
             return 0
-        if error > tolerance(report, canvas):
+        if error > report.rounding(canvas):
             print(f"tiles of {tile} px on {canvas} px differ by {error:.2g}")
             return 1
     return 0

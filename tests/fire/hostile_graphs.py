@@ -152,7 +152,7 @@ def a_function_that_calls_itself() -> onnx.ModelProto:
     return model_of([helper.make_node("f0", ["x"], ["y"], domain="local")], functions=functions)
 
 
-@graph(0, "is not an operator whose dependence is known")
+@graph(2, "is not an operator whose dependence is known")
 def a_function_of_an_unknown_domain() -> onnx.ModelProto:
     functions = _calls(1, lambda k: ["Relu"])
     functions[0].node[0].domain = "nowhere"

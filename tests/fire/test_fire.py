@@ -194,7 +194,7 @@ def test_servers_that_do_not_answer_are_told_apart(attack: object) -> None:
             ("loop", "redirects in a loop"),
             ("file", "to an address of another kind"),
             ("garbage", "does not speak HTTP"),
-            ("stall", "sent nothing for 1 s"),
+            ("stall", "nothing came for 1 s"),
         ):
             assert said in said_of(what)
     finally:
