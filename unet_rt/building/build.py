@@ -130,8 +130,7 @@ def build(
         keep_exam: Whether a few tiles travel with the engine.
         overwrite: Replace an existing engine, whatever it was built from.
         cache: Folder that keeps engines by everything that decided them (see :mod:`unet_rt.building.cache`).
-        search_minutes: Time for the search; what there is no time for is said in the report. One candidate is measured and
-            judged in any case, and others are not begun when the time for them is up.
+        search_minutes: Time for the search; one candidate is judged in any case, the report says what was left out.
         equal: ``bits``: only engines whose tiles equal the whole image to the bit; ``rounding``: up to the order of sums.
         say: Receives progress in sentences.
         tell: Receives sentences that are worth keeping as soon as they are known: every candidate as it is measured, and
