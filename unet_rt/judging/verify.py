@@ -9,15 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..baseline.model import Model, baseline_engine, open_model
 from ..baseline.promise import broken_exam, broken_promise
 from ..baseline.results import raw_results
 from ..baseline.samples import ReadOptions, SampleWindow, draw, sample_images
 from ..baseline.tiles import judged_tile, whole_grid
 from ..building.job import Say
-from ..contract.contract import Contract
 from ..engine import exam
 from ..engine import parity as parity_module
 from ..engine.budget import Budget
@@ -26,14 +23,14 @@ from ..engine.folder import EngineFolder, read_folder
 from ..engine.load import load
 from ..engine.parity import ImageParity, Verdict
 from ..engine.spec import EngineSpec
-from ..errors import ContractError, EngineError, GraphError, ImageError, OutputError
+from ..errors import ContractError, EngineError, GraphError, ImageError
 from ..images.normalize import normalize_pixels
-from ..outputs import pictures
 from ..system.json import Record
 from ..tiling.axis import per_axis
 from ..tiling.grid import TileGrid
 from .speed import Speed, measure_speed
 from .truth import Array, Truth, average_truths, compare_to_labels
+from .worst import Difference, Picture, draw_picture
 
 PROMISE_WINDOWS = 3  # windows on which the FP32 graph itself is held to what was judged of it
 
@@ -159,7 +156,7 @@ def verify(
             )
             tile = None if tile is None else per_axis(tile, loaded.spec.spatial)
             pair = _Pair(loaded, reference, model, chosen, allowed, tile, threads, own_graph=baseline is None)
-            target = _Picture(Path(picture) if picture else None, picture_always)
+            target = Picture(Path(picture) if picture else None, picture_always)
             report = _verify_images(pair, samples, labels, target, say)
             beside = None if speed is None else measure_speed(loaded, model, samples[0], speed, threads)
             return replace(report, notes=(*report.notes, *notes), speed=beside)
@@ -191,14 +188,6 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """Where the window that differs most is drawn, if anywhere, and whether also where the engine is inside its budget."""
-
-    path: Path | None
-    always: bool
-
-
-@dataclass(frozen=True)
 class _Comparison:
     """One window: the baseline's and the engine's values of every output, and how far they agree.
 
@@ -218,17 +207,6 @@ class _Comparison:
     images: list[ImageParity]
     seams: list[ImageParity]
     growth: list[ImageParity]
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """One output of one window, and the share of its budget that it uses."""
-
-    used: float
-    sample: SampleWindow
-    wanted: Array
-    got: Array
-    contract: Contract
 
 
 def _baseline_graph(path: Path) -> Path:
@@ -261,7 +239,7 @@ def _verify_exam(engine: Engine, folder: EngineFolder, budget: Budget, threads: 
 
 
 def _verify_images(
-    pair: _Pair, samples: Sequence[SampleWindow], labels: Any, picture: _Picture, say: Say
+    pair: _Pair, samples: Sequence[SampleWindow], labels: Any, picture: Picture, say: Say
 ) -> VerifyReport:
     """What windows of the user's images say."""
     spec, budget = pair.engine.spec, pair.budget
@@ -296,7 +274,7 @@ def _verify_images(
         _largest(seams, budget),
         _largest(growth, budget),
         truth,
-        _draw_picture(picture, worst, spec, verdict, say),
+        draw_picture(picture, worst, spec, verdict, say),
         () if spec.runs_whole else (no_whole,),
     )
 
@@ -316,13 +294,13 @@ def _compare(pair: _Pair, sample: SampleWindow) -> _Comparison:
     return _Comparison(sample, small, wanted, got, images, seams, _compare_growth(pair, sample, wanted))
 
 
-def _choose_worse(pair: _Pair, worst: _Difference | None, window: _Comparison) -> _Difference | None:
+def _choose_worse(pair: _Pair, worst: Difference | None, window: _Comparison) -> Difference | None:
     """The judged output that uses most of its budget: that of the windows so far, or one of this."""
     for k, image in enumerate(window.images):
         used = parity_module.budget_share(image, pair.budget)
         if image.judged and (worst is None or used > worst.used):
             contract = pair.engine.spec.contract_of(k)
-            worst = _Difference(used, window.sample, window.wanted[k], window.got[k], contract)
+            worst = Difference(used, window.sample, window.wanted[k], window.got[k], contract)
     return worst
 
 
@@ -350,53 +328,3 @@ def _compare_growth(pair: _Pair, sample: SampleWindow, wanted: Sequence[Array]) 
         for k in parity_module.judged_outputs(spec)
         if bare[k].shape[1:] == wanted[k].shape  # at another scale the canvas may have a sample more
     ]
-
-
-def _draw_picture(
-    picture: _Picture, worst: _Difference | None, spec: EngineSpec, verdict: Verdict, say: Say
-) -> Path | None:
-    """The path of a picture of the window that differs most; None where none is wanted, or nothing can be shown."""
-    wanted = picture.path is not None and (picture.always or not verdict.accepted)
-    if picture.path is None or not wanted or worst is None or worst.used <= 0 or spec.spatial != 2:
-        return None
-    try:
-        return _draw_difference(worst, picture.path)
-    except OutputError:
-        if picture.always:
-            raise
-        say(f"{picture.path} cannot be written here; the verdict stands without it")
-        return None
-
-
-def _draw_difference(worst: _Difference, path: Path) -> Path:
-    """Draws image, both masks and their difference around the place where they differ most."""
-    sample, wanted, got, contract = worst.sample, worst.wanted, worst.got, worst.contract
-    if not contract.has_labels:
-        error = np.abs(got[0] - wanted[0])
-        a = b = np.zeros(error.shape, np.uint8)
-        y, x = (int(v) for v in np.unravel_index(int(error.argmax()), error.shape))
-        diff = np.repeat((error / max(float(error.max()), 1e-12) * 255).astype(np.uint8)[..., None], 3, axis=2)
-    else:
-        a, b = parity_module.labels(wanted, contract)[0], parity_module.labels(got, contract)[0]
-        diff = pictures.difference(a, b)
-        counts = (a != b).astype(np.int64)
-        side = 64
-        blocks = np.add.reduceat(
-            np.add.reduceat(counts, np.arange(0, a.shape[0], side), 0), np.arange(0, a.shape[1], side), 1
-        )
-        y, x = (int(v) * side + side // 2 for v in np.unravel_index(int(blocks.argmax()), blocks.shape))
-    half = 160
-    rows = slice(max(0, int(y) - half), int(y) + half)
-    columns = slice(max(0, int(x) - half), int(x) + half)
-    image = pictures.grey(sample.pixels)
-    if image.shape[:2] != a.shape:
-        image = np.zeros((*a.shape, 3), np.uint8)
-    panels = [("image", image[rows, columns])]
-    if contract.has_labels:
-        panels += [
-            ("FP32, whole image", pictures.overlay(image, a)[rows, columns]),
-            ("engine, tiled", pictures.overlay(image, b)[rows, columns]),
-        ]
-    panels.append(("difference", diff[rows, columns]))
-    pictures.comparison(panels, path)
-    return path
