@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from unet_rt.engine.budget import Budget
 from unet_rt.engine.equality import Equality
+from unet_rt.engine.parity import ImageParity
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,22 @@ def test_the_bound(labels: float | None, difference: float, precision: str, said
     assert said in excess
     assert bool(said) == bool(excess)
     assert not equal.excess(Budget(rounding=1.0, error=1.0), "int8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_abs", "labels", "said"),
+    [
+        ("bits", 0.0, 0.0, ""),
+        ("bits", 1e-7, 0.0, "equal to the bit where the engine was built, and here are equal up to rounding"),
+        ("rounding", 1e-6, 0.9e-4, ""),
+        ("rounding", 1e-6, 2e-4, "budget rounding"),
+    ],
+)
+def test_what_verify_finds_is_held_to_the_record(kind: Any, max_abs: float, labels: float, said: str) -> None:
+    seams = [ImageParity("a", 100, n, {}, {}, x, x, x) for n, x in ((0.0, 0.0), (labels, max_abs))]
+    found = Equality(kind, 1e-6, 0.0, (64, 64), (128, 128), 4).broken_by(seams, Budget(), "fp32")
+    assert said in found
+    assert bool(said) == bool(found)
 
 
 def test_the_words() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from ..system.json import Count, Record
 from .budget import Budget
+
+if TYPE_CHECKING:
+    from .parity import ImageParity
 
 ROUNDING_ERROR = 1e-5  # of the range of a regression's values that FP32 may round away
 
@@ -41,6 +45,27 @@ class Equality(Record):
         if self.difference <= bound:
             return ""
         return f"the tile changes values by {self.difference:.2e} of the output's range, {bound:.1e} is allowed"
+
+    def broken_by(self, seams: Sequence[ImageParity], budget: Budget, precision: str) -> str:
+        """Why tiles are not as equal to the whole as was recorded; "" where they are.
+
+        Args:
+            seams: The engine in tiles against itself on the whole, of every image and output.
+            budget: Of the engine.
+            precision: Of the engine.
+        """
+        judged = [one for one in seams if one.judged]
+        if not judged:
+            return ""
+        changes = [one.label_change for one in judged if one.label_change is not None]
+        now = replace(
+            self,
+            difference=max(one.relative for one in judged),
+            labels=max(changes) if changes else None,
+        )
+        if self.kind == "bits" and any(one.max_abs for one in judged):
+            return f"tiles were equal to the bit where the engine was built, and here are {replace(now, kind='rounding').text}"
+        return now.excess(budget, precision)
 
     @property
     def text(self) -> str:

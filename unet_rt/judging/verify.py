@@ -263,6 +263,8 @@ def _verify_images(
         if truth.drop > budget.truth:
             reason = f"{truth.image}: {truth.drop:.4f} below FP32 against the labels, budget {budget.truth:g}"
             verdict = replace(verdict, accepted=False, reasons=(*verdict.reasons, reason))
+    if not broken and spec.equal is not None and spec.halo_limit is None:
+        broken = spec.equal.broken_by(seams, budget.of(spec.precision), spec.precision)
     if broken:
         verdict = replace(verdict, accepted=False, reasons=(broken, *verdict.reasons))
     no_whole = "the baseline runs the same tiles: this network or graph has no whole-image result"
