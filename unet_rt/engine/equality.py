@@ -64,7 +64,8 @@ class Equality(Record):
             labels=max(changes) if changes else None,
         )
         if self.kind == "bits" and any(one.max_abs for one in judged):
-            return f"tiles were equal to the bit where the engine was built, and here are {replace(now, kind='rounding').text}"
+            here = replace(now, kind="rounding").text
+            return f"tiles were equal to the bit where the engine was built, and here are {here}"
         return now.excess(budget, precision)
 
     @property
