@@ -31,6 +31,7 @@ from .inspect import add_inspect
 from .pack import add_pack
 from .predict import add_predict
 from .printing import clear_line, print_json
+from .serve import add_serve
 from .train import add_train
 from .unpack import add_unpack
 from .verify import add_verify
@@ -173,6 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_predict,
         add_verify,
         add_bench,
+        add_serve,
         add_pack,
         add_unpack,
         add_train,
