@@ -16,7 +16,7 @@ from ..errors import ContractError, size_text
 from ..images.open import open_image
 from ..images.reading import Reading
 from ..outputs.objects import Objects, label_mask
-from ..outputs.outlines import write_geojson
+from ..outputs.outlines import Outlined, write_geojson
 from ..outputs.pictures import COLOURS
 from ..prediction.report import RunReport
 from .job import Job
@@ -60,7 +60,8 @@ def write_document(engine: Engine, job: Job, predict: Callable[[Engine, Job, Pat
         if options.format == "view":
             _write_levels(_picture(image.read(0, (0, 0), image.shape)), folder, "image")
     outlines = folder / "objects.geojson"
-    write_geojson(outlines, found, lambda start, stop: ids[start[0] : stop[0], start[1] : stop[1]])
+    picture = Outlined(found, lambda start, stop: ids[start[0] : stop[0], start[1] : stop[1]])
+    write_geojson(outlines, [picture])
     document: dict[str, Any] = {
         "engine": job.engine,
         "shape": list(mask.shape),

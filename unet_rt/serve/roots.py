@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import ServiceError
-from ..images.open import is_url
+from ..images.listing import is_url
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".zarr")  # of what may be written
 

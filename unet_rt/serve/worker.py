@@ -82,7 +82,8 @@ def answer(engine: Engine, job: Job, asked: dict[str, Any]) -> dict[str, Any]:
 
 def check_image(engine: Engine, job: Job, max_px: int, roots: Sequence[str]) -> None:
     """Refuses, before any pixel is decoded, what is larger than allowed, and files whose headers name others elsewhere."""
-    from ..images.open import is_url, open_image
+    from ..images.listing import is_url
+    from ..images.open import open_image
 
     _check_raster(Path(job.image), max_px) if not is_url(job.image) else None
     with open_image(job.image, engine.spec.contract, _reading(job), spatial=engine.spec.spatial) as source:
