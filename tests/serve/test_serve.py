@@ -177,6 +177,7 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "pickle": ("/v1/predict/nuclei", {"content": pickled()}, 422, "never loaded"),
     "option": ("/v1/predict/nuclei?colour=1", {"content": b"x"}, 400, "'colour' is unknown"),
     "format": ("/v1/predict/nuclei?format=gif", {"content": b"x"}, 400, "format=gif is unknown"),
+    "size": ("/v1/predict/nuclei?min_size=0", {"content": b"x"}, 400, "must be 1 or more"),
     "outside": ("/v1/predict/nuclei?reference=/etc/passwd", {}, 403, "lies outside"),
     "above": ("/v1/predict/nuclei?reference=../../etc/passwd", {}, 403, "lies outside"),
     "link": ("/v1/predict/nuclei?reference=link.npy", {}, 403, "lies outside"),

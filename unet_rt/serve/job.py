@@ -76,6 +76,8 @@ def read_options(query: Mapping[str, str], accept: str) -> Options:
             values["min_size"] = int(values["min_size"])
     except ValueError:
         raise ServiceError(400, "mask_values are integers by comma (0,255), and min_size is one integer") from None
+    if values.get("min_size", 1) < 1:
+        raise ServiceError(400, f"min_size={values['min_size']} px must be 1 or more; 1 keeps every object")
     if values.get("mask_values") and values["format"] in ("json", "view"):
         raise ServiceError(400, f"format={values['format']} names labels itself; leave mask_values away")
     return Options(**values)
