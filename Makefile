@@ -36,6 +36,7 @@ PEERS := .venv-peers/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 BIOIO := .venv-bioio/bin
+BROWSER := .venv-browser/bin
 # The build of the test environment is kept between installs, so that only what changed is compiled.
 KEEP_BUILD := --no-build-isolation --config-settings=build-dir=build/{wheel_tag}
 # With the bodies of the CUDA kernels on host memory, and without any warning.
@@ -46,7 +47,7 @@ export CUDAARCHS ?= 75-virtual;90-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test test-peers test-bioio fire soak sanitize lint format bench guard site docs wheels clean
+.PHONY: help demo quick test test-peers test-bioio test-browser fire soak sanitize lint format bench guard site docs wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -76,6 +77,9 @@ test-peers: .venv-peers/.installed  ## install beside MONAI and nnU-Net, and com
 # Apart from the others, as bioio brings some thirty packages that nothing else here needs.
 test-bioio: .venv-bioio/.installed  ## install with bioio and its readers, and run the tests of microscopes' own files
 	UNET_RT_REQUIRE= $(BIOIO)/pytest tests/images/test_image_bioio.py $(ARGS)
+
+test-browser: .venv-browser/.installed  ## the service's page in Debian's chromium, its protocol and its document; a new screenshot
+	UNET_RT_SCREENSHOTS=docs/images $(BROWSER)/pytest tests/serve $(ARGS)
 
 # Some of every package: what a change breaks first.
 QUICK := tests/test_house.py tests/test_imports.py tests/system/test_durable.py tests/system/test_json.py tests/contract \
@@ -152,7 +156,7 @@ wheels: .venv-test/.made  ## source distribution, and the wheel for this machine
 	$(TEST)/twine check --strict dist/*
 
 clean:  ## remove environments, builds and caches
-	rm -rf .venv-test .venv-peers .venv-demo .venv-bench .venv-bioio build dist demo-output .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf .venv-test .venv-peers .venv-demo .venv-bench .venv-bioio .venv-browser build dist demo-output .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis
 
 # `--group` needs pip 25.1; an environment starts with whatever pip its Python ships.
@@ -168,7 +172,7 @@ endef
 	@echo "installing build tools, linters and test tools"
 	@$(@D)/bin/pip install -q --group build --group docs --group lint --group test --group tensorrt --group cuda
 	@echo "installing unet-rt[cpu,ncnn,torch,tiff,zarr,...] and what it needs (torch is large)"
-	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,ncnn,torch,train,tiff,zarr,geo,slides,remote,objects,dask,nifti,dicom,mrc,hdf5]'
+	@$(@D)/bin/pip install -q $(TEST_BUILD) --constraint constraints/test.txt '.[cpu,ncnn,torch,train,tiff,zarr,geo,slides,remote,objects,dask,nifti,dicom,mrc,hdf5,serve]'
 	@touch $@
 
 .venv-test/.installed: .venv-test/.made $(SOURCES)
@@ -180,6 +184,12 @@ endef
 	$(new_environment)
 	@echo "installing unet-rt[cpu,torch,train], MONAI and nnU-Net (torch is large)"
 	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group test --group peers '.[cpu,torch,train,zarr]'
+	@touch $@
+
+.venv-browser/.installed: $(SOURCES) constraints/test.txt
+	$(new_environment)
+	@echo "installing unet-rt[cpu,serve] and what asks a service"
+	@$(@D)/bin/pip install -q --constraint constraints/test.txt --group test --group browser '.[cpu,serve,tiff,zarr]'
 	@touch $@
 
 # As a user would: nothing kept, nothing but the extra.

@@ -73,6 +73,14 @@ class PixelRangeWarning(UserWarning):
     """Many pixels of an image lie outside the range that build saw, so that its result may mean nothing."""
 
 
+class ServiceError(UnetRtError):
+    """A request that the service does not take, or cannot answer; ``status`` is the number that HTTP has for it."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def first_line(error: BaseException) -> str:
     """What another library said, short enough to stand in a sentence; the kind of the error where it said nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -88,7 +88,20 @@ def environment() -> dict[str, str]:
 
 def test_help_explains_every_verb_and_option(cli: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]) -> None:
     (verbs,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    known = {"bench", "inspect", "build", "predict", "verify", "pack", "unpack", "doctor", "demo", "train", "export"}
+    known = {
+        "bench",
+        "inspect",
+        "build",
+        "predict",
+        "verify",
+        "pack",
+        "unpack",
+        "doctor",
+        "demo",
+        "train",
+        "export",
+        "serve",
+    }
     assert set(verbs.choices) == known
     for name, parser in verbs.choices.items():
         for action in parser._actions:

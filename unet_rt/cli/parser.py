@@ -15,6 +15,7 @@ from .export import add_export
 from .inspect import add_inspect
 from .pack import add_pack
 from .predict import add_predict
+from .serve import add_serve
 from .train import add_train
 from .unpack import add_unpack
 from .verify import add_verify
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_predict,
         add_verify,
         add_bench,
+        add_serve,
         add_pack,
         add_unpack,
         add_train,

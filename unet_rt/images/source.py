@@ -89,6 +89,11 @@ class Source:
             f"{f' ({notes})' if notes else ''}"
         )
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The local files that say what the pixels are: a file's header may name others."""
+        return tuple(file for file, _ in self._files)
+
     def read(self, plane: int, start: Sequence[int], stop: Sequence[int]) -> Array:
         """Pixels [start, stop) of one plane: (C, *spatial), any strides; possibly a view, so do not write into it.
 
