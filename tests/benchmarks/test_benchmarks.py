@@ -338,37 +338,6 @@ def test_the_window_compared_keeps_the_phase(gpu: ModuleType) -> None:
     assert shifted > 1e-3
 
 
-def test_a_section_that_hangs_or_dies_costs_only_itself(gpu: ModuleType, tmp_path: Path) -> None:
-    args = gpu.parser().parse_args(["--dry-run", "--work", str(tmp_path)])
-    code, note = gpu.child(args, "machine", -9.9, ())
-    assert (code, note) == (-1, "stopped after 0 s")
-    (tmp_path / "section-roof.json").write_text('{"fp32_tflops": 1.5}')
-    kept = gpu.collect(args, "roof", ["stopped after 50 s"])
-    assert kept == {"fp32_tflops": 1.5, "ended": "stopped after 50 s"}
-    assert "stopped after 50 s" in gpu.tables({"roof": kept})
-
-
-def test_a_section_that_crashes_is_run_again_without_the_suspect(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[list[str]] = []
-
-    def crashing(args: Any, name: str, limit: float, without: list[str]) -> tuple[int, str]:
-        tried.append(list(without))
-        figures: dict[str, Any] = {"rows": []}
-        if "tile_blend" not in without:
-            figures = {"doing": "tile_blend, 2 x float16, 64 tiles", "failed": [{"what": "x", "why": "illegal access"}]}
-        (tmp_path / f"section-{name}.json").write_text(json.dumps(figures))
-        return (0 if "tile_blend" in without else 70), ""
-
-    monkeypatch.setattr(gpu, "child", crashing)
-    arguments = ["--dry-run", "--only", "kernels", "--work", str(tmp_path), "--out", str(tmp_path / "gpu.json")]
-    results = gpu.measure(gpu.parser().parse_args(arguments))
-    assert tried == [[], ["tile_blend"]]
-    assert "illegal access; run again without tile_blend" in results["kernels"]["ended"]
-    assert results["kernels"]["rows"] == []
-
-
 def test_without_a_device_it_says_so(tmp_path: Path) -> None:
     from unet_rt.system import facts as machine
 

@@ -544,7 +544,7 @@ def test_a_fixed_size_becomes_free(network, textures, tmp_path):
 
 @pytest.fixture(scope="session")
 def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network whose up-sampling is to a size in pixels, and whose batch is fixed to 2 as its rows mix."""
+    """A network whose up-sampling goes from corner to corner of a size in pixels, and whose batch is fixed to 2 as its rows mix."""
     torch = pytest.importorskip("torch")
     import networks
 
@@ -552,7 +552,9 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def __init__(self) -> None:
             super().__init__()
             self.layers = networks.Layers(
-                lambda x: torch.nn.functional.interpolate(torch.nn.functional.max_pool2d(x, 2), size=(32, 32))
+                lambda x: torch.nn.functional.interpolate(
+                    torch.nn.functional.max_pool2d(x, 2), size=(32, 32), mode="bilinear", align_corners=True
+                )
             )
             self.head = torch.nn.Conv2d(1, 2, 3, padding=1)
 

@@ -246,7 +246,15 @@ def test_every_argument_of_build_is_in_the_key(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(RuntimeError, match="far enough"):
         urt.build(shipped_model(), out=tmp_path / "a.urt", device="cpu", backend="onnxruntime")
     recorded = {option.name for option in fields(seen[0])}
-    by_content = {"model", "contract", "samples", "axes", "channels"}  # hashed as what they are, or select
+    by_content = {
+        "model",
+        "contract",
+        "samples",
+        "axes",
+        "channels",
+        "series",
+        "nodata",
+    }  # hashed as what they are, or select
     machine_side = {"device"}
     elsewhere = {"out", "overwrite", "cache", "say", "tell", "report"}  # say where and how, not what
     assert set(inspect.signature(urt.build).parameters) == recorded | by_content | machine_side | elsewhere

@@ -126,7 +126,7 @@ def test_copies_of_one_image_are_one_image(tmp_path: Path) -> None:
         ("0", "--budget '0' is not KEY=NUMBER; pass e.g. --budget label_change=1e-3"),
         ("label_change=", "is not KEY=NUMBER"),
         ("label_change=-1", "label_change=-1.0 is outside 0 to 1; pass e.g. label_change=1e-3"),
-        ("labels=0", "--budget knows class_px, dice, error, label_change, seam, truth, not labels"),
+        ("labels=0", "--budget knows class_px, dice, error, label_change, rounding, seam, truth, not labels"),
     ],
 )
 def test_budgets_on_the_command_line(given: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:

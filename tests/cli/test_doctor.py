@@ -24,7 +24,7 @@ def test_the_report_is_json_and_says_everything() -> None:
     assert json.loads(json.dumps(report)) == report
     assert report["unet_rt"] == unet_rt.__version__
     assert report["cpu"]["threads"] == limits.threads()
-    assert list(report["backends"]) == ["onnxruntime", "openvino", "tensorrt", "eager"]
+    assert list(report["backends"]) == ["onnxruntime", "openvino", "tensorrt", "ncnn", "eager"]
     text = doctor.format(report)
     for name, backend in report["backends"].items():
         assert name in text
@@ -46,7 +46,7 @@ def test_a_usable_backend_needs_no_advice() -> None:
 
 
 def test_without_a_backend_it_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("onnxruntime", "openvino", "torch"):
+    for name in ("onnxruntime", "openvino", "ncnn", "torch"):
         monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]  # import machinery: not to be found
     monkeypatch.setattr(machine, "package_version", lambda name: None)
     report = doctor.collect()
@@ -76,8 +76,9 @@ def test_two_onnxruntime_wheels_are_a_conflict(monkeypatch: pytest.MonkeyPatch) 
 def test_gpus_are_listed_with_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda(("NVIDIA A", "NVIDIA B"), "13.1", None))
     report = doctor.collect()
-    for backend in report["backends"].values():
-        assert list(backend["missing"]) == ["cpu", "cuda:0", "cuda:1"]
+    for name, backend in report["backends"].items():
+        others = [device for device in backend["missing"] if not device.startswith("vulkan")]
+        assert others == (["cpu"] if name == "ncnn" else ["cpu", "cuda:0", "cuda:1"])
     text = doctor.format(report)
     assert "cuda:1 NVIDIA B, driver for CUDA 13.1" in text
 

@@ -406,7 +406,7 @@ def test_bad_models(verb: str, kind: str, text: str, refused: Callable[..., str]
         (["--normalize", "percentile=99,1"], ("99,1", "rise")),
         (["--normalize", "scale=0"], ("scale 0", "above 0")),
         (["--normalize", "zscore", "--backend", "abacus"], ("abacus", "onnxruntime")),
-        (["--normalize", "zscore", "--device", "abacus"], ("abacus", "cuda:N")),
+        (["--normalize", "zscore", "--device", "abacus"], ("abacus", "cuda[:N]")),
         (["--normalize", "zscore", "--precision", "int3"], ("int3", "bf16")),
         (["--normalize", "zscore", "--task", "multiclass"], ("multiclass", "--task binary")),
         (["--normalize", "zscore", "--threshold", "x"], ("'x'", "0.5")),

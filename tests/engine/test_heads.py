@@ -155,7 +155,10 @@ def test_another_output_is_predicted(built: tuple[Path, Any], windows: list[Arra
         np.testing.assert_array_equal(
             urt.predict(engine, image, head="half", output="raw", report=reports.append), half
         )
-        assert reports[0].notes == ["output half of output, probability, half"]
+        assert reports[0].notes == [
+            "output half of output, probability, half",
+            "output half has 1/2 x 1/2 samples per pixel: its results are written at that size, not the image's",
+        ]
         np.testing.assert_array_equal(urt.predict(engine, image, head="probability", output="raw"), probability)
         np.testing.assert_array_equal(urt.predict(engine, image, head="probability"), probability > 0.5)
         np.testing.assert_array_equal(

@@ -110,14 +110,14 @@ def test_blocks_lie_on_chunks_and_share_no_tile(engine, image, small_blocks):
 
 
 def test_less_memory_means_smaller_tiles_and_then_an_error(engine):
-    spec = engine.spec
+    spec = replace(engine.spec, bytes_per_px=20_000.0)  # of a large network
     decision = decide(spec.contract, 2, "mask")
 
     def tile_px(memory: int) -> int:
         plan = plan_blocks(spec, Picture((60_000, 50_000), 1, 2), decision, memory_bytes=memory)
         return int(np.prod(plan.grid.tile))
 
-    sizes = [tile_px(m * 10**6) for m in (30, 100, 4000)]
+    sizes = [tile_px(m * 10**6) for m in (1000, 1500, 9000)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
     with pytest.raises(urt.ContractError, match="--memory"):

@@ -764,7 +764,7 @@ def test_other_tiles_than_those_of_a_plan_name_the_rebuild(small, texture, on_de
                 f"--device {where} --tile {tile[0]}x{tile[1]}"
             )
     with pytest.raises(urt.TileError, match="spatial axes"):
-        urt.predict(planned(small, LARGE, SMALL), texture, tile=(48,))
+        urt.predict(planned(small, LARGE, SMALL), texture, tile=(48, 48, 48))
 
 
 def test_two_threads_take_turns(small, texture, on_device):

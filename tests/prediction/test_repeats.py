@@ -50,7 +50,7 @@ def test_background_of_a_slide_is_run_once(engine_folder, sample_images, monkeyp
     image[:200, :210] = sample_images[0][:200, :210]
     image[480:690, 300:500] = sample_images[1][:210, :200]
     ran: list[int] = []
-    with urt.load(engine_folder) as engine:
+    with urt.load(engine_folder, threads=1) as engine:  # whose runs are those of one session
         session_run = engine._session.run
 
         def counted(inputs):

@@ -45,6 +45,7 @@ class BesideSession(SessionBase):
 
     def run_many(self, tiles: Sequence[Sequence[Array]]) -> list[list[Array]]:
         """Outputs for the inputs of every tile, as :meth:`run` gives them for one."""
+        self._require_process()
         with self._lock:
             self._require_open()
             if self._pool is None:

@@ -77,6 +77,7 @@ def try_streams(
             continue
         row = replace(best, batch=streams, variant=", ".join(p for p in (best.variant, "tiles beside each other") if p))
         row = add_timing(row, best.tile, timing, best.verdict, tiling.spec)
+        job.remarks.tell(row.sentence)
         if streams / timing.median_s > most:
             most, winner = streams / timing.median_s, many
             rows_out.append(row)

@@ -50,7 +50,7 @@ def load(
     opened = read_folder(folder)
     spec = opened.spec
     if device is not None and device != spec.device:
-        if not (facts.is_cuda(device) and facts.is_cuda(spec.device)):
+        if not facts.is_cuda(spec.device) or device == "cpu" or device.startswith("vulkan"):
             raise EngineError(f"{folder} was built for {spec.device}, not {device}; build again with --device {device}")
         spec = replace(
             spec, device=backends.device(device)
