@@ -544,7 +544,7 @@ def test_a_fixed_size_becomes_free(network, textures, tmp_path):
 
 @pytest.fixture(scope="session")
 def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network whose up-sampling goes from corner to corner of a size in pixels, and whose batch is fixed to 2 as its rows mix."""
+    """A network whose up-sampling goes from corner to corner of a size in pixels; its batch is 2, as its rows mix."""
     torch = pytest.importorskip("torch")
     import networks
 

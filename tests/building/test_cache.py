@@ -254,7 +254,7 @@ def test_every_argument_of_build_is_in_the_key(monkeypatch: pytest.MonkeyPatch, 
         "channels",
         "series",
         "nodata",
-    }  # hashed as what they are, or select
+    }  # hashed, or select
     machine_side = {"device"}
     elsewhere = {"out", "overwrite", "cache", "say", "tell", "report"}  # say where and how, not what
     assert set(inspect.signature(urt.build).parameters) == recorded | by_content | machine_side | elsewhere
