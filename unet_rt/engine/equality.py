@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..system.json import Count, Record
 from .budget import Budget
-
-if TYPE_CHECKING:
-    from .parity import ImageParity
 
 ROUNDING_ERROR = 1e-5  # of the range of a regression's values that FP32 may round away
 
@@ -46,26 +42,17 @@ class Equality(Record):
             return ""
         return f"the tile changes values by {self.difference:.2e} of the output's range, {bound:.1e} is allowed"
 
-    def broken_by(self, seams: Sequence[ImageParity], budget: Budget, precision: str) -> str:
+    def broken_by(self, error: float, difference: float, labels: float | None, budget: Budget, precision: str) -> str:
         """Why tiles are not as equal to the whole as was recorded; "" where they are.
 
         Args:
-            seams: The engine in tiles against itself on the whole, of every image and output.
-            budget: Of the engine.
-            precision: Of the engine.
+            error: The largest difference of a value between tiles and the whole.
+            difference, labels: As the attributes, measured now.
+            budget, precision: Of the engine.
         """
-        judged = [one for one in seams if one.judged]
-        if not judged:
-            return ""
-        changes = [one.label_change for one in judged if one.label_change is not None]
-        now = replace(
-            self,
-            difference=max(one.relative for one in judged),
-            labels=max(changes) if changes else None,
-        )
-        if self.kind == "bits" and any(one.max_abs for one in judged):
-            here = replace(now, kind="rounding").text
-            return f"tiles were equal to the bit where the engine was built, and here are {here}"
+        now = replace(self, kind="rounding", difference=difference, labels=labels)
+        if self.kind == "bits" and error:
+            return f"tiles were equal to the bit where the engine was built, and here are {now.text}"
         return now.excess(budget, precision)
 
     @property

@@ -238,6 +238,17 @@ def _verify_exam(engine: Engine, folder: EngineFolder, budget: Budget, threads: 
     return VerifyReport(folder.path, "exam", verdict, budget)
 
 
+def _broken_equality(spec: EngineSpec, seams: Sequence[ImageParity], budget: Budget) -> str:
+    """Why tiles of the engine are not as equal to its whole image as its record says; "" where they are."""
+    judged = [one for one in seams if one.judged]
+    if spec.equal is None or spec.halo_limit is not None or not judged:
+        return ""
+    changes = [one.label_change for one in judged if one.label_change is not None]
+    error, difference = max(one.max_abs for one in judged), max(one.relative for one in judged)
+    allowed = budget.of(spec.precision)
+    return spec.equal.broken_by(error, difference, max(changes) if changes else None, allowed, spec.precision)
+
+
 def _verify_images(
     pair: _Pair, samples: Sequence[SampleWindow], labels: Any, picture: Picture, say: Say
 ) -> VerifyReport:
@@ -263,8 +274,7 @@ def _verify_images(
         if truth.drop > budget.truth:
             reason = f"{truth.image}: {truth.drop:.4f} below FP32 against the labels, budget {budget.truth:g}"
             verdict = replace(verdict, accepted=False, reasons=(*verdict.reasons, reason))
-    if not broken and spec.equal is not None and spec.halo_limit is None:
-        broken = spec.equal.broken_by(seams, budget.of(spec.precision), spec.precision)
+    broken = broken or _broken_equality(spec, seams, budget)
     if broken:
         verdict = replace(verdict, accepted=False, reasons=(broken, *verdict.reasons))
     no_whole = "the baseline runs the same tiles: this network or graph has no whole-image result"
