@@ -376,7 +376,7 @@ def archive(draw: random.Random, packed: bytes) -> bytes:
                 what = draw.randrange(8)
                 if what == 0:
                     member.name = draw.choice(
-                        ("../secret.bin", "/tmp/x", "a/b", "..", "", "x" * 300, "spec.json", "a\\b", "c:d")
+                        ("../secret.bin", "/etc/x", "a/b", "..", "", "x" * 300, "spec.json", "a\\b", "c:d")
                     )
                 elif what == 1:
                     member.type = draw.choice(
