@@ -264,7 +264,10 @@ def test_the_front_door_is_short() -> None:
 def test_pages_import_public_names_alone() -> None:
     public = {
         "unet_rt",
-        *(f"unet_rt.{name}" for name in ("models", "testing", "training", "training.metrics", "remote")),
+        *(
+            f"unet_rt.{name}"
+            for name in ("models", "testing", "training", "training.metrics", "remote", "serve.app", "serve.settings")
+        ),
     }
     for page in PAGES:
         for block in all_blocks(page):

@@ -373,7 +373,7 @@ def test_non_finite_pixels_are_refused(engine_for, network, on_device, eager):
     pixels = np.random.default_rng(0).normal(size=(231, 60)).astype(np.float32)
     pixels[170, 33] = np.nan
     gpu = on_device(cpu, eager=eager)
-    with pytest.raises(urt.ImageError, match="NaN or infinite pixels in plane 0, rows"):
+    with pytest.raises(urt.ImageError, match=r"NaN or infinite pixels \(as float32\) in plane 0, rows"):
         urt.predict(gpu, pixels, batch=3)
     with pytest.raises(urt.ImageError, match="NaN or infinite pixels in plane 1, rows"):
         urt.predict(gpu, np.stack([np.zeros_like(pixels), pixels]), axes="TYX", batch=3)

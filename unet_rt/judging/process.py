@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from .rounds import Run
 Array = npt.NDArray[Any]
 START = "import sys; sys.path[:] = sys.argv[1:]; from unet_rt.judging.process import serve; serve()"
 RAISED = (ContractError, EngineError, GraphError, ImageError, ParityError, TileError)  # here as there
+PACKAGE = str(Path(__file__).parents[2])  # where this very package lies, whatever stands on the path by now
 END_S = 10.0  # that a process has to end by itself
 
 
@@ -69,7 +71,7 @@ class ContenderProcess:
         """Starts the process; it imports what it needs meanwhile."""
         self.name, self.spec, self.is_engine = entry.title, entry.spec, entry.is_engine
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - until close
-        path = [os.path.abspath(part) for part in sys.path]
+        path = [PACKAGE, *(os.path.abspath(part) for part in sys.path)]
         self._process = subprocess.Popen(
             [sys.executable, "-c", START, *path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
         )
