@@ -14,8 +14,8 @@ Source = Callable[[Records], "Record | list[Record]"]  # several: the template o
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 CPU_RECORDS = (
-    "engine-paper", "predict-nuclei", "predict-paper", "precision-paper", "memory", "startup", "latency", "kernels",
-    "scaling", "overhead-nuclei", "build-nuclei", "quality-drawn", "quality-dsb2018", "quality-isbi2012", "roofline",
+    "engine-paper", "winograd", "predict-nuclei", "predict-paper", "precision-paper", "memory", "startup", "latency",
+    "kernels", "scaling", "overhead-nuclei", "build-nuclei", "quality-drawn", "quality-dsb2018", "quality-isbi2012", "roofline",
     "train", "large-sparse", "large-kill", "large-dask", "large-memory", "large-overhead",
 )  # fmt: skip
 
