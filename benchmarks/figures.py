@@ -15,8 +15,8 @@ Source = Callable[[Records], "Record | list[Record]"]  # several: the template o
 
 CPU_RECORDS = (
     "engine-paper", "winograd", "predict-nuclei", "predict-paper", "precision-paper", "memory", "startup", "latency",
-    "kernels", "scaling", "overhead-nuclei", "build-nuclei", "quality-drawn", "quality-dsb2018", "quality-isbi2012", "roofline",
-    "train", "large-sparse", "large-kill", "large-dask", "large-memory", "large-overhead",
+    "kernels", "scaling", "overhead-nuclei", "build-nuclei", "quality-drawn", "quality-dsb2018", "quality-isbi2012",
+    "roofline", "train", "large-sparse", "large-kill", "large-dask", "large-memory", "large-overhead",
 )  # fmt: skip
 
 
