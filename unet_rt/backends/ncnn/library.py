@@ -24,10 +24,6 @@ class VulkanDevice:
     driver: str
     kind: str
 
-    @property
-    def software(self) -> bool:
-        return self.kind == "software"
-
 
 def import_library() -> Any:
     """The module ``ncnn``.
